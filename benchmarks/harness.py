@@ -1,0 +1,88 @@
+"""What the benchmarks share: settings by dotted names, quartiles, and `result.json` with what is needed to repeat it."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dgl_jax.settings import Settings, default_config, make_settings
+
+_PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Flags every benchmark has; `doc` is its module docstring."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    made.add_argument("--write", action="store_true", help="write result.json beside the script")
+    return made
+
+
+def settings(**fields: Any) -> Settings:
+    """Checked settings from the defaults and `model__width=4` for `config.model.width`."""
+    config = default_config()
+    for name, value in fields.items():
+        group, _, field = name.rpartition("__")
+        setattr(config[group] if group else config, field, value)
+    return make_settings(config)
+
+
+def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """{'median', 'low', 'high'}: the median and the quartiles around it."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return {"median": round(statistics.median(values), digits), "low": round(low, digits), "high": round(high, digits)}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Repeat by repeat: what drifts slowly (clock, neighbours) cancels."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def shown(q: dict[str, float]) -> str:
+    """Of `quartiles`: '1.90 [1.85 - 1.93]'."""
+    return f"{q['median']:.3g} [{q['low']:.3g} - {q['high']:.3g}]"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, date and command."""
+    return {
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpus": os.cpu_count(),
+        "cpus_allowed": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "processor": _processor(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+    }
+
+
+def finish(script: str, result: dict[str, Any], write: bool) -> None:
+    """Writes `result.json` beside the script where asked to."""
+    if write:
+        path = Path(script).with_name("result.json")
+        path.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
+        print(f"written: {os.path.relpath(path)}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Callable[[str], Any] = print) -> None:
+    """Prints a Markdown table, as the READMEs hold it."""
+    for row in (header, ["---"] * len(header), *rows):
+        out("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,185 @@
+"""Processor time of the controlling thread per tick: what the host does around the compiled programs.
+
+python benchmarks/step_overhead/run.py [--write]
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+
+from dgl_jax.engines import PipelineEngine
+from dgl_jax.experiment import Experiment, make_experiment
+
+LIMIT = 1.0  # ms a module
+WARM_UP = 10
+PARTS = ("source", "batch to device", "programs", "packets between devices")
+
+
+def experiment(engine: str, modules: int, devices: int, args: Any) -> Experiment:
+    """State trees as large as the real ones, arrays as small as can be: images of 4x4 pixels, two a batch."""
+    settings = harness.settings(
+        data__name="synthetic",
+        data__batch_size=args.batch_size,
+        data__image_size=args.image_size,
+        model__name="cnn6",
+        model__width=args.width,
+        model__modules=modules,
+        engine__name=engine,
+        train__steps=1,
+    )
+    return make_experiment(settings, jax.devices()[:devices])
+
+
+class Case:
+    """One engine, ready to be measured again and again."""
+
+    def __init__(self, made: Experiment):
+        self.made, self.engine = made, made.engine
+        self.state, self.step = made.engine.init(), 0
+        self.leaves = len(jax.tree.leaves(self.state))
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        self.run(WARM_UP)
+
+    def run(self, steps: int) -> float:
+        """Milliseconds of the controlling thread's processor per tick."""
+        self.step += steps
+        begin = time.thread_time()
+        for report in self.engine.run(self.state, self.made.source, self.step):
+            last = report
+        spent = time.thread_time() - begin
+        self.state = last.snapshot()
+        jax.block_until_ready(self.state)
+        return 1e3 * spent / steps
+
+    def bare(self, steps: int) -> float:
+        """The same programs called in a bare loop on inputs that are there: jit's own dispatch, and what it runs inline."""
+        engine: Any = self.engine
+        batch = engine.placement.put_batch(self.made.source.batch(0), 0)
+        states = list(self.state.modules)
+        if not isinstance(engine, PipelineEngine):
+            states_of_all = tuple(states)
+            begin = time.thread_time()
+            for _ in range(steps):
+                states_of_all, _ = jax.block_until_ready(engine.step(states_of_all, batch))
+            states = list(states_of_all)
+        else:
+            inputs, incoming = [], (batch, batch.targets)
+            for k, program in enumerate(engine.programs):
+                inputs.append(incoming)
+                states[k], payload, _ = program(states[k], *incoming)
+                if k + 1 < len(engine.programs):
+                    incoming = jax.device_put((payload, batch.targets), engine.placement.split(k + 1))
+            jax.block_until_ready(states)
+            begin = time.thread_time()
+            for _ in range(steps):
+                for k, program in enumerate(engine.programs):
+                    states[k], _, _ = program(states[k], *inputs[k])
+                jax.block_until_ready(states)
+        spent = time.thread_time() - begin
+        self.step = int(jax.device_get(states[0].updates))
+        self.state = type(self.state)(tuple(self.level(states)))
+        return 1e3 * spent / steps
+
+    def level(self, states: list[Any]) -> Iterator[Any]:
+        """The states with one update count for all."""
+        for state in states:
+            yield state.replace(updates=jax.device_put(jax.numpy.asarray(self.step, "int32"), state.updates.sharding))
+
+    def parts(self, steps: int) -> dict[str, float]:
+        """Milliseconds per tick of each part, from a run whose calls carry stop-watches; the rest is the loop itself."""
+        engine: Any = self.engine
+        source, placement, kept = self.made.source, engine.placement, {}
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        if isinstance(engine, PipelineEngine):
+            kept["programs"] = engine.programs
+            engine.programs = [self.watch("programs", program) for program in engine.programs]
+            engine._move = self.watch("packets between devices", engine._move)
+        else:
+            kept["step"] = engine.step
+            engine.step = self.watch("programs", engine.step)
+        object.__setattr__(placement, "put_batch", self.watch("batch to device", placement.put_batch))
+        source.batch = self.watch("source", source.batch)
+        try:
+            total = self.run(steps)
+        finally:
+            del source.batch
+            object.__delattr__(placement, "put_batch")
+            vars(engine).pop("_move", None)
+            for name, value in kept.items():
+                setattr(engine, name, value)
+        found = {name: 1e3 * seconds / steps for name, seconds in self.spent.items()}
+        return found | {"loop, reports, waiting": total - sum(found.values())}
+
+    def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its processor time added to a part."""
+
+        def watched(*args: Any) -> Any:
+            begin = time.thread_time()
+            result = function(*args)
+            self.spent[part] += time.thread_time() - begin
+            return result
+
+        return watched
+
+
+def main() -> None:
+    flags = harness.parser(__doc__)
+    flags.add_argument("--width", type=int, default=4)
+    flags.add_argument("--batch_size", type=int, default=2)
+    flags.add_argument("--image_size", type=int, default=4)
+    flags.add_argument("--modules", type=int, nargs="+", default=[1, 2, 3, 6])
+    flags.add_argument("--steps", type=int, default=100)
+    flags.add_argument("--repeats", type=int, default=15)
+    args = flags.parse_args()
+    jax.config.update("jax_num_cpu_devices", max(args.modules))
+    layouts = {"fused": ("fused", lambda k: 1), "one device": ("pipeline", lambda k: 1), "K devices": ("pipeline", lambda k: k)}
+    cases = {
+        (name, modules): Case(experiment(engine, modules, devices(modules), args))
+        for modules in args.modules
+        for name, (engine, devices) in layouts.items()
+        if not (name == "K devices" and modules == 1)
+    }
+    print(f"{len(cases)} cases compiled", flush=True)
+    measured: dict[Any, dict[str, list[Any]]] = {key: {"total": [], "bare": [], "parts": []} for key in cases}
+    for _ in range(args.repeats):
+        for key, case in cases.items():
+            measured[key]["total"].append(case.run(args.steps))
+            measured[key]["bare"].append(case.bare(args.steps))
+            measured[key]["parts"].append(case.parts(args.steps))
+    rows, results = [], []
+    for (name, modules), found in measured.items():
+        per_module = harness.quartiles([t / modules for t in found["total"]])
+        outside = harness.quartiles([(sum(p.values()) - p["programs"]) / modules for p in found["parts"]])
+        parts = {part: harness.quartiles([p[part] for p in found["parts"]]) for part in found["parts"][0]}
+        results.append(
+            {
+                "engine": name,
+                "modules": modules,
+                "leaves": cases[name, modules].leaves,
+                "milliseconds_per_tick": harness.quartiles(found["total"]),
+                "milliseconds_per_tick_and_module": per_module,
+                "bare_calls_milliseconds_per_tick": harness.quartiles(found["bare"]),
+                "outside_programs_milliseconds_per_tick_and_module": outside,
+                "parts_milliseconds_per_tick": parts,
+            }
+        )
+        cells = [f"{q['median']:.3f}" for q in parts.values()]
+        verdict = "yes" if outside["median"] < LIMIT else "NO"
+        bare = f"{statistics.median(found['bare']):.3f}"
+        rows.append([name, modules, harness.shown(outside), verdict, harness.shown(per_module), *cells, bare])
+    parts_names = results[0]["parts_milliseconds_per_tick"]
+    header = ["engine", "K", "outside programs, a module", "under 1", "everything, a module", *parts_names, "bare calls"]
+    harness.table(header, rows)
+    harness.finish(__file__, {"settings": {k: v for k, v in vars(args).items() if k != "write"}, "rows": results}, args.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The paper's 6-layer CNN on CIFAR-10, one module a layer, each with an MLP-SR head (Belilovsky et al. 2020, Table 1).
+
+python launch.py --config=configs/cifar10.py --workdir=runs/cifar10
+python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.engine.name=pipeline   # a device group a module
+
+Not run here at this size (one epoch takes hours on two CPU cores). Published: 91.2 % test accuracy of the last module (recalled
+from the paper's Table 1). At width 32 and 8 epochs: benchmarks/cifar10_accuracy.
+"""
+
+from ml_collections import ConfigDict
+
+from dgl_jax.settings import default_config
+
+
+def get_config() -> ConfigDict:
+    """See the top of this file."""
+    config = default_config()
+    config.data.name = "cifar10"
+    config.data.batch_size = 128
+    config.data.augment = "crop_flip"
+    config.model.name = "cnn6"
+    config.model.width = 128
+    config.model.modules = 6
+    config.model.head = "mlp_sr"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.name = "step"
+    config.schedule.boundaries = (15.0, 30.0, 45.0)
+    config.schedule.factor = 0.2
+    config.train.epochs = 50.0
+    return config

@@ -1,0 +1,82 @@
+"""How fast the configured engine runs here: what a user asks before choosing one."""
+
+import resource
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dgl_jax.engines import EngineState, PipelineEngine
+from dgl_jax.engines.compose import compose
+from dgl_jax.experiment import Experiment, make_experiment
+from dgl_jax.placement import put
+from dgl_jax.settings import Settings, make_settings
+
+_WARM_UP = 5
+
+
+def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -> dict[str, Any]:
+    """Trains `steps` steps of the configured engine and measures; writes nothing.
+
+    Returns:
+      `images_per_second`, `tick_milliseconds` (a new batch enters), `module_milliseconds` (each module's program alone, on
+      its devices), `python_milliseconds_per_tick` (processor time of the controlling thread, waiting excluded),
+      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process).
+    """
+    settings = config if isinstance(config, Settings) else make_settings(config)
+    experiment = make_experiment(settings)
+    engine = experiment.engine
+    state = engine.init()
+    for report in engine.run(state, experiment.source, _WARM_UP):
+        state_of = report.snapshot
+    state = state_of()
+    wall, processor = time.perf_counter(), time.thread_time()
+    for report in engine.run(state, experiment.source, _WARM_UP + steps):
+        state_of = report.snapshot
+    wall, processor = time.perf_counter() - wall, time.thread_time() - processor
+    state = state_of()
+    jax.block_until_ready(state.modules)
+    return {
+        "engine": settings.engine.name,
+        "images_per_second": round(steps * settings.data.batch_size / wall, 1),
+        "tick_milliseconds": round(1e3 * wall / steps, 3),
+        "module_milliseconds": _module_times(experiment, state),
+        "python_milliseconds_per_tick": round(1e3 * processor / steps, 3),
+        "peak_memory_bytes": _peak_memory(),
+        "steps": steps,
+        "batch_size": settings.data.batch_size,
+        "devices": engine.placement.describe(),
+    }
+
+
+def _module_times(experiment: Experiment, state: EngineState, repeats: int = 10) -> list[float]:
+    """Median time of each module's program by itself, in ms."""
+    recipe, placement = experiment.recipe, experiment.engine.placement
+    own = experiment.engine.programs if isinstance(experiment.engine, PipelineEngine) else None
+    if experiment.settings.engine.name == "backprop":
+        return []  # one program that cannot be taken apart
+    batch = placement.put_batch(experiment.source.batch(0), 0)
+    incoming: Any = batch
+    times = []
+    for k, module in enumerate(state.modules):
+        program = own[k] if own else jax.jit(compose(recipe, k), donate_argnums=0)
+        targets = put(batch.targets, placement.split(k))
+        if k:
+            incoming = put(incoming, placement.split(k))
+        measured = []
+        for _ in range(repeats + 1):
+            jax.block_until_ready(module)
+            begin = time.perf_counter()
+            module, payload, _ = jax.block_until_ready(program(module, incoming, targets))
+            measured.append(1e3 * (time.perf_counter() - begin))
+        times.append(round(statistics.median(measured[1:]), 3))
+        incoming = payload
+    return times
+
+
+def _peak_memory() -> int:
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.devices()]
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

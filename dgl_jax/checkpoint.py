@@ -1,0 +1,216 @@
+"""Checkpoints through Orbax: asynchronous, one item a module, restorable onto any device layout. Only this file names Orbax."""
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dgl_jax.engines import EngineState
+from dgl_jax.errors import UserError
+from dgl_jax.module import ModuleState
+from dgl_jax.placement import Placement
+
+_LOG = logging.getLogger(__name__)
+
+_POLICIES = ocp.training.preservation_policies
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: step, state on its devices, and what `save` was given as `meta`."""
+
+    step: int
+    state: EngineState
+    meta: dict[str, Any]
+    flight: Any = None  # snapshot of what was under way, where the checkpoint holds one
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a workdir: the newest `keep` and the best on validation."""
+
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+        self.directory = Path(directory).absolute()
+        self._pending: Any = None
+        self._manager = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=_POLICIES.PreserveAll()
+            if read_only
+            else _POLICIES.AnyPreservationPolicy(
+                [
+                    _POLICIES.LatestN(keep),
+                    _POLICIES.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
+                ]
+            ),
+            cleanup_tmp_directories=not read_only,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        return [c.step for c in self._manager.checkpoints]
+
+    def save(self, step: int, state: EngineState, meta: dict[str, Any], accuracy: float | None = None, flight: Any = None) -> None:
+        """Begins to write a checkpoint and returns once the arrays are copied; `finish` or the next save waits for the rest.
+
+        Args:
+          meta: JSON values that come back with `restore`.
+          accuracy: of the last module on validation, decides which checkpoint is the best.
+          flight: a snapshot of what is under way, host arrays.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        self.finish()
+        items: dict[str, Any] = {f"module_{k}": module for k, module in enumerate(state.modules)}
+        if flight is not None:
+            items["flight"] = flight
+        meta = meta | {"checksums": {name: _checksum(item) for name, item in items.items()}}
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        with _disk_errors(self.directory):
+            self._pending = self._manager.save_checkpointables_async(
+                step,
+                items,
+                metrics=metrics,
+                force=True,
+                overwrite=step in self.steps(),
+                custom_metadata={"meta": json.dumps(meta)},
+            )
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk."""
+        pending, self._pending = self._pending, None
+        if pending:
+            with _disk_errors(self.directory):
+                pending.result()
+
+    def close(self) -> None:
+        """Finishes and frees what Orbax holds."""
+        self.finish()
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `meta`."""
+        return json.loads(self._manager.checkpointables_metadata(step).custom_metadata["meta"])
+
+    def select(self, which: str) -> list[int]:
+        """Steps to try, best choice first: 'newest' (then older ones), 'best' on validation, or a step number.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.directory}: holds no checkpoint yet")
+        if which == "newest":
+            return steps[::-1]
+        if which == "best":
+            scored = [(c.metrics["accuracy"], c.step) for c in self._manager.checkpoints if c.metrics]
+            if not scored:
+                raise UserError(f"{self.directory}: no checkpoint has a validation accuracy; use --checkpoint=newest or a step")
+            return [max(scored)[1]]
+        if which.isdigit() and int(which) in steps:
+            return [int(which)]
+        raise UserError(f"--checkpoint={which}: there are: newest, best, {', '.join(map(str, steps))}")
+
+    def restore(
+        self, abstract: Sequence[ModuleState], placement: Placement, which: str = "newest", set_aside: bool = False
+    ) -> Restored:
+        """Reads a checkpoint onto the devices of `placement`, whatever layout it was written from.
+
+        A damaged one is reported and the one before it is taken; `set_aside` moves it out of the folder, to `damaged/`.
+
+        Args:
+          abstract: shapes and dtypes of the modules' states, as `jax.eval_shape` of their init gives them.
+
+        Raises:
+          UserError: there is none, or all are damaged.
+        """
+        tried = self.select(which)
+        for step in tried:
+            try:
+                return self._load(step, abstract, placement)
+            except Exception as error:  # Orbax and its storage layer raise many kinds for a damaged file
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                _LOG.warning("checkpoint %d is damaged (%s); falling back to the one before", step, reason[0][:200])
+                if set_aside:
+                    self._set_aside(step)
+        raise UserError(f"{self.directory}: every checkpoint ({', '.join(map(str, tried))}) is damaged")
+
+    def _load(self, step: int, abstract: Sequence[ModuleState], placement: Placement) -> Restored:
+        meta = self.meta(step)
+        wanted: dict[str, Any] = {
+            f"module_{k}": jax.tree.map(
+                lambda leaf, k=k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated(k)), module
+            )
+            for k, module in enumerate(abstract)
+        }
+        if "flight" in meta["checksums"]:
+            wanted["flight"] = None
+        found = self._manager.load_checkpointables(step, wanted)
+        modules = tuple(found[f"module_{k}"] for k in range(len(abstract)))
+        for name, checksum in meta["checksums"].items():
+            if _checksum(found[name]) != checksum:
+                raise ValueError(f"the arrays of {name} do not have the checksum they were saved with")
+        return Restored(step, EngineState(modules), meta, found.get("flight"))
+
+    def _set_aside(self, step: int) -> None:
+        place = self.directory.parent / "damaged"
+        place.mkdir(exist_ok=True)
+        target = place / str(step)
+        if target.exists():
+            shutil.rmtree(target)
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+
+def all_finite(state: EngineState) -> list[bool]:
+    """For each module whether all its parameters and batch statistics are finite; blocks until they are computed."""
+    checks = [_finite((module.params, module.batch_stats)) for module in state.modules]
+    return [bool(ok) for ok in jax.device_get(checks)]
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _checksum(tree: Any) -> int:
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data, value)
+    return value
+
+
+def _accuracy(metrics: Any) -> float:
+    return metrics["accuracy"]
+
+
+class _disk_errors:
+    """Turns a full disk into one clear line, whatever the storage layer raises for it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and is_disk_full(error):
+            raise UserError(f"{self.directory}: the disk is full; free some space and run the same line again") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, of the system or of a storage library, means that no space is left."""
+    text = str(error)
+    return getattr(error, "errno", None) in (28, 122) or "No space left" in text or "Disk quota exceeded" in text

@@ -1,0 +1,50 @@
+"""Where images come from: `make_source` by name, and `make_preprocess` for what happens to them on the device."""
+
+from collections.abc import Callable
+
+from dgl_jax.data import folder, synthetic, tfds_sets
+from dgl_jax.data.augment import Preprocess, augment_key
+from dgl_jax.data.source import ArraySource, DataSet, Shard, Source
+from dgl_jax.errors import UserError
+from dgl_jax.settings import DataSettings, nearest
+
+__all__ = ["ArraySource", "DataSet", "Preprocess", "Shard", "Source", "augment_key", "make_preprocess", "make_source"]
+
+# A new set is one function from settings to a DataSet, and one line here.
+SETS: dict[str, Callable[[DataSettings], DataSet]] = {
+    "digits": tfds_sets.load,
+    "cifar10": tfds_sets.load,
+    "cifar100": tfds_sets.load,
+    "folder": folder.load,
+    "synthetic": synthetic.load,
+}
+# Mean and standard deviation as published work uses them; those of other sets are computed from the training images.
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def make_source(settings: DataSettings, seed: int) -> Source:
+    """The source of a data set; the seed decides the held-out images and the order.
+
+    Raises:
+      UserError: no such set, or the set cannot be had or does not fit the settings.
+    """
+    if settings.name not in SETS:
+        raise UserError(f"config.data.name={settings.name!r}: no such name; {nearest(settings.name, SETS)}")
+    mean, std = STATISTICS.get(settings.name, ((), ()))
+    return ArraySource(
+        SETS[settings.name](settings),
+        batch_size=settings.batch_size,
+        seed=seed,
+        validation_fraction=settings.validation_fraction,
+        train_examples=settings.train_examples,
+        mean=settings.mean or mean,
+        std=settings.std or std,
+    )
+
+
+def make_preprocess(settings: DataSettings, source: Source) -> Preprocess:
+    """The augmentation and normalisation that a source's images go through."""
+    return Preprocess(settings.augment, source.mean, source.std)

@@ -1,0 +1,68 @@
+"""The project's cache directory, and the decoded images kept in it."""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dgl_jax.data.source import Examples
+
+_LOG = logging.getLogger(__name__)
+
+LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
+
+
+def cache_dir() -> Path:
+    """Where the project keeps what it can make again: prepared data sets (`tfds/`) and decoded images (`decoded/`)."""
+    return Path("~/.cache/dgl_jax").expanduser()
+
+
+def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]) -> Examples:
+    """The images of a split: from the cache, or decoded and, where they are many, kept for the next time.
+
+    Args:
+      key: what determines the result besides the files, such as the name of the set and the image size.
+      files: what is decoded. Paths, sizes and modification times are compared, contents are not.
+      decode: makes the arrays; called where the cache has no such entry.
+
+    Returns:
+      Arrays that may be mapped from a file, read-only.
+    """
+    digest = hashlib.sha256(repr(tuple(key)).encode())
+    for file in files:
+        stat = file.stat()
+        digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+    entry = cache_dir() / "decoded" / digest.hexdigest()[:32]
+    try:
+        # asarray drops the memmap class and keeps the mapping.
+        images = np.asarray(np.load(entry / "images.npy", mmap_mode="r"))
+        return Examples(images, np.load(entry / "labels.npy"))
+    except (OSError, ValueError):
+        pass
+    examples = decode()
+    if examples.images.nbytes >= LARGE:
+        try:
+            _write(entry, examples)
+        except OSError as error:
+            _LOG.warning("decoded images are not kept for the next run: %s", error)
+    return examples
+
+
+def _write(entry: Path, examples: Examples) -> None:
+    """Writes beside the entry and renames: a reader sees all of it or nothing, whoever else writes the same."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    try:
+        np.save(scratch / "images.npy", examples.images)
+        np.save(scratch / "labels.npy", examples.labels)
+        shutil.rmtree(entry, ignore_errors=True)  # an entry that could not be read
+        os.rename(scratch, entry)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not (entry / "labels.npy").exists():  # else another process was first
+            raise

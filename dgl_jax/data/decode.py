@@ -1,0 +1,70 @@
+"""From encoded images to one array; the same code for folders and for TFDS sets."""
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dgl_jax.errors import UserError
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def decode_images(
+    count: int,
+    read: Callable[[int], bytes | Path],
+    *,
+    channels: int,
+    image_size: int = 0,
+    describe: Callable[[int], str],
+) -> UInt8[np.ndarray, "N H W C"]:
+    """Decodes images with Pillow, in threads (which pay: Pillow lets go of the interpreter lock while it decodes).
+
+    Args:
+      count: how many images.
+      read: the encoded bytes of an image, or the file that holds them; called from several threads.
+      channels: 1 (grey) or 3 (RGB); images of another kind are converted.
+      image_size: pixels a side to resize to (bilinear, with antialiasing); 0: as stored.
+      describe: what to call an image in an error message.
+
+    Raises:
+      UserError: an image cannot be read, or `image_size` is 0 and an image is not as large as the first one.
+    """
+
+    def one(index: int) -> np.ndarray:
+        data = read(index)
+        try:
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as opened:
+                image = opened.convert(_MODES[channels])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{describe(index)}: not an image that can be read ({error})") from None
+        if image_size and image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(image.height, image.width, channels)
+
+    first = one(0)
+    images = np.empty((count, *first.shape), np.uint8)
+
+    def some(indices: range) -> None:
+        for index in indices:
+            image = one(index)
+            if image.shape != first.shape:
+                raise UserError(
+                    f"{describe(index)} has {image.shape[1]}x{image.shape[0]} pixels and {describe(0)} "
+                    f"{first.shape[1]}x{first.shape[0]}: set config.data.image_size to resize all of them"
+                )
+            images[index] = image
+
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        # In order, so that the error raised is that of the first image in error.
+        for _ in pool.map(some, [range(start, min(start + 256, count)) for start in range(0, count, 256)]):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images

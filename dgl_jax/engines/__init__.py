@@ -1,0 +1,20 @@
+"""Engines decide which module works when, and where; a new one is one new file and one line in experiment.py."""
+
+from dgl_jax.engines.engine import Engine, EngineState, Recipe, Report, Traffic, updates_of
+from dgl_jax.engines.fused import FusedEngine, fused_step
+from dgl_jax.engines.pipeline import PipelineEngine
+from dgl_jax.engines.simulated import SimulatedEngine, ring_examples
+
+__all__ = [
+    "Engine",
+    "EngineState",
+    "FusedEngine",
+    "PipelineEngine",
+    "Recipe",
+    "Report",
+    "SimulatedEngine",
+    "Traffic",
+    "fused_step",
+    "ring_examples",
+    "updates_of",
+]

@@ -1,0 +1,94 @@
+"""Modules at the same time on their own devices: asynchronous dispatch from one thread fills the pipe.
+
+`registers[k]` is the packet that waits at module k's entrance, already on its devices. A tick dispatches the deepest module
+first: all it needs was made a tick ago, so the devices of all modules start at once.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from dgl_jax.data import Source
+from dgl_jax.engines.compose import compose
+from dgl_jax.engines.engine import EngineState, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
+from dgl_jax.engines.turns import Tick, Turn, fused, never, pipelined
+from dgl_jax.packet import Batch, Header, Packet, nbytes
+from dgl_jax.placement import Placement, put
+from dgl_jax.step import Metrics
+
+
+class PipelineEngine(Synchronous):
+    """Module k works on device group k; its packet moves to group k + 1 while group k begins the next batch."""
+
+    def __init__(self, recipe: Recipe, placement: Placement, ticks_in_flight: int = 2):
+        self.recipe = recipe
+        self.placement = placement
+        self.moved = [(0, 0)] * (len(recipe.modules) - 1)  # (bytes, images) that crossed each hop
+        self.ticks_in_flight = ticks_in_flight
+        self.programs = [
+            jax.jit(
+                compose(recipe, k),
+                donate_argnums=0,
+                out_shardings=(placement.replicated(k), placement.split(k), placement.replicated(k)),
+            )
+            for k in range(len(recipe.modules))
+        ]
+
+    def traffic(self) -> Traffic:
+        """Counted from the packets that crossed devices; by shape where modules share a device."""
+        shapes = self.recipe.traffic()
+        wire = [count / images if images else shape for (count, images), shape in zip(self.moved, shapes.wire)]
+        return Traffic(shapes.raw, tuple(wire), any(images for _, images in self.moved))
+
+    def init(self) -> EngineState:
+        """Fresh state, each module on its devices."""
+        return self.place(EngineState(self.recipe.init()))
+
+    def place(self, state: EngineState) -> EngineState:
+        """A state on this engine's devices."""
+        return place_modules(state.modules, self.placement, put)
+
+    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+        """Trains until every module has `until` updates; see `Engine.run`."""
+        states, start = list(state.modules), updates_of(state)
+        modules = len(self.recipe.modules)
+        batches = source.batches(start)
+        registers: list[Packet | None] = [None] * modules
+
+        def receive(turn: Turn) -> tuple[Any, Any]:
+            if turn.module == 0:
+                batch: Batch = self.placement.put_batch(next(batches), 0)
+                return batch, batch.targets
+            packet, registers[turn.module] = registers[turn.module], None
+            assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
+            if not self.placement.is_prompt(turn.module - 1):
+                packet = self._move(packet, turn.module)
+            return packet.payload, packet.targets
+
+        def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
+            results = []
+            for turn in tick:
+                k = turn.module
+                incoming, targets = receive(turn)
+                states[k], payload, metrics = self.programs[k](states[k], incoming, targets)
+                if k + 1 < modules:
+                    packet = Packet(payload, targets, Header(turn.batch, turn.batch + 1))
+                    registers[k + 1] = self._move(packet, k + 1) if self.placement.is_prompt(k) else packet
+                results.append((turn, metrics))
+            return results
+
+        # On one device nothing overlaps: each batch goes all the way through, so that a single packet waits at a time.
+        schedule = pipelined if self.placement.count() > 1 else fused
+        ticks = schedule(modules, start, until, stop)
+        snapshot = lambda: EngineState(tuple(states))  # noqa: E731
+        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, snapshot)
+
+    def _move(self, packet: Packet, module: int) -> Packet:
+        """To the devices of a module; nothing to do where they are the same."""
+        if not self.placement.crosses(module - 1):
+            return packet
+        payload, targets = put((packet.payload, packet.targets), self.placement.split(module))
+        count, images = self.moved[module - 1]
+        self.moved[module - 1] = (count + nbytes((payload, targets)), images + len(targets.label))
+        return Packet(payload, targets, packet.header)

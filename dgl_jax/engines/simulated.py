@@ -1,0 +1,176 @@
+"""The paper's asynchronous protocol on one device (Belilovsky et al. 2020, Algorithm 2): seeded, exactly repeatable.
+
+One module works at a time. Which one is drawn, a slowed module less often; it reads a packet from the ring at its entrance,
+updates, and writes the packet it made to the ring of the next. Every module makes the same number of updates: one that is done goes
+on feeding its successor. Nothing here says how fast a real asynchronous run would be.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgl_jax.data import Source
+from dgl_jax.engines.compose import compose, feed
+from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, place_modules
+from dgl_jax.engines.turns import drawn, in_order, never
+from dgl_jax.packet import Header, Targets
+from dgl_jax.placement import Placement, put
+from dgl_jax.replay import Ring
+from dgl_jax.settings import EngineSettings, ReplaySettings
+from dgl_jax.step import Metrics
+
+
+class Rings:
+    """The flight: a ring in front of every module but the first, and whose turn it is.
+
+    Attributes:
+      turn: turns drawn so far.
+      batches: batches the first module has read.
+      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
+      skipped: of each module, turns lost for want of a packet.
+    """
+
+    def __init__(self, rings: list[Ring], batches: int):
+        self.rings = rings
+        self.turn, self.batches = 0, batches
+        modules = len(rings) + 1
+        self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Host arrays, copied."""
+        counts = np.array([self.turn, self.batches], np.int64)
+        rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
+        return rings | {"counts": counts, "waiting": self.waiting.copy(), "skipped": self.skipped.copy()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes on from a snapshot."""
+        self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
+        self.waiting[:], self.skipped[:] = saved["waiting"], saved["skipped"]
+        for k, ring in enumerate(self.rings, 1):
+            ring.restore(saved[f"ring_{k}"])
+
+
+class SimulatedEngine:
+    """All modules on one device group, one at a time, with replay between them."""
+
+    def __init__(self, recipe: Recipe, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
+        self.recipe, self.placement, self.total, self.replay = recipe, placement, total, replay
+        modules = range(len(recipe.modules))
+        self.module_of = in_order(len(modules)) if engine.order == "ordered" else drawn(len(modules), engine.slowdown, recipe.seed)
+        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
+        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+
+    def traffic(self) -> Traffic:
+        """Nothing crosses devices: what the encoded arrays weigh."""
+        return self.recipe.traffic()
+
+    def init(self) -> EngineState:
+        """Fresh modules, empty rings."""
+        return self.resume(self.place(EngineState(self.recipe.init())), None)
+
+    def place(self, state: EngineState) -> EngineState:
+        """The modules on this engine's devices; the flight as it is."""
+        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
+
+    def resume(self, state: EngineState, saved: Any) -> EngineState:
+        """With the rings of the checkpoint; without a snapshot the turns begin anew, which fills empty rings."""
+        rings = Rings(
+            [
+                Ring(example, self.replay.size, self.replay.rule, self.replay.max_reuse, seed=self.recipe.seed + k)
+                for k, example in enumerate(ring_examples(self.recipe), 1)
+            ],
+            batches=_updates(state)[0],
+        )
+        if saved is not None:
+            rings.restore(saved)
+        return EngineState(state.modules, rings)
+
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held."""
+        found: dict[str, float] = {}
+        flight = state.flight
+        assert isinstance(flight, Rings)
+        for k, ring in enumerate(flight.rings, 1):
+            tally = ring.tally
+            values = {
+                "age": tally.mean_age(),
+                "oldest": tally.oldest,
+                "reuse": tally.reuse(),
+                "never_used": tally.never_used,
+                "bytes": ring.nbytes,
+                "skipped": flight.skipped[k],
+            }
+            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
+        return found
+
+    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+        """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot."""
+        flight = state.flight
+        assert isinstance(flight, Rings)
+        states, updates = list(state.modules), _updates(state)
+        batches = source.batches(flight.batches)
+        snapshot = lambda: EngineState(tuple(states), flight)  # noqa: E731
+
+        while min(updates) < until and not stop():
+            k = self._next(flight)
+            if k is None:
+                continue
+            with jax.transfer_guard("disallow"):
+                metrics = self._work(k, states, updates, flight, batches)
+            if metrics is not None:
+                brought: list[Metrics] = [{} for _ in states]
+                brought[k] = jax.block_until_ready(metrics)
+                yield Report(tuple(updates), tuple(brought), snapshot)
+
+    def _next(self, flight: Rings) -> int | None:
+        """The module that works now, which then has a packet to read; None where a turn is lost."""
+        for waiting in np.flatnonzero(flight.waiting):
+            if flight.rings[waiting - 1].ready():
+                flight.waiting[waiting] = 0
+                return int(waiting)
+        k = self.module_of(flight.turn)
+        flight.turn += 1
+        if k == 0 or flight.rings[k - 1].ready():
+            return k
+        if self.replay.at_limit == "wait":
+            flight.waiting[k] = 1
+        else:
+            flight.skipped[k] += 1
+        return None
+
+    def _work(self, k: int, states: list[Any], updates: list[int], flight: Rings, batches: Iterator[Any]) -> Metrics | None:
+        """One turn of module k; None where it is done and only feeds the next one (or has none to feed)."""
+        done, last = updates[k] >= self.total, len(states) - 1
+        if done and k == last:
+            return None
+        if k == 0:
+            batch = self.placement.put_batch(next(batches), 0)
+            incoming, targets, sequence = batch, batch.targets, flight.batches
+            flight.batches += 1
+        else:
+            sample = flight.rings[k - 1].sample()
+            assert sample is not None, "a turn is given to modules that have something to read"
+            sequence = sample.packet.header.sequence
+            incoming, targets = put((sample.packet.payload, sample.packet.targets), self.placement.split(k))
+        metrics: Metrics | None = None
+        if done:
+            payload = self.feeds[k](states[k], incoming)
+        else:
+            states[k], payload, metrics = self.programs[k](states[k], incoming, targets)
+            updates[k] += 1
+        if k < last:
+            payload, targets = jax.device_get((payload, targets))
+            flight.rings[k].add(payload, targets, Header(sequence, updates[k]))
+        return metrics
+
+
+def ring_examples(recipe: Recipe) -> list[tuple[Any, Targets]]:
+    """Shape and dtype of the packets in each ring."""
+    integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), "int32")
+    return [(payload, Targets(integers, integers)) for _, payload in recipe.packets()]
+
+
+def _updates(state: EngineState) -> list[int]:
+    return [int(jax.device_get(module.updates)) for module in state.modules]

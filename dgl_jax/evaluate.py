@@ -1,0 +1,118 @@
+"""Accuracy of every module's head, and of all heads together, on a split: every example counts once."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dgl_jax.data import Source, make_source
+from dgl_jax.engines import EngineState, Recipe
+from dgl_jax.errors import UserError
+from dgl_jax.experiment import load_trained
+from dgl_jax.metrics import read
+from dgl_jax.module import ModuleState
+from dgl_jax.packet import PADDING, Batch, Targets
+from dgl_jax.placement import Placement, put
+from dgl_jax.settings import Settings, differences
+from dgl_jax.step import eval_step
+
+
+class Evaluator:
+    """Runs the modules one after the other on batches of a split, each on its own devices.
+
+    Dispatch is asynchronous and nothing is read before the end, so the modules' devices work on different batches at once.
+    """
+
+    def __init__(self, recipe: Recipe, placement: Placement):
+        self.recipe = recipe
+        self.placement = placement
+        self.forward = [jax.jit(partial(_forward, recipe, k)) for k in range(len(recipe.modules))]
+        self.count = jax.jit(_count)
+        self.ensemble = jax.jit(_ensemble)
+
+    def probabilities(
+        self, states: Sequence[ModuleState], batch: Batch
+    ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Targets]:
+        """Class probabilities of each head (None without one), of the ensemble, and the targets beside the latter."""
+        heads: list[Any] = []
+        incoming: Any = self.placement.put_batch(batch, 0).images
+        for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
+            if k:
+                incoming = put(incoming, self.placement.split(k))
+            incoming, probabilities = forward(state.params, state.batch_stats, incoming)
+            heads.append(probabilities)
+        end = self.placement.split(len(heads) - 1)
+        gathered = [None if h is None else put(h, end) for h in heads]
+        return heads, self.ensemble(gathered), put(batch.targets, end)
+
+    def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
+        """`<split>/module_0/accuracy` (fraction), `<split>/module_0/loss` (nats), ..., `<split>/ensemble/accuracy`.
+
+        A module without a head has no entries. Empty where the split has no example.
+        """
+        counts = []
+        with jax.transfer_guard("disallow"):
+            for batch in source.evaluation(split):
+                heads, ensemble, targets = self.probabilities(state.modules, batch)
+                end = self.placement.split(len(heads) - 1)
+                named = {m.name: put(h, end) for m, h in zip(self.recipe.modules, heads) if h is not None}
+                counts.append({name: self.count(p, targets.label) for name, p in (named | {"ensemble": ensemble}).items()})
+        return _summarise(read(counts), split)
+
+
+def evaluate_run(
+    workdir: str | Path, checkpoint: str = "newest", split: str = "test", settings: Settings | None = None
+) -> dict[str, float]:
+    """Measures a run's checkpoint on a split of its data set; see `Evaluator.evaluate` for what comes back.
+
+    Args:
+      checkpoint: newest, best (on validation) or a step.
+      settings: of the same run; may say where the data lie now.
+
+    Raises:
+      UserError: there is no such run, checkpoint or split, or `settings` are another run's.
+    """
+    trained = load_trained(Path(workdir), checkpoint)
+    if settings is not None and (changed := differences(trained.settings.to_dict(), settings)):
+        raise UserError(f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}")
+    settings = settings or trained.settings
+    source = make_source(settings.data, settings.seed)
+    if not source.examples(split):
+        raise UserError(f"--split={split}: {source.name} has no such images here")
+    result = Evaluator(trained.recipe, trained.placement).evaluate(trained.restored.state, source, split)
+    return {"step": trained.restored.step} | result
+
+
+def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, incoming: Any) -> tuple[Any, Any]:
+    inputs = recipe.preprocess.evaluate(incoming) if k == 0 else recipe.codec.decode(incoming)
+    outputs, logits = eval_step(recipe.modules[k], params, batch_stats, inputs)
+    payload = None if k == len(recipe.modules) - 1 else recipe.codec.encode(outputs)
+    return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
+
+
+def _ensemble(heads: list[Float[Array, "B C"] | None]) -> Float[Array, "B C"]:
+    """Mean of the heads' probabilities, module k with a weight proportional to 2^k."""
+    weights = [0.0 if h is None else 2.0**k for k, h in enumerate(heads)]
+    return sum(w * h for w, h in zip(weights, heads) if h is not None) / sum(weights)  # type: ignore[return-value]
+
+
+def _count(probabilities: Float[Array, "B C"], label: Any) -> dict[str, Array]:
+    real = label != PADDING
+    correct = (jnp.argmax(probabilities, axis=-1) == label) & real
+    nats = optax.softmax_cross_entropy_with_integer_labels(jnp.log(jnp.maximum(probabilities, 1e-30)), jnp.maximum(label, 0))
+    return {"examples": real.sum(), "correct": correct.sum(), "loss": jnp.where(real, nats, 0.0).sum()}
+
+
+def _summarise(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str, float]:
+    result = {}
+    for name in counts[0] if counts else ():
+        total = {key: sum(float(c[name][key]) for c in counts) for key in counts[0][name]}
+        result[f"{split}/{name}/accuracy"] = total["correct"] / total["examples"]
+        if name != "ensemble":
+            result[f"{split}/{name}/loss"] = total["loss"] / total["examples"]
+    return result

@@ -1,0 +1,217 @@
+"""From settings to all that trains or answers: data, modules, devices, engine. Writes nothing to disk."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dgl_jax.baselines import backprop_step
+from dgl_jax.checkpoint import Checkpoints, Restored
+from dgl_jax.codecs import make_codec
+from dgl_jax.data import Preprocess, Source, make_source
+from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ring_examples
+from dgl_jax.errors import UserError
+from dgl_jax.models import cuts, make_head, make_network
+from dgl_jax.module import init_states, make_modules
+from dgl_jax.optimizer import make_optimizer, make_schedule
+from dgl_jax.placement import Placement, assign, check_batch, one_group
+from dgl_jax.replay import check_memory, ring_bytes
+from dgl_jax.settings import Settings, make_settings
+
+_LOG = logging.getLogger(__name__)
+
+# Engines that train no head but the last module's.
+ONE_LOSS = ("backprop",)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a trained network must know of its data set; part of every checkpoint, so that it can answer without the data."""
+
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> "DatasetInfo":
+        """Of a data source."""
+        mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
+        return cls(source.name, tuple(source.class_names), source.image_shape, mean, std)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
+        """Of its JSON form."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A training run, ready to begin.
+
+    Attributes:
+      schedule: learning rate by update count.
+      total_steps: updates every module will have at the end.
+    """
+
+    settings: Settings
+    source: Source
+    info: DatasetInfo
+    recipe: Recipe
+    engine: Engine
+    schedule: optax.Schedule
+    total_steps: int
+
+
+def make_experiment(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Builds everything a run needs, and checks that it fits together.
+
+    Args:
+      devices: those to use; all that JAX finds by default.
+
+    Raises:
+      UserError: the data is missing or broken, or data, network and devices do not fit.
+    """
+    source = make_source(settings.data, settings.seed)
+    steps_per_epoch = source.steps_per_epoch
+    total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
+    if total_steps < 1:
+        raise UserError(f"config.train.epochs={settings.train.epochs}: less than one step of {settings.data.batch_size} images")
+    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
+    info = DatasetInfo.of(source)
+    recipe = make_recipe(settings, info, schedule)
+    engine = make_engine(settings, recipe, devices or jax.devices(), total_steps)
+    return Experiment(settings, source, info, recipe, engine, schedule, total_steps)
+
+
+def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule | None = None) -> Recipe:
+    """What is learnt; without a schedule the recipe can restore and evaluate, not train."""
+    model = settings.model
+    network = make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
+    starts = cuts(model.split, len(network.blocks), model.modules)
+    trained = settings.engine.name not in ONE_LOSS
+    heads = [make_head(model.head, len(info.class_names), model.dtype) if trained else None for _ in starts[:-1]]
+    return Recipe(
+        modules=make_modules(network.blocks, starts, [*heads, network.classifier]),
+        optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
+        preprocess=Preprocess(settings.data.augment, info.mean, info.std),
+        codec=make_codec(settings.codec.name, model.dtype),
+        seed=settings.seed,
+        batch_size=settings.data.batch_size,
+        image_shape=info.image_shape,
+    )
+
+
+def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device], total_steps: int) -> Engine:
+    """The configured engine on these devices: a new one is one new file and one line here."""
+    chosen, modules = settings.engine, len(recipe.modules)
+    if chosen.name == "pipeline":
+        costs = module_flops(recipe) if not chosen.group_sizes and len(devices) < modules else ()
+        placement = assign(devices, modules, chosen.group_sizes, costs)
+        check_batch(recipe.batch_size, placement)
+        return PipelineEngine(recipe, placement, chosen.ticks_in_flight)
+    if chosen.name == "simulated":
+        size, examples = settings.replay.size, ring_examples(recipe)
+        sizes = ", ".join(f"{n / 2**20:.1f}" for n in ring_bytes(examples, size))
+        _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
+        check_memory(examples, size)
+        return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
+    # One group: as many devices as the groups of a pipeline would have together.
+    count = assign(devices, modules, chosen.group_sizes).count() if chosen.group_sizes else len(devices)
+    placement = one_group(devices[:count], modules)
+    check_batch(recipe.batch_size, placement)
+    if chosen.name == "backprop":
+        return FusedEngine(recipe, placement, chosen.ticks_in_flight, backprop_step)
+    return FusedEngine(recipe, placement, chosen.ticks_in_flight)
+
+
+def abstract_states(recipe: Recipe) -> Any:
+    """Shapes and dtypes of the modules' states."""
+    return jax.eval_shape(lambda key: init_states(recipe.modules, recipe.optimizer, key, recipe.inputs()), jax.random.key(0))
+
+
+def module_flops(recipe: Recipe) -> list[float]:
+    """Floating-point operations of each module's forward pass, head included, by XLA's count of the lowered program."""
+    flops, inputs = [], recipe.inputs()
+    for module, state in zip(recipe.modules, abstract_states(recipe)):
+
+        def forward(params, batch_stats, x, module=module):
+            outputs, _ = module.apply_body(params, batch_stats, x, train=False)
+            logits = None if module.head is None else module.apply_head(params, batch_stats, outputs, train=False)[0]
+            return outputs, logits
+
+        cost: Any = jax.jit(forward).lower(state.params, state.batch_stats, inputs).cost_analysis()
+        flops.append(float(cost["flops"]))
+        inputs = jax.eval_shape(forward, state.params, state.batch_stats, inputs)[0]
+    return flops
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run read back from its workdir, on one group of all devices."""
+
+    settings: Settings
+    info: DatasetInfo
+    recipe: Recipe
+    placement: Placement
+    restored: Restored
+
+
+def read_settings(workdir: Path) -> Settings:
+    """The configuration that a workdir was made with.
+
+    Raises:
+      UserError: it holds no run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir}: holds no run (no config.json); train one with --mode=train")
+    return make_settings(json.loads(path.read_text()))
+
+
+def load_trained(workdir: Path, which: str = "newest", devices: Sequence[jax.Device] | None = None) -> Trained:
+    """Restores a run's networks for evaluation, prediction or export; needs no data set.
+
+    Raises:
+      UserError: the workdir holds no run, or no such checkpoint.
+    """
+    settings = read_settings(workdir)
+    directory = Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"--workdir={workdir}: holds no checkpoint yet")
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        info = DatasetInfo.from_dict(checkpoints.meta(checkpoints.select(which)[0])["dataset"])
+        recipe = make_recipe(settings, info)
+        placement = one_group((devices or jax.devices())[:1], len(recipe.modules))
+        return Trained(settings, info, recipe, placement, checkpoints.restore(abstract_states(recipe), placement, which))
+    finally:
+        checkpoints.close()
+
+
+def borrow_weights(state: EngineState, other: Trained) -> EngineState:
+    """Another run's parameters and batch statistics under a fresh optimizer state and count.
+
+    Raises:
+      UserError: its modules have other shapes.
+    """
+    modules = []
+    if len(state.modules) != len(other.restored.state.modules):
+        raise UserError(f"--init_from: that run has {len(other.restored.state.modules)} modules, this one {len(state.modules)}")
+    for k, (mine, theirs) in enumerate(zip(state.modules, other.restored.state.modules)):
+        wanted, given = ((m.params, m.batch_stats) for m in (mine, theirs))
+        if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
+            raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes; config.model must be the same")
+        # Through the host: the two runs may use different devices.
+        params, batch_stats = jax.device_get(given)
+        modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
+    return EngineState(tuple(modules), state.flight)

@@ -1,0 +1,79 @@
+"""Parameters as safetensors beside a config.json: what other programs read."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from safetensors.numpy import load_file, save_file
+
+from dgl_jax.engines import Recipe
+from dgl_jax.experiment import DatasetInfo, abstract_states, load_trained, make_recipe
+from dgl_jax.metrics import read
+from dgl_jax.settings import make_settings
+from dgl_jax.step import eval_step
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network read back from an export.
+
+    Attributes:
+      variables: of each module {"params": ..., "batch_stats": ...}, host arrays.
+    """
+
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    variables: tuple[dict[str, Any], ...]
+
+    def logits(self, images: UInt8[Array | np.ndarray, "B H W C"]) -> list[Float[Array, "B classes"] | None]:
+        """Logits of each module's head (None without one; the last are the network's) for images as stored, 0 to 255."""
+        x, results = self.recipe.preprocess.evaluate(images), []
+        for k, (module, variables) in enumerate(zip(self.recipe.modules, self.variables)):
+            x = x if k == 0 else self.recipe.codec.decode(self.recipe.codec.encode(x))
+            x, logits = eval_step(module, variables["params"], variables["batch_stats"], x)
+            results.append(logits)
+        return results
+
+
+def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Path | None = None) -> Path:
+    """Writes `model.safetensors` and `config.json` to `output` (default: `<workdir>/export`); gives the folder.
+
+    Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, image
+    shape and normalisation, and the step.
+    """
+    trained = load_trained(Path(workdir), checkpoint)
+    folder = Path(output) if output else Path(workdir) / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {
+        module.name: {"params": state.params, "batch_stats": state.batch_stats}
+        for module, state in zip(trained.recipe.modules, trained.restored.state.modules)
+    }
+    tensors = read(flax.traverse_util.flatten_dict(tree, sep="/"))
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
+    described = {
+        "config": trained.settings.to_dict(),
+        "dataset": dataclasses.asdict(trained.info),
+        "step": trained.restored.step,
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return folder
+
+
+def load_exported(folder: str | Path) -> Exported:
+    """Reads what `export_run` wrote; needs neither the run nor its data set."""
+    described = json.loads((Path(folder) / "config.json").read_text())
+    info = DatasetInfo.from_dict(described["dataset"])
+    recipe = make_recipe(make_settings(described["config"]), info)
+    tensors = load_file(Path(folder) / "model.safetensors")
+    variables = []
+    for module, state in zip(recipe.modules, abstract_states(recipe)):
+        wanted = {"params": state.params, "batch_stats": state.batch_stats}
+        names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(p.key) for p in path), wanted)
+        variables.append(jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names))
+    return Exported(recipe, info.class_names, tuple(variables))

@@ -1,0 +1,76 @@
+"""The block that networks are lists of, and the layers it shares with the heads.
+
+The layers are functions to be called in the compact method of a linen module, which owns their parameters. They compute
+in the given `dtype`; parameters and batch statistics are float32.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dgl_jax.models.pooling import max_pool_2x2
+
+
+def uniform_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in): PyTorch's default for weights and biases of convolutions and Linear layers."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
+
+    return init
+
+
+def conv(
+    x: Float[Array, "B H W C"], features: int, *, kernel: int = 3, bias: bool = True, dtype: DTypeLike
+) -> Float[Array, "B H W F"]:
+    """Convolution with an odd square kernel, stride 1 and zero padding: height and width stay."""
+    init = uniform_fan_in(kernel * kernel * x.shape[-1])
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        padding=kernel // 2,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+    )(x)
+
+
+def linear(x: Float[Array, "B C"], features: int, *, dtype: DTypeLike) -> Float[Array, "B F"]:
+    """Linear layer with bias."""
+    init = uniform_fan_in(x.shape[-1])
+    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init)(x)
+
+
+def batch_norm(x: Float[Array, "B *S C"], train: bool, *, dtype: DTypeLike) -> Float[Array, "B *S C"]:
+    """Batch normalisation over all axes but the last.
+
+    In training the batch's own mean and variance normalise, and the running averages (collection `batch_stats`) move a
+    tenth of the way to them; in evaluation the running averages normalise.
+    """
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)(x)
+
+
+class ConvBlock(nn.Module):
+    """[2x2 max pooling] - convolution - batch norm - ReLU: a block of the papers' CIFAR networks."""
+
+    features: int
+    pool: bool = False
+    bias: bool = True
+    kernel: int = 3
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
+        """`train` selects the batch's own statistics and updates the running ones. h, w: H, W or, with `pool`, half."""
+        if self.pool:
+            x = max_pool_2x2(x)
+        x = conv(x, self.features, kernel=self.kernel, bias=self.bias, dtype=self.dtype)
+        return nn.relu(batch_norm(x, train, dtype=self.dtype))

@@ -1,0 +1,89 @@
+"""Auxiliary classifiers: from a module's output to class logits (the papers' section on auxiliary networks).
+
+Heads read the number of channels C and the map's size from their input. Logits are float32 whatever the arithmetic.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dgl_jax.models.blocks import batch_norm, conv, linear
+from dgl_jax.models.pooling import adaptive_avg_pool
+
+
+class MLPHead(nn.Module):
+    """MLP-aux, or MLP-SR-aux with `convs` = 3, or with `hidden` = 2 the classifier that ends a network.
+
+    Staged reduction: average to a quarter of the size (rounded up), `convs` x (1x1 convolution, batch norm, ReLU),
+    average to 2x2, flatten to 4C, `hidden` x (Linear 4C to 4C, batch norm, ReLU), Linear.
+
+    Maps of 4x4 and smaller are averaged to 2x2 at once, where a quarter would be 1x1 and its four copies; 1x1 stays.
+    """
+
+    num_classes: int
+    convs: int = 0
+    hidden: int = 3
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])))
+        for _ in range(self.convs):
+            x = nn.relu(batch_norm(conv(x, x.shape[-1], kernel=1, bias=False, dtype=self.dtype), train, dtype=self.dtype))
+        x = _flatten(_pool_2x2(x))
+        for _ in range(self.hidden):
+            x = nn.relu(batch_norm(linear(x, x.shape[-1], dtype=self.dtype), train, dtype=self.dtype))
+        return linear(x, self.num_classes, dtype="float32")
+
+
+class CNNHead(nn.Module):
+    """CNN-aux: 2 x (3x3 convolution, batch norm, ReLU) at full size, average to 2x2, batch norm, Linear."""
+
+    num_classes: int
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        for _ in range(2):
+            x = nn.relu(batch_norm(conv(x, x.shape[-1], bias=False, dtype=self.dtype), train, dtype=self.dtype))
+        x = batch_norm(_pool_2x2(x), train, dtype=self.dtype)
+        return linear(_flatten(x), self.num_classes, dtype="float32")
+
+
+class LinearHead(nn.Module):
+    """Global average and Linear: the smallest head."""
+
+    num_classes: int
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        return linear(adaptive_avg_pool(x, (1, 1))[:, 0, 0], self.num_classes, dtype="float32")
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "mlp_sr": partial(MLPHead, convs=3),
+    "mlp": MLPHead,
+    "cnn": CNNHead,
+    "linear": LinearHead,
+}
+
+
+def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32") -> nn.Module:
+    """The head of that name: its `apply` takes a map (B, H, W, C) and `train`, and gives (B, num_classes)."""
+    return HEADS[name](num_classes, dtype=dtype)
+
+
+def _staged(size: int) -> int:
+    return max(-(-size // 4), min(2, size))
+
+
+def _pool_2x2(x: Array) -> Array:
+    return adaptive_avg_pool(x, (min(2, x.shape[1]), min(2, x.shape[2])))
+
+
+def _flatten(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)

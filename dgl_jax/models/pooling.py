@@ -1,0 +1,79 @@
+"""Pooling. The one place that picks a formulation by platform.
+
+On the CPU XLA's gradient of `reduce_window` is slow: on 128x32x32x32 that of `nn.avg_pool` took 44 ms where a reshape
+and a mean take 2, that of `nn.max_pool` 67 ms where a reshape and a maximum take 7. Between a ReLU and a convolution a
+maximum of four strided slices was slower (120 ms for all of it) than the reshape (70; `nn.max_pool`: 150). On GPU and
+TPU the library's pooling is used.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Pool = Callable[[Array], Array]
+
+
+def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Maximum of each 2x2 window, stride 2: height and width are halved.
+
+    Of equal maxima in one window `reduce_window` gives the gradient to the first and the CPU's formulation shares it.
+    Behind a ReLU, where nearly all ties are zeros, both come to the same: its gradient there is 0.
+
+    Raises:
+      ValueError: an odd height or width.
+    """
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"2x2 pooling of a {height}x{width} map: both sizes must be even")
+    return _by_platform(
+        x,
+        cpu=lambda y: _windows(y, 2, 2).max((2, 4)),
+        elsewhere=lambda y: nn.max_pool(y, (2, 2), strides=(2, 2)),
+    )
+
+
+def adaptive_avg_pool(x: Float[Array, "B H W C"], out_size: tuple[int, int]) -> Float[Array, "B h w C"]:
+    """Averages a map of any size down (or up) to `out_size` = (h, w), as PyTorch's AdaptiveAvgPool2d does.
+
+    Output i of h averages the inputs floor(i H / h) up to, not including, ceil((i + 1) H / h): neighbouring windows
+    overlap where h does not divide H. Sums are taken in float32; the result has the type of `x`.
+    """
+    (height, width), (h, w) = x.shape[1:3], out_size
+    if (height, width) == (h, w):
+        return x
+    y = x.astype(jnp.float32)
+    if height % h or width % w:
+        rows, columns = _averages(height, h), _averages(width, w)
+        y = jnp.einsum("bhwc,ih,jw->bijc", y, rows, columns, precision=jax.lax.Precision.HIGHEST)
+    else:
+        window = (height // h, width // w)
+        y = _by_platform(
+            y,
+            cpu=lambda z: _windows(z, *window).mean((2, 4)),
+            elsewhere=lambda z: nn.avg_pool(z, window, strides=window),
+        )
+    return y.astype(x.dtype)
+
+
+def _by_platform(x: Array, *, cpu: Pool, elsewhere: Pool) -> Array:
+    # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
+    return jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
+
+
+def _windows(x: Array, height: int, width: int) -> Array:
+    """(B, H, W, C) as (B, rows of windows, height, columns of windows, width, C)."""
+    batch, rows, columns, channels = x.shape
+    return x.reshape(batch, rows // height, height, columns // width, width, channels)
+
+
+def _averages(size: int, out: int) -> np.ndarray:
+    """The (out, size) matrix whose row i averages the i-th window."""
+    matrix = np.zeros((out, size), np.float32)
+    for i in range(out):
+        start, stop = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix

@@ -1,0 +1,49 @@
+"""The vocabulary: what the source yields (Batch) and what crosses from module k to module k + 1 (Packet)."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+
+PADDING = -1  # label and id of an example that only fills up a batch of an evaluation
+
+AnyArray = jax.Array | np.ndarray
+
+
+class Targets(NamedTuple):
+    """What belongs to each example and travels with its activations."""
+
+    label: Int[AnyArray, "B"]
+    id: Int[AnyArray, "B"]  # the example's index in its split: follows the activations end to end
+
+
+class Batch(NamedTuple):
+    """B examples as the source yields them: host arrays, images as stored (uint8, channels last)."""
+
+    images: UInt8[AnyArray, "B H W C"]
+    targets: Targets
+    step: Int[AnyArray, ""]  # which batch of the run this is; the augmentation is drawn from it
+
+
+@dataclass(frozen=True)
+class Header:
+    """Host-side description of a packet; never enters a jit."""
+
+    sequence: int  # number of the batch that the packet was made from
+    updates: int  # the producer's update count when it made the packet
+
+
+@dataclass(frozen=True)
+class Packet:
+    """Encoded activations of one batch on their way to the next module."""
+
+    payload: Any  # a pytree of arrays, as the codec made it
+    targets: Targets
+    header: Header
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays (or shape structures) in a pytree."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,140 @@
+"""Which devices each module has, and the one function that moves arrays between them, in either direction."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dgl_jax.errors import UserError
+from dgl_jax.packet import Batch, Targets
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device group (a one-axis mesh) for every module; modules that share devices share the mesh."""
+
+    groups: tuple[Mesh, ...]
+
+    def replicated(self, module: int) -> NamedSharding:
+        """The whole array on every device of the module's group: parameters, optimizer state, keys."""
+        return NamedSharding(self.groups[module], PartitionSpec())
+
+    def split(self, module: int) -> NamedSharding:
+        """The leading (batch) axis cut over the devices of the module's group."""
+        return NamedSharding(self.groups[module], PartitionSpec("batch"))
+
+    def crosses(self, hop: int) -> bool:
+        """Whether what module `hop` hands to module `hop + 1` changes devices."""
+        return self.groups[hop] != self.groups[hop + 1]
+
+    def is_prompt(self, hop: int) -> bool:
+        """Whether moving across a hop returns at once.
+
+        Between groups of unequal size `device_put` waits for its source.
+        """
+        return self.groups[hop].size == self.groups[hop + 1].size
+
+    def count(self) -> int:
+        """How many devices are used."""
+        return len({device for group in self.groups for device in group.devices.flat})
+
+    def put_batch(self, batch: Batch, module: int) -> Batch:
+        """Host to the devices of a module: examples split, the step number everywhere."""
+        split: Any = self.split(module)
+        everywhere: Any = self.replicated(module)
+        # In one call: a call costs more than an array does.
+        return put(batch, Batch(split, Targets(split, split), everywhere))
+
+    def describe(self) -> str:
+        """One line for the log: which devices each module has."""
+        names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
+        kinds = sorted({d.device_kind for group in self.groups for d in group.devices.flat})
+        return f"{', '.join(kinds)}: " + "; ".join(f"module {k} on {name}" for k, name in enumerate(names))
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Moves a pytree to a sharding (or a pytree of them): from the host or from other devices. The only such call in the package.
+
+    Host arrays are copied first: on the CPU `device_put` may alias an aligned NumPy array, and whoever overwrites that array
+    afterwards (a replay ring, a data loader) would change what the device reads.
+    """
+    return jax.device_put(jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree), sharding)
+
+
+def one_group(devices: Sequence[jax.Device], modules: int) -> Placement:
+    """All modules on one group of all the devices."""
+    return Placement((_mesh(devices),) * modules)
+
+
+def assign(devices: Sequence[jax.Device], modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()) -> Placement:
+    """Gives each module its devices.
+
+    With at least one device a module, each gets an equal number of consecutive ones and the rest stays idle; with fewer,
+    consecutive modules share a device so that the largest cost on one device is as small as possible. `group_sizes` overrides.
+
+    Raises:
+      UserError: `group_sizes` has not one entry a module, or asks for more devices than there are.
+    """
+    sizes = list(group_sizes)
+    if sizes:
+        if len(sizes) != modules:
+            raise UserError(f"config.engine.group_sizes={tuple(sizes)}: one size a module is needed, and there are {modules}")
+        if sum(sizes) > len(devices):
+            raise UserError(
+                f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there are {len(devices)} "
+                "(on the CPU, --cpu_devices=N makes N)"
+            )
+    elif len(devices) >= modules:
+        sizes = [len(devices) // modules] * modules
+    else:
+        groups = []
+        shares = share(costs or [1.0] * modules, len(devices))
+        for device, count in zip(devices, shares, strict=False):
+            groups += [_mesh([device])] * count
+        return Placement(tuple(groups))
+    starts = np.cumsum([0, *sizes])
+    return Placement(tuple(_mesh(devices[a:b]) for a, b in itertools.pairwise(starts)))
+
+
+def share(costs: Sequence[float], parts: int) -> list[int]:
+    """Cuts a list into at most `parts` consecutive runs whose largest sum is as small as possible; gives their lengths.
+
+    Exact, by dynamic programming over (first costs, runs); of equally good cuts the one with longer early runs.
+    """
+    n = len(costs)
+    total = np.concatenate([[0.0], np.cumsum(costs)])
+    best = np.full((parts + 1, n + 1), np.inf)
+    cut = np.zeros((parts + 1, n + 1), int)
+    best[0, 0] = 0.0
+    for p in range(1, parts + 1):
+        for end in range(1, n + 1):
+            for start in range(end):
+                worst = max(best[p - 1, start], total[end] - total[start])
+                if worst <= best[p, end]:
+                    best[p, end], cut[p, end] = worst, start
+    p = int(np.argmin(best[1:, n])) + 1
+    lengths, end = [], n
+    while p:
+        start = int(cut[p, end])
+        lengths.append(end - start)
+        end, p = start, p - 1
+    return lengths[::-1]
+
+
+def check_batch(batch_size: int, placement: Placement) -> None:
+    """Raises UserError where a device group does not divide the batch."""
+    for k, group in enumerate(placement.groups):
+        if batch_size % group.size:
+            works = batch_size + group.size - batch_size % group.size
+            raise UserError(
+                f"config.data.batch_size={batch_size}: the {group.size} devices of module_{k} do not divide it; "
+                f"{works} would do, or another config.engine.group_sizes"
+            )
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return jax.make_mesh((len(devices),), ("batch",), devices=list(devices), axis_types=(AxisType.Auto,))

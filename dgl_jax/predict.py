@@ -1,0 +1,122 @@
+"""Images in, labels out: what `--mode=predict` does, and what a library user calls on arrays."""
+
+import csv
+import glob
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dgl_jax.data.decode import decode_images
+from dgl_jax.data.folder import SUFFIXES
+from dgl_jax.errors import UserError
+from dgl_jax.evaluate import Evaluator
+from dgl_jax.experiment import Trained, load_trained
+from dgl_jax.metrics import read
+from dgl_jax.packet import PADDING, Batch, Targets
+
+
+def predict_probabilities(
+    trained: Trained, images: UInt8[np.ndarray, "N H W C"]
+) -> tuple[Float[np.ndarray, "N classes"], Float[np.ndarray, "N classes"]]:
+    """Class probabilities of the last module's head, and of all heads together with weights proportional to 2^k.
+
+    Images are as stored (0 to 255), of the size the network was trained on.
+    """
+    evaluator = Evaluator(trained.recipe, trained.placement)
+    results = []
+    for batch, real in _batches(images, trained.recipe.batch_size):
+        heads, ensemble, _ = evaluator.probabilities(trained.restored.state.modules, batch)
+        results.append([part[:real] for part in read((heads[-1], ensemble))])
+    of_last, of_all = zip(*results)
+    return np.concatenate(of_last), np.concatenate(of_all)
+
+
+def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], output: str | Path | None) -> None:
+    """Writes one row an image: path, label by name, its probability, and the ensemble's label and probability.
+
+    Args:
+      patterns: image files, folders (searched below) or glob patterns.
+      output: a .csv or .jsonl file; standard output, as CSV, where None.
+
+    Raises:
+      UserError: no image is found, one is unreadable, or the output's kind is unknown.
+    """
+    if output is not None and Path(output).suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output={output}: must end in .csv or .jsonl")
+    files = find_images(patterns)
+    trained = load_trained(Path(workdir), checkpoint)
+    images = _read(files, trained.info.image_shape)
+    names = trained.info.class_names
+    rows = []
+    for file, last, together in zip(files, *predict_probabilities(trained, images)):
+        rows.append(
+            {
+                "image": str(file),
+                "label": names[int(last.argmax())],
+                "probability": round(float(last.max()), 6),
+                "ensemble_label": names[int(together.argmax())],
+                "ensemble_probability": round(float(together.max()), 6),
+            }
+        )
+    text = _as_jsonl(rows) if output is not None and Path(output).suffix == ".jsonl" else _as_csv(rows)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(text)
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Files that the patterns name, in order; folders are searched below.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    if not patterns:
+        raise UserError("--images is missing: a file, a folder or a pattern such as 'photos/*.png'")
+    files: list[Path] = []
+    for pattern in patterns:
+        found = []
+        for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
+            below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+            found += below
+        if not found:
+            raise UserError(f"--images={pattern}: no image there ({', '.join(sorted(SUFFIXES))})")
+        files += found
+    return files
+
+
+def _read(files: Sequence[Path], shape: tuple[int, int, int]) -> UInt8[np.ndarray, "N H W C"]:
+    height, width, channels = shape
+    size = height if height == width else 0  # networks of unequal sides take images of just that size
+    images = decode_images(len(files), lambda i: files[i], channels=channels, image_size=size, describe=lambda i: str(files[i]))
+    if images.shape[1:] != shape:
+        raise UserError(f"{files[0]}: the network takes images of {width}x{height} pixels, this has another size")
+    return images
+
+
+def _batches(images: UInt8[np.ndarray, "N H W C"], size: int) -> Iterator[tuple[Batch, int]]:
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        padded[: len(part)] = part
+        none = np.full(size, PADDING, np.int32)
+        yield Batch(padded, Targets(none, none), np.zeros((), np.int32)), len(part)
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,284 @@
+"""From a ConfigDict to frozen, checked dataclasses, once; inner code never sees a ConfigDict.
+
+The dataclasses below are the whole configuration: their field names are the names on the command line
+(`--config.optimizer.learning_rate=0.05`), their defaults the defaults of every file in `configs/`. Counts of steps are updates per
+module; a field that counts epochs says so in its name.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dgl_jax.errors import UserError
+
+# What differs freely between a run and its resumption: none of these changes what is learnt up to the checkpoint.
+FREE_ON_RESUME = (
+    "train.*",
+    "checkpoint.*",
+    "eval.*",
+    "log.*",
+    "data.dir",
+    "engine.group_sizes",
+    "engine.ticks_in_flight",
+)
+# Engines that share one checkpoint form and give the same numbers.
+INTERCHANGEABLE_ENGINES = ("fused", "pipeline")
+
+
+def _choice(default: str, *others: str) -> Any:
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def _number(default: float, minimum: float, maximum: float = float("inf"), *, exclusive: bool = False) -> Any:
+    """A number in [minimum, maximum], or in (minimum, maximum) where `exclusive`."""
+    return field(default=default, metadata={"range": (minimum, maximum, exclusive)})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the images come from. `dir` empty: the project's own cache; `mean` and `std` empty: the data set's published ones."""
+
+    name: str = _choice("digits", "cifar10", "cifar100", "folder", "synthetic")
+    dir: str = ""
+    batch_size: int = _number(128, 1)
+    validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
+    train_examples: int = _number(0, 0)  # stratified subset of the training images; 0: all of them
+    augment: str = _choice("none", "crop_flip")
+    image_size: int = _number(0, 0)  # pixels a side after resizing; 0: as stored
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    name: str = _choice("cnn4", "cnn6", "cnn6_replay")
+    width: int = _number(64, 1)  # channels of the first block
+    modules: int = _number(4, 1)
+    split: str = "count"  # or a list of first blocks, such as "0,2,4"
+    head: str = _choice("mlp_sr", "mlp", "cnn", "linear")  # of every module but the last
+    dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    name: str = _choice("sgd", "adam")
+    learning_rate: float = _number(0.1, 0.0, exclusive=True)
+    momentum: float = _number(0.9, 0.0, 1.0)  # of sgd
+    weight_decay: float = _number(5e-4, 0.0)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate over the epochs, the same for all modules: each follows its own update count."""
+
+    name: str = _choice("constant", "step", "cosine")
+    boundaries: tuple[float, ...] = (15.0, 30.0, 45.0)  # of step: epochs after which the rate is multiplied by `factor`
+    factor: float = _number(0.2, 0.0, 1.0)
+    warmup_epochs: float = _number(0.0, 0.0)  # linear from 0, in front of any schedule
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    epochs: float = _number(50.0, 0.0)
+    steps: int = _number(0, 0)  # above 0: wins over `epochs`
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    name: str = _choice("fused", "pipeline", "simulated", "backprop")
+    group_sizes: tuple[int, ...] = ()  # devices of each module; empty: as equal as the devices allow
+    ticks_in_flight: int = _number(2, 1, 64)  # how far the host runs ahead of the devices
+    slowdown: tuple[float, ...] = ()  # of simulated: how many times slower each module is than the fastest; empty: none
+    order: str = _choice("random", "ordered")  # of simulated: drawn in proportion to 1 / slowdown, or one after the other
+    finished: str = _choice("train", "eval")  # batch norm of a module that is done and only feeds the next one
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """The ring of packets at the entrance of every module but the first, in asynchronous engines."""
+
+    size: int = _number(50, 1)  # packets
+    rule: str = _choice("least_used_latest", "fifo", "uniform", "released")
+    max_reuse: int = _number(0, 0)  # reads a packet allows; 0: any number
+    at_limit: str = _choice("wait", "skip")  # where no packet may be read: take the turn later, or lose it
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    name: str = _choice("identity", "bf16")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = _number(0, 0)  # steps; 0: once an epoch
+    keep: int = _number(2, 1)  # the newest few; the best on validation is kept besides
+    replay_every: int = _number(1, 0)  # steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    every: int = _number(0, 0)  # steps; 0: once an epoch
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    every: int = _number(50, 0)  # steps; 0: once an epoch
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = _number(0, 0, 2**31 - 1)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, lists and numbers, as `config.json` holds them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that two runs share when every field is equal."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default_config() -> ConfigDict:
+    """A ConfigDict of every field with its default: where each file in `configs/` starts."""
+
+    def unwrap(cls: type) -> dict[str, Any]:
+        values = {}
+        for f in dataclasses.fields(cls):
+            values[f.name] = unwrap(_type(f)) if dataclasses.is_dataclass(_type(f)) else f.default
+        return values
+
+    return ConfigDict(unwrap(Settings))
+
+
+def make_settings(config: Mapping[str, Any] | ConfigDict) -> Settings:
+    """Checks a configuration and freezes it; a field left out takes its default.
+
+    Raises:
+      UserError: a field is unknown (with the nearest names), of the wrong type, or out of its range.
+    """
+    settings = _build(Settings, config, "")
+    schedule = settings.schedule
+    if list(schedule.boundaries) != sorted(set(schedule.boundaries)) or any(b <= 0 for b in schedule.boundaries):
+        raise UserError(f"config.schedule.boundaries={schedule.boundaries}: epochs must be positive and increasing")
+    if len(settings.data.mean) != len(settings.data.std):
+        raise UserError(f"config.data.mean has {len(settings.data.mean)} values and config.data.std {len(settings.data.std)}")
+    if any(s <= 0 for s in settings.data.std):
+        raise UserError(f"config.data.std={settings.data.std}: every value must be above 0")
+    slowdown = settings.engine.slowdown
+    if slowdown and (len(slowdown) != settings.model.modules or min(slowdown) < 1):
+        raise UserError(f"config.engine.slowdown={slowdown}: one factor of at least 1 for each of {settings.model.modules} modules")
+    if any(n < 1 for n in settings.engine.group_sizes):
+        raise UserError(f"config.engine.group_sizes={settings.engine.group_sizes}: every module needs at least one device")
+    return settings
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """' Did you mean a, b?' for a mistyped name, or the whole list where nothing is near."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+
+
+def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
+    """Fields whose change forbids resuming, each as 'config.a.b (was X, is now Y)'."""
+    before, after = dict(_flatten(old)), dict(_flatten(new.to_dict()))
+    # A field that the older run did not know had its default then.
+    before = dict(_flatten(Settings().to_dict())) | before
+    changed = []
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        free = name in FREE_ON_RESUME or f"{name.split('.')[0]}.*" in FREE_ON_RESUME
+        swapped = name == "engine.name" and {was, now} <= set(INTERCHANGEABLE_ENGINES)
+        if was != now and not free and not swapped:
+            changed.append(f"config.{name} (was {was!r}, is now {now!r})")
+    return changed
+
+
+def field_names(cls: type = Settings, prefix: str = "") -> list[str]:
+    """Every dotted field name, such as 'optimizer.learning_rate'."""
+    names: list[str] = []
+    for f in dataclasses.fields(cls):
+        names += field_names(_type(f), f"{prefix}{f.name}.") if dataclasses.is_dataclass(_type(f)) else [prefix + f.name]
+    return names
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _build(cls: type, config: Any, prefix: str) -> Any:
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(f"config.{prefix[:-1]}={config!r}: a group of fields, not a value")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in config:
+        if name not in fields:
+            near = nearest(prefix + name, field_names())
+            raise UserError(f"config.{prefix}{name}: no such field; {near}")
+    values = {}
+    for name, f in fields.items():
+        if name not in config:
+            continue
+        if dataclasses.is_dataclass(_type(f)):
+            values[name] = _build(_type(f), config[name], f"{prefix}{name}.")
+        else:
+            values[name] = _check(f, config[name], f"config.{prefix}{name}")
+    return cls(**values)
+
+
+def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
+    wanted = _type(f)
+    if typing.get_origin(wanted) is tuple:
+        element = typing.get_args(wanted)[0]
+        if not isinstance(value, list | tuple) or not all(_is_number(v, element) for v in value):
+            raise UserError(f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})")
+        return tuple(element(v) for v in value)
+    if wanted in (int, float):
+        if not _is_number(value, wanted):
+            raise UserError(f"{name}={value!r}: {'a whole number' if wanted is int else 'a number'} is needed")
+        value = wanted(value)
+    elif not isinstance(value, wanted):
+        raise UserError(f"{name}={value!r}: a {wanted.__name__} is needed, not a {type(value).__name__}")
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{name}={value!r}: no such name; {nearest(value, choices)}")
+    if "range" in f.metadata:
+        low, high, exclusive = f.metadata["range"]
+        if not (low < value < high if exclusive else low <= value <= high):
+            kind = f"above {low}" if exclusive else (f"at least {low}" if high == float("inf") else f"between {low} and {high}")
+            raise UserError(f"{name}={value!r}: must be {kind}")
+    return value
+
+
+def _type(f: dataclasses.Field) -> Any:
+    """The type itself, as this file's annotations are no strings."""
+    return f.type
+
+
+def _is_number(value: Any, wanted: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and (wanted is float or float(value).is_integer())

@@ -1,0 +1,271 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, and the eyes of whoever waits.
+
+The method names are those of clu's metric writers (whose package needs TensorFlow): `write_scalars`, `flush`, `close`.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from dgl_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+_ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
+_SHOWN = {"train": "train", "validation": "val", "test": "test"}
+Scalars = Mapping[str, SupportsFloat]
+
+
+class Writer(Protocol):
+    """Takes what was measured at `step` updates a module; `epoch` may stand among the scalars instead."""
+
+    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLinesWriter:
+    """Appends one JSON object a line: `step`, `epoch` (null where unknown), `time` (unix seconds), then the scalars.
+
+    JSON knows neither NaN nor infinity: both are written as null. Every line is flushed, so a killed run loses at most
+    the line it was writing; what is left of such a line is removed when the file is opened again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truncate(path, math.inf)
+        self._file = path.open("a", encoding="utf-8")
+        self._clock = clock
+
+    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
+        values = {key: _finite(value) for key, value in scalars.items()}
+        given = values.pop("epoch", None)
+        head = {"step": int(step), "epoch": given if epoch is None else _finite(epoch), "time": self._clock()}
+        self._file.write(json.dumps(head | values, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard, through tensorboardX, which is imported when the first of these is made.
+
+    With `resumed_at`, a checkpoint's step, TensorBoard hides what an earlier attempt wrote after that step. A thread
+    writes every ten seconds; tensorboardX's `flush` does not wait for it, `close` does.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], resumed_at: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        # purge_step hides the step itself too, whose records are kept here as they are in metrics.jsonl.
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(os.fspath(directory), purge_step=purge, flush_secs=10)
+
+    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
+        for key, value in (scalars if epoch is None else {**scalars, "epoch": epoch}).items():
+            self._writer.add_scalar(key, float(value), int(step))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MultiWriter:
+    """Hands everything to each of `writers`; with none of them it is the writer of a process that writes nothing."""
+
+    def __init__(self, writers: Iterable[Writer]):
+        self._writers = tuple(writers)
+
+    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
+        for writer in self._writers:
+            writer.write_scalars(step, scalars, epoch)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:  # closes the others even where one fails
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, without a last line that was torn by the end of its process.
+
+    Raises:
+      UserError: a line other than the last is not a JSON object.
+    """
+    return [record for _, record in _lines(Path(path))]
+
+
+def truncate(path: str | os.PathLike[str], step: float) -> int:
+    """Cuts a JSON-lines file back to its records up to `step`, that step included, and drops a torn last line.
+
+    Replaces the file in one piece: call it before a writer opens it. Returns how many whole records were dropped.
+    """
+    path = Path(path)
+    lines = _lines(path) if path.exists() else []
+    kept = [line for line, record in lines if record.get("step", 0) <= step]
+    content = b"".join(line + b"\n" for line in kept)
+    if path.exists() and content != path.read_bytes():
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    return len(lines) - len(kept)
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line with its record."""
+    numbered = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    result = []
+    for number, line in numbered:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            result.append((line, record))
+        elif number != numbered[-1][0]:
+            raise UserError(f"{path}, line {number}: not a JSON object; mend or remove the line")
+    return result
+
+
+def _finite(value: SupportsFloat) -> float | None:
+    return number if math.isfinite(number := float(value)) else None
+
+
+class StderrHandler(logging.StreamHandler):
+    """Log lines to whatever `sys.stderr` is when they come: while a bar is drawn, to the stream that puts them above it."""
+
+    @property
+    def stream(self) -> Any:
+        """The current standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def log_to_stderr() -> None:
+    """Shows what the package logs, as lines with the time of day; the command line calls this, the package never does."""
+    handler = StderrHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dgl_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    for other in logging.getLogger().handlers:  # what the libraries say: warnings only
+        other.setLevel(logging.WARNING)
+
+
+class Progress(contextlib.AbstractContextManager):
+    """What a waiting person sees: a bar with accuracies and ETA on a terminal, a log line an update elsewhere.
+
+    Every `update` is shown, so the caller's log events set the pace. Elsewhere the lines need the logger's level INFO.
+    `console` is where to draw (default: standard error) and tells whether there is a terminal; `clock` gives seconds.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        self._console, self._clock = console or Console(stderr=True), clock
+        self._marks: deque[tuple[float, int]] = deque()  # (time, step)
+        self._total = self._step = self._advances = 0
+        self._status: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def start(self, total_steps: int, done: int = 0) -> None:
+        """Begins at `done` of `total_steps` updates a module; only the rest counts for speed and ETA."""
+        self.close()
+        self._total, self._step, self._advances = total_steps, done, 0
+        self._marks = deque([(self._clock(), done)], maxlen=64)  # long enough to hold evaluations too
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2)
+            self._live.start()
+
+    def update(self, step: int, scalars: Scalars) -> None:
+        """Shows that every module has done `step` updates, with the accuracies and the speed among `scalars`."""
+        if self._marks and step > self._marks[-1][1]:
+            self._marks.append((self._clock(), step))
+            self._advances += 1
+            if self._advances == 2:
+                self._marks.popleft()  # the first stretch, from `start`, held the compilation
+        self._step, news = step, status(scalars)
+        self._status |= news
+        if self._live:
+            return self._live.refresh()
+        epoch = [f"epoch {float(scalars['epoch']):.2f}"] if "epoch" in scalars else []
+        _LOG.info("%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()]))
+
+    def eta(self) -> float | None:
+        """Seconds until the last step, judged by the latest updates; None before the first one."""
+        if len(self._marks) < 2:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return max(0.0, end + max(0, self._total - last) * (end - start) / (last - first) - self._clock())
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, or logs it."""
+        if self._console.is_terminal:
+            self._console.print(Text(text))
+        else:
+            _LOG.info("%s", text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands; a second call does nothing."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _left(self) -> str:
+        return "ETA -" if (eta := self.eta()) is None else f"ETA {datetime.timedelta(seconds=round(eta))}"
+
+    def _picture(self) -> Group:
+        """The bar, and below it the accuracies, which need more room the more modules there are."""
+        row = Table.grid(Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1))
+        row.add_row(ProgressBar(max(1, self._total), self._step), f"{self._step}/{self._total} {self._left()}")
+        return Group(row, Text(" | ".join(self._status[kind] for kind in (*_SHOWN, "speed") if kind in self._status)))
+
+
+def status(scalars: Scalars) -> dict[str, str]:
+    """Short texts by kind: {'train': 'train 0.91 0.95', 'validation': 'val 0.90 (ensemble 0.95)', 'speed': ...}."""
+    heads: dict[str, list[tuple[float, str]]] = {}
+    for key, value in scalars.items():
+        if found := _ACCURACY.fullmatch(key):
+            split, module = found.groups()
+            text = f"{float(value):.2f}"
+            heads.setdefault(split, []).append((int(module), text) if module else (math.inf, f"(ensemble {text})"))
+    texts = {s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))]) for s in _SHOWN if s in heads}
+    if "images_per_second" in scalars:
+        texts["speed"] = f"{float(scalars['images_per_second']):,.0f} images/s"
+    return texts

@@ -1,0 +1,167 @@
+"""Four CPU devices, a home and a compilation cache of the session's own, and small networks to train."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# Before anything imports JAX; pytest-xdist's workers and every subprocess of a test inherit all of it.
+_OWNER = "DGL_JAX_TEST_HOME" not in os.environ
+if _OWNER:
+    _home = tempfile.mkdtemp(prefix="dgl_jax_tests.")
+    os.environ |= {
+        "DGL_JAX_TEST_HOME": _home,
+        "HOME": _home,  # data sets are cached below it
+        # Compiling is most of what the suite does, and many tests compile equal programs.
+        "JAX_COMPILATION_CACHE_DIR": f"{_home}/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+import pytest  # noqa: E402
+
+from dgl_jax.baselines import backprop_step  # noqa: E402
+from dgl_jax.codecs import make_codec  # noqa: E402
+from dgl_jax.data import ArraySource, Preprocess, synthetic  # noqa: E402
+from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, fused_step  # noqa: E402
+from dgl_jax.engines.turns import never  # noqa: E402
+from dgl_jax.experiment import abstract_states  # noqa: E402
+from dgl_jax.models.blocks import ConvBlock  # noqa: E402
+from dgl_jax.models.heads import LinearHead  # noqa: E402
+from dgl_jax.module import ModuleState, make_modules  # noqa: E402
+from dgl_jax.placement import assign, one_group  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+# Seconds first, minutes last; a file that is not named comes in between.
+FIRST = ("test_turns", "test_imports", "test_settings", "test_metrics", "test_placement", "test_optimizer", "test_codecs")
+LAST = ("test_step", "test_evaluate", "test_engines", "test_configs", "test_train", "test_launch", "test_resume", "test_digits")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: n - len(FIRST) for n, name in enumerate(FIRST)} | {name: n + 1 for n, name in enumerate(LAST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, 0))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _OWNER:
+        shutil.rmtree(os.environ["DGL_JAX_TEST_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_is_not_touched() -> None:
+    assert Path("~").expanduser() == Path(os.environ["DGL_JAX_TEST_HOME"])
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    found = jax.devices("cpu")
+    assert len(found) == 4
+    return found
+
+
+def host(tree: Any) -> Any:
+    """A pytree of NumPy arrays: keys as their data."""
+
+    def one(x: Any) -> Any:
+        return np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+    return jax.tree.map(one, tree)
+
+
+class Tiny:
+    """Three convolution blocks on 4x4 images; every recipe, and every engine with its compiled programs, is made once."""
+
+    batch_size = 8
+
+    def __init__(self) -> None:
+        self.source = ArraySource(synthetic.make(64, 20, 4), batch_size=self.batch_size, seed=0, validation_fraction=0.2)
+        self._recipe = cache(self._make_recipe)
+        self._engine = cache(self._make_engine)
+
+    def recipe(
+        self, modules: int = 3, dtype: str = "float32", codec: str = "identity", heads: bool = True, augment: str = "none"
+    ) -> Recipe:
+        """`heads` false: of the last module only. The same object for the same arguments."""
+        return self._recipe(modules, dtype, codec, heads, augment)
+
+    def engine(self, name: str, groups: tuple[int, ...] = (), **recipe: Any) -> Engine:
+        """`groups`: devices of each module; empty: all modules on the first device. The same object for the same arguments."""
+        return self._engine(name, groups, self.recipe(**({"heads": False} if name == "backprop" else {}), **recipe))
+
+    def _make_recipe(self, modules: int, dtype: str, codec: str, heads: bool, augment: str) -> Recipe:
+        blocks = [ConvBlock(4, dtype=dtype), ConvBlock(4, pool=True, dtype=dtype), ConvBlock(6, dtype=dtype)]
+        last = modules - 1
+        return Recipe(
+            modules=make_modules(
+                blocks,
+                {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[modules],
+                [LinearHead(10, dtype) if heads or k == last else None for k in range(modules)],
+            ),
+            optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
+            preprocess=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
+            codec=make_codec(codec, dtype),
+            seed=0,
+            batch_size=self.batch_size,
+            image_shape=self.source.image_shape,
+        )
+
+    def _make_engine(self, name: str, groups: tuple[int, ...], recipe: Recipe) -> Engine:
+        count = len(recipe.modules)
+        placement = assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
+        if name == "pipeline":
+            return PipelineEngine(recipe, placement)
+        return FusedEngine(recipe, placement, make_step=backprop_step if name == "backprop" else fused_step)
+
+    def init(self, recipe: Recipe) -> tuple[ModuleState, ...]:
+        """States on the host, drawn by NumPy: nothing to compile. A block's values do not depend on where the network is cut."""
+
+        def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            name = jax.tree_util.keystr(path)
+            if "opt_state" in name or "updates" in name:
+                return np.zeros(leaf.shape, leaf.dtype)
+            random = np.random.default_rng(list(name.split(".", 1)[1].encode()))
+            if name.endswith(("['scale']", "['var']")):
+                return np.ones(leaf.shape, leaf.dtype)
+            return random.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
+
+        shapes = abstract_states(recipe)
+        states = jax.tree_util.tree_map_with_path(draw, tuple(state.replace(rng=None) for state in shapes))
+        return tuple(state.replace(rng=np.array([0, k], np.uint32)) for k, state in enumerate(states))
+
+    def place(self, engine: Engine, states: Sequence[ModuleState]) -> EngineState:
+        """Host states (as `init` and `run` give them) on the engine's devices."""
+        return engine.place(EngineState(tuple(s.replace(rng=jax.random.wrap_key_data(jnp.array(s.rng))) for s in states)))
+
+    def run(
+        self,
+        engine: Engine,
+        until: int,
+        states: Sequence[ModuleState] | None = None,
+        *,
+        source: Any = None,
+        stop: Callable[[], bool] = never,
+    ) -> tuple[tuple[ModuleState, ...], list[Any]]:
+        """Trains from `states` (fresh ones by default): the states afterwards and the metrics of each report, on the host."""
+        state = self.place(engine, self.init(engine.recipe) if states is None else states)
+        metrics, report = [], None
+        for report in engine.run(state, source or self.source, until, stop):
+            metrics.append(host(report.metrics))
+        return host((report.snapshot() if report else state).modules), metrics
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    return Tiny()
+
+
+@pytest.fixture(scope="session")
+def to_host() -> Callable[[Any], Any]:
+    return host

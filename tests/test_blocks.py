@@ -1,0 +1,75 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from numpy_layers import check_forward, max_pool
+
+from dgl_jax.models import blocks
+from dgl_jax.models.blocks import ConvBlock
+
+
+def numpy_block(pool):
+    def oracle(layers, x):
+        return np.maximum(layers.batch_norm(layers.conv(max_pool(x) if pool else x)), 0)
+
+    return oracle
+
+
+BLOCKS = [
+    (ConvBlock(5), False),
+    (ConvBlock(5, pool=True, bias=False), True),
+    (ConvBlock(4, pool=True, kernel=5), True),
+]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("block", "pool"), BLOCKS)
+def test_forward(block, pool, train):
+    x = np.random.default_rng(1).normal(size=(6, 8, 6, 3))
+    check_forward(block, numpy_block(pool), x, train)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda x, train, dtype: nn.BatchNorm(not train, momentum=0.99, epsilon=1e-5)(x),
+        lambda x, train, dtype: nn.BatchNorm(not train, momentum=0.9, epsilon=1e-3)(x),
+        lambda x, train, dtype: nn.BatchNorm(True, epsilon=1e-5)(x),
+    ],
+    ids=["momentum", "epsilon", "statistics"],
+)
+def test_other_batch_norms_are_noticed(broken, monkeypatch):
+    monkeypatch.setattr(blocks, "batch_norm", broken)
+    with pytest.raises(AssertionError):
+        test_forward(ConvBlock(5), False, True)
+
+
+def check_initial(values, fan_in):
+    """Uniform in +-1/sqrt(fan_in): bounds, that they are nearly reached, mean and variance."""
+    bound = 1 / math.sqrt(fan_in)
+    assert np.abs(values).max() <= np.float32(bound)
+    assert min(values.max(), -values.min()) > 0.98 * bound
+    assert abs(values.mean()) < 0.05 * bound
+    np.testing.assert_allclose(values.var(), bound**2 / 3, rtol=0.1)
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = blocks.conv(x, 2048, kernel=1, dtype="float32")
+        return blocks.linear(blocks.conv(x[..., :16], 512, kernel=3, dtype="float32")[:, 0, 0, :9], 2048, dtype="float32")
+
+
+def test_initial_values():
+    x = jnp.zeros((1, 1, 1, 7))
+    params = jax.jit(Both().init)(jax.random.key(0), x)["params"]
+    check_initial(np.asarray(params["Conv_0"]["kernel"]), 7)
+    check_initial(np.asarray(params["Conv_0"]["bias"]), 7)
+    check_initial(np.asarray(params["Conv_1"]["kernel"]), 3 * 3 * 16)
+    check_initial(np.asarray(params["Dense_0"]["kernel"]), 9)
+    check_initial(np.asarray(params["Dense_0"]["bias"]), 9)
+    with pytest.raises(AssertionError):  # flax's own default
+        check_initial(np.asarray(nn.initializers.lecun_normal()(jax.random.key(0), (1, 1, 7, 2048))), 7)

@@ -1,0 +1,298 @@
+"""Engines agree: `pipeline` with `fused` bit for bit, many devices with one, stopped runs with whole ones, one trace, few waits."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from dgl_jax import metrics
+from dgl_jax.engines import EngineState, pipeline
+from dgl_jax.engines.engine import updates_of
+from dgl_jax.metrics import Window
+from dgl_jax.packet import Batch
+
+STEPS = 4
+ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}
+
+
+def leaves(result):
+    """(states, metrics) as named arrays."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result)}
+
+
+def unequal(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()]
+
+
+def furthest(a, b, floor=1e-2):
+    """Largest |a - b| / max(|b|, floor) over a tree; `floor` because a value near 0 has no relative error to speak of."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    return max(float(np.max(np.abs(np.float64(a[n]) - b[n]) / np.maximum(np.abs(b[n]), floor))) for n in a)
+
+
+@pytest.fixture(scope="module")
+def fused(tiny):
+    """Runs the oracle, once for each recipe."""
+    runs = {}
+
+    def run(**recipe):
+        key = tuple(recipe.items())
+        if key not in runs:
+            runs[key] = tiny.run(tiny.engine("fused", **recipe), STEPS)
+        return runs[key]
+
+    return run
+
+
+# pipeline = fused
+
+
+@pytest.mark.parametrize(
+    ("groups", "recipe"),
+    [
+        (ONE_EACH[2], {"modules": 2}),
+        (ONE_EACH[3], {}),
+        ((), {}),  # all modules on one device
+        (ONE_EACH[3], {"dtype": "bfloat16"}),
+        (ONE_EACH[2], {"modules": 2, "augment": "crop_flip", "codec": "bf16"}),
+    ],
+    ids=["two", "three", "one device", "bfloat16", "augmented, coded"],
+)
+def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
+    states, reports = tiny.run(tiny.engine("pipeline", groups, **recipe), STEPS)
+    assert len(reports) == STEPS
+    assert unequal((states, reports), fused(**recipe)) == []
+    first = tiny.init(tiny.recipe(**recipe))
+    assert all(unequal(after.params, before.params) for after, before in zip(states, first, strict=True)), "nothing was learnt"
+
+
+@pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])
+def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
+    run = tiny.engine("pipeline", ONE_EACH[3])
+    programs = list(run.programs)
+    previous = []
+
+    def late(state, incoming, targets):
+        """Module 1 works on the packet of the tick before."""
+        previous.append((incoming, targets))
+        return programs[1](state, *previous[max(0, len(previous) - 2)])
+
+    def relabelled(state, incoming, targets):
+        """Module 1 learns the labels of the batch before."""
+        previous.append(targets)
+        return programs[1](state, incoming, previous[max(0, len(previous) - 2)])
+
+    def updated_first(state, incoming, targets):
+        """Module 1 hands on what it makes of the batch after its update."""
+        state, _, of_step = programs[1](state, incoming, targets)
+        return state, programs[1](jax.tree.map(lambda x: x.copy(), state), incoming, targets)[1], of_step
+
+    replacement = {"late batch": late, "other labels": relabelled, "order of updates": updated_first}[broken]
+    monkeypatch.setattr(run, "programs", [programs[0], replacement, programs[2]])
+    states, _ = tiny.run(run, STEPS)
+    expected, _ = fused()
+    assert unequal(states[0], expected[0]) == []
+    assert furthest(states[2].params, expected[2].params) > 1e-3
+
+
+# Several devices a module
+
+
+def single_steps(tiny, run, oracle_reports):
+    """Each step of `run` from the state that the oracle had there: rounding does not add up."""
+    worst = 0.0
+    for step, (before, after, expected) in enumerate(oracle_reports):
+        states, reports = tiny.run(run, step + 1, before)
+        worst = max(worst, furthest(([s.params for s in states], reports), ([s.params for s in after], expected)))
+        assert [int(s.updates) for s in states] == [step + 1] * len(states)
+    return worst
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny):
+    """(states before, states after, metrics) of each step of fused on one device."""
+
+    def run(modules):
+        one, steps = tiny.engine("fused", modules=modules), []
+        before = tiny.init(one.recipe)
+        for step in range(3):
+            after, reports = tiny.run(one, step + 1, before)
+            steps.append((before, after, reports))
+            before = after
+        return steps
+
+    return {modules: run(modules) for modules in (2, 3)}
+
+
+@pytest.mark.parametrize("groups", [(2, 2), (1, 2, 1)])
+def test_several_devices_a_module_within_rounding(tiny, oracle, groups):
+    run = tiny.engine("pipeline", groups, modules=len(groups))
+    assert single_steps(tiny, run, oracle[len(groups)]) < 1e-5
+
+
+def test_another_batch_is_beyond_rounding(tiny, oracle):
+    before, after, reports = oracle[2][1]
+    first_again = tuple(state.replace(updates=np.int32(0)) for state in before)
+    assert single_steps(tiny, tiny.engine("pipeline", (2, 2), modules=2), [(first_again, after, reports)]) > 1e-3
+
+
+# Back-propagation
+
+
+def test_backprop_of_one_module_is_fused_of_one_module(tiny, fused):
+    found = tiny.run(tiny.engine("backprop", modules=1), STEPS)
+    assert unequal(found, fused(modules=1)) == []
+
+
+def test_backprop_does_not_depend_on_the_cut(tiny, fused):
+    one, reports_one = tiny.run(tiny.engine("backprop", modules=1), STEPS)
+    three, reports_three = tiny.run(tiny.engine("backprop", modules=3), STEPS)
+
+    def body(states):
+        return {name: block for state in states for name, block in state.params["body"].items()}
+
+    assert furthest(body(three), body(one)) < 1e-6
+    assert furthest(three[-1].params["head"], one[-1].params["head"]) < 1e-6
+    assert [r[:-1] for r in reports_three] == [({}, {})] * STEPS
+    assert furthest([r[-1] for r in reports_three], [r[-1] for r in reports_one]) < 1e-6
+    assert all("head" not in state.params for state in three[:-1])
+    decoupled, _ = fused()
+    assert furthest(body(decoupled), body(one)) > 1e-3  # local losses are another method
+
+
+# What follows the activations
+
+
+def watched(run, monkeypatch):
+    """The example ids that each program received, in order, and the first module's batch numbers."""
+    seen = [[] for _ in run.programs]
+
+    def watch(k, program):
+        def call(state, incoming, targets):
+            seen[k].append(jax.device_get(targets.id))
+            if isinstance(incoming, Batch):
+                assert incoming.targets is targets
+            return program(state, incoming, targets)
+
+        return call
+
+    monkeypatch.setattr(run, "programs", [watch(k, program) for k, program in enumerate(run.programs)])
+    return seen
+
+
+@pytest.mark.parametrize("groups", [ONE_EACH[3], (1, 2, 1)])
+def test_ids_follow_activations(tiny, monkeypatch, groups):
+    run = tiny.engine("pipeline", groups)
+    seen = watched(run, monkeypatch)
+    tiny.run(run, STEPS)
+    for of_module in seen:
+        assert [ids.tolist() for ids in of_module] == [tiny.source.batch(t).targets.id.tolist() for t in range(STEPS)]
+
+
+def test_swapped_registers_are_noticed(tiny, monkeypatch):
+    class Swapped(pipeline.Packet):
+        """Pairs a payload with the targets of the packet made before it."""
+
+        last = None
+
+        def __init__(self, payload, targets, header):
+            Swapped.last, before = targets, Swapped.last
+            super().__init__(payload, before or targets, header)
+
+    monkeypatch.setattr(pipeline, "Packet", Swapped)
+    with pytest.raises(AssertionError, match=r"assert \[\["):
+        test_ids_follow_activations(tiny, monkeypatch, ())
+
+
+# One trace, few waits, reports
+
+
+def traces(run):
+    return [p._cache_size() for p in (run.programs if hasattr(run, "programs") else [run.step])]
+
+
+@pytest.mark.parametrize("name", ["fused", "pipeline"])
+def test_each_program_is_traced_once(tiny, name):
+    run = tiny.engine(name, modules=1) if name == "fused" else tiny.engine(name, ONE_EACH[3])
+    for program in run.programs if name == "pipeline" else [run.step]:
+        program.clear_cache()
+    state = tiny.place(run, tiny.init(run.recipe))
+    for until in (2, 3, 5):  # segments, as between evaluations
+        *_, last = run.run(state, tiny.source, until)
+        state = last.snapshot()
+    assert set(traces(run)) == {1}
+    # A batch of another size is a second trace.
+    batch = jax.tree.map(lambda x: x[:4] if x.ndim else x, tiny.source.batch(0))
+    moved = run.placement.put_batch(batch, 0)
+    if name == "fused":
+        run.step(state.modules, moved)
+    else:
+        run.programs[0](state.modules[0], moved, moved.targets)
+    assert traces(run)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["fused", "pipeline"])
+def test_reports(tiny, name):
+    run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
+    state = tiny.place(run, tiny.init(run.recipe))
+    reports = list(run.run(state, tiny.source, STEPS))
+    assert [report.updates for report in reports] == [(step,) * 3 for step in range(1, STEPS + 1)]
+    assert all(set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics)
+    for report in reports[:-1]:
+        with pytest.raises(RuntimeError, match="in the pipe"):
+            report.snapshot()
+    state = reports[-1].snapshot()
+    assert isinstance(state, EngineState)
+    assert updates_of(state) == STEPS
+    assert list(run.run(state, tiny.source, STEPS)) == []
+    assert list(run.run(state, tiny.source, STEPS + 1, stop=lambda: True)) == []
+    assert updates_of(state) == STEPS  # and not given away
+
+
+@pytest.mark.parametrize("name", ["fused", "pipeline"])
+def test_a_stopped_run_goes_on_to_the_same_numbers(tiny, fused, name):
+    run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
+    asked = itertools.count()
+    states, first = tiny.run(run, STEPS, stop=lambda: next(asked) >= 2)
+    assert [int(s.updates) for s in states] == [2, 2, 2]
+    assert len(first) == 2
+    states, rest = tiny.run(run, STEPS, states)
+    assert unequal((states, first + rest), fused()) == []
+    # Had the count not come along, the run would have begun with batch 0 again.
+    forgotten, _ = tiny.run(run, 2, [s.replace(updates=np.int32(0)) for s in tiny.run(run, 2)[0]])
+    assert furthest([s.params for s in forgotten], [s.params for s in states]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["fused", "pipeline"])
+def test_waits_and_reads_are_few(tiny, monkeypatch, name):
+    steps, log_every, modules = 8, 4, 3
+    run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
+    state = tiny.place(run, tiny.init(run.recipe))
+    waits, reads, block, read = [], [], jax.block_until_ready, metrics.read
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waits.append(len(jax.tree.leaves(tree))) or block(tree))
+    monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))
+    window = Window()
+    for report in run.run(state, tiny.source, steps):
+        window.add(report)
+        if report.updates[-1] % log_every == 0:
+            window.close()
+    # One wait a tick, for the two scalars of each module that worked in it, and one read a log record.
+    ticks = steps + (modules - 1 if name == "pipeline" else 0)
+    assert len(waits) == ticks
+    assert max(waits) == 2 * modules
+    assert sum(waits) == 2 * modules * steps
+    assert reads == [log_every] * (steps // log_every)
+
+
+def test_the_host_runs_ahead_by_no_more_than_asked(tiny, monkeypatch):
+    run = tiny.engine("fused")
+    events, step, block = [], run.step, jax.block_until_ready
+    monkeypatch.setattr(run, "step", lambda *args: events.append("dispatch") or step(*args))
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: events.append("wait") or block(tree))
+    tiny.run(run, 5)
+    assert run.ticks_in_flight == 2
+    assert events == ["dispatch"] * 3 + ["wait", "dispatch"] * 2 + ["wait"] * 3

@@ -1,0 +1,133 @@
+"""Accuracies against NumPy: every example once, padding never, each head and all of them together."""
+
+import jax
+import numpy as np
+import pytest
+
+from dgl_jax import evaluate
+from dgl_jax.engines import EngineState
+from dgl_jax.evaluate import Evaluator
+from dgl_jax.module import ModuleState
+from dgl_jax.packet import PADDING
+from dgl_jax.placement import assign, one_group
+from dgl_jax.step import eval_step
+
+SEED = 12
+
+
+@pytest.fixture(scope="module")
+def state(tiny):
+    """Heads sharpened and drawn so that modules disagree and right answers happen."""
+    modules, random = [], np.random.default_rng(SEED)
+    for module in tiny.init(tiny.recipe()):
+        head = jax.tree.map(lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)), module.params["head"])
+        modules.append(module.replace(params=module.params | {"head": head}, rng=jax.random.key(0)))
+    return EngineState(tuple(modules))
+
+
+def place(state, placement):
+    return EngineState(tuple(jax.device_put(m, placement.replicated(k)) for k, m in enumerate(state.modules)))
+
+
+def softmax(logits):
+    exp = np.exp(np.float64(logits) - logits.max(1, keepdims=True))
+    return exp / exp.sum(1, keepdims=True)
+
+
+def oracle(recipe, modules: tuple[ModuleState, ...], source, split):
+    """One example at a time would be the same: (x / 255 - mean) / std, module by module, and the shares of right answers."""
+    stored, ids = source._splits[split]
+    x = (stored.images[ids] / 255 - 0.5) / 0.25
+    x, heads = np.float32(x), []
+    for module, state in zip(recipe.modules, modules, strict=True):
+        x, logits = eval_step(module, state.params, state.batch_stats, x)
+        heads.append(None if logits is None else softmax(np.asarray(logits)))
+    label = stored.labels[ids]
+    found = {}
+    for k, p in enumerate(heads):
+        if p is not None:
+            found[f"{split}/module_{k}/accuracy"] = np.mean(p.argmax(1) == label)
+            found[f"{split}/module_{k}/loss"] = np.mean(-np.log(p[np.arange(len(label)), label]))
+    weighted = sum(2**k * p for k, p in enumerate(heads) if p is not None)
+    found[f"{split}/ensemble/accuracy"] = np.mean(weighted.argmax(1) == label)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, state):
+    return {split: oracle(tiny.recipe(), state.modules, tiny.source, split) for split in ("validation", "test")}
+
+
+@pytest.fixture(scope="module")
+def one(tiny, devices):
+    return Evaluator(tiny.recipe(), one_group(devices[:1], 3))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_head_against_numpy(tiny, state, one, expected, split):
+    assert tiny.source.examples(split) % tiny.batch_size, "the last batch must be padded"
+    found = one.evaluate(place(state, one.placement), tiny.source, split)
+    assert found == pytest.approx(expected[split], rel=1e-5)
+    accuracies = {value for name, value in expected[split].items() if name.endswith("accuracy")}
+    assert len(accuracies) > 1, "heads that all agree would show nothing"
+
+
+def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
+    monkeypatch.setattr(evaluate, "PADDING", -2)  # of another value than the source's
+    broken = Evaluator(tiny.recipe(), one.placement)
+    broken.forward = one.forward
+    broken.count = jax.jit(lambda probabilities, label: evaluate._count(probabilities, label))  # traced anew
+    found = broken.evaluate(place(state, one.placement), tiny.source, "test")
+    assert found != pytest.approx(expected["test"], rel=1e-5)
+
+
+def test_every_example_once(tiny, state, one):
+    ids, padding = [], 0
+    for batch in tiny.source.evaluation("test"):
+        *_, targets = one.probabilities(place(state, one.placement).modules, batch)
+        real = np.asarray(targets.label) != PADDING
+        ids += np.asarray(targets.id)[real].tolist()
+        padding += int((~real).sum())
+    assert sorted(ids) == list(range(20))
+    assert padding == 4
+
+
+def test_weights_of_the_ensemble():
+    # 1 : 2 : 4, and without the middle head 1 : 4
+    heads = [np.float32([[1, 0]]), np.float32([[0, 1]]), np.float32([[0.5, 0.5]])]
+    np.testing.assert_allclose(evaluate._ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(evaluate._ensemble([heads[0], None, heads[1]]), [[1 / 5, 4 / 5]], rtol=1e-6)
+    np.testing.assert_allclose(evaluate._ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
+
+
+def test_heads_that_were_not_trained_are_absent(tiny, devices, expected):
+    recipe = tiny.recipe(heads=False)
+    evaluator = Evaluator(recipe, one_group(devices[:1], 3))
+    states = EngineState(tuple(m.replace(rng=jax.random.key(0)) for m in tiny.init(recipe)))
+    found = evaluator.evaluate(place(states, evaluator.placement), tiny.source, "test")
+    assert set(found) == {"test/module_2/accuracy", "test/module_2/loss", "test/ensemble/accuracy"}
+    assert found["test/ensemble/accuracy"] == found["test/module_2/accuracy"]
+    assert found == pytest.approx(oracle(recipe, states.modules, tiny.source, "test"), rel=1e-5)
+    assert set(found) < set(expected["test"])
+
+
+@pytest.mark.parametrize("groups", [(1, 1, 1), (1, 2, 1)])
+def test_several_devices_equal_one(tiny, state, devices, expected, groups):
+    evaluator = Evaluator(tiny.recipe(), assign(devices, 3, groups))
+    found = evaluator.evaluate(place(state, evaluator.placement), tiny.source, "test")
+    assert found == pytest.approx(expected["test"], rel=1e-5)
+
+
+def test_a_split_without_examples_has_no_entries(tiny, state, one):
+    class Empty:
+        def evaluation(self, split):
+            return iter(())
+
+    assert one.evaluate(place(state, one.placement), Empty(), "validation") == {}
+
+
+def test_one_read_for_a_whole_split(tiny, state, one, monkeypatch):
+    reads, read = [], evaluate.read
+    monkeypatch.setattr(evaluate, "read", lambda tree: reads.append(len(tree)) or read(tree))
+    one.evaluate(place(state, one.placement), tiny.source, "test")
+    assert reads == [3]  # batches, in one go

@@ -1,0 +1,103 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_layers import adaptive_avg_pool, check_forward
+
+from dgl_jax.models import HEADS, heads, make_head
+from dgl_jax.models.heads import MLPHead
+from dgl_jax.settings import ModelSettings
+
+
+def numpy_mlp(layers, x, convs=0, hidden=3):
+    size = x.shape[1]
+    x = adaptive_avg_pool(x, {8: (2, 2), 12: (3, 3), 7: (2, 2), 4: (2, 2), 2: (2, 2), 1: (1, 1)}[size])
+    for _ in range(convs):
+        x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
+    x = adaptive_avg_pool(x, (min(2, size),) * 2).reshape(len(x), -1)
+    for _ in range(hidden):
+        x = np.maximum(layers.batch_norm(layers.linear(x)), 0)
+    return layers.linear(x)
+
+
+def numpy_cnn(layers, x):
+    for _ in range(2):
+        x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
+    return layers.linear(layers.batch_norm(adaptive_avg_pool(x, (min(2, x.shape[1]),) * 2)).reshape(len(x), -1))
+
+
+def numpy_linear(layers, x):
+    return layers.linear(x.mean((1, 2)))
+
+
+ORACLES = {"mlp_sr": partial(numpy_mlp, convs=3), "mlp": numpy_mlp, "cnn": numpy_cnn, "linear": numpy_linear}
+
+
+def images(size, batch=6, channels=3):
+    return np.random.default_rng(size).normal(size=(batch, size, size, channels)).astype(np.float32)
+
+
+def test_names_are_those_of_the_settings():
+    (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == "head")
+    assert list(HEADS) == list(field.metadata["choices"]) == list(ORACLES)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_forward(name, train):
+    check_forward(make_head(name, 10), ORACLES[name], images(12), train)
+
+
+@pytest.mark.parametrize("size", [8, 7, 4, 2, 1])
+def test_forward_of_small_maps(size):
+    check_forward(make_head("mlp_sr", 10), ORACLES["mlp_sr"], images(size), False)
+
+
+def test_forward_of_the_classifier():
+    check_forward(MLPHead(10, hidden=2), partial(numpy_mlp, hidden=2), images(8), True)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_wrong_average_is_noticed(name, monkeypatch):
+    def corner(x, out):
+        return x[:, : out[0], : out[1]]
+
+    monkeypatch.setattr(heads, "adaptive_avg_pool", corner)
+    with pytest.raises(AssertionError):
+        check_forward(make_head(name, 10), ORACLES[name], images(12), False)
+
+
+@pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
+def test_the_wrong_statistics_are_noticed(name, monkeypatch):
+    original = heads.batch_norm
+    monkeypatch.setattr(heads, "batch_norm", lambda x, train, **kwargs: original(x, not train, **kwargs))
+    with pytest.raises(AssertionError):
+        check_forward(make_head(name, 10), ORACLES[name], images(12), False)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rectangular_maps(name):
+    head = make_head(name, 10)
+    logits, _ = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x, True), jnp.zeros((2, 6, 9, 3)))
+    assert logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bfloat16_arithmetic_float32_logits(name):
+    head = make_head(name, 10, "bfloat16")
+    x = jnp.zeros((2, 8, 8, 3), jnp.bfloat16)
+    logits, variables = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x, True), x)
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert inner_dtypes(head, variables, x) == ({"bfloat16", "float32"} if name != "linear" else {"float32"})
+    assert inner_dtypes(make_head(name, 10), variables, x) == {"float32"}
+
+
+def inner_dtypes(head, variables, x):
+    """Types of the results of all convolutions and matrix products; only the last, the logits, must be float32."""
+    jaxpr = jax.make_jaxpr(lambda v, x: head.apply(v, x, False))(variables, x)
+    products = ("conv_general_dilated", "dot_general")
+    return {str(e.outvars[0].aval.dtype) for e in jaxpr.eqns if e.primitive.name in products}

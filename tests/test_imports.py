@@ -1,0 +1,213 @@
+"""The house: rooms in one order, imports that only go up it, libraries that one room alone may name, and no side effects."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dgl_jax
+
+PACKAGE = Path(dgl_jax.__file__).parent
+# A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
+ROOMS = (
+    "errors",
+    "settings",
+    "packet",
+    "data",
+    "models",
+    "losses",
+    "optimizer",
+    "module",
+    "step",
+    "codecs",
+    "replay",
+    "placement",
+    "engines",
+    "baselines",
+    "metrics",
+    "writers",
+    "checkpoint",
+    "experiment",
+    "evaluate",
+    "plots",
+    "predict",
+    "export",
+    "bench",
+    "train",
+)
+# The same inside a folder; files on one line do not know each other.
+ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "simulated"))
+# Narrower than the order alone: all that these rooms may know of the package.
+ONLY = {
+    "settings": {"errors"},
+    "packet": set(),
+    "models": {"errors"},
+    "losses": {"packet"},
+    "module": set(),
+    "step": {"losses", "module", "packet"},
+    "codecs": set(),
+    "placement": {"errors", "packet"},
+    "replay": {"errors", "packet"},
+    "engines": {"codecs", "data", "module", "packet", "placement", "replay", "settings", "step"},
+    "writers": {"errors"},
+    "plots": {"errors", "writers"},
+}
+LIBRARIES = {
+    "tensorboardX": "writers",
+    "orbax": "checkpoint",
+    "tensorflow_datasets": "data",
+    "grain": "data",
+    "rich": "writers",
+    "matplotlib": "plots",
+    "safetensors": "export",
+}
+NOWHERE = ("tensorflow", "torch", "clu", "absl.flags", "os.environ", "os.getenv", "os.environb", "os.putenv")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that a file imports, inside functions too, and of attributes such as os.environ."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ("." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def names(name: str, target: str) -> bool:
+    return name == target or name.startswith(target + ".")
+
+
+def problems(path: Path, source: str) -> list[str]:
+    """What a file at this path inside the package imports against the rules."""
+    room, stem = path.parts[0].removesuffix(".py"), path.stem
+    rank, found = ROOMS.index(room), []
+    for name in imports(ast.parse(source)):
+        if name.startswith("."):
+            found.append(f"{path}: relative import {name}")
+        if names(name, "dgl_jax"):
+            other = [*name.split("."), ""][1]
+            if other == room:
+                found += _inside(path, stem, name)
+            elif other not in ROOMS:
+                found.append(f"{path}: {name} is in no room")
+            elif ROOMS.index(other) > rank:
+                found.append(f"{path}: {name} is a later room")
+            elif room in ONLY and other not in ONLY[room]:
+                found.append(f"{path}: {room} knows nothing of {other}")
+        found += [f"{path}: only {owner} names {lib}" for lib, owner in LIBRARIES.items() if names(name, lib) and room != owner]
+        found += [f"{path}: {name}" for forbidden in NOWHERE if names(name, forbidden)]
+        if path.name == "turns.py" and name.split(".")[0] not in sys.stdlib_module_names:
+            found.append(f"{path}: turns are plain Python, not {name}")
+    return found
+
+
+def _inside(path: Path, stem: str, name: str) -> list[str]:
+    if path.parts[0] != "engines" or stem == "__init__":
+        return []
+    level = {file: n for n, files in enumerate(ENGINES) for file in files}
+    other = name.split(".")[2]
+    if other not in level or stem not in level:
+        return [f"{path}: {stem if stem not in level else other} has no place among the engines"]
+    return [] if level[other] < level[stem] else [f"{path}: {other} does not come before {stem}"]
+
+
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != Path("__init__.py")], ids=str)
+def test_imports_go_up_the_list(path):
+    assert problems(path, (PACKAGE / path).read_text()) == []
+
+
+def test_the_list_is_the_house():
+    found = {path.parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert found == set(ROOMS)
+    assert len(ROOMS) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("step.py", "def f():\n    from dgl_jax.engines import Report", "later room"),
+        ("step.py", "import dgl_jax.placement", "later room"),
+        ("step.py", "from dgl_jax import codecs", "later room"),
+        ("step.py", "from dgl_jax.data import Source", "knows nothing"),
+        ("codecs/vq.py", "from dgl_jax.models import cuts", "knows nothing"),
+        ("engines/turns.py", "import jax", "plain Python"),
+        ("engines/compose.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
+        ("engines/pipeline.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
+        ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "no place"),
+        ("models/cnn.py", "from .. import step", "relative"),
+        ("bench.py", "from dgl_jax.nowhere import x", "no room"),
+        ("train.py", "import tensorboardX", "only writers"),
+        ("train.py", "from orbax.checkpoint import v1", "only checkpoint"),
+        ("bench.py", "import tensorflow_datasets as tfds", "only data"),
+        ("data/folder.py", "import tensorflow as tf", "tensorflow"),
+        ("train.py", "from absl import flags", "absl.flags"),
+        ("train.py", "import os\nos.environ['A'] = '1'", "os.environ"),
+        ("train.py", "from os import getenv", "os.getenv"),
+    ],
+)
+def test_forbidden_imports_are_reported(path, source, problem):
+    (found,) = problems(Path(path), source)
+    assert problem in found
+
+
+def test_ordinary_imports_are_allowed():
+    source = (
+        "import os\nfrom absl import logging\nimport tensorflow_datasets\nfrom dgl_jax.settings import nearest\nos.path.join('a')"
+    )
+    assert problems(Path("data/tfds_sets.py"), source) == []
+
+
+SIDE_EFFECTS = """
+import importlib, logging, os, pkgutil, signal
+import jax
+from absl import flags
+
+def now():
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("dgl_jax")]
+    loggers = [logging.root, *map(logging.getLogger, names)]
+    return {
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "handlers": [list(logger.handlers) for logger in loggers if logger.handlers],
+        "levels": {logger.name: logger.level for logger in loggers if logger.level and logger is not logging.root},
+        "root": logging.root.level,
+        "flags": [name for name in flags.FLAGS.flags_by_module_dict() if "dgl_jax" in name],
+    }
+
+def changed():
+    after = now()
+    return [name for name in before if before[name] != after[name]]
+
+before = now()
+import dgl_jax
+assert changed() == [], changed()
+from orbax.checkpoint import v1  # logs while it is imported, for which absl makes a root handler: not the package's doing
+before = now()
+for room in pkgutil.walk_packages(dgl_jax.__path__, "dgl_jax."):
+    importlib.import_module(room.name)
+assert changed() == [], changed()
+jax.config.update("jax_num_cpu_devices", 2)  # refused once a backend has started
+
+# The same checks on a package that does have side effects.
+logging.getLogger("dgl_jax.train").addHandler(logging.NullHandler())
+os.environ["DGL_JAX_SIDE_EFFECT"] = "1"
+jax.numpy.zeros(2)
+assert changed() == ["environment", "handlers"], changed()
+try:
+    jax.config.update("jax_num_cpu_devices", 3)
+except RuntimeError:
+    print("done")
+"""
+
+
+def test_importing_has_no_side_effect():
+    done = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr

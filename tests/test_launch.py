@@ -1,0 +1,137 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import FIELDS, records
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
+
+
+def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """One call of launch.py, to its end."""
+    command = [sys.executable, "launch.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def fails(*arguments: str) -> str:
+    """The one line of a call that ends with status 2."""
+    done = launch(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("run")
+    done = launch(*SMALL, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["modules"][1] > 0.1
+    return workdir
+
+
+def exported(workdir: Path) -> dict[str, np.ndarray]:
+    """A run's parameters, by `--mode=export`."""
+    done = launch("--mode=export", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return load_file(Path(done.stdout.strip()) / "model.safetensors")
+
+
+def stop(workdir: Path, signum: int) -> int:
+    """Starts the run and sends the signal once its log shows step 6; gives the exit status."""
+    command = [sys.executable, "launch.py", *SMALL, f"--workdir={workdir}"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "step 6/12" in line:
+                process.send_signal(signum)
+                break
+        process.stderr.read()
+        return process.wait(300)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(trained, tmp_path):
+    assert stop(tmp_path, signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "summary.json").exists()
+    done = launch(*SMALL, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    whole, parts = exported(trained), exported(tmp_path)
+    assert whole.keys() == parts.keys()
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    assert records(trained) == records(tmp_path)
+
+
+def test_sigterm_writes_a_checkpoint_first(tmp_path):
+    assert stop(tmp_path, signal.SIGTERM) == 128 + signal.SIGTERM
+    newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert newest >= 6
+
+
+def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
+    summary = json.loads((trained / "summary.json").read_text())
+    measured = json.loads(launch("--mode=eval", f"--workdir={trained}").stdout)
+    assert measured["test/module_1/accuracy"] == summary["modules"][1]["test_accuracy"]
+    assert measured["test/ensemble/accuracy"] == summary["ensemble_accuracy"]
+
+    for name in ("a", "b"):
+        Image.fromarray(np.full((20, 20, 3), 80, np.uint8)).save(tmp_path / f"{name}.png")
+    table = launch("--mode=predict", f"--workdir={trained}", f"--images={tmp_path}").stdout.splitlines()
+    assert table[0] == "image,label,probability,ensemble_label,ensemble_probability"
+    assert [row.split(",")[0] for row in table[1:]] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert table[1].split(",")[1].startswith("pattern_")
+    assert table[1].split(",")[1:] == table[2].split(",")[1:]
+    assert (
+        launch("--mode=predict", f"--workdir={trained}", f"--images={tmp_path}", f"--output={tmp_path / 'p.jsonl'}").returncode == 0
+    )
+    assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["label"] == table[1].split(",")[1]
+
+    drawn = launch("--mode=plot", f"--workdir={trained}").stdout.split()
+    assert [Path(p).name for p in drawn] == ["accuracy.png", "loss.png"]
+
+
+def test_bench_prints_one_json_line():
+    done = launch(*SMALL, "--mode=bench", "--bench_steps=4", "--config.engine.name=pipeline", "--cpu_devices=2")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["engine"] == "pipeline"
+    assert len(result["module_milliseconds"]) == 2
+    assert all(result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes"))
+
+
+def test_mistakes_get_one_line(tmp_path):
+    run = f"--workdir={tmp_path / 'run'}"
+    assert "config.optimizer.learning_rat: no such field; did you mean optimizer.learning_rate" in fails(
+        *SMALL, run, "--config.optimizer.learning_rat=1"
+    )
+    assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(*SMALL, run, "--config.engine.name=pipelin")
+    assert "'abc'" in fails(*SMALL, run, "--config.optimizer.learning_rate=abc")
+    assert "configs/digit.py" in fails("--config=configs/digit.py", run)
+    assert "--workdir is missing" in fails(*SMALL)
+    assert "--config is missing" in fails(run)
+    assert "Unknown command line flag 'wrkdir'" in fails(*SMALL, "--wrkdir=x")
+    assert "holds no run" in fails("--mode=eval", run)
+    assert "no such directory" in fails("--config=configs/cifar10.py", run, f"--config.data.dir={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
+    assert "--checkpoint=7: there are: newest, best, " in fails("--mode=eval", f"--workdir={trained}", "--checkpoint=7")
+
+
+def test_help_names_the_modes():
+    done = launch("--help", env=os.environ | {"COLUMNS": "200"})
+    assert "<train|eval|predict|export|plot|bench>" in done.stdout

@@ -1,0 +1,94 @@
+"""The window of training metrics between two records."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgl_jax import metrics
+from dgl_jax.engines import EngineState, Report, updates_of
+from dgl_jax.errors import UserError
+from dgl_jax.metrics import Window, diverged, read
+
+
+def report(step, *losses):
+    """Device scalars, as engines give them; module k's accuracy is k / 10 + step / 100."""
+    of_modules = tuple({"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)} for k, loss in enumerate(losses))
+    return Report((step,) * len(losses), of_modules, lambda: None)
+
+
+def filled(window=None, start=1):
+    window = Window() if window is None else window
+    for step, losses in enumerate([(2.0, 1.0), (4.0, 0.5), (3.0, 0.75)], start):
+        window.add(report(step, *losses))
+    return window
+
+
+def test_means_by_hand():
+    window = filled()
+    found = window.close()
+    assert found == pytest.approx(
+        {
+            "train/module_0/loss": 3.0,
+            "train/module_0/accuracy": 0.02,
+            "train/module_1/loss": 0.75,
+            "train/module_1/accuracy": 0.12,
+        }
+    )
+    assert window.close() == {}
+
+
+def test_modules_without_metrics_have_no_entries():
+    window = Window()
+    window.add(Report((1, 1), ({}, {"loss": jnp.float32(2)}), lambda: None))
+    assert window.close() == {"train/module_1/loss": 2.0}
+
+
+def test_nothing_is_read_before_the_record(monkeypatch):
+    reads = []
+    monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))
+    window = filled()
+    assert reads == []
+    window.close()
+    assert reads == [3]
+
+
+def test_values_survive_json():
+    whole, first = filled(), filled()
+    saved = json.loads(json.dumps(first.values()))
+    resumed = Window(saved)
+    for window in (whole, resumed):
+        filled(window, start=4)
+    assert resumed.values() == whole.values()
+    assert resumed.close() == whole.close()
+    assert filled(start=4).close() != filled(Window(saved), start=4).close()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_loss_that_is_not_finite_names_module_and_step(bad, resumed):
+    window = Window([[[10, 10], [{"loss": 1.0}, {"loss": 1.0}]]]) if resumed else Window()
+    step = 11 if resumed else 1
+    window.add(report(step, 1.0, 2.0))
+    window.add(report(step + 1, 1.0, bad))
+    with pytest.raises(UserError, match=rf"diverged: the loss of module_1 is (nan|inf) at step {step + 1};.*learning_rate"):
+        window.close()
+
+
+def test_diverged_says_what_helps():
+    assert "config.optimizer.learning_rate" in str(diverged("x"))
+
+
+def test_read_gives_host_values():
+    found = read({"a": jnp.arange(3), "b": [jnp.float32(2)], "c": 5})
+    assert isinstance(found["a"], np.ndarray)
+    assert found["a"].tolist() == [0, 1, 2]
+    assert found["b"] == [2.0]
+    assert found["c"] == 5
+
+
+def test_updates_of_unequal_modules(tiny):
+    first, *others = tiny.init(tiny.recipe(2))
+    with pytest.raises(ValueError, match=r"unequal update counts: \[0, 1\]"):
+        updates_of(EngineState((first.replace(updates=np.int32(1)), *others)))

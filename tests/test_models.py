@@ -1,0 +1,164 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgl_jax.errors import UserError
+from dgl_jax.models import MODELS, make_head, make_network
+from dgl_jax.settings import ModelSettings
+
+CIFAR = (32, 32, 3)
+
+
+def choices(name):
+    (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == name)
+    return field.metadata["choices"]
+
+
+def trace(module, x):
+    """Shapes of a module's output and variables; nothing is computed."""
+    return jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, True), x)
+
+
+def macs(module, variables, x):
+    """Multiplications in the convolutions and matrix products of the traced program."""
+
+    def count(jaxpr):
+        total = 0
+        for e in jaxpr.eqns:
+            out = math.prod(e.outvars[0].aval.shape)
+            if e.primitive.name == "conv_general_dilated":
+                total += out * math.prod(e.invars[1].aval.shape[:-1])
+            elif e.primitive.name == "dot_general":
+                ((contracted, _), _) = e.params["dimension_numbers"]
+                total += out * math.prod(e.invars[0].aval.shape[i] for i in contracted)
+            elif "jaxpr" in e.params:
+                total += count(getattr(e.params["jaxpr"], "jaxpr", e.params["jaxpr"]))
+        return total
+
+    return count(jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(variables, x).jaxpr)
+
+
+def walk(network, x):
+    """Each block's (output, variables, multiplications), then the classifier's."""
+    rows = []
+    for module in (*network.blocks, network.classifier):
+        y, variables = trace(module, x)
+        rows.append((y, variables, macs(module, variables, x)))
+        x = y
+    return rows
+
+
+def image(shape=CIFAR, dtype="float32"):
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+
+def test_names_are_those_of_the_settings():
+    assert list(MODELS) == list(choices("name"))
+
+
+def test_networks_are_hashable_and_equal_when_built_alike():
+    a, b, c = (make_network("cnn6", width, 10, CIFAR) for width in (8, 8, 16))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != c
+
+
+# Maps as (channels, size), and the convolutions' weights and biases, by hand for width w:
+# cnn6: 27 w + 18 w^2 + 36 w^2 + 72 w^2 + 2 * 144 w^2 weights and 17 w biases; cnn6_replay: 27 w + 9 (1+2+4+8+16) w^2.
+# cnn4: 27 w + 18 w^2 + 36 w^2 + 72 w^2 weights and 9 w biases.
+SHAPES = {
+    "cnn6": (128, [(128, 32), (256, 16), (256, 16), (512, 8), (512, 8), (512, 8)], 6_786_432, 2_176),
+    "cnn6_replay": (128, [(128, 32), (128, 32), (256, 16), (256, 16), (512, 8), (512, 8)], 4_574_592, 0),
+    "cnn4": (64, [(64, 32), (128, 16), (128, 16), (256, 8)], 517_824, 576),
+}
+
+
+def check_shapes(network, name):
+    _, maps, weights, biases = SHAPES[name]
+    *rows, _ = walk(network, image())
+    assert [(y.shape[3], y.shape[1]) for y, _, _ in rows] == maps
+    convs = [variables["params"]["Conv_0"] for _, variables, _ in rows]
+    assert sum(c["kernel"].size for c in convs) == weights
+    assert sum(c["bias"].size for c in convs if "bias" in c) == biases
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_and_parameters(name):
+    check_shapes(make_network(name, SHAPES[name][0], 10, CIFAR), name)
+
+
+def test_the_other_variant_is_noticed():
+    with pytest.raises(AssertionError):
+        check_shapes(make_network("cnn6_replay", 128, 10, CIFAR), "cnn6")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("cnn6", [3.5, 75.5, 151, 75.5, 151, 151]), ("cnn6_replay", [3.5, 151, 75.5, 151, 75.5, 151])],
+)
+def test_multiplications(name, expected):
+    rows = walk(make_network(name, 128, 10, CIFAR), image())
+    np.testing.assert_allclose([m / 1e6 for _, _, m in rows[:-1]], expected, rtol=0.012)  # 3.54 was published as 3.5
+    np.testing.assert_allclose(sum(m for _, _, m in rows[:-1]) / 1e6, 607, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("head", "ratios"),  # in percent of the largest block, for 128, 256 and 512 channels
+    [("mlp", [0.52, 2.09, 8.35]), ("mlp_sr", [2.61, 4.17, 10.43]), ("cnn", [200, 200, 200])],
+)
+def test_multiplications_of_heads(head, ratios):
+    module = make_head(head, 10)
+    for (channels, size), ratio in zip([(128, 32), (256, 16), (512, 8)], ratios):
+        x = image((size, size, channels))
+        _, variables = trace(module, x)
+        np.testing.assert_allclose(100 * macs(module, variables, x) / (256 * 256 * 9 * 256), ratio, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "percent"),
+    [
+        ("cnn6", "mlp", 5.3), ("cnn6", "mlp_sr", 7.9), ("cnn6", "cnn", 249),
+        ("cnn6_replay", "mlp", 3.4), ("cnn6_replay", "mlp_sr", 6.0), ("cnn6_replay", "cnn", 249),
+    ],
+)  # fmt: skip
+def test_multiplications_of_all_heads(name, head, percent):
+    rows = walk(make_network(name, 128, 10, CIFAR), image())[:-1]
+    module = make_head(head, 10)
+    extra = sum(macs(module, trace(module, y)[1], y) for y, _, _ in rows[:-1])
+    np.testing.assert_allclose(100 * extra / sum(m for _, _, m in rows), percent, rtol=0.01)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("cnn4", 2), ("cnn6", 2), ("cnn6_replay", 3)])
+def test_classifier(name, hidden):
+    logits, variables, _ = walk(make_network(name, 8, 7, (8, 8, 1)), image((8, 8, 1)))[-1]
+    assert logits.shape == (1, 7)
+    linear = [p["kernel"].shape for layer, p in variables["params"].items() if layer.startswith("Dense")]
+    assert linear == [(128, 128)] * hidden + [(128, 7)]  # a map of 2x2x32
+
+
+@pytest.mark.parametrize(("size", "works"), [(30, "28 or 32"), (1, "such as 4"), (9, "8 or 12"), (0, "multiples of 4")])
+def test_images_that_cannot_be_halved(size, works):
+    with pytest.raises(UserError, match=f"config.data.image_size: images of {size}x8 .*{works}"):
+        make_network("cnn4", 8, 10, (size, 8, 1))
+    assert make_network("cnn4", 8, 10, (28, 8, 1)).halvings == 2
+
+
+def test_bfloat16_arithmetic_float32_state():
+    network = make_network("cnn4", 4, 10, (8, 8, 3), "bfloat16")
+    *rows, (logits, classifier, _) = walk(network, image((8, 8, 3)))
+    assert {y.dtype for y, _, _ in rows} == {jnp.dtype("bfloat16")}
+    assert logits.dtype == jnp.float32
+    for variables in [classifier, *(v for _, v, _ in rows)]:
+        assert set(variables) == {"params", "batch_stats"}
+        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    # The running averages stay float32 through an update as well.
+    block, (_, variables, _) = network.blocks[1], rows[1]
+    y, updated = jax.eval_shape(
+        lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]), variables, image((8, 8, 4), "bfloat16")
+    )
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}

@@ -1,0 +1,142 @@
+"""Devices for modules, the exact sharing of few devices, and moves that never alias the host's memory."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgl_jax.errors import UserError
+from dgl_jax.packet import Batch, Targets
+from dgl_jax.placement import assign, check_batch, one_group, put, share
+
+
+def ids(placement):
+    return [[device.id for device in group.devices.flat] for group in placement.groups]
+
+
+@pytest.mark.parametrize(
+    ("count", "modules", "sizes", "costs", "expected"),
+    [
+        (4, 4, (), (), [[0], [1], [2], [3]]),
+        (4, 2, (), (), [[0, 1], [2, 3]]),
+        (4, 3, (), (), [[0], [1], [2]]),  # one device stays idle
+        (4, 1, (), (), [[0, 1, 2, 3]]),
+        (1, 3, (), (), [[0], [0], [0]]),
+        (2, 4, (), (), [[0], [0], [1], [1]]),
+        (2, 4, (), (1, 1, 1, 5), [[0], [0], [0], [1]]),
+        (2, 4, (), (5, 1, 1, 1), [[0], [1], [1], [1]]),
+        (3, 4, (), (4, 4, 1, 1), [[0], [1], [2], [2]]),
+        (4, 3, (1, 2, 1), (), [[0], [1, 2], [3]]),
+        (4, 2, (1, 1), (), [[0], [1]]),
+        (4, 3, (1, 2, 1), (9, 1, 1), [[0], [1, 2], [3]]),
+    ],
+)
+def test_assign(devices, count, modules, sizes, costs, expected):
+    placement = assign(devices[:count], modules, sizes, costs)
+    assert ids(placement) == expected
+    assert placement.count() == len({i for group in expected for i in group})
+    for hop in range(modules - 1):
+        assert placement.crosses(hop) == (expected[hop] != expected[hop + 1])
+        assert placement.is_prompt(hop) == (len(expected[hop]) == len(expected[hop + 1]))
+
+
+@pytest.mark.parametrize(
+    ("modules", "sizes", "words"),
+    [
+        (3, (1, 1), ["config.engine.group_sizes=(1, 1)", "there are 3"]),
+        (3, (1, 2, 2), ["config.engine.group_sizes=(1, 2, 2)", "needs 5 devices", "there are 4", "--cpu_devices"]),
+    ],
+)
+def test_group_sizes_that_do_not_fit(devices, modules, sizes, words):
+    with pytest.raises(UserError) as error:
+        assign(devices, modules, sizes)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_one_group_and_its_description(devices):
+    placement = one_group(devices[:2], 3)
+    assert ids(placement) == [[0, 1]] * 3
+    assert placement.count() == 2
+    assert not placement.crosses(0)
+    assert "module 2 on 0,1" in placement.describe()
+
+
+@given(costs=st.lists(st.integers(0, 9), min_size=1, max_size=7), parts=st.integers(1, 5))
+def test_share_equals_brute_force(costs, parts):
+    lengths = share(costs, parts)
+    assert sum(lengths) == len(costs)
+    assert len(lengths) <= parts
+    assert min(lengths) >= 1
+
+    def largest(starts):
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *starts, len(costs)]))
+
+    inner = range(1, len(costs))
+    best = min(largest(starts) for p in range(parts) for starts in itertools.combinations(inner, p) if p < len(costs))
+    assert largest(list(itertools.accumulate(lengths))[:-1]) == best
+
+
+def test_share_by_hand():
+    assert share([1, 1, 1], 2) == [2, 1]
+    assert share([1, 2, 3, 4, 5], 3) == [3, 1, 1]
+    assert share([7], 4) == [1]
+
+
+# Moves
+
+
+def aligned(values):
+    """A copy whose memory begins at a multiple of 64 bytes, where XLA's CPU client may use it in place."""
+    values = np.asarray(values)
+    memory = np.empty(values.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    array[:] = values
+    return array
+
+
+def test_put_copies_host_arrays(devices):
+    for sharding in (one_group(devices[:1], 1).replicated(0), one_group(devices, 1).split(0)):
+        source = aligned(np.arange(64, dtype=np.float32))
+        moved = jax.block_until_ready(put({"a": source}, sharding))["a"]
+        source[:] = -1
+        np.testing.assert_array_equal(moved, np.arange(64))
+        assert moved.sharding == sharding
+
+
+def test_a_bare_device_put_would_alias(devices):
+    source = aligned(np.arange(64, dtype=np.float32))
+    moved = jax.block_until_ready(jax.device_put(source, one_group(devices[:1], 1).replicated(0)))
+    source[:] = -1
+    assert not np.array_equal(moved, np.arange(64)), "the copy in put() is no longer needed: this platform does not alias"
+
+
+def test_put_moves_between_groups_in_both_directions(devices):
+    placement = assign(devices, 2)
+    x = put(np.arange(8.0, dtype=np.float32), placement.split(0))
+    there = put(x, placement.split(1))
+    back = put(there, placement.replicated(0))
+    assert {d.id for d in there.devices()} == {2, 3}
+    assert {d.id for d in back.devices()} == {0, 1}
+    np.testing.assert_array_equal(back, np.arange(8))
+    assert [s.data.shape for s in there.addressable_shards] == [(4,), (4,)]
+    assert [s.data.shape for s in back.addressable_shards] == [(8,), (8,)]
+
+
+def test_put_batch_splits_examples(devices):
+    batch = Batch(np.zeros((8, 2, 2, 3), np.uint8), Targets(np.arange(8), np.arange(8) + 100), np.int32(7))
+    with jax.transfer_guard("disallow"):
+        moved = assign(devices, 2).put_batch(batch, 1)
+    assert [s.data.shape for s in moved.images.addressable_shards] == [(4, 2, 2, 3)] * 2
+    assert [s.data.tolist() for s in moved.targets.id.addressable_shards] == [[100, 101, 102, 103], [104, 105, 106, 107]]
+    assert [s.data.tolist() for s in moved.step.addressable_shards] == [7, 7]
+
+
+def test_check_batch(devices):
+    placement = assign(devices, 2, (1, 3))
+    check_batch(9, placement)
+    with pytest.raises(UserError, match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do"):
+        check_batch(8, placement)

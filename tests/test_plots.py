@@ -1,0 +1,156 @@
+"""Each picture holds the lines that the records hold, and says so where there is nothing to draw."""
+
+import contextlib
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dgl_jax.errors import UserError
+from dgl_jax.plots import accuracy_figure, compare, compare_figure, loss_figure, plot, series
+from dgl_jax.writers import JsonLinesWriter, read_jsonl
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_records(modules, epochs=3, heads=None, ensemble=True):
+    """Half-epoch training records, validation every epoch, test at the end."""
+    heads, records = range(modules) if heads is None else heads, []
+    for half in range(1, 2 * epochs + 1):
+        head = {"step": 5 * half, "epoch": half / 2, "time": 0.0}
+        right = {k: 1 - 1 / (half + k + 2) for k in heads}
+        losses = {f"train/module_{k}/loss": 3.0 * 0.3**half / (k + 1) for k in heads}
+        records.append(head | losses | {f"train/module_{k}/accuracy": a for k, a in right.items()})
+        splits = ["validation"] * (half % 2 == 0) + ["test"] * (half == 2 * epochs)
+        for split in splits:
+            records.append(head | {f"{split}/module_{k}/accuracy": a - 0.05 for k, a in right.items()})
+            records[-1] |= {f"{split}/ensemble/accuracy": 0.9} if ensemble else {}
+    return records
+
+
+def make_run(workdir, records):
+    with contextlib.closing(JsonLinesWriter(workdir / "metrics.jsonl")) as writer:
+        for record in records:
+            rest = {key: math.nan if value is None else value for key, value in record.items()}
+            writer.write_scalars(rest.pop("step"), rest)
+    return workdir
+
+
+def drawn(figure):
+    return {line.get_label(): line for line in figure.axes[0].lines}
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize("modules", [1, 4, 10])
+def test_accuracy_has_a_line_a_module_and_split(modules):
+    figure = accuracy_figure(make_records(modules, ensemble=modules > 1), "run", "fused")
+    lines = drawn(figure)
+    ensembles = 2 if modules > 1 else 0  # validation and test; training measures none
+    assert len(figure.axes[0].lines) == len(lines) == 3 * modules + ensembles
+    np.testing.assert_array_equal(lines["validation module_0"].get_xdata(), [1, 2, 3])
+    assert len(lines["train module_0"].get_xdata()) == 6
+    assert list(lines["test module_0"].get_xdata()) == [3]
+    assert lines["train module_0"].get_alpha() < 0.5
+    assert figure.axes[0].get_title(loc="left") == "run"
+    value = f"{lines['test module_0'].get_ydata()[0]:.3f}"
+    assert value in texts(figure)
+
+
+def test_colours_darken_with_depth_and_agree_between_pictures():
+    records = make_records(6)
+    accuracy, loss = drawn(accuracy_figure(records)), drawn(loss_figure(records))
+    shades = [accuracy[f"validation module_{k}"].get_color() for k in range(6)]
+    assert np.all(np.diff([np.dot(shade[:3], [0.3, 0.6, 0.1]) for shade in shades]) < 0)
+    for k in range(6):
+        np.testing.assert_array_equal(accuracy[f"train module_{k}"].get_color(), shades[k])
+        np.testing.assert_array_equal(loss[f"train module_{k}"].get_color(), shades[k])
+
+
+def test_names_never_overlap():
+    records = [{"step": 1, "epoch": 1.0} | {f"validation/module_{k}/accuracy": 0.9 for k in range(30)}]
+    figure = accuracy_figure(records)
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("module")]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) == 30
+    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+    assert boxes[-1].x1 <= figure.bbox.x1
+    assert boxes[0].y0 >= 0
+
+
+def test_a_module_without_a_head_has_no_line():
+    records = make_records(4, heads=[3], ensemble=False)
+    assert set(drawn(accuracy_figure(records))) == {"train module_3", "validation module_3", "test module_3"}
+    assert set(drawn(loss_figure(records))) == {"train module_3"}
+
+
+def test_loss_is_logarithmic_only_where_it_spans():
+    assert loss_figure(make_records(2)).axes[0].get_yscale() == "log"
+    assert loss_figure(make_records(2, epochs=1)).axes[0].get_yscale() == "linear"
+
+
+def test_null_breaks_a_line_and_steps_stand_in_for_epochs():
+    key = "train/module_0/loss"
+    records = [{"step": 1, key: 2.0}, {"step": 2, key: None}, {"step": 3, "learning_rate": 0.1}, {"step": 4, key: 1.0}]
+    x, y = series(records, key)
+    assert x == [1, 2, 4]
+    np.testing.assert_array_equal(y, [2, np.nan, 1])
+    figure = loss_figure(records)
+    assert figure.axes[0].get_xlabel() == "step"
+    assert "1.00" in texts(figure)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, 1.0])
+def test_odd_values_are_drawn(tmp_path, value):
+    records = [{"step": 0, "epoch": 0.0, "train/module_0/loss": value, "validation/module_0/accuracy": value}]
+    assert len(plot(make_run(tmp_path, records))) == 2
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_plot_writes_pictures(tmp_path, finished):
+    workdir = make_run(tmp_path / "digits", make_records(4))
+    if finished:
+        summary = {"engine": "fused", "steps": 30, "seed": 1, "modules": [{}] * 4, "ensemble_accuracy": 0.9}
+        (workdir / "summary.json").write_text(json.dumps(summary))
+    paths = plot(str(workdir))
+    assert paths == [workdir / "plots" / "accuracy.png", workdir / "plots" / "loss.png"]
+    for path in paths:
+        content = path.read_bytes()
+        assert content.startswith(PNG)
+        assert len(content) > 10_000
+
+
+def test_plot_draws_what_there_is(tmp_path):
+    records = [{"step": 1, "epoch": 0.1, "train/module_0/loss": 2.0}]
+    assert [path.name for path in plot(make_run(tmp_path, records))] == ["loss.png"]
+
+
+def test_plot_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no such file"):
+        plot(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tra')
+    with pytest.raises(UserError, match="no record yet"):
+        plot(tmp_path)
+    make_run(tmp_path, [{"step": 1, "epoch": 0.1, "learning_rate": 0.1}])
+    with pytest.raises(UserError, match="no accuracy and no loss"):
+        plot(tmp_path)
+    assert not (tmp_path / "plots").exists()
+
+
+def test_compare_takes_the_last_module_of_workdirs_and_records(tmp_path):
+    workdir = make_run(tmp_path / "run", make_records(4))
+    other = make_records(4, epochs=2, heads=[3], ensemble=False)
+    path = compare({"DGL": workdir, "backprop": other}, tmp_path / "out" / "compare.png", "Digits")
+    assert path.read_bytes().startswith(PNG)
+    figure = compare_figure({"DGL": read_jsonl(workdir / "metrics.jsonl"), "backprop": other})
+    lines = drawn(figure)
+    assert set(lines) == {"validation DGL", "test DGL", "validation backprop", "test backprop"}
+    for label, records in (("DGL", make_records(4)), ("backprop", other)):
+        np.testing.assert_allclose(lines[f"validation {label}"].get_ydata(), series(records, "validation/module_3/accuracy")[1])
+    with pytest.raises(UserError, match="DGL"):
+        compare({"DGL": [{"step": 1}]}, tmp_path / "none.png")

@@ -1,0 +1,141 @@
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
+from flax import linen as nn
+from jaxtyping import TypeCheckError, jaxtyped
+from numpy_layers import adaptive_avg_pool as numpy_adaptive
+from numpy_layers import close
+
+from dgl_jax.models import pooling
+from dgl_jax.models.pooling import adaptive_avg_pool, max_pool_2x2
+
+
+def generic(*shape, dtype=np.float32):
+    """Distinct numbers: no ties."""
+    size = int(np.prod(shape))
+    return (np.random.default_rng(0).permutation(size).reshape(shape) / size - 0.5).astype(dtype)
+
+
+def library_max(x):
+    return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def library_avg(x):
+    return nn.avg_pool(x, (3, 2), strides=(3, 2))
+
+
+def avg_3x2(x):
+    return adaptive_avg_pool(x, (2, 4))
+
+
+def check_same(pool, library, x):
+    """Values and gradients."""
+    cotangent = generic(*jax.eval_shape(library, x).shape)
+    for f in (lambda g, x: g(x), lambda g, x: jax.grad(lambda y: (g(y) * cotangent).sum())(x)):
+        close(jax.jit(f, static_argnums=0)(pool, x), np.asarray(jax.jit(f, static_argnums=0)(library, x)))
+
+
+@pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
+def test_values_and_gradients_are_the_librarys(pool, library, monkeypatch):
+    x = generic(3, 6, 8, 5)
+    check_same(pool, library, x)
+    monkeypatch.setattr(pooling, "_by_platform", lambda x, *, cpu, elsewhere: elsewhere(x))
+    check_same(lambda x: pool(x), library, x)
+
+
+@pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
+def test_broken_windows_are_noticed(pool, library, monkeypatch):
+    windows = pooling._windows
+    monkeypatch.setattr(pooling, "_windows", lambda x, *size: windows(jnp.roll(x, 1, axis=1), *size))
+    with pytest.raises(AssertionError):
+        check_same(lambda x: pool(x), library, generic(3, 6, 8, 5))
+
+
+def relu_between(pool):
+    return lambda x: pool(nn.relu(x))
+
+
+def test_ties_behind_a_relu_change_no_gradient():
+    x = generic(3, 6, 8, 5) - 0.3  # most windows hold several zeros behind the ReLU
+    check_same(relu_between(max_pool_2x2), relu_between(library_max), x)
+
+
+def test_ties_in_front_of_no_relu_share_the_gradient():
+    x = np.maximum(generic(3, 6, 8, 5) - 0.3, 0)
+    with pytest.raises(AssertionError):
+        check_same(max_pool_2x2, library_max, x)
+    gradient = jax.grad(lambda x: max_pool_2x2(x).sum())(np.zeros((1, 2, 2, 1), np.float32))
+    close(gradient, np.full((1, 2, 2, 1), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("size", "out"), [((7, 7), (2, 2)), ((28, 28), (7, 7)), ((8, 8), (2, 2)), ((5, 9), (3, 2)), ((1, 3), (2, 2))]
+)
+def test_adaptive_average(size, out):
+    x = generic(2, *size, 3)
+    close(adaptive_avg_pool(x, out), numpy_adaptive(x.astype(np.float64), out))
+
+
+def test_adaptive_average_broken_windows_are_noticed(monkeypatch):
+    def floors(size, out):  # windows that do not overlap
+        starts = [i * size // out for i in range(out + 1)]
+        return np.array([[(a <= j < b) / (b - a) for j in range(size)] for a, b in pairwise(starts)], np.float32)
+
+    monkeypatch.setattr(pooling, "_averages", floors)
+    with pytest.raises(AssertionError):
+        test_adaptive_average((7, 7), (2, 2))
+
+
+def test_averages_of_bfloat16_are_summed_in_float32():
+    x = jnp.ones((1, 64, 64, 1), jnp.bfloat16) + (jnp.arange(64) % 2)[None, :, None, None].astype(jnp.bfloat16)
+    y = adaptive_avg_pool(x, (1, 1))
+    assert y.dtype == jnp.bfloat16
+    assert float(y[0, 0, 0, 0]) == 1.5
+
+
+def has_branch(f, x):
+    compiled = jax.jit(jax.grad(lambda x: (f(x) ** 2).sum())).lower(x).compile().as_text()
+    return "conditional" in compiled
+
+
+@pytest.mark.parametrize("pool", [max_pool_2x2, avg_3x2])
+def test_compiled_with_one_branch_only(pool):
+    assert not has_branch(pool, generic(3, 6, 8, 5))
+
+
+def test_a_branch_would_be_noticed():
+    def branch(x):
+        return jax.lax.cond(x[0, 0, 0, 0] > 0, lambda y: jnp.sort(y, 1), library_max_same, x)
+
+    def library_max_same(x):
+        return nn.max_pool(x, (2, 2), padding="SAME")
+
+    assert has_branch(branch, generic(3, 6, 8, 5))
+
+
+@pytest.mark.parametrize("pool", [max_pool_2x2, avg_3x2])
+def test_each_platform_gets_its_formulation(pool):
+    def text(platform):
+        traced = jax.jit(pool).trace(generic(3, 6, 8, 5))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "reduce_window" not in text("cpu")
+    assert "reduce_window" in text("cuda")
+    assert "reduce_window" in text("tpu")
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match="7x8"):
+        max_pool_2x2(generic(1, 7, 8, 2))
+
+
+def test_annotations_hold():
+    checked = jaxtyped(typechecker=beartype)(max_pool_2x2)
+    assert checked(jnp.ones((1, 4, 4, 2))).shape == (1, 2, 2, 2)
+    with pytest.raises((TypeCheckError, BeartypeCallHintViolation)):
+        checked(jnp.ones((4, 4, 2)))

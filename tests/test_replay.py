@@ -1,0 +1,201 @@
+"""The ring and its rules against a plain NumPy oracle (invariant 7), and what it must never do."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgl_jax import replay
+from dgl_jax.errors import UserError
+from dgl_jax.packet import Header, Targets
+from dgl_jax.replay import RULES, Ring, check_memory, ring_bytes
+
+EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), Targets(*[jax.ShapeDtypeStruct((2,), np.int32)] * 2))
+
+
+def packet(n: int):
+    """Packet n: every number in it says so."""
+    return np.full((2, 3), n, np.float32), Targets(np.full(2, n, np.int32), np.full(2, 100 + n, np.int32)), Header(n, n + 1)
+
+
+def read(ring: Ring):
+    """(number, age, use) of the packet read, checked for consistency; None where nothing is given."""
+    sample = ring.sample()
+    if sample is None:
+        return None
+    n = sample.packet.header.sequence
+    np.testing.assert_array_equal(sample.packet.payload, np.full((2, 3), n))
+    np.testing.assert_array_equal(sample.packet.targets.label, [n, n])
+    np.testing.assert_array_equal(sample.packet.targets.id, [100 + n, 100 + n])
+    return n, sample.age, sample.use
+
+
+class Oracle:
+    """A list of [number, uses], oldest first; the released rule by its slots, as published."""
+
+    def __init__(self, size: int, rule: str, max_reuse: int):
+        self.size, self.rule, self.max_reuse = size, rule, max_reuse
+        self.packets, self.written = [], 0
+
+    def add(self):
+        self.packets = [*self.packets, [self.written, 0]][-self.size :]
+        self.written += 1
+
+    def sample(self):
+        shown = [1 if self.size == 1 else uses + 1 for _, uses in self.packets] if self.rule == "released" else None
+        uses = shown or [uses for _, uses in self.packets]
+        if not uses or (self.max_reuse and min(uses) >= self.max_reuse):
+            return None
+        least = [p for p, u in zip(self.packets, uses) if u == min(uses)]
+        if self.rule == "released":
+            pointer = self.written % self.size
+            rank = {n % self.size: (n % self.size) - (self.size if n % self.size > pointer else 0) for n, _ in least}
+            chosen = max(least, key=lambda p: rank[p[0] % self.size])
+        else:
+            chosen = least[-1] if self.rule == "least_used_latest" else least[0]
+        chosen[1] += 1
+        return chosen[0], self.written - 1 - chosen[0], chosen[1]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(["least_used_latest", "fifo", "released"]),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.lists(st.booleans(), max_size=60),
+)
+def test_rules_equal_the_oracle_on_any_history(rule, size, max_reuse, history):
+    ring, oracle = Ring(EXAMPLE, size, rule, max_reuse), Oracle(size, rule, max_reuse)
+    for writes in history:
+        if writes:
+            ring.add(*packet(oracle.written))
+            oracle.add()
+        else:
+            ready = ring.ready()
+            found = read(ring)
+            assert found == oracle.sample()
+            assert ready == (found is not None)
+
+
+def test_a_full_ring_by_hand():
+    ring = Ring(EXAMPLE, 3)
+    assert read(ring) is None
+    for n in range(4):  # packet 0 is written over
+        ring.add(*packet(n))
+    assert [read(ring) for _ in range(4)] == [(3, 0, 1), (2, 1, 1), (1, 2, 1), (3, 0, 2)]
+    ring.add(*packet(4))  # over packet 1
+    assert read(ring) == (4, 0, 1)
+    tally = ring.tally
+    assert (tally.written, tally.read, tally.age, tally.oldest, tally.reused, tally.never_used) == (5, 5, 3, 2, 1, 1)
+    assert (tally.mean_age(), tally.reuse()) == (3 / 5, 5 / 4)
+
+
+def test_the_released_rule_takes_the_oldest_for_the_newest():
+    rings = {rule: Ring(EXAMPLE, 3, rule) for rule in ("least_used_latest", "released")}
+    for ring in rings.values():
+        for n in range(3):
+            ring.add(*packet(n))
+    assert [read(rings["least_used_latest"])[0] for _ in range(3)] == [2, 1, 0]
+    assert [read(rings["released"])[0] for _ in range(3)] == [0, 2, 1]
+
+
+def test_max_reuse_and_the_released_count():
+    ring = Ring(EXAMPLE, 2, max_reuse=2)
+    ring.add(*packet(0))
+    assert [read(ring) for _ in range(3)] == [(0, 0, 1), (0, 0, 2), None]
+    assert not ring.ready()
+    ring.add(*packet(1))
+    assert read(ring) == (1, 0, 1)
+
+    counted_from_one = Ring(EXAMPLE, 2, "released", max_reuse=2)
+    counted_from_one.add(*packet(0))
+    assert [read(counted_from_one) for _ in range(2)] == [(0, 0, 1), None]
+    never_counts = Ring(EXAMPLE, 1, "released", max_reuse=2)
+    never_counts.add(*packet(0))
+    assert [read(never_counts)[2] for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_uniform_reads_all_alike_and_repeats_itself():
+    def draws(ring):
+        for n in range(4):
+            ring.add(*packet(n))
+        return [read(ring)[0] for _ in range(2000)]
+
+    found = draws(Ring(EXAMPLE, 4, "uniform", seed=3))
+    assert found == draws(Ring(EXAMPLE, 4, "uniform", seed=3))
+    assert found != draws(Ring(EXAMPLE, 4, "uniform", seed=4))
+    np.testing.assert_allclose(np.bincount(found) / 2000, 0.25, atol=0.04)
+
+
+def test_uniform_keeps_to_max_reuse():
+    ring = Ring(EXAMPLE, 4, "uniform", max_reuse=2)
+    for n in range(4):
+        ring.add(*packet(n))
+    assert sorted(read(ring)[0] for _ in range(8)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read(ring) is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_snapshot_goes_on_the_same(rule):
+    ring, other = Ring(EXAMPLE, 3, rule, seed=1), Ring(EXAMPLE, 3, rule, seed=1)
+    for n in range(5):
+        ring.add(*packet(n))
+        read(ring)
+    saved = ring.snapshot()
+    ring.add(*packet(5))  # the snapshot does not see it
+    other.restore(saved)
+    other.add(*packet(5))
+    for n in range(6, 12):
+        assert read(ring) == read(other)
+        ring.add(*packet(n))
+        other.add(*packet(n))
+    assert ring.tally == other.tally
+    fresh = Ring(EXAMPLE, 3, rule, seed=1)
+    fresh.add(*packet(5))
+    assert ring.tally != fresh.tally
+
+
+def aligned(shape):
+    """Float32 zeros that begin at a multiple of 64 bytes, where the CPU backend aliases."""
+    raw = np.zeros(int(np.prod(shape)) * 4 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + int(np.prod(shape)) * 4].view(np.float32).reshape(shape)
+
+
+def test_what_was_read_is_not_changed_by_what_is_written_later():
+    example = (jax.ShapeDtypeStruct((16, 16), np.float32), EXAMPLE[1])
+
+    def corrupted(copied: bool) -> int:
+        ring, wrong = Ring(example, 1), 0
+        ring._slots[0] = aligned((1, 16, 16))
+        for n in range(20):
+            ring.add(np.full((16, 16), n, np.float32), *packet(n)[1:])
+            payload = ring.sample().packet.payload if copied else ring._slots[0][0]
+            array = jax.device_put(payload, jax.devices()[0])
+            ring.add(np.full((16, 16), -1, np.float32), *packet(n)[1:])
+            wrong += bool((np.asarray(array) != n).any())
+        return wrong
+
+    assert corrupted(copied=True) == 0
+    assert corrupted(copied=False) > 0  # the twin: without the copy the device reads the later packet
+
+
+def test_a_packet_of_another_form_is_refused():
+    ring = Ring(EXAMPLE, 2)
+    with pytest.raises((TypeError, ValueError)):
+        ring.add(np.zeros((2, 3), np.float64), *packet(0)[1:])
+    with pytest.raises((TypeError, ValueError)):
+        ring.add((np.zeros((2, 3), np.float32),) * 2, *packet(0)[1:])
+
+
+def test_memory_is_refused_with_the_size_that_fits():
+    one = 2 * 3 * 4 + 2 * 2 * 4
+    assert ring_bytes([EXAMPLE, EXAMPLE], 5) == [5 * one, 5 * one]
+    assert Ring(EXAMPLE, 5).nbytes == 5 * one
+    check_memory([EXAMPLE, EXAMPLE], 5, available=10 * one)
+    with pytest.raises(UserError, match=r"config\.replay\.size=6: the rings would take .* 5 would fit"):
+        check_memory([EXAMPLE, EXAMPLE], 6, available=10 * one + 3)
+    with pytest.raises(UserError, match="not even 1 would fit"):
+        check_memory([EXAMPLE], 1, available=3)
+    assert replay.free_memory() > 0

@@ -1,0 +1,247 @@
+"""Stopping, resuming and what can go wrong with a workdir (invariant 5 for the synchronous engines)."""
+
+import errno
+import fcntl
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import arrays, records, same_run, small_config
+
+from dgl_jax import train
+from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.data import ArraySource
+from dgl_jax.engines import EngineState
+from dgl_jax.errors import UserError
+from dgl_jax.metrics import Window
+from dgl_jax.train import Interrupted, train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train_and_evaluate(small_config(), workdir)
+    return workdir
+
+
+def interrupt_at(step: int, monkeypatch, signum: int = signal.SIGTERM) -> None:
+    """The signal comes when the step's report does."""
+    add = Window.add
+
+    def add_and_raise(self, report):
+        add(self, report)
+        if report.updates[-1] == step:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(Window, "add", add_and_raise)
+
+
+def interrupted(workdir: Path, step: int, config=None, signum: int = signal.SIGTERM) -> int:
+    """Runs until a signal at `step`; gives the step of the checkpoint it leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(step, patch, signum)
+        with pytest.raises(Interrupted) as stopped:
+            train_and_evaluate(config or small_config(), workdir)
+    assert stopped.value.signum == signum
+    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize(("signum", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 7)])
+def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, signum, step):
+    saved = interrupted(tmp_path, step, signum=signum)
+    assert step <= saved < step + 4  # what was in flight is finished, nothing more
+    assert not (tmp_path / "summary.json").exists()
+    summary = train_and_evaluate(small_config(), tmp_path)
+    assert summary.steps == 12
+    assert [m["updates"] for m in summary.modules] == [12, 12]
+    assert same_run(whole, tmp_path)
+
+
+def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, tmp_path, monkeypatch):
+    interrupted(tmp_path, 5)
+    batches = ArraySource.batches
+    monkeypatch.setattr(ArraySource, "batches", lambda self, start, *shard: batches(self, 0, *shard))
+    train_and_evaluate(small_config(), tmp_path)
+    assert not same_run(whole, tmp_path)
+
+
+def test_twin_losing_the_optimizer_state_is_noticed(whole, tmp_path, monkeypatch):
+    interrupted(tmp_path, 5)
+    restore = Checkpoints.restore
+
+    def without_momentum(self, *args, **kwargs):
+        restored = restore(self, *args, **kwargs)
+        zero = tuple(
+            m.replace(opt_state=jax.tree.map(lambda x: x * 0 if x.dtype == np.float32 else x, m.opt_state))
+            for m in restored.state.modules
+        )
+        return type(restored)(restored.step, EngineState(zero), restored.meta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", without_momentum)
+        train_and_evaluate(small_config(), tmp_path)
+    assert not same_run(whole, tmp_path)
+
+
+def test_a_run_goes_on_with_another_engine_and_other_devices(whole, tmp_path):
+    interrupted(tmp_path, 5)
+    config = small_config(engine__name="pipeline", engine__group_sizes=(1, 1))
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary.engine == "pipeline"
+    assert summary.wire == "measured"
+    assert [m["devices"] for m in summary.modules] == [[0], [1]]
+    assert len(jax.devices()) == 4  # the first part ran on one group of all four
+    for a, b in zip(arrays(whole), arrays(tmp_path), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_one_device_pipeline_and_fused_share_a_checkpoint_bit_for_bit(tmp_path):
+    alone = {"engine__group_sizes": (1, 1)}
+    train_and_evaluate(small_config(engine__name="pipeline", **alone), tmp_path / "pipeline")
+    interrupted(tmp_path / "both", 5, small_config(engine__name="pipeline", **alone))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        train_and_evaluate(small_config(engine__name="fused"), tmp_path / "both")
+    assert same_run(tmp_path / "pipeline", tmp_path / "both")
+
+
+def test_backprop_resumes_bit_for_bit_and_has_no_lower_heads(tmp_path):
+    config = small_config(engine__name="backprop")
+    train_and_evaluate(config, tmp_path / "whole")
+    interrupted(tmp_path / "parts", 5, config)
+    summary = train_and_evaluate(config, tmp_path / "parts")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+    assert summary.modules[0]["test_accuracy"] is None
+    assert summary.modules[1]["test_accuracy"] > 0
+    assert "validation/module_0/accuracy" not in records(tmp_path / "parts")[-2]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, caplog):
+    interrupted(tmp_path, 7)
+    newest = max((p for p in (tmp_path / "checkpoints").iterdir()), key=lambda p: int(p.name))
+    victim = max((p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    victim.write_bytes(content)
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        train_and_evaluate(small_config(), tmp_path)
+    assert f"checkpoint {newest.name} is damaged" in caplog.text
+    assert same_run(whole, tmp_path)
+    assert (tmp_path / "damaged" / newest.name).is_dir()
+
+
+def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
+    interrupted(tmp_path, 5)
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint \(\d+(, \d+)*\) is damaged"):
+        train_and_evaluate(small_config(), tmp_path)
+
+
+def test_a_torn_metrics_line_is_cut_off(whole, tmp_path):
+    interrupted(tmp_path, 8)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "epoch": 1.8}\n{"step": 12, "ep')
+    train_and_evaluate(small_config(), tmp_path)
+    assert records(whole) == records(tmp_path)
+
+
+def test_a_finished_run_answers_without_training(whole, monkeypatch):
+    monkeypatch.setattr(train, "make_experiment", lambda settings: pytest.fail("trained again"))
+    before = (whole / "summary.json").read_bytes()
+    assert train_and_evaluate(small_config(), whole).steps == 12
+    assert train_and_evaluate(small_config(train__steps=8), whole).steps == 12
+    assert (whole / "summary.json").read_bytes() == before
+
+
+def test_more_steps_extend_a_finished_run(whole, tmp_path):
+    train_and_evaluate(small_config(train__steps=8), tmp_path)
+    summary = train_and_evaluate(small_config(), tmp_path)
+    assert summary.steps == 12
+    for a, b in zip(arrays(whole), arrays(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_configuration_is_refused_by_name(whole):
+    with pytest.raises(UserError, match=r"config\.model\.width \(was 4, is now 8\); config\.seed \(was 0, is now 1\)"):
+        train_and_evaluate(small_config(seed=1, model__width=8), whole)
+
+
+def test_a_workdir_trains_once_at_a_time(tmp_path):
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another training is running there"):
+            train_and_evaluate(small_config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+def test_divergence_stops_the_run_and_leaves_no_bad_checkpoint(tmp_path):
+    config = small_config(optimizer__learning_rate=1e12, checkpoint__every=1, log__every=100)
+    with pytest.raises(UserError, match=r"training diverged: .* module_\d .* step \d+; a smaller config.optimizer.learning_rate"):
+        train_and_evaluate(config, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert int(path.name) <= 2
+    if any((tmp_path / "checkpoints").iterdir()):
+        assert all(np.isfinite(a).all() for a in arrays(tmp_path))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train.JsonLinesWriter, "write_scalars", no_space)
+    with pytest.raises(UserError, match="the disk is full; free some space and run the same line again"):
+        train_and_evaluate(small_config(), tmp_path)
+
+
+def test_a_disk_that_fills_up_while_saving_is_one_clear_error(tmp_path, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", no_space)
+    with pytest.raises(UserError, match="checkpoints: the disk is full; free some space and run the same line again"):
+        train_and_evaluate(small_config(), tmp_path)
+
+
+def test_a_mistake_leaves_no_workdir(tmp_path):
+    for fields in ({"model__modules": 9}, {"data__batch_size": 4096}, {"data__image_size": 10}):
+        with pytest.raises(UserError):
+            train_and_evaluate(small_config(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
+    train_and_evaluate(small_config(train__steps=1, optimizer__learning_rate=1e-12), tmp_path / "new", init_from=whole)
+    old, new = arrays(whole), arrays(tmp_path / "new")
+    assert sum(np.array_equal(a, b) for a, b in zip(old, new, strict=True)) < len(old)  # counts, momentum, batch statistics
+    kernels = [(a, b) for a, b in zip(old, new, strict=True) if a.ndim == 4 and np.abs(a - b).max() < 1e-6]
+    assert len(kernels) >= 4
+    with pytest.raises(UserError, match="--init_from: module_0 of that run has parameters of other shapes"):
+        train_and_evaluate(small_config(model__width=8), tmp_path / "wider", init_from=whole)
+
+
+def test_what_a_run_writes(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert [m["name"] for m in summary["modules"]] == ["module_0", "module_1"]
+    assert summary["raw_bytes_per_image"] == summary["wire_bytes_per_image"] == [4 * 4 * 8 * 4 + 8]  # 8 channels of 4x4, label, id
+    assert (summary["wire"], summary["codec_error"]) == ("simulated", [0.0])
+    assert (summary["steps"], summary["epochs"], summary["engine"], summary["seed"]) == (12, 2.0, "fused", 0)
+    assert summary["versions"]["jax"] == jax.__version__
+    steps = [(r["step"], sorted(k.split("/")[0] for k in r if "/" in k)[:1]) for r in records(whole)]
+    assert steps == [
+        (3, ["train"]),
+        (6, ["train"]),
+        (6, ["validation"]),
+        (9, ["train"]),
+        (12, ["train"]),
+        (12, ["validation"]),
+        (12, ["test"]),
+    ]
+    kept = sorted(int(p.name) for p in (whole / "checkpoints").iterdir())
+    assert kept[-2:] == [8, 12]
+    assert {p.name for p in (whole / "plots").iterdir()} == {"accuracy.png", "loss.png"}

@@ -1,0 +1,199 @@
+"""The simulated asynchronous engine: invariants 3, 5 and 6, the end, and what it reports."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import records, same_run, small_config
+from test_resume import interrupted
+
+from dgl_jax.engines import SimulatedEngine
+from dgl_jax.placement import one_group
+from dgl_jax.replay import Ring
+from dgl_jax.settings import EngineSettings, ReplaySettings
+from dgl_jax.train import train_and_evaluate
+
+TOTAL = 8
+
+
+def engine(tiny, devices, total=TOTAL, replay=None, **settings) -> SimulatedEngine:
+    """Three modules on one device."""
+    return SimulatedEngine(tiny.recipe(), one_group(devices[:1], 3), total, EngineSettings(**settings), replay or ReplaySettings(3))
+
+
+def begin(tiny, made: SimulatedEngine):
+    """A fresh state with empty rings."""
+    return made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+
+
+def run(tiny, made: SimulatedEngine, state, until=TOTAL, to_host=None):
+    """State at the end and every report's updates and metrics."""
+    reports = []
+    for report in made.run(state, tiny.source, until):
+        reports.append((report.updates, to_host(report.metrics)))
+        state = report.snapshot()
+    return state, reports
+
+
+def leaves(to_host, state):
+
+    return jax.tree.leaves(to_host(state.modules))
+
+
+def equal(to_host, one, other) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(leaves(to_host, one), leaves(to_host, other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def ordered(tiny, devices, to_host):
+    made = engine(tiny, devices, replay=ReplaySettings(1), order="ordered")
+    return run(tiny, made, begin(tiny, made), to_host=to_host)
+
+
+def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, ordered, to_host):
+    fused, metrics = tiny.run(tiny.engine("fused"), TOTAL)
+    state, reports = ordered
+
+    for a, b in zip(leaves(to_host, state), jax.tree.leaves(fused), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for k in range(3):
+        losses = [found[k]["loss"] for _, found in reports if found[k]]
+        assert losses == [of_modules[k]["loss"] for of_modules in metrics]
+
+
+def test_twin_an_older_packet_or_another_order_is_noticed(tiny, devices, ordered, to_host, monkeypatch):
+    drawn = engine(tiny, devices)
+    assert not equal(to_host, ordered[0], run(tiny, drawn, begin(tiny, drawn), to_host=to_host)[0])
+    stale = engine(tiny, devices, order="ordered")
+    monkeypatch.setattr(Ring, "_choose", lambda self: self.tally.written % min(self.tally.written, self.size))
+    assert not equal(to_host, ordered[0], run(tiny, stale, begin(tiny, stale), to_host=to_host)[0])
+
+
+def test_every_module_ends_with_the_same_number_of_updates(tiny, devices, to_host):
+    made = engine(tiny, devices, slowdown=(1.0, 3.0, 1.0))
+    state, reports = run(tiny, made, begin(tiny, made), to_host=to_host)
+    assert reports[-1][0] == (TOTAL,) * 3
+    assert [int(m.updates) for m in state.modules] == [TOTAL] * 3
+    done = [updates for updates, _ in reports if TOTAL in updates[::2] and updates[1] < TOTAL]
+    assert done, "the slowed module is the last to finish, fed by one that is done"
+    assert len(reports) == 3 * TOTAL  # one for each update, none for feeding
+    for before, (updates, metrics) in zip([(0, 0, 0), *[u for u, _ in reports]], reports):
+        assert [b - a for a, b in zip(before, updates)] == [int(bool(m)) for m in metrics]
+
+
+def test_a_module_that_is_done_feeds_as_it_is_told(tiny, devices, to_host):
+    # the last module is slow: most of what it reads comes from modules that are done
+    ends = {}
+    for finished in ("train", "eval"):
+        made = engine(tiny, devices, slowdown=(1.0, 1.0, 6.0), finished=finished)
+        ends[finished], _ = run(tiny, made, begin(tiny, made), to_host=to_host)
+
+    first, last = (jax.tree.leaves(to_host(ends["train"].modules[k])) for k in (0, 2))
+    first_eval, last_eval = (jax.tree.leaves(to_host(ends["eval"].modules[k])) for k in (0, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, first_eval))
+    assert not all(np.array_equal(a, b) for a, b in zip(last, last_eval))
+
+
+def seen_by_programs(tiny, made, monkeypatch) -> list[bool]:
+    """For every packet that a program received: whether ids and labels are those of the batch its header names."""
+    right = []
+    sample = Ring.sample
+
+    def spy(self):
+        found = sample(self)
+        batch = tiny.source.batch(found.packet.header.sequence)
+        right.append(all(np.array_equal(a, b) for a, b in zip(found.packet.targets, batch.targets)))
+        return found
+
+    monkeypatch.setattr(Ring, "sample", spy)
+    for _ in made.run(begin(tiny, made), tiny.source, TOTAL):
+        pass
+    return right
+
+
+def test_labels_stay_with_their_activations(tiny, devices, monkeypatch):
+    right = seen_by_programs(tiny, engine(tiny, devices), monkeypatch)
+    assert len(right) > 2 * TOTAL - 1
+    assert all(right)
+
+
+def test_twin_labels_of_another_packet_are_noticed(tiny, devices, monkeypatch):
+    add, earlier = Ring.add, {}
+
+    def mixed(self, payload, targets, header):
+        add(self, payload, earlier.get(id(self), targets), header)
+        earlier[id(self)] = targets
+
+    monkeypatch.setattr(Ring, "add", mixed)
+    assert not all(seen_by_programs(tiny, engine(tiny, devices), monkeypatch))
+
+
+@pytest.mark.parametrize("with_rings", [True, False])
+def test_going_on_from_a_snapshot(tiny, devices, to_host, with_rings):
+    made = engine(tiny, devices)
+    whole, reports = run(tiny, made, begin(tiny, made), to_host=to_host)
+    state, first = run(tiny, made, begin(tiny, made), until=4, to_host=to_host)
+    saved = state.flight.snapshot() if with_rings else None
+    state = made.resume(state, saved)
+    state, second = run(tiny, made, state, to_host=to_host)
+    assert equal(to_host, whole, state) is with_rings  # without the rings: the twin
+    assert ([u for u, _ in first + second] == [u for u, _ in reports]) is with_rings
+
+
+@pytest.mark.parametrize(("at_limit", "lost"), [("wait", False), ("skip", True)])
+def test_a_limit_on_reuse(tiny, devices, to_host, at_limit, lost):
+    made = engine(tiny, devices, replay=ReplaySettings(3, max_reuse=1, at_limit=at_limit), slowdown=(4.0, 1.0, 1.0))
+    state, reports = run(tiny, made, begin(tiny, made), to_host=to_host)
+    assert reports[-1][0] == (TOTAL,) * 3
+    assert bool(state.flight.skipped.any()) is lost
+    gauges = made.gauges(state)
+    assert gauges["replay/module_1/reuse"] == gauges["replay/module_2/reuse"] == 1.0
+
+
+def test_gauges_by_hand(tiny, devices, ordered):
+    made = engine(tiny, devices, replay=ReplaySettings(1), order="ordered")
+    gauges = made.gauges(ordered[0])
+    assert {k: v for k, v in gauges.items() if k.startswith("replay/module_1/")} == {
+        "replay/module_1/age": 0.0,
+        "replay/module_1/oldest": 0.0,
+        "replay/module_1/reuse": 1.0,
+        "replay/module_1/never_used": 0.0,
+        "replay/module_1/bytes": 8 * (4 * 4 * 4 * 4 + 8),  # 8 examples: 4x4x4 float32, label and id
+        "replay/module_1/skipped": 0.0,
+    }
+
+
+CONFIG = {"engine__name": "simulated", "engine__slowdown": (1.0, 1.5), "replay__size": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("simulated")
+    train_and_evaluate(small_config(**CONFIG), workdir)
+    return workdir
+
+
+def test_a_run_writes_staleness_and_reuse(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["staleness"][0] == 0
+    assert summary["staleness"][1] > 0
+    assert summary["reuse"][1] >= 1
+    assert [m["updates"] for m in summary["modules"]] == [12, 12]
+    assert any("replay/module_1/age" in record for record in records(whole))
+
+
+def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path):
+    interrupted(tmp_path, 5, small_config(**CONFIG))
+    train_and_evaluate(small_config(**CONFIG), tmp_path)
+    assert same_run(whole, tmp_path)
+
+
+def test_twin_without_its_rings_a_run_says_that_it_is_not_exact(whole, tmp_path, caplog):
+    config = small_config(**CONFIG, checkpoint__replay_every=0)
+    interrupted(tmp_path, 5, config)
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        train_and_evaluate(config, tmp_path)
+    assert "holds no replay rings" in caplog.text
+    assert not same_run(whole, tmp_path)
