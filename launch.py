@@ -1,17 +1,15 @@
 """Command line: flags, logging and dispatch on --mode; everything else lives in the package."""
 
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from dgl_jax import settings, writers
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, reported, where
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench"]
 _CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py; --config.a.b=value overrides a field.")
@@ -27,15 +25,9 @@ _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Ask XLA for so many CP
 
 
 def _config() -> settings.Settings:
-    try:
-        config = _CONFIG.value
-        if config is not None:
-            config.data  # noqa: B018 (a file that could not be read says so at the first look inside)
-    except OSError as error:
-        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
-    if config is None:
+    if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
-    return settings.make_settings(config)
+    return settings.make_settings(_CONFIG.value)
 
 
 def _workdir() -> str:
@@ -46,55 +38,57 @@ def _workdir() -> str:
 
 def _dispatch() -> None:
     # Imported here: a mistyped flag or --help need not wait for what trains.
+    import jax
+
     from dgl_jax import bench, evaluate, export, plots, predict, train
 
     if _CPU_DEVICES.value:
+        # XLA's pool has a thread a device by default: where all but one wait in a reduction, the last finds none for its own work.
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * _CPU_DEVICES.value)))
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    if _MODE.value == "train":
+    mode, checkpoint = _MODE.value, _CHECKPOINT.value
+    if mode == "train":
         try:
             summary = train.train_and_evaluate(_config(), _workdir(), _INIT_FROM.value)
         except train.Interrupted as stopped:
             print(f"\n{stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signum)
         print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
-    elif _MODE.value == "eval":
-        config = _config() if _CONFIG.value else None
-        print(json.dumps(evaluate.evaluate_run(_workdir(), _CHECKPOINT.value, _SPLIT.value, config)))
-    elif _MODE.value == "predict":
-        predict.predict_run(_workdir(), _CHECKPOINT.value, _IMAGES.value, _OUTPUT.value)
-    elif _MODE.value == "export":
-        print(export.export_run(_workdir(), _CHECKPOINT.value, _OUTPUT.value))
-    elif _MODE.value == "plot":
+    elif mode == "eval":
+        overridden = any(re.match("--?config", argument) for argument in sys.argv)
+        print(json.dumps(evaluate.evaluate_run(_workdir(), checkpoint, _SPLIT.value, _config() if overridden else None)))
+    elif mode == "predict":
+        predict.predict_run(_workdir(), checkpoint, _IMAGES.value, _OUTPUT.value)
+    elif mode == "export":
+        print(export.export_run(_workdir(), checkpoint, _OUTPUT.value))
+    elif mode == "plot":
         print(*plots.plot(_workdir()), sep="\n")
     else:
         print(json.dumps(bench.bench(_config(), _STEPS.value)))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Flags, with one line and exit status 2 for a mistake."""
-    names = settings.field_names()
-    groups = {name.split(".")[0] for name in names}
-    try:
+def _parse(argv: list[str]) -> list[str]:
+    with reported():
         for argument in argv[1:]:
-            override = re.match(r"--?config\.([^=]+)", argument)
-            if override and override[1] not in names and override[1] not in groups:
-                raise UserError(f"--config.{override[1]}: no such field; {settings.nearest(override[1], names)}")
-        return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, TypeError, ValueError) as error:
-        _fail(error)
+            if override := re.match(r"--?config\.([^=]+)", argument):
+                settings.check_name(override[1])
+        try:
+            rest = flags.FLAGS(argv)
+            if _CONFIG.value is not None:
+                _CONFIG.value.data  # noqa: B018 (a file that could not be read says so at the first look inside)
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(f"--config: {where(error)}") from error
+        return rest
 
 
-def _main(_: Sequence[str]) -> None:
-    writers.log_to_stderr()
-    try:
+def _main(argv: list[str]) -> None:
+    with reported():
+        if argv[1:]:
+            raise UserError(f"{argv[1]}: not a flag; write --name=value")
+        writers.log_to_stderr()
         _dispatch()
-    except UserError as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

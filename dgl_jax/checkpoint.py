@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dgl_jax.engines import EngineState
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.module import ModuleState
 from dgl_jax.placement import Placement
 
@@ -32,6 +32,10 @@ class Restored:
     state: EngineState
     meta: dict[str, Any]
     flight: Any = None  # snapshot of what was under way, where the checkpoint holds one
+
+
+# meta -> (shapes and dtypes of the modules' states, where they are to be)
+Prepare = Callable[[dict[str, Any]], tuple[Sequence[ModuleState], Placement]]
 
 
 class Checkpoints:
@@ -94,8 +98,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes and frees what Orbax holds."""
-        self.finish()
-        self._manager.close()
+        try:
+            self.finish()
+        finally:
+            try:
+                self._manager.close()
+            except Exception as error:  # the same failure again, which `finish` or `save` has told already
+                _LOG.debug("closing the checkpoints: %s", error)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`."""
@@ -121,32 +130,41 @@ class Checkpoints:
             return [int(which)]
         raise UserError(f"--checkpoint={which}: there are: newest, best, {', '.join(map(str, steps))}")
 
-    def restore(
-        self, abstract: Sequence[ModuleState], placement: Placement, which: str = "newest", set_aside: bool = False
-    ) -> Restored:
-        """Reads a checkpoint onto the devices of `placement`, whatever layout it was written from.
+    def restore(self, prepare: Prepare, which: str = "newest", set_aside: bool = False) -> Restored:
+        """Reads a checkpoint onto devices, whatever layout it was written from.
 
-        A damaged one is reported and the one before it is taken; `set_aside` moves it out of the folder, to `damaged/`.
+        A damaged one is reported and the one before it is taken; `set_aside` then moves it out of the folder, to `damaged/`. Where
+        none is whole nothing is moved.
 
         Args:
-          abstract: shapes and dtypes of the modules' states, as `jax.eval_shape` of their init gives them.
+          prepare: of the `meta` found, shapes and dtypes of the modules' states (as `jax.eval_shape` of their init gives them) and
+            where they are to be.
 
         Raises:
           UserError: there is none, or all are damaged.
         """
-        tried = self.select(which)
+        tried, damaged = self.select(which), []
         for step in tried:
             try:
-                return self._load(step, abstract, placement)
+                found = self._load(step, prepare)
             except Exception as error:  # Orbax and its storage layer raise many kinds for a damaged file
+                if _not_the_file(error):
+                    raise
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                _LOG.warning("checkpoint %d is damaged (%s); falling back to the one before", step, reason[0][:200])
-                if set_aside:
-                    self._set_aside(step)
-        raise UserError(f"{self.directory}: every checkpoint ({', '.join(map(str, tried))}) is damaged")
+                _LOG.warning("checkpoint %d is damaged (%s)", step, reason[0][:200])
+                damaged.append(step)
+                continue
+            if damaged:
+                _LOG.warning("falling back to checkpoint %d", step)
+            for other in damaged if set_aside else ():
+                self._set_aside(other)
+            return found
+        which = f"every checkpoint ({', '.join(map(str, tried))}) is" if len(tried) > 1 else f"checkpoint {tried[0]} is"
+        raise UserError(f"{self.directory}: {which} damaged; restore the files, or begin anew in another --workdir")
 
-    def _load(self, step: int, abstract: Sequence[ModuleState], placement: Placement) -> Restored:
+    def _load(self, step: int, prepare: Prepare) -> Restored:
         meta = self.meta(step)
+        abstract, placement = prepare(meta)
         wanted: dict[str, Any] = {
             f"module_{k}": jax.tree.map(
                 lambda leaf, k=k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated(k)), module
@@ -210,7 +228,6 @@ class _disk_errors:
             raise UserError(f"{self.directory}: the disk is full; free some space and run the same line again") from error
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, of the system or of a storage library, means that no space is left."""
-    text = str(error)
-    return getattr(error, "errno", None) in (28, 122) or "No space left" in text or "Disk quota exceeded" in text
+def _not_the_file(error: BaseException) -> bool:
+    """Whether reading failed for a reason that leaves the checkpoint whole."""
+    return isinstance(error, UserError | MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,4 +1,10 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and one line of every other."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -6,3 +12,46 @@ class UserError(Exception):
 
     `launch.py` prints the text as one line and exits with status 2; library users catch it by this name.
     """
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, of the system or of a storage library, means that no space is left."""
+    text = str(error)
+    return getattr(error, "errno", None) in (28, 122) or "No space left" in text or "Disk quota exceeded" in text
+
+
+def explain(error: BaseException) -> str | None:
+    """What an exception means for the user, as the line to print; None where it is a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_disk_full(error):
+        return f"the disk is full; free some space and run the same line again ({error})"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory; a smaller config.data.batch_size or config.model.width may fit ({str(error)[:200]})"
+    return None
+
+
+def where(error: BaseException) -> str:
+    """One line on what went wrong in a Python file of the user's, with the place."""
+    text = (str(error).strip().splitlines() or [""])[-1].strip()
+    if isinstance(error, OSError):
+        return text
+    of_libraries = ("ml_collections", "absl", "importlib", "launch.py")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(name in f.filename for name in of_libraries)]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{place}"
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Ends the program as the command line does: a mistake gets one line and exit status 2, a defect its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same line goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: threads that still work are left behind
+    except Exception as error:
+        if (text := explain(error)) is None:
+            raise
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)

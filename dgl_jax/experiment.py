@@ -16,10 +16,10 @@ from dgl_jax.baselines import backprop_step
 from dgl_jax.checkpoint import Checkpoints, Restored
 from dgl_jax.codecs import make_codec
 from dgl_jax.data import Preprocess, Source, make_source
-from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ring_examples
+from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ThreadsEngine, ring_examples
 from dgl_jax.errors import UserError
 from dgl_jax.models import cuts, make_head, make_network
-from dgl_jax.module import init_states, make_modules
+from dgl_jax.module import ModuleState, init_states, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
 from dgl_jax.replay import check_memory, ring_bytes
@@ -84,8 +84,9 @@ def make_experiment(settings: Settings, devices: Sequence[jax.Device] | None = N
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
-    if total_steps < 1:
-        raise UserError(f"config.train.epochs={settings.train.epochs}: less than one step of {settings.data.batch_size} images")
+    if not 1 <= total_steps < 2**31:
+        what = "less than one step" if total_steps < 1 else f"{total_steps} steps, more than can be counted,"
+        raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
     info = DatasetInfo.of(source)
     recipe = make_recipe(settings, info, schedule)
@@ -99,6 +100,11 @@ def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule 
     network = make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
     starts = cuts(model.split, len(network.blocks), model.modules)
     trained = settings.engine.name not in ONE_LOSS
+    if not trained and settings.codec.name != "identity":
+        raise UserError(
+            f"config.codec.name={settings.codec.name}: config.engine.name={settings.engine.name} sends nothing between modules; "
+            "use identity"
+        )
     heads = [make_head(model.head, len(info.class_names), model.dtype) if trained else None for _ in starts[:-1]]
     return Recipe(
         modules=make_modules(network.blocks, starts, [*heads, network.classifier]),
@@ -114,17 +120,20 @@ def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule 
 def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device], total_steps: int) -> Engine:
     """The configured engine on these devices: a new one is one new file and one line here."""
     chosen, modules = settings.engine, len(recipe.modules)
-    if chosen.name == "pipeline":
-        costs = module_flops(recipe) if not chosen.group_sizes and len(devices) < modules else ()
-        placement = assign(devices, modules, chosen.group_sizes, costs)
-        check_batch(recipe.batch_size, placement)
-        return PipelineEngine(recipe, placement, chosen.ticks_in_flight)
-    if chosen.name == "simulated":
+    if chosen.name in ("simulated", "threads"):
         size, examples = settings.replay.size, ring_examples(recipe)
         sizes = ", ".join(f"{n / 2**20:.1f}" for n in ring_bytes(examples, size))
         _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
         check_memory(examples, size)
-        return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
+        if chosen.name == "simulated":
+            return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
+    if chosen.name in ("pipeline", "threads"):
+        costs = module_flops(recipe) if not chosen.group_sizes and len(devices) < modules else ()
+        placement = assign(devices, modules, chosen.group_sizes, costs)
+        check_batch(recipe.batch_size, placement)
+        if chosen.name == "threads":
+            return ThreadsEngine(recipe, placement, chosen, settings.replay)
+        return PipelineEngine(recipe, placement, chosen.ticks_in_flight)
     # One group: as many devices as the groups of a pipeline would have together.
     count = assign(devices, modules, chosen.group_sizes).count() if chosen.group_sizes else len(devices)
     placement = one_group(devices[:count], modules)
@@ -150,6 +159,7 @@ def module_flops(recipe: Recipe) -> list[float]:
             return outputs, logits
 
         cost: Any = jax.jit(forward).lower(state.params, state.batch_stats, inputs).cost_analysis()
+        cost = cost[0] if isinstance(cost, list) else cost  # some backends give one a program
         flops.append(float(cost["flops"]))
         inputs = jax.eval_shape(forward, state.params, state.batch_stats, inputs)[0]
     return flops
@@ -166,7 +176,7 @@ class Trained:
     restored: Restored
 
 
-def read_settings(workdir: Path) -> Settings:
+def read_settings(workdir: Path, flag: str = "--workdir") -> Settings:
     """The configuration that a workdir was made with.
 
     Raises:
@@ -174,28 +184,41 @@ def read_settings(workdir: Path) -> Settings:
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise UserError(f"--workdir={workdir}: holds no run (no config.json); train one with --mode=train")
+        raise UserError(f"{flag}={workdir}: holds no run (no config.json); train one with --mode=train")
     return make_settings(json.loads(path.read_text()))
 
 
-def load_trained(workdir: Path, which: str = "newest", devices: Sequence[jax.Device] | None = None) -> Trained:
+def load_trained(
+    workdir: Path, which: str = "newest", devices: Sequence[jax.Device] | None = None, flag: str = "--workdir"
+) -> Trained:
     """Restores a run's networks for evaluation, prediction or export; needs no data set.
+
+    Args:
+      which: newest, best (on validation) or a step.
+      flag: what the user calls this folder.
 
     Raises:
       UserError: the workdir holds no run, or no such checkpoint.
     """
-    settings = read_settings(workdir)
+    settings = read_settings(workdir, flag)
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir():
-        raise UserError(f"--workdir={workdir}: holds no checkpoint yet")
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        info = DatasetInfo.from_dict(checkpoints.meta(checkpoints.select(which)[0])["dataset"])
+        raise UserError(f"{flag}={workdir}: holds no checkpoint yet")
+    made: dict[str, Any] = {}
+
+    def prepare(meta: dict[str, Any]) -> tuple[Sequence[ModuleState], Placement]:
+        info = DatasetInfo.from_dict(meta["dataset"])
         recipe = make_recipe(settings, info)
         placement = one_group((devices or jax.devices())[:1], len(recipe.modules))
-        return Trained(settings, info, recipe, placement, checkpoints.restore(abstract_states(recipe), placement, which))
+        made.update(info=info, recipe=recipe, placement=placement)
+        return abstract_states(recipe), placement
+
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        restored = checkpoints.restore(prepare, which)
     finally:
         checkpoints.close()
+    return Trained(settings=settings, restored=restored, **made)
 
 
 def borrow_weights(state: EngineState, other: Trained) -> EngineState:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from dgl_jax.engines import Recipe
 from dgl_jax.experiment import DatasetInfo, abstract_states, load_trained, make_recipe
@@ -55,14 +57,36 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
         for module, state in zip(trained.recipe.modules, trained.restored.state.modules)
     }
     tensors = read(flax.traverse_util.flatten_dict(tree, sep="/"))
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
     described = {
         "config": trained.settings.to_dict(),
         "dataset": dataclasses.asdict(trained.info),
         "step": trained.restored.step,
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    files = {
+        "model.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
+        "config.json": (json.dumps(described, indent=2) + "\n").encode(),
+    }
+    _write(folder, files)
     return folder
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Each file beside its name and then renamed, all of them written before the first: a reader never sees half of one.
+
+    Plain files, so that the umask decides who may read them: safetensors' own save_file lets nobody but the owner.
+    """
+    scratch = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
+    try:
+        for path, content in zip(scratch.values(), files.values()):
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in scratch.items():
+            temporary.replace(path)
+    finally:
+        for temporary in scratch.values():
+            temporary.unlink(missing_ok=True)
 
 
 def load_exported(folder: str | Path) -> Exported:

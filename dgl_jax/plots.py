@@ -15,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
-from scipy.optimize import isotonic_regression
 
 from dgl_jax.errors import UserError
 from dgl_jax.writers import read_jsonl
@@ -30,7 +29,9 @@ _TEST = "\N{BLACK DIAMOND} test"
 
 
 def plot(workdir: str | os.PathLike[str]) -> list[Path]:
-    """Draws `<workdir>/plots/accuracy.png` and `loss.png`, each where metrics.jsonl holds numbers for it.
+    """Draws `<workdir>/plots/accuracy.png`, `loss.png` and, of asynchronous runs, `timeline.png` and `ages.png`.
+
+    Each where metrics.jsonl holds numbers for it.
 
     Returns:
       The files written.
@@ -40,7 +41,8 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     """
     workdir = Path(workdir)
     records, title = _records(workdir), _title(workdir)
-    drawn = {"accuracy": accuracy_figure(records, *title), "loss": loss_figure(records, *title)}
+    figures_of = {"accuracy": accuracy_figure, "loss": loss_figure, "timeline": timeline_figure, "ages": ages_figure}
+    drawn = {name: figure_of(records, *title) for name, figure_of in figures_of.items()}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
     if not figures:
         raise UserError(f"{workdir / 'metrics.jsonl'}: no accuracy and no loss yet; plot again after a log event")
@@ -108,6 +110,54 @@ def loss_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
     return figure
 
 
+def timeline_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
+    """Which module worked when, over the newest turns that were written."""
+    found = [record for record in records if record.get("turns")]
+    if not found:
+        return None
+    turns, unit = found[-1]["turns"], found[-1]["unit"]
+    names = [f"module_{k}" for k in range(1 + max(k for k, _, _ in turns))]
+    figure, axes = _bare(title, subtitle, 1.6 + 0.4 * len(names))
+    begin, colors = min(turn[1] for turn in turns), _colors(names)
+    for k, name in enumerate(names):
+        spans = [(a - begin, b - a) for module, a, b in turns if module == k]
+        axes.broken_barh(spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(turn[2] for turn in turns) - begin)
+    axes.set_xlabel(f"{unit} up to step {found[-1]['step']:,}", fontsize=11)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    return figure
+
+
+def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
+    """How old the packets were that each module read, in packets its producer had made since; all of the run."""
+    pattern = re.compile(r"replay/(module_\d+)/ages_from_(\d+)")
+    newest: dict[str, dict[int, float]] = {}
+    for record in records:
+        for key, value in record.items():
+            if match := pattern.fullmatch(key):
+                newest.setdefault(match[1], {})[int(match[2])] = value
+    counts = {name: ages for name, ages in newest.items() if sum(ages.values())}
+    if not counts:
+        return None
+    figure, axes = _bare(title, subtitle, 4.4)
+    names = sorted(counts, key=lambda name: int(name.split("_")[1]))
+    colors, starts = _colors(names), sorted(counts[names[0]])
+    width = 0.84 / len(names)
+    for n, name in enumerate(names):
+        share = [counts[name][start] / sum(counts[name].values()) for start in starts]
+        places = np.arange(len(starts)) - 0.42 + width * (n + 0.5)
+        axes.bar(places, share, 0.9 * width, color=colors[name], label=name.replace("_", " "))
+    labels = [f"{a}" if b <= a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in zip(starts, [*starts[1:], 2 * starts[-1] or 1])]
+    axes.set_xticks(range(len(starts)), labels)
+    axes.set_xlabel("age of a packet when it was read, in packets of its producer", fontsize=11)
+    axes.set_ylabel("share of reads", fontsize=11)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=10)
+    return figure
+
+
 def compare_figure(runs: Mapping[str, Sequence[Record]], title: str = "") -> Figure | None:
     """One line a run: its last module's validation accuracy, and its test accuracy as a diamond."""
     every = [record for records in runs.values() for record in records]
@@ -169,17 +219,23 @@ def _place(record: Record) -> float:
 
 
 def _axes(title: str, subtitle: str, ylabel: str, records: Sequence[Record], rows: int) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8.6, max(4.4, 0.24 * rows + 1.6)), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _bare(title, subtitle, max(4.4, 0.24 * rows + 1.6))
     places = [_place(record) for record in records]
     left, right = min(places, default=0.0), max(places, default=1.0)
     axes.set_xlim(min(left, 0.0) if right > 0 else -0.5, right or 0.5)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=right >= 4, steps=[1, 2, 5, 10]))
     axes.set_xlabel("epoch" if any(record.get("epoch") is not None for record in records) else "step", fontsize=11)
     axes.set_ylabel(ylabel, fontsize=11)
-    axes.tick_params(labelsize=10, color=_GREY)
     axes.grid(color="#e6e6e6", linewidth=0.8)
+    return figure, axes
+
+
+def _bare(title: str, subtitle: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of that many inches with one pair of axes."""
+    figure = Figure(figsize=(8.6, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.tick_params(labelsize=10, color=_GREY)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
@@ -215,18 +271,19 @@ def _table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: str = "
     if not tied:
         return
     tied.sort(key=lambda row: row[0][1])
+    axes.get_xlim(), axes.get_ylim()  # the limits follow the lines only when asked for, and the transform does not ask
     to_axes = axes.transScale + axes.transLimits  # fractions of the axes, whatever the layout will be
     wanted = np.array([to_axes.transform(point)[1] for point, *_ in tied])
     # Least squares under a smallest gap: once the gaps below are taken off, the places need only be in order.
     gap = min(0.2 / height, 1 / max(1, len(tied) - 1))
     gaps = gap * np.arange(len(tied))
-    places = np.clip(isotonic_regression(wanted - gaps).x, 0, 1 - gaps[-1]) + gaps
+    places = np.clip(_increasing(wanted - gaps), 0, 1 - gaps[-1]) + gaps
 
     def right(points: float) -> Any:
         return axes.transAxes + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
     used = [n for n in range(len(header)) if any(found[n] for *_, found in tied)]
-    spots = {n: 72 + (54 if len(used) > 1 else 0) * column for column, n in enumerate(used)}
+    spots = {n: 76 + (54 if len(used) > 1 else 0) * column for column, n in enumerate(used)}
     for n, spot in spots.items():
         style: dict[str, Any] = {"va": "center", "ha": "right", "fontsize": 8, "color": _GREY}
         axes.text(1, places[-1] + 1.1 * gap, header[n], transform=right(spot), **style)
@@ -237,7 +294,21 @@ def _table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: str = "
             axes.text(1, place, text, ha="right", transform=right(spot), **style)
         axes.text(1, place, name, transform=right(max(spots.values()) + 14), fontweight="bold", **style)
         arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "linestyle": ":", "shrinkA": 0, "shrinkB": 3}
-        axes.annotate("", point, (1, place), textcoords=right(32), arrowprops=arrow, annotation_clip=False)
+        axes.annotate("", point, (1, place), textcoords=right(26), arrowprops=arrow, annotation_clip=False)
+
+
+def _increasing(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The nondecreasing values nearest in least squares: neighbours out of order share their mean."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in values:
+        means.append(float(value))
+        counts.append(1)
+        while len(means) > 1 and means[-2] >= means[-1]:
+            mean, count = means.pop(), counts.pop()
+            means[-1] += (mean - means[-1]) * count / (count + counts[-1])
+            counts[-1] += count
+    return np.repeat(means, counts)
 
 
 def _save(figure: Figure, path: Path) -> Path:

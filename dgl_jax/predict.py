@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,9 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Files that the patterns name, in order; folders are searched below.
 
+    A file or folder of just that name comes before what the name would match as a pattern. Hidden files and folders (whose names
+    begin with a dot) count only where they are named themselves.
+
     Raises:
       UserError: a pattern matches nothing.
     """
@@ -82,14 +86,20 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         raise UserError("--images is missing: a file, a folder or a pattern such as 'photos/*.png'")
     files: list[Path] = []
     for pattern in patterns:
-        found = []
-        for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
-            below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-            found += below
+        if os.path.exists(pattern):  # such as a[1].png, which as a pattern is a1.png
+            matches = [Path(pattern)]
+        else:
+            matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.name.startswith("."))
+        found = [file for path in matches for file in (_images_below(path) if path.is_dir() else [path])]
         if not found:
             raise UserError(f"--images={pattern}: no image there ({', '.join(sorted(SUFFIXES))})")
         files += found
     return files
+
+
+def _images_below(folder: Path) -> list[Path]:
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _read(files: Sequence[Path], shape: tuple[int, int, int]) -> UInt8[np.ndarray, "N H W C"]:

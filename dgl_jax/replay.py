@@ -17,39 +17,37 @@ from jaxtyping import Int
 from dgl_jax.errors import UserError
 from dgl_jax.packet import Header, Packet, Targets, nbytes
 
-# (slots that may be read, their uses, slot that is written next, slots of the ring, random) -> the slot to read
-Rule = Callable[[Int[np.ndarray, "n"], Int[np.ndarray, "n"], int, int, np.random.Generator], int]
+# (uses of the packets, newest first; slot of the newest; slots of the ring; uses allowed; seed) -> age of the packet to read
+Rule = Callable[[Int[np.ndarray, "n"], int, int, int, tuple[int, int]], int]
 
 
-def least_used_latest(slots: np.ndarray, uses: np.ndarray, following: int, size: int, random: np.random.Generator) -> int:
+def least_used_latest(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
     """The paper's rule: of the packets used least often the newest."""
-    return max(slots[uses == uses.min()], key=lambda slot: _recency(slot, following, size))
+    return int(uses.argmin())
 
 
-def fifo(slots: np.ndarray, uses: np.ndarray, following: int, size: int, random: np.random.Generator) -> int:
+def fifo(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
     """Of the packets used least often the oldest."""
-    return min(slots[uses == uses.min()], key=lambda slot: _recency(slot, following, size))
+    return len(uses) - 1 - int(uses[::-1].argmin())
 
 
-def uniform(slots: np.ndarray, uses: np.ndarray, following: int, size: int, random: np.random.Generator) -> int:
+def uniform(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
     """Any packet, all equally likely."""
-    return int(random.choice(slots))
+    slots = np.sort((newest - np.flatnonzero(uses < limit)) % size)
+    return (newest - int(np.random.default_rng(seed).choice(slots))) % size
 
 
-def released(slots: np.ndarray, uses: np.ndarray, following: int, size: int, random: np.random.Generator) -> int:
+def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
     """What the authors' published code does: `least_used_latest`, but the oldest packet of a full ring passes for the newest.
 
     There `>` stands where `>=` was meant. Its count of uses also begins at 1 (see `Ring`), which matters for `max_reuse` alone.
     """
-    return max(slots[uses == uses.min()], key=lambda slot: slot - size if slot > following else slot)
-
-
-def _recency(slot: int, following: int, size: int) -> int:
-    """Grows with the time a slot was written: the next one to be written is the oldest of a full ring."""
-    return slot - size if slot >= following else slot
+    age = int(uses.argmin())
+    return size - 1 if len(uses) == size and uses[-1] == uses[age] else age
 
 
 RULES: dict[str, Rule] = {"least_used_latest": least_used_latest, "fifo": fifo, "uniform": uniform, "released": released}
+_ANY_NUMBER = np.iinfo(np.int64).max
 
 
 class Sample(NamedTuple):
@@ -99,14 +97,19 @@ class Ring:
 
     def __init__(self, example: tuple[Any, Targets], size: int, rule: str = "least_used_latest", max_reuse: int = 0, seed: int = 0):
         self.size, self.rule, self.max_reuse, self.seed = size, rule, max_reuse, seed
+        self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
-        # zeros, not empty: the memory is taken here and now, not at the first write.
-        self._slots = [np.zeros((size, *leaf.shape), leaf.dtype) for leaf in leaves]
+        self._one_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(example[0]))  # the usual payload needs no walk
+        # full, not zeros: the memory is taken here and now, not at the first write.
+        self._slots = [np.full((size, *leaf.shape), 0, leaf.dtype) for leaf in leaves]
         self._headers: list[Header | None] = [None] * size
-        self._reads = np.zeros(size, np.int64)  # of the packet in the slot
-        self._written = np.zeros(size, np.int64)  # number of the write that filled the slot
+        # Reads of the packet in slot s, at -s % size and again at `size` more: the packets lie in a row, newest first, wherever the
+        # newest is.
+        self._reads = np.zeros(2 * size, np.int64)
+        self._choose, self._limit = RULES[rule], _limit(rule, size, max_reuse)
         self.tally = Tally()
-        self.changed = threading.Condition()
+        self._lock = threading.RLock()
+        self.changed = threading.Condition(self._lock)
 
     @property
     def nbytes(self) -> int:
@@ -115,86 +118,95 @@ class Ring:
 
     def add(self, payload: Any, targets: Targets, header: Header) -> None:
         """Copies a packet (host arrays) over the oldest one."""
-        leaves = jax.tree.leaves((payload, targets))
-        with self.changed:
-            slot = self.tally.written % self.size
-            if self.tally.written >= self.size and not self._reads[slot]:
-                self.tally.never_used += 1
+        leaves = (payload, *targets) if self._one_array else self._form.flatten_up_to((payload, targets))
+        with self._lock:
+            tally, size = self.tally, self.size
+            slot = tally.written % size
+            place = -slot % size
+            if tally.written >= size and not self._reads[place]:
+                tally.never_used += 1
             for slots, leaf in zip(self._slots, leaves, strict=True):
-                np.copyto(slots[slot], leaf, casting="no")
+                # Cheaper than `np.copyto(..., casting="no")`, which matters for small packets.
+                if getattr(leaf, "dtype", None) != slots.dtype:
+                    raise TypeError(f"the ring holds {slots.dtype}, the packet {getattr(leaf, 'dtype', type(leaf))}")
+                slots[slot] = leaf
             self._headers[slot] = header
-            self._reads[slot] = 0
-            self._written[slot] = self.tally.written
-            self.tally.written += 1
+            self._reads[place] = self._reads[place + size] = 0
+            tally.written += 1
             self.changed.notify_all()
 
     def sample(self) -> Sample | None:
         """The packet that the rule chooses, copied out; None where there is none or `max_reuse` holds all of them back."""
-        with self.changed:
-            slot = self._choose()
-            if slot is None:
+        with self._lock:
+            tally, size = self.tally, self.size
+            uses = self._uses()
+            if uses is None:
                 return None
+            newest = (tally.written - 1) % size
+            # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
+            age = self._choose(uses, newest, size, self._limit, (self.seed, tally.read))
+            slot = (newest - age) % size
             # Private arrays: `device_put` may alias them, and the slot is written again.
             leaves = [slots[slot].copy() for slots in self._slots]
-            age = self.tally.written - 1 - int(self._written[slot])
-            self._reads[slot] += 1
-            use = int(self._reads[slot])
-            self.tally.read += 1
-            self.tally.age += age
-            self.tally.oldest = max(self.tally.oldest, age)
-            self.tally.reused += use > 1
+            use = int(uses[age]) + 1
+            place = -slot % size
+            self._reads[place] = self._reads[place + size] = use
+            tally.read += 1
+            tally.age += age
+            if age > tally.oldest:
+                tally.oldest = age
+            if use > 1:
+                tally.reused += 1
             header = self._headers[slot]
         assert header is not None
-        payload, targets = jax.tree.unflatten(self._form, leaves)
+        if self._one_array:
+            return Sample(Packet(leaves[0], Targets(leaves[1], leaves[2]), header), age, use)
+        payload, targets = self._form.unflatten(leaves)
         return Sample(Packet(payload, targets, header), age, use)
 
     def ready(self) -> bool:
         """Whether `sample` would give a packet."""
-        with self.changed:
-            return len(self._candidates()[0]) > 0
+        with self._lock:
+            return self._uses() is not None
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as host arrays and numbers, copied; `restore` takes it back."""
-        with self.changed:
+        with self._lock:
             headers = [[-1, -1] if h is None else [h.sequence, h.updates] for h in self._headers]
+            slots, written = np.arange(self.size), self.tally.written
             return {
-                "slots": [slots.copy() for slots in self._slots],
+                "slots": [arrays.copy() for arrays in self._slots],
                 "headers": np.array(headers, np.int64),
-                "reads": self._reads.copy(),
-                "written": self._written.copy(),
+                "reads": self._reads[-slots % self.size],
+                # The number of the write that filled the slot.
+                "written": np.where(slots < written, written - 1 - (written - 1 - slots) % self.size, 0),
                 "tally": np.array([getattr(self.tally, name) for name in Tally.__dataclass_fields__], np.int64),
             }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on from a snapshot of a ring of the same form."""
-        with self.changed:
+        with self._lock:
             for slots, values in zip(self._slots, saved["slots"], strict=True):
                 np.copyto(slots, values)
             self._headers = [None if h[0] < 0 else Header(int(h[0]), int(h[1])) for h in np.asarray(saved["headers"])]
-            self._reads[:], self._written[:] = saved["reads"], saved["written"]
+            self._reads[:] = np.asarray(saved["reads"])[-np.arange(2 * self.size) % self.size]
             self.tally = Tally(*(int(n) for n in np.asarray(saved["tally"])))
 
-    def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slots that may be read, and their uses as the rule counts them."""
-        filled = min(self.tally.written, self.size)
-        uses = self._reads[:filled]
-        if self.rule == "released":
-            uses = np.ones_like(uses) if self.size == 1 else uses + 1
-        slots = np.arange(filled)
-        if self.max_reuse:
-            slots = slots[uses < self.max_reuse]
-        return slots, uses[slots]
-
-    def _choose(self) -> int | None:
-        slots, uses = self._candidates()
-        if len(slots) < 2:
-            return int(slots[0]) if len(slots) else None
-        # A fresh generator from the count of reads: a resumed ring draws what the whole one would have drawn.
-        random = np.random.default_rng([self.seed, self.tally.read]) if self.rule == "uniform" else _NO_RANDOM
-        return int(RULES[self.rule](slots, uses, self.tally.written % self.size, self.size, random))
+    def _uses(self) -> np.ndarray | None:
+        """Reads of the packets there are, newest first (a view); None where none may be read."""
+        written, size = self.tally.written, self.size
+        first = (1 - written) % size
+        uses = self._reads[first : first + min(written, size)]
+        if not written or (self._limit != _ANY_NUMBER and uses.min() >= self._limit):
+            return None
+        return uses
 
 
-_NO_RANDOM = np.random.default_rng(0)  # for rules that draw nothing
+def _limit(rule: str, size: int, max_reuse: int) -> int:
+    """Reads a packet allows."""
+    if rule == "released" and max_reuse:  # counts from 1; a ring of one packet stays there
+        return max_reuse - 1 if size > 1 or max_reuse == 1 else _ANY_NUMBER
+    return max_reuse or _ANY_NUMBER
 
 
 def ring_bytes(examples: Sequence[tuple[Any, Targets]], size: int) -> list[int]:

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from dgl_jax.errors import UserError
 
-# What differs freely between a run and its resumption: none of these changes what is learnt up to the checkpoint.
+# What differs freely between a run and its resumption: none of these changes what was learnt up to the checkpoint. (Another
+# length does change what a cosine will do from there on: the run says so when it goes on.)
 FREE_ON_RESUME = (
     "train.*",
     "checkpoint.*",
@@ -28,16 +29,20 @@ FREE_ON_RESUME = (
     "data.dir",
     "engine.group_sizes",
     "engine.ticks_in_flight",
+    "engine.restart_workers",
+    "engine.watchdog_seconds",
 )
 # Engines that share one checkpoint form and give the same numbers.
 INTERCHANGEABLE_ENGINES = ("fused", "pipeline")
+
+_MANY = 2**31 - 1  # update counts are int32 on the devices
 
 
 def _choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-def _number(default: float, minimum: float, maximum: float = float("inf"), *, exclusive: bool = False) -> Any:
+def _number(default: float, minimum: float, maximum: float, *, exclusive: bool = False) -> Any:
     """A number in [minimum, maximum], or in (minimum, maximum) where `exclusive`."""
     return field(default=default, metadata={"range": (minimum, maximum, exclusive)})
 
@@ -48,11 +53,11 @@ class DataSettings:
 
     name: str = _choice("digits", "cifar10", "cifar100", "folder", "synthetic")
     dir: str = ""
-    batch_size: int = _number(128, 1)
+    batch_size: int = _number(128, 2, _MANY)  # of one image batch norm has no variance
     validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
-    train_examples: int = _number(0, 0)  # stratified subset of the training images; 0: all of them
+    train_examples: int = _number(0, 0, _MANY)  # stratified subset of the training images; 0: all of them
     augment: str = _choice("none", "crop_flip")
-    image_size: int = _number(0, 0)  # pixels a side after resizing; 0: as stored
+    image_size: int = _number(0, 0, 4096)  # pixels a side after resizing; 0: as stored
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -60,8 +65,8 @@ class DataSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = _choice("cnn4", "cnn6", "cnn6_replay")
-    width: int = _number(64, 1)  # channels of the first block
-    modules: int = _number(4, 1)
+    width: int = _number(64, 1, 65536)  # channels of the first block
+    modules: int = _number(4, 1, 4096)
     split: str = "count"  # or a list of first blocks, such as "0,2,4"
     head: str = _choice("mlp_sr", "mlp", "cnn", "linear")  # of every module but the last
     dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
@@ -70,9 +75,9 @@ class ModelSettings:
 @dataclass(frozen=True)
 class OptimizerSettings:
     name: str = _choice("sgd", "adam")
-    learning_rate: float = _number(0.1, 0.0, exclusive=True)
+    learning_rate: float = _number(0.1, 0.0, 1e30, exclusive=True)
     momentum: float = _number(0.9, 0.0, 1.0)  # of sgd
-    weight_decay: float = _number(5e-4, 0.0)
+    weight_decay: float = _number(5e-4, 0.0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -82,33 +87,35 @@ class ScheduleSettings:
     name: str = _choice("constant", "step", "cosine")
     boundaries: tuple[float, ...] = (15.0, 30.0, 45.0)  # of step: epochs after which the rate is multiplied by `factor`
     factor: float = _number(0.2, 0.0, 1.0)
-    warmup_epochs: float = _number(0.0, 0.0)  # linear from 0, in front of any schedule
+    warmup_epochs: float = _number(0.0, 0.0, 1e6)  # linear from 0, in front of any schedule
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    epochs: float = _number(50.0, 0.0)
-    steps: int = _number(0, 0)  # above 0: wins over `epochs`
+    epochs: float = _number(50.0, 0.0, 1e6)
+    steps: int = _number(0, 0, _MANY)  # above 0: wins over `epochs`
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    name: str = _choice("fused", "pipeline", "simulated", "backprop")
+    name: str = _choice("fused", "pipeline", "simulated", "threads", "backprop")
     group_sizes: tuple[int, ...] = ()  # devices of each module; empty: as equal as the devices allow
     ticks_in_flight: int = _number(2, 1, 64)  # how far the host runs ahead of the devices
-    slowdown: tuple[float, ...] = ()  # of simulated: how many times slower each module is than the fastest; empty: none
+    slowdown: tuple[float, ...] = ()  # of simulated and threads: how many times slower each module is made; empty: none
     order: str = _choice("random", "ordered")  # of simulated: drawn in proportion to 1 / slowdown, or one after the other
     finished: str = _choice("train", "eval")  # batch norm of a module that is done and only feeds the next one
+    restart_workers: bool = False  # of threads: a module that fails goes on from its newest checkpoint
+    watchdog_seconds: float = _number(600.0, 0.0, 1e9)  # of threads: report a module without progress for so long; 0: never
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
     """The ring of packets at the entrance of every module but the first, in asynchronous engines."""
 
-    size: int = _number(50, 1)  # packets
+    size: int = _number(50, 1, _MANY)  # packets
     rule: str = _choice("least_used_latest", "fifo", "uniform", "released")
-    max_reuse: int = _number(0, 0)  # reads a packet allows; 0: any number
-    at_limit: str = _choice("wait", "skip")  # where no packet may be read: take the turn later, or lose it
+    max_reuse: int = _number(0, 0, _MANY)  # reads a packet allows; 0: any number
+    at_limit: str = _choice("wait", "skip")  # of simulated, where no packet may be read: take the turn later, or lose it
 
 
 @dataclass(frozen=True)
@@ -118,19 +125,21 @@ class CodecSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every: int = _number(0, 0)  # steps; 0: once an epoch
-    keep: int = _number(2, 1)  # the newest few; the best on validation is kept besides
-    replay_every: int = _number(1, 0)  # steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact
+    every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
+    keep: int = _number(2, 1, _MANY)  # the newest few; the best on validation is kept besides
+    replay_every: int = _number(
+        1, 0, _MANY
+    )  # steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    every: int = _number(0, 0)  # steps; 0: once an epoch
+    every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    every: int = _number(50, 0)  # steps; 0: once an epoch
+    every: int = _number(50, 0, _MANY)  # steps; 0: once an epoch
     tensorboard: bool = False
 
 
@@ -178,8 +187,10 @@ def make_settings(config: Mapping[str, Any] | ConfigDict) -> Settings:
     """
     settings = _build(Settings, config, "")
     schedule = settings.schedule
-    if list(schedule.boundaries) != sorted(set(schedule.boundaries)) or any(b <= 0 for b in schedule.boundaries):
-        raise UserError(f"config.schedule.boundaries={schedule.boundaries}: epochs must be positive and increasing")
+    if list(schedule.boundaries) != sorted(set(schedule.boundaries)) or any(not 0 < b <= 1e6 for b in schedule.boundaries):
+        raise UserError(
+            f"config.schedule.boundaries={schedule.boundaries}: epochs must be positive and increasing, and below a million"
+        )
     if len(settings.data.mean) != len(settings.data.std):
         raise UserError(f"config.data.mean has {len(settings.data.mean)} values and config.data.std {len(settings.data.std)}")
     if any(s <= 0 for s in settings.data.std):
@@ -197,6 +208,13 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where neither a field nor a group of fields has this dotted name; gives the nearest names."""
+    names = field_names()
+    if name not in names and name not in {n.split(".")[0] for n in names}:
+        raise UserError(f"--config.{name}: no such field; {nearest(name, names)}")
 
 
 def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
@@ -268,7 +286,7 @@ def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
     if "range" in f.metadata:
         low, high, exclusive = f.metadata["range"]
         if not (low < value < high if exclusive else low <= value <= high):
-            kind = f"above {low}" if exclusive else (f"at least {low}" if high == float("inf") else f"between {low} and {high}")
+            kind = f"above {low:g} and below {high:g}" if exclusive else f"between {low} and {high}"
             raise UserError(f"{name}={value!r}: must be {kind}")
     return value
 

@@ -1,62 +1,35 @@
 """The training run: the only room that knows all rooms."""
 
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from dgl_jax.checkpoint import Checkpoints, all_finite, is_disk_full
-from dgl_jax.engines import EngineState, updates_of
-from dgl_jax.errors import UserError
+from dgl_jax.checkpoint import Checkpoints, all_finite
+from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts, updates_of
+from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, abstract_states, borrow_weights, load_trained, make_experiment
 from dgl_jax.metrics import Window, diverged
-from dgl_jax.module import count_parameters
-from dgl_jax.settings import Settings, differences, make_settings
+from dgl_jax.module import ModuleState, count_parameters
+from dgl_jax.placement import Placement
+from dgl_jax.settings import Settings, make_settings
+from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock, write_atomically
 from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate
 
 _LOG = logging.getLogger(__name__)
 
 _VERSIONS = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `summary.json` holds; accuracies are fractions, null for heads that were not trained."""
-
-    engine: str
-    config_hash: str
-    seed: int
-    epochs: float
-    steps: int
-    modules: list[dict[str, Any]]
-    ensemble_accuracy: float | None
-    images_per_second: float | None
-    wire_bytes_per_image: list[float]
-    raw_bytes_per_image: list[float]
-    wire: str
-    codec_error: list[float]
-    wall_seconds: float
-    dataset: str
-    versions: dict[str, str]
-    staleness: list[float] | None = None  # asynchronous engines: mean age of the packets read, in updates of their producer
-    reuse: list[float] | None = None  # and reads a packet, one entry a module
-
-    def to_dict(self) -> dict[str, Any]:
-        """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ("staleness", "reuse")}
 
 
 class Interrupted(Exception):
@@ -83,15 +56,18 @@ def train_and_evaluate(
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     workdir = Path(workdir)
-    _check_workdir(workdir, settings)
-    done = _finished(workdir, settings)
+    check(workdir, settings)
+    done = finished(workdir, settings)
     if done:
         _LOG.info("this run is finished: %s/summary.json", workdir)
         return done
     experiment = make_experiment(settings)
-    other = load_trained(Path(init_from)) if init_from else None
+    if init_from and holds_checkpoint(workdir):
+        _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
+        init_from = None
+    other = load_trained(Path(init_from), flag="--init_from") if init_from else None
     try:
-        with _lock(workdir), _interruption() as interruption:
+        with lock(workdir), _interruption() as interruption:
             run = _Run(experiment, workdir, interruption)
             try:
                 return run.run(other)
@@ -112,10 +88,13 @@ class _Run:
         self.interruption = interruption
         self.evaluator = Evaluator(experiment.recipe, self.engine.placement)
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.settings.checkpoint.keep)
+        if isinstance(self.engine, ThreadsEngine) and self.settings.engine.restart_workers:
+            self.engine.recover = self._recover
         self.window = Window()
         self.throughput = _Throughput(experiment.recipe.batch_size)
         self.latest: dict[str, float] = {}  # the newest value of every metric
         self.step = 0
+        self.evaluated = -1  # the step of the newest validation
         self.saved = -1  # the step of the newest checkpoint
         self.saved_flight = -1  # and of the newest with the rings
         self.wall_before, self.began = 0.0, time.monotonic()
@@ -134,12 +113,13 @@ class _Run:
         self.writer = self.closing.enter_context(_closing(MultiWriter(writers)))
         self.progress = self.closing.enter_context(Progress())
         self.progress.start(total, self.step)
+        if self.step < total:
+            _LOG.info("compiling; the first step follows")
         while self.step < total:
-            state = self._segment(state, self._next_event())
-            if self._due(self.settings.eval.every) and self.source.examples("validation"):
-                self._write(self.evaluator.evaluate(state, self.source, "validation"))
-            if self._due(self.settings.checkpoint.every) or self.interruption.signum:
-                self._save(state)
+            begun = self.step
+            state = self._segment(state, total if self.engine.continuous else self._next_event())
+            if self.step > begun:
+                self._events(state, *self._due_now())
             if self.interruption.signum and self.step < total:
                 self.checkpoints.finish()
                 raise Interrupted(self.interruption.signum, self.step)
@@ -149,10 +129,8 @@ class _Run:
     def _begin(self, other: Any) -> EngineState:
         """The newest checkpoint on this run's devices, or a fresh state; config.json and metrics.jsonl made to agree with it."""
         metrics = self.workdir / "metrics.jsonl"
-        (self.workdir / "summary.json").unlink(missing_ok=True)
         if self.checkpoints.steps():
-            abstract = abstract_states(self.experiment.recipe)
-            restored = self.checkpoints.restore(abstract, self.engine.placement, set_aside=True)
+            restored = self.checkpoints.restore(self._prepare, set_aside=True)
             self.step = self.saved = restored.step
             state = self.engine.resume(restored.state, restored.flight)
             self.saved_flight = restored.step if restored.flight is not None else -1
@@ -162,12 +140,20 @@ class _Run:
             self.latest = restored.meta["latest"]
             self.wall_before = restored.meta["wall_seconds"]
             _LOG.info("going on from step %d", self.step)
+            planned = restored.meta["total_steps"]
+            if self.settings.schedule.name == "cosine" and planned != self.experiment.total_steps:
+                _LOG.warning(
+                    "the cosine now ends at step %d, not %d: this is not what one run of that length would have done",
+                    self.experiment.total_steps,
+                    planned,
+                )
         else:
             state = self.engine.init()
             if other is not None:
                 state = self.engine.place(borrow_weights(state, other))
-        truncate(metrics, self.step)
-        _write_atomically(self.workdir / "config.json", json.dumps(self.settings.to_dict(), indent=2) + "\n")
+        (self.workdir / "summary.json").unlink(missing_ok=True)
+        truncate(metrics, self.step, without="test/")  # tested again at the end
+        write_atomically(self.workdir / "config.json", json.dumps(self.settings.to_dict(), indent=2) + "\n")
         _LOG.info("%s", self.engine.placement.describe())
         for k, module in enumerate(state.modules):
             _LOG.info(
@@ -178,21 +164,55 @@ class _Run:
             )
         return state
 
+    def _prepare(self, _: Any) -> tuple[Sequence[ModuleState], Placement]:
+        return abstract_states(self.experiment.recipe), self.engine.placement
+
+    def _recover(self, k: int) -> ModuleState | None:
+        """Module k as the newest checkpoint has it."""
+        self.checkpoints.finish()
+        return self.checkpoints.restore(self._prepare).state.modules[k] if self.checkpoints.steps() else None
+
     def _segment(self, state: EngineState, until: int) -> EngineState:
-        """Trains up to a step at which something is due (or until a signal), with nothing in flight afterwards."""
+        """Trains up to a step at which something is due (or until a signal), with nothing in flight afterwards.
+
+        A continuous engine goes all the way: what is due is done beside it, on a copy.
+        """
         log_every = self.settings.log.every or self.source.steps_per_epoch
         self.throughput.start()
-        report = None
+        report: Report | None = None
+        due: tuple[int, EngineState, tuple[bool, bool]] | None = None
         for report in self.engine.run(state, self.source, until, stop=lambda: bool(self.interruption.signum)):
-            before, self.step = self.step, min(report.updates)
+            before, self.step = self.step, max(self.step, min(report.updates))  # a restarted module falls back
             self.throughput.count(self.step - before)
             self.window.add(report)
             if self.step > before and (self.step % log_every == 0 or self.step == self.experiment.total_steps):
                 self._write(self.window.close() | self._pace() | self.engine.gauges(state))
+                if state.flight is not None:
+                    self.writer.write_turns(self.step, state.flight.recent(), state.flight.unit)
+            if self.engine.continuous and self.step < until:
+                if due is None and self.step > before and any(self._due_now()):
+                    copy = report.snapshot()
+                    due = (min(counts(copy)), copy, self._due_now())
+                # The copy may be ahead of the reports: it is used once they have caught up, under its true step.
+                if due is not None and self.step >= due[0]:
+                    self._events(due[1], *due[2])
+                    due = None
         return state if report is None else report.snapshot()
 
+    def _due_now(self) -> tuple[bool, bool]:
+        """Whether to evaluate, and whether to save."""
+        return self._due(self.settings.eval.every), self._due(self.settings.checkpoint.every)
+
+    def _events(self, state: EngineState, evaluate: bool, save: bool) -> None:
+        if evaluate and self.source.examples("validation"):
+            self._write(self.evaluator.evaluate(state, self.source, "validation"))
+            self.evaluated = self.step
+        if save or self.interruption.signum:
+            self._save(state)
+
     def _pace(self) -> dict[str, float]:
-        pace = {"learning_rate": float(self.experiment.schedule(self.step - 1))}
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one scalar: not worth an accelerator's while
+            pace = {"learning_rate": float(self.experiment.schedule(self.step - 1))}
         rate = self.throughput.rate()
         return pace | ({"images_per_second": rate} if rate else {})
 
@@ -218,11 +238,12 @@ class _Run:
             if not ok:
                 raise diverged(f"a parameter of module_{k} is not finite at step {self.step}")
         last = self.latest.get(f"validation/{self.experiment.recipe.modules[-1].name}/accuracy")
-        evaluated = last if self._due(self.settings.eval.every) else None
+        evaluated = last if self.evaluated == self.step else None
         meta = {
             "window": window,
             "latest": self.latest,
             "dataset": dataclasses.asdict(self.experiment.info),
+            "total_steps": self.experiment.total_steps,
             "wall_seconds": self.wall_before + time.monotonic() - self.began,
         }
         every, flight = self.settings.checkpoint.replay_every, None
@@ -235,7 +256,7 @@ class _Run:
         test = self.evaluator.evaluate(state, self.source, "test") if self.source.examples("test") else {}
         self._write(test)
         summary = self._summary(state, test)
-        _write_atomically(self.workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
+        write_atomically(self.workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         self.writer.flush()
         from dgl_jax import plots  # matplotlib takes a second to import
 
@@ -340,56 +361,3 @@ def _closing(writer: MultiWriter) -> Iterator[MultiWriter]:
         yield writer
     finally:
         writer.close()
-
-
-@contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
-    """Makes the workdir and keeps a second training off it; the system lets go of the lock when the process ends, however."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "w")  # noqa: SIM115
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--workdir={workdir}: another training is running there") from None
-        yield
-
-
-def _check_workdir(workdir: Path, settings: Settings) -> None:
-    """Raises UserError where the workdir holds a run of another configuration, naming the fields."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        return
-    changed = differences(json.loads(path.read_text()), settings)
-    if changed:
-        raise UserError(
-            f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}; "
-            "use another workdir, or start from its weights with --init_from"
-        )
-
-
-def _finished(workdir: Path, settings: Settings) -> Summary | None:
-    """The summary of a run that has nothing left to do under these settings."""
-    path = workdir / "summary.json"
-    if not path.is_file():
-        return None
-    summary = Summary(**json.loads(path.read_text()))
-    before = make_settings(json.loads((workdir / "config.json").read_text())).train
-    asked = settings.train
-    if asked == before or (asked.steps and asked.steps <= summary.steps):
-        return summary
-    more = asked.epochs > summary.epochs + 1e-3 if not asked.steps else True
-    return None if more else summary
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """All of it or, after a crash in between, what was there before."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

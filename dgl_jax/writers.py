@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
@@ -28,14 +28,22 @@ from dgl_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 _ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
+_AGE = re.compile(r"replay/module_(\d+)/age")
+_RATE = re.compile(r"work/module_(\d+)/updates_per_second")
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
 Scalars = Mapping[str, SupportsFloat]
+Turns = Sequence[tuple[int, float, float]]  # (module, begin, end)
 
 
 class Writer(Protocol):
-    """Takes what was measured at `step` updates a module; `epoch` may stand among the scalars instead."""
+    """Takes what was measured at `step` updates a module; `epoch` may stand among the scalars instead.
+
+    Turns are which module worked when: (module, begin, end) in `unit`.
+    """
 
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None: ...
+
+    def write_turns(self, step: int, turns: Turns, unit: str) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -59,8 +67,14 @@ class JsonLinesWriter:
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
         values = {key: _finite(value) for key, value in scalars.items()}
         given = values.pop("epoch", None)
-        head = {"step": int(step), "epoch": given if epoch is None else _finite(epoch), "time": self._clock()}
-        self._file.write(json.dumps(head | values, allow_nan=False) + "\n")
+        self._write({"step": int(step), "epoch": given if epoch is None else _finite(epoch), "time": self._clock()} | values)
+
+    def write_turns(self, step: int, turns: Turns, unit: str) -> None:
+        rounded = [[k, round(begin, 6), round(end, 6)] for k, begin, end in turns]
+        self._write({"step": int(step), "time": self._clock(), "unit": unit, "turns": rounded})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
@@ -88,6 +102,9 @@ class TensorBoardWriter:
         for key, value in (scalars if epoch is None else {**scalars, "epoch": epoch}).items():
             self._writer.add_scalar(key, float(value), int(step))
 
+    def write_turns(self, step: int, turns: Turns, unit: str) -> None:
+        """Nothing: TensorBoard has no picture for them."""
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -104,6 +121,10 @@ class MultiWriter:
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
         for writer in self._writers:
             writer.write_scalars(step, scalars, epoch)
+
+    def write_turns(self, step: int, turns: Turns, unit: str) -> None:
+        for writer in self._writers:
+            writer.write_turns(step, turns, unit)
 
     def flush(self) -> None:
         for writer in self._writers:
@@ -124,14 +145,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for _, record in _lines(Path(path))]
 
 
-def truncate(path: str | os.PathLike[str], step: float) -> int:
+def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> int:
     """Cuts a JSON-lines file back to its records up to `step`, that step included, and drops a torn last line.
 
-    Replaces the file in one piece: call it before a writer opens it. Returns how many whole records were dropped.
+    Replaces the file in one piece: call it before a writer opens it. `without` names the beginning of keys whose records go too.
+    Returns how many whole records were dropped.
     """
     path = Path(path)
     lines = _lines(path) if path.exists() else []
-    kept = [line for line, record in lines if record.get("step", 0) <= step]
+    unwanted = lambda record: bool(without) and any(key.startswith(without) for key in record)  # noqa: E731
+    kept = [line for line, record in lines if record.get("step", 0) <= step and not unwanted(record)]
     content = b"".join(line + b"\n" for line in kept)
     if path.exists() and content != path.read_bytes():
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -225,8 +248,8 @@ class Progress(contextlib.AbstractContextManager):
         _LOG.info("%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()]))
 
     def eta(self) -> float | None:
-        """Seconds until the last step, judged by the latest updates; None before the first one."""
-        if len(self._marks) < 2:
+        """Seconds until the last step, judged by the latest updates; None while all that is known has compilation in it."""
+        if self._advances < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         return max(0.0, end + max(0, self._total - last) * (end - start) / (last - first) - self._clock())
@@ -248,13 +271,15 @@ class Progress(contextlib.AbstractContextManager):
         self.close()
 
     def _left(self) -> str:
-        return "ETA -" if (eta := self.eta()) is None else f"ETA {datetime.timedelta(seconds=round(eta))}"
+        return "ETA -" if (eta := self.eta()) is None else f"ETA {datetime.timedelta(seconds=round(min(eta, 1e9)))}"
 
     def _picture(self) -> Group:
         """The bar, and below it the accuracies, which need more room the more modules there are."""
         row = Table.grid(Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1))
         row.add_row(ProgressBar(max(1, self._total), self._step), f"{self._step}/{self._total} {self._left()}")
-        return Group(row, Text(" | ".join(self._status[kind] for kind in (*_SHOWN, "speed") if kind in self._status)))
+        return Group(
+            row, Text(" | ".join(self._status[kind] for kind in (*_SHOWN, "age", "rate", "speed") if kind in self._status))
+        )
 
 
 def status(scalars: Scalars) -> dict[str, str]:
@@ -266,6 +291,12 @@ def status(scalars: Scalars) -> dict[str, str]:
             text = f"{float(value):.2f}"
             heads.setdefault(split, []).append((int(module), text) if module else (math.inf, f"(ensemble {text})"))
     texts = {s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))]) for s in _SHOWN if s in heads}
+    ages = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key)))
+    if ages:
+        texts["age"] = " ".join(["age", *(f"{age:.1f}" for _, age in ages)])
+    rates = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _RATE.fullmatch(key)))
+    if rates:
+        texts["rate"] = " ".join([*(f"{rate:.1f}" for _, rate in rates), "updates/s"])
     if "images_per_second" in scalars:
         texts["speed"] = f"{float(scalars['images_per_second']):,.0f} images/s"
     return texts

@@ -15,6 +15,9 @@ if _OWNER:
     os.environ |= {
         "DGL_JAX_TEST_HOME": _home,
         "HOME": _home,  # data sets are cached below it
+        # XLA gives all CPU devices one pool, by default of as many threads as devices. On a busy machine three of four can
+        # then wait in a reduction for the fourth, whose convolution waits for a free thread.
+        "NPROC": "8",
         # Compiling is most of what the suite does, and many tests compile equal programs.
         "JAX_COMPILATION_CACHE_DIR": f"{_home}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

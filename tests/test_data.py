@@ -1,13 +1,19 @@
 """Sources: random access, epochs, shards, held-out images, folders and the cache of decoded images."""
 
+import io
+import os
+import struct
+import zlib
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dgl_jax.data import ArraySource, DataSet, Shard, cache, folder, make_preprocess, make_source, synthetic
+from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import Examples, channel_statistics, stratified
 from dgl_jax.errors import UserError
 from dgl_jax.packet import PADDING
@@ -334,6 +340,87 @@ def test_folder_needs_a_directory():
         make_source(DataSettings(name="folder"), 0)
 
 
+# What Pillow leaves to do
+
+
+def decoded_image(data, channels=3, **kwargs):
+    return decode_images(1, lambda i: data, channels=channels, describe=lambda i: "image", **kwargs)[0]
+
+
+def encoded(pixels, form="PNG", **kwargs):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **kwargs)
+    return file.getvalue()
+
+
+def oriented(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    levels = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
+    data = encoded(levels)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode.startswith("I")  # so that Pillow's own conversion would clip
+    assert decoded_image(data)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 128, 255)]
+    assert decoded_image(data, channels=1)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+    # 32 bits, and the other order of bytes, in a form that stores them.
+    for kind in (np.int32, np.dtype(">u2")):
+        assert decoded_image(encoded(levels.astype(kind), "TIFF"), channels=1)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+    beyond = np.array([[-5, 70000]], np.int32)
+    assert decoded_image(encoded(beyond, "TIFF"), channels=1)[0, :, 0].tolist() == [0, 255]
+
+
+def test_eight_bits_stay_as_they_are():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(decoded_image(encoded(pixels), channels=1)[..., 0], pixels)
+    np.testing.assert_array_equal(decoded_image(encoded(pixels)), np.stack([pixels] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (1, [[10, 20, 30], [40, 50, 60]]),
+        (2, [[30, 20, 10], [60, 50, 40]]),
+        (3, [[60, 50, 40], [30, 20, 10]]),
+        (4, [[40, 50, 60], [10, 20, 30]]),
+        (5, [[10, 40], [20, 50], [30, 60]]),
+        (6, [[40, 10], [50, 20], [60, 30]]),
+        (7, [[60, 30], [50, 20], [40, 10]]),
+        (8, [[30, 60], [20, 50], [10, 40]]),
+    ],
+)
+def test_images_are_turned_as_their_exif_says(orientation, expected):
+    pixels = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+    assert decoded_image(encoded(pixels, exif=oriented(orientation)), channels=1)[..., 0].tolist() == expected
+    sixteen = encoded(pixels.astype(np.uint16) * 257, exif=oriented(orientation))
+    assert decoded_image(sixteen, channels=1)[..., 0].tolist() == expected
+
+
+def test_a_photograph_is_turned():
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 200  # the left half is light, hence the upper one after a quarter clockwise
+    image = decoded_image(encoded(pixels, "JPEG", quality=95, exif=oriented(6)))
+    assert image.shape == (16, 8, 3)
+    np.testing.assert_allclose(image[:8].astype(int), 200, atol=4)
+    np.testing.assert_allclose(image[8:].astype(int), 0, atol=4)
+    upright = decoded_image(encoded(pixels, "JPEG", quality=95))
+    assert upright.shape == (8, 16, 3)
+
+
+def test_damaged_exif_leaves_the_image_as_stored():
+    pixels = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+    data = encoded(pixels)
+    junk = b"eXIfgarbage!"
+    chunk = struct.pack(">I", len(junk) - 4) + junk + struct.pack(">I", zlib.crc32(junk))
+    data = data[:33] + chunk + data[33:]  # after the header, which is always as long
+    with Image.open(io.BytesIO(data)) as image, pytest.raises(SyntaxError, match="not a TIFF file"):
+        image.getexif()
+    assert decoded_image(data, channels=1)[..., 0].tolist() == pixels.tolist()
+
+
 # The cache of decoded images
 
 
@@ -368,6 +455,42 @@ def test_a_damaged_entry_is_replaced(images, cache_directory, monkeypatch):
     np.testing.assert_array_equal(after.train.images, before.train.images)
     assert all(np.load(path).ndim == 4 for path in cache_directory.glob("decoded/*/images.npy"))
     assert len(list(cache_directory.glob("decoded/*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("size", [0, 3, 20, 128])  # nothing, half the magic, half the header, no data
+def test_an_entry_cut_short_is_replaced(images, cache_directory, monkeypatch, name, size):
+    monkeypatch.setattr(cache, "LARGE", 1)
+    before = folder.load(settings_of(images))
+    paths = list(cache_directory.glob(f"decoded/*/{name}"))
+    sizes = [path.stat().st_size for path in paths]
+    assert len(paths) == 2
+    assert min(sizes) > 128
+    for path in paths:
+        os.truncate(path, size)
+    after = folder.load(settings_of(images))
+    np.testing.assert_array_equal(after.train.images, before.train.images)
+    np.testing.assert_array_equal(after.test.labels, before.test.labels)
+    assert [path.stat().st_size for path in paths] == sizes
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(images, cache_directory, monkeypatch):
+    monkeypatch.setattr(cache, "LARGE", 1)
+    synced, renamed, fsync, rename = {}, [], os.fsync, os.rename
+
+    def note_fsync(descriptor):
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        synced[stat.st_ino] = stat.st_size
+
+    def note_rename(source, target):
+        renamed.append({path.name: path.stat().st_size == synced.get(path.stat().st_ino) for path in Path(source).iterdir()})
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    folder.load(settings_of(images))
+    assert renamed == [{"images.npy": True, "labels.npy": True}] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(images, cache_directory, monkeypatch):

@@ -1,4 +1,4 @@
-"""Accuracies against NumPy: every example once, padding never, each head and all of them together."""
+"""Accuracies against NumPy: every example once, padding never, each head and all of them together; which images are predicted."""
 
 import jax
 import numpy as np
@@ -6,10 +6,12 @@ import pytest
 
 from dgl_jax import evaluate
 from dgl_jax.engines import EngineState
+from dgl_jax.errors import UserError
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import PADDING
 from dgl_jax.placement import assign, one_group
+from dgl_jax.predict import find_images
 from dgl_jax.step import eval_step
 
 SEED = 12
@@ -131,3 +133,40 @@ def test_one_read_for_a_whole_split(tiny, state, one, monkeypatch):
     monkeypatch.setattr(evaluate, "read", lambda tree: reads.append(len(tree)) or read(tree))
     one.evaluate(place(state, one.placement), tiny.source, "test")
     assert reads == [3]  # batches, in one go
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    for name in ("a.png", "a[1].png", "a1.png", ".b.png", "sub/c.JPG", "sub/._c.JPG", ".thumbs/d.png", "notes.txt"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("photos", ["a.png", "a1.png", "a[1].png", "sub/c.JPG"]),
+        ("photos/*.png", ["a.png", "a1.png", "a[1].png"]),
+        ("photos/**/*.JPG", ["sub/c.JPG"]),
+        ("photos/s*", ["sub/c.JPG"]),
+        ("photos/a[1].png", ["a[1].png"]),  # a file of that name, though the pattern means a1.png
+        ("photos/a[0-9].png", ["a1.png"]),
+        ("photos/.b.png", [".b.png"]),  # named, not found on the way
+        ("photos/.thumbs", [".thumbs/d.png"]),
+    ],
+)
+def test_images_that_a_pattern_names(photos, pattern, found):
+    assert [path.as_posix() for path in find_images([pattern])] == [f"photos/{name}" for name in found]
+
+
+@pytest.mark.parametrize("pattern", ["", "photos/.*.png", "photos/b.png", "photos/a[2].png", "photos/" + "[a]" * 200])
+def test_patterns_that_name_nothing(photos, pattern):
+    with pytest.raises(UserError, match="no image there"):
+        find_images([pattern])
+
+
+def test_images_keep_the_order_of_the_patterns(photos):
+    found = find_images(["photos/sub", "photos/a*.png"])
+    assert [path.name for path in found] == ["c.JPG", "a.png", "a1.png", "a[1].png"]

@@ -36,10 +36,11 @@ ROOMS = (
     "predict",
     "export",
     "bench",
+    "workdir",
     "train",
 )
 # The same inside a folder; files on one line do not know each other.
-ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "simulated"))
+ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings"), ("simulated", "threads"))
 # Narrower than the order alone: all that these rooms may know of the package.
 ONLY = {
     "settings": {"errors"},
@@ -51,7 +52,7 @@ ONLY = {
     "codecs": set(),
     "placement": {"errors", "packet"},
     "replay": {"errors", "packet"},
-    "engines": {"codecs", "data", "module", "packet", "placement", "replay", "settings", "step"},
+    "engines": {"codecs", "data", "errors", "module", "packet", "placement", "replay", "settings", "step"},
     "writers": {"errors"},
     "plots": {"errors", "writers"},
 }

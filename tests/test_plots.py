@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dgl_jax.errors import UserError
-from dgl_jax.plots import accuracy_figure, compare, compare_figure, loss_figure, plot, series
+from dgl_jax.plots import _increasing, accuracy_figure, compare, compare_figure, loss_figure, plot, series
 from dgl_jax.writers import JsonLinesWriter, read_jsonl
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -81,6 +81,53 @@ def test_names_never_overlap():
     assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
     assert boxes[-1].x1 <= figure.bbox.x1
     assert boxes[0].y0 >= 0
+
+
+def middle(figure, label):
+    """The height of a label's middle, in pixels."""
+    (found,) = [text for text in figure.axes[0].texts if text.get_text() == label]
+    box = found.get_window_extent()
+    return (box.y0 + box.y1) / 2
+
+
+@pytest.mark.parametrize("last", [0.9, 0.62, 0.3])
+def test_labels_stand_at_the_ends_of_their_lines(last):
+    runs = {
+        "a": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.1), (2, last))],
+        "b": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.15), (2, 0.45))],
+    }
+    losses = [{"step": s, "train/module_0/loss": y, "train/module_1/loss": 2 * y} for s, y in ((1, 2.5), (2, last))]
+    steep = [{"step": 0, "train/module_0/loss": 60.0, "train/module_1/loss": 70.0}, *losses]  # a logarithmic axis
+    for figure, ends in (
+        (compare_figure(runs), {"a": last, "b": 0.45}),
+        (loss_figure(losses), {"module 0": last, "module 1": 2 * last}),
+        (loss_figure(steep), {"module 0": last, "module 1": 2 * last}),
+    ):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        for label, y in ends.items():
+            # Within three points: text is not quite centred on its box, and neighbours stand fourteen apart.
+            assert middle(figure, label) == pytest.approx(axes.transData.transform((2, y))[1], abs=6)
+
+
+def test_labels_that_would_overlap_share_the_way():
+    assert _increasing([1.0, 2.0, 2.5]).tolist() == [1, 2, 2.5]
+    assert _increasing([3.0, 1.0, 2.0]).tolist() == [2, 2, 2]
+    assert _increasing([1.0, 3.0, 2.0, 4.0]).tolist() == [1, 2.5, 2.5, 4]
+    assert _increasing([4.0, 5.0, 0.0, 3.0, 9.0]).tolist() == [3, 3, 3, 3, 9]
+    assert _increasing([7.0]).tolist() == [7]
+
+
+@pytest.mark.parametrize("value", [2.0, 0.0123, 0.00123, 0.000123, 1.23e-5])
+def test_leaders_end_before_the_numbers(value):
+    records = [{"step": s, "train/module_0/loss": value * m, "train/module_1/loss": 1.01 * value * m} for s, m in ((1, 3), (2, 1))]
+    figure = loss_figure(records)
+    figure.canvas.draw()
+    texts = figure.axes[0].texts
+    numbers = [text.get_window_extent().x0 for text in texts if text.get_text()[:1].isdigit()]
+    leaders = [text.arrow_patch.get_window_extent().x1 for text in texts if getattr(text, "arrow_patch", None)]
+    assert len(numbers) == len(leaders) == 2
+    assert max(leaders) + 2 < min(numbers)
 
 
 def test_a_module_without_a_head_has_no_line():

@@ -1,5 +1,7 @@
 """The ring and its rules against a plain NumPy oracle (invariant 7), and what it must never do."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -187,6 +189,63 @@ def test_a_packet_of_another_form_is_refused():
         ring.add(np.zeros((2, 3), np.float64), *packet(0)[1:])
     with pytest.raises((TypeError, ValueError)):
         ring.add((np.zeros((2, 3), np.float32),) * 2, *packet(0)[1:])
+
+
+def test_a_payload_of_several_arrays():
+    example = ({"codes": jax.ShapeDtypeStruct((2, 4), np.uint8), "scale": jax.ShapeDtypeStruct((2,), np.float32)}, EXAMPLE[1])
+    ring = Ring(example, 2)
+    for n in range(3):
+        ring.add({"codes": np.full((2, 4), n, np.uint8), "scale": np.full(2, n / 2, np.float32)}, *packet(n)[1:])
+    for n in (2, 1):
+        found = ring.sample().packet
+        assert found.payload.keys() == {"codes", "scale"}
+        np.testing.assert_array_equal(found.payload["codes"], np.full((2, 4), n))
+        np.testing.assert_array_equal(found.payload["scale"], [n / 2, n / 2])
+        np.testing.assert_array_equal(found.targets.id, [100 + n, 100 + n])
+    with pytest.raises((TypeError, ValueError)):
+        ring.add(packet(3)[0], *packet(3)[1:])
+    with pytest.raises((TypeError, ValueError)):
+        ring.add({"codes": np.zeros((2, 4), np.uint8)}, *packet(3)[1:])
+
+
+def test_a_snapshot_by_hand():
+    ring = Ring(EXAMPLE, 3)
+    for n in range(2):
+        ring.add(*packet(n))
+    assert ring.snapshot()["written"].tolist() == [0, 1, 0]
+    for n in range(2, 5):  # slots hold the packets 3, 4, 2
+        ring.add(*packet(n))
+    assert [read(ring)[0] for _ in range(4)] == [4, 3, 2, 4]
+    saved = ring.snapshot()
+    assert {name: saved[name].tolist() for name in ("headers", "reads", "written", "tally")} == {
+        "headers": [[3, 4], [4, 5], [2, 3]],
+        "reads": [1, 2, 1],
+        "written": [3, 4, 2],
+        "tally": [5, 4, 3, 2, 1, 2],
+    }
+    np.testing.assert_array_equal(saved["slots"][0][:, 0, 0], [3, 4, 2])
+
+
+def test_two_threads_never_see_a_half_written_packet():
+    example = (jax.ShapeDtypeStruct((2, 20_000), np.float32), EXAMPLE[1])
+    ring, packets = Ring(example, 2), 300
+
+    def write():
+        for n in range(packets):
+            ring.add(np.full((2, 20_000), n, np.float32), *packet(n)[1:])
+
+    writer = threading.Thread(target=write)
+    with ring.changed:
+        writer.start()
+        assert ring.changed.wait_for(ring.ready, timeout=30)
+    last = -1
+    while last < packets - 1:
+        found = ring.sample().packet
+        n = found.header.sequence
+        assert (found.payload == n).all()
+        assert (found.targets.id == 100 + n).all()
+        last = max(last, n)
+    writer.join()
 
 
 def test_memory_is_refused_with_the_size_that_fits():

@@ -43,6 +43,8 @@ def other(name: str) -> typing.Any:
     field = find(name)
     if "choices" in field.metadata:
         return field.metadata["choices"][-1]
+    if name == "engine.slowdown":  # a factor a module
+        return [1.0, 1.5, 1.0, 1.0]
     if typing.get_origin(field.type) is tuple:
         return [1 if typing.get_args(field.type)[0] is int else 1.0]
     if field.type is str:
@@ -74,7 +76,12 @@ MISTAKES = [
     (("optimizer.learning_rate", -1.0), ["config.optimizer.learning_rate=-1.0", "above 0"]),
     (("optimizer.momentum", 1.5), ["config.optimizer.momentum=1.5", "between 0.0 and 1.0"]),
     (("optimizer.weight_decay", float("nan")), ["config.optimizer.weight_decay=nan"]),
-    (("data.batch_size", 0), ["config.data.batch_size=0", "at least 1"]),
+    (("data.batch_size", 0), ["config.data.batch_size=0", "between 2 and 2147483647"]),
+    (("data.batch_size", 1), ["config.data.batch_size=1", "between 2 and"]),
+    (("train.steps", 2**31), ["config.train.steps=2147483648", "between 0 and 2147483647"]),
+    (("train.epochs", 1e300), ["config.train.epochs=1e+300", "between 0.0 and 1000000.0"]),
+    (("schedule.boundaries", (1.0, 1e300)), ["config.schedule.boundaries=(1.0, 1e+300)", "below a million"]),
+    (("data.image_size", 100_000), ["config.data.image_size=100000", "between 0 and 4096"]),
     (("data.validation_fraction", 0.95), ["config.data.validation_fraction=0.95", "between 0.0 and 0.9"]),
     (("data.batch_size", 8.5), ["config.data.batch_size=8.5", "a whole number"]),
     (("data.batch_size", True), ["config.data.batch_size=True", "a whole number"]),
@@ -150,7 +157,12 @@ def test_free_fields_are_fields():
 @pytest.mark.parametrize("name", field_names())
 def test_what_a_resumed_run_may_change(name):
     found = differences(Settings().to_dict(), changed(name))
-    free = name.startswith(("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks")) or name == "data.dir"
+    free = (
+        name.startswith(
+            ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
+        )
+        or name == "data.dir"
+    )
     if free:
         assert found == []
     elif name in ("data.mean", "data.std"):
@@ -220,6 +232,8 @@ def test_every_engine_name_has_an_engine_of_its_own():
     assert made == {
         "fused": ("FusedEngine", "fused_step"),
         "pipeline": ("PipelineEngine", None),
+        "simulated": ("SimulatedEngine", None),
+        "threads": ("ThreadsEngine", None),
         "backprop": ("FusedEngine", "backprop_step"),
     }
 

@@ -63,11 +63,10 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, ordered, to_
         assert losses == [of_modules[k]["loss"] for of_modules in metrics]
 
 
-def test_twin_an_older_packet_or_another_order_is_noticed(tiny, devices, ordered, to_host, monkeypatch):
+def test_twin_an_older_packet_or_another_order_is_noticed(tiny, devices, ordered, to_host):
     drawn = engine(tiny, devices)
     assert not equal(to_host, ordered[0], run(tiny, drawn, begin(tiny, drawn), to_host=to_host)[0])
-    stale = engine(tiny, devices, order="ordered")
-    monkeypatch.setattr(Ring, "_choose", lambda self: self.tally.written % min(self.tally.written, self.size))
+    stale = engine(tiny, devices, replay=ReplaySettings(3, "uniform"), order="ordered")
     assert not equal(to_host, ordered[0], run(tiny, stale, begin(tiny, stale), to_host=to_host)[0])
 
 
@@ -162,6 +161,7 @@ def test_gauges_by_hand(tiny, devices, ordered):
         "replay/module_1/never_used": 0.0,
         "replay/module_1/bytes": 8 * (4 * 4 * 4 * 4 + 8),  # 8 examples: 4x4x4 float32, label and id
         "replay/module_1/skipped": 0.0,
+        "replay/module_1/ages_from_0": 8.0,
     }
 
 

@@ -14,6 +14,7 @@ from dgl_jax.data.source import Examples
 
 _LOG = logging.getLogger(__name__)
 
+_VERSION = 2  # raised when decoding gives other pixels than before: older entries are then not found any more
 LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
 
 
@@ -33,7 +34,7 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
     Returns:
       Arrays that may be mapped from a file, read-only.
     """
-    digest = hashlib.sha256(repr(tuple(key)).encode())
+    digest = hashlib.sha256(repr((_VERSION, *key)).encode())
     for file in files:
         stat = file.stat()
         digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
@@ -42,7 +43,7 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
         # asarray drops the memmap class and keeps the mapping.
         images = np.asarray(np.load(entry / "images.npy", mmap_mode="r"))
         return Examples(images, np.load(entry / "labels.npy"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # none, cut short or empty
         pass
     examples = decode()
     if examples.images.nbytes >= LARGE:
@@ -58,11 +59,18 @@ def _write(entry: Path, examples: Examples) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     try:
-        np.save(scratch / "images.npy", examples.images)
-        np.save(scratch / "labels.npy", examples.labels)
+        _save(scratch / "images.npy", examples.images)
+        _save(scratch / "labels.npy", examples.labels)
         shutil.rmtree(entry, ignore_errors=True)  # an entry that could not be read
         os.rename(scratch, entry)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
         if not (entry / "labels.npy").exists():  # else another process was first
             raise
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file under the final name

@@ -1,18 +1,22 @@
 """From encoded images to one array; the same code for folders and for TFDS sets."""
 
+import contextlib
 import io
 import os
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dgl_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}
+# What Pillow raises on EXIF data that is damaged; the image itself may be sound.
+_BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
 
 def decode_images(
@@ -28,7 +32,8 @@ def decode_images(
     Args:
       count: how many images.
       read: the encoded bytes of an image, or the file that holds them; called from several threads.
-      channels: 1 (grey) or 3 (RGB); images of another kind are converted.
+      channels: 1 (grey) or 3 (RGB); images of another kind are converted, 16 bits a pixel scaled to 8. Images are turned as
+        their EXIF orientation says.
       image_size: pixels a side to resize to (bilinear, with antialiasing); 0: as stored.
       describe: what to call an image in an error message.
 
@@ -40,7 +45,7 @@ def decode_images(
         data = read(index)
         try:
             with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as opened:
-                image = opened.convert(_MODES[channels])
+                image = _converted(opened, _MODES[channels])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{describe(index)}: not an image that can be read ({error})") from None
         if image_size and image.size != (image_size, image_size):
@@ -68,3 +73,14 @@ def decode_images(
     finally:
         pool.shutdown(cancel_futures=True)
     return images
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The loaded image, upright, in the mode asked for; itself where nothing is to do."""
+    image.load()
+    with contextlib.suppress(*_BAD_EXIF):
+        ImageOps.exif_transpose(image, in_place=True)  # the pixels first, then the metadata, which nobody reads here
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image if image.mode == mode else image.convert(mode)

@@ -3,7 +3,9 @@
 from dgl_jax.engines.engine import Engine, EngineState, Recipe, Report, Traffic, updates_of
 from dgl_jax.engines.fused import FusedEngine, fused_step
 from dgl_jax.engines.pipeline import PipelineEngine
-from dgl_jax.engines.simulated import SimulatedEngine, ring_examples
+from dgl_jax.engines.rings import counts, ring_examples
+from dgl_jax.engines.simulated import SimulatedEngine
+from dgl_jax.engines.threads import ThreadsEngine
 
 __all__ = [
     "Engine",
@@ -13,7 +15,9 @@ __all__ = [
     "Recipe",
     "Report",
     "SimulatedEngine",
+    "ThreadsEngine",
     "Traffic",
+    "counts",
     "fused_step",
     "ring_examples",
     "updates_of",

@@ -63,7 +63,8 @@ class Recipe:
             return init_states(self.modules, self.optimizer, key, self.inputs())
 
         # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
-        return jax.jit(states, compiler_options={"xla_backend_optimization_level": "1"})(jax.random.key(self.seed))
+        options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+        return jax.jit(states, compiler_options=options)(jax.random.key(self.seed))
 
     def packets(self) -> tuple[tuple[jax.ShapeDtypeStruct, Any], ...]:
         """(activations, payload) of each hop, as shapes."""
@@ -84,10 +85,19 @@ class Recipe:
 
 
 class Flight(Protocol):
-    """What is under way between modules where that belongs to the algorithm: rings, turns. Lives on the host, changes in place."""
+    """What is under way between modules where that belongs to the algorithm: rings, turns. Lives on the host, changes in place.
+
+    Attributes:
+      unit: of the times in `recent`.
+    """
+
+    unit: str
 
     def snapshot(self) -> Any:
         """A pytree of host arrays, copied, for a checkpoint."""
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """The newest turns as (module, begin, end), oldest first."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +125,16 @@ class Report:
 
 
 class Engine(Protocol):
-    """Decides which module works when, and where."""
+    """Decides which module works when, and where.
+
+    Attributes:
+      continuous: its modules go on while its reports are read, so that one `run` lasts until the end of training, whatever is done
+        with snapshots in between.
+    """
 
     recipe: Recipe
     placement: Placement
+    continuous: bool
 
     def traffic(self) -> Traffic:
         """What the packets weigh."""
@@ -144,6 +160,8 @@ class Engine(Protocol):
 
 class Synchronous:
     """What synchronous engines have in common: nothing is under way when they rest."""
+
+    continuous = False
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """The state itself."""

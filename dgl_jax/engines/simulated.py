@@ -14,46 +14,19 @@ import numpy as np
 from dgl_jax.data import Source
 from dgl_jax.engines.compose import compose, feed
 from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, place_modules
+from dgl_jax.engines.rings import Asynchronous, Rings, counts, flight_of
 from dgl_jax.engines.turns import drawn, in_order, never
-from dgl_jax.packet import Header, Targets
+from dgl_jax.packet import Header
 from dgl_jax.placement import Placement, put
-from dgl_jax.replay import Ring
 from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.step import Metrics
 
 
-class Rings:
-    """The flight: a ring in front of every module but the first, and whose turn it is.
-
-    Attributes:
-      turn: turns drawn so far.
-      batches: batches the first module has read.
-      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
-      skipped: of each module, turns lost for want of a packet.
-    """
-
-    def __init__(self, rings: list[Ring], batches: int):
-        self.rings = rings
-        self.turn, self.batches = 0, batches
-        modules = len(rings) + 1
-        self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Host arrays, copied."""
-        counts = np.array([self.turn, self.batches], np.int64)
-        rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
-        return rings | {"counts": counts, "waiting": self.waiting.copy(), "skipped": self.skipped.copy()}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from a snapshot."""
-        self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
-        self.waiting[:], self.skipped[:] = saved["waiting"], saved["skipped"]
-        for k, ring in enumerate(self.rings, 1):
-            ring.restore(saved[f"ring_{k}"])
-
-
-class SimulatedEngine:
+class SimulatedEngine(Asynchronous):
     """All modules on one device group, one at a time, with replay between them."""
+
+    continuous = False
+    unit = "turns"
 
     def __init__(self, recipe: Recipe, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
         self.recipe, self.placement, self.total, self.replay = recipe, placement, total, replay
@@ -74,42 +47,14 @@ class SimulatedEngine:
         """The modules on this engine's devices; the flight as it is."""
         return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
 
-    def resume(self, state: EngineState, saved: Any) -> EngineState:
-        """With the rings of the checkpoint; without a snapshot the turns begin anew, which fills empty rings."""
-        rings = Rings(
-            [
-                Ring(example, self.replay.size, self.replay.rule, self.replay.max_reuse, seed=self.recipe.seed + k)
-                for k, example in enumerate(ring_examples(self.recipe), 1)
-            ],
-            batches=_updates(state)[0],
-        )
-        if saved is not None:
-            rings.restore(saved)
-        return EngineState(state.modules, rings)
-
     def gauges(self, state: EngineState) -> dict[str, float]:
-        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held."""
-        found: dict[str, float] = {}
-        flight = state.flight
-        assert isinstance(flight, Rings)
-        for k, ring in enumerate(flight.rings, 1):
-            tally = ring.tally
-            values = {
-                "age": tally.mean_age(),
-                "oldest": tally.oldest,
-                "reuse": tally.reuse(),
-                "never_used": tally.never_used,
-                "bytes": ring.nbytes,
-                "skipped": flight.skipped[k],
-            }
-            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
-        return found
+        """Those of the rings."""
+        return flight_of(state).gauges()
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot."""
-        flight = state.flight
-        assert isinstance(flight, Rings)
-        states, updates = list(state.modules), _updates(state)
+        flight = flight_of(state)
+        states, updates = list(state.modules), counts(state)
         batches = source.batches(flight.batches)
         snapshot = lambda: EngineState(tuple(states), flight)  # noqa: E731
 
@@ -126,13 +71,13 @@ class SimulatedEngine:
 
     def _next(self, flight: Rings) -> int | None:
         """The module that works now, which then has a packet to read; None where a turn is lost."""
-        for waiting in np.flatnonzero(flight.waiting):
-            if flight.rings[waiting - 1].ready():
+        for waiting in map(int, np.flatnonzero(flight.waiting)):
+            if flight.ring(waiting).ready():
                 flight.waiting[waiting] = 0
-                return int(waiting)
+                return waiting
         k = self.module_of(flight.turn)
         flight.turn += 1
-        if k == 0 or flight.rings[k - 1].ready():
+        if k == 0 or flight.ring(k).ready():
             return k
         if self.replay.at_limit == "wait":
             flight.waiting[k] = 1
@@ -150,7 +95,7 @@ class SimulatedEngine:
             incoming, targets, sequence = batch, batch.targets, flight.batches
             flight.batches += 1
         else:
-            sample = flight.rings[k - 1].sample()
+            sample = flight.sample(k)
             assert sample is not None, "a turn is given to modules that have something to read"
             sequence = sample.packet.header.sequence
             incoming, targets = put((sample.packet.payload, sample.packet.targets), self.placement.split(k))
@@ -162,15 +107,6 @@ class SimulatedEngine:
             updates[k] += 1
         if k < last:
             payload, targets = jax.device_get((payload, targets))
-            flight.rings[k].add(payload, targets, Header(sequence, updates[k]))
+            flight.add(k, payload, targets, Header(sequence, updates[k]))
+        flight.turns.append((k, flight.turn - 1, flight.turn))
         return metrics
-
-
-def ring_examples(recipe: Recipe) -> list[tuple[Any, Targets]]:
-    """Shape and dtype of the packets in each ring."""
-    integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), "int32")
-    return [(payload, Targets(integers, integers)) for _, payload in recipe.packets()]
-
-
-def _updates(state: EngineState) -> list[int]:
-    return [int(jax.device_get(module.updates)) for module in state.modules]

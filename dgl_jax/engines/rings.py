@@ -1,0 +1,128 @@
+"""What is under way in an asynchronous run: a ring of packets before every module but the first, and who worked when."""
+
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgl_jax.engines.engine import EngineState, Recipe
+from dgl_jax.packet import Header, Targets
+from dgl_jax.replay import Ring, Sample
+from dgl_jax.settings import ReplaySettings
+
+_TURNS = 64  # the newest, kept for the timeline
+
+
+class Rings:
+    """The flight of an asynchronous state.
+
+    Attributes:
+      rings: those of modules 1, 2, ...
+      batches: batches the first module has read.
+      turn: turns drawn so far, where they are drawn.
+      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
+      skipped: of each module, turns lost for want of a packet.
+      turns: the newest of all modules as (module, begin, end).
+      unit: of begin and end: turns drawn, or seconds since the run began.
+    """
+
+    def __init__(self, recipe: Recipe, replay: ReplaySettings, batches: int, unit: str):
+        examples = ring_examples(recipe)
+        self.rings = [
+            Ring(example, replay.size, replay.rule, replay.max_reuse, seed=recipe.seed + k) for k, example in enumerate(examples, 1)
+        ]
+        self.turn, self.batches, self.unit = 0, batches, unit
+        modules = len(self.rings) + 1
+        self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
+        self.turns: deque[tuple[int, float, float]] = deque(maxlen=_TURNS)
+        # How often module k read a packet of age 0, 1, 2 or 3, 4 to 7 and so on.
+        self.ages = np.zeros((modules, (replay.size - 1).bit_length() + 1), np.int64)
+
+    def ring(self, module: int) -> Ring:
+        """The one that module reads."""
+        return self.rings[module - 1]
+
+    def sample(self, module: int) -> Sample | None:
+        """What the module reads next; None where no packet may be read."""
+        sample = self.ring(module).sample()
+        if sample is not None:
+            self.ages[module, sample.age.bit_length()] += 1
+        return sample
+
+    def add(self, producer: int, payload: Any, targets: Targets, header: Header) -> None:
+        """A packet (host arrays) from one module to the next."""
+        self.ring(producer + 1).add(payload, targets, header)
+
+    def gauges(self) -> dict[str, float]:
+        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
+        found: dict[str, float] = {}
+        for k, ring in enumerate(self.rings, 1):
+            tally = ring.tally
+            values = {
+                "age": tally.mean_age(),
+                "oldest": tally.oldest,
+                "reuse": tally.reuse(),
+                "never_used": tally.never_used,
+                "bytes": ring.nbytes,
+                "skipped": self.skipped[k],
+            }
+            values |= {f"ages_from_{2**i // 2}": n for i, n in enumerate(self.ages[k])}
+            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
+        return found
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """The newest turns, oldest first."""
+        return list(self.turns)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Host arrays, copied."""
+        rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
+        turns = np.array(self.recent(), np.float64).reshape(-1, 3)
+        return rings | {
+            "counts": np.array([self.turn, self.batches], np.int64),
+            "waiting": self.waiting.copy(),
+            "skipped": self.skipped.copy(),
+            "ages": self.ages.copy(),
+            "turns": np.concatenate([turns, np.full((_TURNS - len(turns), 3), -1.0)]),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes on from a snapshot."""
+        self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
+        self.waiting[:], self.skipped[:], self.ages[:] = saved["waiting"], saved["skipped"], saved["ages"]
+        self.turns.extend((int(k), float(a), float(b)) for k, a, b in np.asarray(saved["turns"]) if k >= 0)
+        for k, ring in enumerate(self.rings, 1):
+            ring.restore(saved[f"ring_{k}"])
+
+
+class Asynchronous:
+    """What asynchronous engines have in common: rings in flight."""
+
+    recipe: Recipe
+    replay: ReplaySettings
+    unit: str
+
+    def resume(self, state: EngineState, saved: Any) -> EngineState:
+        """With the rings of the checkpoint; without a snapshot they are empty, and turns begin anew, which fills them."""
+        rings = Rings(self.recipe, self.replay, batches=counts(state)[0], unit=self.unit)
+        if saved is not None:
+            rings.restore(saved)
+        return EngineState(state.modules, rings)
+
+
+def flight_of(state: EngineState) -> Rings:
+    """The rings of an asynchronous state."""
+    assert isinstance(state.flight, Rings), "an asynchronous engine begins with `init` or `resume`"
+    return state.flight
+
+
+def counts(state: EngineState) -> list[int]:
+    """The updates of each module."""
+    return [int(jax.device_get(module.updates)) for module in state.modules]
+
+
+def ring_examples(recipe: Recipe) -> list[tuple[Any, Targets]]:
+    """Shape and dtype of the packets in each ring."""
+    integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), "int32")
+    return [(payload, Targets(integers, integers)) for _, payload in recipe.packets()]

@@ -1,0 +1,307 @@
+"""Asynchronous training for real: every module has a worker and devices of its own, and a ring of packets at its entrance.
+
+A worker takes a packet from its ring at its own speed, updates, and writes what it made to the ring of the next module. It never
+waits for a slower neighbour (a full ring is written over) and never makes a faster one wait (a packet may be read again). It waits
+only for a first packet, or where `replay.max_reuse` holds all packets back. Nothing here is repeatable: the system's scheduler
+decides who works when.
+"""
+
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dgl_jax.data import Source
+from dgl_jax.engines.compose import compose, feed
+from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, place_modules
+from dgl_jax.engines.rings import Asynchronous, Rings, counts, flight_of
+from dgl_jax.engines.turns import never
+from dgl_jax.errors import UserError
+from dgl_jax.module import ModuleState
+from dgl_jax.packet import Header, nbytes
+from dgl_jax.placement import Placement, put
+from dgl_jax.settings import EngineSettings, ReplaySettings
+from dgl_jax.step import Metrics
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2  # how long the controlling thread sleeps at most before it looks after signals and workers
+_RESTARTS = 3  # of a module that fails again and again without an update more
+
+
+@dataclass(frozen=True)
+class _Failure:
+    module: int
+    error: Exception
+    trace: str
+
+
+class ThreadsEngine(Asynchronous):
+    """A worker thread a module.
+
+    Attributes:
+      recover: gives a module's state from the newest checkpoint, and None where there is none; with it a failed module is restarted
+        while the others go on.
+      clock: seconds; a test brings its own.
+    """
+
+    continuous = True
+    unit = "seconds"
+
+    def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+        self.recipe, self.placement, self.replay = recipe, placement, replay
+        modules = range(len(recipe.modules))
+        self.slowdown = engine.slowdown or (1.0,) * len(modules)
+        self.watchdog_seconds = engine.watchdog_seconds
+        self.recover: Callable[[int], ModuleState | None] | None = None
+        self.clock: Callable[[], float] = time.monotonic
+        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
+        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+        self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self.moved = [(0, 0) for _ in modules[1:]]  # (bytes, images) that have left for the ring of module k + 1
+        self.waited = [0.0 for _ in modules]  # seconds a module had no packet to read
+        self._paces = [_Pace() for _ in modules]
+
+    def traffic(self) -> Traffic:
+        """What went through the rings; before the first packet, what the encoded arrays weigh."""
+        shapes = self.recipe.traffic()
+        if not all(images for _, images in self.moved):
+            return shapes
+        return Traffic(shapes.raw, tuple(count / images for count, images in self.moved), measured=True)
+
+    def init(self) -> EngineState:
+        """Fresh modules, empty rings."""
+        return self.resume(self.place(EngineState(self.recipe.init())), None)
+
+    def place(self, state: EngineState) -> EngineState:
+        """Each module on its own devices; the flight as it is."""
+        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
+
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """Those of the rings, and of each module: updates a second since the last call, seconds waited for packets."""
+        found, now = flight_of(state).gauges(), self.clock()
+        for k, pace in enumerate(self._paces):
+            if (rate := pace.rate(now)) is not None:
+                found[f"work/module_{k}/updates_per_second"] = rate
+            found[f"work/module_{k}/wait_seconds"] = self.waited[k]
+        return found
+
+    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+        """Trains until every module has `until` updates; see `Engine.run`.
+
+        Reports come while the workers go on; closing the iterator stops them after their current step. Every report gives a
+        snapshot: a copy of what the modules are then, which may be further than the report.
+
+        Raises:
+          UserError: a module failed, and was not to be restarted or failed again at the same update.
+        """
+        run = _Run(self, state, source, until)
+        run.start()
+        try:
+            while not run.ended():
+                if stop():
+                    run.stop()
+                event = run.next_event()
+                if isinstance(event, _Failure):
+                    run.restart(event)
+                elif event is not None:
+                    yield event
+                run.watch()
+        except KeyboardInterrupt:  # to quit at once: the workers are daemons and nobody waits for them
+            run.stop()
+            run.workers = []
+            raise
+        finally:
+            run.stop()
+            run.join()
+
+
+class _Pace:
+    """Updates a second between two readings."""
+
+    def __init__(self) -> None:
+        self.updates = 0  # written by the worker alone
+        self._last: tuple[float, int] | None = None
+
+    def rate(self, now: float) -> float | None:
+        last, self._last = self._last, (now, self.updates)
+        if last is None or now <= last[0]:
+            return None
+        return (self._last[1] - last[1]) / (now - last[0])
+
+
+class _Run:
+    """One call of `ThreadsEngine.run`: what its workers share."""
+
+    def __init__(self, engine: ThreadsEngine, state: EngineState, source: Source, until: int):
+        self.engine, self.until = engine, until
+        self.flight: Rings = flight_of(state)
+        self.states, self.updates = list(state.modules), counts(state)
+        self.batches = source.batches(self.flight.batches)
+        self.events: queue.SimpleQueue[Report | _Failure] = queue.SimpleQueue()
+        self.stopping = threading.Event()
+        self.counting = threading.Lock()  # a report's counts and its place in the queue go together
+        # A state is donated to the next step, so whoever copies it holds its lock.
+        self.locks = [threading.Lock() for _ in self.states]
+        self.began = engine.clock()
+        self.progress = [self.began for _ in self.states]
+        self.doing = ["not begun" for _ in self.states]
+        self.warned: list[float | None] = [None for _ in self.states]
+        self.failures = [(-1, 0) for _ in self.states]  # (updates at the last failure, failures there)
+        self.workers: list[threading.Thread | None] = [None for _ in self.states]
+
+    # The controlling thread
+
+    def start(self) -> None:
+        for k in range(len(self.states)):
+            self._launch(k)
+
+    def stop(self) -> None:
+        """Workers end after their current step; those that wait for a packet at once."""
+        if not self.stopping.is_set():
+            self.stopping.set()
+            self._wake()
+
+    def join(self) -> None:
+        for worker in self.workers:
+            if worker is not None:
+                worker.join()
+
+    def ended(self) -> bool:
+        """All workers have, and everything they said has been heard."""
+        return not any(worker is not None and worker.is_alive() for worker in self.workers) and self.events.empty()
+
+    def next_event(self) -> Report | _Failure | None:
+        try:
+            return self.events.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return None
+
+    def snapshot(self) -> EngineState:
+        """A copy, one module after the other; each worker waits no longer than its own copy takes to be asked for."""
+        modules = []
+        for lock, k in zip(self.locks, range(len(self.states)), strict=True):
+            with lock:
+                modules.append(self.engine.copy(self.states[k]))
+        return EngineState(tuple(modules), self.flight)
+
+    def restart(self, failure: _Failure) -> None:
+        """The failed module from its newest checkpoint, or the end of the run."""
+        k, error = failure.module, failure.error
+        if isinstance(error, UserError):
+            raise error
+        _LOG.error("module_%d failed after %d updates:\n%s", k, self.updates[k], failure.trace.rstrip())
+        before, times = self.failures[k]
+        times = times + 1 if self.updates[k] <= before else 1
+        self.failures[k] = (max(before, self.updates[k]), times)
+        state = self.engine.recover(k) if self.engine.recover and times <= _RESTARTS and not self.stopping.is_set() else None
+        if state is None:
+            again = f" {times} times in a row" if times > 1 else ""
+            raise UserError(
+                f"module_{k} failed{again} after {self.updates[k]} updates: {type(error).__name__}: {error}; the others have "
+                "stopped, the last checkpoint is good (the log has the traceback)"
+            ) from error
+        self.states[k] = put(state, self.engine.placement.replicated(k))
+        with self.counting:
+            self.updates[k] = int(jax.device_get(state.updates))
+        _LOG.warning("module_%d goes on from its newest checkpoint, with %d updates; the others never stopped", k, self.updates[k])
+        self._launch(k)
+
+    def watch(self) -> None:
+        """Reports a worker that has made no progress for too long, once."""
+        limit, now = self.engine.watchdog_seconds, self.engine.clock()
+        for k, worker in enumerate(self.workers):
+            since = self.progress[k]
+            if limit and worker is not None and worker.is_alive() and now - since > limit and self.warned[k] != since:
+                self.warned[k] = since
+                _LOG.warning("module_%d has made no progress for %.0f s: %s", k, now - since, self.doing[k])
+
+    # The workers
+
+    def _launch(self, k: int) -> None:
+        self.progress[k] = self.engine.clock()
+        self.workers[k] = threading.Thread(target=self._work, args=(k,), name=f"module_{k}", daemon=True)
+        self.workers[k].start()  # type: ignore[union-attr]
+
+    def _work(self, k: int) -> None:
+        try:
+            with jax.transfer_guard("disallow"):
+                while not self.stopping.is_set() and self._needed(k):
+                    self._turn(k)
+        except Exception as error:
+            self.events.put(_Failure(k, error, traceback.format_exc()))
+        else:
+            self.doing[k] = "done"
+
+    def _needed(self, k: int) -> bool:
+        """Whether the module has updates to make, or a module above it that has."""
+        return any(count < self.until for count in self.updates[k:])
+
+    def _turn(self, k: int) -> None:
+        """Takes a packet, updates (or only feeds, once done), hands on."""
+        engine, clock, last = self.engine, self.engine.clock, len(self.states) - 1
+        placement = engine.placement
+        self.doing[k] = "waiting for a batch" if k == 0 else "waiting for a packet"
+        begin = clock()
+        if k == 0:
+            batch = placement.put_batch(next(self.batches), 0)
+            incoming, targets, sequence = batch, batch.targets, self.flight.batches
+            self.flight.batches += 1
+        else:
+            sample = self._sample(k)
+            if sample is None:
+                return
+            sequence = sample.packet.header.sequence
+            incoming, targets = put((sample.packet.payload, sample.packet.targets), placement.split(k))
+        done = self.updates[k] >= self.until
+        self.doing[k] = "feeding the next module" if done else f"working on update {self.updates[k] + 1}"
+        started = clock()
+        engine.waited[k] += started - begin
+        metrics: Metrics | None = None
+        if done:
+            payload = engine.feeds[k](self.states[k], incoming)
+        else:
+            with self.locks[k]:
+                self.states[k], payload, metrics = engine.programs[k](self.states[k], incoming, targets)
+        payload, targets = jax.device_get((payload, targets))
+        jax.block_until_ready(metrics)
+        if engine.slowdown[k] > 1:
+            self.stopping.wait((engine.slowdown[k] - 1) * (clock() - started))
+        ended = clock()
+        if metrics is not None:
+            self._count(k, metrics)
+        if k < last:
+            bytes_, images = engine.moved[k]
+            engine.moved[k] = (bytes_ + nbytes((payload, targets)), images + len(targets.label))
+            self.flight.add(k, payload, targets, Header(sequence, self.updates[k]))
+        self.flight.turns.append((k, started - self.began, ended - self.began))
+        self.progress[k] = ended
+
+    def _sample(self, k: int) -> Any:
+        """Waits until the ring has a packet that may be read; None once the run stops or nobody needs this module."""
+        changed = self.flight.ring(k).changed
+        with changed:
+            changed.wait_for(lambda: self.stopping.is_set() or not self._needed(k) or self.flight.ring(k).ready())
+        return None if self.stopping.is_set() or not self._needed(k) else self.flight.sample(k)
+
+    def _count(self, k: int, metrics: Metrics) -> None:
+        brought: list[Metrics] = [{} for _ in self.states]
+        brought[k] = metrics
+        with self.counting:
+            self.updates[k] += 1
+            self.engine._paces[k].updates += 1
+            self.events.put(Report(tuple(self.updates), tuple(brought), self.snapshot))
+        if self.updates[k] == self.until:  # a module below that only feeds may be needed no longer
+            self._wake()
+
+    def _wake(self) -> None:
+        for ring in self.flight.rings:
+            with ring.changed:
+                ring.changed.notify_all()

@@ -1,0 +1,100 @@
+"""The folder of a run: its lock, what it says of its configuration and its end, and files that are written whole or not at all."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgl_jax.errors import UserError
+from dgl_jax.settings import Settings, differences, make_settings
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` holds; accuracies are fractions, null for heads that were not trained."""
+
+    engine: str
+    config_hash: str
+    seed: int
+    epochs: float
+    steps: int
+    modules: list[dict[str, Any]]
+    ensemble_accuracy: float | None
+    images_per_second: float | None
+    wire_bytes_per_image: list[float]
+    raw_bytes_per_image: list[float]
+    wire: str
+    codec_error: list[float]
+    wall_seconds: float
+    dataset: str
+    versions: dict[str, str]
+    staleness: list[float] | None = None  # asynchronous engines: mean age of the packets read, in updates of their producer
+    reuse: list[float] | None = None  # and reads a packet, one entry a module
+
+    def to_dict(self) -> dict[str, Any]:
+        """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ("staleness", "reuse")}
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Makes the workdir and keeps a second training off it; the system lets go of the lock when the process ends, however."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--workdir={workdir}: another training is running there") from None
+        yield
+
+
+def check(workdir: Path, settings: Settings) -> None:
+    """Raises UserError where the workdir holds a run of another configuration, naming the fields."""
+    path = workdir / "config.json"
+    if not path.is_file() or not holds_checkpoint(workdir):  # without one nothing would be lost
+        return
+    changed = differences(json.loads(path.read_text()), settings)
+    if changed:
+        raise UserError(
+            f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}; "
+            "use another workdir, or start from its weights with --init_from"
+        )
+
+
+def holds_checkpoint(workdir: Path) -> bool:
+    """Whether there is something to go on from, whole or not."""
+    checkpoints = workdir / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def finished(workdir: Path, settings: Settings) -> Summary | None:
+    """The summary of a run that has nothing left to do under these settings."""
+    path = workdir / "summary.json"
+    if not path.is_file():
+        return None
+    summary = Summary(**json.loads(path.read_text()))
+    before = make_settings(json.loads((workdir / "config.json").read_text())).train
+    asked = settings.train
+    if asked == before or (asked.steps and asked.steps <= summary.steps):
+        return summary
+    more = asked.epochs > summary.epochs + 1e-3 if not asked.steps else True
+    return None if more else summary
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of it or, after a crash in between, what was there before."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,78 @@
+"""What an export leaves in its folder: whole files, with the permissions that the umask gives, or what was there before."""
+
+import errno
+import json
+import os
+
+import pytest
+from runs import small_config
+
+from dgl_jax.export import export_run, load_exported
+from dgl_jax.train import train_and_evaluate
+
+FILES = ["config.json", "model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    train_and_evaluate(small_config(train__steps=1), path)
+    return path
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def modes(folder):
+    return [os.stat(folder / name).st_mode & 0o777 for name in FILES]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read(workdir, tmp_path, umask, mask, mode):
+    umask(mask)
+    folder = export_run(workdir, output=tmp_path / "export")
+    assert names(folder) == FILES
+    assert modes(folder) == [mode, mode]
+
+
+def test_an_older_export_is_replaced_and_not_written_over(workdir, tmp_path, umask):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_text("older")
+        (folder / name).chmod(0o600)
+        os.link(folder / name, tmp_path / name)  # what a reader that has opened the file still sees
+    export_run(workdir, output=folder)
+    assert names(folder) == FILES
+    assert modes(folder) == [0o644, 0o644]
+    assert [(tmp_path / name).read_text() for name in FILES] == ["older", "older"]
+    assert json.loads((folder / "config.json").read_text())["step"] == 1
+    assert len(load_exported(folder).variables) == 2
+
+
+def test_a_full_disk_leaves_the_older_export(workdir, tmp_path, monkeypatch):
+    folder = export_run(workdir, output=tmp_path / "export")
+    for name in FILES:
+        (folder / name).write_text(f"older {name}")
+    calls = []
+
+    def full(descriptor):
+        calls.append(os.fstat(descriptor).st_size)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(workdir, output=folder)
+    assert len(calls) == 2  # the first file was whole, and still has not taken its place
+    assert min(calls) > 100
+    assert names(folder) == FILES
+    assert [(folder / name).read_text() for name in FILES] == [f"older {name}" for name in FILES]
