@@ -106,7 +106,7 @@ class Ring:
         # Reads of the packet in slot s, at -s % size and again at `size` more: the packets lie in a row, newest first, wherever the
         # newest is.
         self._reads = np.zeros(2 * size, np.int64)
-        self._choose, self._limit = RULES[rule], _limit(rule, size, max_reuse)
+        self._rule, self._limit = RULES[rule], _limit(rule, size, max_reuse)
         self.tally = Tally()
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
@@ -138,18 +138,15 @@ class Ring:
     def sample(self) -> Sample | None:
         """The packet that the rule chooses, copied out; None where there is none or `max_reuse` holds all of them back."""
         with self._lock:
-            tally, size = self.tally, self.size
-            uses = self._uses()
-            if uses is None:
+            slot = self._choose()
+            if slot is None:
                 return None
-            newest = (tally.written - 1) % size
-            # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
-            age = self._choose(uses, newest, size, self._limit, (self.seed, tally.read))
-            slot = (newest - age) % size
             # Private arrays: `device_put` may alias them, and the slot is written again.
             leaves = [slots[slot].copy() for slots in self._slots]
-            use = int(uses[age]) + 1
+            tally, size = self.tally, self.size
+            age = (tally.written - 1 - slot) % size
             place = -slot % size
+            use = int(self._reads[place]) + 1
             self._reads[place] = self._reads[place + size] = use
             tally.read += 1
             tally.age += age
@@ -200,6 +197,14 @@ class Ring:
         if not written or (self._limit != _ANY_NUMBER and uses.min() >= self._limit):
             return None
         return uses
+
+    def _choose(self) -> int | None:
+        uses = self._uses()
+        if uses is None:
+            return None
+        newest = (self.tally.written - 1) % self.size
+        # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
+        return (newest - self._rule(uses, newest, self.size, self._limit, (self.seed, self.tally.read))) % self.size
 
 
 def _limit(rule: str, size: int, max_reuse: int) -> int:

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dgl_jax.checkpoint import Checkpoints, all_finite
-from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts, updates_of
+from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
 from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, abstract_states, borrow_weights, load_trained, make_experiment
@@ -270,15 +270,14 @@ class _Run:
                 "name": module.name,
                 "parameters": count_parameters(trained),
                 "devices": [d.id for d in group.devices.flat],
-                "updates": self.step,
+                "updates": updates,
                 "validation_accuracy": self.latest.get(f"validation/{module.name}/accuracy"),
                 "test_accuracy": test.get(f"test/{module.name}/accuracy"),
             }
-            for module, trained, group in zip(recipe.modules, state.modules, groups, strict=True)
+            for module, trained, group, updates in zip(recipe.modules, state.modules, groups, counts(state), strict=True)
         ]
         traffic = self.engine.traffic()
         hops = range(len(traffic.raw))
-        assert updates_of(state) == self.step
         gauges = self.engine.gauges(state)
         asynchronous = state.flight is not None
         return Summary(

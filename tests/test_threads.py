@@ -266,6 +266,8 @@ def test_gauges(tiny, devices):
 
 
 def threaded(**fields):
+    """The last module is slow enough to be interrupted before the end."""
+    fields = {"engine__slowdown": (1.0, 20.0), **fields}
     return small_config(engine__name="threads", **{"replay__size": 4, "train__steps": 24, **fields})
 
 

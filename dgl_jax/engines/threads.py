@@ -150,6 +150,7 @@ class _Run:
         self.counting = threading.Lock()  # a report's counts and its place in the queue go together
         # A state is donated to the next step, so whoever copies it holds its lock.
         self.locks = [threading.Lock() for _ in self.states]
+        self.compiled: set[int] = set()  # modules whose time no longer has compilation in it
         self.began = engine.clock()
         self.progress = [self.began for _ in self.states]
         self.doing = ["not begun" for _ in self.states]
@@ -272,8 +273,9 @@ class _Run:
                 self.states[k], payload, metrics = engine.programs[k](self.states[k], incoming, targets)
         payload, targets = jax.device_get((payload, targets))
         jax.block_until_ready(metrics)
-        if engine.slowdown[k] > 1:
+        if engine.slowdown[k] > 1 and k in self.compiled:
             self.stopping.wait((engine.slowdown[k] - 1) * (clock() - started))
+        self.compiled.add(k)
         ended = clock()
         if metrics is not None:
             self._count(k, metrics)
