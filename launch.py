@@ -42,6 +42,7 @@ def _dispatch() -> None:
 
     from dgl_jax import bench, evaluate, export, plots, predict, train
 
+    writers.log_to_stderr()  # after the imports, which bring log handlers of their own
     if _CPU_DEVICES.value:
         # XLA's pool has a thread a device by default: where all but one wait in a reduction, the last finds none for its own work.
         os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * _CPU_DEVICES.value)))
@@ -87,7 +88,6 @@ def _main(argv: list[str]) -> None:
     with reported():
         if argv[1:]:
             raise UserError(f"{argv[1]}: not a flag; write --name=value")
-        writers.log_to_stderr()
         _dispatch()
 
 

@@ -208,6 +208,7 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     for other in logging.getLogger().handlers:  # what the libraries say: warnings only
         other.setLevel(logging.WARNING)
+        other.addFilter(lambda record: record.name not in ("absl", "asyncio"))  # Orbax logs in full what it raises anyway
 
 
 class Progress(contextlib.AbstractContextManager):

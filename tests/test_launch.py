@@ -118,6 +118,11 @@ def test_mistakes_get_one_line(tmp_path):
         *SMALL, run, "--config.optimizer.learning_rat=1"
     )
     assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(*SMALL, run, "--config.engine.name=pipelin")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return 1 / 0\n")
+    assert f"--config: ZeroDivisionError: division by zero ({broken}:2)" in fails(f"--config={broken}", run)
+    assert "--config: " in fails(f"--config={tmp_path}", run)
+    assert "stray: not a flag" in fails(*SMALL, run, "stray")
     assert "'abc'" in fails(*SMALL, run, "--config.optimizer.learning_rate=abc")
     assert "configs/digit.py" in fails("--config=configs/digit.py", run)
     assert "--workdir is missing" in fails(*SMALL)

@@ -16,6 +16,7 @@ from dgl_jax.checkpoint import Checkpoints
 from dgl_jax.data import ArraySource
 from dgl_jax.engines import EngineState
 from dgl_jax.errors import UserError
+from dgl_jax.experiment import load_trained
 from dgl_jax.metrics import Window
 from dgl_jax.train import Interrupted, train_and_evaluate
 
@@ -140,8 +141,14 @@ def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
     for file in (tmp_path / "checkpoints").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"every checkpoint \(\d+(, \d+)*\) is damaged"):
-        train_and_evaluate(small_config(), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # a second try must not begin from nothing
+        with pytest.raises(UserError, match=r"every checkpoint \(\d+(, \d+)*\) is damaged"):
+            train_and_evaluate(small_config(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "damaged").exists()
+    with pytest.raises(UserError, match="is damaged"):
+        load_trained(tmp_path)
 
 
 def test_a_torn_metrics_line_is_cut_off(whole, tmp_path):
@@ -166,6 +173,59 @@ def test_more_steps_extend_a_finished_run(whole, tmp_path):
     assert summary.steps == 12
     for a, b in zip(arrays(whole), arrays(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_extended_run_is_tested_once(whole, tmp_path):
+    train_and_evaluate(small_config(train__steps=6), tmp_path)
+    train_and_evaluate(small_config(), tmp_path)
+    assert records(whole) == records(tmp_path)
+
+
+def test_extending_a_cosine_says_that_the_schedule_changes(tmp_path, caplog):
+    train_and_evaluate(small_config(schedule__name="cosine", train__steps=6), tmp_path)
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        train_and_evaluate(small_config(schedule__name="cosine"), tmp_path)
+    assert "the cosine now ends at step 12, not 6" in caplog.text
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        begin = train._Run._begin
+
+        def signalled(self, other):
+            signal.raise_signal(signal.SIGTERM)
+            return begin(self, other)
+
+        patch.setattr(train._Run, "_begin", signalled)
+        with pytest.raises(Interrupted, match="stopped at step 0"):
+            train_and_evaluate(small_config(), tmp_path)
+    assert records(tmp_path) == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    train_and_evaluate(small_config(), tmp_path)
+    assert same_run(whole, tmp_path)
+
+
+def test_without_a_checkpoint_the_configuration_may_change(tmp_path):
+    with pytest.raises(UserError, match="diverged"):
+        train_and_evaluate(small_config(optimizer__learning_rate=1e25), tmp_path)
+    assert not any((tmp_path / "checkpoints").iterdir())
+    assert train_and_evaluate(small_config(train__steps=2), tmp_path).steps == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match=r"cannot write there \(Read-only file system\)"):
+        train_and_evaluate(small_config(), tmp_path / "run")
+
+
+def test_backprop_sends_nothing_between_modules(tmp_path):
+    with pytest.raises(UserError, match=r"config\.codec\.name=bf16: config\.engine\.name=backprop sends nothing between modules"):
+        train_and_evaluate(small_config(engine__name="backprop", codec__name="bf16"), tmp_path)
+    summary = train_and_evaluate(small_config(engine__name="backprop", train__steps=1), tmp_path)
+    assert summary.raw_bytes_per_image == summary.wire_bytes_per_image == summary.codec_error == []
 
 
 def test_another_configuration_is_refused_by_name(whole):
@@ -224,6 +284,8 @@ def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
     assert len(kernels) >= 4
     with pytest.raises(UserError, match="--init_from: module_0 of that run has parameters of other shapes"):
         train_and_evaluate(small_config(model__width=8), tmp_path / "wider", init_from=whole)
+    with pytest.raises(UserError, match=r"--init_from=.*nowhere: holds no run"):
+        train_and_evaluate(small_config(), tmp_path / "other", init_from=tmp_path / "nowhere")
 
 
 def test_what_a_run_writes(whole):
