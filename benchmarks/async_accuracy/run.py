@@ -1,0 +1,169 @@
+"""Test accuracy of the asynchronous protocol beside synchronous training: ring size, slowdown, selection rule.
+
+python benchmarks/async_accuracy/run.py --data_dir=PATH [--part=0/2] [--write]
+
+Every row makes the same number of updates a module. A row that is finished is not run again, one that was interrupted goes on:
+`--part=0/2` and `--part=1/2` share the rows between two processes, and a last call with --write puts the table together.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dgl_jax.settings import default_config
+from dgl_jax.train import train_and_evaluate
+
+SLOWED = 3  # the fourth of six modules, as in the authors' published example
+MODULES = 6
+
+
+class Row(NamedTuple):
+    """A run of the table; `slowdown` 0 is synchronous training."""
+
+    slowdown: float
+    packets: int
+    rule: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        if not self.slowdown:
+            return f"fused, seed {self.seed}"
+        return f"S {self.slowdown:g}, M {self.packets}, {self.rule}, seed {self.seed}"
+
+
+PAPER, CODE = "least_used_latest", "released"
+ROWS = (
+    Row(0, 0, "", 0),
+    Row(1.2, 50, PAPER, 0),
+    Row(1.2, 1, PAPER, 0),
+    Row(2.0, 50, PAPER, 0),
+    Row(1.2, 10, PAPER, 0),
+    Row(1.0, 50, PAPER, 0),
+    Row(1.2, 50, CODE, 0),
+    Row(2.0, 50, CODE, 0),
+    Row(1.5, 50, PAPER, 0),
+    *(row for seed in (1, 2) for row in (Row(0, 0, "", seed), Row(1.2, 50, PAPER, seed))),
+)
+
+
+def config_of(row: Row, args: Any) -> Any:
+    """The network and heads of the authors' asynchronous experiments, narrowed, on a subset of the images."""
+    config = default_config()
+    config.seed = row.seed
+    config.data.name, config.data.dir = "cifar10", args.data_dir
+    config.data.augment = "crop_flip"
+    config.data.train_examples = args.images
+    config.model.name, config.model.width, config.model.modules = "cnn6_replay", args.width, MODULES
+    config.model.head = "mlp"
+    config.schedule.name = "cosine"
+    config.train.epochs = args.epochs
+    config.eval.every = 0
+    config.checkpoint.every = 5 * (args.images // config.data.batch_size)
+    config.checkpoint.keep = 1
+    config.engine.name = "simulated" if row.slowdown else "fused"
+    if row.slowdown:
+        config.engine.slowdown = tuple(row.slowdown if k == SLOWED else 1.0 for k in range(MODULES))
+        config.replay.size, config.replay.rule = row.packets, row.rule
+    return config
+
+
+def train(row: Row, args: Any) -> dict[str, Any]:
+    """The row's summary; its checkpoints, which hold the rings, go once it is finished."""
+    workdir = Path(args.workdir) / row.name.replace(", ", "-").replace(" ", "_")
+    summary = train_and_evaluate(config_of(row, args), workdir).to_dict()
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    return summary
+
+
+def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each setting, over its seeds."""
+    settings = list(dict.fromkeys(row[:3] for row in found))
+    result = []
+    for slowdown, packets, rule in settings:
+        runs = [summary for row, summary in found.items() if row[:3] == (slowdown, packets, rule)]
+        last = [100 * run["modules"][-1]["test_accuracy"] for run in runs]
+        ensemble = [100 * run["ensemble_accuracy"] for run in runs]
+        entry: dict[str, Any] = {"slowdown": slowdown, "packets": packets, "rule": rule, "seeds": len(runs)}
+        entry |= {"test_accuracy": [round(x, 2) for x in last], "mean": round(statistics.mean(last), 2)}
+        entry |= {"ensemble": round(statistics.mean(ensemble), 2), "updates": runs[0]["modules"][0]["updates"]}
+        if slowdown:
+            entry["age_of_slowed"] = round(statistics.mean(run["staleness"][SLOWED] for run in runs), 2)
+            entry["reuse_above_slowed"] = round(statistics.mean(run["reuse"][SLOWED + 1] for run in runs), 2)
+        result.append(entry)
+    return result
+
+
+def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against ring size and against slowdown, synchronous training as a band."""
+    figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    fused = next(e for e in entries if not e["slowdown"])
+    for axes in (left, right):
+        axes.axhline(fused["mean"], color="#555555", linewidth=1.2, label=f"synchronous, {fused['seeds']} seeds")
+        axes.axhspan(min(fused["test_accuracy"]), max(fused["test_accuracy"]), color="#555555", alpha=0.15, linewidth=0)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    of = lambda rule, **fixed: [e for e in entries if e["rule"] == rule and all(e[k] == v for k, v in fixed.items())]  # noqa: E731
+    for axes, key, fixed, label in (
+        (left, "packets", {"slowdown": 1.2}, "packets a ring holds (S = 1.2)"),
+        (right, "slowdown", {"packets": 50}, "slowdown S of the fourth module (M = 50)"),
+    ):
+        for rule, color, mark in ((PAPER, "#0072b2", "o"), (CODE, "#d55e00", "s")):
+            line = sorted(of(rule, **fixed), key=lambda e: e[key])
+            axes.plot([e[key] for e in line], [e["mean"] for e in line], mark + "-", color=color, label=rule)
+            for e in line:
+                axes.plot([e[key]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
+        axes.set_xlabel(label)
+    left.set_xscale("log")
+    left.set_xticks([1, 10, 50], ["1", "10", "50"])
+    left.minorticks_off()
+    left.set_ylabel("test accuracy of the last module, %")
+    right.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    flags = harness.parser(__doc__)
+    flags.add_argument("--data_dir", default="", help="a prepared TFDS directory")
+    flags.add_argument("--images", type=int, default=10_000)
+    flags.add_argument("--width", type=int, default=16)
+    flags.add_argument("--epochs", type=float, default=15.0)
+    flags.add_argument("--part", default="0/1", help="I/N: every N-th row, beginning with the I-th")
+    flags.add_argument("--workdir", default="runs/async_accuracy")
+    args = flags.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    found = {row: train(row, args) for row in ROWS[part::parts]}
+    for row, summary in found.items():
+        print(row.name, round(100 * summary["modules"][-1]["test_accuracy"], 2), flush=True)
+    if parts > 1:
+        return
+    entries = summarise(found)
+    harness.table(
+        ["S of module 3", "M", "rule", "test accuracy, %", "seeds", "mean age read by it", "reads a packet above it"],
+        [
+            [e["slowdown"] or "fused", e["packets"] or "", e["rule"], e["mean"], e["seeds"]]
+            + [e.get(key, "") for key in ("age_of_slowed", "reuse_above_slowed")]  # noqa: RUF005 (a line each)
+            for e in entries
+        ],
+    )
+    chosen = {key: getattr(args, key) for key in ("images", "width", "epochs")}
+    runs = {row.name: json.loads(json.dumps(summary)) for row, summary in found.items()}
+    harness.finish(__file__, {"settings": chosen, "rows": entries, "runs": runs}, args.write)
+    if args.write:
+        picture(entries, Path(__file__).with_name("accuracy.png"))
+
+
+if __name__ == "__main__":
+    main()
