@@ -154,7 +154,7 @@ def main() -> None:
         ["S of module 3", "M", "rule", "test accuracy, %", "seeds", "mean age read by it", "reads a packet above it"],
         [
             [e["slowdown"] or "fused", e["packets"] or "", e["rule"], e["mean"], e["seeds"]]
-            + [e.get(key, "") for key in ("age_of_slowed", "reuse_above_slowed")]  # noqa: RUF005 (a line each)
+            + [e.get(key, "") for key in ("age_of_slowed", "reuse_above_slowed")]
             for e in entries
         ],
     )
