@@ -262,6 +262,54 @@ def test_gauges(tiny, devices):
     assert all(0 <= a <= b for _, a, b in turns)
 
 
+def jitter(made: ThreadsEngine, seed: int) -> None:
+    """Every step is followed by a delay of up to 4 ms, now and then of 20."""
+    never_set = threading.Event()
+    for k, program in enumerate(made.programs):
+        random = np.random.default_rng([seed, k])
+
+        def delayed(*args, program=program, random=random):
+            result = program(*args)
+            never_set.wait(0.02 if random.random() < 0.02 else 0.004 * random.random())
+            return result
+
+        made.programs[k] = delayed
+
+
+def test_soak_with_random_delays_and_a_failure(tiny, devices, monkeypatch):
+    until, wrong, sample = 400, [], Ring.sample
+
+    def spy(self):
+        found = sample(self)
+        if found is not None:
+            batch = tiny.source.batch(found.packet.header.sequence)
+            if not all(np.array_equal(a, b) for a, b in zip(found.packet.targets, batch.targets)):
+                wrong.append(found)
+        return found
+
+    monkeypatch.setattr(Ring, "sample", spy)
+    made = engine(tiny, devices)
+    jitter(made, seed=0)
+    Fault(made, 1, call=until // 2)
+    saved = begin(tiny, made).modules
+    made.recover = lambda k: saved[k]
+    seen: list[tuple[int, int, int]] = []  # at intervals: workers, arrays alive, their bytes
+    for report in made.run(begin(tiny, made), tiny.source, until):
+        if report.metrics[2] and report.updates[2] % 40 == 0:
+            alive = jax.live_arrays()
+            seen.append((len(workers()), len(alive), sum(a.nbytes for a in alive)))
+            del alive
+    assert report.updates == (until,) * 3
+    assert wrong == []
+    assert len(seen) == 10
+    assert max(n for n, _, _ in seen) <= 3
+    assert workers() == []
+    # A packet or two more or less may be under way whenever one looks; a leak would be hundreds.
+    middle, end = seen[3], seen[-1]
+    assert end[1] <= middle[1] + 100
+    assert end[2] <= middle[2] + 20 * flight_of(begin(tiny, made)).ring(1).nbytes
+
+
 # Whole runs
 
 

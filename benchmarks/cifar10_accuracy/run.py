@@ -1,6 +1,6 @@
 """Test accuracy of decoupled training beside back-propagation: same network, images, optimizer and budget.
 
-python benchmarks/cifar10_accuracy/run.py --data_dir=PATH [--epochs=8] [--workdir=runs/cifar10_accuracy]
+python benchmarks/cifar10_accuracy/run.py --data_dir=PATH [--epochs=16] [--workdir=runs/cifar10_accuracy]
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     """Trains both (or goes on with them), then writes the curves, the summaries and the picture beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", default="", help="a prepared TFDS directory")
-    parser.add_argument("--epochs", type=float, default=8.0)
+    parser.add_argument("--epochs", type=float, default=16.0)
     parser.add_argument("--workdir", default="runs/cifar10_accuracy")
     args = parser.parse_args()
     here, results, runs = Path(__file__).parent, {}, {}
