@@ -244,6 +244,27 @@ def test_what_crossed_is_counted(tiny, devices):
     assert traffic.wire == traffic.raw == made.recipe.traffic().raw
 
 
+def test_a_slowed_module_waits_in_proportion_to_its_own_step(tiny, devices, monkeypatch):
+    made = engine(tiny, devices, slowdown=(1.0, 3.0, 1.0))
+    waits: dict[str, list[float]] = {}
+    wait = threading.Event.wait
+
+    def spy(self, timeout=None):
+        if timeout is not None and (name := threading.current_thread().name).startswith("module_"):
+            waits.setdefault(name, []).append(timeout)
+            timeout = 0.0
+        return wait(self, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", spy)
+    ticks = {f"module_{k}": iter(range(10**6)) for k in range(3)}
+    # A clock of each worker's own, one second a look: a step is measured over one look.
+    made.clock = lambda: float(next(ticks.get(threading.current_thread().name, iter([0]))))
+    run(tiny, made)
+    assert set(waits) == {"module_1"}
+    assert set(waits["module_1"]) == {2.0}  # (3 - 1) times a step of one second
+    assert len(waits["module_1"]) >= TOTAL - 1  # all but the first, which compiles
+
+
 def test_gauges(tiny, devices):
     made = engine(tiny, devices)
     state = begin(tiny, made)

@@ -3,7 +3,7 @@
 python benchmarks/straggler/run.py [--write]
 
 Two modules of equal cost on two CPU devices, one core a device. Under `threads` the slowed module waits (S - 1) times its own step;
-under `pipeline` its program is followed by the same wait on its device's thread, so that whatever depends on it comes later.
+under `pipeline` its next step is held back for as long, while the other module's is already dispatched.
 """
 
 import statistics
@@ -21,11 +21,12 @@ from dgl_jax.experiment import Experiment, make_experiment
 
 SLOWDOWNS = (1.0, 1.5, 2.0, 4.0)
 WARM_UP = 5
+SLOWED = 1  # the deeper module
 
 
-def experiment(engine: str, slowed: int, slowdown: float, args: Any) -> Experiment:
+def experiment(engine: str, slowdown: float, args: Any) -> Experiment:
     """The six-layer CNN cut in two."""
-    slow = tuple(slowdown if k == slowed else 1.0 for k in range(2)) if engine == "threads" else ()
+    slow = tuple(slowdown if k == SLOWED else 1.0 for k in range(2)) if engine == "threads" else ()
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -42,42 +43,44 @@ def experiment(engine: str, slowed: int, slowdown: float, args: Any) -> Experime
     return make_experiment(settings, jax.devices()[:2])
 
 
-def threads(slowed: int, slowdown: float, args: Any) -> float:
+def threads(slowdown: float, args: Any) -> float:
     """Updates a second of the module that is not slowed, from its first update after the warm-up on."""
-    made = experiment("threads", slowed, slowdown, args)
-    other, told = 1 - slowed, []
+    made = experiment("threads", slowdown, args)
+    other, told = 1 - SLOWED, []
     begin, before = 0.0, 0
     for report in made.engine.run(made.engine.init(), made.source, 10**6, stop=lambda: bool(told)):
         done = report.updates[other]
         if not before and min(report.updates) >= WARM_UP:
             begin, before = time.perf_counter(), done
         elif before and report.metrics[other] and time.perf_counter() - begin >= args.seconds:
-            return_value = (done - before) / (time.perf_counter() - begin)
-            told.append(return_value)
+            told.append((done - before) / (time.perf_counter() - begin))
     return told[0]
 
 
-def pipeline(slowed: int, slowdown: float, args: Any) -> float:
+def pipeline(slowdown: float, args: Any) -> float:
     """Ticks a second; the slowed module's step takes S times as long, on its own device."""
-    made = experiment("pipeline", slowed, slowdown, args)
+    made = experiment("pipeline", slowdown, args)
     engine: Any = made.engine
-    program = engine.programs[slowed]
-    taken: list[float] = []
+    program = engine.programs[SLOWED]
+    own: list[tuple[Any, float]] = []  # its newest step: metrics, and when it began
 
     def slow(state: Any, incoming: Any, targets: Any) -> Any:
-        # The controlling thread waits in the module's place: nothing that depends on this step is dispatched before its end.
-        jax.block_until_ready((state, incoming))
+        # A device that takes S times as long: the next step begins only then, whatever else was dispatched meanwhile.
+        if own:
+            metrics, start = own.pop()
+            jax.block_until_ready(metrics)
+            time.sleep((slowdown - 1) * (time.perf_counter() - start))
+        jax.block_until_ready(incoming)
         start = time.perf_counter()
-        result = jax.block_until_ready(program(state, incoming, targets))
-        taken.append(time.perf_counter() - start)
-        time.sleep((slowdown - 1) * taken[-1])
+        result = program(state, incoming, targets)
+        own.append((result[2], start))
         return result
 
     state = engine.init()
     for report in engine.run(state, made.source, WARM_UP):
         last = report
     if slowdown > 1:
-        engine.programs[slowed] = slow
+        engine.programs[SLOWED] = slow
     steps = max(10, round(args.seconds * args.rate / slowdown))
     state = last.snapshot()
     begin = time.perf_counter()
@@ -93,19 +96,18 @@ def main() -> None:
     flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--split", default="0,3", help="first blocks of the two modules: equal cost")
     flags.add_argument("--packets", type=int, default=10, help="M")
-    flags.add_argument("--slowed", type=int, default=1, help="module that is slowed")
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--seconds", type=float, default=6.0)
     args = flags.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
     args.rate = 10.0
-    args.rate = pipeline(args.slowed, 1.0, args)
+    args.rate = pipeline(1.0, args)
     found: dict[str, dict[float, list[float]]] = {name: {s: [] for s in SLOWDOWNS} for name in ("threads", "pipeline")}
     for repeat in range(args.repeats):
         order = SLOWDOWNS if repeat % 2 else SLOWDOWNS[::-1]
         for slowdown in order:
-            found["threads"][slowdown].append(threads(args.slowed, slowdown, args))
-            found["pipeline"][slowdown].append(pipeline(args.slowed, slowdown, args))
+            found["threads"][slowdown].append(threads(slowdown, args))
+            found["pipeline"][slowdown].append(pipeline(slowdown, args))
         print(repeat, {n: {s: round(v[-1], 1) for s, v in of.items()} for n, of in found.items()}, flush=True)
     result: dict[str, Any] = {}
     rows = []
@@ -115,7 +117,7 @@ def main() -> None:
             result.setdefault(name, {})[str(slowdown)] = {"updates_per_second": harness.quartiles(rates, 2), "over_s_1": ratio}
             rows.append([name, slowdown, round(statistics.median(rates), 1), harness.shown(ratio)])
     harness.table(["engine", "S", "updates/s of the other module", "over its S = 1"], rows)
-    chosen = {key: getattr(args, key) for key in ("width", "batch_size", "split", "packets", "slowed", "repeats", "seconds")}
+    chosen = {key: getattr(args, key) for key in ("width", "batch_size", "split", "packets", "repeats", "seconds")}
     harness.finish(__file__, {"settings": chosen, "engines": result}, args.write)
 
 
