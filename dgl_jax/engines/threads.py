@@ -124,17 +124,26 @@ class ThreadsEngine(Asynchronous):
 
 
 class _Pace:
-    """Updates a second between two readings."""
+    """Updates a second, over a second at least: reports that waited together are read in a burst."""
 
     def __init__(self) -> None:
         self.updates = 0  # written by the worker alone
-        self._last: tuple[float, int] | None = None
+        self._since: tuple[float, int] | None = None
+        self._rate: float | None = None
+
+    def begin(self, now: float) -> None:
+        self._since, self._rate = (now, self.updates), None
 
     def rate(self, now: float) -> float | None:
-        last, self._last = self._last, (now, self.updates)
-        if last is None or now <= last[0]:
-            return None
-        return (self._last[1] - last[1]) / (now - last[0])
+        """None before a run has begun."""
+        if self._since is None or now <= self._since[0]:
+            return self._rate
+        seconds, made = now - self._since[0], self.updates - self._since[1]
+        if self._rate is None or seconds >= 1.0:
+            self._rate = made / seconds
+        if seconds >= 1.0:
+            self._since = (now, self.updates)
+        return self._rate
 
 
 class _Run:
@@ -152,6 +161,8 @@ class _Run:
         self.locks = [threading.Lock() for _ in self.states]
         self.compiled: set[int] = set()  # modules whose time no longer has compilation in it
         self.began = engine.clock()
+        for pace in engine._paces:
+            pace.begin(self.began)
         self.progress = [self.began for _ in self.states]
         self.doing = ["not begun" for _ in self.states]
         self.warned: list[float | None] = [None for _ in self.states]
