@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from dgl_jax import plots
 from dgl_jax.errors import UserError
 from dgl_jax.plots import _increasing, accuracy_figure, compare, compare_figure, loss_figure, plot, series
 from dgl_jax.writers import JsonLinesWriter, read_jsonl
@@ -201,3 +202,25 @@ def test_compare_takes_the_last_module_of_workdirs_and_records(tmp_path):
         np.testing.assert_allclose(lines[f"validation {label}"].get_ydata(), series(records, "validation/module_3/accuracy")[1])
     with pytest.raises(UserError, match="DGL"):
         compare({"DGL": [{"step": 1}]}, tmp_path / "none.png")
+
+
+def test_ages_by_hand():
+    records = [{"step": n, "replay/module_1/ages_from_0": 3.0 * n, "replay/module_1/ages_from_1": 1.0 * n} for n in (1, 2)]
+    (axes,) = plots.ages_figure(records).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.75, 0.25]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
+    assert plots.ages_figure([{"step": 1, "replay/module_1/ages_from_0": 0.0}]) is None
+
+
+def test_the_timeline_by_hand():
+    records = [
+        {"step": 3, "unit": "turns", "turns": [[0, 5.0, 6.0]]},
+        {"step": 6, "unit": "seconds", "turns": [[1, 2.0, 4.0], [0, 1.0, 2.0]]},
+    ]
+    (axes,) = plots.timeline_figure(records).axes
+    assert axes.get_xlim() == (0.0, 3.0)
+    assert axes.get_xlabel() == "seconds up to step 6"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["module 0", "module 1"]
+    spans = [path.vertices[:, 0] for bars in axes.collections for path in bars.get_paths()]
+    assert [(x.min(), x.max()) for x in spans] == [(0.0, 1.0), (1.0, 3.0)]
+    assert plots.timeline_figure([{"step": 3}]) is None
