@@ -59,5 +59,4 @@ class Window:
 def diverged(what: str) -> UserError:
     """The error of a run whose numbers are no longer finite."""
     advice = "a smaller config.optimizer.learning_rate or a warm-up may help (in another --workdir once this holds a checkpoint)"
-    advice = "a smaller config.optimizer.learning_rate or a warm-up may help (in another --workdir once this holds a checkpoint)"
     return UserError(f"training diverged: {what}; {advice}")

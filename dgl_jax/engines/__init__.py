@@ -1,9 +1,9 @@
 """Engines decide which module works when, and where; a new one is one new file and one line in experiment.py."""
 
-from dgl_jax.engines.engine import Engine, EngineState, Recipe, Report, Traffic, updates_of
+from dgl_jax.engines.engine import Engine, EngineState, Recipe, Report, Traffic, counts, updates_of
 from dgl_jax.engines.fused import FusedEngine, fused_step
 from dgl_jax.engines.pipeline import PipelineEngine
-from dgl_jax.engines.rings import counts, ring_examples
+from dgl_jax.engines.rings import ring_examples
 from dgl_jax.engines.simulated import SimulatedEngine
 from dgl_jax.engines.threads import ThreadsEngine
 

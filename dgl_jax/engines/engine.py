@@ -219,12 +219,17 @@ def _in_flight() -> EngineState:
     raise RuntimeError("batches are in the pipe: only the last report of a run gives a snapshot")
 
 
+def counts(state: EngineState) -> list[int]:
+    """The updates of each module."""
+    return [int(jax.device_get(module.updates)) for module in state.modules]
+
+
 def updates_of(state: EngineState) -> int:
     """The update count that all modules of a synchronous state share."""
-    counts = {int(jax.device_get(module.updates)) for module in state.modules}
-    if len(counts) != 1:
-        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(counts)}")
-    return counts.pop()
+    found = set(counts(state))
+    if len(found) != 1:
+        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(found)}")
+    return found.pop()
 
 
 def place_modules(states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]) -> EngineState:

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgl_jax.engines.engine import EngineState, Recipe
+from dgl_jax.engines.compose import compose, feed
+from dgl_jax.engines.engine import EngineState, Recipe, counts, place_modules
 from dgl_jax.packet import Header, Targets
+from dgl_jax.placement import Placement, put
 from dgl_jax.replay import Ring, Sample
-from dgl_jax.settings import ReplaySettings
+from dgl_jax.settings import EngineSettings, ReplaySettings
 
 _TURNS = 64  # the newest, kept for the timeline
 
@@ -97,11 +99,23 @@ class Rings:
 
 
 class Asynchronous:
-    """What asynchronous engines have in common: rings in flight."""
+    """What asynchronous engines have in common: rings in flight, a program a module, and one that only feeds."""
 
-    recipe: Recipe
-    replay: ReplaySettings
     unit: str
+
+    def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+        self.recipe, self.placement, self.replay = recipe, placement, replay
+        modules = range(len(recipe.modules))
+        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
+        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+
+    def init(self) -> EngineState:
+        """Fresh modules, empty rings."""
+        return self.resume(self.place(EngineState(self.recipe.init())), None)
+
+    def place(self, state: EngineState) -> EngineState:
+        """The modules on this engine's devices; the flight as it is."""
+        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """With the rings of the checkpoint; without a snapshot they are empty, and turns begin anew, which fills them."""
@@ -110,16 +124,15 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """Those of the rings."""
+        return flight_of(state).gauges()
+
 
 def flight_of(state: EngineState) -> Rings:
     """The rings of an asynchronous state."""
     assert isinstance(state.flight, Rings), "an asynchronous engine begins with `init` or `resume`"
     return state.flight
-
-
-def counts(state: EngineState) -> list[int]:
-    """The updates of each module."""
-    return [int(jax.device_get(module.updates)) for module in state.modules]
 
 
 def ring_examples(recipe: Recipe) -> list[tuple[Any, Targets]]:

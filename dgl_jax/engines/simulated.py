@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import compose, feed
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, place_modules
-from dgl_jax.engines.rings import Asynchronous, Rings, counts, flight_of
+from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, counts
+from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
 from dgl_jax.engines.turns import drawn, in_order, never
 from dgl_jax.packet import Header
 from dgl_jax.placement import Placement, put
@@ -29,27 +28,13 @@ class SimulatedEngine(Asynchronous):
     unit = "turns"
 
     def __init__(self, recipe: Recipe, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
-        self.recipe, self.placement, self.total, self.replay = recipe, placement, total, replay
-        modules = range(len(recipe.modules))
-        self.module_of = in_order(len(modules)) if engine.order == "ordered" else drawn(len(modules), engine.slowdown, recipe.seed)
-        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
-        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+        super().__init__(recipe, placement, engine, replay)
+        self.total, modules = total, len(recipe.modules)
+        self.module_of = in_order(modules) if engine.order == "ordered" else drawn(modules, engine.slowdown, recipe.seed)
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices: what the encoded arrays weigh."""
         return self.recipe.traffic()
-
-    def init(self) -> EngineState:
-        """Fresh modules, empty rings."""
-        return self.resume(self.place(EngineState(self.recipe.init())), None)
-
-    def place(self, state: EngineState) -> EngineState:
-        """The modules on this engine's devices; the flight as it is."""
-        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
-
-    def gauges(self, state: EngineState) -> dict[str, float]:
-        """Those of the rings."""
-        return flight_of(state).gauges()
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot."""

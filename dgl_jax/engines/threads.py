@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import compose, feed
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, place_modules
-from dgl_jax.engines.rings import Asynchronous, Rings, counts, flight_of
+from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, counts
+from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
 from dgl_jax.engines.turns import never
 from dgl_jax.errors import UserError
 from dgl_jax.module import ModuleState
@@ -56,14 +55,12 @@ class ThreadsEngine(Asynchronous):
     unit = "seconds"
 
     def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
-        self.recipe, self.placement, self.replay = recipe, placement, replay
+        super().__init__(recipe, placement, engine, replay)
         modules = range(len(recipe.modules))
         self.slowdown = engine.slowdown or (1.0,) * len(modules)
         self.watchdog_seconds = engine.watchdog_seconds
         self.recover: Callable[[int], ModuleState | None] | None = None
         self.clock: Callable[[], float] = time.monotonic
-        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
-        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
         self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self.moved = [(0, 0) for _ in modules[1:]]  # (bytes, images) that have left for the ring of module k + 1
         self.waited = [0.0 for _ in modules]  # seconds a module had no packet to read
@@ -76,17 +73,9 @@ class ThreadsEngine(Asynchronous):
             return shapes
         return Traffic(shapes.raw, tuple(count / images for count, images in self.moved), measured=True)
 
-    def init(self) -> EngineState:
-        """Fresh modules, empty rings."""
-        return self.resume(self.place(EngineState(self.recipe.init())), None)
-
-    def place(self, state: EngineState) -> EngineState:
-        """Each module on its own devices; the flight as it is."""
-        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
-
     def gauges(self, state: EngineState) -> dict[str, float]:
-        """Those of the rings, and of each module: updates a second since the last call, seconds waited for packets."""
-        found, now = flight_of(state).gauges(), self.clock()
+        """Those of the rings, and of each module: updates a second lately, seconds waited for packets."""
+        found, now = super().gauges(state), self.clock()
         for k, pace in enumerate(self._paces):
             if (rate := pace.rate(now)) is not None:
                 found[f"work/module_{k}/updates_per_second"] = rate
