@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from dgl_jax.experiment import DatasetInfo, abstract_states, load_trained, make_
 from dgl_jax.metrics import read
 from dgl_jax.settings import make_settings
 from dgl_jax.step import eval_step
+from dgl_jax.writers import write_atomically
 
 
 @dataclass(frozen=True)
@@ -63,30 +62,12 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
         "step": trained.restored.step,
     }
     files = {
-        "model.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
-        "config.json": (json.dumps(described, indent=2) + "\n").encode(),
+        # Not safetensors' own save_file, whose files nobody but the owner may read.
+        folder / "model.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
+        folder / "config.json": (json.dumps(described, indent=2) + "\n").encode(),
     }
-    _write(folder, files)
+    write_atomically(files)
     return folder
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Each file beside its name and then renamed, all of them written before the first: a reader never sees half of one.
-
-    Plain files, so that the umask decides who may read them: safetensors' own save_file lets nobody but the owner.
-    """
-    scratch = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
-    try:
-        for path, content in zip(scratch.values(), files.values()):
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in scratch.items():
-            temporary.replace(path)
-    finally:
-        for temporary in scratch.values():
-            temporary.unlink(missing_ok=True)
 
 
 def load_exported(folder: str | Path) -> Exported:

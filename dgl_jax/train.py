@@ -24,8 +24,8 @@ from dgl_jax.metrics import Window, diverged
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
 from dgl_jax.settings import Settings, make_settings
-from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock, write_atomically
-from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate
+from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock
+from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class _Run:
                 state = self.engine.place(borrow_weights(state, other))
         (self.workdir / "summary.json").unlink(missing_ok=True)
         truncate(metrics, self.step, without="test/")  # tested again at the end
-        write_atomically(self.workdir / "config.json", json.dumps(self.settings.to_dict(), indent=2) + "\n")
+        _write_json(self.workdir / "config.json", self.settings.to_dict())
         _LOG.info("%s", self.engine.placement.describe())
         for k, module in enumerate(state.modules):
             _LOG.info(
@@ -256,7 +256,7 @@ class _Run:
         test = self.evaluator.evaluate(state, self.source, "test") if self.source.examples("test") else {}
         self._write(test)
         summary = self._summary(state, test)
-        write_atomically(self.workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
+        _write_json(self.workdir / "summary.json", summary.to_dict())
         self.writer.flush()
         from dgl_jax import plots  # matplotlib takes a second to import
 
@@ -352,6 +352,10 @@ def _interruption() -> Iterator[_Interruption]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically({path: (json.dumps(values, indent=2) + "\n").encode()})
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""The folder of a run: its lock, what it says of its configuration and its end, and files that are written whole or not at all."""
+"""The folder of a run: its lock, and what it says of its configuration and its end."""
 
 import dataclasses
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,13 +87,3 @@ def finished(workdir: Path, settings: Settings) -> Summary | None:
         return summary
     more = asked.epochs > summary.epochs + 1e-3 if not asked.steps else True
     return None if more else summary
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of it or, after a crash in between, what was there before."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

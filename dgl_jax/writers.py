@@ -157,13 +157,27 @@ def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> in
     kept = [line for line, record in lines if record.get("step", 0) <= step and not unwanted(record)]
     content = b"".join(line + b"\n" for line in kept)
     if path.exists() and content != path.read_bytes():
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        write_atomically({path: content})
     return len(lines) - len(kept)
+
+
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    """Each file whole or, after a crash or on a full disk, as it was before; all are written before the first is replaced.
+
+    Plain files: the umask decides who may read them.
+    """
+    scratch = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for path, content in files.items():
+            with scratch[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in scratch.items():
+            temporary.replace(path)
+    finally:
+        for temporary in scratch.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
