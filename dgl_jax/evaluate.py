@@ -1,5 +1,6 @@
 """Accuracy of every module's head, and of all heads together, on a split: every example counts once."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from dgl_jax.codecs import Identity
 from dgl_jax.data import Source, make_source
 from dgl_jax.engines import EngineState, Recipe
 from dgl_jax.errors import UserError
 from dgl_jax.experiment import load_trained
 from dgl_jax.metrics import read
 from dgl_jax.module import ModuleState
-from dgl_jax.packet import PADDING, Batch, Targets
+from dgl_jax.packet import PADDING, Batch, Coded, Targets
 from dgl_jax.placement import Placement, put
 from dgl_jax.settings import Settings, differences
 from dgl_jax.step import eval_step
@@ -28,7 +30,12 @@ class Evaluator:
     Dispatch is asynchronous and nothing is read before the end, so the modules' devices work on different batches at once.
     """
 
-    def __init__(self, recipe: Recipe, placement: Placement):
+    def __init__(self, recipe: Recipe, placement: Placement, codec: bool = True):
+        """`codec`: apply it between modules as training does, with the published codebooks; else not at all."""
+        if not codec:
+            recipe = dataclasses.replace(
+                recipe, codec=Identity(recipe.hops[0].activations.dtype.name if recipe.hops else "float32")
+            )
         self.recipe = recipe
         self.placement = placement
         self.forward = [jax.jit(partial(_forward, recipe, k)) for k in range(len(recipe.modules))]
@@ -41,10 +48,12 @@ class Evaluator:
         """Class probabilities of each head (None without one), of the ensemble, and the targets beside the latter."""
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).images
+        books = [self.recipe.codebook(state) for state in states]
         for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
             if k:
-                incoming = put(incoming, self.placement.split(k))
-            incoming, probabilities = forward(state.params, state.batch_stats, incoming)
+                payload = put(incoming, self.placement.split(k))
+                incoming = Coded(payload, put(books[k - 1], self.placement.replicated(k)))
+            incoming, probabilities = forward(state.params, state.batch_stats, books[k], incoming)
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
@@ -88,10 +97,10 @@ def evaluate_run(
     return {"step": trained.restored.step} | result
 
 
-def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, incoming: Any) -> tuple[Any, Any]:
-    inputs = recipe.preprocess.evaluate(incoming) if k == 0 else recipe.codec.decode(incoming)
+def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Any) -> tuple[Any, Any]:
+    inputs = recipe.preprocess.evaluate(incoming) if k == 0 else recipe.codec.decode(incoming.codebook, incoming.payload)
     outputs, logits = eval_step(recipe.modules[k], params, batch_stats, inputs)
-    payload = None if k == len(recipe.modules) - 1 else recipe.codec.encode(outputs)
+    payload = None if k == len(recipe.modules) - 1 else recipe.codec.encode(codebook, outputs)
     return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
 
 

@@ -16,13 +16,13 @@ from dgl_jax.baselines import backprop_step
 from dgl_jax.checkpoint import Checkpoints, Restored
 from dgl_jax.codecs import make_codec
 from dgl_jax.data import Preprocess, Source, make_source
-from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ThreadsEngine, ring_examples
+from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ThreadsEngine, ring_forms
 from dgl_jax.errors import UserError
 from dgl_jax.models import cuts, make_head, make_network
-from dgl_jax.module import ModuleState, init_states, make_modules
+from dgl_jax.module import ModuleState, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
-from dgl_jax.replay import check_memory, ring_bytes
+from dgl_jax.replay import check_memory
 from dgl_jax.settings import Settings, make_settings
 
 _LOG = logging.getLogger(__name__)
@@ -110,10 +110,11 @@ def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule 
         modules=make_modules(network.blocks, starts, [*heads, network.classifier]),
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),
-        codec=make_codec(settings.codec.name, model.dtype),
+        codec=make_codec(settings.codec, model.dtype),
         seed=settings.seed,
         batch_size=settings.data.batch_size,
         image_shape=info.image_shape,
+        decode=settings.codec.decode,
     )
 
 
@@ -121,10 +122,10 @@ def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device
     """The configured engine on these devices: a new one is one new file and one line here."""
     chosen, modules = settings.engine, len(recipe.modules)
     if chosen.name in ("simulated", "threads"):
-        size, examples = settings.replay.size, ring_examples(recipe)
-        sizes = ", ".join(f"{n / 2**20:.1f}" for n in ring_bytes(examples, size))
+        size, forms = settings.replay.size, ring_forms(recipe)
+        sizes = ", ".join(f"{form.nbytes(size) / 2**20:.1f}" for form in forms)
         _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
-        check_memory(examples, size)
+        check_memory(forms, size)
         if chosen.name == "simulated":
             return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
     if chosen.name in ("pipeline", "threads"):
@@ -143,15 +144,10 @@ def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device
     return FusedEngine(recipe, placement, chosen.ticks_in_flight)
 
 
-def abstract_states(recipe: Recipe) -> Any:
-    """Shapes and dtypes of the modules' states."""
-    return jax.eval_shape(lambda key: init_states(recipe.modules, recipe.optimizer, key, recipe.inputs()), jax.random.key(0))
-
-
 def module_flops(recipe: Recipe) -> list[float]:
     """Floating-point operations of each module's forward pass, head included, by XLA's count of the lowered program."""
     flops, inputs = [], recipe.inputs()
-    for module, state in zip(recipe.modules, abstract_states(recipe)):
+    for module, state in zip(recipe.modules, recipe.abstract_states()):
 
         def forward(params, batch_stats, x, module=module):
             outputs, _ = module.apply_body(params, batch_stats, x, train=False)
@@ -211,7 +207,7 @@ def load_trained(
         recipe = make_recipe(settings, info)
         placement = one_group((devices or jax.devices())[:1], len(recipe.modules))
         made.update(info=info, recipe=recipe, placement=placement)
-        return abstract_states(recipe), placement
+        return recipe.abstract_states(), placement
 
     checkpoints = Checkpoints(directory, read_only=True)
     try:

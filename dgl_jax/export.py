@@ -3,18 +3,19 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from safetensors.numpy import load_file, save
 
 from dgl_jax.engines import Recipe
-from dgl_jax.experiment import DatasetInfo, abstract_states, load_trained, make_recipe
+from dgl_jax.experiment import DatasetInfo, load_trained, make_recipe
 from dgl_jax.metrics import read
+from dgl_jax.module import ModuleState
 from dgl_jax.settings import make_settings
 from dgl_jax.step import eval_step
 from dgl_jax.writers import write_atomically
@@ -25,7 +26,7 @@ class Exported:
     """A network read back from an export.
 
     Attributes:
-      variables: of each module {"params": ..., "batch_stats": ...}, host arrays.
+      variables: of each module {"params": ..., "batch_stats": ..., "codebook": ...}, host arrays; `()` where the codec has none.
     """
 
     recipe: Recipe
@@ -36,7 +37,9 @@ class Exported:
         """Logits of each module's head (None without one; the last are the network's) for images as stored, 0 to 255."""
         x, results = self.recipe.preprocess.evaluate(images), []
         for k, (module, variables) in enumerate(zip(self.recipe.modules, self.variables)):
-            x = x if k == 0 else self.recipe.codec.decode(self.recipe.codec.encode(x))
+            if k:
+                codebook = self.variables[k - 1]["codebook"]
+                x = self.recipe.codec.decode(codebook, self.recipe.codec.encode(codebook, x))
             x, logits = eval_step(module, variables["params"], variables["batch_stats"], x)
             results.append(logits)
         return results
@@ -52,10 +55,10 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     folder = Path(output) if output else Path(workdir) / "export"
     folder.mkdir(parents=True, exist_ok=True)
     tree = {
-        module.name: {"params": state.params, "batch_stats": state.batch_stats}
+        module.name: _variables(trained.recipe, state)
         for module, state in zip(trained.recipe.modules, trained.restored.state.modules)
     }
-    tensors = read(flax.traverse_util.flatten_dict(tree, sep="/"))
+    tensors = read({_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)})
     described = {
         "config": trained.settings.to_dict(),
         "dataset": dataclasses.asdict(trained.info),
@@ -77,8 +80,16 @@ def load_exported(folder: str | Path) -> Exported:
     recipe = make_recipe(make_settings(described["config"]), info)
     tensors = load_file(Path(folder) / "model.safetensors")
     variables = []
-    for module, state in zip(recipe.modules, abstract_states(recipe)):
-        wanted = {"params": state.params, "batch_stats": state.batch_stats}
-        names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(p.key) for p in path), wanted)
+    for module, state in zip(recipe.modules, recipe.abstract_states()):
+        wanted = jax.eval_shape(partial(_variables, recipe), state)
+        names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), wanted)
         variables.append(jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names))
     return Exported(recipe, info.class_names, tuple(variables))
+
+
+def _variables(recipe: Recipe, state: ModuleState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats, "codebook": recipe.codebook(state)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

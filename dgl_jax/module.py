@@ -25,6 +25,7 @@ class ModuleState:
       opt_state: the optimizer's.
       rng: key of random operations inside the module (dropout); the n-th update folds n in.
       updates: how many updates this module has made.
+      extras: what others keep with the module by name, such as the codec's codebooks; an update of the module leaves it alone.
     """
 
     params: PyTree
@@ -32,6 +33,7 @@ class ModuleState:
     opt_state: PyTree
     rng: jax.Array
     updates: Int[Array, ""]
+    extras: dict[str, PyTree] = struct.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

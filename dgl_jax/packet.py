@@ -33,6 +33,15 @@ class Header:
 
     sequence: int  # number of the batch that the packet was made from
     updates: int  # the producer's update count when it made the packet
+    codebook: int = 0  # which publication of the producer's codebook it was encoded with, where the codec has one
+
+
+class Coded(NamedTuple):
+    """Activations as they cross a hop; goes into and out of jitted functions."""
+
+    payload: Any  # a pytree of arrays, as the codec made it
+    codebook: Any = ()  # the one it was encoded with; travels when a new one is published, not with every packet
+    newest: Any = None  # the newest one, where that is to decode instead
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Packet:
     payload: Any  # a pytree of arrays, as the codec made it
     targets: Targets
     header: Header
+    codebook: Any = ()  # the one the payload was encoded with
 
 
 def nbytes(tree: Any) -> int:

@@ -4,6 +4,7 @@ A ring holds the newest M packets its producer made (Belilovsky et al. 2020, Alg
 and may be read any number of times before; labels and example ids lie in the same slot as their activations.
 """
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -93,9 +94,19 @@ class Ring:
       max_reuse: reads a packet allows; 0: any number. Under the rule `released` a packet counts as used once when it is written,
         so that k allows k - 1 reads, and a ring of one packet never counts.
       seed: of the rule `uniform`.
+      codebook: shapes of what decodes the payloads, where the codec has one. A version of it is kept as long as a packet refers to
+        it, and the newest one always.
     """
 
-    def __init__(self, example: tuple[Any, Targets], size: int, rule: str = "least_used_latest", max_reuse: int = 0, seed: int = 0):
+    def __init__(
+        self,
+        example: tuple[Any, Targets],
+        size: int,
+        rule: str = "least_used_latest",
+        max_reuse: int = 0,
+        seed: int = 0,
+        codebook: Any = (),
+    ):
         self.size, self.rule, self.max_reuse, self.seed = size, rule, max_reuse, seed
         self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
@@ -107,17 +118,35 @@ class Ring:
         # newest is.
         self._reads = np.zeros(2 * size, np.int64)
         self._rule, self._limit = RULES[rule], _limit(rule, size, max_reuse)
+        self._books: dict[int, Any] = {}  # codebooks by version, 1, 2, ...
+        self._book_form: Any = jax.tree.structure(codebook)
         self.tally = Tally()
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
 
     @property
     def nbytes(self) -> int:
-        """Bytes the packets take, full or not."""
-        return sum(slots.nbytes for slots in self._slots)
+        """Bytes the packets take, full or not, and the codebooks that are kept."""
+        return sum(slots.nbytes for slots in self._slots) + nbytes(self._books)
 
-    def add(self, payload: Any, targets: Targets, header: Header) -> None:
-        """Copies a packet (host arrays) over the oldest one."""
+    @property
+    def newest_codebook(self) -> tuple[int, Any]:
+        """Its version and the codebook; (0, ()) before the first."""
+        with self._lock:
+            version = max(self._books, default=0)
+            return version, self._books.get(version, ())
+
+    def versions(self) -> set[int]:
+        """Of the codebooks that are kept."""
+        with self._lock:
+            return set(self._books)
+
+    def add(self, payload: Any, targets: Targets, header: Header, codebook: Any = None) -> None:
+        """Copies a packet (host arrays) over the oldest one.
+
+        Args:
+          codebook: what the payload was encoded with, where it is a new one; else it was the one before. Not copied.
+        """
         leaves = (payload, *targets) if self._one_array else self._form.flatten_up_to((payload, targets))
         with self._lock:
             tally, size = self.tally, self.size
@@ -130,6 +159,13 @@ class Ring:
                 if getattr(leaf, "dtype", None) != slots.dtype:
                     raise TypeError(f"the ring holds {slots.dtype}, the packet {getattr(leaf, 'dtype', type(leaf))}")
                 slots[slot] = leaf
+            if codebook is not None:
+                self._books[max(self._books, default=0) + 1] = codebook
+            if self._books:
+                header = dataclasses.replace(header, codebook=max(self._books))
+                self._headers[slot] = header
+                kept = {h.codebook for h in self._headers if h is not None}
+                self._books = {version: book for version, book in self._books.items() if version in kept}
             self._headers[slot] = header
             self._reads[place] = self._reads[place + size] = 0
             tally.written += 1
@@ -155,11 +191,12 @@ class Ring:
             if use > 1:
                 tally.reused += 1
             header = self._headers[slot]
-        assert header is not None
+            assert header is not None
+            codebook = self._books.get(header.codebook, ())
         if self._one_array:
-            return Sample(Packet(leaves[0], Targets(leaves[1], leaves[2]), header), age, use)
+            return Sample(Packet(leaves[0], Targets(leaves[1], leaves[2]), header, codebook), age, use)
         payload, targets = self._form.unflatten(leaves)
-        return Sample(Packet(payload, targets, header), age, use)
+        return Sample(Packet(payload, targets, header, codebook), age, use)
 
     def ready(self) -> bool:
         """Whether `sample` would give a packet."""
@@ -169,7 +206,7 @@ class Ring:
     def snapshot(self) -> dict[str, Any]:
         """All of it as host arrays and numbers, copied; `restore` takes it back."""
         with self._lock:
-            headers = [[-1, -1] if h is None else [h.sequence, h.updates] for h in self._headers]
+            headers = [[-1, -1, -1] if h is None else [h.sequence, h.updates, h.codebook] for h in self._headers]
             slots, written = np.arange(self.size), self.tally.written
             return {
                 "slots": [arrays.copy() for arrays in self._slots],
@@ -178,6 +215,7 @@ class Ring:
                 # The number of the write that filled the slot.
                 "written": np.where(slots < written, written - 1 - (written - 1 - slots) % self.size, 0),
                 "tally": np.array([getattr(self.tally, name) for name in Tally.__dataclass_fields__], np.int64),
+                "codebooks": {str(version): jax.tree.leaves(book) for version, book in self._books.items()},
             }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -185,7 +223,9 @@ class Ring:
         with self._lock:
             for slots, values in zip(self._slots, saved["slots"], strict=True):
                 np.copyto(slots, values)
-            self._headers = [None if h[0] < 0 else Header(int(h[0]), int(h[1])) for h in np.asarray(saved["headers"])]
+            self._headers = [None if h[0] < 0 else Header(*map(int, h)) for h in np.asarray(saved["headers"])]
+            books = saved["codebooks"].items()
+            self._books = {int(version): self._book_form.unflatten(map(np.asarray, leaves)) for version, leaves in books}
             self._reads[:] = np.asarray(saved["reads"])[-np.arange(2 * self.size) % self.size]
             self.tally = Tally(*(int(n) for n in np.asarray(saved["tally"])))
 
@@ -214,17 +254,28 @@ def _limit(rule: str, size: int, max_reuse: int) -> int:
     return max_reuse or _ANY_NUMBER
 
 
-def ring_bytes(examples: Sequence[tuple[Any, Targets]], size: int) -> list[int]:
-    """Bytes that rings of `size` such packets will take, one entry a ring."""
-    return [size * nbytes(example) for example in examples]
+class Form(NamedTuple):
+    """What a ring holds, as shapes: a packet (payload, targets), a codebook, and the updates from one codebook to the next."""
+
+    packet: tuple[Any, Targets]
+    codebook: Any = ()
+    period: int = 0
+
+    def nbytes(self, size: int) -> int:
+        """Bytes that a ring of `size` packets will take at most."""
+        books = 2 + (size - 1) // self.period if self.period else 0
+        return size * nbytes(self.packet) + books * nbytes(self.codebook)
 
 
-def check_memory(examples: Sequence[tuple[Any, Targets]], size: int, available: int | None = None) -> None:
+def check_memory(forms: Sequence[Form], size: int, available: int | None = None) -> None:
     """Raises UserError where the rings would take more than the free memory, with the size that fits."""
     available = free_memory() if available is None else available
-    needed = sum(ring_bytes(examples, size))
+    needed = sum(form.nbytes(size) for form in forms)
     if available is not None and needed > available:
-        fits = available // max(1, sum(ring_bytes(examples, 1)))
+        fits, too_many = 0, size
+        while too_many - fits > 1:
+            half = (fits + too_many) // 2
+            fits, too_many = (half, too_many) if sum(form.nbytes(half) for form in forms) <= available else (fits, half)
         raise UserError(
             f"config.replay.size={size}: the rings would take {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB are free; "
             + (

@@ -19,7 +19,7 @@ from dgl_jax.checkpoint import Checkpoints, all_finite
 from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
 from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
-from dgl_jax.experiment import Experiment, abstract_states, borrow_weights, load_trained, make_experiment
+from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
 from dgl_jax.metrics import Window, diverged
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
@@ -165,7 +165,7 @@ class _Run:
         return state
 
     def _prepare(self, _: Any) -> tuple[Sequence[ModuleState], Placement]:
-        return abstract_states(self.experiment.recipe), self.engine.placement
+        return self.experiment.recipe.abstract_states(), self.engine.placement
 
     def _recover(self, k: int) -> ModuleState | None:
         """Module k as the newest checkpoint has it."""

@@ -35,11 +35,11 @@ from dgl_jax.codecs import make_codec  # noqa: E402
 from dgl_jax.data import ArraySource, Preprocess, synthetic  # noqa: E402
 from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, fused_step  # noqa: E402
 from dgl_jax.engines.turns import never  # noqa: E402
-from dgl_jax.experiment import abstract_states  # noqa: E402
 from dgl_jax.models.blocks import ConvBlock  # noqa: E402
 from dgl_jax.models.heads import LinearHead  # noqa: E402
 from dgl_jax.module import ModuleState, make_modules  # noqa: E402
 from dgl_jax.placement import assign, one_group  # noqa: E402
+from dgl_jax.settings import CodecSettings  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -90,7 +90,12 @@ class Tiny:
         self._engine = cache(self._make_engine)
 
     def recipe(
-        self, modules: int = 3, dtype: str = "float32", codec: str = "identity", heads: bool = True, augment: str = "none"
+        self,
+        modules: int = 3,
+        dtype: str = "float32",
+        codec: str | CodecSettings = "identity",
+        heads: bool = True,
+        augment: str = "none",
     ) -> Recipe:
         """`heads` false: of the last module only. The same object for the same arguments."""
         return self._recipe(modules, dtype, codec, heads, augment)
@@ -99,7 +104,7 @@ class Tiny:
         """`groups`: devices of each module; empty: all modules on the first device. The same object for the same arguments."""
         return self._engine(name, groups, self.recipe(**({"heads": False} if name == "backprop" else {}), **recipe))
 
-    def _make_recipe(self, modules: int, dtype: str, codec: str, heads: bool, augment: str) -> Recipe:
+    def _make_recipe(self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str) -> Recipe:
         blocks = [ConvBlock(4, dtype=dtype), ConvBlock(4, pool=True, dtype=dtype), ConvBlock(6, dtype=dtype)]
         last = modules - 1
         return Recipe(
@@ -110,7 +115,8 @@ class Tiny:
             ),
             optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
             preprocess=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
-            codec=make_codec(codec, dtype),
+            codec=make_codec(CodecSettings(codec) if isinstance(codec, str) else codec, dtype),
+            decode=codec.decode if isinstance(codec, CodecSettings) else "sent",
             seed=0,
             batch_size=self.batch_size,
             image_shape=self.source.image_shape,
@@ -135,7 +141,7 @@ class Tiny:
                 return np.ones(leaf.shape, leaf.dtype)
             return random.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
 
-        shapes = abstract_states(recipe)
+        shapes = recipe.abstract_states()
         states = jax.tree_util.tree_map_with_path(draw, tuple(state.replace(rng=None) for state in shapes))
         return tuple(state.replace(rng=np.array([0, k], np.uint32)) for k, state in enumerate(states))
 

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgl_jax.experiment import load_trained
+from dgl_jax.replay import Ring
 from dgl_jax.settings import default_config
 
 # The same run on the command line.
@@ -43,6 +44,22 @@ def arrays(workdir: Path) -> list[np.ndarray]:
     """Everything that the newest checkpoint holds of the modules, as host arrays."""
     modules = load_trained(workdir).restored.state.modules
     return [np.asarray(x) for m in modules for x in jax.tree.leaves(m.replace(rng=jax.random.key_data(m.rng)))]
+
+
+def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
+    """For every packet that will be read from a ring: whether ids and labels are those of the batch its header names."""
+    right: list[bool] = []
+    sample = Ring.sample
+
+    def spy(self: Ring) -> Any:
+        found = sample(self)
+        if found is not None:
+            batch = source.batch(found.packet.header.sequence)
+            right.append(all(np.array_equal(a, b) for a, b in zip(found.packet.targets, batch.targets)))
+        return found
+
+    monkeypatch.setattr(Ring, "sample", spy)
+    return right
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:

@@ -199,9 +199,9 @@ def test_swapped_registers_are_noticed(tiny, monkeypatch):
 
         last = None
 
-        def __init__(self, payload, targets, header):
+        def __init__(self, payload, targets, *rest):
             Swapped.last, before = targets, Swapped.last
-            super().__init__(payload, before or targets, header)
+            super().__init__(payload, before or targets, *rest)
 
     monkeypatch.setattr(pipeline, "Packet", Swapped)
     with pytest.raises(AssertionError, match=r"assert \[\["):

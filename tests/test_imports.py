@@ -49,7 +49,7 @@ ONLY = {
     "losses": {"packet"},
     "module": set(),
     "step": {"losses", "module", "packet"},
-    "codecs": set(),
+    "codecs": {"errors", "settings"},
     "placement": {"errors", "packet"},
     "replay": {"errors", "packet"},
     "engines": {"codecs", "data", "errors", "module", "packet", "placement", "replay", "settings", "step"},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dgl_jax import replay
 from dgl_jax.errors import UserError
 from dgl_jax.packet import Header, Targets
-from dgl_jax.replay import RULES, Ring, check_memory, ring_bytes
+from dgl_jax.replay import RULES, Form, Ring, check_memory
 
 EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), Targets(*[jax.ShapeDtypeStruct((2,), np.int32)] * 2))
 
@@ -218,7 +218,7 @@ def test_a_snapshot_by_hand():
     assert [read(ring)[0] for _ in range(4)] == [4, 3, 2, 4]
     saved = ring.snapshot()
     assert {name: saved[name].tolist() for name in ("headers", "reads", "written", "tally")} == {
-        "headers": [[3, 4], [4, 5], [2, 3]],
+        "headers": [[3, 4, 0], [4, 5, 0], [2, 3, 0]],
         "reads": [1, 2, 1],
         "written": [3, 4, 2],
         "tally": [5, 4, 3, 2, 1, 2],
@@ -250,11 +250,12 @@ def test_two_threads_never_see_a_half_written_packet():
 
 def test_memory_is_refused_with_the_size_that_fits():
     one = 2 * 3 * 4 + 2 * 2 * 4
-    assert ring_bytes([EXAMPLE, EXAMPLE], 5) == [5 * one, 5 * one]
+    form = Form(EXAMPLE)
+    assert form.nbytes(5) == 5 * one
     assert Ring(EXAMPLE, 5).nbytes == 5 * one
-    check_memory([EXAMPLE, EXAMPLE], 5, available=10 * one)
+    check_memory([form, form], 5, available=10 * one)
     with pytest.raises(UserError, match=r"config\.replay\.size=6: the rings would take .* 5 would fit"):
-        check_memory([EXAMPLE, EXAMPLE], 6, available=10 * one + 3)
+        check_memory([form, form], 6, available=10 * one + 3)
     with pytest.raises(UserError, match="not even 1 would fit"):
-        check_memory([EXAMPLE], 1, available=3)
+        check_memory([form], 1, available=3)
     assert replay.free_memory() > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import records, same_run, small_config
+from runs import records, same_run, small_config, watch_labels
 from test_resume import interrupted
 
 from dgl_jax.engines import SimulatedEngine
@@ -97,16 +97,7 @@ def test_a_module_that_is_done_feeds_as_it_is_told(tiny, devices, to_host):
 
 def seen_by_programs(tiny, made, monkeypatch) -> list[bool]:
     """For every packet that a program received: whether ids and labels are those of the batch its header names."""
-    right = []
-    sample = Ring.sample
-
-    def spy(self):
-        found = sample(self)
-        batch = tiny.source.batch(found.packet.header.sequence)
-        right.append(all(np.array_equal(a, b) for a, b in zip(found.packet.targets, batch.targets)))
-        return found
-
-    monkeypatch.setattr(Ring, "sample", spy)
+    right = watch_labels(monkeypatch, tiny.source)
     for _ in made.run(begin(tiny, made), tiny.source, TOTAL):
         pass
     return right
@@ -121,8 +112,8 @@ def test_labels_stay_with_their_activations(tiny, devices, monkeypatch):
 def test_twin_labels_of_another_packet_are_noticed(tiny, devices, monkeypatch):
     add, earlier = Ring.add, {}
 
-    def mixed(self, payload, targets, header):
-        add(self, payload, earlier.get(id(self), targets), header)
+    def mixed(self, payload, targets, *rest):
+        add(self, payload, earlier.get(id(self), targets), *rest)
         earlier[id(self)] = targets
 
     monkeypatch.setattr(Ring, "add", mixed)

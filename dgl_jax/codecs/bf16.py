@@ -1,23 +1,25 @@
 """Activations rounded to bfloat16: half the bytes of float32, a relative error of at most 2^-8."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float
 
+from dgl_jax.codecs.stateless import Stateless
+
 
 @dataclass(frozen=True)
-class Bf16:
+class Bf16(Stateless):
     """A cast; `dtype` is what decode gives back."""
 
     dtype: str = "float32"
     lossless: ClassVar[bool] = False
 
-    def encode(self, activations: Float[Array, "B ..."]) -> BFloat16[Array, "B ..."]:
+    def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> BFloat16[Array, "B ..."]:
         """Rounds to the nearest bfloat16."""
         return activations.astype(jnp.bfloat16)
 
-    def decode(self, payload: BFloat16[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def decode(self, codebook: Any, payload: BFloat16[Array, "B ..."]) -> Float[Array, "B ..."]:
         """Exact."""
         return payload.astype(self.dtype)

@@ -1,22 +1,24 @@
 """Activations as they are."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
+from dgl_jax.codecs.stateless import Stateless
+
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Stateless):
     """Changes no bit."""
 
     dtype: str = "float32"
     lossless: ClassVar[bool] = True
 
-    def encode(self, activations: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """The activations themselves."""
         return activations
 
-    def decode(self, payload: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def decode(self, codebook: Any, payload: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """The payload itself."""
         return payload

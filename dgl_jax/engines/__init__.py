@@ -3,7 +3,7 @@
 from dgl_jax.engines.engine import Engine, EngineState, Recipe, Report, Traffic, counts, updates_of
 from dgl_jax.engines.fused import FusedEngine, fused_step
 from dgl_jax.engines.pipeline import PipelineEngine
-from dgl_jax.engines.rings import ring_examples
+from dgl_jax.engines.rings import ring_forms
 from dgl_jax.engines.simulated import SimulatedEngine
 from dgl_jax.engines.threads import ThreadsEngine
 
@@ -19,6 +19,6 @@ __all__ = [
     "Traffic",
     "counts",
     "fused_step",
-    "ring_examples",
+    "ring_forms",
     "updates_of",
 ]

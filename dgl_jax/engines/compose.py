@@ -1,5 +1,6 @@
 """The one jitted function of a module: decode what comes in, step, encode what goes out."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,12 @@ from dgl_jax.codecs import relative_error
 from dgl_jax.data import augment_key
 from dgl_jax.engines.engine import Recipe
 from dgl_jax.module import ModuleState
-from dgl_jax.packet import Batch, Targets
+from dgl_jax.packet import Batch, Coded, Targets
 from dgl_jax.step import Metrics, local_step
 
-# (state, what came in, its targets) -> (state, payload for the next module or None, metrics)
-Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Any, Metrics]]
+# (state, what came in: a Batch or a Coded, its targets) -> (state, what goes to the next module: a Coded or None, metrics)
+Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Coded | None, Metrics]]
+_CODEC = 3  # folded into a module's key: apart from what its own random operations draw
 
 
 def entrance(recipe: Recipe, batch: Batch) -> jax.Array:
@@ -24,35 +26,61 @@ def entrance(recipe: Recipe, batch: Batch) -> jax.Array:
 def compose(recipe: Recipe, k: int) -> Program:
     """The pure function of module k, ready for `jax.jit` (donate the state).
 
-    The first module takes a Batch, the others the payload of a packet; the last one hands nothing on.
+    The first module takes a Batch, the others what a packet brings; the last one hands nothing on.
     """
     module, last = recipe.modules[k], len(recipe.modules) - 1
 
-    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Any, Metrics]:
-        inputs = entrance(recipe, incoming) if k == 0 else recipe.codec.decode(incoming)
+    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Coded | None, Metrics]:
+        inputs, drift = _receive(recipe, k, incoming)
+        updates = state.updates
         state, outputs, metrics = local_step(module, recipe.optimizer, state, inputs, targets)
+        metrics |= drift
         if k == last:
             return state, None, metrics
-        payload = recipe.codec.encode(outputs)
-        if not recipe.codec.lossless:
-            metrics |= {"codec_error": relative_error(outputs, recipe.codec.decode(payload))}
-        return state, payload, metrics
+        state, coded, of_codec = _hand_on(recipe, state, outputs, updates)
+        return state, coded, metrics | of_codec
 
     program.__name__ = module.name
     return program
 
 
-def feed(recipe: Recipe, k: int, train: bool) -> Callable[[ModuleState, Any], Any]:
-    """The pure function of a module that is done: what comes in, to the payload for the next one; nothing is updated.
+def feed(recipe: Recipe, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+    """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
 
     `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
     """
     module = recipe.modules[k]
 
-    def program(state: ModuleState, incoming: Any) -> Any:
-        inputs = entrance(recipe, incoming) if k == 0 else recipe.codec.decode(incoming)
+    def program(state: ModuleState, incoming: Any) -> Coded:
+        inputs, _ = _receive(recipe, k, incoming)
         rng = jax.random.fold_in(state.rng, state.updates)
         outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, train=train, rng=rng)
-        return recipe.codec.encode(outputs)
+        codebook = recipe.codebook(state)
+        return Coded(recipe.codec.encode(codebook, outputs), codebook)
 
     return program
+
+
+def _receive(recipe: Recipe, k: int, incoming: Any) -> tuple[jax.Array, Metrics]:
+    """Inputs of a module, and how far they are from what was sent, where the newest codebook decodes."""
+    if k == 0:
+        return entrance(recipe, incoming), {}
+    inputs = recipe.codec.decode(incoming.codebook, incoming.payload)
+    if incoming.newest is None:
+        return inputs, {}
+    drifted = recipe.codec.decode(incoming.newest, incoming.payload)
+    return drifted, {"codec_drift": relative_error(inputs, drifted)}
+
+
+def _hand_on(recipe: Recipe, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Coded, Metrics]:
+    """Encodes with the published codebook, and learns from what was encoded."""
+    codec = recipe.codec
+    key = jax.random.fold_in(jax.random.fold_in(state.rng, _CODEC), updates)
+    learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
+    codebook = codec.codebook(learnt)
+    coded = Coded(codec.encode(codebook, outputs), codebook)
+    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(codebook, coded.payload))}
+    learnt, health = codec.update(learnt, key, outputs)
+    if "codec" in state.extras:
+        state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
+    return state, coded, metrics | health

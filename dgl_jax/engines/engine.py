@@ -1,9 +1,11 @@
 """What an engine is, and the loop that the synchronous ones share."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -21,13 +23,57 @@ from dgl_jax.step import Metrics
 class Traffic:
     """Bytes an image takes across each hop (activations or their codes, label and id), one entry a hop.
 
-    `measured` says that `wire` was counted from packets that crossed a device boundary; otherwise it was counted from the shapes
-    of the encoded arrays.
+    Attributes:
+      raw: without a codec.
+      wire: with it, codebooks included.
+      codebook: what of `wire` codebooks take.
+      measured: `wire` was counted from packets that crossed a device boundary; otherwise from the shapes of the encoded arrays.
     """
 
     raw: tuple[float, ...]
     wire: tuple[float, ...]
+    codebook: tuple[float, ...]
     measured: bool = False
+
+    def gauges(self) -> dict[str, float]:
+        """As metrics of the modules that send."""
+        found = {}
+        for k, (wire, codebook) in enumerate(zip(self.wire, self.codebook, strict=True)):
+            found[f"wire/module_{k}/bytes_per_image"] = wire
+            found[f"wire/module_{k}/codebook_share"] = codebook / wire
+        return found
+
+
+@dataclass
+class Meter:
+    """Counts what crosses a hop."""
+
+    packets: int = 0  # bytes of payloads and targets
+    codebooks: int = 0  # bytes
+    images: int = 0
+
+    def count(self, payload: Any, targets: Targets, codebook: Any = ()) -> None:
+        """One packet, and the codebook that went with it, if one did."""
+        self.packets += nbytes((payload, targets))
+        self.codebooks += nbytes(codebook)
+        self.images += len(targets.label)
+
+
+class Hop(NamedTuple):
+    """What crosses from a module to the next, as shapes and dtypes.
+
+    Attributes:
+      period: updates from one codebook to the next; 0: the codec has none.
+    """
+
+    activations: jax.ShapeDtypeStruct
+    payload: Any
+    codebook: Any
+    period: int
+
+    def publishes(self, updates: int) -> bool:
+        """Whether the packet of the update after so many comes with a new codebook."""
+        return bool(self.period) and updates % self.period == 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +85,7 @@ class Recipe:
       optimizer: one for all; each module holds a state of its own.
       preprocess: makes network inputs of stored images.
       codec: what crosses between modules.
+      decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
       seed: of the parameters and of the augmentation.
       batch_size: examples of the whole batch, over all devices.
       image_shape: (height, width, channels) of a stored image.
@@ -51,6 +98,7 @@ class Recipe:
     seed: int
     batch_size: int
     image_shape: tuple[int, int, int]
+    decode: str = "sent"
 
     def inputs(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of network inputs."""
@@ -59,29 +107,60 @@ class Recipe:
     def init(self) -> tuple[ModuleState, ...]:
         """Fresh states of all modules."""
 
-        def states(key: jax.Array) -> tuple[ModuleState, ...]:
-            return init_states(self.modules, self.optimizer, key, self.inputs())
-
         # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
         options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
-        return jax.jit(states, compiler_options=options)(jax.random.key(self.seed))
+        return jax.jit(self._states, compiler_options=options)(jax.random.key(self.seed))
 
-    def packets(self) -> tuple[tuple[jax.ShapeDtypeStruct, Any], ...]:
-        """(activations, payload) of each hop, as shapes."""
-        states = jax.eval_shape(lambda key: init_states(self.modules, self.optimizer, key, self.inputs()), jax.random.key(0))
-        inputs, hops = self.inputs(), []
+    def abstract_states(self) -> tuple[ModuleState, ...]:
+        """Shapes and dtypes of what `init` gives."""
+        return jax.eval_shape(self._states, jax.random.key(0))
+
+    def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
+        states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
+        for k, activations in enumerate(self._activations(states)):
+            of_codec = self.codec.init(activations)
+            if jax.tree.leaves(of_codec):
+                states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
+        return tuple(states)
+
+    def _activations(self, states: Sequence[ModuleState]) -> Iterator[jax.ShapeDtypeStruct]:
+        inputs = self.inputs()
         for module, state in zip(self.modules[:-1], states):
             inputs = output_shape(module, state.params, state.batch_stats, inputs)
-            hops.append((inputs, jax.eval_shape(self.codec.encode, inputs)))
+            yield inputs
+
+    def codebook(self, state: ModuleState) -> Any:
+        """What decodes the packets that a module hands on; `()` where the codec has no codebook, or nothing is handed on."""
+        return self.codec.codebook(state.extras["codec"]) if "codec" in state.extras else ()
+
+    @cached_property
+    def hops(self) -> tuple[Hop, ...]:
+        """What crosses from each module to the next."""
+        states, hops = self.abstract_states(), []
+        for state, activations in zip(states, self._activations(states)):
+            codebook = jax.eval_shape(self.codebook, state)
+            payload = jax.eval_shape(self.codec.encode, codebook, activations)
+            hops.append(Hop(activations, payload, codebook, self.codec.period(activations)))
         return tuple(hops)
 
-    def traffic(self) -> Traffic:
-        """What the packets would weigh, by the shapes of the encoded arrays."""
+    def targets(self) -> Targets:
+        """Shapes and dtypes of a batch's targets."""
         integers: Any = jax.ShapeDtypeStruct((self.batch_size,), "int32")
-        targets = nbytes(Targets(integers, integers))
-        hops = self.packets()
-        raw = tuple((nbytes(activations) + targets) / self.batch_size for activations, _ in hops)
-        return Traffic(raw, tuple((nbytes(payload) + targets) / self.batch_size for _, payload in hops))
+        return Targets(integers, integers)
+
+    def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
+        """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""
+        targets, size = nbytes(self.targets()), self.batch_size
+        raw, packets, codebooks = [], [], []
+        for hop in self.hops:
+            raw.append((nbytes(hop.activations) + targets) / size)
+            packets.append((nbytes(hop.payload) + targets) / size)
+            codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
+        counted = [k for k, meter in enumerate(meters) if meter.images]
+        for k in counted:
+            packets[k], codebooks[k] = (n / meters[k].images for n in (meters[k].packets, meters[k].codebooks))
+        wire = tuple(p + c for p, c in zip(packets, codebooks))
+        return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
 
 
 class Flight(Protocol):

@@ -24,7 +24,8 @@ def fused_step(recipe: Recipe) -> TrainStep:
     programs = [compose(recipe, k) for k in range(len(recipe.modules))]
 
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
-        new, metrics, incoming = [], [], batch
+        new, metrics = [], []
+        incoming: Any = batch
         for program, state in zip(programs, states, strict=True):
             state, incoming, of_module = program(state, incoming, batch.targets)
             # Each module is compiled as it would be alone, which keeps every bit equal to the pipeline's.
@@ -53,7 +54,7 @@ class FusedEngine(Synchronous):
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices here: what the encoded arrays weigh. No hop where all modules have one loss."""
-        return self.recipe.traffic() if all(module.head for module in self.recipe.modules) else Traffic((), ())
+        return self.recipe.traffic() if all(module.head for module in self.recipe.modules) else Traffic((), (), ())
 
     def init(self) -> EngineState:
         """Fresh state on its devices."""

@@ -11,9 +11,9 @@ import jax
 
 from dgl_jax.data import Source
 from dgl_jax.engines.compose import compose
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
+from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
 from dgl_jax.engines.turns import Tick, Turn, fused, never, pipelined
-from dgl_jax.packet import Batch, Header, Packet, nbytes
+from dgl_jax.packet import Batch, Coded, Header, Packet
 from dgl_jax.placement import Placement, put
 from dgl_jax.step import Metrics
 
@@ -23,23 +23,22 @@ class PipelineEngine(Synchronous):
 
     def __init__(self, recipe: Recipe, placement: Placement, ticks_in_flight: int = 2):
         self.recipe = recipe
-        self.placement = placement
-        self.moved = [(0, 0)] * (len(recipe.modules) - 1)  # (bytes, images) that crossed each hop
+        self.placement, self.hops = placement, recipe.hops
+        self.meters = [Meter() for _ in recipe.modules[1:]]  # of what crossed each hop
+        self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight = ticks_in_flight
         self.programs = [
             jax.jit(
                 compose(recipe, k),
                 donate_argnums=0,
-                out_shardings=(placement.replicated(k), placement.split(k), placement.replicated(k)),
+                out_shardings=(placement.replicated(k), self._exit(k), placement.replicated(k)),
             )
             for k in range(len(recipe.modules))
         ]
 
     def traffic(self) -> Traffic:
         """Counted from the packets that crossed devices; by shape where modules share a device."""
-        shapes = self.recipe.traffic()
-        wire = [count / images if images else shape for (count, images), shape in zip(self.moved, shapes.wire)]
-        return Traffic(shapes.raw, tuple(wire), any(images for _, images in self.moved))
+        return self.recipe.traffic(self.meters)
 
     def init(self) -> EngineState:
         """Fresh state, each module on its devices."""
@@ -55,6 +54,7 @@ class PipelineEngine(Synchronous):
         modules = len(self.recipe.modules)
         batches = source.batches(start)
         registers: list[Packet | None] = [None] * modules
+        self.published = [None] * modules
 
         def receive(turn: Turn) -> tuple[Any, Any]:
             if turn.module == 0:
@@ -64,16 +64,16 @@ class PipelineEngine(Synchronous):
             assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
             if not self.placement.is_prompt(turn.module - 1):
                 packet = self._move(packet, turn.module)
-            return packet.payload, packet.targets
+            return Coded(packet.payload, packet.codebook), packet.targets
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             results = []
             for turn in tick:
                 k = turn.module
                 incoming, targets = receive(turn)
-                states[k], payload, metrics = self.programs[k](states[k], incoming, targets)
+                states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
                 if k + 1 < modules:
-                    packet = Packet(payload, targets, Header(turn.batch, turn.batch + 1))
+                    packet = Packet(coded.payload, targets, Header(turn.batch, turn.batch + 1), coded.codebook)
                     registers[k + 1] = self._move(packet, k + 1) if self.placement.is_prompt(k) else packet
                 results.append((turn, metrics))
             return results
@@ -85,10 +85,16 @@ class PipelineEngine(Synchronous):
         yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, snapshot)
 
     def _move(self, packet: Packet, module: int) -> Packet:
-        """To the devices of a module; nothing to do where they are the same."""
+        """To the devices of a module, with a codebook that was just published; nothing to do where they are the same."""
         if not self.placement.crosses(module - 1):
             return packet
         payload, targets = put((packet.payload, packet.targets), self.placement.split(module))
-        count, images = self.moved[module - 1]
-        self.moved[module - 1] = (count + nbytes((payload, targets)), images + len(targets.label))
-        return Packet(payload, targets, packet.header)
+        fresh: Any = ()
+        if self.published[module] is None or self.hops[module - 1].publishes(packet.header.sequence):
+            fresh = self.published[module] = put(packet.codebook, self.placement.replicated(module))
+        self.meters[module - 1].count(payload, targets, fresh)
+        return Packet(payload, targets, packet.header, self.published[module])
+
+    def _exit(self, k: int) -> Any:
+        """Where module k leaves what it hands on."""
+        return Coded(self.placement.split(k), self.placement.replicated(k)) if k + 1 < len(self.recipe.modules) else None

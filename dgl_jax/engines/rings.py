@@ -8,9 +8,9 @@ import numpy as np
 
 from dgl_jax.engines.compose import compose, feed
 from dgl_jax.engines.engine import EngineState, Recipe, counts, place_modules
-from dgl_jax.packet import Header, Targets
+from dgl_jax.packet import Coded, Header, Packet, Targets
 from dgl_jax.placement import Placement, put
-from dgl_jax.replay import Ring, Sample
+from dgl_jax.replay import Form, Ring, Sample
 from dgl_jax.settings import EngineSettings, ReplaySettings
 
 _TURNS = 64  # the newest, kept for the timeline
@@ -30,9 +30,9 @@ class Rings:
     """
 
     def __init__(self, recipe: Recipe, replay: ReplaySettings, batches: int, unit: str):
-        examples = ring_examples(recipe)
         self.rings = [
-            Ring(example, replay.size, replay.rule, replay.max_reuse, seed=recipe.seed + k) for k, example in enumerate(examples, 1)
+            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, recipe.seed + k, form.codebook)
+            for k, form in enumerate(ring_forms(recipe), 1)
         ]
         self.turn, self.batches, self.unit = 0, batches, unit
         modules = len(self.rings) + 1
@@ -52,9 +52,9 @@ class Rings:
             self.ages[module, sample.age.bit_length()] += 1
         return sample
 
-    def add(self, producer: int, payload: Any, targets: Targets, header: Header) -> None:
-        """A packet (host arrays) from one module to the next."""
-        self.ring(producer + 1).add(payload, targets, header)
+    def add(self, producer: int, payload: Any, targets: Targets, header: Header, codebook: Any = None) -> None:
+        """A packet (host arrays) from one module to the next, with its codebook where that is new."""
+        self.ring(producer + 1).add(payload, targets, header, codebook)
 
     def gauges(self) -> dict[str, float]:
         """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
@@ -104,10 +104,12 @@ class Asynchronous:
     unit: str
 
     def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
-        self.recipe, self.placement, self.replay = recipe, placement, replay
+        self.recipe, self.placement, self.replay, self.hops = recipe, placement, replay, recipe.hops
         modules = range(len(recipe.modules))
         self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
         self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+        # The codebooks that module k has on its devices, by their version in the ring it reads.
+        self.codebooks: list[dict[int, Any]] = [{} for _ in modules]
 
     def init(self) -> EngineState:
         """Fresh modules, empty rings."""
@@ -120,9 +122,28 @@ class Asynchronous:
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """With the rings of the checkpoint; without a snapshot they are empty, and turns begin anew, which fills them."""
         rings = Rings(self.recipe, self.replay, batches=counts(state)[0], unit=self.unit)
+        self.codebooks = [{} for _ in state.modules]
         if saved is not None:
             rings.restore(saved)
         return EngineState(state.modules, rings)
+
+    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Coded, Targets]:
+        """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
+        payload, targets = put((packet.payload, packet.targets), self.placement.split(k))
+        if not packet.header.codebook:
+            return Coded(payload), targets
+        newest, latest = ring.newest_codebook
+        wanted = {packet.header.codebook: packet.codebook}
+        if self.recipe.decode == "latest":
+            wanted[newest] = latest
+        kept = ring.versions()
+        here = {version: book for version, book in self.codebooks[k].items() if version in kept}
+        for version, book in wanted.items():
+            if version not in here:
+                here[version] = put(book, self.placement.replicated(k))
+        self.codebooks[k] = here
+        codebook = here[packet.header.codebook]
+        return Coded(payload, codebook, here[newest] if self.recipe.decode == "latest" else None), targets
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
@@ -135,7 +156,6 @@ def flight_of(state: EngineState) -> Rings:
     return state.flight
 
 
-def ring_examples(recipe: Recipe) -> list[tuple[Any, Targets]]:
-    """Shape and dtype of the packets in each ring."""
-    integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), "int32")
-    return [(payload, Targets(integers, integers)) for _, payload in recipe.packets()]
+def ring_forms(recipe: Recipe) -> list[Form]:
+    """What each ring holds."""
+    return [Form((hop.payload, recipe.targets()), hop.codebook, hop.period) for hop in recipe.hops]

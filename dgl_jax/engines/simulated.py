@@ -16,7 +16,7 @@ from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, counts
 from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
 from dgl_jax.engines.turns import drawn, in_order, never
 from dgl_jax.packet import Header
-from dgl_jax.placement import Placement, put
+from dgl_jax.placement import Placement
 from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.step import Metrics
 
@@ -76,22 +76,25 @@ class SimulatedEngine(Asynchronous):
         if done and k == last:
             return None
         if k == 0:
-            batch = self.placement.put_batch(next(batches), 0)
-            incoming, targets, sequence = batch, batch.targets, flight.batches
+            incoming: Any = self.placement.put_batch(next(batches), 0)
+            targets, sequence = incoming.targets, flight.batches
             flight.batches += 1
         else:
             sample = flight.sample(k)
             assert sample is not None, "a turn is given to modules that have something to read"
             sequence = sample.packet.header.sequence
-            incoming, targets = put((sample.packet.payload, sample.packet.targets), self.placement.split(k))
+            incoming, targets = self.fetch(k, flight.ring(k), sample.packet)
         metrics: Metrics | None = None
+        before = updates[k]
         if done:
-            payload = self.feeds[k](states[k], incoming)
+            coded = self.feeds[k](states[k], incoming)
         else:
-            states[k], payload, metrics = self.programs[k](states[k], incoming, targets)
+            states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
             updates[k] += 1
         if k < last:
-            payload, targets = jax.device_get((payload, targets))
-            flight.add(k, payload, targets, Header(sequence, updates[k]))
+            hop, has_one = self.hops[k], flight.ring(k + 1).newest_codebook[0]
+            fresh = bool(hop.period) and (not has_one or (not done and hop.publishes(before)))
+            payload, targets, codebook = jax.device_get((coded.payload, targets, coded.codebook if fresh else None))
+            flight.add(k, payload, targets, Header(sequence, updates[k]), codebook)
         flight.turns.append((k, flight.turn - 1, flight.turn))
         return metrics

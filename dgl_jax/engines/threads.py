@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax.data import Source
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, counts
+from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Traffic, counts
 from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
 from dgl_jax.engines.turns import never
 from dgl_jax.errors import UserError
 from dgl_jax.module import ModuleState
-from dgl_jax.packet import Header, nbytes
+from dgl_jax.packet import Header
 from dgl_jax.placement import Placement, put
 from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.step import Metrics
@@ -62,16 +62,13 @@ class ThreadsEngine(Asynchronous):
         self.recover: Callable[[int], ModuleState | None] | None = None
         self.clock: Callable[[], float] = time.monotonic
         self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-        self.moved = [(0, 0) for _ in modules[1:]]  # (bytes, images) that have left for the ring of module k + 1
+        self.meters = [Meter() for _ in modules[1:]]  # of what has left for the ring of module k + 1
         self.waited = [0.0 for _ in modules]  # seconds a module had no packet to read
         self._paces = [_Pace() for _ in modules]
 
     def traffic(self) -> Traffic:
         """What went through the rings; before the first packet, what the encoded arrays weigh."""
-        shapes = self.recipe.traffic()
-        if not all(images for _, images in self.moved):
-            return shapes
-        return Traffic(shapes.raw, tuple(count / images for count, images in self.moved), measured=True)
+        return self.recipe.traffic(self.meters)
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings, and of each module: updates a second lately, seconds waited for packets."""
@@ -148,6 +145,8 @@ class _Run:
         self.counting = threading.Lock()  # a report's counts and its place in the queue go together
         # A state is donated to the next step, so whoever copies it holds its lock.
         self.locks = [threading.Lock() for _ in self.states]
+        # Modules whose newest codebook may not be the one in the next ring, whatever the schedule says.
+        self.unpublished = {k for k, hop in enumerate(engine.hops) if hop.period}
         self.compiled: set[int] = set()  # modules whose time no longer has compilation in it
         self.began = engine.clock()
         for pace in engine._paces:
@@ -212,6 +211,8 @@ class _Run:
         self.states[k] = put(state, self.engine.placement.replicated(k))
         with self.counting:
             self.updates[k] = int(jax.device_get(state.updates))
+        if k + 1 < len(self.states) and self.engine.hops[k].period:
+            self.unpublished.add(k)
         _LOG.warning("module_%d goes on from its newest checkpoint, with %d updates; the others never stopped", k, self.updates[k])
         self._launch(k)
 
@@ -252,26 +253,29 @@ class _Run:
         self.doing[k] = "waiting for a batch" if k == 0 else "waiting for a packet"
         begin = clock()
         if k == 0:
-            batch = placement.put_batch(next(self.batches), 0)
-            incoming, targets, sequence = batch, batch.targets, self.flight.batches
+            incoming: Any = placement.put_batch(next(self.batches), 0)
+            targets, sequence = incoming.targets, self.flight.batches
             self.flight.batches += 1
         else:
             sample = self._sample(k)
             if sample is None:
                 return
             sequence = sample.packet.header.sequence
-            incoming, targets = put((sample.packet.payload, sample.packet.targets), placement.split(k))
+            incoming, targets = engine.fetch(k, self.flight.ring(k), sample.packet)
         done = self.updates[k] >= self.until
         self.doing[k] = "feeding the next module" if done else f"working on update {self.updates[k] + 1}"
         started = clock()
         engine.waited[k] += started - begin
         metrics: Metrics | None = None
+        fresh = k in self.unpublished or (k < last and not done and engine.hops[k].publishes(self.updates[k]))
         if done:
-            payload = engine.feeds[k](self.states[k], incoming)
+            coded = engine.feeds[k](self.states[k], incoming)
         else:
             with self.locks[k]:
-                self.states[k], payload, metrics = engine.programs[k](self.states[k], incoming, targets)
-        payload, targets = jax.device_get((payload, targets))
+                self.states[k], coded, metrics = engine.programs[k](self.states[k], incoming, targets)
+        payload, targets, codebook = jax.device_get(
+            (coded.payload, targets, coded.codebook if fresh else None) if k < last else (None,) * 3
+        )
         jax.block_until_ready(metrics)
         if engine.slowdown[k] > 1 and k in self.compiled:
             self.stopping.wait((engine.slowdown[k] - 1) * (clock() - started))
@@ -280,9 +284,9 @@ class _Run:
         if metrics is not None:
             self._count(k, metrics)
         if k < last:
-            bytes_, images = engine.moved[k]
-            engine.moved[k] = (bytes_ + nbytes((payload, targets)), images + len(targets.label))
-            self.flight.add(k, payload, targets, Header(sequence, self.updates[k]))
+            engine.meters[k].count(payload, targets, codebook)
+            self.unpublished.discard(k)
+            self.flight.add(k, payload, targets, Header(sequence, self.updates[k]), codebook)
         self.flight.turns.append((k, started - self.began, ended - self.began))
         self.progress[k] = ended
 
