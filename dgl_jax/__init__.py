@@ -3,6 +3,7 @@
 A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing this package touches no device, flag or logger.
 """
 
+from dgl_jax.codecs import vq
 from dgl_jax.errors import UserError
 from dgl_jax.losses import accuracy, cross_entropy
 from dgl_jax.models import cuts, make_head, make_network
@@ -27,4 +28,5 @@ __all__ = [
     "make_head",
     "make_modules",
     "make_network",
+    "vq",
 ]

@@ -93,7 +93,7 @@ def evaluate_run(
     source = make_source(settings.data, settings.seed)
     if not source.examples(split):
         raise UserError(f"--split={split}: {source.name} has no such images here")
-    result = Evaluator(trained.recipe, trained.placement).evaluate(trained.restored.state, source, split)
+    result = Evaluator(trained.recipe, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)
     return {"step": trained.restored.step} | result
 
 

@@ -29,7 +29,7 @@ _TEST = "\N{BLACK DIAMOND} test"
 
 
 def plot(workdir: str | os.PathLike[str]) -> list[Path]:
-    """Draws `<workdir>/plots/accuracy.png`, `loss.png` and, of asynchronous runs, `timeline.png` and `ages.png`.
+    """Draws `<workdir>/plots/accuracy.png`, `loss.png`, of asynchronous runs `timeline.png` and `ages.png`, of codecs `codec.png`.
 
     Each where metrics.jsonl holds numbers for it.
 
@@ -41,7 +41,13 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     """
     workdir = Path(workdir)
     records, title = _records(workdir), _title(workdir)
-    figures_of = {"accuracy": accuracy_figure, "loss": loss_figure, "timeline": timeline_figure, "ages": ages_figure}
+    figures_of = {
+        "accuracy": accuracy_figure,
+        "loss": loss_figure,
+        "timeline": timeline_figure,
+        "ages": ages_figure,
+        "codec": codec_figure,
+    }
     drawn = {name: figure_of(records, *title) for name, figure_of in figures_of.items()}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
     if not figures:
@@ -154,6 +160,31 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
     axes.set_xlabel("age of a packet when it was read, in packets of its producer", fontsize=11)
     axes.set_ylabel("share of reads", fontsize=11)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=10)
+    return figure
+
+
+def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
+    """Of each hop: rate on the wire against reconstruction error, from the first record (pale) to the last."""
+    figure, axes = _bare(title, subtitle, 4.4)
+    names = _heads(records, r"train/(module_\d+)/codec_error")
+    colors, drawn = _colors(names), False
+    for name in names:
+        keys = (f"wire/{name}/compression", f"train/{name}/codec_error")
+        points = [tuple(map(float, (record[key] for key in keys))) for record in records if all(record.get(key) for key in keys)]
+        if points:
+            rates, errors = zip(*((32.0 / compression, error) for compression, error in points))
+            axes.plot(rates, errors, ".", color=colors[name], alpha=0.25)
+            axes.plot(rates[-1], errors[-1], "o", color=colors[name], markersize=8, label=f"after {name.replace('_', ' ')}")
+            drawn = True
+    if not drawn:
+        return None
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("bits a value on the wire (of 32), labels, ids and codebooks included", fontsize=11)
+    axes.set_ylabel("relative reconstruction error", fontsize=11)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.legend(frameon=False, fontsize=10)
     return figure
 

@@ -29,7 +29,7 @@ def predict_probabilities(
 
     Images are as stored (0 to 255), of the size the network was trained on.
     """
-    evaluator = Evaluator(trained.recipe, trained.placement)
+    evaluator = Evaluator(trained.recipe, trained.placement, trained.settings.eval.codec)
     results = []
     for batch, real in _batches(images, trained.recipe.batch_size):
         heads, ensemble, _ = evaluator.probabilities(trained.restored.state.modules, batch)

@@ -147,6 +147,7 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class EvalSettings:
     every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
+    codec: bool = True  # between modules as in training, with the published codebooks; false: activations as they are
 
 
 @dataclass(frozen=True)

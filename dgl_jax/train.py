@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dgl_jax.checkpoint import Checkpoints, all_finite
-from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
+from dgl_jax.engines import EngineState, Report, ThreadsEngine, Traffic, counts
 from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
@@ -86,7 +86,7 @@ class _Run:
         self.experiment, self.settings, self.workdir = experiment, experiment.settings, workdir
         self.engine, self.source = experiment.engine, experiment.source
         self.interruption = interruption
-        self.evaluator = Evaluator(experiment.recipe, self.engine.placement)
+        self.evaluator = Evaluator(experiment.recipe, self.engine.placement, self.settings.eval.codec)
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.settings.checkpoint.keep)
         if isinstance(self.engine, ThreadsEngine) and self.settings.engine.restart_workers:
             self.engine.recover = self._recover
@@ -162,6 +162,11 @@ class _Run:
                 len(self.experiment.recipe.modules[k].blocks),
                 count_parameters(module),
             )
+        traffic = self.experiment.recipe.traffic() if self.experiment.recipe.modules[0].head else Traffic((), (), ())
+        for k, (raw, wire, codebook) in enumerate(zip(traffic.raw, traffic.wire, traffic.codebook)):
+            _LOG.info(
+                "module_%d hands on %.0f bytes an image, %.0f encoded (codebooks: %.1f %%)", k, raw, wire, 100 * codebook / wire
+            )
         return state
 
     def _prepare(self, _: Any) -> tuple[Sequence[ModuleState], Placement]:
@@ -186,7 +191,7 @@ class _Run:
             self.throughput.count(self.step - before)
             self.window.add(report)
             if self.step > before and (self.step % log_every == 0 or self.step == self.experiment.total_steps):
-                self._write(self.window.close() | self._pace() | self.engine.gauges(state))
+                self._write(self.window.close() | self._pace() | self.engine.traffic().gauges() | self.engine.gauges(state))
                 if state.flight is not None:
                     self.writer.write_turns(self.step, state.flight.recent(), state.flight.unit)
             if self.engine.continuous and self.step < until:
@@ -292,11 +297,13 @@ class _Run:
             wire_bytes_per_image=list(traffic.wire),
             raw_bytes_per_image=list(traffic.raw),
             wire="measured" if traffic.measured else "simulated",
+            codebook_share=[c / w for c, w in zip(traffic.codebook, traffic.wire)],
             codec_error=[self.latest.get(f"train/module_{k}/codec_error", 0.0) for k in hops],
             wall_seconds=round(self.wall_before + time.monotonic() - self.began, 3),
             dataset=self.experiment.info.name,
             versions={name: version(name) for name in _VERSIONS},
             staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in recipe.modules] if asynchronous else None,
+            ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in recipe.modules] if asynchronous else None,
             reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in recipe.modules] if asynchronous else None,
         )
 

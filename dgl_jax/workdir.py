@@ -12,6 +12,8 @@ from typing import Any
 from dgl_jax.errors import UserError
 from dgl_jax.settings import Settings, differences, make_settings
 
+_ASYNCHRONOUS = ("staleness", "reuse", "ring_bytes")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -28,16 +30,18 @@ class Summary:
     wire_bytes_per_image: list[float]
     raw_bytes_per_image: list[float]
     wire: str
+    codebook_share: list[float]  # of the bytes on the wire
     codec_error: list[float]
     wall_seconds: float
     dataset: str
     versions: dict[str, str]
     staleness: list[float] | None = None  # asynchronous engines: mean age of the packets read, in updates of their producer
     reuse: list[float] | None = None  # and reads a packet, one entry a module
+    ring_bytes: list[int] | None = None  # held by the ring at each module's entrance, codebooks included
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ("staleness", "reuse")}
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in _ASYNCHRONOUS}
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from dgl_jax.engines import EngineState, pipeline
 from dgl_jax.engines.engine import updates_of
 from dgl_jax.metrics import Window
 from dgl_jax.packet import Batch
+from dgl_jax.settings import CodecSettings
 
 STEPS = 4
+VQ = CodecSettings("vq", codes=8, dims=2, codebook_every=3)
 ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}
 
 
@@ -59,8 +61,11 @@ def fused(tiny):
         ((), {}),  # all modules on one device
         (ONE_EACH[3], {"dtype": "bfloat16"}),
         (ONE_EACH[2], {"modules": 2, "augment": "crop_flip", "codec": "bf16"}),
+        (ONE_EACH[3], {"codec": VQ}),
+        ((), {"codec": VQ}),
+        (ONE_EACH[3], {"codec": CodecSettings("int8", dims=2)}),
     ],
-    ids=["two", "three", "one device", "bfloat16", "augmented, coded"],
+    ids=["two", "three", "one device", "bfloat16", "augmented, bf16", "vq", "vq, one device", "int8"],
 )
 def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
     states, reports = tiny.run(tiny.engine("pipeline", groups, **recipe), STEPS)

@@ -38,8 +38,9 @@ class Traffic:
     def gauges(self) -> dict[str, float]:
         """As metrics of the modules that send."""
         found = {}
-        for k, (wire, codebook) in enumerate(zip(self.wire, self.codebook, strict=True)):
+        for k, (raw, wire, codebook) in enumerate(zip(self.raw, self.wire, self.codebook, strict=True)):
             found[f"wire/module_{k}/bytes_per_image"] = wire
+            found[f"wire/module_{k}/compression"] = raw / wire
             found[f"wire/module_{k}/codebook_share"] = codebook / wire
         return found
 
