@@ -127,7 +127,7 @@ class CodecSettings:
     codes: int = _number(256, 1, 65536)  # of vq: entries of a group's codebook
     start: str = _choice("kmeans++", "sample")  # of vq: from the first batch
     rule: str = _choice("ema", "minibatch")  # of vq: a moving average, or mini-batch k-means
-    decay: float = _number(0.95, 0.0, 1.0)  # of vq: of the moving averages
+    decay: float = _number(0.9, 0.0, 1.0)  # of vq: of the moving averages
     smoothing: float = _number(1e-5, 0.0, 1.0)  # of vq: added to each count, in units of the mean
     restart: float = _number(0.01, 0.0, 1.0)  # of vq: an entry used less than this share of the mean begins anew; 0: never
     samples: int = _number(8, 0, _MANY)  # of vq: vectors a code that an update looks at; 0: all of the batch

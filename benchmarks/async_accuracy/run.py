@@ -6,8 +6,7 @@ Every row makes the same number of updates a module. A row that is finished is n
 `--part=0/2` and `--part=1/2` share the rows between two processes, and a last call with --write puts the table together.
 """
 
-import json
-import shutil
+import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,14 +15,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
+import small_runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from dgl_jax.settings import default_config
-from dgl_jax.train import train_and_evaluate
-
-SLOWED = 3  # the fourth of six modules, as in the authors' published example
-MODULES = 6
+from small_runs import SLOWED
 
 
 class Row(NamedTuple):
@@ -56,33 +51,12 @@ ROWS = (
 )
 
 
-def config_of(row: Row, args: Any) -> Any:
-    """The network and heads of the authors' asynchronous experiments, narrowed, on a subset of the images."""
-    config = default_config()
-    config.seed = row.seed
-    config.data.name, config.data.dir = "cifar10", args.data_dir
-    config.data.augment = "crop_flip"
-    config.data.train_examples = args.images
-    config.model.name, config.model.width, config.model.modules = "cnn6_replay", args.width, MODULES
-    config.model.head = "mlp"
-    config.schedule.name = "cosine"
-    config.train.epochs = args.epochs
-    config.eval.every = 0
-    config.checkpoint.every = 5 * (args.images // config.data.batch_size)
-    config.checkpoint.keep = 1
-    config.engine.name = "simulated" if row.slowdown else "fused"
+def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """The row's summary."""
+    config = small_runs.config(args, row.seed)
     if row.slowdown:
-        config.engine.slowdown = tuple(row.slowdown if k == SLOWED else 1.0 for k in range(MODULES))
-        config.replay.size, config.replay.rule = row.packets, row.rule
-    return config
-
-
-def train(row: Row, args: Any) -> dict[str, Any]:
-    """The row's summary; its checkpoints, which hold the rings, go once it is finished."""
-    workdir = Path(args.workdir) / row.name.replace(", ", "-").replace(" ", "_")
-    summary = train_and_evaluate(config_of(row, args), workdir).to_dict()
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    return summary
+        small_runs.slow(config, row.slowdown, row.packets, row.rule)
+    return small_runs.train(config, row.name, args)
 
 
 def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,17 +110,10 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     flags = harness.parser(__doc__)
-    flags.add_argument("--data_dir", default="", help="a prepared TFDS directory")
-    flags.add_argument("--images", type=int, default=10_000)
-    flags.add_argument("--width", type=int, default=16)
-    flags.add_argument("--epochs", type=float, default=15.0)
-    flags.add_argument("--part", default="0/1", help="I/N: every N-th row, beginning with the I-th")
-    flags.add_argument("--workdir", default="runs/async_accuracy")
+    small_runs.add_flags(flags, "runs/async_accuracy")
     args = flags.parse_args()
     part, parts = map(int, args.part.split("/"))
     found = {row: train(row, args) for row in ROWS[part::parts]}
-    for row, summary in found.items():
-        print(row.name, round(100 * summary["modules"][-1]["test_accuracy"], 2), flush=True)
     if parts > 1:
         return
     entries = summarise(found)
@@ -159,7 +126,7 @@ def main() -> None:
         ],
     )
     chosen = {key: getattr(args, key) for key in ("images", "width", "epochs")}
-    runs = {row.name: json.loads(json.dumps(summary)) for row, summary in found.items()}
+    runs = {row.name: summary for row, summary in found.items()}
     harness.finish(__file__, {"settings": chosen, "rows": entries, "runs": runs}, args.write)
     if args.write:
         picture(entries, Path(__file__).with_name("accuracy.png"))

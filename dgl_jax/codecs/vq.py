@@ -95,7 +95,7 @@ def update(
     key: Array,
     x: Float[Array, "..."],
     rule: str = "ema",
-    decay: float = 0.95,
+    decay: float = 0.9,
     smoothing: float = 1e-5,
     restart: float = 0.01,
     samples: int = 8,
@@ -156,7 +156,7 @@ class Vq:
     every: int = 0
     start: str = "kmeans++"
     rule: str = "ema"
-    decay: float = 0.95
+    decay: float = 0.9
     smoothing: float = 1e-5
     restart: float = 0.01
     samples: int = 8

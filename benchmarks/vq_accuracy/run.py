@@ -1,0 +1,147 @@
+"""Test accuracy under the codecs, synchronous and asynchronous, beside activations handed on as they are.
+
+python benchmarks/vq_accuracy/run.py --data_dir=PATH [--part=0/2] [--write]
+
+Network, images and budget are those of `benchmarks/async_accuracy`, whose result.json gives the rows without a codec. A row that is
+finished is not run again: `--part=0/2` and `--part=1/2` share the rows between two processes, and a last call with --write puts the
+table together.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+import small_runs
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BASE = Path(__file__).parents[1] / "async_accuracy" / "result.json"
+GOAL = 0.5  # points that vq at 32x may lose
+# Rows of the other table that are this one's without a codec, by their names there.
+WITHOUT = {False: "fused, seed {}", True: "S 1.2, M 50, least_used_latest, seed {}"}
+
+
+class Row(NamedTuple):
+    codec: str
+    dims: int
+    asynchronous: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        size = f" D {self.dims}" if self.codec == "vq" else ""
+        return f"{self.codec}{size}, {'asynchronous' if self.asynchronous else 'synchronous'}, seed {self.seed}"
+
+
+ROWS = (
+    Row("vq", 8, False, 0),
+    Row("vq", 4, False, 0),
+    Row("vq", 16, False, 0),
+    Row("vq", 8, True, 0),
+    Row("vq", 2, False, 0),
+    Row("int8", 8, False, 0),
+    Row("vq", 8, False, 1),
+    Row("vq", 8, False, 2),
+    Row("bf16", 8, False, 0),
+    Row("vq", 8, True, 1),
+    Row("vq", 8, True, 2),
+)
+
+
+def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """The row's summary."""
+    config = small_runs.config(args, row.seed)
+    config.codec.name, config.codec.dims = row.codec, row.dims
+    if row.asynchronous:
+        small_runs.slow(config, 1.2, 50)
+    return small_runs.train(config, row.name, args)
+
+
+def without(settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
+    """The rows without a codec, from the other table."""
+    other = json.loads(BASE.read_text())
+    if other["settings"] != settings:
+        raise SystemExit(f"{BASE}: was made with {other['settings']}, these rows with {settings}")
+    rows = [Row("identity", 1, asynchronous, seed) for asynchronous in (False, True) for seed in range(3)]
+    return {row: other["runs"][WITHOUT[row.asynchronous].format(row.seed)] for row in rows}
+
+
+def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each setting, over its seeds."""
+    result = []
+    for setting in sorted({row[:3] for row in found}, key=lambda s: (s[2], ["identity", "bf16", "int8", "vq"].index(s[0]), s[1])):
+        runs = {row.seed: summary for row, summary in found.items() if row[:3] == setting}
+        last = {seed: 100 * run["modules"][-1]["test_accuracy"] for seed, run in runs.items()}
+        base = {seed: 100 * found[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"] for seed in runs}
+        wire, raw = (sum(runs[0][f"{kind}_bytes_per_image"]) for kind in ("wire", "raw"))
+        entry: dict[str, Any] = {"codec": setting[0], "dims": setting[1], "asynchronous": setting[2], "seeds": len(runs)}
+        entry |= {"test_accuracy": [round(x, 2) for x in last.values()], "mean": round(statistics.mean(last.values()), 2)}
+        entry["loss_of_points"] = [round(base[seed] - last[seed], 2) for seed in runs]
+        entry["mean_loss_of_points"] = round(statistics.mean(base[seed] - last[seed] for seed in runs), 2)
+        entry |= {"compression": round(raw / wire, 2), "codec_error": [round(e, 4) for e in runs[0]["codec_error"]]}
+        result.append(entry | {"ring_bytes": runs[0].get("ring_bytes")})
+    return result
+
+
+def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against compression."""
+    figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for asynchronous, color, word in ((False, "#0072b2", "synchronous"), (True, "#d55e00", "asynchronous, S = 1.2, M = 50")):
+        of_kind = [e for e in entries if e["asynchronous"] == asynchronous]
+        plain = next(e for e in of_kind if e["codec"] == "identity")
+        axes.axhspan(min(plain["test_accuracy"]), max(plain["test_accuracy"]), color=color, alpha=0.12, linewidth=0)
+        axes.axhline(plain["mean"], color=color, linewidth=1.0, linestyle="--")
+        line = sorted((e for e in of_kind if e["codec"] == "vq"), key=lambda e: e["compression"])
+        axes.plot([e["compression"] for e in line], [e["mean"] for e in line], "o-", color=color, label=f"vq, {word}")
+        for e in of_kind:
+            axes.plot([e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
+            if e["codec"] in ("bf16", "int8"):
+                axes.plot(e["compression"], e["mean"], "s", color=color)
+                axes.annotate(e["codec"], (e["compression"], e["mean"]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+    axes.set_xlabel("compression of all hops together, labels, ids and codebooks included")
+    axes.set_ylabel("test accuracy of the last module, %")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    flags = harness.parser(__doc__)
+    small_runs.add_flags(flags, "runs/vq_accuracy")
+    args = flags.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    found = {row: train(row, args) for row in ROWS[part::parts]}
+    if parts > 1:
+        return
+    settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
+    entries = summarise(without(settings) | found)
+    harness.table(
+        ["codec", "D", "training", "compression", "test accuracy, %", "loss, points", "seeds"],
+        [
+            [
+                *(e["codec"], e["dims"] if e["codec"] == "vq" else "", "asynchronous" if e["asynchronous"] else "synchronous"),
+                *(e["compression"], e["mean"], e["mean_loss_of_points"], e["seeds"]),
+            ]
+            for e in entries
+        ],
+    )
+    runs = {row.name: summary for row, summary in found.items()}
+    harness.finish(__file__, {"settings": settings, "goal_points_at_32x": GOAL, "rows": entries, "runs": runs}, args.write)
+    if args.write:
+        picture(entries, Path(__file__).with_name("accuracy.png"))
+
+
+if __name__ == "__main__":
+    main()
