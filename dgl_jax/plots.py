@@ -1,5 +1,6 @@
 """From metrics.jsonl to pictures."""
 
+import itertools
 import json
 import math
 import os
@@ -155,7 +156,8 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
         share = [counts[name][start] / sum(counts[name].values()) for start in starts]
         places = np.arange(len(starts)) - 0.42 + width * (n + 0.5)
         axes.bar(places, share, 0.9 * width, color=colors[name], label=name.replace("_", " "))
-    labels = [f"{a}" if b <= a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in zip(starts, [*starts[1:], 2 * starts[-1] or 1])]
+    labels = [f"{a}" if b == a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in itertools.pairwise(starts)]
+    labels.append(f"{starts[-1]}+" if starts[-1] > 1 else f"{starts[-1]}")  # up to the size of the ring
     axes.set_xticks(range(len(starts)), labels)
     axes.set_xlabel("age of a packet when it was read, in packets of its producer", fontsize=11)
     axes.set_ylabel("share of reads", fontsize=11)
