@@ -55,7 +55,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(batch_norm(y, train, dtype=self.dtype))
         y = batch_norm(_conv(y, self.features, dtype=self.dtype), train, dtype=self.dtype)
         if self.padded:
-            return nn.relu(y + _padded(x, y.shape[-1], self.stride).astype(y.dtype))
+            return nn.relu(y + _padded(x, y.shape[-1], self.stride))
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
 
 
@@ -90,7 +90,7 @@ def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> 
     )
 
 
-def resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
+def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
     """For ImageNet.
 
     Args:
@@ -102,7 +102,7 @@ def resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Networ
 
 
 def resnet18_cifar(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """`resnet(18, ...)` for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
+    """ResNet-18 for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
     blocks = (_small_stem(width, dtype), *_stages(BasicBlock, _BASIC[18], width, dtype))
     return Network(blocks, LinearHead(num_classes, dtype=dtype))
 

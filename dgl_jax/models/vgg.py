@@ -33,7 +33,7 @@ class VGGClassifier(nn.Module):
         return linear(x, self.num_classes, kernel_init=_NORMAL, dtype="float32")
 
 
-def vgg(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
+def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
     """A block a convolution; a pooling belongs to the block behind it, the last one to the classifier.
 
     Args:
