@@ -1,6 +1,6 @@
 """ResNet-152 on ImageNet (ILSVRC 2012) in two modules of 26 and 25 blocks (Belilovsky et al. 2020, Table 3).
 
-python launch.py --config=configs/imagenet_resnet152.py --workdir=runs/imagenet_resnet152
+python launch.py --config=configs/imagenet_resnet152.py --workdir=runs/resnet152
 
 The first module is the stem and 3 + 8 + 14 bottlenecks; its head reads 1024 channels at 14x14. It averages them to 4x4, a
 quarter rounded up, as the paper has it; the released code took the map for 7x7 and averaged to 2x2.

@@ -1,7 +1,7 @@
 """VGG-13 on ImageNet (ILSVRC 2012), trained by layer (K = 10) or in four modules (Belilovsky et al. 2020, Table 3).
 
-python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/imagenet_vgg13
-python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/imagenet_vgg13_k4 --config.model.modules=4 --config.model.split=0,3,6,9
+python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/vgg13
+python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/vgg13_k4 --config.model.modules=4 --config.model.split=0,3,6,9
 
 Hardware: one accelerator, or one a module with --config.engine.name=pipeline. Time: not run here.
 

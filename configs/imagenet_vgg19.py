@@ -1,7 +1,7 @@
 """VGG-19 on ImageNet (ILSVRC 2012) in four or two modules of as many convolutions each (Belilovsky et al. 2020, Table 3).
 
-python launch.py --config=configs/imagenet_vgg19.py --workdir=runs/imagenet_vgg19
-python launch.py --config=configs/imagenet_vgg19.py --workdir=runs/imagenet_vgg19_k2 --config.model.modules=2 --config.model.split=0,8
+python launch.py --config=configs/imagenet_vgg19.py --workdir=runs/vgg19
+python launch.py --config=configs/imagenet_vgg19.py --workdir=runs/vgg19_k2 --config.model.modules=2 --config.model.split=0,8
 
 Hardware: one accelerator, or one a module with --config.engine.name=pipeline. Time: not run here.
 
