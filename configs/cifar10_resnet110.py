@@ -8,9 +8,9 @@ Hardware: one accelerator, or one a module with --config.engine.name=pipeline. T
 
 Published, test accuracy of the last module:
 
-    DGL, K = 2           93.5 +- 0.1 % over three runs [note-A]; re-run by others 93.74 % [peer repo]
-    backprop             93.53 % [note-A]
-    delayed gradients    93.41 % [recalled, unverified]
+    DGL, K = 2           93.5 +- 0.1 % over three runs; re-run by others 93.74 %
+    backprop             93.53 %
+    delayed gradients    93.41 % (unconfirmed)
 
 A tenth of the training images is held out; the published runs trained on all of them (--config.data.validation_fraction=0).
 """

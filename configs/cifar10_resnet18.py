@@ -6,8 +6,8 @@ Hardware: one accelerator, or one a module with --config.engine.name=pipeline. T
 
 Published by others, who ran DGL beside their own method (300 epochs, batch 128, learning rate 0.1), test accuracy:
 
-    DGL, K = 2    94.79 % [peer repo]
-    backprop      95.13 % [peer repo]
+    DGL, K = 2    94.79 %
+    backprop      95.13 %
 
 The epochs at which the rate falls and the weight decay are those of ResNet-110 beside this file, not theirs. A tenth of the
 training images is held out; --config.data.validation_fraction=0 trains on all of them.

@@ -10,8 +10,8 @@ benchmarks/memory.
 
 Published, top-1 (top-5) accuracy of the last module on the 50,000 validation images, which are the `test` split here:
 
-    K = 2       74.5 % [note-A, note-B] (92.0 % [note-B])
-    backprop    74.4 % (92.1 %) [note-B]
+    K = 2       74.5 % (92.0 %)
+    backprop    74.4 % (92.1 %)
 
 A hundredth of the training images is held out to follow the run; the published runs trained on all of them
 (--config.data.validation_fraction=0), with float16 arithmetic (here float32; --config.model.dtype=bfloat16 is the nearest).

@@ -7,9 +7,9 @@ Hardware: one accelerator, or one a module with --config.engine.name=pipeline. T
 
 Published, top-1 (top-5) accuracy of the last module on the 50,000 validation images, which are the `test` split here:
 
-    K = 10      64.4 % [note-A] (85.8 % [recalled, unverified])
-    K = 4       67.8 % (88.0 %) [note-B]
-    backprop    66.6 % (87.5 %) [note-B]
+    K = 10      64.4 % (85.8 %, unconfirmed)
+    K = 4       67.8 % (88.0 %)
+    backprop    66.6 % (87.5 %)
 
 A hundredth of the training images is held out to follow the run; the published runs trained on all of them
 (--config.data.validation_fraction=0), with float16 arithmetic (here float32; --config.model.dtype=bfloat16 is the nearest).

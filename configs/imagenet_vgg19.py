@@ -7,9 +7,9 @@ Hardware: one accelerator, or one a module with --config.engine.name=pipeline. T
 
 Published, top-1 (top-5) accuracy of the last module on the 50,000 validation images, which are the `test` split here:
 
-    K = 4       69.2 % [note-A, note-B] (89.0 % [note-B])
-    K = 2       70.8 % (90.2 %) [recalled, unverified]
-    backprop    69.7 % (89.7 %) [note-B]
+    K = 4       69.2 % (89.0 %)
+    K = 2       70.8 % (90.2 %), unconfirmed
+    backprop    69.7 % (89.7 %)
 
 A hundredth of the training images is held out to follow the run; the published runs trained on all of them
 (--config.data.validation_fraction=0), with float16 arithmetic (here float32; --config.model.dtype=bfloat16 is the nearest).
