@@ -27,6 +27,8 @@ FREE_ON_RESUME = (
     "eval.*",
     "log.*",
     "data.dir",
+    "data.manual_dir",
+    "data.workers",
     "engine.group_sizes",
     "engine.ticks_in_flight",
     "engine.restart_workers",
@@ -53,11 +55,13 @@ class DataSettings:
 
     name: str = _choice("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder", "synthetic")
     dir: str = ""
+    manual_dir: str = ""  # archives fetched by hand; empty: <dir>/downloads/manual
+    workers: int = _number(0, 0, 1024)  # processes that decode images of sets too large for memory; 0: threads of this one
     batch_size: int = _number(128, 2, _MANY)  # of one image batch norm has no variance
     validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
     train_examples: int = _number(0, 0, _MANY)  # stratified subset of the training images; 0: all of them
     augment: str = _choice("none", "crop_flip", "inception_crop")
-    image_size: int = _number(0, 0, 4096)  # pixels a side after resizing; 0: as stored
+    image_size: int = _number(0, 0, 4096)  # pixels a side after resizing; 0: as stored, of ImageNet 224
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 

@@ -187,11 +187,29 @@ def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
     assert {r["id"] for r in stock} == {b"train_%05d" % i for i in range(30)}
 
 
-def test_wrong_checksum(tmp_path):
-    write_archive("cifar10", tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz")
-    with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz.*wrong checksum"):
+def test_an_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
+    archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+    write_archive("cifar10", archive)
+    with pytest.raises(UserError, match=rf"{archive} has {archive.stat().st_size} bytes and the archive 170052171"):
+        load(DataSettings(name="cifar10", dir=str(tmp_path)))
+    expect("cifar10", archive, monkeypatch)
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{archive} has the wrong checksum \(sha256 [0-9a-f]{{64}}, not"):
         load(DataSettings(name="cifar10", dir=str(tmp_path)))
     assert not list(tmp_path.glob("cifar10/*/dataset_info.json"))
+
+
+def test_archives_may_lie_elsewhere(tmp_path, monkeypatch):
+    archive = tmp_path / "elsewhere" / "cifar-10-binary.tar.gz"
+    write_archive("cifar10", archive)
+    expect("cifar10", archive, monkeypatch)
+    monkeypatch.setattr(tfds_sets, "reachable", no_network)
+    data = load(DataSettings(name="cifar10", manual_dir=str(tmp_path / "elsewhere")))
+    assert len(data.train.labels) == 30
+    with pytest.raises(UserError, match=r"config.data.manual_dir=.*nowhere: no such directory"):
+        load(DataSettings(name="cifar10", manual_dir=str(tmp_path / "nowhere")))
 
 
 def test_no_network_is_said_at_once(cache_directory, monkeypatch):

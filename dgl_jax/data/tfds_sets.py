@@ -1,12 +1,12 @@
-"""CIFAR-10, CIFAR-100 and the digits through TensorFlow Datasets, kept as ArrayRecord; TensorFlow is never needed.
+"""Published sets through TensorFlow Datasets, kept as ArrayRecord; TensorFlow is never needed.
 
-A set is looked for in `config.data.dir` (default: the project's cache) and prepared there once: from an archive that
-lies in `<dir>/downloads/manual/`, else by downloading it. TFDS checks the archive's checksum in both cases.
+A set is looked for in `config.data.dir` (default: the project's cache) and prepared there once: from archives that lie
+in `config.data.manual_dir` (default: `<dir>/downloads/manual/`), else by downloading them. Checksums are compared in
+both cases.
 """
 
 import contextlib
 import fcntl
-import functools
 import io
 import json
 import socket
@@ -16,90 +16,60 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
 
 from dgl_jax.data import cache
+from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import DataSet, Examples
 from dgl_jax.errors import UserError
 from dgl_jax.settings import DataSettings
 
-_TFDS_NAMES = {"digits": "optical_digits"}
+# By TFDS's name, with the variant behind a slash; the others are called the same here and there.
+_TFDS_NAMES = {"digits": "optical_digits", "imagenet": "imagenet2012", "imagenette": "imagenette/320px-v2"}
 _PATIENCE = 3.0  # seconds in which a server must answer
 
 
 def load(settings: DataSettings) -> DataSet:
-    """Reads a set, after preparing it where that has not been done.
+    """Reads a whole set into memory, after preparing it where that has not been done.
 
     Raises:
-      UserError: `config.data.dir` is missing or cannot be written, was written by TFDS in another file format, or the
+      UserError: see `prepared`.
+    """
+    return _read(settings, prepared(settings))
+
+
+def prepared(settings: DataSettings) -> Path:
+    """The directory of a set, after preparing it where that has not been done.
+
+    Raises:
+      UserError: `config.data.dir` is missing or cannot be written, was written by TFDS in another file format, or an
         archive is neither there nor can be had, or is not what TFDS expects.
     """
     root = Path(settings.dir).expanduser() if settings.dir else cache.cache_dir() / "tfds"
+    manual = Path(settings.manual_dir).expanduser() if settings.manual_dir else root / "downloads" / "manual"
     if settings.dir and not root.is_dir():
         raise UserError(
             f"config.data.dir={settings.dir}: no such directory; create it, or leave config.data.dir empty "
             f"for {cache.cache_dir() / 'tfds'}"
         )
+    if settings.manual_dir and not manual.is_dir():
+        raise UserError(
+            f"config.data.manual_dir={settings.manual_dir}: no such directory; it holds archives as they were published"
+        )
     name = _TFDS_NAMES.get(settings.name, settings.name)
     directory = _prepared(root, name)
     if directory is None:
-        _check_archive(root, name)  # first of all: nothing is left in a directory that cannot be used
+        _check_archives(root, manual, name)  # first of all: nothing is left in a directory that cannot be used
         with _locked(root, name):
             directory = _prepared(root, name)  # another process may just have done it
             if directory is None:
-                _prepare(root, name)
+                _prepare(root, manual, name)
                 directory = _prepared(root, name)
                 assert directory is not None
-    return _read(settings, directory)
-
-
-@functools.cache
-def builder_class(name: str) -> type:
-    """TFDS's builder of a set, made to read the archive with Python's tarfile where the stock one needs TensorFlow.
-
-    The data set it writes is the stock one: same name, version, features, keys and order.
-    """
-    import tensorflow_datasets as tfds
-
-    if name == "optical_digits":
-        from dgl_jax.data.digits import OpticalDigits
-
-        return OpticalDigits
-    stock: Any = tfds.builder_cls(name)
-
-    class FromArchive(stock, skip_registration=True):  # type: ignore[call-arg]
-        url_infos = stock.url_infos  # TFDS would look for a file of checksums beside this one
-
-        def _split_generators(self, dl_manager):
-            info, path = self._cifar_info, dl_manager.download(self._cifar_info.url)
-            with tarfile.open(path) as archive:
-                files = {
-                    file: archive.extractfile(info.prefix + file).read()  # type: ignore[union-attr]
-                    for file in [*info.label_files, *info.train_files, *info.test_files]
-                }
-            for key, file in zip(info.label_keys, info.label_files, strict=True):
-                self.info.features[key].names = files[file].decode().split()
-            return {
-                "train": self._generate_examples("train_", [files[file] for file in info.train_files]),
-                "test": self._generate_examples("test_", [files[file] for file in info.test_files]),
-            }
-
-        def _generate_examples(self, split_prefix, contents):
-            from dgl_jax.data.digits import png
-
-            keys = self._cifar_info.label_keys
-            rows = np.concatenate([np.frombuffer(c, np.uint8).reshape(-1, len(keys) + 3072) for c in contents])
-            for index, row in enumerate(rows):
-                image = np.ascontiguousarray(row[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0))
-                labels = dict(zip(keys, row.tolist(), strict=False))
-                yield index, {"id": f"{split_prefix}{index:05d}", "image": png(image), **labels}
-
-    FromArchive.name = name
-    return FromArchive
+    return directory
 
 
 def reachable(url: str) -> bool:
@@ -146,7 +116,7 @@ def _locked(root: Path, name: str) -> Iterator[None]:
     """One process at a time prepares a set."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f".{name}.lock").open("w")
+        lock = (root / f".{name.replace('/', '.')}.lock").open("w")
     except OSError as error:
         raise UserError(
             f"{root} does not hold {name} and cannot be written ({error.strerror}): "
@@ -157,34 +127,49 @@ def _locked(root: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _check_archive(root: Path, name: str) -> None:
-    downloads = root / "downloads"
-    for url, info in (builder_class(name).url_infos or {}).items():  # type: ignore[attr-defined]
-        earlier = downloads.glob(f"{name}/*{info.filename.split('.')[0]}*.tar.gz")  # as TFDS names its downloads
-        present = (downloads / "manual" / info.filename).exists() or any(earlier)
-        if not present and not reachable(url):
+def _check_archives(root: Path, manual: Path, name: str) -> None:
+    """Raises UserError where an archive is missing and cannot be downloaded, or is not the published one."""
+    needed = archives(name)
+    missing = [archive for archive in needed if not (manual / archive.filename).is_file()]
+    instead = (
+        "or set config.data.manual_dir to the directory that holds it, or config.data.dir to one in which TFDS has prepared "
+        "the set as array_record, or read your own images with config.data.name=folder"
+    )
+    on_request = [archive.filename for archive in missing if archive.on_request]
+    if on_request:
+        raise UserError(
+            f"{name} is not in {root}, and its archives must be asked for: put {' and '.join(on_request)} "
+            f"(from https://image-net.org/download-images, after registering) into {manual}/, {instead}"
+        )
+    for archive in missing:
+        stem, suffix = archive.filename.split(".", 1)
+        earlier = (root / "downloads").glob(f"{name.partition('/')[0]}/*{stem}*.{suffix}")  # as TFDS names its downloads
+        if not any(earlier) and not reachable(archive.url):
             raise UserError(
-                f"{name} is not in {root}, and {urllib.parse.urlsplit(url).hostname} cannot be reached: put "
-                f"{info.filename} (from {url}) into {downloads / 'manual'}/, or set config.data.dir to a directory "
-                "in which TFDS has prepared the set as array_record, or read your own images with "
-                "config.data.name=folder"
+                f"{name} is not in {root}, and {urllib.parse.urlsplit(archive.url).hostname} cannot be reached: put "
+                f"{archive.filename} (from {archive.url}) into {manual}/, {instead}"
             )
+    for archive in needed:
+        if archive not in missing:
+            logging.info("comparing the checksum of %s", archive.filename)
+            archive.verify(manual / archive.filename)
 
 
-def _prepare(root: Path, name: str) -> None:
+def _prepare(root: Path, manual: Path, name: str) -> None:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     logging.info("preparing %s in %s, once", name, root)
     # No look at Google's storage for a prepared copy: those are TFRECORD.
-    config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=root / "downloads" / "manual")
+    config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=manual)
+    variant = name.partition("/")[2]
     try:
         with _quiet():
-            builder = builder_class(name)(data_dir=root, file_format="array_record")
+            builder = builder_class(name)(data_dir=root, file_format="array_record", **({"config": variant} if variant else {}))
             builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
     except NonMatchingChecksumError as error:
         raise UserError(f"{name}: {error}") from None
-    except (OSError, tfds.download.DownloadError) as error:
+    except (OSError, tfds.download.DownloadError, tarfile.TarError) as error:
         raise UserError(f"{name} could not be prepared in {root}: {error}") from error
 
 
