@@ -157,12 +157,9 @@ def test_free_fields_are_fields():
 @pytest.mark.parametrize("name", field_names())
 def test_what_a_resumed_run_may_change(name):
     found = differences(Settings().to_dict(), changed(name))
-    free = (
-        name.startswith(
-            ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
-        )
-        or name == "data.dir"
-    )
+    free = name.startswith(
+        ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
+    ) or name in ("data.dir", "data.manual_dir", "data.workers")
     if free:
         assert found == []
     elif name in ("data.mean", "data.std"):

@@ -2,26 +2,42 @@
 
 from collections.abc import Callable
 
-from dgl_jax.data import folder, synthetic, tfds_sets
+from dgl_jax.data import folder, records, synthetic, tfds_sets
 from dgl_jax.data.augment import Preprocess, augment_key
+from dgl_jax.data.records import RecordSet, RecordSource
 from dgl_jax.data.source import ArraySource, DataSet, Shard, Source
 from dgl_jax.errors import UserError
 from dgl_jax.settings import DataSettings, nearest
 
-__all__ = ["ArraySource", "DataSet", "Preprocess", "Shard", "Source", "augment_key", "make_preprocess", "make_source"]
+__all__ = [
+    "ArraySource",
+    "DataSet",
+    "Preprocess",
+    "RecordSource",
+    "Shard",
+    "Source",
+    "augment_key",
+    "make_preprocess",
+    "make_source",
+]
 
-# A new set is one function from settings to a DataSet, and one line here.
-SETS: dict[str, Callable[[DataSettings], DataSet]] = {
+# A new set is one function from settings to a DataSet (in memory) or a RecordSet (decoded as needed), and one line here.
+SETS: dict[str, Callable[[DataSettings], DataSet | RecordSet]] = {
     "digits": tfds_sets.load,
     "cifar10": tfds_sets.load,
     "cifar100": tfds_sets.load,
+    "imagenet": records.load,
+    "imagenette": records.load,
     "folder": folder.load,
     "synthetic": synthetic.load,
 }
 # Mean and standard deviation as published work uses them; those of other sets are computed from the training images.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": _IMAGENET,
+    "imagenette": _IMAGENET,
 }
 
 
@@ -33,9 +49,16 @@ def make_source(settings: DataSettings, seed: int) -> Source:
     """
     if settings.name not in SETS:
         raise UserError(f"config.data.name={settings.name!r}: no such name; {nearest(settings.name, SETS)}")
+    data = SETS[settings.name](settings)
+    if settings.augment == "inception_crop" and isinstance(data, DataSet):
+        raise UserError(
+            f"config.data.augment=inception_crop: cuts photographs that are larger than the images trained on, and {data.name} "
+            "is kept in memory at one size; use crop_flip or none"
+        )
     mean, std = STATISTICS.get(settings.name, ((), ()))
-    return ArraySource(
-        SETS[settings.name](settings),
+    make = ArraySource if isinstance(data, DataSet) else RecordSource
+    return make(
+        data,  # type: ignore[arg-type]
         batch_size=settings.batch_size,
         seed=seed,
         validation_fraction=settings.validation_fraction,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from dgl_jax.data.digits import png
 from dgl_jax.errors import UserError
 
 
@@ -98,7 +98,7 @@ class _Cifar:
         }
 
     def _generate_examples(self, split_prefix, contents):
-        import numpy as np
+        from dgl_jax.data.digits import png
 
         keys = self._cifar_info.label_keys  # type: ignore[attr-defined]
         rows = np.concatenate([np.frombuffer(c, np.uint8).reshape(-1, len(keys) + 3072) for c in contents])

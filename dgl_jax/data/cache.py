@@ -19,7 +19,7 @@ LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less i
 
 
 def cache_dir() -> Path:
-    """Where the project keeps what it can make again: prepared data sets (`tfds/`) and decoded images (`decoded/`)."""
+    """Where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels."""
     return Path("~/.cache/dgl_jax").expanduser()
 
 
@@ -34,11 +34,7 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
     Returns:
       Arrays that may be mapped from a file, read-only.
     """
-    digest = hashlib.sha256(repr((_VERSION, *key)).encode())
-    for file in files:
-        stat = file.stat()
-        digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
-    entry = cache_dir() / "decoded" / digest.hexdigest()[:32]
+    entry = cache_dir() / "decoded" / _digest(key, files)
     try:
         # asarray drops the memmap class and keeps the mapping.
         images = np.asarray(np.load(entry / "images.npy", mmap_mode="r"))
@@ -52,6 +48,32 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
         except OSError as error:
             _LOG.warning("decoded images are not kept for the next run: %s", error)
     return examples
+
+
+def labels(key: Iterable[object], files: Iterable[Path], read: Callable[[], np.ndarray]) -> np.ndarray:
+    """The labels of a split: from the cache, or read and kept for the next time; see `decoded` for the arguments."""
+    entry = cache_dir() / "labels" / f"{_digest(key, files)}.npy"
+    try:
+        return np.load(entry)
+    except (OSError, ValueError, EOFError):
+        pass
+    found = read()
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".npy", delete=False) as scratch:
+            _save(Path(scratch.name), found)
+        os.replace(scratch.name, entry)
+    except OSError as error:
+        _LOG.warning("labels are not kept for the next run: %s", error)
+    return found
+
+
+def _digest(key: Iterable[object], files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(repr((_VERSION, *key)).encode())
+    for file in files:
+        stat = file.stat()
+        digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()[:32]
 
 
 def _write(entry: Path, examples: Examples) -> None:

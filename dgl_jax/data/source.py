@@ -1,8 +1,7 @@
-"""What a source of batches is, and the one kind there is: a data set in memory (or mapped into it)."""
+"""What a source of batches is, which examples a batch holds, and the source of a data set in memory (or mapped into it)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Int, UInt8
 from dgl_jax.errors import UserError
 from dgl_jax.packet import PADDING, Batch, Targets
 
-_VALIDATION, _SUBSET, _EPOCH = range(3)  # which random stream of the seed
+VALIDATION, SUBSET, EPOCH, CROP = range(4)  # which random stream of the seed
 SPLITS = ("train", "validation", "test")
 
 
@@ -87,13 +86,86 @@ class Source(Protocol):
         """Every example of a split once, in the order of the ids; label and id PADDING fill the last batch up."""
 
 
-class ArraySource:
-    """A data set held in arrays, with validation images held out of the training split.
+class Order:
+    """Which examples each batch holds: a function of the seed.
 
     Of each class the same share is held out (to a whole image), chosen by the seed; `train_examples` then keeps a
     stratified part of what is left. An example's id is its index in the split as stored, so validation ids are indices
     into the training split.
+
+    Attributes:
+      splits: the ids of each of `SPLITS`, in increasing order.
     """
+
+    def __init__(
+        self,
+        name: str,
+        train: int,
+        test: int,
+        labels: Callable[[], Int[np.ndarray, "N"]],
+        *,
+        batch_size: int,
+        seed: int,
+        validation_fraction: float = 0.0,
+        train_examples: int = 0,
+    ):
+        """Splits.
+
+        Args:
+          name: what to call the data set in an error message.
+          train, test: examples stored.
+          labels: those of the training examples; called only where something has to be stratified.
+
+        Raises:
+          UserError: the training images are fewer than `train_examples` or than a batch.
+        """
+        held_out = np.array([], np.int64)
+        if validation_fraction:
+            held_out = stratified(labels(), max(1, round(train * validation_fraction)), random_bits(seed, VALIDATION))
+        kept = np.setdiff1d(np.arange(train), held_out)
+        if train_examples > len(kept):
+            raise UserError(
+                f"config.data.train_examples={train_examples}: {name} has {len(kept)} training images "
+                "besides the validation images; 0 takes them all"
+            )
+        if train_examples:
+            kept = kept[stratified(labels()[kept], train_examples, random_bits(seed, SUBSET))]
+        if batch_size > len(kept):
+            raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training images; at most that")
+        self.splits = {"train": kept, "validation": held_out, "test": np.arange(test)}
+        self.steps_per_epoch = len(kept) // batch_size
+        self.batch_size = batch_size
+        self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def training(self, step: int) -> Int[np.ndarray, "B"]:
+        """Ids of a training batch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._of_epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _of_epoch(self, epoch: int) -> Int[np.ndarray, "N"]:
+        # An epoch's order costs milliseconds and serves all its steps; the last one is kept besides, for readers on both
+        # sides of an epoch's end.
+        if (order := self._orders.get(epoch)) is None:
+            kept = self.splits["train"]
+            order = kept[np.argsort(random_bits(self._seed, EPOCH, epoch).random_raw(len(kept)), kind="stable")]
+            self._orders = dict([*self._orders.items(), (epoch, order)][-2:])
+        return order
+
+    def split(self, split: str) -> Int[np.ndarray, "N"]:
+        """Ids of a split."""
+        if split not in self.splits:
+            raise ValueError(f"split {split!r}: there are {', '.join(SPLITS)}")
+        return self.splits[split]
+
+    def evaluation(self, split: str) -> list[Int[np.ndarray, "n"]]:
+        """Ids of each batch of an evaluation; the last batch may have fewer."""
+        ids = self.split(split)
+        return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+
+
+class ArraySource:
+    """A data set held in arrays, with validation images held out of the training split as `Order` says."""
 
     def __init__(
         self,
@@ -109,48 +181,30 @@ class ArraySource:
         """Splits; `mean` and `std` empty: those of the images trained on.
 
         Raises:
-          UserError: the training images are fewer than `train_examples` or than a batch, or a mean does not fit the
-            channels.
+          UserError: see `Order`; or a mean does not fit the channels.
         """
-        every = np.arange(len(data.train.labels))
-        held_out = np.array([], np.int64)
-        if validation_fraction:
-            held_out = stratified(data.train.labels, max(1, round(len(every) * validation_fraction)), _random(seed, _VALIDATION))
-        kept = np.setdiff1d(every, held_out)
-        if train_examples > len(kept):
-            raise UserError(
-                f"config.data.train_examples={train_examples}: {data.name} has {len(kept)} training images "
-                "besides the validation images; 0 takes them all"
-            )
-        if train_examples:
-            kept = kept[stratified(data.train.labels[kept], train_examples, _random(seed, _SUBSET))]
-        if batch_size > len(kept):
-            raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training images; at most that")
-
+        self._order = Order(
+            data.name,
+            len(data.train.labels),
+            len(data.test.labels),
+            lambda: data.train.labels,
+            batch_size=batch_size,
+            seed=seed,
+            validation_fraction=validation_fraction,
+            train_examples=train_examples,
+        )
         self.name = data.name
         self.class_names = data.class_names
         self.num_classes = len(data.class_names)
         height, width, channels = data.train.images.shape[1:]
         self.image_shape = (height, width, channels)
-        self.steps_per_epoch = len(kept) // batch_size
-        self._batch_size = batch_size
-        self._splits = {
-            "train": (data.train, kept),
-            "validation": (data.train, held_out),
-            "test": (data.test, np.arange(len(data.test.labels))),
-        }
-        for field, values in (("mean", mean), ("std", std)):
-            if values and len(values) != channels:
-                raise UserError(f"config.data.{field}={values}: one value a channel is needed, and {data.name} has {channels}")
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self._stored = {"train": data.train, "validation": data.train, "test": data.test}
+        check_channels(data.name, channels, mean, std)
         if not (mean and std):
-            found = channel_statistics(data.train.images, kept)
+            found = channel_statistics(data.train.images, self._order.splits["train"])
             mean, std = mean or found[0], std or found[1]
         self.mean, self.std = mean, std
-        # An epoch's order costs milliseconds and serves all its steps; two of them, for readers on both sides of an
-        # epoch's end.
-        self._order = lru_cache(maxsize=2)(
-            lambda epoch: kept[np.argsort(_random(seed, _EPOCH, epoch).random_raw(len(kept)), kind="stable")]
-        )
 
     def batch(self, step: int, shard: Shard = Shard()) -> Batch:
         """See `Source.batch`.
@@ -158,9 +212,8 @@ class ArraySource:
         Returns:
           A batch of arrays of its own: nobody else writes to them.
         """
-        epoch, place = divmod(int(step), self.steps_per_epoch)
-        ids = self._order(epoch)[place * self._batch_size : (place + 1) * self._batch_size]
-        return _gather(self._splits["train"][0], ids[shard.slice(self._batch_size)], step)
+        ids = self._order.training(int(step))
+        return _gather(self._stored["train"], ids[shard.slice(self._order.batch_size)], step)
 
     def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
         """See `Source.batches`. No thread reads ahead: a batch of small images takes 0.1 ms to make."""
@@ -171,19 +224,20 @@ class ArraySource:
 
     def examples(self, split: str) -> int:
         """See `Source.examples`."""
-        return len(self._split(split)[1])
+        return len(self._order.split(split))
 
     def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
         """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""
-        stored, ids = self._split(split)
-        part = shard.slice(self._batch_size)
-        for step, start in enumerate(range(0, len(ids), self._batch_size)):
-            yield _gather(stored, ids[start : start + self._batch_size][part], step, part.stop - part.start)
+        part = shard.slice(self._order.batch_size)
+        for step, ids in enumerate(self._order.evaluation(split)):
+            yield _gather(self._stored[split], ids[part], step, part.stop - part.start)
 
-    def _split(self, split: str) -> tuple[Examples, Int[np.ndarray, "N"]]:
-        if split not in self._splits:
-            raise ValueError(f"split {split!r}: there are {', '.join(SPLITS)}")
-        return self._splits[split]
+
+def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raises UserError where a mean or standard deviation is given and has not one value a channel."""
+    for field, values in (("mean", mean), ("std", std)):
+        if values and len(values) != channels:
+            raise UserError(f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}")
 
 
 def stratified(labels: Int[np.ndarray, "N"], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, "count"]:
@@ -221,17 +275,27 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
 
 
-def _random(seed: int, *stream: int) -> np.random.BitGenerator:
-    # Raw bits and a stable sort instead of Generator.permutation: NumPy promises the bits for good, a permutation only
-    # until the next release, and a run must be able to resume after an upgrade.
+def random_bits(seed: int, *stream: int) -> np.random.BitGenerator:
+    """One of the seed's streams of random bits.
+
+    Raw bits and a stable sort instead of Generator.permutation: NumPy promises the bits for good, a permutation only
+    until the next release, and a run must be able to resume after an upgrade.
+    """
     return np.random.Philox(np.random.SeedSequence([seed, *stream]))
 
 
-def _gather(stored: Examples, ids: Int[np.ndarray, "n"], step: int, size: int = 0) -> Batch:
-    images, labels, numbers = stored.images[ids], stored.labels[ids].astype(np.int32), ids.astype(np.int32)
+def padded(
+    images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"], ids: Int[np.ndarray, "n"], step: int, size: int = 0
+) -> Batch:
+    """A batch of at least `size` examples: black images whose label and id are PADDING come last."""
+    labels, ids = labels.astype(np.int32), ids.astype(np.int32)
     missing = max(0, size - len(ids))
     if missing:
         images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
         labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
-        numbers = np.concatenate([numbers, np.full(missing, PADDING, np.int32)])
-    return Batch(images, Targets(labels, numbers), np.asarray(step, np.int32))
+        ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
+    return Batch(images, Targets(labels, ids), np.asarray(step, np.int32))
+
+
+def _gather(stored: Examples, ids: Int[np.ndarray, "n"], step: int, size: int = 0) -> Batch:
+    return padded(stored.images[ids], stored.labels[ids], ids, step, size)

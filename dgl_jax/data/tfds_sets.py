@@ -7,6 +7,7 @@ both cases.
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import socket
@@ -14,8 +15,9 @@ import tarfile
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -173,32 +175,70 @@ def _prepare(root: Path, manual: Path, name: str) -> None:
         raise UserError(f"{name} could not be prepared in {root}: {error}") from error
 
 
-def _read(settings: DataSettings, directory: Path) -> DataSet:
+class Records:
+    """One split of a prepared set, encoded, by index. May be pickled: it is opened where it is first read."""
+
+    def __init__(self, directory: Path, split: str):
+        self.directory, self.split = directory, split
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "split": self.split}
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def read(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """`image` (bytes as published), `label` and what else the set has, of each id."""
+        return self._opened.__getitems__(list(ids))
+
+    def describe(self, index: int) -> str:
+        """What to call an image in an error message."""
+        (record,) = self.read([index])
+        name = f" ({record['file_name'].decode()})" if "file_name" in record else ""
+        return f"{self.directory}: {self.split} image {index}{name}"
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Those that hold the split."""
+        return [Path(path) for path in open_set(self.directory).info.splits[self.split].filepaths]
+
+    @functools.cached_property
+    def _opened(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = open_set(self.directory)
+        with _quiet():
+            return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def open_set(directory: Path) -> Any:
+    """TFDS's builder of a prepared set."""
     import tensorflow_datasets as tfds
 
     with _quiet():
-        builder = tfds.builder_from_directory(directory)
-    class_names = tuple(builder.info.features["label"].names)
-    channels = builder.info.features["image"].shape[-1]
+        return tfds.builder_from_directory(directory)
+
+
+def _read(settings: DataSettings, directory: Path) -> DataSet:
+    features = open_set(directory).info.features
 
     def split(name: str) -> Examples:
+        stored = Records(directory, name)
+
         def decode() -> Examples:
-            with _quiet():
-                records = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
-            records = records.__getitems__(list(range(len(records))))
+            records = stored.read(range(len(stored)))
             images = decode_images(
                 len(records),
                 lambda i: records[i]["image"],
-                channels=channels,
+                channels=features["image"].shape[-1],
                 image_size=settings.image_size,
-                describe=lambda i: f"{directory}: {name} image {i}",
+                describe=stored.describe,
             )
             return Examples(images, np.array([record["label"] for record in records], np.int32))
 
-        files = [Path(path) for path in builder.info.splits[name].filepaths]
-        return cache.decoded((settings.name, directory.name, name, settings.image_size), files, decode)
+        return cache.decoded((settings.name, directory.name, name, settings.image_size), stored.files, decode)
 
-    return DataSet(settings.name, class_names, split("train"), split("test"))
+    return DataSet(settings.name, tuple(features["label"].names), split("train"), split("test"))
 
 
 @contextlib.contextmanager
