@@ -40,6 +40,13 @@ def test_the_loop_tells_a_broken_crop_flip(broken):
     assert np.abs(np.asarray(CROP_FLIP.train(key, x)) - oracle(key, x, **broken)).max() > 1e-3
 
 
+def test_of_images_cut_already_half_are_mirrored():
+    key, x = augment_key(0, 7), images()
+    found = np.asarray(Preprocess("inception_crop", MEAN, STD).train(key, x))
+    np.testing.assert_allclose(found, oracle(key, x, padding=0), atol=2e-6)
+    assert np.abs(found - oracle(key, x, padding=0, flip=False)).max() > 1e-3
+
+
 def test_offsets_and_flips_take_every_value():
     offsets, flips = draw_crop_flip(augment_key(0, 0), 4096, 4)
     counts = np.stack([np.bincount(offsets[:, axis], minlength=9) for axis in range(2)])

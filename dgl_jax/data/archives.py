@@ -43,7 +43,8 @@ class Archive:
 
 def archives(name: str) -> list[Archive]:
     """What the set called `name` or `name/config` is prepared from; empty where nothing is needed."""
-    builder, config = builder_class(name), name.partition("/")[2]
+    name, _, config = name.partition("/")
+    builder = builder_class(name)
     on_request = bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
     found = []
     for url, info in (builder.url_infos or {}).items():
@@ -55,10 +56,9 @@ def archives(name: str) -> list[Archive]:
 
 @functools.cache
 def builder_class(name: str) -> Any:
-    """The builder of the set called `name` or `name/config`."""
+    """The builder of a set."""
     import tensorflow_datasets as tfds
 
-    name = name.partition("/")[0]
     if name == "optical_digits":
         from dgl_jax.data.digits import OpticalDigits
 

@@ -39,7 +39,7 @@ class Preprocess:
 
     Fields:
       augment: `none`, or `crop_flip`: `padding` black pixels all round, a random crop of the first size, mirrored half
-        the time.
+        the time; or `inception_crop`, whose crop the source has made: mirrored half the time.
       mean, std: of each channel, of pixel values scaled to 0 ... 1.
       padding: pixels.
     """
@@ -53,6 +53,9 @@ class Preprocess:
         """Augments a batch, then normalises it (float32). An image's draws depend on the key and its place."""
         if self.augment == "crop_flip":
             images = _crop_flip(*draw_crop_flip(key, images.shape[0], self.padding), self.padding, jnp.asarray(images))
+        elif self.augment == "inception_crop":
+            _, flips = draw_crop_flip(key, images.shape[0], 0)
+            images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
         return self.evaluate(images)
 
     def evaluate(self, images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -1,5 +1,6 @@
 """Sets too large for memory (ImageNet, Imagenette): images are decoded when a batch needs them, by Grain's workers."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -194,6 +195,9 @@ class RecordSource:
                 yield jax.tree.map(np.array, batch) if workers else batch
         finally:
             iterator.close()
+            del iterator
+            if workers:
+                gc.collect()  # Grain's iterators are cycles, and hold shared memory
 
 
 @dataclass(frozen=True)

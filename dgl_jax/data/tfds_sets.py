@@ -164,7 +164,7 @@ def _prepare(root: Path, manual: Path, name: str) -> None:
     logging.info("preparing %s in %s, once", name, root)
     # No look at Google's storage for a prepared copy: those are TFRECORD.
     config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=manual)
-    variant = name.partition("/")[2]
+    name, _, variant = name.partition("/")
     try:
         with _quiet():
             builder = builder_class(name)(data_dir=root, file_format="array_record", **({"config": variant} if variant else {}))
