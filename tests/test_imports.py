@@ -62,6 +62,7 @@ LIBRARIES = {
     "tensorflow_datasets": "data",
     "grain": "data",
     "cv2": "data",
+    "simplejpeg": "data",
     "rich": "writers",
     "matplotlib": "plots",
     "safetensors": "export",

@@ -159,9 +159,9 @@ class _Imagenette:
     def _generate_examples(self, path, directory):
         with tarfile.open(path, "r|*") as archive:
             for name, image in _files(archive):
-                *_, of_split, label, file = PurePosixPath(name).parts
-                if of_split == directory and file.endswith(".JPEG"):
-                    yield file, {"image": image, "label": label}
+                match PurePosixPath(name).parts:
+                    case (_, of_split, label, file) if of_split == directory and file.endswith(".JPEG"):
+                        yield file, {"image": image, "label": label}
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:

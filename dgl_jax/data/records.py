@@ -165,17 +165,19 @@ class RecordSource:
         draws: Float[np.ndarray, "n attempts 4"] | None = None,
     ) -> Batch:
         side = self._data.image_size
-        records = stored.read(ids.tolist())
         images: UInt8[np.ndarray, "n S S 3"] = np.empty((len(ids), side, side, 3), np.uint8)
-        for place, record in enumerate(records):
+        found = np.empty(len(ids), np.int32)
+        for place, index in enumerate(ids.tolist()):
+            (record,) = stored.read([index])  # one at a time takes half the processor time: it is still in the cache
+            found[place] = record["label"]
             try:
                 if draws is None:
                     images[place] = centre_crop(record["image"], side)
                 else:
                     images[place] = random_crop(record["image"], draws[place], side)
             except UNREADABLE as error:
-                raise UserError(f"{stored.describe(int(ids[place]))}: not an image that can be read ({error})") from None
-        return padded(images, np.array([record["label"] for record in records], np.int32), ids, step, size)
+                raise UserError(f"{stored.describe(index)}: not an image that can be read ({error})") from None
+        return padded(images, found, ids, step, size)
 
     def _ahead(self, batches: "_Training | _Evaluation") -> Iterator[Batch]:
         """The batches in order, made ahead of time: whole ones by turns, in threads or processes."""

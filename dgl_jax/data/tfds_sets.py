@@ -189,7 +189,7 @@ class Records:
 
     def read(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """`image` (bytes as published), `label` and what else the set has, of each id."""
-        return self._opened.__getitems__(list(ids))
+        return [self._opened[index] for index in ids] if len(ids) == 1 else self._opened.__getitems__(list(ids))
 
     def describe(self, index: int) -> str:
         """What to call an image in an error message."""
