@@ -130,22 +130,22 @@ def test_what_was_in_the_archives_is_in_the_set(imagenet):
     assert len(names) == 1000
     stored = Records(directory, "train")
     found = stored.read(range(len(stored)))
-    assert {r["file_name"].decode() for r in found} == set(train)
+    assert {r.file_name for r in found} == set(train)
     assert len(found) == len(train) == 40
     for record in found:
-        number, label = train[record["file_name"].decode()]
-        assert names[record["label"]] == label
-        with Image.open(io.BytesIO(record["image"])) as image:
+        number, label = train[record.file_name]
+        assert names[record.label] == label
+        with Image.open(io.BytesIO(record.image)) as image:
             assert (image.format, image.mode) == ("JPEG", "RGB")
             assert numbers(np.asarray(image)[None]) == number
         if number not in (0, 20):
-            assert record["image"] == photo(number)
+            assert record.image == photo(number)
     # The labels of validation images are TFDS's list, in the order of the names.
     import tensorflow_datasets as tfds
 
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     stored = Records(directory, "validation")
-    found = {r["file_name"].decode(): names[r["label"]] for r in stored.read(range(len(stored)))}
+    found = {r.file_name: names[r.label] for r in stored.read(range(len(stored)))}
     assert found == {name: labels[number] for name, number in validation.items()}
     assert "tensorflow" not in sys.modules
 
@@ -155,7 +155,7 @@ def test_stock_tfds_reads_it(imagenet):
 
     stock = tfds.data_source("imagenet2012", split="train", data_dir=imagenet[0], download=False)
     ours = Records(imagenet[0] / "imagenet2012" / "5.1.0", "train").read(range(40))
-    assert [(r["file_name"], r["label"]) for r in stock] == [(r["file_name"], r["label"]) for r in ours]
+    assert [(r["file_name"].decode(), r["label"]) for r in stock] == [(r.file_name, r.label) for r in ours]
 
 
 def test_imagenette(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_every_image_is_seen_exactly_once_an_epoch(imagenet):
     assert isinstance(source, Source)
     assert isinstance(source, RecordSource)
     assert source.steps_per_epoch == 5
-    number_of = {r["file_name"].decode(): n for n, r in enumerate(source._data.train.read(range(40)))}
+    number_of = {r.file_name: n for n, r in enumerate(source._data.train.read(range(40)))}
     number_of = {number_of[name]: number for name, (number, _) in imagenet[1].items()}  # id -> photograph
     orders = []
     for epoch in range(2):
@@ -306,7 +306,7 @@ def damaged(tmp_path_factory):
 
 def test_worker_processes_make_the_same_batches_and_name_a_damaged_image(damaged):
     source = source_of(damaged)
-    bad = next(i for i, r in enumerate(source._data.train.read(range(40))) if r["file_name"] == b"n01739381_7.JPEG")
+    bad = next(i for i, r in enumerate(source._data.train.read(range(40))) if r.file_name == "n01739381_7.JPEG")
     message = rf"imagenet2012/5.1.0: train image {bad} \(n01739381_7.JPEG\): not an image that can be read \(.*truncated"
     step = next(step for step in range(5) if bad in source._order.training(step))
     with pytest.raises(UserError, match=message):

@@ -81,8 +81,8 @@ def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -
     path = str(root / "train.tfrecord")
     with tf.io.TFRecordWriter(path) as writer:
         for record in stored.read(range(len(stored))):
-            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[record["image"]]))
-            label = tf.train.Feature(int64_list=tf.train.Int64List(value=[record["label"]]))
+            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[record.image]))
+            label = tf.train.Feature(int64_list=tf.train.Int64List(value=[record.label]))
             writer.write(tf.train.Example(features=tf.train.Features(feature={"image": image, "label": label})).SerializeToString())
 
     def cut(serialized: Any) -> Any:

@@ -168,13 +168,13 @@ class RecordSource:
         images: UInt8[np.ndarray, "n S S 3"] = np.empty((len(ids), side, side, 3), np.uint8)
         found = np.empty(len(ids), np.int32)
         for place, index in enumerate(ids.tolist()):
-            (record,) = stored.read([index])  # one at a time takes half the processor time: it is still in the cache
-            found[place] = record["label"]
+            (record,) = stored.read([index])
+            found[place] = record.label
             try:
                 if draws is None:
-                    images[place] = centre_crop(record["image"], side)
+                    images[place] = centre_crop(record.image, side)
                 else:
-                    images[place] = random_crop(record["image"], draws[place], side)
+                    images[place] = random_crop(record.image, draws[place], side)
             except UNREADABLE as error:
                 raise UserError(f"{stored.describe(index)}: not an image that can be read ({error})") from None
         return padded(images, found, ids, step, size)
@@ -238,6 +238,6 @@ def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, "N"]:
     def read() -> Int[np.ndarray, "N"]:
         _LOG.info("reading the labels of %d images in %s, once", len(records), records.directory)
         parts = (records.read(range(start, min(start + at_once, len(records)))) for start in range(0, len(records), at_once))
-        return np.array([record["label"] for part in parts for record in part], np.int32)
+        return np.array([record.label for part in parts for record in part], np.int32)
 
     return cache.labels((records.directory.name, records.split), map(Path, records.files), read)
