@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from dgl_jax.data import PHOTOGRAPHS
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.folder import SUFFIXES
 from dgl_jax.errors import UserError
@@ -52,7 +53,7 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
         raise UserError(f"--output={output}: must end in .csv or .jsonl")
     files = find_images(patterns)
     trained = load_trained(Path(workdir), checkpoint)
-    images = _read(files, trained.info.image_shape)
+    images = _read(files, trained.info.image_shape, trained.info.name in PHOTOGRAPHS)
     names = trained.info.class_names
     rows = []
     for file, last, together in zip(files, *predict_probabilities(trained, images)):
@@ -102,10 +103,12 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _read(files: Sequence[Path], shape: tuple[int, int, int]) -> UInt8[np.ndarray, "N H W C"]:
+def _read(files: Sequence[Path], shape: tuple[int, int, int], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
     height, width, channels = shape
     size = height if height == width else 0  # networks of unequal sides take images of just that size
-    images = decode_images(len(files), lambda i: files[i], channels=channels, image_size=size, describe=lambda i: str(files[i]))
+    images = decode_images(
+        len(files), lambda i: files[i], channels=channels, image_size=size, centre=centre, describe=lambda i: str(files[i])
+    )
     if images.shape[1:] != shape:
         raise UserError(f"{files[0]}: the network takes images of {width}x{height} pixels, this has another size")
     return images

@@ -40,7 +40,7 @@ def shrunk(path):
     size = config.data.image_size or SIZES[config.data.name]
     config.data.image_size = 32 if size >= 128 else max(8, size // 4)
     config.data.name = "synthetic"
-    if config.data.augment == "inception_crop":  # happens where pictures are decoded, and made-up ones are not
+    if config.data.augment == "inception_crop":  # needs images larger than those trained on
         config.data.augment = "crop_flip"
     config.data.batch_size = 8
     config.data.mean, config.data.std = (), ()

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dgl_jax.data import ArraySource, DataSet, Shard, cache, folder, make_preprocess, make_source, synthetic
+from dgl_jax.data.crops import centre_crop
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import Examples, channel_statistics, stratified
 from dgl_jax.errors import UserError
@@ -408,6 +409,16 @@ def test_a_photograph_is_turned():
     np.testing.assert_allclose(image[8:].astype(int), 0, atol=4)
     upright = decoded_image(encoded(pixels, "JPEG", quality=95))
     assert upright.shape == (8, 16, 3)
+
+
+def test_the_middle_of_a_photograph():
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    for width, height in ((96, 64), (64, 128)):
+        data = encoded(np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)), "JPEG", quality=95)
+        middle = decoded_image(data, image_size=28, centre=True).astype(int)
+        # Not to the pixel: this one averages when it makes smaller.
+        assert np.abs(middle - centre_crop(data, 28)).mean() < 4
+        assert np.abs(decoded_image(data, image_size=28) - middle).mean() > 10
 
 
 def test_damaged_exif_leaves_the_image_as_stored():

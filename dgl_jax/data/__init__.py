@@ -31,6 +31,8 @@ SETS: dict[str, Callable[[DataSettings], DataSet | RecordSet]] = {
     "folder": folder.load,
     "synthetic": synthetic.load,
 }
+# Sets whose images are cut from photographs of any proportions: of these a network sees the middle.
+PHOTOGRAPHS = tuple(name for name, load in SETS.items() if load is records.load)
 # Mean and standard deviation as published work uses them; those of other sets are computed from the training images.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

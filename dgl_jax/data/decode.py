@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from dgl_jax.data.crops import MARGIN
 from dgl_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -25,6 +26,7 @@ def decode_images(
     *,
     channels: int,
     image_size: int = 0,
+    centre: bool = False,
     describe: Callable[[int], str],
 ) -> UInt8[np.ndarray, "N H W C"]:
     """Decodes images with Pillow, in threads (which pay: Pillow lets go of the interpreter lock while it decodes).
@@ -35,6 +37,7 @@ def decode_images(
       channels: 1 (grey) or 3 (RGB); images of another kind are converted, 16 bits a pixel scaled to 8. Images are turned as
         their EXIF orientation says.
       image_size: pixels a side to resize to (bilinear, with antialiasing); 0: as stored.
+      centre: keep the proportions and take the middle, as `crops.centre_crop` does, instead of the whole image.
       describe: what to call an image in an error message.
 
     Raises:
@@ -48,7 +51,10 @@ def decode_images(
                 image = _converted(opened, _MODES[channels])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{describe(index)}: not an image that can be read ({error})") from None
-        if image_size and image.size != (image_size, image_size):
+        if image_size and centre:
+            edge = (1 - 1 / MARGIN) / 2
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR, bleed=edge)
+        elif image_size and image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, channels)
 
