@@ -14,6 +14,7 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
     "errors",
+    "balance",
     "settings",
     "packet",
     "data",
@@ -45,12 +46,13 @@ ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings")
 ONLY = {
     "settings": {"errors"},
     "packet": set(),
-    "models": {"errors"},
+    "balance": set(),
+    "models": {"balance", "errors"},
     "losses": {"packet"},
     "module": set(),
     "step": {"losses", "module", "packet"},
     "codecs": {"errors", "settings"},
-    "placement": {"errors", "packet"},
+    "placement": {"balance", "errors", "packet"},
     "replay": {"errors", "packet"},
     "engines": {"codecs", "data", "errors", "module", "packet", "placement", "replay", "settings", "step"},
     "writers": {"errors"},
