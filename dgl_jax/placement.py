@@ -43,6 +43,10 @@ class Placement:
         """How many devices are used."""
         return len({device for group in self.groups for device in group.devices.flat})
 
+    def sizes(self) -> list[int]:
+        """How many devices each module has."""
+        return [group.size for group in self.groups]
+
     def put_batch(self, batch: Batch, module: int) -> Batch:
         """Host to the devices of a module: examples split, the step number everywhere."""
         split: Any = self.split(module)
@@ -105,13 +109,13 @@ def layout(count: int, modules: int, group_sizes: Sequence[int] = (), costs: Seq
     return [range(end - size, end) for end, size in zip(ends, sizes)]
 
 
-def check_batch(batch_size: int, placement: Placement) -> None:
-    """Raises UserError where a device group does not divide the batch."""
-    for k, group in enumerate(placement.groups):
-        if batch_size % group.size:
-            works = batch_size + group.size - batch_size % group.size
+def check_batch(batch_size: int, sizes: Sequence[int]) -> None:
+    """Raises UserError where a device group does not divide the batch; `sizes`: devices of each module."""
+    for k, size in enumerate(sizes):
+        if batch_size % size:
+            works = batch_size + size - batch_size % size
             raise UserError(
-                f"config.data.batch_size={batch_size}: the {group.size} devices of module_{k} do not divide it; "
+                f"config.data.batch_size={batch_size}: the {size} devices of module_{k} do not divide it; "
                 f"{works} would do, or another config.engine.group_sizes"
             )
 

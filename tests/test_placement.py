@@ -117,7 +117,8 @@ def test_put_batch_splits_examples(devices):
 
 
 def test_check_batch(devices):
-    placement = assign(devices, 2, (1, 3))
-    check_batch(9, placement)
+    sizes = assign(devices, 2, (1, 3)).sizes()
+    assert sizes == [1, 3]
+    check_batch(9, sizes)
     with pytest.raises(UserError, match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do"):
-        check_batch(8, placement)
+        check_batch(8, sizes)

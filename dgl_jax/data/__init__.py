@@ -8,7 +8,7 @@ from dgl_jax.data.source import ArraySource, DataSet, Shard, Source
 from dgl_jax.errors import UserError
 from dgl_jax.settings import DataSettings, nearest
 
-__all__ = ["ArraySource", "DataSet", "Preprocess", "Shard", "Source", "augment_key", "make_preprocess", "make_source"]
+__all__ = ["SHAPES", "ArraySource", "DataSet", "Preprocess", "Shard", "Source", "augment_key", "make_preprocess", "make_source"]
 
 # A new set is one function from settings to a DataSet, and one line here.
 SETS: dict[str, Callable[[DataSettings], DataSet]] = {
@@ -17,6 +17,13 @@ SETS: dict[str, Callable[[DataSettings], DataSet]] = {
     "cifar100": tfds_sets.load,
     "folder": folder.load,
     "synthetic": synthetic.load,
+}
+# Of sets that are known before they are read: pixels a side, channels, classes.
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "digits": (8, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "synthetic": (32, 3, 10),
 }
 # Mean and standard deviation as published work uses them; those of other sets are computed from the training images.
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
