@@ -93,19 +93,11 @@ def plan(
     if cores is None and not stated and device.platform == "cpu":
         cores = len(os.sched_getaffinity(0))
     recipe = make_recipe(settings, info, first_blocks=choose_cuts(settings, info, lambda: times.seconds))
-    starts, sizes = [module.first for module in recipe.modules], settings.engine.group_sizes
-    count = devices or sum(sizes) or len(starts)
+    starts = [module.first for module in recipe.modules]
     ends = [*starts[1:], len(every.modules)]
     seconds, processor = ([of.module(first, end) for first, end in zip(starts, ends)] for of in times)
-    groups = layout(count, len(starts), sizes, seconds)
-    check_batch(recipe.batch_size, list(map(len, groups)))
-    pipeline = Pipeline(
-        tuple(Work(group[0], s / len(group), cores=len(group) * used / s) for group, s, used in zip(groups, seconds, processor)),
-        recipe.batch_size,
-        bandwidth or math.inf,
-        cores or math.inf,
-        settings.engine.ticks_in_flight,
-    )
+    pipeline, groups = make_pipeline(settings, seconds, processor, devices, bandwidth, cores)
+    count = devices or groups[-1][-1] + 1
     codecs = _codecs(pipeline, recipe, settings)
     wire = recipe.traffic().wire
     rate, busy, spans = pipeline.steady(wire)
@@ -134,6 +126,28 @@ def plan(
         "block_milliseconds": {name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()},
     }
     return found, pipeline.spans(wire, len(starts) + _DRAWN)
+
+
+def make_pipeline(
+    settings: Settings,
+    seconds: Sequence[float],
+    processor: Sequence[float],
+    devices: int | None = None,
+    bandwidth: float | None = None,
+    cores: float | None = None,
+) -> tuple["Pipeline", list[range]]:
+    """The pipeline of modules, and who has which devices.
+
+    Args:
+      seconds, processor: of each module's turn on one device, by the wall and of the host's processors.
+      devices, bandwidth, cores: see `plan`.
+    """
+    modules, sizes = len(seconds), settings.engine.group_sizes
+    groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
+    check_batch(settings.data.batch_size, list(map(len, groups)))
+    works = [Work(g[0], s / len(g), cores=len(g) * used / s) for g, s, used in zip(groups, seconds, processor)]
+    limits = bandwidth or math.inf, cores or math.inf
+    return Pipeline(tuple(works), settings.data.batch_size, *limits, settings.engine.ticks_in_flight), groups
 
 
 @dataclass(frozen=True)
