@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dgl_jax import settings, writers
+from dgl_jax import settings, workdir, writers
 from dgl_jax.errors import UserError, reported, where
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
@@ -85,7 +85,7 @@ def _parse(argv: list[str]) -> list[str]:
             if override := re.match(r"--?config\.([^=]+)", argument):
                 settings.check_name(override[1])
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS(workdir.with_own_config(argv))
             if _CONFIG.value is not None:
                 _CONFIG.value.data  # noqa: B018 (a file that could not be read says so at the first look inside)
         except flags.Error as error:

@@ -1,5 +1,6 @@
 """From metrics.jsonl to pictures."""
 
+import itertools
 import json
 import math
 import os
@@ -164,7 +165,8 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
         share = [counts[name][start] / sum(counts[name].values()) for start in starts]
         places = np.arange(len(starts)) - 0.42 + width * (n + 0.5)
         axes.bar(places, share, 0.9 * width, color=colors[name], label=name.replace("_", " "))
-    labels = [f"{a}" if b <= a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in zip(starts, [*starts[1:], 2 * starts[-1] or 1])]
+    labels = [f"{a}" if b == a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in itertools.pairwise(starts)]
+    labels.append(f"{starts[-1]}+" if starts[-1] > 1 else f"{starts[-1]}")  # up to the size of the ring
     axes.set_xticks(range(len(starts)), labels)
     axes.set_xlabel("age of a packet when it was read, in packets of its producer", fontsize=11)
     axes.set_ylabel("share of reads", fontsize=11)
@@ -177,7 +179,7 @@ def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "")
     """Of each hop: rate on the wire against reconstruction error, from the first record (pale) to the last."""
     figure, axes = _bare(title, subtitle, 4.4)
     names = _heads(records, r"train/(module_\d+)/codec_error")
-    colors, drawn = _colors(names), False
+    colors, shown = _colors(names), []
     for name in names:
         keys = (f"wire/{name}/compression", f"train/{name}/codec_error")
         points = [tuple(map(float, (record[key] for key in keys))) for record in records if all(record.get(key) for key in keys)]
@@ -185,16 +187,18 @@ def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "")
             rates, errors = zip(*((32.0 / compression, error) for compression, error in points))
             axes.plot(rates, errors, ".", color=colors[name], alpha=0.25)
             axes.plot(rates[-1], errors[-1], "o", color=colors[name], markersize=8, label=f"after {name.replace('_', ' ')}")
-            drawn = True
-    if not drawn:
+            shown += points
+    if not shown:
         return None
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(bottom=0.0)
+    axes.set_xticks(ticks := [2.0**n for n in range(-4, 6)], [f"{tick:g}" for tick in ticks])
+    found = [32.0 / compression for compression, _ in shown]
+    axes.set_xlim(min(found) / 2.5, max(found) * 2.5)  # at least one tick
+    axes.set_ylim(0.0, 1.1 * max(error for _, error in shown))
     axes.set_xlabel("bits a value on the wire (of 32), labels, ids and codebooks included", fontsize=11)
     axes.set_ylabel("relative reconstruction error", fontsize=11)
     axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=10)
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

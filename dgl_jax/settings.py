@@ -51,12 +51,12 @@ def _number(default: float, minimum: float, maximum: float, *, exclusive: bool =
 class DataSettings:
     """Where the images come from. `dir` empty: the project's own cache; `mean` and `std` empty: the data set's published ones."""
 
-    name: str = _choice("digits", "cifar10", "cifar100", "folder", "synthetic")
+    name: str = _choice("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder", "synthetic")
     dir: str = ""
     batch_size: int = _number(128, 2, _MANY)  # of one image batch norm has no variance
     validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
     train_examples: int = _number(0, 0, _MANY)  # stratified subset of the training images; 0: all of them
-    augment: str = _choice("none", "crop_flip")
+    augment: str = _choice("none", "crop_flip", "inception_crop")
     image_size: int = _number(0, 0, 4096)  # pixels a side after resizing; 0: as stored
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -64,7 +64,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    name: str = _choice("cnn4", "cnn6", "cnn6_replay")
+    name: str = _choice(
+        *("cnn4", "cnn6", "cnn6_replay"),
+        *("vgg11", "vgg13", "vgg16", "vgg19"),
+        *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),  # of CIFAR
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_cifar"),
+    )
     width: int = _number(64, 1, 65536)  # channels of the first block
     modules: int = _number(4, 1, 4096)
     split: str = "count"  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"

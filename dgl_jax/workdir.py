@@ -3,11 +3,14 @@
 import dataclasses
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from dgl_jax.errors import UserError
 from dgl_jax.settings import Settings, differences, make_settings
@@ -42,6 +45,27 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in _ASYNCHRONOUS}
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/workdir.py:runs/digits`."""
+    return ConfigDict(dataclasses.asdict(make_settings(json.loads((Path(workdir) / "config.json").read_text()))))
+
+
+def with_own_config(argv: list[str]) -> list[str]:
+    """Command lines that override fields and name the workdir of a run, but no configuration: they mean that run's.
+
+    Raises:
+      UserError: there is no such run.
+    """
+    override = next((argument for argument in argv if re.match(r"--?config\.", argument)), None)
+    if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        return argv
+    flag = re.compile(r"--?workdir=(.+)")
+    workdir = next((match[1] for argument in argv if (match := flag.match(argument))), None)
+    if workdir is None or not (Path(workdir) / "config.json").is_file():
+        raise UserError(f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run that has one")
+    return [argv[0], f"--config={__file__}:{workdir}", *argv[1:]]
 
 
 @contextmanager

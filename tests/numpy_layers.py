@@ -16,6 +16,13 @@ def max_pool(x):
     return np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
 
 
+def max_pool_3x3(x):
+    """Stride 2, one row and column beyond each edge."""
+    height, width = x.shape[1:3]
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    return np.max([padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)], axis=0)
+
+
 def adaptive_avg_pool(x, out):
     def windows(size, n):
         return [slice(int(np.floor(i * size / n)), int(np.ceil((i + 1) * size / n))) for i in range(n)]
@@ -39,13 +46,13 @@ class Layers:
     def all_used(self):
         return sum(n + 1 for n in self.calls.values()) == len(self.params)
 
-    def conv(self, x):
+    def conv(self, x, stride=1):
         _, p = self._next("Conv")
         size = len(p["kernel"])
         padded = np.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
         (_, height, width, _) = x.shape
         terms = [padded[:, i : i + height, j : j + width] @ p["kernel"][i, j] for i in range(size) for j in range(size)]
-        return np.sum(terms, axis=0) + p.get("bias", 0)
+        return np.sum(terms, axis=0)[:, ::stride, ::stride] + p.get("bias", 0)
 
     def linear(self, x):
         _, p = self._next("Dense")

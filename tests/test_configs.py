@@ -4,16 +4,21 @@ import ast
 import importlib.util
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import jax
 import pytest
 
 from dgl_jax.experiment import make_experiment
+from dgl_jax.models import cuts, make_network
+from dgl_jax.optimizer import make_schedule
 from dgl_jax.settings import Settings, default_config, make_settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIZES = {"cifar10": 32, "cifar100": 32, "digits": 8}  # pixels a side of the real images
+# The same blocks, fewer of them, cut by count: compiling the real ones takes minutes.
+SHALLOW = {"vgg19": "vgg11", "resnet110": "resnet20", "resnet152": "resnet50"}
 
 
 def config_of(path):
@@ -28,30 +33,89 @@ def shrunk(path):
     config = config_of(path)
     network = make_settings(config).model
     config.model.width = 4
-    # Every pooling halves the images, and what the heads do depends on the size: a quarter of the real one will do.
-    config.data.image_size = max(8, (config.data.image_size or SIZES[config.data.name]) // 4)
+    if network.name in SHALLOW:
+        config.model.name, config.model.split = SHALLOW[network.name], "count"
+    # Every pooling halves the images, and what the heads do depends on the size: a quarter of the real one will do, and
+    # of 224 pixels a seventh, the least that VGG can halve as often as it does.
+    size = config.data.image_size or SIZES[config.data.name]
+    config.data.image_size = 32 if size >= 128 else max(8, size // 4)
     config.data.name = "synthetic"
+    if config.data.augment == "inception_crop":  # happens where pictures are decoded, and made-up ones are not
+        config.data.augment = "crop_flip"
     config.data.batch_size = 8
     config.data.mean, config.data.std = (), ()
     config.train.steps = 2
-    assert make_settings(config).model.name == network.name
+    assert make_settings(config).model.name == SHALLOW.get(network.name, network.name)
     return make_settings(config)
 
 
 def test_there_are_configs():
-    assert {"cifar10", "digits"} <= {path.stem for path in CONFIGS}
+    networks = {"imagenet_vgg13", "imagenet_vgg19", "imagenet_resnet152", "cifar10_resnet110", "cifar10_resnet18"}
+    assert {"cifar10", "digits", "imagenette"} | networks <= {path.stem for path in CONFIGS}
+
+
+@pytest.fixture
+def compiled_fast():
+    """Two steps are run: compiling them takes nearly all of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_two_ticks(path):
+def test_two_ticks(path, tiny, compiled_fast):
     settings = shrunk(path)
-    experiment = make_experiment(settings, jax.devices()[: max(settings.model.modules, 1)])
-    state = experiment.engine.init()
-    reports = list(experiment.engine.run(state, experiment.source, 2))
-    assert [report.updates for report in reports] == [(step,) * settings.model.modules for step in (1, 2)]
-    losses = [float(of_module["loss"]) for report in reports for of_module in report.metrics if of_module]
-    assert losses
+    experiment = make_experiment(settings, jax.devices()[:1])
+    states, reports = tiny.run(experiment.engine, 2, source=experiment.source)
+    assert [int(state.updates) for state in states] == [2] * settings.model.modules
+    losses = [float(of_module["loss"]) for report in reports for of_module in report if of_module]
+    assert len(losses) == 2 * settings.model.modules
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def commands(path):
+    """Settings of every command line of a page: the file's, and the fields that the line overrides."""
+    page = ast.get_docstring(ast.parse(path.read_text()))
+    for line in re.findall(r"^ *python launch\.py .*", page, re.M):
+        config = config_of(path)
+        for name, value in re.findall(r"--config\.(\S+?)=(\S+)", line):
+            group, field = name.split(".")
+            config[group][field] = type(config[group][field])(value)
+        yield make_settings(config)
+
+
+def modules_of(settings):
+    """How many blocks of the real network each module has."""
+    model, size = settings.model, settings.data.image_size or SIZES[settings.data.name]
+    blocks = make_network(model.name, model.width, 10, (size, size, 3)).blocks
+    starts = cuts(model.split, len(blocks), model.modules)
+    return [b - a for a, b in pairwise([*starts, len(blocks)])]
+
+
+@pytest.mark.parametrize(
+    ("stem", "modules"),
+    [
+        ("imagenet_vgg13", [[1] * 10, [3, 3, 3, 1]]),
+        ("imagenet_vgg19", [[4] * 4, [8, 8]]),
+        ("imagenet_resnet152", [[26, 25]]),
+        ("imagenette", [[3, 2, 2, 2]]),
+        ("cifar10_resnet110", [[27, 28]]),
+        ("cifar10_resnet18", [[5, 4]]),
+    ],
+)
+def test_modules_of_the_command_lines(stem, modules):
+    (path,) = (path for path in CONFIGS if path.stem == stem)
+    assert [modules_of(settings) for settings in commands(path)] == modules
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("imagenet_")], ids=lambda path: path.stem)
+def test_the_papers_imagenet_schedule(path):
+    settings = make_settings(config_of(path))
+    rate = make_schedule(settings.schedule, settings.optimizer.learning_rate, 100, 5000)
+    for epoch, expected in ((0, 0.1), (9.99, 0.1), (10, 0.01), (20, 1e-3), (30, 1e-4), (40, 1e-5), (49.99, 1e-5)):
+        assert float(rate(round(epoch * 100))) == pytest.approx(expected, rel=1e-5)
+    assert (settings.optimizer.name, settings.optimizer.momentum, settings.optimizer.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (settings.data.batch_size, settings.train.epochs, settings.model.head) == (256, 50, "mlp_sr")
 
 
 def page_problems(path, text):

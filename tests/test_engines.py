@@ -121,8 +121,8 @@ def single_steps(tiny, run, oracle_reports):
 def oracle(tiny):
     """(states before, states after, metrics) of each step of fused on one device."""
 
-    def run(modules):
-        one, steps = tiny.engine("fused", modules=modules), []
+    def run(modules, codec="identity"):
+        one, steps = tiny.engine("fused", modules=modules, codec=codec), []
         before = tiny.init(one.recipe)
         for step in range(3):
             after, reports = tiny.run(one, step + 1, before)
@@ -130,13 +130,27 @@ def oracle(tiny):
             before = after
         return steps
 
-    return {modules: run(modules) for modules in (2, 3)}
+    return {2: run(2), 3: run(3), "vq": run(2, VQ)}
 
 
 @pytest.mark.parametrize("groups", [(2, 2), (1, 2, 1)])
 def test_several_devices_a_module_within_rounding(tiny, oracle, groups):
     run = tiny.engine("pipeline", groups, modules=len(groups))
     assert single_steps(tiny, run, oracle[len(groups)]) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [(2, 2), (1, 2)])
+def test_several_devices_share_one_codebook(tiny, oracle, groups):
+    run = tiny.engine("pipeline", groups, modules=2, codec=VQ)
+    assert single_steps(tiny, run, oracle["vq"]) < 1e-5
+    for before, after, _ in oracle["vq"]:
+        step = int(before[0].updates)
+        report = list(run.run(tiny.place(run, before), tiny.source, step + 1))[-1]
+        found = report.snapshot().modules[0].extras["codec"]["learnt"].entries
+        np.testing.assert_allclose(found, after[0].extras["codec"]["learnt"].entries, rtol=1e-5, atol=1e-6)
+        copies = [np.asarray(shard.data) for shard in found.addressable_shards]
+        assert len(copies) == groups[0]
+        assert all(np.array_equal(copies[0], other) for other in copies)
 
 
 def test_another_batch_is_beyond_rounding(tiny, oracle):

@@ -14,7 +14,9 @@ from dgl_jax.settings import ModelSettings
 
 def numpy_mlp(layers, x, convs=0, hidden=3):
     size = x.shape[1]
-    x = adaptive_avg_pool(x, {8: (2, 2), 12: (3, 3), 7: (2, 2), 4: (2, 2), 2: (2, 2), 1: (1, 1)}[size])
+    x = adaptive_avg_pool(
+        x, {56: (14, 14), 28: (7, 7), 14: (4, 4), 12: (3, 3), 8: (2, 2), 7: (2, 2), 4: (2, 2), 2: (2, 2), 1: (1, 1)}[size]
+    )
     for _ in range(convs):
         x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
     x = adaptive_avg_pool(x, (min(2, size),) * 2).reshape(len(x), -1)
@@ -54,6 +56,12 @@ def test_forward(name, train):
 @pytest.mark.parametrize("size", [8, 7, 4, 2, 1])
 def test_forward_of_small_maps(size):
     check_forward(make_head("mlp_sr", 10), ORACLES["mlp_sr"], images(size), False)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("size", [56, 28, 14])  # the maps of networks for 224 pixels
+def test_forward_of_large_maps_to_a_thousand_classes(name, size):
+    check_forward(make_head(name, 1000), ORACLES[name], images(size, batch=2), False)
 
 
 def test_forward_of_the_classifier():

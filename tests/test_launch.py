@@ -102,6 +102,13 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     assert [Path(p).name for p in drawn] == ["accuracy.png", "loss.png"]
 
 
+def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
+    here = launch("--mode=eval", f"--workdir={trained}", "--config.eval.every=3")
+    assert here.returncode == 0, here.stderr
+    assert here.stdout == launch("--mode=eval", f"--workdir={trained}").stdout
+    assert "config.seed (was 0, is now 1)" in fails("--mode=eval", f"--workdir={trained}", "--config.seed=1")
+
+
 def test_bench_prints_one_json_line():
     done = launch(*SMALL, "--mode=bench", "--bench_steps=4", "--config.engine.name=pipeline", "--cpu_devices=2")
     assert done.returncode == 0, done.stderr
@@ -127,6 +134,7 @@ def test_mistakes_get_one_line(tmp_path):
     assert "configs/digit.py" in fails("--config=configs/digit.py", run)
     assert "--workdir is missing" in fails(*SMALL)
     assert "--config is missing" in fails(run)
+    assert "--config.seed=1: which configuration?" in fails(run, "--config.seed=1")
     assert "Unknown command line flag 'wrkdir'" in fails(*SMALL, "--wrkdir=x")
     assert "holds no run" in fails("--mode=eval", run)
     assert "no such directory" in fails("--config=configs/cifar10.py", run, f"--config.data.dir={tmp_path / 'nowhere'}")

@@ -86,7 +86,7 @@ def check_shapes(network, name):
     assert sum(c["bias"].size for c in convs if "bias" in c) == biases
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_shapes_and_parameters(name):
     check_shapes(make_network(name, SHAPES[name][0], 10, CIFAR), name)
 

@@ -1,5 +1,6 @@
 """Plans by hand: speed, idle time, traffic and memory of pipelines that are nowhere."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,11 +10,11 @@ from runs import small_config
 from dgl_jax import plan as planning
 from dgl_jax.codecs import CODECS
 from dgl_jax.costs import ProgramMemory, block_flops
-from dgl_jax.data import SETS, SHAPES, make_source
+from dgl_jax.data import SHAPES, make_source
 from dgl_jax.errors import UserError
 from dgl_jax.experiment import every_block, known_info, make_recipe
 from dgl_jax.plan import plan, plan_run
-from dgl_jax.settings import make_settings
+from dgl_jax.settings import DataSettings, make_settings
 
 # On 8x8 images, width 4: the packets of the first two modules have 8x8x4 and 4x4x8 values, a label and an id an image.
 BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
@@ -218,7 +219,8 @@ def test_files_that_hold_no_times(tmp_path, text):
 
 
 def test_what_is_known_of_data_sets():
-    assert set(SHAPES) == set(SETS) - {"folder"}
+    (name,) = [field for field in dataclasses.fields(DataSettings) if field.name == "name"]
+    assert set(SHAPES) == set(name.metadata["choices"]) - {"folder"}
     for name in ("digits", "synthetic"):
         settings = small(data__name=name, data__image_size=0).data
         source, known = make_source(settings, 0), known_info(settings)

@@ -10,9 +10,10 @@ from flax import linen as nn
 from jaxtyping import TypeCheckError, jaxtyped
 from numpy_layers import adaptive_avg_pool as numpy_adaptive
 from numpy_layers import close
+from numpy_layers import max_pool_3x3 as numpy_max_3x3
 
 from dgl_jax.models import pooling
-from dgl_jax.models.pooling import adaptive_avg_pool, max_pool_2x2
+from dgl_jax.models.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
 
 
 def generic(*shape, dtype=np.float32):
@@ -27,6 +28,10 @@ def library_max(x):
 
 def library_avg(x):
     return nn.avg_pool(x, (3, 2), strides=(3, 2))
+
+
+def library_max_3x3(x):
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def avg_3x2(x):
@@ -63,6 +68,23 @@ def relu_between(pool):
 def test_ties_behind_a_relu_change_no_gradient():
     x = generic(3, 6, 8, 5) - 0.3  # most windows hold several zeros behind the ReLU
     check_same(relu_between(max_pool_2x2), relu_between(library_max), x)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 4), (1, 3)])
+def test_overlapping_windows(size, monkeypatch):
+    x = generic(3, *size, 5)
+    close(max_pool_3x3(x), numpy_max_3x3(x))
+    check_same(max_pool_3x3, library_max_3x3, x)
+    check_same(relu_between(max_pool_3x3), relu_between(library_max_3x3), x)
+    monkeypatch.setattr(pooling, "_by_platform", lambda x, *, cpu, elsewhere: elsewhere(x))
+    check_same(lambda x: max_pool_3x3(x), library_max_3x3, x)
+
+
+def test_windows_of_other_neighbours_are_noticed(monkeypatch):
+    of_three = pooling._max_of_three
+    monkeypatch.setattr(pooling, "_max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis))
+    with pytest.raises(AssertionError):
+        check_same(lambda x: max_pool_3x3(x), library_max_3x3, generic(3, 6, 8, 5))
 
 
 def test_ties_in_front_of_no_relu_share_the_gradient():
@@ -103,7 +125,7 @@ def has_branch(f, x):
     return "conditional" in compiled
 
 
-@pytest.mark.parametrize("pool", [max_pool_2x2, avg_3x2])
+@pytest.mark.parametrize("pool", [max_pool_2x2, max_pool_3x3, avg_3x2])
 def test_compiled_with_one_branch_only(pool):
     assert not has_branch(pool, generic(3, 6, 8, 5))
 
@@ -118,7 +140,7 @@ def test_a_branch_would_be_noticed():
     assert has_branch(branch, generic(3, 6, 8, 5))
 
 
-@pytest.mark.parametrize("pool", [max_pool_2x2, avg_3x2])
+@pytest.mark.parametrize("pool", [max_pool_2x2, max_pool_3x3, avg_3x2])
 def test_each_platform_gets_its_formulation(pool):
     def text(platform):
         traced = jax.jit(pool).trace(generic(3, 6, 8, 5))

@@ -44,3 +44,13 @@ def test_an_export_is_read_back(tmp_path, monkeypatch):
     assert len(names["logits"]) == 2
     assert len(names["labels"]) == 3
     assert set(names["labels"]) <= {f"pattern_{k}" for k in range(10)}
+
+
+def test_the_quantiser_alone():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 16)), jnp.float32)
+    names: dict = {"x": x}
+    exec(snippet("vq.encode"), names)
+    assert names["codes"].shape == (16, 4, 4, 2)
+    assert names["codes"].dtype == jnp.uint8
+    assert names["restored"].shape == x.shape
+    assert set(names["health"]) == {"perplexity", "dead", "skipped"}

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import signal
 import threading
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from runs import arrays, records, small_config, watch_labels
 from test_resume import interrupted
 
-from dgl_jax.engines import EngineState, ThreadsEngine, counts
+from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
 from dgl_jax.engines.rings import flight_of
 from dgl_jax.errors import UserError
 from dgl_jax.placement import assign
@@ -357,3 +359,47 @@ def test_without_rings_in_the_checkpoint_it_says_that_it_is_not_exact(tmp_path, 
     with caplog.at_level("WARNING", logger="dgl_jax"):
         assert train_and_evaluate(config, tmp_path).steps == 24
     assert "the checkpoint holds no replay rings: they are filled anew" in caplog.text
+
+
+def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monkeypatch, caplog):
+    made = ThreadsEngine.__init__
+
+    def faulty(self, *args):
+        made(self, *args)
+        Fault(self, 1, call=14)  # after the checkpoints of steps 4, 8 and 12
+
+    monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
+    with pytest.raises(UserError, match=r"module_1 failed after 13 updates: RuntimeError: injected; .* last checkpoint is good"):
+        train_and_evaluate(threaded(), tmp_path / "stopped")
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        summary = train_and_evaluate(threaded(engine__restart_workers=True), tmp_path / "restarted")
+    assert [m["updates"] for m in summary.modules] == [24, 24]
+    restarted = re.search(r"module_1 goes on from its newest checkpoint, with (\d+) updates", caplog.text)
+    assert 4 <= int(restarted[1]) <= 13
+    steps = [r["step"] for r in records(tmp_path / "restarted") if "learning_rate" in r]
+    assert steps == sorted(set(steps))
+
+
+def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
+    """Module 1 stands still for good: the first signal waits for it, the second does not."""
+    made, gates = ThreadsEngine.__init__, []
+
+    def held(self, *args):
+        made(self, *args)
+        gates.append(Gate(self, 1, after=4))
+
+    monkeypatch.setattr(ThreadsEngine, "__init__", held)
+    watch = threads._Run.watch
+
+    def twice(self):
+        if gates[0].entered.is_set():
+            signal.raise_signal(signal.SIGINT)
+        watch(self)
+
+    monkeypatch.setattr(threads._Run, "watch", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(threaded(checkpoint__every=2), tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    gates[0].opened.set()  # lets the worker that was left behind end
+    assert [m["updates"] for m in train_and_evaluate(threaded(), tmp_path).modules] == [24, 24]

@@ -4,15 +4,11 @@ python benchmarks/pipeline_speedup/run.py [--write]
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +16,13 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
+from interleaved import WARM_UP, Process, Timing, Variant, in_turns, serve, timed, training
 
-from dgl_jax.engines import Engine, EngineState, PipelineEngine
+from dgl_jax.engines import Engine, PipelineEngine
 from dgl_jax.experiment import Experiment, make_experiment
 from dgl_jax.placement import put
 
-WARM_UP = 5
 ONE_CORE = "fused, process on one core"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One repeat of one variant.
-
-    Attributes:
-      images_per_second: filling and draining included.
-      cores: processor seconds of the whole process per second.
-    """
-
-    images_per_second: float
-    cores: float
-
-
-Variant = Callable[[int], Timing]  # from the number of steps
 
 
 def experiment(engine: str, devices: int, args: argparse.Namespace) -> Experiment:
@@ -60,40 +40,6 @@ def experiment(engine: str, devices: int, args: argparse.Namespace) -> Experimen
         train__steps=1,
     )
     return make_experiment(settings, jax.devices()[:devices])
-
-
-def timed(work: Callable[[], Any], images: int) -> Timing:
-    """Waits for what `work` returns."""
-    wall, processor = time.perf_counter(), time.process_time()
-    jax.block_until_ready(work())
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return Timing(images / wall, processor / wall)
-
-
-def training(made: Experiment, ticks_in_flight: int | None = None) -> Variant:
-    """The engine's own loop; each call trains on from where the last one ended."""
-    engine: Any = made.engine
-    depth, state, step = ticks_in_flight or engine.ticks_in_flight, engine.init(), 0
-
-    def run(steps: int) -> Timing:
-        nonlocal state, step
-        step += steps
-        engine.ticks_in_flight = depth
-
-        def work() -> EngineState:
-            for report in engine.run(state, made.source, step):
-                last = report
-            return last.snapshot()
-
-        def keep() -> EngineState:
-            nonlocal state
-            state = work()
-            return state
-
-        return timed(keep, steps * made.recipe.batch_size)
-
-    run(WARM_UP)
-    return run
 
 
 def ceiling(made: Experiment) -> Variant:
@@ -140,41 +86,6 @@ def alone(engine: Engine, made: Experiment, repeats: int) -> list[float]:
     return found
 
 
-class OneCore:
-    """`fused` in a process of its own that may use one core only."""
-
-    def __init__(self, args: argparse.Namespace):
-        core = min(os.sched_getaffinity(0))
-        self.process = subprocess.Popen(
-            ["taskset", "-c", str(core), sys.executable, __file__, *sys.argv[1:], "--serve"],
-            env=os.environ | {"NPROC": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self(WARM_UP)
-
-    def __call__(self, steps: int) -> Timing:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return Timing(**json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def serve(args: argparse.Namespace) -> None:
-    """The other side of `OneCore`: a line with the number of steps in, a line with the timing out."""
-    run = training(experiment("fused", 1, args))
-    for line in sys.stdin:
-        print(json.dumps(vars(run(int(line)))), flush=True)
-
-
 def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--model", default="cnn6", choices=["cnn6", "cnn6_replay"])
@@ -187,10 +98,10 @@ def main() -> None:
     flags.add_argument("--probe", action="store_true", help="only print what both modules take by themselves, for three splits")
     flags.add_argument("--repeats", type=int, default=15)
     flags.add_argument("--seconds", type=float, default=3.0, help="least length of a repeat")
-    flags.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.serve:
-        return serve(args)
+        return serve(training(experiment("fused", 1, args)))
     jax.config.update("jax_num_cpu_devices", 2)
     if args.probe:
         for first in (2, 3, 4):
@@ -199,7 +110,7 @@ def main() -> None:
         return None
 
     one, two = experiment("pipeline", 1, args), experiment("pipeline", 2, args)
-    one_core = OneCore(args)
+    one_core = Process(ONE_CORE, [min(os.sched_getaffinity(0))])
     variants: dict[str, Variant] = {
         "fused": training(experiment("fused", 1, args)),
         ONE_CORE: one_core,
@@ -217,14 +128,8 @@ def main() -> None:
     print(f"modules alone: {module_milliseconds} ms; {about}", flush=True)
     chosen = {k: v for k, v in vars(args).items() if k not in ("write", "serve", "probe")}
 
-    timings: dict[str, list[Timing]] = {name: [] for name in variants}
-    names = list(variants)
-    for repeat in range(args.repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:  # nobody always comes first
-            timings[name].append(variants[name](steps))
-        print(repeat, {name: round(found[-1].images_per_second) for name, found in timings.items()}, flush=True)
-        if repeat >= 2:  # a run that is cut short leaves what it has
+    for timings in in_turns(variants, dict.fromkeys(variants, steps), args.repeats):
+        if len(timings["fused"]) > 2:  # a run that is cut short leaves what it has
             result = summarise(timings, steps) | {"module_milliseconds": module_milliseconds, "settings": chosen}
             harness.finish(__file__, result, args.write)
     one_core.close()

@@ -174,7 +174,11 @@ def main() -> None:
     flags.add_argument("--only", default="", help="side,channels of one hop")
     args: argparse.Namespace = flags.parse_args()
     hops = [tuple(map(int, args.only.split(",")))] if args.only else HOPS
-    rows = [case(*hop, *size) for hop in hops for size in SIZES]
+    rows = []
+    for hop in hops:
+        for size in SIZES:
+            rows.append(case(*hop, *size))
+            print(rows[-1]["side"], rows[-1]["channels"], *size, rows[-1]["encode_over"], flush=True)
     columns = ("encode", "decode", "update", "product", "naive", "torch", "sklearn")
     harness.table(
         ["hop", "N", "D", *columns, "encode over product", "over torch", "over sklearn"],

@@ -18,11 +18,13 @@ SETS: dict[str, Callable[[DataSettings], DataSet]] = {
     "folder": folder.load,
     "synthetic": synthetic.load,
 }
-# Of sets that are known before they are read: pixels a side, channels, classes.
+# Of sets that are known before they are read: pixels a side (as stored, or as published work crops them), channels, classes.
 SHAPES: dict[str, tuple[int, int, int]] = {
     "digits": (8, 1, 10),
     "cifar10": (32, 3, 10),
     "cifar100": (32, 3, 100),
+    "imagenet": (224, 3, 1000),
+    "imagenette": (224, 3, 10),
     "synthetic": (32, 3, 10),
 }
 # Mean and standard deviation as published work uses them; those of other sets are computed from the training images.

@@ -1,6 +1,7 @@
 """Networks, heads and where to cut: flax modules that know nothing of training."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,6 +11,8 @@ from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HEADS, make_head
 from dgl_jax.models.network import Network
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
+from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
+from dgl_jax.models.vgg import vgg_bn
 
 __all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "cuts", "make_head", "make_network"]
 
@@ -17,6 +20,10 @@ MODELS: dict[str, Callable[[int, int, DTypeLike], Network]] = {
     "cnn4": cnn4,
     "cnn6": cnn6,
     "cnn6_replay": cnn6_replay,
+    **{f"vgg{depth}": partial(vgg_bn, depth) for depth in (11, 13, 16, 19)},
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50, 101, 152)},
+    "resnet18_cifar": resnet18_cifar,
 }
 
 

@@ -11,13 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax.models.pooling import max_pool_2x2
 
+# Normal with variance 2 / (kernel height x width x features): He et al. 2015, in the backward direction.
+KAIMING_FAN_OUT: Initializer = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-def uniform_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
+
+def uniform_fan_in(fan_in: int) -> Initializer:
     """Uniform in +-1/sqrt(fan_in): PyTorch's default for weights and biases of convolutions and Linear layers."""
     bound = 1 / math.sqrt(fan_in)
 
@@ -28,25 +32,39 @@ def uniform_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
 
 
 def conv(
-    x: Float[Array, "B H W C"], features: int, *, kernel: int = 3, bias: bool = True, dtype: DTypeLike
-) -> Float[Array, "B H W F"]:
-    """Convolution with an odd square kernel, stride 1 and zero padding: height and width stay."""
-    init = uniform_fan_in(kernel * kernel * x.shape[-1])
+    x: Float[Array, "B H W C"],
+    features: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    bias: bool = True,
+    kernel_init: Initializer | None = None,
+    dtype: DTypeLike,
+) -> Float[Array, "B h w F"]:
+    """Convolution with an odd square kernel and zero padding: h and w are H / stride and W / stride, rounded up.
+
+    `kernel_init` draws the weights, and biases begin at 0; without it both begin as PyTorch's do.
+    """
+    default = uniform_fan_in(kernel * kernel * x.shape[-1])
     return nn.Conv(
         features,
         (kernel, kernel),
+        strides=stride,
         padding=kernel // 2,
         use_bias=bias,
         dtype=dtype,
-        kernel_init=init,
-        bias_init=init,
+        kernel_init=kernel_init or default,
+        bias_init=nn.initializers.zeros if kernel_init else default,
     )(x)
 
 
-def linear(x: Float[Array, "B C"], features: int, *, dtype: DTypeLike) -> Float[Array, "B F"]:
-    """Linear layer with bias."""
-    init = uniform_fan_in(x.shape[-1])
-    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init)(x)
+def linear(
+    x: Float[Array, "B C"], features: int, *, kernel_init: Initializer | None = None, dtype: DTypeLike
+) -> Float[Array, "B F"]:
+    """Linear layer with bias; begins as `conv` does."""
+    default = uniform_fan_in(x.shape[-1])
+    bias_init = nn.initializers.zeros if kernel_init else default
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init or default, bias_init=bias_init)(x)
 
 
 def batch_norm(x: Float[Array, "B *S C"], train: bool, *, dtype: DTypeLike) -> Float[Array, "B *S C"]:
@@ -59,12 +77,13 @@ def batch_norm(x: Float[Array, "B *S C"], train: bool, *, dtype: DTypeLike) -> F
 
 
 class ConvBlock(nn.Module):
-    """[2x2 max pooling] - convolution - batch norm - ReLU: a block of the papers' CIFAR networks."""
+    """[2x2 max pooling] - convolution - batch norm - ReLU."""
 
     features: int
     pool: bool = False
     bias: bool = True
     kernel: int = 3
+    kernel_init: Initializer | None = None
     dtype: DTypeLike = "float32"
 
     @nn.compact
@@ -72,5 +91,5 @@ class ConvBlock(nn.Module):
         """`train` selects the batch's own statistics and updates the running ones. h, w: H, W or, with `pool`, half."""
         if self.pool:
             x = max_pool_2x2(x)
-        x = conv(x, self.features, kernel=self.kernel, bias=self.bias, dtype=self.dtype)
+        x = conv(x, self.features, kernel=self.kernel, bias=self.bias, kernel_init=self.kernel_init, dtype=self.dtype)
         return nn.relu(batch_norm(x, train, dtype=self.dtype))

@@ -19,4 +19,4 @@ class Network:
     @property
     def halvings(self) -> int:
         """How many times the network halves height and width."""
-        return sum(getattr(block, "pool", False) for block in self.blocks)
+        return sum(getattr(part, "pool", False) for part in (*self.blocks, self.classifier))

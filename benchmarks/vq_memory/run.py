@@ -1,0 +1,109 @@
+"""Memory of the replay rings of the full-width network under each codec, from rings that are really filled.
+
+python benchmarks/vq_memory/run.py [--write]
+
+The network of the authors' asynchronous experiments at full width, batch 128, 50 packets a ring. Rings that fit are filled; the
+others hold fewer packets, and their memory is multiplied up.
+"""
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+
+from dgl_jax.engines import ring_forms
+from dgl_jax.experiment import DatasetInfo, make_recipe
+from dgl_jax.packet import Header, Targets
+from dgl_jax.replay import Ring
+
+PACKETS, BATCH = 50, 128
+GIB = 2**30
+CODECS: list[tuple[str, dict[str, Any], int]] = [  # (name, fields, packets that are really held)
+    ("identity", {}, 5),
+    ("bf16", {}, 10),
+    ("int8", {}, 20),
+    ("vq", {"dims": 2}, 50),
+    ("vq", {"dims": 4}, 50),
+    ("vq", {"dims": 8}, 50),
+    ("vq", {"dims": 16}, 50),
+]
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
+    """Fills every ring with packets of one codec."""
+    options = {f"codec__{field}": value for field, value in fields.items()}
+    settings = harness.settings(
+        model__name="cnn6_replay",
+        model__width=128,
+        model__modules=6,
+        model__head="mlp",
+        codec__name=name,
+        data__batch_size=BATCH,
+        **options,
+    )
+    info = DatasetInfo("cifar10", tuple(map(str, range(10))), (32, 32, 3), (0.5,) * 3, (0.25,) * 3)
+    recipe = make_recipe(settings, info)
+    forms, rings = ring_forms(recipe), []
+    targets = Targets(np.zeros(BATCH, np.int32), np.arange(BATCH, dtype=np.int32))
+    gc.collect()
+    before = resident()
+    for form, hop in zip(forms, recipe.hops, strict=True):
+        ring = Ring(form.packet, held, codebook=form.codebook)
+        random = np.random.default_rng(0)
+        x = jnp.asarray(np.maximum(random.standard_normal(hop.activations.shape, np.float32), 0))
+        codebook = jax.tree.map(lambda leaf, random=random: random.standard_normal(leaf.shape, np.float32), hop.codebook)
+        payload = jax.tree.map(np.asarray, jax.jit(recipe.codec.encode)(codebook, x))
+        for n in range(2 * held):  # written over once: as many codebooks as there ever are
+            fresh = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
+            ring.add(payload, targets, Header(n, n), fresh)
+        del x, payload
+        rings.append(ring)
+    gc.collect()
+    taken, counted = resident() - before, sum(ring.nbytes for ring in rings)
+    planned = sum(form.nbytes(PACKETS) for form in forms)
+    factor = PACKETS / held
+    return {
+        "codec": name,
+        "fields": fields,
+        "packets_held": held,
+        "ring_gib": round(factor * counted / GIB, 3),
+        "resident_gib": round(factor * taken / GIB, 3),
+        "planned_gib": round(planned / GIB, 3),
+    }
+
+
+def main() -> None:
+    args = harness.parser(__doc__).parse_args()
+    rows = [filled(*one) for one in CODECS]
+    plain = rows[0]["ring_gib"]
+    for row in rows:
+        row["smaller"] = round(plain / row["ring_gib"], 2)
+    harness.table(
+        ["codec", "D", "packets held", "rings, GiB at 50", "process grew by, GiB at 50", "printed before, GiB", "smaller"],
+        [
+            [
+                r["codec"],
+                r["fields"].get("dims", ""),
+                *(r[key] for key in ("packets_held", "ring_gib", "resident_gib", "planned_gib", "smaller")),
+            ]
+            for r in rows
+        ],
+    )
+    harness.finish(__file__, {"packets": PACKETS, "batch": BATCH, "rows": rows}, args.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""VGG-13 on ImageNet (ILSVRC 2012), trained by layer (K = 10) or in four modules (Belilovsky et al. 2020, Table 3).
+
+python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/vgg13
+python launch.py --config=configs/imagenet_vgg13.py --workdir=runs/vgg13_k4 --config.model.modules=4 --config.model.split=0,3,6,9
+
+Hardware: one accelerator, or one a module with --config.engine.name=pipeline. Time: not run here.
+
+Published, top-1 (top-5) accuracy of the last module on the 50,000 validation images, which are the `test` split here:
+
+    K = 10      64.4 % (85.8 %, unconfirmed)
+    K = 4       67.8 % (88.0 %)
+    backprop    66.6 % (87.5 %)
+
+A hundredth of the training images is held out to follow the run; the published runs trained on all of them
+(--config.data.validation_fraction=0), with float16 arithmetic (here float32; --config.model.dtype=bfloat16 is the nearest).
+"""
+
+from ml_collections import ConfigDict
+
+from dgl_jax.settings import default_config
+
+
+def get_config() -> ConfigDict:
+    """See the top of this file."""
+    config = default_config()
+    config.data.name = "imagenet"
+    config.data.batch_size = 256
+    config.data.validation_fraction = 0.01
+    config.data.image_size = 224
+    config.data.augment = "inception_crop"
+    config.model.name = "vgg13"
+    config.model.width = 64
+    config.model.modules = 10
+    config.model.head = "mlp_sr"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.name = "step"
+    config.schedule.boundaries = (10.0, 20.0, 30.0, 40.0)
+    config.schedule.factor = 0.1
+    config.train.epochs = 50.0
+    return config

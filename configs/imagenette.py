@@ -1,0 +1,34 @@
+"""ResNet-18 on Imagenette, ten classes of ImageNet at 128 pixels: the real pictures that one machine can manage.
+
+python launch.py --config=configs/imagenette.py --workdir=runs/imagenette
+
+Four modules, one a stage of the network: the stem and the blocks of 64 channels, then those of 128, 256 and 512. 9,469
+training images, 0.6 10^9 multiplications an image and forward pass.
+
+Hardware: one accelerator, or a patient CPU. Time and accuracy: not run here, and no figure of DGL is published for this set.
+"""
+
+from ml_collections import ConfigDict
+
+from dgl_jax.settings import default_config
+
+
+def get_config() -> ConfigDict:
+    """See the top of this file."""
+    config = default_config()
+    config.data.name = "imagenette"
+    config.data.batch_size = 64
+    config.data.image_size = 128
+    config.data.augment = "inception_crop"
+    config.model.name = "resnet18"
+    config.model.width = 64
+    config.model.modules = 4
+    config.model.split = "0,3,5,7"
+    config.model.head = "mlp_sr"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 2.0
+    config.train.epochs = 40.0
+    return config

@@ -1,0 +1,130 @@
+"""Residual networks (He et al. 2016): those for CIFAR, and those for ImageNet.
+
+A residual block is one block of the network, so a cut never lies inside one. All convolutions are without bias and begin
+Kaiming-normal (fan out); no batch norm begins at scale 0.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, batch_norm, conv
+from dgl_jax.models.heads import LinearHead
+from dgl_jax.models.network import Network
+from dgl_jax.models.pooling import max_pool_3x3
+
+# Residual blocks of each of the four stages of the ImageNet networks.
+_BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+_BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+_conv = partial(conv, bias=False, kernel_init=KAIMING_FAN_OUT)
+
+
+class Stem(nn.Module):
+    """7x7 convolution with stride 2 - batch norm - ReLU - 3x3 max pooling with stride 2: what precedes residual blocks."""
+
+    features: int
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
+        """h, w: a quarter of H, W, rounded up."""
+        x = _conv(x, self.features, kernel=7, stride=2, dtype=self.dtype)
+        return max_pool_3x3(nn.relu(batch_norm(x, train, dtype=self.dtype)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, the first with the stride, beside a shortcut.
+
+    Where the shape changes the shortcut is a projection: 1x1 convolution and batch norm. With `padded` it has no parameters:
+    every `stride`-th row and column, and channels of zeros behind the input's.
+    """
+
+    features: int
+    stride: int = 1
+    padded: bool = False
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
+        """h, w: H / stride, W / stride, rounded up."""
+        y = _conv(x, self.features, stride=self.stride, dtype=self.dtype)
+        y = nn.relu(batch_norm(y, train, dtype=self.dtype))
+        y = batch_norm(_conv(y, self.features, dtype=self.dtype), train, dtype=self.dtype)
+        if self.padded:
+            return nn.relu(y + _padded(x, y.shape[-1], self.stride))
+        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
+
+
+class Bottleneck(nn.Module):
+    """1x1 convolution to `features`, 3x3 with the stride, 1x1 to four times as many, beside a projection where shapes differ."""
+
+    features: int
+    stride: int = 1
+    dtype: DTypeLike = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w 4*F"]:
+        """h, w: H / stride, W / stride, rounded up."""
+        y = nn.relu(batch_norm(_conv(x, self.features, kernel=1, dtype=self.dtype), train, dtype=self.dtype))
+        y = _conv(y, self.features, stride=self.stride, dtype=self.dtype)
+        y = nn.relu(batch_norm(y, train, dtype=self.dtype))
+        y = batch_norm(_conv(y, 4 * self.features, kernel=1, dtype=self.dtype), train, dtype=self.dtype)
+        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
+
+
+def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
+    """For small images: a 3x3 convolution, then three stages of basic blocks with padded shortcuts.
+
+    Args:
+      depth: 6 n + 2 for n blocks a stage: 20, 32, 44, 56 and 110 are published.
+      width: channels of the first stage, 16 in the paper; they double from stage to stage.
+    """
+    stages = ((depth - 2) // 6,) * 3
+    return Network(
+        (_small_stem(width, dtype), *_stages(partial(BasicBlock, padded=True), stages, width, dtype)),
+        LinearHead(num_classes, dtype=dtype),
+    )
+
+
+def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
+    """For ImageNet.
+
+    Args:
+      depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
+      width: channels of the stem, 64 in the paper; (inner) channels double from stage to stage.
+    """
+    make, stages = (BasicBlock, _BASIC[depth]) if depth in _BASIC else (Bottleneck, _BOTTLENECK[depth])
+    return Network((Stem(width, dtype=dtype), *_stages(make, stages, width, dtype)), LinearHead(num_classes, dtype=dtype))
+
+
+def resnet18_cifar(width: int, num_classes: int, dtype: DTypeLike) -> Network:
+    """ResNet-18 for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
+    blocks = (_small_stem(width, dtype), *_stages(BasicBlock, _BASIC[18], width, dtype))
+    return Network(blocks, LinearHead(num_classes, dtype=dtype))
+
+
+def _small_stem(width: int, dtype: DTypeLike) -> nn.Module:
+    return ConvBlock(width, bias=False, kernel_init=KAIMING_FAN_OUT, dtype=dtype)
+
+
+def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list[nn.Module]:
+    """Twice the channels and half the size from stage to stage, by the stride of the stage's first block."""
+    return [
+        make(width * 2**stage, stride=2 if stage > 0 and n == 0 else 1, dtype=dtype)
+        for stage, count in enumerate(counts)
+        for n in range(count)
+    ]
+
+
+def _projected(x: Array, features: int, stride: int, train: bool, dtype: DTypeLike) -> Array:
+    if x.shape[-1] == features and stride == 1:
+        return x
+    return batch_norm(_conv(x, features, kernel=1, stride=stride, dtype=dtype), train, dtype=dtype)
+
+
+def _padded(x: Array, features: int, stride: int) -> Array:
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))

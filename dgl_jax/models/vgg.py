@@ -1,0 +1,48 @@
+"""VGG with batch norm (Simonyan and Zisserman 2015, configurations A, B, D and E): the plain deep networks of the ImageNet runs."""
+
+from flax import linen as nn
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear
+from dgl_jax.models.network import Network
+from dgl_jax.models.pooling import max_pool_2x2
+
+# Convolutions between two poolings. The depth counts three Linear layers besides.
+_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_MULTIPLES = (1, 2, 4, 8, 8)
+_NORMAL = normal(0.01)
+
+
+class VGGClassifier(nn.Module):
+    """2x2 max pooling, 2 x (Linear to `hidden`, ReLU), Linear. Without dropout, as DGL has it."""
+
+    num_classes: int
+    hidden: int
+    dtype: DTypeLike = "float32"
+
+    pool = True  # for Network.halvings
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        x = max_pool_2x2(x)
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.relu(linear(x, self.hidden, kernel_init=_NORMAL, dtype=self.dtype))
+        return linear(x, self.num_classes, kernel_init=_NORMAL, dtype="float32")
+
+
+def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
+    """A block a convolution; a pooling belongs to the block behind it, the last one to the classifier.
+
+    Args:
+      depth: 11, 13, 16 or 19.
+      width: channels of the first block, 64 in the paper; the classifier has 64 times as many hidden units (4096).
+    """
+    blocks = tuple(
+        ConvBlock(width * multiple, pool=stage > 0 and n == 0, kernel_init=KAIMING_FAN_OUT, dtype=dtype)
+        for stage, (count, multiple) in enumerate(zip(_CONVOLUTIONS[depth], _MULTIPLES))
+        for n in range(count)
+    )
+    return Network(blocks, VGGClassifier(num_classes, hidden=64 * width, dtype=dtype))
