@@ -1,7 +1,6 @@
 """How fast the configured engine runs here: what a user asks before choosing one."""
 
 import resource
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dgl_jax.costs import Elapsed, clocked
 from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.engines.compose import compose
 from dgl_jax.experiment import Experiment, make_experiment
@@ -43,7 +43,7 @@ def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -
         "engine": settings.engine.name,
         "images_per_second": round(steps * settings.data.batch_size / wall, 1),
         "tick_milliseconds": round(1e3 * wall / steps, 3),
-        "module_milliseconds": _module_times(experiment, state),
+        "module_milliseconds": [round(1e3 * elapsed.seconds, 3) for elapsed in module_times(experiment, state)],
         "python_milliseconds_per_tick": round(1e3 * processor / steps, 3),
         "peak_memory_bytes": _peak_memory(),
         "steps": steps,
@@ -52,8 +52,8 @@ def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -
     }
 
 
-def _module_times(experiment: Experiment, state: EngineState, repeats: int = 10) -> list[float]:
-    """Median time of each module's program by itself, in ms."""
+def module_times(experiment: Experiment, state: EngineState, repeats: int = 10) -> list[Elapsed]:
+    """What each module's program takes by itself, on its devices; `state` is used up. Empty where there is but one program."""
     recipe, placement = experiment.recipe, experiment.engine.placement
     own = experiment.engine.programs if isinstance(experiment.engine, PipelineEngine) else None
     if experiment.settings.engine.name == "backprop":
@@ -66,14 +66,8 @@ def _module_times(experiment: Experiment, state: EngineState, repeats: int = 10)
         targets = put(batch.targets, placement.split(k))
         if k:
             incoming = put(incoming, placement.split(k))
-        measured = []
-        for _ in range(repeats + 1):
-            jax.block_until_ready(module)
-            begin = time.perf_counter()
-            module, payload, _ = jax.block_until_ready(program(module, incoming, targets))
-            measured.append(1e3 * (time.perf_counter() - begin))
-        times.append(round(statistics.median(measured[1:]), 3))
-        incoming = payload
+        elapsed, (_, incoming, _) = clocked(program, module, incoming, targets, repeats=repeats)
+        times.append(elapsed)
     return times
 
 

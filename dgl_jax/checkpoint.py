@@ -190,6 +190,20 @@ class Checkpoints:
         self._manager.reload()
 
 
+def newest_meta(directory: Path) -> dict[str, Any]:
+    """What `save` was given as `meta` for the newest checkpoint in which it can be read; {} where there is none."""
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        for step in reversed(checkpoints.steps()):
+            try:
+                return checkpoints.meta(step)
+            except Exception as error:  # `restore`, which comes later, tells of the damage
+                _LOG.debug("checkpoint %d: %s", step, error)
+        return {}
+    finally:
+        checkpoints.close()
+
+
 def all_finite(state: EngineState) -> list[bool]:
     """For each module whether all its parameters and batch statistics are finite; blocks until they are computed."""
     checks = [_finite((module.params, module.batch_stats)) for module in state.modules]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import optax
 from dgl_jax.baselines import backprop_step
 from dgl_jax.checkpoint import Checkpoints, Restored
 from dgl_jax.codecs import make_codec
-from dgl_jax.data import Preprocess, Source, make_source
+from dgl_jax.costs import block_flops, block_times, module_flops
+from dgl_jax.data import SHAPES, Preprocess, Source, make_source
 from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ThreadsEngine, ring_forms
 from dgl_jax.errors import UserError
-from dgl_jax.models import cuts, make_head, make_network
+from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
 from dgl_jax.module import ModuleState, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
 from dgl_jax.replay import check_memory
-from dgl_jax.settings import Settings, make_settings
+from dgl_jax.settings import CodecSettings, DataSettings, Settings, make_settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +55,23 @@ class DatasetInfo:
         return cls(**fields)
 
 
+def known_info(settings: DataSettings) -> DatasetInfo:
+    """What is known of a data set before anything is read or downloaded; normalised as if it lay around 0.
+
+    Raises:
+      UserError: the set is of the user's own making.
+    """
+    if settings.name not in SHAPES:
+        raise UserError(
+            f"config.data.name={settings.name}: what it holds is known once it is read; plan with one of "
+            f"{', '.join(SHAPES)} and config.data.image_size"
+        )
+    size, channels, classes = SHAPES[settings.name]
+    size = settings.image_size or size
+    names = tuple(map(str, range(classes)))
+    return DatasetInfo(settings.name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A training run, ready to begin.
@@ -72,11 +90,14 @@ class Experiment:
     total_steps: int
 
 
-def make_experiment(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Experiment:
+def make_experiment(
+    settings: Settings, devices: Sequence[jax.Device] | None = None, first_blocks: Sequence[int] = ()
+) -> Experiment:
     """Builds everything a run needs, and checks that it fits together.
 
     Args:
       devices: those to use; all that JAX finds by default.
+      first_blocks: of each module, where an earlier part of the run has chosen them.
 
     Raises:
       UserError: the data is missing or broken, or data, network and devices do not fit.
@@ -89,16 +110,21 @@ def make_experiment(settings: Settings, devices: Sequence[jax.Device] | None = N
         raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
     info = DatasetInfo.of(source)
-    recipe = make_recipe(settings, info, schedule)
+    first_blocks = first_blocks or choose_cuts(settings, info, device=devices[0] if devices else None)
+    recipe = make_recipe(settings, info, schedule, first_blocks)
     engine = make_engine(settings, recipe, devices or jax.devices(), total_steps)
     return Experiment(settings, source, info, recipe, engine, schedule, total_steps)
 
 
-def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule | None = None) -> Recipe:
-    """What is learnt; without a schedule the recipe can restore and evaluate, not train."""
-    model = settings.model
-    network = make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
-    starts = cuts(model.split, len(network.blocks), model.modules)
+def make_recipe(
+    settings: Settings, info: DatasetInfo, schedule: optax.Schedule | None = None, first_blocks: Sequence[int] = ()
+) -> Recipe:
+    """What is learnt; without a schedule the recipe can restore and evaluate, not train.
+
+    `first_blocks` of each module are those that were chosen when the run began; without them they are chosen here.
+    """
+    model, network = settings.model, _network(settings, info)
+    starts = first_blocks or choose_cuts(settings, info)
     trained = settings.engine.name not in ONE_LOSS
     if not trained and settings.codec.name != "identity":
         raise UserError(
@@ -118,6 +144,49 @@ def make_recipe(settings: Settings, info: DatasetInfo, schedule: optax.Schedule 
     )
 
 
+def _network(settings: Settings, info: DatasetInfo) -> Network:
+    model = settings.model
+    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
+
+
+def every_block(settings: Settings, info: DatasetInfo) -> Recipe:
+    """The recipe with one block a module: what the costs of blocks are counted and measured on. Packets go as they are."""
+    identity = dataclasses.replace(settings, codec=CodecSettings())  # others may not fit where nobody cuts
+    return make_recipe(identity, info, first_blocks=range(len(_network(settings, info).blocks)))
+
+
+def choose_cuts(
+    settings: Settings,
+    info: DatasetInfo,
+    times: Callable[[], BlockCosts] | None = None,
+    device: jax.Device | None = None,
+) -> tuple[int, ...]:
+    """The first block of each module, by `config.model.split`.
+
+    Args:
+      times: what blocks take, where that is known; else a split by time measures it.
+      device: to measure on; the first one by default.
+
+    Raises:
+      UserError: the split does not fit the network.
+    """
+    model = settings.model
+
+    def costs() -> BlockCosts:
+        if model.split == "flops":
+            return block_flops(every_block(settings, info))
+        if times is not None:
+            return times()
+        where = device or jax.devices()[0]
+        _LOG.info("config.model.split=time: measuring every block and head on %s %d", where.device_kind, where.id)
+        return block_times(every_block(settings, info), where).seconds
+
+    starts = cuts(model.split, len(_network(settings, info).blocks), model.modules, costs)
+    if model.split in BALANCED:
+        _LOG.info("config.model.split=%s: the modules begin at blocks %s", model.split, ",".join(map(str, starts)))
+    return starts
+
+
 def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device], total_steps: int) -> Engine:
     """The configured engine on these devices: a new one is one new file and one line here."""
     chosen, modules = settings.engine, len(recipe.modules)
@@ -129,36 +198,19 @@ def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device
         if chosen.name == "simulated":
             return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
     if chosen.name in ("pipeline", "threads"):
-        costs = module_flops(recipe) if not chosen.group_sizes and len(devices) < modules else ()
+        costs = [body + head for body, head in module_flops(recipe)] if not chosen.group_sizes and len(devices) < modules else ()
         placement = assign(devices, modules, chosen.group_sizes, costs)
-        check_batch(recipe.batch_size, placement)
+        check_batch(recipe.batch_size, placement.sizes())
         if chosen.name == "threads":
             return ThreadsEngine(recipe, placement, chosen, settings.replay)
         return PipelineEngine(recipe, placement, chosen.ticks_in_flight)
     # One group: as many devices as the groups of a pipeline would have together.
     count = assign(devices, modules, chosen.group_sizes).count() if chosen.group_sizes else len(devices)
     placement = one_group(devices[:count], modules)
-    check_batch(recipe.batch_size, placement)
+    check_batch(recipe.batch_size, placement.sizes())
     if chosen.name == "backprop":
         return FusedEngine(recipe, placement, chosen.ticks_in_flight, backprop_step)
     return FusedEngine(recipe, placement, chosen.ticks_in_flight)
-
-
-def module_flops(recipe: Recipe) -> list[float]:
-    """Floating-point operations of each module's forward pass, head included, by XLA's count of the lowered program."""
-    flops, inputs = [], recipe.inputs()
-    for module, state in zip(recipe.modules, recipe.abstract_states()):
-
-        def forward(params, batch_stats, x, module=module):
-            outputs, _ = module.apply_body(params, batch_stats, x, train=False)
-            logits = None if module.head is None else module.apply_head(params, batch_stats, outputs, train=False)[0]
-            return outputs, logits
-
-        cost: Any = jax.jit(forward).lower(state.params, state.batch_stats, inputs).cost_analysis()
-        cost = cost[0] if isinstance(cost, list) else cost  # some backends give one a program
-        flops.append(float(cost["flops"]))
-        inputs = jax.eval_shape(forward, state.params, state.batch_stats, inputs)[0]
-    return flops
 
 
 @dataclass(frozen=True)
@@ -204,7 +256,7 @@ def load_trained(
 
     def prepare(meta: dict[str, Any]) -> tuple[Sequence[ModuleState], Placement]:
         info = DatasetInfo.from_dict(meta["dataset"])
-        recipe = make_recipe(settings, info)
+        recipe = make_recipe(settings, info, first_blocks=meta.get("first_blocks", ()))
         placement = one_group((devices or jax.devices())[:1], len(recipe.modules))
         made.update(info=info, recipe=recipe, placement=placement)
         return recipe.abstract_states(), placement

@@ -49,7 +49,7 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     """Writes `model.safetensors` and `config.json` to `output` (default: `<workdir>/export`); gives the folder.
 
     Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, image
-    shape and normalisation, and the step.
+    shape and normalisation, the first block of each module, and the step.
     """
     trained = load_trained(Path(workdir), checkpoint)
     folder = Path(output) if output else Path(workdir) / "export"
@@ -62,6 +62,7 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     described = {
         "config": trained.settings.to_dict(),
         "dataset": dataclasses.asdict(trained.info),
+        "first_blocks": [module.first for module in trained.recipe.modules],
         "step": trained.restored.step,
     }
     files = {
@@ -77,7 +78,7 @@ def load_exported(folder: str | Path) -> Exported:
     """Reads what `export_run` wrote; needs neither the run nor its data set."""
     described = json.loads((Path(folder) / "config.json").read_text())
     info = DatasetInfo.from_dict(described["dataset"])
-    recipe = make_recipe(make_settings(described["config"]), info)
+    recipe = make_recipe(make_settings(described["config"]), info, first_blocks=described.get("first_blocks", ()))
     tensors = load_file(Path(folder) / "model.safetensors")
     variables = []
     for module, state in zip(recipe.modules, recipe.abstract_states()):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dgl_jax.balance import balanced
 from dgl_jax.errors import UserError
 from dgl_jax.packet import Batch, Targets
 
@@ -41,6 +42,10 @@ class Placement:
     def count(self) -> int:
         """How many devices are used."""
         return len({device for group in self.groups for device in group.devices.flat})
+
+    def sizes(self) -> list[int]:
+        """How many devices each module has."""
+        return [group.size for group in self.groups]
 
     def put_batch(self, batch: Batch, module: int) -> Batch:
         """Host to the devices of a module: examples split, the step number everywhere."""
@@ -79,59 +84,38 @@ def assign(devices: Sequence[jax.Device], modules: int, group_sizes: Sequence[in
     Raises:
       UserError: `group_sizes` has not one entry a module, or asks for more devices than there are.
     """
+    return Placement(tuple(_mesh([devices[i] for i in group]) for group in layout(len(devices), modules, group_sizes, costs)))
+
+
+def layout(count: int, modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()) -> list[range]:
+    """The numbers of the devices that `assign` gives each module, out of `count`; raises what it raises."""
     sizes = list(group_sizes)
     if sizes:
         if len(sizes) != modules:
             raise UserError(f"config.engine.group_sizes={tuple(sizes)}: one size a module is needed, and there are {modules}")
-        if sum(sizes) > len(devices):
+        if sum(sizes) > count:
             raise UserError(
-                f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there are {len(devices)} "
+                f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there are {count} "
                 "(on the CPU, --cpu_devices=N makes N)"
             )
-    elif len(devices) >= modules:
-        sizes = [len(devices) // modules] * modules
+    elif count >= modules:
+        sizes = [count // modules] * modules
     else:
-        groups = []
-        shares = share(costs or [1.0] * modules, len(devices))
-        for device, count in zip(devices, shares, strict=False):
-            groups += [_mesh([device])] * count
-        return Placement(tuple(groups))
-    starts = np.cumsum([0, *sizes])
-    return Placement(tuple(_mesh(devices[a:b]) for a, b in itertools.pairwise(starts)))
+        total = [0.0, *itertools.accumulate(costs or [1.0] * modules)]
+        starts = balanced(lambda first, end: total[end] - total[first], modules, count)
+        lengths = [end - first for first, end in itertools.pairwise([*starts, modules])]
+        return [range(device, device + 1) for device, length in enumerate(lengths) for _ in range(length)]
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for end, size in zip(ends, sizes)]
 
 
-def share(costs: Sequence[float], parts: int) -> list[int]:
-    """Cuts a list into at most `parts` consecutive runs whose largest sum is as small as possible; gives their lengths.
-
-    Exact, by dynamic programming over (first costs, runs); of equally good cuts the one with longer early runs.
-    """
-    n = len(costs)
-    total = np.concatenate([[0.0], np.cumsum(costs)])
-    best = np.full((parts + 1, n + 1), np.inf)
-    cut = np.zeros((parts + 1, n + 1), int)
-    best[0, 0] = 0.0
-    for p in range(1, parts + 1):
-        for end in range(1, n + 1):
-            for start in range(end):
-                worst = max(best[p - 1, start], total[end] - total[start])
-                if worst <= best[p, end]:
-                    best[p, end], cut[p, end] = worst, start
-    p = int(np.argmin(best[1:, n])) + 1
-    lengths, end = [], n
-    while p:
-        start = int(cut[p, end])
-        lengths.append(end - start)
-        end, p = start, p - 1
-    return lengths[::-1]
-
-
-def check_batch(batch_size: int, placement: Placement) -> None:
-    """Raises UserError where a device group does not divide the batch."""
-    for k, group in enumerate(placement.groups):
-        if batch_size % group.size:
-            works = batch_size + group.size - batch_size % group.size
+def check_batch(batch_size: int, sizes: Sequence[int]) -> None:
+    """Raises UserError where a device group does not divide the batch; `sizes`: devices of each module."""
+    for k, size in enumerate(sizes):
+        if batch_size % size:
+            works = batch_size + size - batch_size % size
             raise UserError(
-                f"config.data.batch_size={batch_size}: the {group.size} devices of module_{k} do not divide it; "
+                f"config.data.batch_size={batch_size}: the {size} devices of module_{k} do not divide it; "
                 f"{works} would do, or another config.engine.group_sizes"
             )
 

@@ -74,6 +74,15 @@ def compare(runs: Mapping[str, str | os.PathLike[str] | Sequence[Record]], path:
     return _save(figure, Path(path))
 
 
+def draw_turns(
+    path: str | os.PathLike[str], turns: Sequence[tuple[int, float, float]], unit: str, step: int, title: str, subtitle: str
+) -> Path:
+    """Draws turns, each (module, begin, end) in that unit, up to a step, into one picture."""
+    figure = timeline_figure([{"turns": turns, "unit": unit, "step": step}], title, subtitle)
+    assert figure is not None, "there is always a turn"
+    return _save(figure, Path(path))
+
+
 def accuracy_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
     """Validation accuracy a module and of the ensemble, training accuracy faintly, the test result as diamonds."""
     names = _heads(records, r"(?:train|validation|test)/(module_\d+|ensemble)/accuracy")

@@ -76,7 +76,7 @@ class ModelSettings:
     )
     width: int = _number(64, 1, 65536)  # channels of the first block
     modules: int = _number(4, 1, 4096)
-    split: str = "count"  # or a list of first blocks, such as "0,2,4"
+    split: str = "count"  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
     head: str = _choice("mlp_sr", "mlp", "cnn", "linear")  # of every module but the last
     dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
 

@@ -15,12 +15,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dgl_jax.checkpoint import Checkpoints, all_finite
-from dgl_jax.engines import EngineState, Report, ThreadsEngine, Traffic, counts
+from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
+from dgl_jax.costs import module_costs, table
+from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
 from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
 from dgl_jax.metrics import Window, diverged
+from dgl_jax.models import BALANCED
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
 from dgl_jax.settings import Settings, make_settings
@@ -61,7 +63,7 @@ def train_and_evaluate(
     if done:
         _LOG.info("this run is finished: %s/summary.json", workdir)
         return done
-    experiment = make_experiment(settings)
+    experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
     if init_from and holds_checkpoint(workdir):
         _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
         init_from = None
@@ -155,18 +157,8 @@ class _Run:
         truncate(metrics, self.step, without="test/")  # tested again at the end
         _write_json(self.workdir / "config.json", self.settings.to_dict())
         _LOG.info("%s", self.engine.placement.describe())
-        for k, module in enumerate(state.modules):
-            _LOG.info(
-                "module_%d: %d blocks, %d parameters",
-                k,
-                len(self.experiment.recipe.modules[k].blocks),
-                count_parameters(module),
-            )
-        traffic = self.experiment.recipe.traffic() if self.experiment.recipe.modules[0].head else Traffic((), (), ())
-        for k, (raw, wire, codebook) in enumerate(zip(traffic.raw, traffic.wire, traffic.codebook)):
-            _LOG.info(
-                "module_%d hands on %.0f bytes an image, %.0f encoded (codebooks: %.1f %%)", k, raw, wire, 100 * codebook / wire
-            )
+        for line in table(module_costs(self.experiment.recipe)):
+            _LOG.info("%s", line)
         return state
 
     def _prepare(self, _: Any) -> tuple[Sequence[ModuleState], Placement]:
@@ -248,6 +240,7 @@ class _Run:
             "window": window,
             "latest": self.latest,
             "dataset": dataclasses.asdict(self.experiment.info),
+            "first_blocks": [module.first for module in self.experiment.recipe.modules],
             "total_steps": self.experiment.total_steps,
             "wall_seconds": self.wall_before + time.monotonic() - self.began,
         }
@@ -306,6 +299,13 @@ class _Run:
             ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in recipe.modules] if asynchronous else None,
             reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in recipe.modules] if asynchronous else None,
         )
+
+
+def _chosen(workdir: Path, settings: Settings) -> Sequence[int]:
+    """The first blocks that the run in a workdir chose when it began; none where there is no choice, or no run."""
+    if settings.model.split not in BALANCED or not holds_checkpoint(workdir):
+        return ()
+    return newest_meta(workdir / "checkpoints").get("first_blocks", ())
 
 
 class _Throughput:

@@ -14,6 +14,7 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
     "errors",
+    "balance",
     "settings",
     "packet",
     "data",
@@ -26,6 +27,8 @@ ROOMS = (
     "replay",
     "placement",
     "engines",
+    "timeline",
+    "costs",
     "baselines",
     "metrics",
     "writers",
@@ -36,6 +39,7 @@ ROOMS = (
     "predict",
     "export",
     "bench",
+    "plan",
     "workdir",
     "train",
 )
@@ -45,14 +49,16 @@ ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings")
 ONLY = {
     "settings": {"errors"},
     "packet": set(),
-    "models": {"errors"},
+    "balance": set(),
+    "models": {"balance", "errors"},
     "losses": {"packet"},
     "module": set(),
     "step": {"losses", "module", "packet"},
     "codecs": {"errors", "settings"},
-    "placement": {"errors", "packet"},
+    "placement": {"balance", "errors", "packet"},
     "replay": {"errors", "packet"},
     "engines": {"codecs", "data", "errors", "module", "packet", "placement", "replay", "settings", "step"},
+    "timeline": {"engines"},
     "writers": {"errors"},
     "plots": {"errors", "writers"},
 }
@@ -67,19 +73,25 @@ LIBRARIES = {
     "matplotlib": "plots",
     "safetensors": "export",
 }
+PLAIN = ("turns.py", "timeline.py", "balance.py")  # nothing but Python
 NOWHERE = ("tensorflow", "torch", "clu", "absl.flags", "os.environ", "os.getenv", "os.environb", "os.putenv")
 # Marks absl's flags as parsed, which Grain's worker processes ask for, and reads none.
 EXCEPT = {("data/records.py", "absl.flags")}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of all that a file imports, inside functions too, and of attributes such as os.environ."""
+    """Dotted names of all that a file imports, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ("." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+
+
+def attributes(tree: ast.AST) -> Iterator[str]:
+    """Such as os.environ."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}"
 
 
@@ -91,7 +103,8 @@ def problems(path: Path, source: str) -> list[str]:
     """What a file at this path inside the package imports against the rules."""
     room, stem = path.parts[0].removesuffix(".py"), path.stem
     rank, found = ROOMS.index(room), []
-    for name in imports(ast.parse(source)):
+    tree = ast.parse(source)
+    for name in imports(tree):
         if name.startswith("."):
             found.append(f"{path}: relative import {name}")
         if names(name, "dgl_jax"):
@@ -105,10 +118,11 @@ def problems(path: Path, source: str) -> list[str]:
             elif room in ONLY and other not in ONLY[room]:
                 found.append(f"{path}: {room} knows nothing of {other}")
         found += [f"{path}: only {owner} names {lib}" for lib, owner in LIBRARIES.items() if names(name, lib) and room != owner]
-        found += [f"{path}: {name}" for forbidden in NOWHERE if names(name, forbidden) and (str(path), name) not in EXCEPT]
-        if path.name == "turns.py" and name.split(".")[0] not in sys.stdlib_module_names:
-            found.append(f"{path}: turns are plain Python, not {name}")
-    return found
+        if path.name in PLAIN and not (name.split(".")[0] in sys.stdlib_module_names or names(name, "dgl_jax.engines.turns")):
+            found.append(f"{path}: this file is plain Python, without {name}")
+    used = (*imports(tree), *attributes(tree))
+    forbidden = [name for name in used if any(names(name, other) for other in NOWHERE) and (str(path), name) not in EXCEPT]
+    return found + [f"{path}: {name}" for name in forbidden]
 
 
 def _inside(path: Path, stem: str, name: str) -> list[str]:
@@ -144,6 +158,7 @@ def test_the_list_is_the_house():
         ("step.py", "from dgl_jax.data import Source", "knows nothing"),
         ("codecs/vq.py", "from dgl_jax.models import cuts", "knows nothing"),
         ("engines/turns.py", "import jax", "plain Python"),
+        ("timeline.py", "from dgl_jax.engines import Recipe", "plain Python"),
         ("engines/compose.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
         ("engines/pipeline.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
         ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "no place"),

@@ -147,4 +147,21 @@ def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
 
 def test_help_names_the_modes():
     done = launch("--help", env=os.environ | {"COLUMNS": "200"})
-    assert "<train|eval|predict|export|plot|bench>" in done.stdout
+    assert "<train|eval|predict|export|plot|bench|plan>" in done.stdout
+
+
+def test_the_command_line_stays_short():
+    assert len((ROOT / "launch.py").read_text().splitlines()) < 100
+
+
+def test_plan_needs_no_data_set(tmp_path):
+    small = [argument for argument in SMALL if "data.name" not in argument]
+    stated = ["--block_times=1,2,3,4", "--bandwidth=1", f"--workdir={tmp_path}", f"--config.data.dir={tmp_path / 'nowhere'}"]
+    done = launch(*small, "--config.data.name=cifar10", "--mode=plan", "--json", *stated, env=os.environ | {"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [module["body_parameters"] for module in found["modules"]] == [4 * 27 + 12 + 8 * 36 + 24, 8 * 72 + 24 + 16 * 72 + 48]
+    assert found["timeline"] == str(tmp_path / "plots" / "plan.png")
+    assert (tmp_path / "plots" / "plan.png").exists()
+    assert not (tmp_path / ".cache" / "dgl_jax").exists()  # where data sets would be prepared
+    assert "--bandwidth=-1.0: a number above 0" in fails(*small, "--mode=plan", *stated, "--bandwidth=-1")

@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import cuts
+from dgl_jax.models import BlockCosts, cuts
 
 
 def sizes(starts, num_blocks):
@@ -66,10 +68,13 @@ def test_list(network, data):
         ("0,3,3", 3, "increase"),
         ("0,3,2", 3, "increase"),
         ("0,2,6", 3, "last block of this network is 5"),
-        ("flops", 3, "neither"),
+        ("0,2,9", 3, "no module can begin at 9: the last block of this network is 5, the nearest place to cut"),
+        ("0,2,5.5", 3, "no module can begin at 5.5"),
+        ("0,2.5,4", 3, "2.5 would cut inside block 2; the nearest places to cut are 2 and 3"),
+        ("0,nan,2", 3, "neither"),
+        ("0,inf,2", 3, "neither"),
         ("0,a,2", 3, "neither"),
         ("", 3, "neither"),
-        ("0,1.5,2", 3, "neither"),
     ],
 )
 def test_bad_lists(split, modules, reason):
@@ -85,3 +90,81 @@ def test_bad_lists(split, modules, reason):
 def test_more_modules_than_blocks(split, modules):
     with pytest.raises(UserError, match=f"config.model.modules={modules}: .*1 to 6 would work"):
         cuts(split, 6, modules)
+
+
+# Balanced splits
+
+integers = st.integers(0, 9)
+random_costs = st.integers(1, 7).flatmap(lambda n: st.tuples(*(st.lists(integers, min_size=n, max_size=n),) * 3))
+
+
+def brute_force(costs, modules):
+    """The least cost of the slowest module over all cuts there are, written out: a first block, inner blocks, a head."""
+    return min(slowest(costs, (0, *others)) for others in itertools.combinations(range(1, len(costs[0])), modules - 1))
+
+
+def slowest(costs, starts):
+    first, inner, head = costs
+    spans = [range(a, b) for a, b in itertools.pairwise([*starts, len(head)])]
+    return max(sum(first[i] if i == span[0] else inner[i] for i in span) + head[span[-1]] for span in spans)
+
+
+def check_balanced(rule, costs, modules):
+    assert slowest(costs, rule(BlockCosts(*costs), modules)) == brute_force(costs, modules)
+
+
+def exact(costs, modules, split="flops"):
+    return cuts(split, len(costs.head), modules, lambda: costs)
+
+
+@given(random_costs, st.data())
+def test_balanced_splits_are_optimal(costs, data):
+    check_balanced(exact, costs, data.draw(st.integers(1, len(costs[0]))))
+
+
+def headless(costs, modules):
+    """Balances the bodies alone."""
+    return exact(BlockCosts(costs.first, costs.inner, (0,) * len(costs.head)), modules)
+
+
+def equal_first(costs, modules):
+    """Takes a block to cost the same wherever it is."""
+    return exact(BlockCosts(costs.inner, costs.inner, costs.head), modules)
+
+
+def greedy(costs, modules):
+    """Ends a module at its equal share of the whole."""
+    count = len(costs.head)
+    share, starts = costs.module(0, count) / modules, [0]
+    for end in range(1, count):
+        if len(starts) < modules and (costs.module(starts[-1], end) >= share or count - end == modules - len(starts)):
+            starts.append(end)
+    return tuple(starts)
+
+
+@pytest.mark.parametrize(
+    ("broken", "costs"),
+    [
+        (greedy, ([1, 5, 5, 1, 1], [1, 5, 5, 1, 1], [0] * 5)),
+        (headless, ([2, 2, 2, 2], [2, 2, 2, 2], [0, 9, 1, 0])),
+        (equal_first, ([2, 0, 2], [2, 6, 3], [0, 0, 0])),
+    ],
+)
+def test_rules_that_are_not_optimal_are_noticed(broken, costs):
+    check_balanced(exact, costs, 2)
+    with pytest.raises(AssertionError):
+        check_balanced(broken, costs, 2)
+
+
+def test_costs_are_asked_for_where_they_matter():
+    def unwanted():
+        raise RuntimeError
+
+    assert cuts("count", 4, 2, unwanted) == (0, 2)
+    assert cuts("0,1", 4, 2, unwanted) == (0, 1)
+    with pytest.raises(UserError, match="1 to 4 would work"):  # before anything is measured
+        cuts("time", 4, 5, unwanted)
+    with pytest.raises(ValueError, match="a split by time needs the costs"):
+        cuts("time", 4, 2)
+    costs = BlockCosts((1.0, 1.0, 1.0, 3.0), (1.0, 1.0, 1.0, 3.0), (0.0,) * 4)
+    assert exact(costs, 2, "time") == exact(costs, 2, "flops") == (0, 3)

@@ -1,16 +1,12 @@
-"""Devices for modules, the exact sharing of few devices, and moves that never alias the host's memory."""
-
-import itertools
+"""Devices for modules, the sharing of few devices, and moves that never alias the host's memory."""
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dgl_jax.errors import UserError
 from dgl_jax.packet import Batch, Targets
-from dgl_jax.placement import assign, check_batch, one_group, put, share
+from dgl_jax.placement import assign, check_batch, layout, one_group, put
 
 
 def ids(placement):
@@ -64,25 +60,10 @@ def test_one_group_and_its_description(devices):
     assert "module 2 on 0,1" in placement.describe()
 
 
-@given(costs=st.lists(st.integers(0, 9), min_size=1, max_size=7), parts=st.integers(1, 5))
-def test_share_equals_brute_force(costs, parts):
-    lengths = share(costs, parts)
-    assert sum(lengths) == len(costs)
-    assert len(lengths) <= parts
-    assert min(lengths) >= 1
-
-    def largest(starts):
-        return max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *starts, len(costs)]))
-
-    inner = range(1, len(costs))
-    best = min(largest(starts) for p in range(parts) for starts in itertools.combinations(inner, p) if p < len(costs))
-    assert largest(list(itertools.accumulate(lengths))[:-1]) == best
-
-
-def test_share_by_hand():
-    assert share([1, 1, 1], 2) == [2, 1]
-    assert share([1, 2, 3, 4, 5], 3) == [3, 1, 1]
-    assert share([7], 4) == [1]
+def test_layout_by_hand():
+    assert layout(8, 2) == [range(4), range(4, 8)]
+    assert layout(5, 3, (1, 2, 1)) == [range(1), range(1, 3), range(3, 4)]
+    assert layout(3, 4, (), (9.0, 1.0, 1.0, 1.0)) == [range(1), range(1, 2), range(1, 2), range(2, 3)]
 
 
 # Moves
@@ -136,7 +117,8 @@ def test_put_batch_splits_examples(devices):
 
 
 def test_check_batch(devices):
-    placement = assign(devices, 2, (1, 3))
-    check_batch(9, placement)
+    sizes = assign(devices, 2, (1, 3)).sizes()
+    assert sizes == [1, 3]
+    check_batch(9, sizes)
     with pytest.raises(UserError, match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do"):
-        check_batch(8, placement)
+        check_batch(8, sizes)

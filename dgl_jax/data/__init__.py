@@ -10,6 +10,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.settings import DataSettings, nearest
 
 __all__ = [
+    "SHAPES",
     "ArraySource",
     "DataSet",
     "Preprocess",
@@ -33,6 +34,15 @@ SETS: dict[str, Callable[[DataSettings], DataSet | RecordSet]] = {
 }
 # Sets whose images are cut from photographs of any proportions: of these a network sees the middle.
 PHOTOGRAPHS = tuple(name for name, load in SETS.items() if load is records.load)
+# Of sets that are known before they are read: pixels a side (as stored, or as published work crops them), channels, classes.
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "digits": (8, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "imagenet": (224, 3, 1000),
+    "imagenette": (224, 3, 10),
+    "synthetic": (32, 3, 10),
+}
 # Mean and standard deviation as published work uses them; those of other sets are computed from the training images.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

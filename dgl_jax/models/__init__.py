@@ -10,11 +10,11 @@ from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HEADS, make_head
 from dgl_jax.models.network import Network
-from dgl_jax.models.partition import cuts
+from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
 
-__all__ = ["HEADS", "MODELS", "Network", "cuts", "make_head", "make_network"]
+__all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "cuts", "make_head", "make_network"]
 
 MODELS: dict[str, Callable[[int, int, DTypeLike], Network]] = {
     "cnn4": cnn4,

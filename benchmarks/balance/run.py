@@ -1,0 +1,102 @@
+"""Slowest module over mean module time of large networks, cut by count, by flops and by measured time.
+
+python benchmarks/balance/run.py [--networks vgg19 resnet152] [--modules 2 4 8] [--image_size 64] [--width 16] [--write]
+
+1 is perfect balance; what is above it is the share by which the slowest module keeps the others waiting. Blocks and heads are
+measured once, by themselves, and every cut is judged by their sums; `--programs` also measures the program of every module.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+
+from dgl_jax.bench import module_times
+from dgl_jax.costs import block_flops, block_times
+from dgl_jax.data import SHAPES
+from dgl_jax.experiment import every_block, known_info, make_experiment
+from dgl_jax.models import BlockCosts, cuts
+from dgl_jax.settings import Settings
+
+SPLITS = ("count", "flops", "time")
+
+
+def settings(network: str, modules: int, split: str, args: argparse.Namespace) -> Settings:
+    """A network on made-up images."""
+    return harness.settings(
+        data__name="synthetic",
+        data__batch_size=args.batch_size,
+        data__image_size=args.image_size,
+        model__name=network,
+        model__width=args.width,
+        model__modules=modules,
+        model__split=split,
+        model__head=args.head,
+        engine__name="pipeline",
+        train__steps=1,
+    )
+
+
+def over_mean(times: list[float]) -> float:
+    """Of the modules of one cut."""
+    return max(times) / statistics.mean(times)
+
+
+def programs(network: str, starts: tuple[int, ...], args: argparse.Namespace) -> list[float]:
+    """Seconds of each module's program by itself."""
+    made = make_experiment(settings(network, len(starts), ",".join(map(str, starts)), args), jax.devices()[:1])
+    return [elapsed.seconds for elapsed in module_times(made, made.engine.init(), args.calls)]
+
+
+def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All cuts of one network; prints its table."""
+    one = settings(network, 1, "count", args)
+    every = every_block(one, known_info(one.data))
+    count = len(every.modules)
+    print(f"{network}: measuring {count} blocks and their heads", flush=True)
+    costs = {"flops": block_flops(every), "time": block_times(every, jax.devices()[0], args.calls).seconds}
+    seconds: BlockCosts = costs["time"]
+    rows, results = [], []
+    for modules in args.modules:
+        for split in SPLITS:
+            starts = cuts(split, count, modules, lambda split=split: costs[split])
+            times = [seconds.module(a, b) for a, b in itertools.pairwise([*starts, count])]
+            found = {"modules": modules, "split": split, "first_blocks": starts, "slowest_over_mean": over_mean(times)}
+            found["slowest_milliseconds"] = 1e3 * max(times)
+            if args.programs:
+                own = programs(network, starts, args)
+                found |= {"programs_slowest_over_mean": over_mean(own), "programs_slowest_milliseconds": 1e3 * max(own)}
+            results.append(found)
+            cells = [f"{value:.3g}" for name, value in found.items() if "slowest" in name]
+            rows.append([modules, split, ",".join(map(str, starts)), *cells])
+    header = ["K", "split", "first blocks", "slowest over mean", "slowest, ms"]
+    harness.table([*header, *(["programs: slowest over mean", "slowest, ms"] if args.programs else [])], rows)
+    return {"blocks": count, "cuts": results, "block_seconds": vars(seconds)}
+
+
+def main() -> None:
+    flags = harness.parser(__doc__)
+    flags.add_argument("--networks", nargs="+", default=["vgg19", "resnet152"])
+    flags.add_argument("--modules", type=int, nargs="+", default=[2, 4, 8])
+    flags.add_argument("--image_size", type=int, default=64)
+    flags.add_argument("--batch_size", type=int, default=8)
+    flags.add_argument("--width", type=int, default=16, help="channels of the first block; 64 as published")
+    flags.add_argument("--head", default="mlp_sr")
+    flags.add_argument("--calls", type=int, default=7, help="of each block or program")
+    flags.add_argument("--programs", action="store_true")
+    args = flags.parse_args()
+    print(f"{args.image_size} px, {SHAPES['synthetic'][2]} classes, batch {args.batch_size}, width {args.width}", flush=True)
+    results = {network: compare(network, args) for network in args.networks}
+    chosen = {key: value for key, value in vars(args).items() if key != "write"}
+    harness.finish(__file__, {"settings": chosen, "networks": results}, args.write)
+
+
+if __name__ == "__main__":
+    main()

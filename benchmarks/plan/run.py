@@ -1,0 +1,138 @@
+"""Ticks per second that a plan predicts from times measured alone, beside what the pipeline then does: K = 2 and 3.
+
+python benchmarks/plan/run.py [--write]
+
+Every repeat measures each module's program by itself, predicts, and only then lets the pipeline run, K modules on K CPU devices. A
+second prediction, as `--mode=plan` makes it, adds up the times of blocks and heads that were measured once, before all runs.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+
+from dgl_jax.bench import module_times
+from dgl_jax.costs import BlockTimes, block_times
+from dgl_jax.engines import EngineState
+from dgl_jax.experiment import Experiment, every_block, make_experiment
+from dgl_jax.plan import make_pipeline
+
+MODULES = (2, 3)
+WARM_UP = 5
+LIMIT = 0.1  # how far a prediction may be off
+
+
+def experiment(modules: int, split: str, args: argparse.Namespace) -> Experiment:
+    """The network cut into so many modules, each on a device of its own."""
+    settings = harness.settings(
+        data__name="synthetic",
+        data__batch_size=args.batch_size,
+        data__image_size=args.image_size,
+        model__name=args.model,
+        model__width=args.width,
+        model__modules=modules,
+        model__split=split,
+        engine__name="pipeline",
+        train__steps=1,
+    )
+    return make_experiment(settings, jax.devices()[:modules])
+
+
+def predicted(made: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace) -> float:
+    """Ticks a second of the full pipe, packets taking no time: devices of one host hand over an address."""
+    pipeline, _ = make_pipeline(made.settings, seconds, processor, cores=args.cores)
+    return pipeline.steady(made.recipe.traffic().wire)[0]
+
+
+def of_blocks(made: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
+    """The prediction from blocks and heads measured alone."""
+    starts = [module.first for module in made.recipe.modules]
+    ends = [*starts[1:], len(times.seconds.head)]
+    return predicted(made, *([of.module(a, b) for a, b in zip(starts, ends)] for of in times), args)
+
+
+def of_modules(made: Experiment, args: argparse.Namespace) -> float:
+    """The prediction from the modules' programs, which are measured now, one after the other."""
+    elapsed = module_times(made, made.engine.init(), args.calls)
+    return predicted(made, [e.seconds for e in elapsed], [e.processor for e in elapsed], args)
+
+
+class Running:
+    """The pipeline's own loop; each call trains on from where the last one ended."""
+
+    def __init__(self, made: Experiment):
+        self.made, self.step = made, 0
+        self.state: EngineState = made.engine.init()
+        self(WARM_UP)
+
+    def __call__(self, steps: int) -> float:
+        """Ticks a second over the middle half of so many steps: neither filling nor draining."""
+        self.step += steps
+        moments = []
+        for report in self.made.engine.run(self.state, self.made.source, self.step):
+            moments.append(time.perf_counter())
+            last = report
+        self.state = last.snapshot()
+        jax.block_until_ready(self.state.modules)
+        begin, end = len(moments) // 4, 3 * len(moments) // 4
+        return (end - begin) / (moments[end] - moments[begin])
+
+
+def main() -> None:
+    flags = harness.parser(__doc__)
+    flags.add_argument("--model", default="cnn6")
+    flags.add_argument("--width", type=int, default=16)
+    flags.add_argument("--batch_size", type=int, default=64)
+    flags.add_argument("--image_size", type=int, default=32)
+    flags.add_argument("--splits", nargs=2, default=["0,3", "0,2,4"], help="first blocks for K = 2 and K = 3, or count, flops")
+    flags.add_argument("--cores", type=float, default=len(os.sched_getaffinity(0)), help="that all devices share")
+    flags.add_argument("--calls", type=int, default=10, help="of each program by itself, a repeat")
+    flags.add_argument("--steps", type=int, default=60, help="of the pipeline, a repeat")
+    flags.add_argument("--repeats", type=int, default=7)
+    args = flags.parse_args()
+    jax.config.update("jax_num_cpu_devices", max(MODULES))
+    made = {k: experiment(k, split, args) for k, split in zip(MODULES, args.splits)}
+    print("measuring blocks and heads", flush=True)
+    some = made[MODULES[0]]
+    times = block_times(every_block(some.settings, some.info), jax.devices()[0])
+    blocks = {k: of_blocks(each, times, args) for k, each in made.items()}
+    print("predicted from blocks:", {k: round(rate, 2) for k, rate in blocks.items()}, "ticks/s", flush=True)
+    running = {k: Running(each) for k, each in made.items()}
+    predictions: dict[int, list[float]] = {k: [] for k in MODULES}
+    runs: dict[int, list[float]] = {k: [] for k in MODULES}
+    for repeat in range(args.repeats):
+        for k in MODULES:
+            predictions[k].append(of_modules(made[k], args))
+            runs[k].append(running[k](args.steps))
+        print(repeat, {k: f"{predictions[k][-1]:.2f} predicted, {runs[k][-1]:.2f} ticks/s" for k in MODULES}, flush=True)
+    result: dict[str, Any] = {}
+    rows = []
+    for k in MODULES:
+        ratios = {
+            "modules": harness.quartiles(harness.ratios(predictions[k], runs[k])),
+            "blocks": harness.quartiles([blocks[k] / rate for rate in runs[k]]),
+        }
+        result[str(k)] = {
+            "split": [module.first for module in made[k].recipe.modules],
+            "ticks_per_second": harness.quartiles(runs[k]),
+            "predicted_from_modules": harness.quartiles(predictions[k]),
+            "predicted_from_blocks": round(blocks[k], 3),
+            "predicted_over_measured": ratios,
+        }
+        within = ["yes" if abs(q["median"] - 1) <= LIMIT else "NO" for q in ratios.values()]
+        cells = [f"{harness.shown(q)} {w}" for q, w in zip(ratios.values(), within)]
+        rows.append([k, harness.shown(harness.quartiles(runs[k])), *cells])
+    harness.table(["K", "ticks/s", f"predicted from modules over it, within {LIMIT:.0%}", "from blocks"], rows)
+    settings = {key: value for key, value in vars(args).items() if key != "write"}
+    harness.finish(__file__, {"settings": settings, "results": result}, args.write)
+
+
+if __name__ == "__main__":
+    main()

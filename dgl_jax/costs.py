@@ -1,0 +1,272 @@
+"""What modules cost: operations by XLA's count, time by the clock, memory by XLA's plan; and the table of it."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from dgl_jax import losses
+from dgl_jax.engines import Recipe
+from dgl_jax.engines.compose import compose
+from dgl_jax.models import BlockCosts
+from dgl_jax.module import LocalModule, ModuleState, count_parameters, init_states
+from dgl_jax.packet import Batch, Coded, nbytes
+from dgl_jax.step import apply_gradient
+
+# Operations
+
+
+def module_flops(recipe: Recipe) -> list[tuple[float, float]]:
+    """Floating-point operations of each module's forward pass on a batch: of its body, and of its head (0 without one)."""
+    found, x = [], recipe.inputs()
+    for module in recipe.modules:
+        body = 0.0
+        for block in module.blocks:
+            flops, x = _forward(block, x.shape, x.dtype)
+            body += flops
+        found.append((body, 0.0 if module.head is None else _forward(module.head, x.shape, x.dtype)[0]))
+    return found
+
+
+def block_flops(recipe: Recipe) -> BlockCosts:
+    """Of a recipe with one block a module: forward operations, which do not depend on where a block is."""
+    body, head = zip(*module_flops(recipe))
+    return BlockCosts(body, body, head)
+
+
+@lru_cache(maxsize=1024)
+def _forward(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
+    """Operations of a block or head by XLA's count of the lowered program, and the shape of what it gives."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    variables = jax.eval_shape(lambda: layer.lazy_init(jax.random.key(0), x, train=False))
+    lowered = jax.jit(lambda v, x: layer.apply(v, x, train=False)).lower(variables, x)
+    cost: Any = lowered.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost  # some backends give one a program
+    out: Any = lowered.out_info
+    return float(cost.get("flops", 0.0)), jax.ShapeDtypeStruct(out.shape, out.dtype)
+
+
+# Time
+
+
+class Elapsed(NamedTuple):
+    """Of one call of a program, alone: seconds, and processor seconds of the whole process meanwhile."""
+
+    seconds: float
+    processor: float
+
+
+class BlockTimes(NamedTuple):
+    """What blocks and heads take in training: seconds, and processor seconds of the host."""
+
+    seconds: BlockCosts
+    processor: BlockCosts
+
+
+def clocked(program: Callable[..., tuple[Any, ...]], state: Any, *inputs: Any, repeats: int) -> tuple[Elapsed, tuple[Any, ...]]:
+    """Medians over calls that are waited for one by one, after one that may compile; and what the last call gave.
+
+    Args:
+      program: gives a tuple that begins with the next `state`; may take over (donate) the one it is given.
+    """
+    walls, processors = [], []
+    results: tuple[Any, ...] = (state,)
+    jax.block_until_ready((state, inputs))
+    for _ in range(repeats + 1):
+        wall, processor = time.perf_counter(), time.process_time()
+        results = jax.block_until_ready(program(results[0], *inputs))
+        processors.append(time.process_time() - processor)
+        walls.append(time.perf_counter() - wall)
+    return Elapsed(statistics.median(walls[1:]), statistics.median(processors[1:])), results
+
+
+def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7) -> BlockTimes:
+    """Measures, for a recipe with one block a module, every block's part of a local step and every head's, by itself.
+
+    A block: forward, backward and update of its parameters, with or (as the first of a module) without the gradient of its inputs.
+    A head: the same, with the loss. Equal layers on equal shapes are measured once. Compiling takes most of the time.
+    """
+    measured: dict[Any, Elapsed] = {}
+
+    def once(layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True) -> Elapsed:
+        if layer is None:
+            return Elapsed(0.0, 0.0)
+        key = (layer, is_head, x.shape, x.dtype, inner)
+        if key not in measured:
+            measured[key] = _time_of(layer, is_head, x, inner, recipe.optimizer, repeats)
+        return measured[key]
+
+    first, inner, head, x = [], [], [], recipe.inputs()
+    with jax.default_device(device):
+        for module in recipe.modules:
+            (block,) = module.blocks
+            first.append(once(block, False, x, inner=False))
+            inner.append(once(block, False, x) if module.first else first[0])  # nothing is in front of the first block
+            _, x = _forward(block, x.shape, x.dtype)
+            head.append(once(module.head, True, x))
+    rows = first, inner, head
+    return BlockTimes(*(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2)))
+
+
+def _time_of(
+    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, repeats: int
+) -> Elapsed:
+    module = LocalModule("alone", 0, () if is_head else (layer,), layer if is_head else None)
+    (shapes,) = jax.eval_shape(lambda: init_states((module,), optimizer, jax.random.key(0), x))
+    # Drawn by NumPy, as what the arrays hold matters to no clock: a proper start would take longer to compile than the step.
+    state = dataclasses.replace(
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataclasses.replace(shapes, rng=None)),
+        params=jax.tree.map(_drawn, shapes.params),
+        rng=jax.random.key(0),
+    )
+    inputs = _drawn(x)
+    given = jnp.zeros(x.shape[0], jnp.int32) if is_head else _drawn(_forward(layer, x.shape, x.dtype)[1])
+    step = _head_step if is_head else _body_step
+
+    def program(state: ModuleState, inputs: Array, given: Array) -> tuple[Any, ...]:
+        state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
+        return state, outputs, of_inputs if inner else None
+
+    return clocked(jax.jit(program, donate_argnums=0), state, inputs, given, repeats=repeats)[0]
+
+
+def _drawn(leaf: jax.ShapeDtypeStruct) -> Array:
+    return jnp.asarray(0.1 * np.random.default_rng(0).standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+
+def _body_step(
+    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], cotangent: Float[Array, "B ..."]
+) -> tuple[ModuleState, Array, Array]:
+    def forward(params, x):
+        rng = jax.random.fold_in(state.rng, state.updates)
+        return module.apply_body(params, state.batch_stats, x, train=True, rng=rng)
+
+    outputs, pull, stats = jax.vjp(forward, state.params, inputs, has_aux=True)
+    gradient, of_inputs = pull(cotangent)
+    return apply_gradient(optimizer, state, gradient, {"body": stats}), outputs, of_inputs
+
+
+def _head_step(
+    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], label: Array
+) -> tuple[ModuleState, Array, Array]:
+    def objective(params, x):
+        rng = jax.random.fold_in(state.rng, state.updates)
+        logits, stats = module.apply_head(params, state.batch_stats, x, train=True, rng=rng)
+        return losses.cross_entropy(logits, label), stats
+
+    (loss, stats), (gradient, of_inputs) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(state.params, inputs)
+    return apply_gradient(optimizer, state, gradient, {"body": {}, "head": stats}), loss, of_inputs
+
+
+# Memory
+
+
+@dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes that the compiled program of a module needs, as XLA plans it.
+
+    Attributes:
+      arguments: the module's state, and the packet (or batch) it works on.
+      temporary: scratch.
+      added: outputs that do not lie in the donated state: the packet for the next module, the metrics.
+      packet: of one packet (or batch) at the entrance; one is among the arguments.
+    """
+
+    arguments: int
+    temporary: int
+    added: int
+    packet: int
+
+
+def module_memory(recipe: Recipe) -> list[ProgramMemory]:
+    """Compiles the program of each module for the default device; runs nothing."""
+    images: Any = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), "uint8")
+    step: Any = jax.ShapeDtypeStruct((), "int32")
+    incoming: Any = Batch(images, recipe.targets(), step)
+    found = []
+    for k, state in enumerate(recipe.abstract_states()):
+        if k:
+            incoming = Coded(recipe.hops[k - 1].payload, recipe.hops[k - 1].codebook)
+        lowered = jax.jit(compose(recipe, k), donate_argnums=0).lower(state, incoming, recipe.targets())
+        plan: Any = lowered.compile().memory_analysis()
+        added = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        packet = nbytes((incoming.payload if k else incoming.images, recipe.targets()))
+        found.append(ProgramMemory(plan.argument_size_in_bytes, plan.temp_size_in_bytes, added, packet))
+    return found
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """A row of the table.
+
+    Attributes:
+      first_block, blocks: where the module begins in the network, and how many blocks it has.
+      parameters, body_parameters: with and without the head.
+      body_gflops, head_gflops: of the forward pass, an image.
+      activation_bytes: handed on, an image; None where nothing is.
+      wire_bytes: the same as it is sent: encoded, with label, id and a share of the codebooks.
+      share: of the tick, which lasts as long as the slowest module's turn.
+    """
+
+    name: str
+    first_block: int
+    blocks: int
+    parameters: int
+    body_parameters: int
+    body_gflops: float
+    head_gflops: float
+    activation_bytes: float | None
+    wire_bytes: float | None
+    share: float
+
+
+def module_costs(recipe: Recipe, seconds: Sequence[float] = ()) -> list[ModuleCost]:
+    """The rows of the table; `seconds` of each module's turn give its share of the tick, without them the operations do."""
+    flops = module_flops(recipe)
+    turns = seconds or [body + head for body, head in flops]
+    traffic = recipe.traffic() if recipe.modules[0].head else None  # with one loss for all nothing is sent
+    rows = []
+    for k, (module, state, (body, head)) in enumerate(zip(recipe.modules, recipe.abstract_states(), flops)):
+        sends = traffic is not None and k + 1 < len(recipe.modules)
+        own = dataclasses.replace(state, params=state.params["body"])
+        rows.append(
+            ModuleCost(
+                module.name,
+                module.first,
+                len(module.blocks),
+                count_parameters(state),
+                count_parameters(own),
+                body / recipe.batch_size / 1e9,
+                head / recipe.batch_size / 1e9,
+                nbytes(recipe.hops[k].activations) / recipe.batch_size if sends else None,
+                traffic.wire[k] if traffic and sends else None,
+                turns[k] / max(turns),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[ModuleCost]) -> list[str]:
+    """The rows as aligned lines of text, under a heading."""
+    cells = [["module", "blocks", "parameters", "GFLOP body", "head", "bytes out", "on the wire", "share of tick"]]
+    for row in rows:
+        last = row.first_block + row.blocks - 1
+        sent = [f"{bytes_:,.0f}" if bytes_ is not None else "-" for bytes_ in (row.activation_bytes, row.wire_bytes)]
+        blocks = f"{row.first_block}-{last}" if row.blocks > 1 else f"{last}"
+        flops = [f"{row.body_gflops:.4g}", f"{row.head_gflops:.4g}"]
+        cells.append([row.name, blocks, f"{row.parameters:,}", *flops, *sent, f"{100 * row.share:.0f} %"])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in cells]

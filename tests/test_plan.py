@@ -1,0 +1,229 @@
+"""Plans by hand: speed, idle time, traffic and memory of pipelines that are nowhere."""
+
+import dataclasses
+import json
+
+import pytest
+from matplotlib import image
+from runs import small_config
+
+from dgl_jax import plan as planning
+from dgl_jax.codecs import CODECS
+from dgl_jax.costs import ProgramMemory, block_flops
+from dgl_jax.data import SHAPES, make_source
+from dgl_jax.errors import UserError
+from dgl_jax.experiment import every_block, known_info, make_recipe
+from dgl_jax.plan import plan, plan_run
+from dgl_jax.settings import DataSettings, make_settings
+
+# On 8x8 images, width 4: the packets of the first two modules have 8x8x4 and 4x4x8 values, a label and an id an image.
+BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
+BATCH = 8
+
+
+def small(**fields):
+    return make_settings(small_config(**{"model__modules": 3, "model__split": "0,1,2", "data__batch_size": BATCH} | fields))
+
+
+@pytest.fixture
+def stated(tmp_path):
+    """A file of times: turns of 2, 3 and 1 ms, where the last two blocks make the third module."""
+    times = {"first": [1.5, 2.0, 0.25, 9.0], "inner": [9.0, 9.0, 9.0, 0.5], "head": [0.5, 1.0, 9.0, 0.25]}
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(times))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """Nothing is compiled: the n-th module's program takes 100 n scratch, 10 n more for what it hands on, n a packet."""
+
+    def module_memory(recipe):
+        return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(recipe.modules, 1)]
+
+    monkeypatch.setattr(planning, "module_memory", module_memory)
+
+
+def milliseconds(spans, module):
+    return [(round(1e3 * s.begin, 6), round(1e3 * s.end, 6)) for s in spans if s.module == module]
+
+
+def test_three_devices_by_hand(stated):
+    bandwidth = BATCH * BYTES[0] / 1e6  # GB/s: the first module's packet takes 1 ms
+    found, spans = plan(small(), stated=stated, bandwidth=bandwidth)
+    late = round(BYTES[1] / BYTES[0], 6)  # the second's
+    assert milliseconds(spans, 0)[:4] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert milliseconds(spans, 1)[:4] == [(3, 6), (6, 9), (9, 12), (12, 15)]
+    begins = [begin for begin, _ in milliseconds(spans, 2)[:4]]
+    assert begins == pytest.approx([6 + late, 9 + late, 12 + late, 15 + late], abs=1e-5)
+    assert max(span.batch for span in spans) == 10
+    assert found["ticks_per_second"] == pytest.approx(1000 / 3)
+    assert found["images_per_second"] == pytest.approx(1000 / 3 * BATCH)
+    assert found["speedup"] == pytest.approx(6 / 3)
+    assert found["idle"] == pytest.approx([1 / 3, 0, 2 / 3])
+    assert found["idle_share"] == pytest.approx(1 / 3)
+    assert [(m["devices"], m["milliseconds"], m["share"]) for m in found["modules"]] == [
+        ([0], pytest.approx(2), pytest.approx(2 / 3)),
+        ([1], pytest.approx(3), 1),
+        ([2], pytest.approx(1), pytest.approx(1 / 3)),
+    ]
+    identity = found["codecs"]["identity"]
+    assert identity["bytes_per_image"] == BYTES
+    assert identity["compression"] == [1, 1]
+    assert identity["megabytes_per_second"] == pytest.approx([BATCH * b / 3e-3 / 1e6 for b in BYTES])
+    assert found["codecs"]["bf16"]["bytes_per_image"] == [(b - 8) / 2 + 8 for b in BYTES]
+    assert found["codecs"]["int8"] is None, "groups of 8 do not divide 4 channels"
+    assert found["codecs"].keys() == CODECS.keys()
+
+
+def test_links_that_are_the_slowest_part(stated):
+    bandwidth = BATCH * BYTES[0] / 1e6 / 5  # 5 ms, where the slowest module takes 3
+    found, _ = plan(small(codec__dims=4, codec__codes=16, codec__codebook_every=1), stated=stated, bandwidth=bandwidth)
+    assert found["ticks_per_second"] == pytest.approx(200)
+    assert found["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(1000 / 3)  # half the bytes: 2.5 ms
+    # Codes of 4 bits for 4 channels; two codes a byte; and a codebook of 16 x 4 numbers a group with every packet.
+    codes, books = [8 * 8 / 2 * 1, 4 * 4 * 2 / 2], [16 * 4 * 4, 2 * 16 * 4 * 4]
+    assert found["codecs"]["vq"]["bytes_per_image"][1] == codes[1] + 8 + books[1] / BATCH
+    assert plan(small(), stated=stated)[0]["ticks_per_second"] == pytest.approx(1000 / 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "placed", "ticks", "speedup", "idle"),
+    [
+        (1, [[0], [0], [0]], 1000 / 6, 1, [0]),
+        (2, [[0], [1], [1]], 250, 1.5, [0.5, 0]),  # 2 | 3 + 1, no more than 4 together
+        (4, [[0], [1], [2]], 1000 / 3, 2, [1 / 3, 0, 2 / 3, 1]),  # one has nothing to do
+        (6, [[0, 1], [2, 3], [4, 5]], 2000 / 3, 4, [1 / 3, 1 / 3, 0, 0, 2 / 3, 2 / 3]),  # half a batch each
+    ],
+)
+def test_more_and_fewer_devices(stated, devices, placed, ticks, speedup, idle):
+    found, _ = plan(small(), devices, stated)
+    assert [module["devices"] for module in found["modules"]] == placed
+    assert found["ticks_per_second"] == pytest.approx(ticks)
+    assert found["speedup"] == pytest.approx(speedup)
+    assert found["idle"] == pytest.approx(idle)
+
+
+def test_nothing_is_sent_where_nothing_crosses(stated):
+    found, _ = plan(small(), 2, stated, bandwidth=1.0)
+    assert [rate > 0 for rate in found["codecs"]["identity"]["megabytes_per_second"]] == [True, False]
+    assert plan(small(), 1, stated, bandwidth=1e-9)[0]["ticks_per_second"] == pytest.approx(1000 / 6)
+
+
+def test_devices_that_share_cores(stated):
+    # All the work of a batch is 6 ms of one core.
+    assert plan(small(), stated=stated, cores=1.0)[0]["speedup"] == pytest.approx(1)
+    assert 1 < plan(small(), stated=stated, cores=1.5)[0]["speedup"] < 1.5
+    assert plan(small(), stated=stated, cores=3.0)[0]["speedup"] == pytest.approx(2)
+
+
+def test_memory_by_hand(stated):
+    found, _ = plan(small(engine__ticks_in_flight=1), stated=stated)
+    # State and packet; scratch; output; packets that wait besides. Those of the second module come faster than it works: what the
+    # host dispatches ahead waits, two behind the one at work (made at 3t - 2 ms, used up at 3t + 5).
+    assert found["peak_memory_bytes"] == [1000 + 100 + 10 + 1, 2000 + 200 + 20 + 2 * 2, 3000 + 300 + 30]
+    alone, _ = plan(small(engine__ticks_in_flight=1), 1, stated)
+    assert alone["peak_memory_bytes"] == [6000 + 330 + 1]
+
+
+def test_a_plain_list_gives_heads_their_share_by_operations():
+    settings = small()
+    flops = block_flops(every_block(settings, known_info(settings.data)))
+    found, _ = plan(settings, stated="1,2,3,4")
+    per_operation = 10 / sum(flops.inner)
+    assert found["block_milliseconds"]["inner"] == found["block_milliseconds"]["first"] == pytest.approx([1, 2, 3, 4])
+    assert found["block_milliseconds"]["head"] == pytest.approx([per_operation * h for h in flops.head])
+    assert found["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
+
+
+def test_a_plan_is_the_times_of_the_next(stated, tmp_path):
+    before = plan_run(small(), stated=stated, as_json=True)
+    path = tmp_path / "before.json"
+    path.write_text(before)
+    assert json.loads(before)["block_milliseconds"]["head"] == pytest.approx([0.5, 1.0, 9.0, 0.25])
+    assert plan_run(small(), stated=str(path), as_json=True) == before
+
+
+@pytest.mark.parametrize(("times", "starts"), [("9,1,1,1", [0, 1]), ("1,1,1,9", [0, 3])])
+def test_a_split_by_time_uses_the_stated_times(times, starts):
+    found, _ = plan(small(model__split="time", model__modules=2), stated=times)
+    assert [module["first_block"] for module in found["modules"]] == starts
+
+
+def test_times_are_measured_where_none_are_stated(monkeypatch):
+    recipes = []
+
+    def block_times(recipe, device):
+        recipes.append(recipe)
+        return planning._stated("1,2,3,4", recipe)
+
+    monkeypatch.setattr(planning, "block_times", block_times)
+    found, _ = plan(small(model__split="time"))
+    assert len(recipes) == 1  # for the split and for the plan
+    assert len(recipes[0].modules) == 4
+    assert found["cores"] == len(planning.os.sched_getaffinity(0))
+    assert found["block_times"] == "measured on cpu"
+
+
+def test_what_it_prints(stated, tmp_path):
+    text = plan_run(small(), stated=stated, bandwidth=1.0, workdir=str(tmp_path))
+    for words in (
+        "module_2     2-3",
+        "333.3 ticks/s",
+        "2.00 times one device",
+        "idle 33 % of the time",
+        "codec int8: config.codec.dims",
+    ):
+        assert words in text
+    picture = tmp_path / "plots" / "plan.png"
+    assert f"timeline: {picture}" in text
+    assert image.imread(picture).shape[1] > 1000
+    found = json.loads(plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png")))
+    assert (tmp_path / "own.png").exists()
+    recipe = make_recipe(small(), known_info(small().data))
+    assert [m["name"] for m in found["modules"]] == [m.name for m in recipe.modules]
+    assert [m["body_parameters"] for m in found["modules"]] == [3 * 36 + 12, 4 * 72 + 24, 8 * 72 + 24 + 8 * 144 + 48]
+    assert json.loads(plan_run(small(), stated=stated, as_json=True))["timeline"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "words"),
+    [
+        ({"engine__name": "backprop"}, {}, ["config.engine.name=backprop", "needs pipeline"]),
+        ({"data__name": "folder"}, {}, ["config.data.name=folder", "known once it is read", "cifar10"]),
+        ({}, {"stated": "1,2"}, ["--block_times=1,2", "4 blocks, so 4 times"]),
+        ({}, {"stated": "1,2,3,0"}, ["--block_times=1,2,3,0", "above 0"]),
+        ({}, {"stated": "1,2,3,x"}, ["--block_times=1,2,3,x", "1.5,2,3"]),
+        ({}, {"stated": "nowhere.json"}, ["--block_times=nowhere.json", "No such file"]),
+        ({}, {"bandwidth": 0.0}, ["--bandwidth=0.0", "above 0"]),
+        ({}, {"cores": -1.0}, ["--cores=-1.0", "above 0"]),
+        ({}, {"devices": 9}, ["config.data.batch_size=8", "the 3 devices of module_0", "9 would do"]),
+        ({"engine__group_sizes": (1, 2, 1)}, {"devices": 3}, ["config.engine.group_sizes=(1, 2, 1)", "needs 4 devices"]),
+        ({"codec__name": "int8"}, {}, ["config.codec.dims=8"]),
+    ],
+)
+def test_mistakes(fields, arguments, words):
+    with pytest.raises(UserError) as error:
+        plan(small(**fields), **{"stated": "1,1,1,1"} | arguments)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("text", ['{"inner": [1, 2, 3, 4]}', '{"first": 3}', "[1, 2]", "3", "{", '{"a": [null]}'])
+def test_files_that_hold_no_times(tmp_path, text):
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="--block_times="):
+        plan(small(), stated=str(path))
+    with pytest.raises(UserError, match=r"--output=.*\.png"):
+        plan_run(small(), output=str(path))
+
+
+def test_what_is_known_of_data_sets():
+    (name,) = [field for field in dataclasses.fields(DataSettings) if field.name == "name"]
+    assert set(SHAPES) == set(name.metadata["choices"]) - {"folder"}
+    for name in ("digits", "synthetic"):
+        settings = small(data__name=name, data__image_size=0).data
+        source, known = make_source(settings, 0), known_info(settings)
+        assert known.image_shape == source.image_shape
+        assert len(known.class_names) == source.num_classes
+    assert known_info(small(data__name="cifar100", data__image_size=16).data).image_shape == (16, 16, 3)
