@@ -112,8 +112,8 @@ def test_units_of_resnet110():
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet18_cifar", "resnet20"])
-@pytest.mark.parametrize("size", [32, 64])
-def test_small_images(name, size):
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_any_head_behind_any_block(name, size):
     rows = walk(make_network(name, 8, 5, (size, size, 3)), image((size, size, 3)))
     assert rows[-1][0].shape == (1, 5)
     for y, _, _ in rows[:-1]:

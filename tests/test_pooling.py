@@ -70,7 +70,7 @@ def test_ties_behind_a_relu_change_no_gradient():
     check_same(relu_between(max_pool_2x2), relu_between(library_max), x)
 
 
-@pytest.mark.parametrize("size", [(6, 8), (7, 4), (1, 3)])
+@pytest.mark.parametrize("size", [(6, 8), (7, 1)])
 def test_overlapping_windows(size, monkeypatch):
     x = generic(3, *size, 5)
     close(max_pool_3x3(x), numpy_max_3x3(x))

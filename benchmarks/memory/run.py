@@ -1,62 +1,31 @@
 """Temporary memory of a training step as XLA's compiler plans it: local losses against back-propagation. No timing.
 
-python benchmarks/memory/run.py [--widths 32 128] [--batch_size 128] [--write]
+python benchmarks/memory/run.py [--part cnn6] [--widths 32 128] [--batch_size 128] [--write]
+python benchmarks/memory/run.py --part imagenet [--networks resnet152 vgg19] [--batch_sizes 16 32] [--write]
+
+Writing replaces only what was measured anew in `result.json`.
 """
 
 import argparse
 import itertools
+import json
 import sys
-import weakref
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
+import imagenet
+from measure import Compiled, holdings, measure, pipeline_peak
 
-from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.experiment import Experiment, make_experiment
 from dgl_jax.models import cuts
-from dgl_jax.packet import Batch, Coded, Targets, nbytes
+from dgl_jax.packet import Batch, Coded, nbytes
 
 BLOCKS = 6
 LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}
-
-
-@dataclass
-class Compiled:
-    """Bytes of one compiled program.
-
-    Attributes:
-      temporary: scratch that the program allocates for itself.
-      added: outputs that do not lie in a donated argument: the packet for the next module, and the metrics.
-      packet: the payload among them.
-    """
-
-    temporary: int
-    added: int
-    packet: int = 0
-
-
-@dataclass
-class Token:
-    """Stands for a payload: alive as long as the engine holds it."""
-
-    hop: int
-    __hash__ = object.__hash__
-
-
-@dataclass
-class Blank:
-    """Stands for a module's state."""
-
-    updates: jax.Array = field(default_factory=lambda: jnp.zeros((), jnp.int32))
-
-
-jax.tree_util.register_pytree_node(Blank, lambda blank: ((blank.updates,), None), lambda _, leaves: Blank(*leaves))
 
 
 def experiment(engine: str, modules: int, split: str, args: argparse.Namespace) -> Experiment:
@@ -76,12 +45,6 @@ def experiment(engine: str, modules: int, split: str, args: argparse.Namespace) 
     return make_experiment(settings, jax.devices()[:1])
 
 
-def measure(program: Any, *arguments: Any) -> Compiled:
-    """Compiles and reads the compiler's plan."""
-    plan = program.lower(*arguments).compile().memory_analysis()
-    return Compiled(plan.temp_size_in_bytes, plan.output_size_in_bytes - plan.alias_size_in_bytes)
-
-
 def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     """The pipeline's program of a module that is made of blocks `first` up to, not including, `end`."""
     starts = sorted({0, first, end} - {BLOCKS})
@@ -96,46 +59,6 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
 def batch_shapes(made: Experiment) -> Batch:
     """What the source yields, as shapes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.source.batch(0))
-
-
-def holdings(modules: int) -> list[tuple[int, list[int]]]:
-    """What the pipeline engine on one device holds while each program runs: (module, hops whose packets are alive).
-
-    The engine's own loop runs, on programs that do nothing; garbage collection says which packets it still refers to.
-    """
-    settings = harness.settings(
-        data__name="synthetic",
-        data__batch_size=1,
-        model__name="cnn6",
-        model__width=1,
-        model__modules=modules,
-        engine__name="pipeline",
-        train__steps=1,
-    )
-    made = make_experiment(settings, jax.devices()[:1])
-    assert isinstance(made.engine, PipelineEngine)
-    alive: weakref.WeakSet[Token] = weakref.WeakSet()
-    seen = []
-
-    def program(k: int) -> Any:
-        def run(state: Blank, incoming: Any, targets: Targets) -> tuple[Blank, Token, dict]:
-            seen.append((k, sorted(token.hop for token in alive)))
-            token = Token(k)
-            if k + 1 < modules:
-                alive.add(token)
-            return state, token, {}
-
-        return run
-
-    made.engine.programs = [program(k) for k in range(modules)]
-    for _ in made.engine.run(EngineState(tuple(Blank() for _ in range(modules))), made.source, 3 * modules):
-        pass
-    return seen
-
-
-def pipeline_peak(programs: list[Compiled], held: list[tuple[int, list[int]]]) -> int:
-    """The largest sum of a program's own bytes and of the packets that wait meanwhile, its input included."""
-    return max(programs[k].temporary + programs[k].added + sum(programs[hop].packet for hop in hops) for k, hops in held)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,11 +106,25 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     flags = harness.parser(__doc__)
+    flags.add_argument("--part", choices=["cnn6", "imagenet"], default="cnn6")
     flags.add_argument("--widths", type=int, nargs="+", default=[32, 128])
     flags.add_argument("--batch_size", type=int, default=128)
+    flags.add_argument("--networks", nargs="+", default=list(imagenet.SPLITS), choices=list(imagenet.SPLITS))
+    flags.add_argument("--batch_sizes", type=int, nargs=2, default=[16, 32])
     args = flags.parse_args()
-    results = [compare(argparse.Namespace(width=width, batch_size=args.batch_size)) for width in args.widths]
-    harness.finish(__file__, {"results": results}, args.write)
+    if args.part == "cnn6":
+        results = [compare(argparse.Namespace(width=width, batch_size=args.batch_size)) for width in args.widths]
+        keep({"environment": harness.environment(), "results": results}, args.write)
+    for network in args.networks if args.part == "imagenet" else ():
+        keep({network: imagenet.compare(network, tuple(args.batch_sizes))}, args.write)
+
+
+def keep(part: dict[str, Any], write: bool) -> None:
+    """Replaces a part of `result.json` where asked to."""
+    path = Path(__file__).with_name("result.json")
+    if write:
+        written = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(written | part, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""The same for the networks of the ImageNet runs, 224 pixels, 1000 classes: bytes at two batch sizes, images that fit a device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import jax
+from measure import Compiled, holdings, measure, pipeline_peak
+
+from dgl_jax.experiment import DatasetInfo, make_engine, make_recipe
+from dgl_jax.packet import Batch, Coded, nbytes
+
+DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used
+SIZE, CLASSES = 224, 1000
+# The papers' cuts, ResNet-152 in four by count; and in two behind its second stage, where half of the activations are.
+SPLITS = {"resnet152": ["0,26", "0,13,26,39", "0,12"], "vgg19": ["0,8", "0,4,8,12"]}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes as a function of the batch size, through two measured ones."""
+
+    fixed: float
+    per_image: float
+
+    @classmethod
+    def through(cls, sizes: tuple[int, int], found: tuple[int, int]) -> "Line":
+        """The line through two points."""
+        slope = (found[1] - found[0]) / (sizes[1] - sizes[0])
+        return cls(found[0] - slope * sizes[0], slope)
+
+    def fits(self) -> float:
+        """The largest batch, as a real number."""
+        return (DEVICE - self.fixed) / self.per_image
+
+
+def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
+    """The pipeline's programs, one a module; with an empty split the one of back-propagation."""
+    settings = harness.settings(
+        data__name="synthetic",
+        data__batch_size=batch_size,
+        model__name=network,
+        model__modules=split.count(",") + 1,
+        model__split=split or "count",
+        model__head="mlp_sr",
+        engine__name="pipeline" if split else "backprop",
+    )
+    info = DatasetInfo("made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3)
+    recipe = make_recipe(settings, info)
+    engine: Any = make_engine(settings, recipe, jax.devices()[:1], 1)
+    targets, states = recipe.targets(), recipe.abstract_states()
+    images: Any = jax.ShapeDtypeStruct((batch_size, SIZE, SIZE, 3), "uint8")
+    step: Any = jax.ShapeDtypeStruct((), "int32")
+    batch = Batch(images, targets, step)
+    if not split:
+        return [measure(engine.step, states, batch)]
+    found = []
+    for k, (program, state) in enumerate(zip(engine.programs, states, strict=True)):
+        incoming = Coded(recipe.hops[k - 1].payload) if k else batch
+        found.append(measure(program, state, incoming, targets))
+        found[k].packet = nbytes((recipe.hops[k].payload, targets)) if k < len(recipe.hops) else 0
+    return found
+
+
+def alone(found: list[Compiled]) -> list[int]:
+    """Bytes of each module on a device of its own, its state and the packet at its entrance included."""
+    entrances = [0, *(program.packet for program in found[:-1])]
+    return [program.state + program.temporary + program.added + packet for program, packet in zip(found, entrances)]
+
+
+def together(found: list[Compiled]) -> int:
+    """Bytes of all modules on one device."""
+    return sum(program.state for program in found) + pipeline_peak(found, holdings(len(found)))
+
+
+def compare(network: str, sizes: tuple[int, int]) -> dict[str, Any]:
+    """Back-propagation and every cut of one network; prints the table."""
+    base = [programs(network, "", size) for size in sizes]
+    backprop = Line.through(sizes, tuple(alone(found)[0] for found in base))
+    print(f"{network}, {SIZE} pixels, batch {sizes[1]}: back-propagation {alone(base[1])[0] / 2**30:.2f} GiB,", end=" ")
+    print(f"{backprop.fits():.0f} images in {DEVICE / 2**30:.0f} GiB", flush=True)
+    header = ["K", "cut", "GiB a module", "images a module", "more a device", "all on one device, GiB", "more on one device"]
+    rows, results = [], []
+    for split in SPLITS[network]:
+        found = [programs(network, split, size) for size in sizes]
+        one = Line.through(sizes, tuple(together(of_size) for of_size in found))
+        each = [Line.through(sizes, pair) for pair in zip(*(alone(of_size) for of_size in found), strict=True)]
+        more = {
+            "one_device": one.fits() / backprop.fits() - 1,
+            "device_a_module": min(m.fits() for m in each) / backprop.fits() - 1,
+        }
+        results.append(
+            {
+                "split": split,
+                "one_device_bytes": [together(of_size) for of_size in found],
+                "module_bytes": [alone(of_size) for of_size in found],
+                "images": {"one_device": round(one.fits(), 1), "modules": [round(m.fits(), 1) for m in each]},
+                "more_images": {name: round(value, 4) for name, value in more.items()},
+                "programs": [[vars(program) for program in of_size] for of_size in found],
+            }
+        )
+        gib = " ".join(f"{b / 2**30:.2f}" for b in alone(found[1]))
+        fit = " ".join(f"{m.fits():.0f}" for m in each)
+        cells = [gib, fit, f"{more['device_a_module']:+.0%}", f"{together(found[1]) / 2**30:.2f}", f"{more['one_device']:+.0%}"]
+        rows.append([len(each), f"`{split}`", *cells])
+    harness.table(header, rows)
+    return {
+        "environment": harness.environment(),
+        "batch_sizes": list(sizes),
+        "backprop_bytes": [alone(found)[0] for found in base],
+        "backprop_images": round(backprop.fits(), 1),
+        "backprop_programs": [vars(found[0]) for found in base],
+        "splits": results,
+    }
