@@ -30,8 +30,8 @@ from dgl_jax.train import train_and_evaluate
 
 SIZES = [(256, 2), (256, 4), (256, 8), (256, 16), (16, 4), (16, 8)]  # (codes, dims)
 BOUNDED = [(256, 4), (256, 8), (256, 16), (16, 8)]
-GROUPS = 2  # of each hop that k-means is run on
-VECTORS = 100_000  # that k-means sees of a group
+GROUPS = 1  # of each hop that k-means is run on
+VECTORS = 50_000  # that k-means sees of a group
 LIMIT = 1.05  # mean squared error of vq over that of k-means
 BATCH = 128
 
@@ -106,7 +106,7 @@ def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[
             ours = squares(books[codes, dims][hop].entries, held_out)
             for group in range(min(GROUPS, seen.shape[1] // dims)):
                 part = slice(group * dims, (group + 1) * dims)
-                fit = KMeans(codes, n_init=1, max_iter=1000, tol=0.0, random_state=0).fit(seen[:VECTORS, part])
+                fit = KMeans(codes, n_init=1, max_iter=500, tol=0.0, random_state=0).fit(seen[:VECTORS, part])
                 nearest = fit.cluster_centers_[fit.predict(np.ascontiguousarray(held_out[:, part]))]
                 theirs = float(np.square(nearest - held_out[:, part]).sum(-1).mean())
                 row = {"codes": codes, "dims": dims, "hop": hop, "group": group, "iterations": int(fit.n_iter_)}
