@@ -1,5 +1,6 @@
 """The same for the networks of the ImageNet runs, 224 pixels, 1000 classes: bytes at two batch sizes, images that fit a device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,40 +69,50 @@ def alone(found: list[Compiled]) -> list[int]:
     return [program.state + program.temporary + program.added + packet for program, packet in zip(found, entrances)]
 
 
-def together(found: list[Compiled]) -> int:
-    """Bytes of all modules on one device."""
-    return sum(program.state for program in found) + pipeline_peak(found, holdings(len(found)))
+def together(found: list[Compiled]) -> list[int]:
+    """Bytes of all modules on one device, while each of them works."""
+    states = sum(program.state for program in found)
+    turns = {k: [(k, hops)] for k, hops in holdings(len(found))}
+    return [states + pipeline_peak(found, turns[k]) for k in range(len(found))]
+
+
+def lines(sizes: tuple[int, int], bytes_of: Callable[[list[Compiled]], list[int]], found: list[list[Compiled]]) -> list[Line]:
+    """Of what `bytes_of` gives for the programs at both sizes. Which of them is the largest may change from size to size."""
+    return [Line.through(sizes, pair) for pair in zip(*map(bytes_of, found), strict=True)]
 
 
 def compare(network: str, sizes: tuple[int, int]) -> dict[str, Any]:
     """Back-propagation and every cut of one network; prints the table."""
     base = [programs(network, "", size) for size in sizes]
-    backprop = Line.through(sizes, tuple(alone(found)[0] for found in base))
+    (backprop,) = lines(sizes, alone, base)
     print(f"{network}, {SIZE} pixels, batch {sizes[1]}: back-propagation {alone(base[1])[0] / 2**30:.2f} GiB,", end=" ")
     print(f"{backprop.fits():.0f} images in {DEVICE / 2**30:.0f} GiB", flush=True)
     header = ["K", "cut", "GiB a module", "images a module", "more a device", "all on one device, GiB", "more on one device"]
     rows, results = [], []
     for split in SPLITS[network]:
         found = [programs(network, split, size) for size in sizes]
-        one = Line.through(sizes, tuple(together(of_size) for of_size in found))
-        each = [Line.through(sizes, pair) for pair in zip(*(alone(of_size) for of_size in found), strict=True)]
-        more = {
-            "one_device": one.fits() / backprop.fits() - 1,
-            "device_a_module": min(m.fits() for m in each) / backprop.fits() - 1,
-        }
+        each = [line.fits() for line in lines(sizes, alone, found)]
+        one = min(line.fits() for line in lines(sizes, together, found))
+        more = {"device_a_module": min(each) / backprop.fits() - 1, "one_device": one / backprop.fits() - 1}
         results.append(
             {
                 "split": split,
-                "one_device_bytes": [together(of_size) for of_size in found],
+                "one_device_bytes": [max(together(of_size)) for of_size in found],
                 "module_bytes": [alone(of_size) for of_size in found],
-                "images": {"one_device": round(one.fits(), 1), "modules": [round(m.fits(), 1) for m in each]},
+                "images": {"modules": [round(images, 1) for images in each], "one_device": round(one, 1)},
                 "more_images": {name: round(value, 4) for name, value in more.items()},
                 "programs": [[vars(program) for program in of_size] for of_size in found],
             }
         )
         gib = " ".join(f"{b / 2**30:.2f}" for b in alone(found[1]))
-        fit = " ".join(f"{m.fits():.0f}" for m in each)
-        cells = [gib, fit, f"{more['device_a_module']:+.0%}", f"{together(found[1]) / 2**30:.2f}", f"{more['one_device']:+.0%}"]
+        fit = " ".join(f"{images:.0f}" for images in each)
+        cells = [
+            gib,
+            fit,
+            f"{more['device_a_module']:+.0%}",
+            f"{max(together(found[1])) / 2**30:.2f}",
+            f"{more['one_device']:+.0%}",
+        ]
         rows.append([len(each), f"`{split}`", *cells])
     harness.table(header, rows)
     return {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.experiment import make_experiment
-from dgl_jax.packet import Targets
+from dgl_jax.packet import Coded, Targets
 
 
 @dataclass
@@ -77,12 +77,13 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
     seen = []
 
     def program(k: int) -> Any:
-        def run(state: Blank, incoming: Any, targets: Targets) -> tuple[Blank, Token, dict]:
+        def run(state: Blank, incoming: Any, targets: Targets) -> tuple[Blank, Coded | None, dict]:
             seen.append((k, sorted(token.hop for token in alive)))
+            if k + 1 == modules:
+                return state, None, {}
             token = Token(k)
-            if k + 1 < modules:
-                alive.add(token)
-            return state, token, {}
+            alive.add(token)
+            return state, Coded(token), {}
 
         return run
 
