@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from dgl_jax import average
 from dgl_jax.codecs import Identity
 from dgl_jax.data import Source, make_source
 from dgl_jax.engines import EngineState, Recipe
@@ -53,7 +54,7 @@ class Evaluator:
             if k:
                 payload = put(incoming, self.placement.split(k))
                 incoming = Coded(payload, put(books[k - 1], self.placement.replicated(k)))
-            incoming, probabilities = forward(state.params, state.batch_stats, books[k], incoming)
+            incoming, probabilities = forward(*average.evaluated(state), books[k], incoming)
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]

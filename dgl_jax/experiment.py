@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgl_jax import average
 from dgl_jax.baselines import backprop_step
 from dgl_jax.checkpoint import Checkpoints, Restored
 from dgl_jax.codecs import make_codec
@@ -19,7 +20,7 @@ from dgl_jax.costs import block_flops, block_times, module_flops
 from dgl_jax.data import SHAPES, Preprocess, Source, make_source
 from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, SimulatedEngine, ThreadsEngine, ring_forms
 from dgl_jax.errors import UserError
-from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
+from dgl_jax.models import BALANCED, BlockCosts, Network, check_network, cuts, make_head, make_network
 from dgl_jax.module import ModuleState, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
@@ -102,6 +103,7 @@ def make_experiment(
     Raises:
       UserError: the data is missing or broken, or data, network and devices do not fit.
     """
+    check_network(settings.model.name)  # before the data, which may take long to come
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
@@ -133,7 +135,7 @@ def make_recipe(
         )
     heads = [make_head(model.head, len(info.class_names), model.dtype) if trained else None for _ in starts[:-1]]
     return Recipe(
-        modules=make_modules(network.blocks, starts, [*heads, network.classifier]),
+        modules=make_modules(network.blocks, starts, [*heads, network.classifier], model.remat),
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),
         codec=make_codec(settings.codec, model.dtype),
@@ -141,6 +143,9 @@ def make_recipe(
         batch_size=settings.data.batch_size,
         image_shape=info.image_shape,
         decode=settings.codec.decode,
+        accumulate=settings.train.accumulate,
+        label_smoothing=settings.train.label_smoothing,
+        ema=settings.train.ema,
     )
 
 
@@ -196,18 +201,20 @@ def make_engine(settings: Settings, recipe: Recipe, devices: Sequence[jax.Device
         _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
         check_memory(forms, size)
         if chosen.name == "simulated":
-            return SimulatedEngine(recipe, one_group(devices[:1], modules), total_steps, chosen, settings.replay)
+            placement = one_group(devices[:1], modules)
+            check_batch(recipe.batch_size, placement.sizes(), recipe.accumulate)
+            return SimulatedEngine(recipe, placement, total_steps, chosen, settings.replay)
     if chosen.name in ("pipeline", "threads"):
         costs = [body + head for body, head in module_flops(recipe)] if not chosen.group_sizes and len(devices) < modules else ()
         placement = assign(devices, modules, chosen.group_sizes, costs)
-        check_batch(recipe.batch_size, placement.sizes())
+        check_batch(recipe.batch_size, placement.sizes(), recipe.accumulate)
         if chosen.name == "threads":
             return ThreadsEngine(recipe, placement, chosen, settings.replay)
         return PipelineEngine(recipe, placement, chosen.ticks_in_flight)
     # One group: as many devices as the groups of a pipeline would have together.
     count = assign(devices, modules, chosen.group_sizes).count() if chosen.group_sizes else len(devices)
     placement = one_group(devices[:count], modules)
-    check_batch(recipe.batch_size, placement.sizes())
+    check_batch(recipe.batch_size, placement.sizes(), recipe.accumulate)
     if chosen.name == "backprop":
         return FusedEngine(recipe, placement, chosen.ticks_in_flight, backprop_step)
     return FusedEngine(recipe, placement, chosen.ticks_in_flight)
@@ -270,7 +277,7 @@ def load_trained(
 
 
 def borrow_weights(state: EngineState, other: Trained) -> EngineState:
-    """Another run's parameters and batch statistics under a fresh optimizer state and count.
+    """Another run's parameters and batch statistics, as it is evaluated, under a fresh optimizer state and count.
 
     Raises:
       UserError: its modules have other shapes.
@@ -279,7 +286,7 @@ def borrow_weights(state: EngineState, other: Trained) -> EngineState:
     if len(state.modules) != len(other.restored.state.modules):
         raise UserError(f"--init_from: that run has {len(other.restored.state.modules)} modules, this one {len(state.modules)}")
     for k, (mine, theirs) in enumerate(zip(state.modules, other.restored.state.modules)):
-        wanted, given = ((m.params, m.batch_stats) for m in (mine, theirs))
+        wanted, given = (mine.params, mine.batch_stats), average.evaluated(theirs)
         if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
             raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes; config.model must be the same")
         # Through the host: the two runs may use different devices.

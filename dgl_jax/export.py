@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from safetensors.numpy import load_file, save
 
+from dgl_jax import average
 from dgl_jax.engines import Recipe
 from dgl_jax.experiment import DatasetInfo, load_trained, make_recipe
 from dgl_jax.metrics import read
@@ -89,7 +90,8 @@ def load_exported(folder: str | Path) -> Exported:
 
 
 def _variables(recipe: Recipe, state: ModuleState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats, "codebook": recipe.codebook(state)}
+    params, batch_stats = average.evaluated(state)
+    return {"params": params, "batch_stats": batch_stats, "codebook": recipe.codebook(state)}
 
 
 def _name(path: tuple[Any, ...]) -> str:

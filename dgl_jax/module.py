@@ -11,6 +11,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from dgl_jax import memory
+
 PyTree = Any
 _HEAD = 1_000_000  # folded into the key of heads: apart from every block's number
 
@@ -25,7 +27,8 @@ class ModuleState:
       opt_state: the optimizer's.
       rng: key of random operations inside the module (dropout); the n-th update folds n in.
       updates: how many updates this module has made.
-      extras: what others keep with the module by name, such as the codec's codebooks; an update of the module leaves it alone.
+      extras: what others keep with the module by name, such as the codec's codebooks or the moving average of `average.py`; an
+        update of the module leaves it alone.
     """
 
     params: PyTree
@@ -45,12 +48,15 @@ class LocalModule:
       first: number of the first block in the whole network.
       blocks: Flax Linen modules called as `block(x, train)`.
       head: Flax Linen module called as `head(x, train)` that gives logits; None where a baseline trains none.
+      remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
+        forward pass of the body more.
     """
 
     name: str
     first: int
     blocks: tuple[nn.Module, ...]
     head: nn.Module | None
+    remat: bool = False
 
     def init(self, key: jax.Array, inputs: jax.ShapeDtypeStruct) -> tuple[PyTree, PyTree]:
         """Fresh (params, batch_stats) for inputs of this shape.
@@ -62,7 +68,7 @@ class LocalModule:
         x = inputs
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(jax.random.fold_in(key, number), x, train=False)
-            params["body"][f"block_{number}"] = variables["params"]
+            params["body"][f"block_{number}"] = variables.get("params", {})
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
             x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
         if self.head is not None:
@@ -81,11 +87,12 @@ class LocalModule:
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`)."""
+        apply = _apply_again if self.remat and train else _apply
         x, stats = inputs, {}
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
             key = None if rng is None else jax.random.fold_in(rng, number)
-            x, stats[name] = _apply(block, params["body"][name], batch_stats["body"][name], x, train, key)
+            x, stats[name] = apply(block, params["body"][name], batch_stats["body"][name], x, train, key)
         return x, stats
 
     def apply_head(
@@ -126,11 +133,23 @@ def _apply(block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: boo
     return x, updated.get("batch_stats", {})
 
 
-def make_modules(blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None]) -> tuple[LocalModule, ...]:
+def _apply_again(
+    block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
+) -> tuple[Any, PyTree]:
+    def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
+        stats, key = others
+        return _apply(block, params, stats, x, train, key)
+
+    return memory.recomputed(function)(params, x, (stats, key))
+
+
+def make_modules(
+    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False
+) -> tuple[LocalModule, ...]:
     """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`."""
     ends = [*cuts[1:], len(blocks)]
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), head)
+        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), head, remat)
         for k, (first, end, head) in enumerate(zip(cuts, ends, heads, strict=True))
     )
 

@@ -33,8 +33,8 @@ def make_schedule(settings: ScheduleSettings, learning_rate: float, steps_per_ep
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum, or Adam; weight decay is added to the gradient of every parameter, as in the paper's experiments."""
+    """SGD with momentum (also Nesterov's), or Adam; weight decay is added to the gradient of every parameter, as in the paper."""
     decay = optax.add_decayed_weights(settings.weight_decay) if settings.weight_decay else optax.identity()
     if settings.name == "adam":
         return optax.chain(decay, optax.adam(schedule))
-    return optax.chain(decay, optax.sgd(schedule, momentum=settings.momentum or None))
+    return optax.chain(decay, optax.sgd(schedule, momentum=settings.momentum or None, nesterov=settings.nesterov))

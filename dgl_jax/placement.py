@@ -109,14 +109,26 @@ def layout(count: int, modules: int, group_sizes: Sequence[int] = (), costs: Seq
     return [range(end - size, end) for end, size in zip(ends, sizes)]
 
 
-def check_batch(batch_size: int, sizes: Sequence[int]) -> None:
-    """Raises UserError where a device group does not divide the batch; `sizes`: devices of each module."""
+def check_batch(batch_size: int, sizes: Sequence[int], micro_batches: int = 1) -> None:
+    """Raises UserError where a device group does not divide the batch, or `micro_batches` not what each device has of it.
+
+    Args:
+      sizes: devices of each module.
+    """
     for k, size in enumerate(sizes):
         if batch_size % size:
             works = batch_size + size - batch_size % size
             raise UserError(
                 f"config.data.batch_size={batch_size}: the {size} devices of module_{k} do not divide it; "
                 f"{works} would do, or another config.engine.group_sizes"
+            )
+        share = batch_size // size
+        # Of one image batch norm has no variance.
+        fit = [n for n in range(1, share + 1) if share % n == 0 and batch_size // n > 1]
+        if micro_batches not in fit:
+            raise UserError(
+                f"config.train.accumulate={micro_batches}: must divide the {share} images that each device of module_{k} has "
+                f"of a batch, and leave more than one; {', '.join(map(str, fit))} would do"
             )
 
 

@@ -34,6 +34,8 @@ FREE_ON_RESUME = (
     "engine.restart_workers",
     "engine.watchdog_seconds",
 )
+# But for what decides which arrays a checkpoint holds.
+FIXED_ON_RESUME = ("train.ema",)
 # Engines that share one checkpoint form and give the same numbers.
 INTERCHANGEABLE_ENGINES = ("fused", "pipeline")
 
@@ -68,17 +70,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    name: str = _choice(
-        *("cnn4", "cnn6", "cnn6_replay"),
-        *("vgg11", "vgg13", "vgg16", "vgg19"),
-        *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),  # of CIFAR
-        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_cifar"),
-    )
+    name: str = "cnn4"  # a network of `dgl_jax.models`, or one that `dgl_jax.models.register` has added
     width: int = _number(64, 1, 65536)  # channels of the first block
     modules: int = _number(4, 1, 4096)
     split: str = "count"  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
     head: str = _choice("mlp_sr", "mlp", "cnn", "linear")  # of every module but the last
     dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class OptimizerSettings:
     name: str = _choice("sgd", "adam")
     learning_rate: float = _number(0.1, 0.0, 1e30, exclusive=True)
     momentum: float = _number(0.9, 0.0, 1.0)  # of sgd
+    nesterov: bool = False  # of sgd
     weight_decay: float = _number(5e-4, 0.0, 1e6)
 
 
@@ -103,6 +102,9 @@ class ScheduleSettings:
 class TrainSettings:
     epochs: float = _number(50.0, 0.0, 1e6)
     steps: int = _number(0, 0, _MANY)  # above 0: wins over `epochs`
+    accumulate: int = _number(1, 1, _MANY)  # micro-batches that a batch is split into; their mean gradient makes one update
+    label_smoothing: float = _number(0.0, 0.0, 1.0)  # in the training loss of every head
+    ema: float = _number(0.0, 0.0, 0.999999)  # decay of the moving average of parameters that is evaluated; 0: none
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
     changed = []
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name), after.get(name)
-        free = name in FREE_ON_RESUME or f"{name.split('.')[0]}.*" in FREE_ON_RESUME
+        free = name in FREE_ON_RESUME or (f"{name.split('.')[0]}.*" in FREE_ON_RESUME and name not in FIXED_ON_RESUME)
         swapped = name == "engine.name" and {was, now} <= set(INTERCHANGEABLE_ENGINES)
         if was != now and not free and not swapped:
             changed.append(f"config.{name} (was {was!r}, is now {now!r})")

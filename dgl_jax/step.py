@@ -1,18 +1,23 @@
 """One update of one module (and its evaluation) as pure functions of state and arrays; no device, engine or codec in sight."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from dgl_jax import losses
+from dgl_jax import losses, memory
 from dgl_jax.module import LocalModule, ModuleState
 from dgl_jax.packet import Targets
 
+PyTree = Any
 Metrics = dict[str, Array]
+# (params, batch_stats, inputs, targets, keys) -> (loss, (new batch_stats, outputs, logits))
+Objective = Callable[[PyTree, PyTree, Array, Targets, PyTree], tuple[Array, tuple[PyTree, PyTree, Array]]]
 
 
 def local_step(
@@ -21,30 +26,68 @@ def local_step(
     state: ModuleState,
     inputs: Float[Array, "B ..."],
     targets: Targets,
+    *,
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
     """One update of a module on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
 
     Args:
-      module, optimizer: static; bind them with `functools.partial` before `jax.jit`.
+      module, optimizer, accumulate, label_smoothing: static; bind them with `functools.partial` before `jax.jit`.
       state: the module's state.
       inputs: activations of the module below, or the images; no gradient leaves through them.
       targets: labels of the same examples.
+      accumulate: see `mean_gradient`.
+      label_smoothing: see `losses.cross_entropy`.
 
     Returns:
       The new state; the activations for the next module, of the forward pass before the update, detached; and the batch's
-      `loss` (nats) and `accuracy` (fraction) as device scalars.
+      `loss` (nats, smoothed as it is minimised) and `accuracy` (fraction) as device scalars.
     """
     inputs = lax.stop_gradient(inputs)
     rng = jax.random.fold_in(state.rng, state.updates)
 
-    def objective(params):
-        outputs, logits, batch_stats = module.apply(params, state.batch_stats, inputs, train=True, rng=rng)
-        return losses.cross_entropy(logits, targets.label), (outputs, logits, batch_stats)
+    def objective(params, batch_stats, inputs, targets, rng):
+        outputs, logits, batch_stats = module.apply(params, batch_stats, inputs, train=True, rng=rng)
+        return losses.cross_entropy(logits, targets.label, label_smoothing), (batch_stats, outputs, logits)
 
-    (loss, (outputs, logits, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    state = apply_gradient(optimizer, state, gradient, batch_stats)
-    metrics = {"loss": loss, "accuracy": losses.accuracy(logits, targets.label)}
-    return state, lax.stop_gradient(outputs), metrics
+    gradient, batch_stats, outputs, metrics = mean_gradient(
+        objective, state.params, state.batch_stats, inputs, targets, rng, accumulate
+    )
+    return apply_gradient(optimizer, state, gradient, batch_stats), lax.stop_gradient(outputs), metrics
+
+
+def mean_gradient(
+    objective: Objective,
+    params: PyTree,
+    batch_stats: PyTree,
+    inputs: Float[Array, "B ..."],
+    targets: Targets,
+    keys: PyTree,
+    accumulate: int = 1,
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+    """Gradient of a batch's loss, worked out on `accumulate` micro-batches one after the other, each in the memory of its own size.
+
+    Without batch norm it is the gradient of the whole batch. Batch norm takes each micro-batch by itself, and the running averages
+    see one after the other. Micro-batch i of n has examples i, i + n, i + 2n, ...: where devices share a batch, n must divide the
+    share of each, and no example moves.
+
+    Returns:
+      The gradient; the new batch_stats; the objective's outputs for all examples, in their order; and the `loss` and `accuracy`.
+    """
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    gradient, outputs, metrics = None, [], []
+    for (x, of_x), own in zip(_split((inputs, targets), accumulate), _keys(keys, accumulate), strict=True):
+        # In any other order what one leaves for its backward pass would wait beside what the next one does.
+        at = params if gradient is None else memory.after(params, gradient)
+        (loss, (batch_stats, y, logits)), found = differentiate(at, batch_stats, x, of_x, own)
+        gradient = found if gradient is None else jax.tree.map(jnp.add, gradient, found)
+        outputs.append(y)
+        metrics.append({"loss": loss, "accuracy": losses.accuracy(logits, of_x.label)})
+    if accumulate == 1:
+        return gradient, batch_stats, outputs[0], metrics[0]
+    gradient, mean = jax.tree.map(lambda x: x / accumulate, (gradient, jax.tree.map(lambda *x: sum(x), *metrics)))
+    return gradient, batch_stats, _join(outputs), mean
 
 
 def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any) -> ModuleState:
@@ -59,6 +102,15 @@ def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, 
     )
 
 
+def feed_step(
+    module: LocalModule, state: ModuleState, inputs: Float[Array, "B ..."], *, train: bool, accumulate: int = 1
+) -> Float[Array, "B ..."]:
+    """Activations for the next module from one that learns no more: as its next update would hand on, or in evaluation's way."""
+    rng = jax.random.fold_in(state.rng, state.updates)
+    parts = zip(_split(inputs, accumulate), _keys(rng, accumulate), strict=True)
+    return _join([module.apply_body(state.params, state.batch_stats, x, train=train, rng=own)[0] for x, own in parts])
+
+
 def eval_step(
     module: LocalModule, params: Any, batch_stats: Any, inputs: Float[Array, "B ..."]
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B C"] | None]:
@@ -68,3 +120,23 @@ def eval_step(
         return outputs, None
     logits, _ = module.apply_head(params, batch_stats, outputs, train=False)
     return outputs, logits
+
+
+def _split(tree: PyTree, parts: int) -> list[PyTree]:
+    """Every `parts`-th example, from the first, from the second, and so on."""
+    if parts == 1:
+        return [tree]
+    rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), tree)
+    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(parts)]
+
+
+def _join(parts: list[PyTree]) -> PyTree:
+    """What was split, in order again."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
+
+
+def _keys(keys: PyTree, parts: int) -> list[PyTree]:
+    """Keys of their own for micro-batches; those of a whole batch as they are."""
+    return [keys] if parts == 1 else [jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), keys) for i in range(parts)]

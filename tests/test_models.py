@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -8,14 +7,8 @@ import pytest
 
 from dgl_jax.errors import UserError
 from dgl_jax.models import MODELS, make_head, make_network
-from dgl_jax.settings import ModelSettings
 
 CIFAR = (32, 32, 3)
-
-
-def choices(name):
-    (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == name)
-    return field.metadata["choices"]
 
 
 def trace(module, x):
@@ -54,10 +47,6 @@ def walk(network, x):
 
 def image(shape=CIFAR, dtype="float32"):
     return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-
-def test_names_are_those_of_the_settings():
-    assert list(MODELS) == list(choices("name"))
 
 
 def test_networks_are_hashable_and_equal_when_built_alike():

@@ -6,36 +6,37 @@ through all modules. The heads of the other modules do not exist.
 
 import jax
 
-from dgl_jax import losses
+from dgl_jax import average, losses
 from dgl_jax.engines.compose import entrance
 from dgl_jax.engines.engine import Recipe
 from dgl_jax.engines.fused import States, TrainStep
 from dgl_jax.packet import Batch
-from dgl_jax.step import Metrics, apply_gradient
+from dgl_jax.step import Metrics, apply_gradient, mean_gradient
 
 
 def backprop_step(recipe: Recipe) -> TrainStep:
     """One update of all modules on the last one's loss, as one pure function."""
     modules = recipe.modules
 
+    def objective(params, batch_stats, inputs, targets, rngs):
+        x, new = inputs, []
+        for module, p, stats, rng in zip(modules, params, batch_stats, rngs, strict=True):
+            x, body = module.apply_body(p, stats, x, train=True, rng=rng)
+            new.append({"body": body})
+        logits, new[-1]["head"] = modules[-1].apply_head(params[-1], batch_stats[-1], x, train=True, rng=rngs[-1])
+        return losses.cross_entropy(logits, targets.label, recipe.label_smoothing), (new, (), logits)
+
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
-        inputs = entrance(recipe, batch)
-        label = batch.targets.label
-
-        def objective(params):
-            x, stats = inputs, []
-            for module, state, p in zip(modules, states, params, strict=True):
-                rng = jax.random.fold_in(state.rng, state.updates)
-                x, body = module.apply_body(p, state.batch_stats, x, train=True, rng=rng)
-                stats.append({"body": body})
-            logits, stats[-1]["head"] = modules[-1].apply_head(params[-1], states[-1].batch_stats, x, train=True, rng=rng)
-            return losses.cross_entropy(logits, label), (logits, stats)
-
-        params = [state.params for state in states]
-        (loss, (logits, stats)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+        params, stats = [state.params for state in states], [state.batch_stats for state in states]
+        rngs = [jax.random.fold_in(state.rng, state.updates) for state in states]
+        gradients, stats, _, of_last = mean_gradient(
+            objective, params, stats, entrance(recipe, batch), batch.targets, rngs, recipe.accumulate
+        )
         new = [apply_gradient(recipe.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
+        if recipe.ema:
+            new = [average.advance(state, recipe.ema) for state in new]
         metrics: list[Metrics] = [{} for _ in modules]
-        metrics[-1] = {"loss": loss, "accuracy": losses.accuracy(logits, label)}
+        metrics[-1] = of_last
         return tuple(new), tuple(metrics)
 
     return step

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
+from dgl_jax import average
 from dgl_jax.codecs import relative_error
 from dgl_jax.data import augment_key
 from dgl_jax.engines.engine import Recipe
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import Batch, Coded, Targets
-from dgl_jax.step import Metrics, local_step
+from dgl_jax.step import Metrics, feed_step, local_step
 
 # (state, what came in: a Batch or a Coded, its targets) -> (state, what goes to the next module: a Coded or None, metrics)
 Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Coded | None, Metrics]]
@@ -33,7 +34,17 @@ def compose(recipe: Recipe, k: int) -> Program:
     def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Coded | None, Metrics]:
         inputs, drift = _receive(recipe, k, incoming)
         updates = state.updates
-        state, outputs, metrics = local_step(module, recipe.optimizer, state, inputs, targets)
+        state, outputs, metrics = local_step(
+            module,
+            recipe.optimizer,
+            state,
+            inputs,
+            targets,
+            accumulate=recipe.accumulate,
+            label_smoothing=recipe.label_smoothing,
+        )
+        if recipe.ema:
+            state = average.advance(state, recipe.ema)
         metrics |= drift
         if k == last:
             return state, None, metrics
@@ -53,8 +64,7 @@ def feed(recipe: Recipe, k: int, train: bool) -> Callable[[ModuleState, Any], Co
 
     def program(state: ModuleState, incoming: Any) -> Coded:
         inputs, _ = _receive(recipe, k, incoming)
-        rng = jax.random.fold_in(state.rng, state.updates)
-        outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, train=train, rng=rng)
+        outputs = feed_step(module, state, inputs, train=train, accumulate=recipe.accumulate)
         codebook = recipe.codebook(state)
         return Coded(recipe.codec.encode(codebook, outputs), codebook)
 

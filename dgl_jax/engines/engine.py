@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import optax
 
+from dgl_jax import average
 from dgl_jax.codecs import Codec
 from dgl_jax.data import Preprocess, Source
 from dgl_jax.engines.turns import Tick, Turn, never
@@ -87,6 +88,9 @@ class Recipe:
       preprocess: makes network inputs of stored images.
       codec: what crosses between modules.
       decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
+      accumulate: micro-batches that a batch is split into.
+      label_smoothing: of the training loss.
+      ema: decay of the moving average of parameters that is evaluated; 0: none is kept.
       seed: of the parameters and of the augmentation.
       batch_size: examples of the whole batch, over all devices.
       image_shape: (height, width, channels) of a stored image.
@@ -100,6 +104,9 @@ class Recipe:
     batch_size: int
     image_shape: tuple[int, int, int]
     decode: str = "sent"
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    ema: float = 0.0
 
     def inputs(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of network inputs."""
@@ -122,7 +129,7 @@ class Recipe:
             of_codec = self.codec.init(activations)
             if jax.tree.leaves(of_codec):
                 states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
-        return tuple(states)
+        return tuple(map(average.begin, states)) if self.ema else tuple(states)
 
     def _activations(self, states: Sequence[ModuleState]) -> Iterator[jax.ShapeDtypeStruct]:
         inputs = self.inputs()

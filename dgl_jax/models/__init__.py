@@ -1,9 +1,11 @@
 """Networks, heads and where to cut: flax modules that know nothing of training."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.typing import DTypeLike
 
 from dgl_jax.errors import UserError
@@ -13,10 +15,14 @@ from dgl_jax.models.network import Network
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
+from dgl_jax.settings import nearest
 
-__all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "cuts", "make_head", "make_network"]
+__all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "check_network", "cuts", "make_head", "make_network", "register"]
 
-MODELS: dict[str, Callable[[int, int, DTypeLike], Network]] = {
+# (width, number of classes, dtype of the arithmetic) -> the network
+MakeNetwork = Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]]
+
+MODELS: dict[str, MakeNetwork] = {
     "cnn4": cnn4,
     "cnn6": cnn6,
     "cnn6_replay": cnn6_replay,
@@ -25,6 +31,36 @@ MODELS: dict[str, Callable[[int, int, DTypeLike], Network]] = {
     **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50, 101, 152)},
     "resnet18_cifar": resnet18_cifar,
 }
+_OWN: set[str] = set()
+
+
+def register(name: str, make: MakeNetwork) -> None:
+    """Adds an own network: from here on `config.model.name=<name>` selects it. Registering a name again replaces the own network.
+
+    A run reads its network by this name whenever it is resumed, evaluated, used or exported: register it where the module is
+    imported, and import that module in the script or in the file given as --config.
+
+    Args:
+      make: called as `make(width, num_classes, dtype)`, gives a `Network`, or just the list of its blocks, behind which the
+        `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images (B, H, W, C) to
+        features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them.
+
+    Raises:
+      UserError: the name is one of the package's own.
+    """
+    if name in MODELS and name not in _OWN:
+        raise UserError(f"register({name!r}, ...): the package has a network of this name; choose another")
+    MODELS[name] = make
+    _OWN.add(name)
+
+
+def check_network(name: str) -> None:
+    """Raises UserError where there is no network of this name; gives the nearest names."""
+    if name not in MODELS:
+        raise UserError(
+            f"config.model.name={name!r}: no such network; {nearest(name, MODELS)}; an own one is registered by the module that "
+            "defines it: import that in the file given as --config"
+        )
 
 
 def make_network(
@@ -40,9 +76,13 @@ def make_network(
       dtype: of the arithmetic; parameters and batch statistics stay float32, logits are float32.
 
     Raises:
-      UserError: the images cannot be halved as often as the network pools.
+      UserError: there is no such network, or the images cannot be halved as often as it pools.
     """
-    network = MODELS[name](width, num_classes, jnp.dtype(dtype))
+    check_network(name)
+    made = MODELS[name](width, num_classes, jnp.dtype(dtype))
+    network = made if isinstance(made, Network) else Network(tuple(made), make_head("linear", num_classes, dtype))
+    if name in _OWN:
+        _check_own(name, network)
     step = 2**network.halvings
     height, across, _ = image_shape
     if height % step or across % step or not height or not across:
@@ -52,3 +92,16 @@ def make_network(
             f"config.model.name={name!r} does; multiples of {step} work, such as {' or '.join(map(str, sorted(near)))}"
         )
     return network
+
+
+def _check_own(name: str, network: Network) -> None:
+    parts = {f"block {i}": block for i, block in enumerate(network.blocks)} | {"the classifier": network.classifier}
+    if len(parts) == 1:
+        raise UserError(f"config.model.name={name!r}: the network has no block")
+    for what, part in parts.items():
+        if not isinstance(part, nn.Module) or "train" not in inspect.signature(part.__call__).parameters:
+            kind = part.__name__ if isinstance(part, type) else type(part).__name__
+            raise UserError(
+                f"config.model.name={name!r}: {what} is {kind}, which is no Flax Linen module called as block(x, train); "
+                "one of your own with that __call__ can wrap it"
+            )

@@ -1,6 +1,7 @@
 """Auxiliary classifiers: from a module's output to class logits (the papers' section on auxiliary networks).
 
 Heads read the number of channels C and the map's size from their input. Logits are float32 whatever the arithmetic.
+Tokens (B, T, C) have no map that could be reduced to a smaller one: their one average is over all T.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import batch_norm, conv, linear
 from dgl_jax.models.pooling import adaptive_avg_pool
 
@@ -21,6 +23,8 @@ class MLPHead(nn.Module):
     average to 2x2, flatten to 4C, `hidden` x (Linear 4C to 4C, batch norm, ReLU), Linear.
 
     Maps of 4x4 and smaller are averaged to 2x2 at once, where a quarter would be 1x1 and its four copies; 1x1 stays.
+
+    Of tokens, each passes the `convs` (a Linear layer each) by itself, the average is over all, the hidden layers are C to C.
     """
 
     num_classes: int
@@ -29,24 +33,30 @@ class MLPHead(nn.Module):
     dtype: DTypeLike = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
-        x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])))
+    def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
+        x, tokens = _as_map(x)
+        if not tokens:
+            x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])))
         for _ in range(self.convs):
             x = nn.relu(batch_norm(conv(x, x.shape[-1], kernel=1, bias=False, dtype=self.dtype), train, dtype=self.dtype))
-        x = _flatten(_pool_2x2(x))
+        x = _flatten(adaptive_avg_pool(x, (1, 1)) if tokens else _pool_2x2(x))
         for _ in range(self.hidden):
             x = nn.relu(batch_norm(linear(x, x.shape[-1], dtype=self.dtype), train, dtype=self.dtype))
         return linear(x, self.num_classes, dtype="float32")
 
 
 class CNNHead(nn.Module):
-    """CNN-aux: 2 x (3x3 convolution, batch norm, ReLU) at full size, average to 2x2, batch norm, Linear."""
+    """CNN-aux: 2 x (3x3 convolution, batch norm, ReLU) at full size, average to 2x2, batch norm, Linear. Of maps only."""
 
     num_classes: int
     dtype: DTypeLike = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        if x.ndim != 4:
+            raise UserError(
+                f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; of tokens linear, mlp and mlp_sr work"
+            )
         for _ in range(2):
             x = nn.relu(batch_norm(conv(x, x.shape[-1], bias=False, dtype=self.dtype), train, dtype=self.dtype))
         x = batch_norm(_pool_2x2(x), train, dtype=self.dtype)
@@ -54,13 +64,14 @@ class CNNHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Global average and Linear: the smallest head."""
+    """Average over the map, or over all tokens, and Linear: the smallest head."""
 
     num_classes: int
     dtype: DTypeLike = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+    def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
+        x, _ = _as_map(x)
         return linear(adaptive_avg_pool(x, (1, 1))[:, 0, 0], self.num_classes, dtype="float32")
 
 
@@ -73,8 +84,19 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32") -> nn.Module:
-    """The head of that name: its `apply` takes a map (B, H, W, C) and `train`, and gives (B, num_classes)."""
+    """The head of that name: its `apply` takes a map (B, H, W, C) or tokens (B, T, C) and `train`, and gives (B, num_classes)."""
     return HEADS[name](num_classes, dtype=dtype)
+
+
+def _as_map(x: Array) -> tuple[Array, bool]:
+    """Features as (B, H, W, C), tokens as (B, T, 1, C); and whether they are tokens."""
+    if x.ndim not in (3, 4):
+        raise UserError(f"config.model.head: needs maps (B, H, W, C) or tokens (B, T, C), not {_shape(x)}")
+    return (x[:, :, None], True) if x.ndim == 3 else (x, False)
+
+
+def _shape(x: Array) -> str:
+    return f"features of shape (B, {', '.join(map(str, x.shape[1:]))})"
 
 
 def _staged(size: int) -> int:

@@ -9,8 +9,9 @@ from flax import linen as nn
 class Network:
     """Descriptions only, no parameters: hashable, equal when built alike.
 
-    Each of `blocks` and `classifier` is a linen module whose `apply` takes a map (B, H, W, C) and `train: bool`; a
-    block gives a map, the classifier logits (B, classes). Cut into modules, the last one's head is `classifier`.
+    Each of `blocks` and `classifier` is a linen module whose `apply` takes features and `train: bool`: a map (B, H, W, C),
+    or tokens (B, T, C). A block gives such features, the classifier logits (B, classes). Cut into modules, the last one's
+    head is `classifier`.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -19,4 +20,4 @@ class Network:
     @property
     def halvings(self) -> int:
         """How many times the network halves height and width."""
-        return sum(getattr(part, "pool", False) for part in (*self.blocks, self.classifier))
+        return sum(getattr(part, "pool", False) is True for part in (*self.blocks, self.classifier))
