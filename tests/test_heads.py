@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy_layers import adaptive_avg_pool, check_forward
 
+from dgl_jax.errors import UserError
 from dgl_jax.models import HEADS, heads, make_head
 from dgl_jax.models.heads import MLPHead
 from dgl_jax.settings import ModelSettings
@@ -66,6 +67,55 @@ def test_forward_of_large_maps_to_a_thousand_classes(name, size):
 
 def test_forward_of_the_classifier():
     check_forward(MLPHead(10, hidden=2), partial(numpy_mlp, hidden=2), images(8), True)
+
+
+# Tokens
+
+
+def numpy_token_mlp(layers, x, convs=0):
+    for _ in range(convs):
+        x = np.maximum(layers.batch_norm(layers.conv(x[:, :, None]))[:, :, 0], 0)
+    x = x.mean(1)
+    for _ in range(3):
+        x = np.maximum(layers.batch_norm(layers.linear(x)), 0)
+    return layers.linear(x)
+
+
+TOKEN_ORACLES = {
+    "mlp_sr": partial(numpy_token_mlp, convs=3),
+    "mlp": numpy_token_mlp,
+    "linear": lambda layers, x: layers.linear(x.mean(1)),
+}
+
+
+def tokens(count=7):
+    return np.random.default_rng(count).normal(size=(6, count, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", TOKEN_ORACLES)
+def test_forward_of_tokens(name, train):
+    check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), train)
+
+
+@pytest.mark.parametrize("name", TOKEN_ORACLES)
+def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out: x[:, :1, :1])
+    with pytest.raises(AssertionError):
+        check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("cnn", (2, 5, 3), r"config.model.head='cnn': needs maps .*not features of shape \(B, 5, 3\); of tokens linear"),
+        ("linear", (2, 3), r"config.model.head: needs maps .* or tokens .*, not features of shape \(B, 3\)"),
+        ("mlp", (2, 1, 2, 2, 3), r"not features of shape \(B, 1, 2, 2, 3\)"),
+    ],
+)
+def test_features_that_a_head_cannot_take(name, shape, words):
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(lambda x: make_head(name, 10).init(jax.random.key(0), x, True), jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("name", HEADS)

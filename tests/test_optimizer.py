@@ -40,12 +40,13 @@ def test_schedules_by_hand(settings, expected):
         assert rate(count, **settings) == pytest.approx(value, rel=1e-5, abs=1e-8), count
 
 
-def sgd(params, gradients, rates, momentum, decay):
-    """g' = g + decay p;  b = momentum b + g';  p = p - rate b"""
+def sgd(params, gradients, rates, momentum, decay, nesterov=False):
+    """g' = g + decay p;  b = momentum b + g';  p = p - rate b, or with Nesterov's momentum p - rate (g' + momentum b)"""
     buffer = np.zeros_like(params)
     for gradient, rate in zip(gradients, rates, strict=True):
-        buffer = momentum * buffer + gradient + decay * params
-        params = params - rate * buffer
+        gradient = gradient + decay * params
+        buffer = momentum * buffer + gradient
+        params = params - rate * (gradient + momentum * buffer if nesterov else buffer)
     return params
 
 
@@ -60,18 +61,19 @@ def three_updates(settings, schedule, params, gradients):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_against_numpy(momentum, decay):
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_against_numpy(momentum, nesterov, decay):
     random = np.random.default_rng(0)
     params, gradients = random.normal(size=(4, 3)), random.normal(size=(3, 4, 3))
     schedule = make_schedule(ScheduleSettings("step", boundaries=(0.2,), factor=0.5), 0.1, STEPS, 100)
-    settings = OptimizerSettings("sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay)
+    settings = OptimizerSettings("sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
     found = three_updates(settings, schedule, params, gradients)
-    np.testing.assert_allclose(found, sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found, sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay, nesterov), rtol=1e-6, atol=1e-7)
     for broken in (
-        sgd(params, gradients, (0.1, 0.05, 0.05), momentum, decay),
-        sgd(params, gradients, (0.1, 0.1, 0.05), momentum + 0.01, decay),
-        sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay + 0.001),
+        sgd(params, gradients, (0.1, 0.05, 0.05), momentum, decay, nesterov),
+        sgd(params, gradients, (0.1, 0.1, 0.05), momentum + 0.01, decay, nesterov),
+        sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay + 0.001, nesterov),
+        sgd(params, gradients, (0.1, 0.1, 0.05), momentum or 0.5, decay, not nesterov),
     ):
         assert not np.allclose(found, broken, rtol=1e-6, atol=1e-7)
 

@@ -1,0 +1,1 @@
+"""Own networks, each in a folder with a config file."""

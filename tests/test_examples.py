@@ -1,0 +1,68 @@
+"""The example of an own network: a Vision Transformer learns the digits, cut in two, in one program and on two devices."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from dgl_jax.errors import UserError
+from dgl_jax.models import make_network
+from dgl_jax.module import init_states, make_modules
+from dgl_jax.train import train_and_evaluate
+from examples.vit import config as vit_config
+
+
+def accuracy(engine, workdir, **train):
+    """Test accuracy of the last module; and the devices of all."""
+    config = vit_config.get_config()
+    config.engine.name = engine
+    config.engine.group_sizes = (1, 1)
+    config.train.update(train)
+    config.eval.every = config.checkpoint.every = 10_000  # at the end
+    modules = train_and_evaluate(config, workdir).modules
+    return modules[-1]["test_accuracy"], [m["devices"] for m in modules]
+
+
+@pytest.mark.parametrize(("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])])
+def test_a_transformer_learns_digits(engine, devices, tmp_path):
+    found, where = accuracy(engine, tmp_path)
+    assert found >= 0.95
+    assert where == devices
+
+
+def test_twin_an_untrained_one_does_not_know_them(tmp_path):
+    assert accuracy("pipeline", tmp_path, steps=1)[0] < 0.5
+
+
+def test_tokens_between_blocks():
+    network = make_network("vit", 8, 10, (8, 8, 1))
+    modules = make_modules(network.blocks, range(5), [network.classifier] * 5)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 1), "float32")
+    states = jax.eval_shape(lambda key: init_states(modules, optax.identity(), key, images), jax.random.key(0))
+    x = images
+    for module, state in zip(modules, states):
+        x, logits, _ = jax.eval_shape(lambda s, x, m=module: m.apply(s.params, s.batch_stats, x, train=True), state, x)
+        assert (x.shape, logits.shape) == ((2, 16, 8), (2, 10))  # 4x4 patches
+
+
+def test_patches_are_cut_in_rows():
+    """Of an image whose pixels are numbered, a patch's token sums its own four pixels, with ones for weights."""
+    embedding = make_network("vit", 4, 10, (4, 6, 1)).blocks[0]
+    x = jnp.arange(24.0).reshape(1, 4, 6, 1)
+    shapes = jax.eval_shape(lambda key: embedding.init(key, x, False), jax.random.key(0))
+    ones = jax.tree.map(lambda leaf: jnp.full(leaf.shape, float(leaf.shape == (4, 4))), shapes)
+    tokens = embedding.apply(ones, x, False)
+    corners = [0, 2, 4, 12, 14, 16]
+    assert tokens[0, :, 0].tolist() == [4 * first + 0 + 1 + 6 + 7 for first in corners]
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "words"), [(30, 8, "config.model.width=30"), (32, 9, "config.data.image_size: images of 9x9")]
+)
+def test_sizes_that_do_not_fit(width, size, words):
+    def trace():
+        block = make_network("vit", width, 10, (size, size, 1)).blocks[0]
+        jax.eval_shape(lambda x: block.init(jax.random.key(0), x, True), jax.ShapeDtypeStruct((2, size, size, 1), "float32"))
+
+    with pytest.raises(UserError, match=words):
+        trace()

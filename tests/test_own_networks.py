@@ -1,0 +1,128 @@
+"""Networks that users bring: registered in one line, cut, given heads, trained by every engine; and what is wrong with some."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from runs import FIELDS, small_config
+from test_launch import fails, launch
+
+from dgl_jax import experiment, models
+from dgl_jax.engines import counts
+from dgl_jax.errors import UserError
+from dgl_jax.experiment import make_experiment
+from dgl_jax.models import Network, make_network, register
+from dgl_jax.models.heads import LinearHead
+from dgl_jax.settings import make_settings
+
+
+class Tokens(nn.Module):
+    """Images to tokens, one a row; has no parameter."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return x.reshape(*x.shape[:2], -1)
+
+
+class Block(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width)(x)))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(monkeypatch):
+    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
+    monkeypatch.setattr(models, "_OWN", set(models._OWN))
+
+
+def of_tokens(width, num_classes, dtype):
+    return [Tokens(), Block(width), Block(width)]
+
+
+def test_a_list_of_blocks_is_a_network():
+    register("own", of_tokens)
+    assert make_network("own", 6, 3, (8, 8, 3)) == Network((Tokens(), Block(6), Block(6)), LinearHead(3))
+    register("own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype)))
+    assert make_network("own", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(7, np.dtype("bfloat16"))
+
+
+ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_it(engine):
+    register("own", of_tokens)
+    config = small_config(model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2)
+    config.engine.group_sizes = (1, 1, 1)
+    made = make_experiment(make_settings(config))
+    state = made.engine.init()
+    before = [jax.tree.map(np.asarray, module.params) for module in state.modules]
+    for report in made.engine.run(state, made.source, 2):
+        state = report.snapshot() if min(report.updates) == 2 else state
+    assert counts(state) == [2, 2, 2]
+    for k, (old, module) in enumerate(zip(before, state.modules)):
+        unchanged = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(module.params))]
+        assert not any(unchanged), f"module_{k}"
+        # Tokens alone have nothing to learn: the head has, where there is one.
+        assert bool(unchanged) == (k > 0 or engine != "backprop")
+
+
+def test_names_of_the_package_are_taken():
+    with pytest.raises(UserError, match=r"register\('cnn4', ...\): the package has a network of this name"):
+        register("cnn4", of_tokens)
+
+
+def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
+    register("transformer", of_tokens)
+    monkeypatch.setattr(experiment, "make_source", lambda *_: pytest.fail("data first"))
+    with pytest.raises(UserError, match=r"config.model.name='transfomer': .*did you mean transformer; an own one .*--config"):
+        make_experiment(make_settings(small_config(model__name="transfomer")))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([], "the network has no block"),
+        ([Tokens(), nn.Dense(3)], "block 1 is Dense, which is no Flax Linen module called as block"),
+        ([Tokens], "block 0 is Tokens, which is no Flax"),
+        (Network((Tokens(),), nn.Dense(3)), "the classifier is Dense"),
+    ],
+)
+def test_blocks_that_are_none(blocks, words):
+    register("own", lambda *_: blocks)
+    with pytest.raises(UserError, match=rf"config\.model\.name='own': {words}"):
+        make_network("own", 6, 3, (8, 8, 3))
+
+
+CONFIG = """
+from flax import linen as nn
+from dgl_jax.models import register
+from dgl_jax.settings import default_config
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(nn.Dense(8)(x))
+
+register("mine", lambda width, num_classes, dtype: [Block(), Block()])
+
+def get_config():
+    return default_config()
+"""
+
+
+def test_on_the_command_line_the_config_file_brings_it(tmp_path):
+    file, workdir = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(CONFIG)
+    fields = FIELDS | {"model.name": "mine", "train.steps": 2}
+    done = launch(f"--config={file}", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["modules"]) == 2
+    # Without the file nobody knows the name.
+    assert "config.model.name='mine': no such network" in fails("--mode=export", f"--workdir={workdir}")
+    assert launch("--mode=export", f"--workdir={workdir}", f"--config={file}").returncode == 0
