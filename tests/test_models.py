@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import MODELS, make_head, make_network
+from dgl_jax.models import make_head, make_network
 
 CIFAR = (32, 32, 3)
 
