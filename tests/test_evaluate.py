@@ -38,7 +38,7 @@ def softmax(logits):
 
 def oracle(recipe, modules: tuple[ModuleState, ...], source, split):
     """One example at a time would be the same: (x / 255 - mean) / std, module by module, and the shares of right answers."""
-    stored, ids = source._splits[split]
+    stored, ids = source._stored[split], source._order.splits[split]
     x = (stored.images[ids] / 255 - 0.5) / 0.25
     x, heads = np.float32(x), []
     for module, state in zip(recipe.modules, modules, strict=True):
