@@ -58,7 +58,7 @@ ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 def test_every_engine_trains_it(engine):
     register("own", of_tokens)
     config = small_config(model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2)
-    config.engine.group_sizes = (1, 1, 1)
+    config.engine.group_sizes, config.data.batch_size = (1, 1, 1), 12
     made = make_experiment(make_settings(config))
     state = made.engine.init()
     before = [jax.tree.map(np.asarray, module.params) for module in state.modules]
@@ -80,7 +80,7 @@ def test_names_of_the_package_are_taken():
 def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
     register("transformer", of_tokens)
     monkeypatch.setattr(experiment, "make_source", lambda *_: pytest.fail("data first"))
-    with pytest.raises(UserError, match=r"config.model.name='transfomer': .*did you mean transformer; an own one .*--config"):
+    with pytest.raises(UserError, match=r"config.model.name='transfomer': .*--config\); did you mean transformer"):
         make_experiment(make_settings(small_config(model__name="transfomer")))
 
 
@@ -124,5 +124,5 @@ def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 2
     # Without the file nobody knows the name.
-    assert "config.model.name='mine': no such network" in fails("--mode=export", f"--workdir={workdir}")
+    assert "config.model.name='mine': no such network (an own one is registered" in fails("--mode=export", f"--workdir={workdir}")
     assert launch("--mode=export", f"--workdir={workdir}", f"--config={file}").returncode == 0

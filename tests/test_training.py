@@ -167,11 +167,11 @@ def test_twins_of_micro_batches_are_noticed(monkeypatch, broken):
 def test_batch_norm_takes_each_micro_batch_by_itself():
     module, state, inputs = one_module(Normal())
     new, outputs, _ = updated(module, state, inputs, accumulate=2)
-    x = np.float64(inputs)
+    x, own = np.float64(inputs), state.params["body"]["block_0"]["BatchNorm_0"]
     expected, mean, var = np.empty_like(x), np.zeros(5), np.ones(5)
     for part in (slice(0, None, 2), slice(1, None, 2)):  # of eight examples the even ones, then the odd ones
         m, v = x[part].mean(0), x[part].var(0)
-        expected[part] = (x[part] - m) / np.sqrt(v + 1e-5)
+        expected[part] = (x[part] - m) / np.sqrt(v + 1e-5) * own["scale"] + own["bias"]
         mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * v
     found = new.batch_stats["body"]["block_0"]["BatchNorm_0"]
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)

@@ -58,8 +58,8 @@ def check_network(name: str) -> None:
     """Raises UserError where there is no network of this name; gives the nearest names."""
     if name not in MODELS:
         raise UserError(
-            f"config.model.name={name!r}: no such network; {nearest(name, MODELS)}; an own one is registered by the module that "
-            "defines it: import that in the file given as --config"
+            f"config.model.name={name!r}: no such network (an own one is registered where it is defined: import that in the file "
+            f"given as --config); {nearest(name, MODELS)}"
         )
 
 
