@@ -15,6 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dgl_jax.models.convolution import conv_general_dilated
 from dgl_jax.models.pooling import max_pool_2x2
 
 # Normal with variance 2 / (kernel height x width x features): He et al. 2015, in the backward direction.
@@ -55,6 +56,7 @@ def conv(
         dtype=dtype,
         kernel_init=kernel_init or default,
         bias_init=nn.initializers.zeros if kernel_init else default,
+        conv_general_dilated=conv_general_dilated,
     )(x)
 
 
