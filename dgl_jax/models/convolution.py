@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 PART = 8  # images, or the next larger number that divides the batch
+_SUM = "float32"  # what the parts are summed in, whatever the arithmetic
 
 
 def conv_general_dilated(
@@ -35,7 +36,7 @@ def conv_general_dilated(
 
         def in_parts(x: Array, cotangent: Array) -> Array:
             parts = zip(_parts(x), _parts(cotangent), strict=True)
-            return reduce(jnp.add, (whole(*part).astype(jnp.float32) for part in parts)).astype(kernel.dtype)
+            return reduce(jnp.add, (whole(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
 
         (of_x,) = jax.linear_transpose(lambda x: library(x, kernel), x)(cotangent)
         # A 1x1 kernel's gradient is one matrix product.
