@@ -6,7 +6,7 @@ A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing th
 from dgl_jax.codecs import vq
 from dgl_jax.errors import UserError
 from dgl_jax.losses import accuracy, cross_entropy
-from dgl_jax.models import cuts, make_head, make_network
+from dgl_jax.models import cuts, make_head, make_network, register
 from dgl_jax.module import LocalModule, ModuleState, init_states, make_modules
 from dgl_jax.packet import Batch, Packet, Targets
 from dgl_jax.step import apply_gradient, eval_step, local_step
@@ -28,5 +28,6 @@ __all__ = [
     "make_head",
     "make_modules",
     "make_network",
+    "register",
     "vq",
 ]

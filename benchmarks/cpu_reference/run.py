@@ -1,6 +1,6 @@
 """Images per second of the 6-layer CNN beside the same networks, heads and updates in PyTorch: one core, and two.
 
-pip install torch --index-url https://download.pytorch.org/whl/cpu
+pip install torch
 python benchmarks/cpu_reference/run.py [--write]
 """
 

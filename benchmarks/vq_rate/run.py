@@ -2,7 +2,7 @@
 
 python benchmarks/vq_rate/run.py --data_dir=PATH [--write]
 
-Trains a small network (a finished one in --workdir is taken as it is), passes its training images once through every codebook, and
+Trains a small network (a finished one in --workdir is taken as it is), passes all training images once through every codebook, and
 measures on test images. The bound is scikit-learn's KMeans, run to convergence on vectors sampled from the same images.
 """
 
@@ -166,8 +166,9 @@ def main() -> None:
     flags.set_defaults(epochs=6.0)
     args = flags.parse_args()
     trained = network(args)
-    source = small_runs.source(args)
-    train = collect(trained, (source.batch(n).images for n in range(source.steps_per_epoch)), 1 + VECTORS // args.images)
+    source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all there are
+    seen = source.steps_per_epoch * source.batch(0).images.shape[0]
+    train = collect(trained, (source.batch(n).images for n in range(source.steps_per_epoch)), 1 + VECTORS // seen)
     tests = [batch.images for batch in source.evaluation("test")][:15]
     test = collect(trained, tests, 20)
     books = learn(trained, source, SIZES)
