@@ -57,9 +57,14 @@ def slow(config: ConfigDict, slowdown: float, packets: int, rule: str = "least_u
     config.replay.size, config.replay.rule = packets, rule
 
 
+def folder(name: str, args: argparse.Namespace) -> Path:
+    """Where a row is trained; holds summary.json once it is finished."""
+    return Path(args.workdir) / name.replace(", ", "-").replace(" ", "_")
+
+
 def train(config: ConfigDict, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The summary of a row; its checkpoints, which hold the rings, go once it is finished."""
-    workdir = Path(args.workdir) / name.replace(", ", "-").replace(" ", "_")
+    workdir = folder(name, args)
     summary = train_and_evaluate(config, workdir).to_dict()
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     print(name, round(100 * summary["modules"][-1]["test_accuracy"], 2), flush=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_layers import adaptive_avg_pool, check_forward
+from test_models import equations
 
 from dgl_jax.errors import UserError
 from dgl_jax.models import HEADS, heads, make_head
@@ -158,4 +159,4 @@ def inner_dtypes(head, variables, x):
     """Types of the results of all convolutions and matrix products; only the last, the logits, must be float32."""
     jaxpr = jax.make_jaxpr(lambda v, x: head.apply(v, x, False))(variables, x)
     products = ("conv_general_dilated", "dot_general")
-    return {str(e.outvars[0].aval.dtype) for e in jaxpr.eqns if e.primitive.name in products}
+    return {str(e.outvars[0].aval.dtype) for e in equations(jaxpr.jaxpr) if e.primitive.name in products}

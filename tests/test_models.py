@@ -19,20 +19,24 @@ def trace(module, x):
 def macs(module, variables, x):
     """Multiplications in the convolutions and matrix products of the traced program."""
 
-    def count(jaxpr):
-        total = 0
-        for e in jaxpr.eqns:
-            out = math.prod(e.outvars[0].aval.shape)
-            if e.primitive.name == "conv_general_dilated":
-                total += out * math.prod(e.invars[1].aval.shape[:-1])
-            elif e.primitive.name == "dot_general":
-                ((contracted, _), _) = e.params["dimension_numbers"]
-                total += out * math.prod(e.invars[0].aval.shape[i] for i in contracted)
-            elif inner := e.params.get("jaxpr", e.params.get("call_jaxpr")):  # of a convolution with a gradient of its own, too
-                total += count(getattr(inner, "jaxpr", inner))
-        return total
+    total = 0
+    for e in equations(jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(variables, x).jaxpr):
+        out = math.prod(e.outvars[0].aval.shape)
+        if e.primitive.name == "conv_general_dilated":
+            total += out * math.prod(e.invars[1].aval.shape[:-1])
+        elif e.primitive.name == "dot_general":
+            ((contracted, _), _) = e.params["dimension_numbers"]
+            total += out * math.prod(e.invars[0].aval.shape[i] for i in contracted)
+    return total
 
-    return count(jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(variables, x).jaxpr)
+
+def equations(jaxpr):
+    """All of them, those of inner programs too (a convolution with a gradient of its own is one)."""
+    for e in jaxpr.eqns:
+        if inner := e.params.get("jaxpr", e.params.get("call_jaxpr")):
+            yield from equations(getattr(inner, "jaxpr", inner))
+        else:
+            yield e
 
 
 def walk(network, x):

@@ -250,8 +250,8 @@ def test_parts_that_do_not_divide_a_batch(engine, sizes, parts, works):
 
 
 def test_parts_that_do(devices):
-    check_batch(8, one_group(devices, 1), 2)
-    check_batch(8, one_group(devices[:1], 1), 4)
+    check_batch(8, one_group(devices, 1).sizes(), 2)
+    check_batch(8, one_group(devices[:1], 1).sizes(), 4)
 
 
 # All together, in every engine

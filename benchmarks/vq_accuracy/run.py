@@ -120,9 +120,11 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     flags = harness.parser(__doc__)
     small_runs.add_flags(flags, "runs/vq_accuracy")
+    flags.add_argument("--finished", action="store_true", help="only the rows that are finished; trains none")
     args = flags.parse_args()
     part, parts = map(int, args.part.split("/"))
-    found = {row: train(row, args) for row in ROWS[part::parts]}
+    rows = [row for row in ROWS[part::parts] if not args.finished or (small_runs.folder(row.name, args) / "summary.json").exists()]
+    found = {row: train(row, args) for row in rows}
     if parts > 1:
         return
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}

@@ -111,7 +111,7 @@ def case(side: int, channels: int, codes: int, dims: int) -> dict[str, Any]:
     agree = {"sklearn": float((theirs == right).mean())}
     if ways["torch"]:
         agree["torch"] = float((ways["torch"]().numpy().reshape(right.shape) == right).mean())
-    repeats = 3 if x.nbytes > 2**25 else 7
+    repeats = 2 if x.nbytes > 2**25 else 5
     spent: dict[str, list[float]] = {name: [] for name, way in ways.items() if way}
     for repeat in range(repeats + 1):
         for name in spent:
