@@ -87,7 +87,7 @@ class Tiny:
     def __init__(self) -> None:
         self.source = ArraySource(synthetic.make(64, 20, 4), batch_size=self.batch_size, seed=0, validation_fraction=0.2)
         self._recipe = cache(self._make_recipe)
-        self._engine = cache(self._make_engine)
+        self._engine = cache(self.new_engine)
 
     def recipe(
         self,
@@ -122,7 +122,8 @@ class Tiny:
             image_shape=self.source.image_shape,
         )
 
-    def _make_engine(self, name: str, groups: tuple[int, ...], recipe: Recipe) -> Engine:
+    def new_engine(self, name: str, groups: tuple[int, ...], recipe: Recipe) -> Engine:
+        """With programs of its own."""
         count = len(recipe.modules)
         placement = assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
         if name == "pipeline":

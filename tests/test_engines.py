@@ -10,6 +10,7 @@ from dgl_jax import metrics
 from dgl_jax.engines import EngineState, pipeline
 from dgl_jax.engines.engine import updates_of
 from dgl_jax.metrics import Window
+from dgl_jax.models import convolution
 from dgl_jax.packet import Batch
 from dgl_jax.settings import CodecSettings
 
@@ -73,6 +74,14 @@ def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
     assert unequal((states, reports), fused(**recipe)) == []
     first = tiny.init(tiny.recipe(**recipe))
     assert all(unequal(after.params, before.params) for after, before in zip(states, first, strict=True)), "nothing was learnt"
+
+
+def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, fused, monkeypatch):
+    monkeypatch.setattr(convolution, "PART", 2)  # four parts a batch
+    recipe = tiny.recipe(modules=2)
+    found = [tiny.run(tiny.new_engine(name, groups, recipe), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    assert unequal(*found) == []
+    assert unequal(found[0], fused(modules=2)), "nothing was summed in parts"
 
 
 @pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])

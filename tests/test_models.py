@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced import equations
 
 from dgl_jax.errors import UserError
 from dgl_jax.models import make_head, make_network
