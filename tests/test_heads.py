@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_layers import adaptive_avg_pool, check_forward
-from test_models import equations
+from traced import equations
 
 from dgl_jax.errors import UserError
 from dgl_jax.models import HEADS, heads, make_head

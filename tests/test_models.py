@@ -31,15 +31,6 @@ def macs(module, variables, x):
     return total
 
 
-def equations(jaxpr):
-    """All of them, those of inner programs too (a convolution with a gradient of its own is one)."""
-    for e in jaxpr.eqns:
-        if inner := e.params.get("jaxpr", e.params.get("call_jaxpr")):
-            yield from equations(getattr(inner, "jaxpr", inner))
-        else:
-            yield e
-
-
 def walk(network, x):
     """Each block's (output, variables, multiplications), then the classifier's."""
     rows = []
