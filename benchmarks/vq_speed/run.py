@@ -32,7 +32,7 @@ from dgl_jax.experiment import make_experiment  # noqa: E402
 from dgl_jax.placement import put  # noqa: E402
 
 LIMIT = 2.0  # encode over the bare matrix product
-HOPS = [(32, 32), (16, 64), (8, 128), (32, 128), (16, 256), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32 and 128
+HOPS = [(32, 32), (16, 64), (8, 128), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32, and the deepest at 128
 SIZES = [(256, 4), (256, 8), (256, 16), (16, 4), (16, 8), (16, 16)]  # (codes, dims)
 BATCH = 128
 
