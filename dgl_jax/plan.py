@@ -144,7 +144,7 @@ def make_pipeline(
     """
     modules, sizes = len(seconds), settings.engine.group_sizes
     groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
-    check_batch(settings.data.batch_size, list(map(len, groups)))
+    check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
     works = [Work(g[0], s / len(g), cores=len(g) * used / s) for g, s, used in zip(groups, seconds, processor)]
     limits = bandwidth or math.inf, cores or math.inf
     return Pipeline(tuple(works), settings.data.batch_size, *limits, settings.engine.ticks_in_flight), groups
