@@ -8,16 +8,9 @@ with the paper's recipe, in 50 epochs (recalled from its Table 1).
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from configs import cifar10, modern
 
 
 def get_config() -> ConfigDict:
     """See the top of this file."""
-    config = cifar10.get_config()
-    config.optimizer.nesterov = True
-    config.schedule.name = "cosine"
-    config.schedule.warmup_epochs = 5.0
-    config.train.epochs = 100.0
-    config.train.label_smoothing = 0.1
-    config.train.ema = 0.999
-    return config
+    return modern(cifar10.get_config(), ema=0.999)

@@ -13,9 +13,11 @@ import pytest
 from dgl_jax.experiment import make_experiment
 from dgl_jax.models import cuts, make_network
 from dgl_jax.optimizer import make_schedule
-from dgl_jax.settings import Settings, default_config, make_settings
+from dgl_jax.settings import Settings, default_config, differences, make_settings
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]
+PAPER = [path for path in CONFIGS if path.stem.startswith("imagenet_") and path not in MODERN]
 SIZES = {"cifar10": 32, "cifar100": 32, "digits": 8}  # pixels a side of the real images
 # The same blocks, fewer of them, cut by count: compiling the real ones takes minutes.
 SHALLOW = {"vgg19": "vgg11", "resnet110": "resnet20", "resnet152": "resnet50"}
@@ -98,6 +100,9 @@ def modules_of(settings):
         ("imagenet_vgg13", [[1] * 10, [3, 3, 3, 1]]),
         ("imagenet_vgg19", [[4] * 4, [8, 8]]),
         ("imagenet_resnet152", [[26, 25]]),
+        ("imagenet_vgg13_modern", [[1] * 10, [3, 3, 3, 1]]),
+        ("imagenet_vgg19_modern", [[4] * 4, [8, 8]]),
+        ("imagenet_resnet152_modern", [[26, 25]]),
         ("imagenette", [[3, 2, 2, 2]]),
         ("cifar10_resnet110", [[27, 28]]),
         ("cifar10_resnet18", [[5, 4]]),
@@ -108,7 +113,7 @@ def test_modules_of_the_command_lines(stem, modules):
     assert [modules_of(settings) for settings in commands(path)] == modules
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("imagenet_")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_the_papers_imagenet_schedule(path):
     settings = make_settings(config_of(path))
     rate = make_schedule(settings.schedule, settings.optimizer.learning_rate, 100, 5000)
@@ -116,6 +121,18 @@ def test_the_papers_imagenet_schedule(path):
         assert float(rate(round(epoch * 100))) == pytest.approx(expected, rel=1e-5)
     assert (settings.optimizer.name, settings.optimizer.momentum, settings.optimizer.weight_decay) == ("sgd", 0.9, 1e-4)
     assert (settings.data.batch_size, settings.train.epochs, settings.model.head) == (256, 50, "mlp_sr")
+
+
+@pytest.mark.parametrize("path", MODERN, ids=lambda path: path.stem)
+def test_the_modern_recipe_is_all_that_differs(path):
+    modern, paper = make_settings(config_of(path)), make_settings(config_of(path.with_stem(path.stem.removesuffix("_modern"))))
+    changed = {name.split(" ")[0].removeprefix("config.") for name in differences(paper.to_dict(), modern)}
+    assert changed - {"model.dtype"} == {"optimizer.nesterov", "schedule.name", "schedule.warmup_epochs", "train.ema"}
+    assert (modern.schedule.name, modern.schedule.warmup_epochs, modern.train.epochs) == ("cosine", 5, 100)
+    assert (modern.optimizer.nesterov, modern.train.label_smoothing) == (True, 0.1)
+    rate = make_schedule(modern.schedule, modern.optimizer.learning_rate, 100, 10_000)
+    assert [float(rate(update - 1)) for update in (250, 500)] == pytest.approx([0.05, 0.1], rel=1e-6)
+    assert float(rate(9_999)) < 1e-5
 
 
 def page_problems(path, text):
