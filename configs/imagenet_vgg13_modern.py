@@ -1,7 +1,7 @@
 """VGG-13 on ImageNet as configs/imagenet_vgg13.py, with today's recipe: cosine, warm-up, Nesterov, label smoothing, EMA.
 
 python launch.py --config=configs/imagenet_vgg13_modern.py --workdir=runs/vgg13_modern
-python launch.py --config=configs/imagenet_vgg13_modern.py --workdir=runs/vgg13_modern_k4 --config.model.modules=4 --config.model.split=0,3,6,9
+python launch.py --config=configs/imagenet_vgg13_modern.py --workdir=runs/k4 --config.model.modules=4 --config.model.split=0,3,6,9
 
 Not run here. To beat, top-1 accuracy of the last module with the paper's recipe: 64.4 % (K = 10) and 67.8 % (K = 4).
 """
