@@ -136,6 +136,7 @@ class CodecSettings:
     name: str = _choice("identity", "bf16", "int8", "vq")
     dims: int = _number(8, 1, 65536)  # of int8 and vq: channels a group
     codes: int = _number(256, 1, 65536)  # of vq: entries of a group's codebook
+    stages: int = _number(1, 1, 64)  # of vq: each codes what the ones before left over, with as many bits again
     start: str = _choice("kmeans++", "sample")  # of vq: from the first batch
     rule: str = _choice("ema", "minibatch")  # of vq: a moving average, or mini-batch k-means
     decay: float = _number(0.9, 0.0, 1.0)  # of vq: of the moving averages

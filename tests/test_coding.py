@@ -12,9 +12,9 @@ import pytest
 from runs import records, same_run, small_config
 from test_resume import interrupted
 
-from dgl_jax import UserError, vq
+from dgl_jax import UserError
 from dgl_jax.checkpoint import Checkpoints
-from dgl_jax.codecs import Int8
+from dgl_jax.codecs import Int8, Vq
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.export import export_run, load_exported
@@ -102,7 +102,7 @@ def test_a_packet_is_decoded_with_the_codebook_it_was_encoded_with(tiny):
 
 def test_by_default_codebooks_take_less_than_a_tenth_of_the_codes():
     for shape, codes, dims in [((128, 8, 8, 512), 256, 8), ((128, 32, 32, 32), 256, 16), ((4, 4, 4, 8), 16, 2)]:
-        codec = vq.Vq(codes, dims)
+        codec = Vq(codes, dims)
         x = jax.ShapeDtypeStruct(shape, "float32")
         book = jax.eval_shape(codec.codebook, codec.init(x))
         payload = jax.eval_shape(codec.encode, book, x)

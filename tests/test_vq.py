@@ -89,8 +89,8 @@ def test_chunks_change_nothing(shape, monkeypatch):
     whole = np.asarray(vq.encode(entries, x))
     monkeypatch.setattr(vq, "_CACHED", 6)
     np.testing.assert_array_equal(vq.encode(entries, x), whole)
-    vq_rows = vq._rows(jnp.asarray(x))
-    by_product = vq._chunked(vq_rows, jnp.asarray(entries), max(1, vq_rows.shape[1] // 3), vq._product)
+    vq_rows = vq.rows_of(jnp.asarray(x))
+    by_product = vq._chunked(vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), vq._product)
     np.testing.assert_array_equal(by_product.reshape(*shape[:-1], 2), unpacked(whole, entries))
 
 
@@ -280,7 +280,7 @@ def test_temporary_memory_stays_under_twice_the_packet(shape, codes, dims):
     assert temporary(vq.update, book, KEY, x) < 2
 
     def at_once(entries, x):  # all distances at the same time
-        return vq._product(vq._vectors(vq._rows(x), dims), entries)
+        return vq._product(vq._vectors(vq.rows_of(x), dims), entries)
 
     assert temporary(at_once, book.entries, x) > 2
 

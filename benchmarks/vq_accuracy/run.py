@@ -32,10 +32,12 @@ class Row(NamedTuple):
     dims: int
     asynchronous: bool
     seed: int
+    stages: int = 1
 
     @property
     def name(self) -> str:
         size = f" D {self.dims}" if self.codec == "vq" else ""
+        size += f" S {self.stages}" if self.stages > 1 else ""
         return f"{self.codec}{size}, {'asynchronous' if self.asynchronous else 'synchronous'}, seed {self.seed}"
 
 
@@ -51,13 +53,17 @@ ROWS = (
     Row("bf16", 8, False, 0),
     Row("vq", 8, True, 1),
     Row("vq", 8, True, 2),
+    Row("vq", 16, False, 0, 2),
+    Row("vq", 16, False, 1, 2),
+    Row("vq", 16, False, 2, 2),
+    Row("vq", 16, True, 0, 2),
 )
 
 
 def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """The row's summary."""
     config = small_runs.config(args, row.seed)
-    config.codec.name, config.codec.dims = row.codec, row.dims
+    config.codec.name, config.codec.dims, config.codec.stages = row.codec, row.dims, row.stages
     if row.asynchronous:
         small_runs.slow(config, 1.2, 50)
     return small_runs.train(config, row.name, args)
@@ -75,17 +81,21 @@ def without(settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
 def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each setting, over its seeds."""
     result = []
-    for setting in sorted({row[:3] for row in found}, key=lambda s: (s[2], ["identity", "bf16", "int8", "vq"].index(s[0]), s[1])):
-        runs = {row.seed: summary for row, summary in found.items() if row[:3] == setting}
+    order = ["identity", "bf16", "int8", "vq"]
+    settings = {(*row[:3], row.stages) for row in found}
+    for setting in sorted(settings, key=lambda s: (s[2], order.index(s[0]), s[3], s[1])):
+        runs = {row.seed: summary for row, summary in found.items() if (*row[:3], row.stages) == setting}
         last = {seed: 100 * run["modules"][-1]["test_accuracy"] for seed, run in runs.items()}
         base = {seed: 100 * found[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"] for seed in runs}
-        wire, raw = (sum(runs[0][f"{kind}_bytes_per_image"]) for kind in ("wire", "raw"))
-        entry: dict[str, Any] = {"codec": setting[0], "dims": setting[1], "asynchronous": setting[2], "seeds": len(runs)}
+        first = runs[min(runs)]
+        wire, raw = (sum(first[f"{kind}_bytes_per_image"]) for kind in ("wire", "raw"))
+        entry: dict[str, Any] = {"codec": setting[0], "dims": setting[1], "asynchronous": setting[2]}
+        entry |= {"stages": setting[3], "seeds": len(runs)}
         entry |= {"test_accuracy": [round(x, 2) for x in last.values()], "mean": round(statistics.mean(last.values()), 2)}
         entry["loss_of_points"] = [round(base[seed] - last[seed], 2) for seed in runs]
         entry["mean_loss_of_points"] = round(statistics.mean(base[seed] - last[seed] for seed in runs), 2)
-        entry |= {"compression": round(raw / wire, 2), "codec_error": [round(e, 4) for e in runs[0]["codec_error"]]}
-        result.append(entry | {"ring_bytes": runs[0].get("ring_bytes")})
+        entry |= {"compression": round(raw / wire, 2), "codec_error": [round(e, 4) for e in first["codec_error"]]}
+        result.append(entry | {"ring_bytes": first.get("ring_bytes")})
     return result
 
 
@@ -99,8 +109,9 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
         plain = next(e for e in of_kind if e["codec"] == "identity")
         axes.axhspan(min(plain["test_accuracy"]), max(plain["test_accuracy"]), color=color, alpha=0.12, linewidth=0)
         axes.axhline(plain["mean"], color=color, linewidth=1.0, linestyle="--")
-        line = sorted((e for e in of_kind if e["codec"] == "vq"), key=lambda e: e["compression"])
-        axes.plot([e["compression"] for e in line], [e["mean"] for e in line], "o-", color=color, label=f"vq, {word}")
+        for stages, marker, words in ((1, "o-", word), (2, "^", "two stages")):
+            line = sorted((e for e in of_kind if e["codec"] == "vq" and e["stages"] == stages), key=lambda e: e["compression"])
+            axes.plot([e["compression"] for e in line], [e["mean"] for e in line], marker, color=color, label=f"vq, {words}")
         for e in of_kind:
             axes.plot([e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
             if e["codec"] in ("bf16", "int8"):
@@ -130,10 +141,11 @@ def main() -> None:
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
     entries = summarise(without(settings) | found)
     harness.table(
-        ["codec", "D", "training", "compression", "test accuracy, %", "loss, points", "seeds"],
+        ["codec", "D", "stages", "training", "compression", "test accuracy, %", "loss, points", "seeds"],
         [
             [
-                *(e["codec"], e["dims"] if e["codec"] == "vq" else "", "asynchronous" if e["asynchronous"] else "synchronous"),
+                *((e["codec"], e["dims"], e["stages"]) if e["codec"] == "vq" else (e["codec"], "", "")),
+                "asynchronous" if e["asynchronous"] else "synchronous",
                 *(e["compression"], e["mean"], e["mean_loss_of_points"], e["seeds"]),
             ]
             for e in entries

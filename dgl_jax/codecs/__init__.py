@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dgl_jax.codecs.bf16 import Bf16
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.codecs.int8 import Int8
-from dgl_jax.codecs.vq import Vq
+from dgl_jax.codecs.residual import Vq
 from dgl_jax.settings import CodecSettings
 
 
@@ -64,6 +64,7 @@ CODECS: dict[str, Callable[[CodecSettings, str], Codec]] = {
     "vq": lambda settings, dtype: Vq(
         settings.codes,
         settings.dims,
+        settings.stages,
         settings.codebook_every,
         settings.start,
         settings.rule,

@@ -13,10 +13,8 @@ The functions are pure, can be jitted, and take any float array [..., C]:
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +60,8 @@ def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, st
     Raises:
       UserError: N or D does not fit.
     """
-    _check(codes, dims, x.shape[-1])
-    pool, finite = _pool(key, _rows(x), codes, dims)
+    groups_of(codes, dims, x.shape[-1])
+    pool, finite = _pool(key, rows_of(x), codes, dims)
     spread = start == "kmeans++" and codes <= _SEEDED
     entries = (_spread if spread else _sampled)(jax.random.fold_in(key, 1), pool, finite, codes)
     count, total = _sums(pool, finite, _nearest(pool, entries), codes)
@@ -71,23 +69,30 @@ def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, st
     return Codebook(entries, count / all_of, total / all_of[..., None], count)
 
 
-def encode(entries: Float[Array, "G N D"], x: Float[Array, "..."]) -> UInt[Array, "..."]:
+def encode(entries: Float[Array, "*S G N D"], x: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Number of the nearest entry (squared distance in float32, ties to the lowest) of each group of each vector.
 
+    Args:
+      entries: of one stage, [G, N, D]; or of several (`residual.py`), each for what the ones before left over.
+      x: [..., C].
+
     Returns:
-      uint8 [..., G] for N <= 256, uint16 above; for N <= 16, 2 to 8 codes are packed into each byte of the last axis.
+      uint8 [..., S * G] for N <= 256, uint16 above; for N <= 16, 2 to 8 codes are packed into each byte of the last axis.
     """
-    groups, codes, _ = entries.shape
-    found = _codes(_rows(x), entries)
-    return _pack(found.reshape(*x.shape[:-1], groups), codes)
+    entries = _staged(entries)
+    stages, groups, codes, _ = entries.shape
+    found = _codes(rows_of(x), entries)
+    return _pack(found.reshape(*x.shape[:-1], stages * groups), codes)
 
 
-def decode(entries: Float[Array, "G N D"], codes: UInt[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """The entries of those numbers, [..., C]."""
-    groups, count, dims = entries.shape
-    number = _unpack(codes, count, groups) + count * jnp.arange(groups)
-    values = jnp.take(entries.reshape(groups * count, dims), number, axis=0, mode="clip")
-    return values.reshape(*codes.shape[:-1], groups * dims).astype(dtype)
+def decode(entries: Float[Array, "*S G N D"], codes: UInt[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    """The entries of those numbers, summed over the stages, [..., C]."""
+    entries = _staged(entries)
+    stages, groups, count, dims = entries.shape
+    numbers = jnp.split(_unpack(codes, count, stages * groups), stages, axis=-1)
+    flat = entries.reshape(stages, groups * count, dims)
+    parts = [jnp.take(e, n + count * jnp.arange(groups), axis=0, mode="clip") for e, n in zip(flat, numbers)]
+    return functools.reduce(jnp.add, parts).reshape(*codes.shape[:-1], groups * dims).astype(dtype)
 
 
 def update(
@@ -116,9 +121,9 @@ def update(
       are restarted) and `skipped` (non-finite vectors).
     """
     groups, codes, dims = book.entries.shape
-    rows = _rows(x)
+    rows = rows_of(x)
     skipped = (~jnp.isfinite(rows).reshape(*rows.shape[:-1], groups, dims).all(-1)).sum(dtype=jnp.float32)
-    count, total = _accumulate(_draw(key, rows, samples * codes), book.entries)
+    count, total = _accumulate(draw(key, rows, samples * codes), book.entries)
     number = count.sum(-1, keepdims=True)
     share, mean = count / jnp.maximum(number, 1.0), total / jnp.maximum(number, 1.0)[..., None]
     weight = jnp.where(number > 0, 1.0 - decay, 0.0)  # nothing finite: nothing learnt
@@ -140,75 +145,8 @@ def update(
     return (_restarted(new, jax.random.fold_in(key, 2), rows, dead) if restart else new), health
 
 
-@dataclass(frozen=True)
-class Vq:
-    """The codec: a codebook that is learnt, and a published copy of it, which alone encodes and decodes.
-
-    Attributes:
-      every: updates after which the learnt codebook is published (and then travels); 0: so seldom that codebooks take less than a
-        tenth of the bytes of the codes.
-      start, rule, decay, smoothing, restart, samples: see `init` and `update`.
-      dtype: of what `decode` gives.
-    """
-
-    codes: int = 256
-    dims: int = 8
-    every: int = 0
-    start: str = "kmeans++"
-    rule: str = "ema"
-    decay: float = 0.9
-    smoothing: float = 1e-5
-    restart: float = 0.01
-    samples: int = 8
-    dtype: str = "float32"
-    lossless: ClassVar[bool] = False
-
-    def init(self, activations: jax.ShapeDtypeStruct) -> Any:
-        """Zeros of the right shapes: the first update begins with its own batch."""
-        groups = _check(self.codes, self.dims, activations.shape[-1])
-        entries = jnp.zeros((groups, self.codes, self.dims))
-        counts = jnp.zeros((groups, self.codes))
-        return {"learnt": Codebook(entries, counts, entries, counts), "published": entries}
-
-    def publish(self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]) -> Any:
-        """Before a packet is encoded: starts at the first update, publishes what has been learnt where it is time."""
-
-        def started() -> Codebook:
-            return init(key, activations.astype(jnp.float32), self.codes, self.dims, self.start)
-
-        learnt = jax.lax.cond(updates == 0, started, lambda: state["learnt"])
-        due = updates % self.period(activations) == 0
-        return {"learnt": learnt, "published": jnp.where(due, learnt.entries, state["published"])}
-
-    def update(self, state: Any, key: Array, activations: Float[Array, "B ..."]) -> tuple[Any, dict[str, Array]]:
-        """Learns from a packet; what is published stays."""
-        book, health = update(state["learnt"], key, activations, self.rule, self.decay, self.smoothing, self.restart, self.samples)
-        return state | {"learnt": book}, {f"codec_{name}": value for name, value in health.items()}
-
-    def codebook(self, state: Any) -> Float[Array, "G N D"]:
-        """The published entries."""
-        return state["published"]
-
-    def period(self, activations: Any) -> int:
-        """Updates from one publication to the next."""
-        if self.every:
-            return self.every
-        channels = activations.shape[-1]
-        positions = math.prod(activations.shape[:-1])
-        packet = positions * math.ceil(channels // self.dims * _bits(self.codes) / 8)
-        return math.ceil(10 * 4 * self.codes * channels / packet)
-
-    def encode(self, codebook: Float[Array, "G N D"], activations: Float[Array, "B ..."]) -> UInt[Array, "B ..."]:
-        """Codes."""
-        return encode(codebook, activations)
-
-    def decode(self, codebook: Float[Array, "G N D"], payload: UInt[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """Entries."""
-        return decode(codebook, payload, jnp.dtype(self.dtype))
-
-
-def _check(codes: int, dims: int, channels: int) -> int:
-    """G."""
+def groups_of(codes: int, dims: int, channels: int) -> int:
+    """G; raises UserError where N or D does not fit."""
     if not 1 <= codes <= MAX_CODES:
         raise UserError(f"config.codec.codes={codes}: a codebook has from 1 to {MAX_CODES} entries")
     return check_dims(dims, channels)
@@ -217,7 +155,7 @@ def _check(codes: int, dims: int, channels: int) -> int:
 # Vectors
 
 
-def _rows(x: Shaped[Array, "..."]) -> Float[Array, "B P C"]:
+def rows_of(x: Shaped[Array, "..."]) -> Float[Array, "B P C"]:
     """Examples, positions, channels: loops go over positions, since examples may be cut over devices."""
     x = x.astype(jnp.float32)
     return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.reshape(x.shape[0], -1, x.shape[-1])
@@ -227,7 +165,7 @@ def _vectors(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D n"]:
     return rows.reshape(-1, rows.shape[-1] // dims, dims).transpose(1, 2, 0)
 
 
-def _draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
+def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
     """About so many vectors (0: all), at random positions that all examples share."""
     examples, positions, _ = rows.shape
     count = -(-wanted // examples)
@@ -238,7 +176,7 @@ def _draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, 
 
 def _pool(key: Array, rows: Float[Array, "B P C"], codes: int, dims: int) -> tuple[Float[Array, "G D n"], Array]:
     """Some of the vectors (non-finite ones as zeros), and which of them are finite."""
-    pool = _vectors(_draw(key, rows, _POOL * codes), dims)
+    pool = _vectors(draw(key, rows, _POOL * codes), dims)
     finite = jnp.isfinite(pool).all(1)
     return jnp.where(finite[:, None], pool, 0.0), finite
 
@@ -298,9 +236,13 @@ def _restarted(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Ar
 # The nearest entry
 
 
-def _codes(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> Int[Array, "B P G"]:
-    """In chunks of positions, so that the distances of all vectors never exist at once."""
-    (_, codes, dims), (examples, positions, _) = entries.shape, rows.shape
+def _staged(entries: Float[Array, "*S G N D"]) -> Float[Array, "S G N D"]:
+    return entries.reshape(-1, *entries.shape[-3:])
+
+
+def _codes(rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]) -> Int[Array, "B P SG"]:
+    """In chunks of positions, so that neither the distances of all vectors nor what a stage leaves over exist at once."""
+    (*_, codes, dims), (examples, positions, _) = entries.shape, rows.shape
     in_cache = max(1, min(positions, -(-_CACHED // examples)))
     in_memory = max(1, min(positions, positions * dims // codes))  # as many bytes as the vectors themselves
     return jax.lax.platform_dependent(
@@ -316,16 +258,20 @@ def _nearest(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> 
     return jax.lax.platform_dependent(vectors, entries, cpu=_running_minimum, default=_product)
 
 
-def _chunked(rows: Array, entries: Array, length: int, nearest: Callable[[Array, Array], Array]) -> Array:
-    (groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
+def _chunked(rows: Array, entries: Float[Array, "S G N D"], length: int, nearest: Callable[[Array, Array], Array]) -> Array:
+    (stages, groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
 
     def chunk(i: Array, found: Array) -> Array:
         start = jnp.minimum(i * length, positions - length)  # the last one overlaps the one before, which changes nothing
-        part = jax.lax.dynamic_slice_in_dim(rows, start, length, 1)
-        number = nearest(_vectors(part, dims), entries).T.reshape(examples, length, groups)
+        vectors, numbers = _vectors(jax.lax.dynamic_slice_in_dim(rows, start, length, 1), dims), []
+        for stage in range(stages):
+            numbers.append(nearest(vectors, entries[stage]))
+            if stage + 1 < stages:
+                vectors = vectors - _at(entries[stage].transpose(0, 2, 1), numbers[-1]).transpose(0, 2, 1)
+        number = jnp.concatenate(numbers).T.reshape(examples, length, stages * groups)
         return jax.lax.dynamic_update_slice_in_dim(found, number.astype(found.dtype), start, 1)
 
-    found = jnp.zeros((examples, positions, groups), jnp.uint8 if codes <= 256 else jnp.uint16)
+    found = jnp.zeros((examples, positions, stages * groups), jnp.uint8 if codes <= 256 else jnp.uint16)
     return jax.lax.fori_loop(0, -(-positions // length), chunk, found)
 
 
@@ -393,13 +339,13 @@ def _accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> 
 # Codes of less than a byte
 
 
-def _bits(codes: int) -> int:
+def bits_of(codes: int) -> int:
     """Bits of a code: 1, 2, 4, 8 or 16."""
     return next(bits for bits in (1, 2, 4, 8, 16) if codes <= 2**bits)
 
 
 def _pack(numbers: UInt[Array, "... G"], codes: int) -> UInt[Array, "..."]:
-    if (bits := _bits(codes)) >= 8:
+    if (bits := bits_of(codes)) >= 8:
         return numbers
     each = 8 // bits
     padded = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % each)])
@@ -408,7 +354,7 @@ def _pack(numbers: UInt[Array, "... G"], codes: int) -> UInt[Array, "..."]:
 
 
 def _unpack(packed: UInt[Array, "..."], codes: int, groups: int) -> Int[Array, "... G"]:
-    if (bits := _bits(codes)) >= 8:
+    if (bits := bits_of(codes)) >= 8:
         return packed.astype(jnp.int32)
     shifts = bits * jnp.arange(8 // bits, dtype=jnp.uint8)
     parts = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
