@@ -58,7 +58,7 @@ def test_codes_cross_and_codebooks_on_their_schedule(tiny, crossed):
         pass
     books = [tree for tree in crossed if isinstance(tree, jax.Array)]
     packets = [tree for tree in crossed if isinstance(tree, tuple)]
-    assert [(book.shape, book.dtype) for book in books] == [((2, 8, 2), jnp.float32)] * 3  # at updates 0, 3 and 6
+    assert [(book.shape, book.dtype) for book in books] == [((1, 2, 8, 2), jnp.float32)] * 3  # one stage, at updates 0, 3 and 6
     assert len(packets) == STEPS
     for payload, targets in packets:
         # eight codes: four bits each, two groups a byte
@@ -291,7 +291,7 @@ def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
 def test_an_export_contains_the_codebooks(trained):
     workdir, _ = trained
     network = load_exported(export_run(workdir))
-    assert network.variables[0]["codebook"].shape[1:] == (16, 2)
+    assert network.variables[0]["codebook"].shape[2:] == (16, 2)
     assert network.variables[1]["codebook"] == ()
     images = np.random.default_rng(0).integers(0, 256, (5, *network.recipe.image_shape), np.uint8)
     with_codec = network.logits(images)[1]
