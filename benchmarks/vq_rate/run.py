@@ -24,14 +24,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dgl_jax import eval_step, vq
-from dgl_jax.codecs import Bf16, Int8
+from dgl_jax.codecs import Bf16, Int8, residual
 from dgl_jax.experiment import Trained, load_trained
 from dgl_jax.train import train_and_evaluate
 
-SIZES = [(256, 2), (256, 4), (256, 8), (256, 16), (16, 4), (16, 8)]  # (codes, dims)
-BOUNDED = [(256, 4), (256, 8), (256, 16), (16, 8)]
+SIZES = [(256, 2, 1), (256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 4, 1), (16, 8, 1), (256, 16, 2)]  # (codes, dims, stages)
+BOUNDED = [(256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 8, 1)]
 GROUPS = 1  # of each hop that k-means is run on
 VECTORS = 50_000  # that k-means sees of a group
+Size = tuple[int, int, int]
 LIMIT = 1.05  # mean squared error of vq over that of k-means
 BATCH = 128
 
@@ -63,17 +64,17 @@ def sample(x: np.ndarray, a_position: np.ndarray) -> np.ndarray:
     return x.reshape(x.shape[0], -1, x.shape[-1])[:, a_position].reshape(-1, x.shape[-1])
 
 
-def learn(trained: Trained, source: Any, sizes: list[tuple[int, int]], **how: Any) -> dict[tuple[int, int], list[vq.Codebook]]:
+def learn(trained: Trained, source: Any, sizes: list[Size], **how: Any) -> dict[Size, list[vq.Codebook]]:
     """Codebooks of every hop after one pass over the training images."""
     key = jax.random.key(0)
-    books: dict[tuple[int, int], list[Any]] = {size: [] for size in sizes}
-    update = jax.jit(partial(vq.update, **how))
+    books: dict[Size, list[Any]] = {size: [] for size in sizes}
+    update = jax.jit(partial(residual.update, **how))
     for step in range(source.steps_per_epoch):
         for hop, x in enumerate(activations(trained, source.batch(step).images)):
-            for codes, dims in sizes:
-                found = books[codes, dims]
+            for codes, dims, stages in sizes:
+                found = books[codes, dims, stages]
                 if step == 0:
-                    found.append(jax.jit(partial(vq.init, codes=codes, dims=dims))(key, x))
+                    found.append(jax.jit(partial(residual.init, stages=stages, codes=codes, dims=dims))(key, x))
                 found[hop], _ = update(found[hop], jax.random.fold_in(key, step), x)
     return books
 
@@ -81,7 +82,7 @@ def learn(trained: Trained, source: Any, sizes: list[tuple[int, int]], **how: An
 def squares(entries: Any, vectors: np.ndarray) -> np.ndarray:
     """Mean squared error of each group's vectors [n, C], a vector."""
     decoded = vq.decode(entries, vq.encode(entries, vectors))
-    groups, _, dims = entries.shape
+    _, groups, _, dims = entries.shape
     return np.square(np.asarray(decoded) - vectors).reshape(-1, groups, dims).sum(-1).mean(0)
 
 
@@ -101,9 +102,9 @@ def collect(trained: Trained, batches: Any, positions: int) -> list[np.ndarray]:
 def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[dict[str, Any]]:
     """Error of vq over that of k-means, on held-out vectors."""
     rows = []
-    for codes, dims in BOUNDED:
+    for codes, dims, stages in BOUNDED:
         for hop, (seen, held_out) in enumerate(zip(train, test)):
-            ours = squares(books[codes, dims][hop].entries, held_out)
+            ours = squares(books[codes, dims, stages][hop].entries, held_out)
             for group in range(min(GROUPS, seen.shape[1] // dims)):
                 part = slice(group * dims, (group + 1) * dims)
                 fit = KMeans(codes, n_init=1, max_iter=500, tol=0.0, random_state=0).fit(seen[:VECTORS, part])
@@ -123,12 +124,17 @@ def rates(books: Any, hops: list[np.ndarray]) -> list[dict[str, Any]]:
             payload = codec.encode((), jnp.asarray(x))
             bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(payload)) / x.size
             rows.append({"codec": name, "hop": hop, "bits": bits, "error": relative(x, codec.decode((), payload))})
-        for (codes, dims), found in books.items():
+        for (codes, dims, stages), found in books.items():
             entries = found[hop].entries
             payload = vq.encode(entries, x)
-            row = {"codec": "vq", "codes": codes, "dims": dims, "hop": hop, "bits": 8 * payload.nbytes / x.size}
+            row = {"codec": "vq", "codes": codes, "dims": dims, "stages": stages, "hop": hop, "bits": 8 * payload.nbytes / x.size}
             rows.append(row | {"error": relative(x, vq.decode(entries, payload))})
     return rows
+
+
+def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Codec, N, D and stages of a row."""
+    return (row["codec"], *(row.get(key, "") for key in ("codes", "dims", "stages")))
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
@@ -137,16 +143,17 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for hop, color in enumerate(("#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7")):
         of_hop = [row for row in rows if row["hop"] == hop]
-        line = sorted((r for r in of_hop if r.get("codes") == 256), key=lambda r: r["bits"])
+        line = sorted((r for r in of_hop if (r.get("codes"), r.get("stages")) == (256, 1)), key=lambda r: r["bits"])
         axes.plot(
             [r["bits"] for r in line], [r["error"] for r in line], "o-", color=color, label=f"vq, N = 256, after module {hop}"
         )
-        small = [r for r in of_hop if r.get("codes") == 16]
-        axes.plot([r["bits"] for r in small], [r["error"] for r in small], "^", color=color)
+        for marker, kind in (("^", (16, 1)), ("*", (256, 2))):
+            others = [r for r in of_hop if (r.get("codes"), r.get("stages")) == kind]
+            axes.plot([r["bits"] for r in others], [r["error"] for r in others], marker, color=color)
         for r in of_hop:
             if r["codec"] != "vq":
                 axes.plot(r["bits"], r["error"], "s" if r["codec"] == "int8" else "D", color=color)
-    for text, x, y in (("int8", 8.6, 6e-3), ("bf16", 16.5, 2.2e-3), ("triangles: N = 16", 0.55, 0.06)):
+    for text, x, y in (("int8", 8.6, 6e-3), ("bf16", 16.5, 2.2e-3), ("triangles: N = 16\nstars: two stages", 0.55, 0.06)):
         axes.annotate(text, (x, y), fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -188,14 +195,11 @@ def main() -> None:
             for codes, dims in dict.fromkeys(sizes)
         ],
     )
-    kinds = dict.fromkeys((r["codec"], r.get("codes", ""), r.get("dims", "")) for r in rows)
+    kinds = dict.fromkeys(map(kind_of, rows))
+    of_kind = {kind: [r for r in rows if kind_of(r) == kind] for kind in kinds}
     harness.table(
-        ["codec", "N", "D", "bits a value", *(f"error, hop {hop}" for hop in range(len(whole)))],
-        [
-            [*kind, round(next(r["bits"] for r in rows if (r["codec"], r.get("codes", ""), r.get("dims", "")) == kind), 3)]
-            + [f"{r['error']:.3g}" for r in rows if (r["codec"], r.get("codes", ""), r.get("dims", "")) == kind]
-            for kind in kinds
-        ],
+        ["codec", "N", "D", "stages", "bits a value", *(f"error, hop {hop}" for hop in range(len(whole)))],
+        [[*kind, round(of_kind[kind][0]["bits"], 3), *(f"{r['error']:.3g}" for r in of_kind[kind])] for kind in kinds],
     )
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
     harness.finish(__file__, {"settings": settings, "limit": LIMIT, "kmeans": against, "rates": rows}, args.write)
