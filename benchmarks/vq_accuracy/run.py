@@ -56,7 +56,6 @@ ROWS = (
     Row("vq", 16, False, 0, 2),
     Row("vq", 16, False, 1, 2),
     Row("vq", 16, False, 2, 2),
-    Row("vq", 16, True, 0, 2),
 )
 
 
