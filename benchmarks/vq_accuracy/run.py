@@ -110,6 +110,8 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
         axes.axhline(plain["mean"], color=color, linewidth=1.0, linestyle="--")
         for stages, marker, words in ((1, "o-", word), (2, "^", "two stages")):
             line = sorted((e for e in of_kind if e["codec"] == "vq" and e["stages"] == stages), key=lambda e: e["compression"])
+            if not line:
+                continue
             axes.plot([e["compression"] for e in line], [e["mean"] for e in line], marker, color=color, label=f"vq, {words}")
         for e in of_kind:
             axes.plot([e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
