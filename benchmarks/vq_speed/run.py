@@ -35,6 +35,11 @@ from dgl_jax.placement import put  # noqa: E402
 LIMIT = 2.0  # encode over the bare matrix product
 HOPS = [(32, 32), (16, 64), (8, 128), (32, 128), (16, 256), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32 and 128
 SIZES = [(256, 4), (256, 8), (256, 16), (16, 4), (16, 8), (16, 16)]  # (codes, dims)
+TICKS = {
+    "identity": {},
+    "N 256, D 8": {"codec__name": "vq"},
+    "N 16, D 4": {"codec__name": "vq", "codec__codes": 16, "codec__dims": 4},
+}
 BATCH = 128
 MOST = 3e9  # bytes of all distances, above which the ways that hold several copies of them are left out
 
@@ -142,10 +147,10 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
     """What coding adds to each module's program and to the slowest one, which is the tick of a pipeline: 6-layer CNN, width 32."""
     programs: dict[str, list[list[float]]] = {}
     ready = {}
-    for name in ("identity", "vq"):
+    for name, codec in TICKS.items():
         settings = harness.settings(
             data__name="synthetic", data__image_size=32, data__augment="crop_flip", model__name="cnn6", model__width=32,
-            model__modules=modules, codec__name=name,
+            model__modules=modules, **codec,
         )  # fmt: skip
         made = make_experiment(settings)
         states, batch = made.recipe.init(), made.engine.placement.put_batch(made.source.batch(0), 0)
@@ -165,22 +170,25 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
                 if repeat:
                     programs[name][k].append(1e3 * (time.perf_counter() - begin))
     medians = {name: [statistics.median(times) for times in of_modules] for name, of_modules in programs.items()}
-    ticks = {name: max(times) for name, times in medians.items()}
+    ticks, work = ({name: of(times) for name, times in medians.items()} for of in (max, sum))
+    coded = [name for name in TICKS if name != "identity"]
     return {
         "modules": modules,
         "module_milliseconds": {name: [round(t, 2) for t in times] for name, times in medians.items()},
         "tick_milliseconds": {name: round(t, 2) for name, t in ticks.items()},
-        "share_of_tick": round(1 - ticks["identity"] / ticks["vq"], 4),
-        "share_of_all_work": round(1 - sum(medians["identity"]) / sum(medians["vq"]), 4),
+        "share_of_tick": {name: round(1 - ticks["identity"] / ticks[name], 4) for name in coded},
+        "share_of_all_work": {name: round(1 - work["identity"] / work[name], 4) for name in coded},
     }
 
 
 def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--cores", type=int, default=1)
-    flags.add_argument("--only", default="", help="side,channels of one hop; with --write its rows replace those in result.json")
+    flags.add_argument(
+        "--only", default="", help="side,channels of one hop, or tick; with --write it replaces what result.json has"
+    )
     args: argparse.Namespace = flags.parse_args()
-    hops = [tuple(map(int, args.only.split(",")))] if args.only else HOPS
+    hops = HOPS if not args.only else [] if args.only == "tick" else [tuple(map(int, args.only.split(",")))]
     rows = []
     for hop in hops:
         for size in SIZES:
@@ -200,7 +208,7 @@ def main() -> None:
         before = json.loads(Path(__file__).with_name("result.json").read_text())
         others = [r for r in before["cases"] if (r["side"], r["channels"]) not in hops]
         rows, of_tick = others + rows, before["ticks"]
-    else:
+    if args.only in ("", "tick"):
         of_tick = [shares(k) for k in (2, 3, 6)]
         print(*of_tick, sep="\n")
     harness.finish(__file__, {"cores": CORES, "limit": LIMIT, "cases": rows, "ticks": of_tick}, args.write)
