@@ -87,7 +87,7 @@ def test_both_ways_to_search_agree_on_integers():
 def test_chunks_change_nothing(shape, monkeypatch):
     x, entries = normal(shape), normal((2, 9, 2))
     whole = np.asarray(vq.encode(entries, x))
-    monkeypatch.setattr(vq, "_CACHED", 6)
+    monkeypatch.setattr(vq, "_CACHED", 24)
     np.testing.assert_array_equal(vq.encode(entries, x), whole)
     vq_rows = vq.rows_of(jnp.asarray(x))
     by_product = vq._chunked(vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), vq._product)

@@ -28,7 +28,7 @@ MAX_CODES = 65_536
 _SEEDED = 1024  # above so many codes k-means++ takes too long: the start is a sample then
 _POOL = 4  # vectors a code from which the start and the restarts are drawn
 _UNROLL = 8  # codes that the running minimum looks at in one pass over the vectors
-_CACHED = 2048  # vectors of one pass: they stay in a core's cache
+_CACHED = 2**16  # values of one pass, all channels: they stay in a core's cache, as do their distances
 
 
 @struct.dataclass
@@ -242,8 +242,8 @@ def _staged(entries: Float[Array, "*S G N D"]) -> Float[Array, "S G N D"]:
 
 def _codes(rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]) -> Int[Array, "B P SG"]:
     """In chunks of positions, so that neither the distances of all vectors nor what a stage leaves over exist at once."""
-    (*_, codes, dims), (examples, positions, _) = entries.shape, rows.shape
-    in_cache = max(1, min(positions, -(-_CACHED // examples)))
+    (*_, codes, dims), (_, positions, _) = entries.shape, rows.shape
+    in_cache = _positions_in_cache(rows)
     in_memory = max(1, min(positions, positions * dims // codes))  # as many bytes as the vectors themselves
     return jax.lax.platform_dependent(
         rows,
@@ -251,6 +251,11 @@ def _codes(rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]) -> Int
         cpu=lambda rows, entries: _chunked(rows, entries, in_cache, _running_minimum),
         default=lambda rows, entries: _chunked(rows, entries, in_memory, _product),
     )
+
+
+def _positions_in_cache(rows: Float[Array, "B P C"]) -> int:
+    examples, positions, channels = rows.shape
+    return max(1, min(positions, -(-_CACHED // (examples * channels))))
 
 
 def _nearest(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
@@ -320,7 +325,7 @@ def _sums(vectors: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n
 def _accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> tuple[Array, Array]:
     """Counts and sums over all vectors that are finite, in chunks."""
     (groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
-    length = max(1, min(positions, -(-_CACHED // examples)))
+    length = _positions_in_cache(rows)
 
     def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * length, positions - length)
