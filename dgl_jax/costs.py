@@ -46,10 +46,14 @@ def block_flops(recipe: Recipe) -> BlockCosts:
 
 @lru_cache(maxsize=1024)
 def _forward(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
-    """Operations of a block or head by XLA's count of the lowered program, and the shape of what it gives."""
+    """Operations of a block or head by XLA's count of the program lowered for GPUs, and the shape of what it gives.
+
+    Programs for a CPU take formulations that do the same with other operations.
+    """
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(lambda: layer.lazy_init(jax.random.key(0), x, train=False))
-    lowered = jax.jit(lambda v, x: layer.apply(v, x, train=False)).lower(variables, x)
+    program = jax.jit(lambda v, x: layer.apply(v, x, train=False))
+    lowered = program.trace(variables, x).lower(lowering_platforms=("cuda",))
     cost: Any = lowered.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost  # some backends give one a program
     out: Any = lowered.out_info

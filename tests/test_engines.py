@@ -10,7 +10,7 @@ from dgl_jax import metrics
 from dgl_jax.engines import EngineState, pipeline
 from dgl_jax.engines.engine import updates_of
 from dgl_jax.metrics import Window
-from dgl_jax.models import convolution
+from dgl_jax.models import convolution, winograd
 from dgl_jax.packet import Batch
 from dgl_jax.settings import CodecSettings
 
@@ -77,11 +77,22 @@ def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
 
 
 def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, fused, monkeypatch):
+    plain = fused(modules=2)
     monkeypatch.setattr(convolution, "PART", 2)  # four parts a batch
     recipe = tiny.recipe(modules=2)
     found = [tiny.run(tiny.new_engine(name, groups, recipe), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
     assert unequal(*found) == []
-    assert unequal(found[0], fused(modules=2)), "nothing was summed in parts"
+    assert unequal(found[0], plain), "nothing was summed in parts"
+
+
+def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, monkeypatch):
+    plain = fused(modules=2)
+    monkeypatch.setattr(winograd, "_TILES", 8)
+    monkeypatch.setattr(winograd, "_CHANNELS", 1)
+    recipe = tiny.recipe(modules=2)
+    found = [tiny.run(tiny.new_engine(name, groups, recipe), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    assert unequal(*found) == []
+    assert unequal(found[0], plain), "nothing was transformed"
 
 
 @pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])

@@ -1,8 +1,8 @@
-"""Convolution whose weight gradient is fast on the CPU too. The one place that picks its formulation by platform.
+"""Convolution that is fast on the CPU too. The one place that picks its formulation by platform.
 
-XLA computes the gradient of the kernel as a convolution that sums over the whole batch. On the CPU that takes about 80 ms for 3x3
-kernels, 16x16 maps, 64 to 64 channels and a batch of 128, where the same sum over parts of eight images takes 24 and nine
-matrix products of shifted maps 80 (benchmarks/cpu_reference). On GPU and TPU the library's is used.
+On GPU and TPU the library's is used. On the CPU, XLA's 3x3 convolution of 8x8 maps, 128 to 128 channels and a batch of 128 takes
+18 ms, `winograd.py` 10; and their weight gradients, which XLA computes as a convolution that sums over the whole batch, more than
+60, and 11 (benchmarks/cpu_reference). Where that does not fit, the weight gradient is the library's over parts of eight images.
 """
 
 from functools import reduce
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dgl_jax.models import winograd
+
 PART = 8  # images, or the next larger number that divides the batch
 _SUM = "float32"  # what the parts are summed in, whatever the arithmetic
 
@@ -21,32 +23,44 @@ def conv_general_dilated(
     x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, **options: Any
 ) -> Float[Array, "B h w F"]:
     """As `lax.conv_general_dilated` with examples along the first axis; gradients are of first order, in reverse mode only."""
+    transformed = winograd.fits(x, kernel, strides, padding, **options)
 
     def library(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
+    def of_x(kernel: Array, cotangent: Array) -> Array:
+        return jax.linear_transpose(lambda x: library(x, kernel), x)(cotangent)[0]
+
+    def of_kernel(x: Array, cotangent: Array) -> Array:
+        return jax.linear_transpose(lambda kernel: library(x, kernel), kernel)(cotangent)[0]
+
+    def in_parts(x: Array, cotangent: Array) -> Array:
+        parts = zip(_parts(x), _parts(cotangent), strict=True)
+        return reduce(jnp.add, (of_kernel(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
+
+    def outputs(x: Array, kernel: Array) -> Array:
+        return _by_platform(x, kernel, cpu=winograd.convolve if transformed else library, elsewhere=library)
+
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-        return library(x, kernel), (x, kernel)
+        return outputs(x, kernel), (x, kernel)
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
-
-        def whole(x: Array, cotangent: Array) -> Array:
-            return jax.linear_transpose(lambda kernel: library(x, kernel), kernel)(cotangent)[0]
-
-        def in_parts(x: Array, cotangent: Array) -> Array:
-            parts = zip(_parts(x), _parts(cotangent), strict=True)
-            return reduce(jnp.add, (whole(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
-
-        (of_x,) = jax.linear_transpose(lambda x: library(x, kernel), x)(cotangent)
         # A 1x1 kernel's gradient is one matrix product.
-        cpu = whole if kernel.shape[:2] == (1, 1) else in_parts
-        # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
-        return of_x, lax.platform_dependent(x, cotangent, cpu=cpu, default=whole)
+        summed = winograd.kernel_gradient if transformed else of_kernel if kernel.shape[:2] == (1, 1) else in_parts
+        return (
+            _by_platform(kernel, cotangent, cpu=winograd.input_gradient if transformed else of_x, elsewhere=of_x),
+            _by_platform(x, cotangent, cpu=summed, elsewhere=of_kernel),
+        )
 
-    convolve = jax.custom_vjp(library)
+    convolve = jax.custom_vjp(outputs)
     convolve.defvjp(forward, backward)
     return convolve(x, kernel)
+
+
+def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
+    # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
+    return elsewhere(*args) if cpu is elsewhere else lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
 
 
 def _parts(x: Array) -> list[Array]:

@@ -1,0 +1,182 @@
+"""Winograd's convolution is the direct one, a few times its rounding apart, and is taken where it pays."""
+
+import re
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dgl_jax.models import winograd
+from dgl_jax.models.convolution import conv_general_dilated
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+SHAPES = [(3, 8, 8, 5, 7), (5, 4, 9, 2, 3), (2, 7, 7, 33, 32), (64, 8, 8, 4, 4), (7, 16, 20, 3, 2), (1, 1, 2, 1, 1)]
+
+
+def arrays(batch, height, width, channels, features, dtype=np.float32):
+    random = np.random.default_rng(0)
+    shapes = (batch, height, width, channels), (3, 3, channels, features), (batch, height, width, features)
+    return [random.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+def direct(x, kernel, cotangent):
+    """In float64: outputs, and the gradients of the input and of the kernel."""
+    x, kernel, cotangent = (a.astype(np.float64) for a in (x, kernel, cotangent))
+    padded, of_padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), np.zeros(np.add(x.shape, (0, 2, 2, 0)))
+    outputs, of_kernel = np.zeros(cotangent.shape), np.zeros(kernel.shape)
+    for i in range(3):
+        for j in range(3):
+            there = np.s_[:, i : i + x.shape[1], j : j + x.shape[2]]
+            outputs += padded[there] @ kernel[i, j]
+            of_padded[there] += cotangent @ kernel[i, j].T
+            of_kernel[i, j] = np.einsum("bhwc,bhwf->cf", padded[there], cotangent)
+    return outputs, of_padded[:, 1:-1, 1:-1], of_kernel
+
+
+def furthest(shape):
+    """Of the three results, the largest error in units of the root mean square of the right values."""
+    x, kernel, cotangent = arrays(*shape)
+    found = (
+        winograd.convolve(x, kernel),
+        winograd.input_gradient(jnp.asarray(kernel), cotangent),
+        winograd.kernel_gradient(x, cotangent),
+    )
+    return [
+        np.abs(f - right).max() / np.sqrt((right**2).mean()) for f, right in zip(found, direct(x, kernel, cotangent), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_direct_convolution_and_its_gradients(shape):
+    assert max(furthest(shape)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["_INPUT", "_KERNEL", "_OUTPUT"])
+def test_a_wrong_matrix_is_noticed(name, monkeypatch):
+    matrix = np.array(getattr(winograd, name))
+    matrix[2, 1] += 0.01
+    monkeypatch.setattr(winograd, name, matrix.tolist())
+    assert min(furthest(SHAPES[0])) > 1e-3
+
+
+def test_one_pass_and_many_are_the_same(monkeypatch):
+    x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
+    one = winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
+    monkeypatch.setattr(winograd, "_TILES", 8)  # two images a pass
+    many = winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    grouped = winograd._grouped
+    monkeypatch.setattr(winograd, "_grouped", lambda x, size: grouped(x, size)[:, ::-1])  # images in another order
+    assert np.abs(winograd.convolve(x, kernel) - one[0]).max() > 1e-2
+
+
+def test_matrices_of_the_paper():
+    """Lavin and Gray's F(4, 3) has the points 0, 1, -1, 2, -2; a row's factor is free between input and kernel."""
+    inputs, kernels, outputs = (np.array(m) for m in winograd._matrices([Fraction(p) for p in (0, 1, -1, 2, -2)]))
+    published = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+                          [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])  # fmt: skip
+    np.testing.assert_array_equal(np.abs(inputs), np.abs(published))
+    np.testing.assert_array_equal(outputs, [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+    np.testing.assert_allclose(np.abs(kernels[:, 0]), [1 / 4, 1 / 6, 1 / 6, 1 / 24, 1 / 24, 0], rtol=1e-15)
+    line, kernel = np.arange(6.0), np.array([1.0, -2.0, 5.0])
+    np.testing.assert_allclose(outputs @ ((kernels @ kernel) * (inputs @ line)), [8, 12, 16, 20], rtol=1e-13)
+
+
+def fits(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
+    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
+    return winograd.fits(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"padding": "SAME"},
+        {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None},
+        {"shape": (8, 14, 14, 32)},
+        {"shape": (128, 4, 4, 32)},
+    ],
+)
+def test_where_it_is_taken(case):
+    assert fits(**case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"strides": (2, 2)},
+        {"padding": ((0, 0), (0, 0))},
+        {"padding": "VALID"},
+        {"kernel": (1, 1, 32, 64)},
+        {"kernel": (5, 5, 32, 64)},
+        {"dtype": "bfloat16"},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 2)},
+        {"shape": (32, 8, 8, 64), "feature_group_count": 2},
+        {"shape": (32, 8, 8, 31), "kernel": (3, 3, 31, 64)},  # too few channels
+        {"kernel": (3, 3, 32, 31)},
+        {"shape": (31, 8, 8, 32)},  # too few tiles
+        {"shape": (128, 3, 3, 32)},  # too small a map
+        {"shape": (32, 32, 8, 8), "kernel": (64, 32, 3, 3), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ],
+)
+def test_where_it_is_not(case):
+    assert not fits(**case)
+
+
+def test_a_program_for_any_batch_takes_the_librarys():
+    assert not fits((jax.export.symbolic_shape("b")[0], 8, 8, 32))
+
+
+def gradients(x, kernel):
+    return jax.grad(lambda x, k: (conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum(), (0, 1))(x, kernel)
+
+
+X, KERNEL = jax.ShapeDtypeStruct((64, 8, 8, 32), "float32"), jax.ShapeDtypeStruct((3, 3, 32, 32), "float32")
+
+
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 3), ("tpu", 3)])
+def test_a_cpu_alone_takes_it(platform, convolutions):
+    text = jax.jit(gradients).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+
+
+def test_a_convolution_has_the_librarys_gradients():
+    random = np.random.default_rng(0)
+    x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
+    plain = jax.grad(lambda x, k: (lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum(), (0, 1))
+    for found, right in zip(gradients(x, kernel), plain(x, kernel), strict=True):
+        assert np.abs(found - right).max() < 1e-5 * np.abs(right).max()
+
+
+def collectives(devices):
+    """What a batch that is split among devices makes them send each other, and how far the gradients are from one device's."""
+    mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    random = np.random.default_rng(0)
+    x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
+    fresh = lambda x, kernel: gradients(x, kernel)  # noqa: E731  traced anew, whatever was patched
+    compiled = jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=(split, everywhere)).lower(X, KERNEL).compile()
+    found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
+    error = max(np.abs(f - right).max() / np.abs(right).max() for f, right in zip(found, gradients(x, kernel), strict=True))
+    return error, re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
+
+
+def test_images_stay_on_their_devices(devices):
+    error, sent = collectives(devices)
+    assert error < 1e-5
+    assert sent == ["all-reduce"]  # of the kernel's gradient
+
+
+def test_images_that_move_are_noticed(devices, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(winograd, "_grouped", lambda x, size: x.reshape(-1, size, *x.shape[1:]).swapaxes(0, 1))
+        jax.clear_caches()  # a branch of a choice by platform is traced once
+        sent = collectives(devices)[1]
+    jax.clear_caches()
+    assert sent != ["all-reduce"]
