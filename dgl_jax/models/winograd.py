@@ -7,6 +7,7 @@ direct sum: 1e-6 of an output's standard deviation (root mean square).
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -166,7 +167,7 @@ def _stacked(matrix: Matrix, parts: Sequence[Array], axis: int) -> Array:
 
 def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
     """The matrix times the parts, without the terms that are 0: sums of a few arrays are faster than a product with 6x6."""
-    return [sum((p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c), start=0) for row in matrix]
+    return [reduce(jnp.add, (p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c)) for row in matrix]
 
 
 def _transposed(matrix: Matrix) -> Matrix:
