@@ -70,6 +70,15 @@ def test_ties_behind_a_relu_change_no_gradient():
     check_same(relu_between(max_pool_2x2), relu_between(library_max), x)
 
 
+def test_the_first_of_equal_maxima_gets_the_gradient():
+    x = np.random.default_rng(0).integers(0, 3, (3, 6, 8, 5)).astype(np.float32)
+    check_same(max_pool_2x2, library_max, x)
+    with pytest.raises(AssertionError):  # shared among them
+        check_same(lambda x: pooling._windows(x, 2, 2).max((2, 4)), library_max, x)
+    one = jax.grad(lambda x: max_pool_2x2(x).sum())(jnp.ones((1, 2, 2, 1)))
+    assert one.ravel().tolist() == [1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("size", [(6, 8), (7, 1)])
 def test_overlapping_windows(size, monkeypatch):
     x = generic(3, *size, 5)
@@ -87,11 +96,11 @@ def test_windows_of_other_neighbours_are_noticed(monkeypatch):
         check_same(lambda x: max_pool_3x3(x), library_max_3x3, generic(3, 6, 8, 5))
 
 
-def test_ties_in_front_of_no_relu_share_the_gradient():
+def test_ties_of_overlapping_windows_in_front_of_no_relu_share_the_gradient():
     x = np.maximum(generic(3, 6, 8, 5) - 0.3, 0)
     with pytest.raises(AssertionError):
-        check_same(max_pool_2x2, library_max, x)
-    gradient = jax.grad(lambda x: max_pool_2x2(x).sum())(np.zeros((1, 2, 2, 1), np.float32))
+        check_same(max_pool_3x3, library_max_3x3, x)
+    gradient = jax.grad(lambda x: max_pool_3x3(x).sum())(np.zeros((1, 2, 2, 1), np.float32))
     close(gradient, np.full((1, 2, 2, 1), 0.25))
 
 

@@ -1,8 +1,8 @@
 """Pooling. The one place that picks a formulation by platform.
 
 On the CPU XLA's gradient of `reduce_window` is slow: on 128x32x32x32 that of `nn.avg_pool` took 44 ms where a reshape
-and a mean take 2, that of `nn.max_pool` 67 ms where a reshape and a maximum take 7. Between a ReLU and a convolution a
-maximum of four strided slices was slower (120 ms for all of it) than the reshape (70; `nn.max_pool`: 150). For overlapping
+and a mean take 2. Behind a scale and a ReLU `nn.max_pool` and the gradients of all three took 82 ms, a reshape and a maximum 33,
+the same with a gradient of its own 16. For overlapping
 3x3 windows (8x112x112x64, on one core) the gradient of `nn.max_pool` took 316 ms, that of a maximum of nine slices 520, and
 of three slices along one axis and then the other 86. On GPU and TPU the library's pooling is used.
 """
@@ -21,8 +21,7 @@ Pool = Callable[[Array], Array]
 def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Maximum of each 2x2 window, stride 2: height and width are halved.
 
-    Of equal maxima in one window `reduce_window` gives the gradient to the first and the CPU's formulation shares it.
-    Behind a ReLU, where nearly all ties are zeros, both come to the same: its gradient there is 0.
+    Of equal maxima in one window the first, row by row, gets the gradient.
 
     Raises:
       ValueError: an odd height or width.
@@ -32,7 +31,7 @@ def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         raise ValueError(f"2x2 pooling of a {height}x{width} map: both sizes must be even")
     return _by_platform(
         x,
-        cpu=lambda y: _windows(y, 2, 2).max((2, 4)),
+        cpu=_max_of_four,
         elsewhere=lambda y: nn.max_pool(y, (2, 2), strides=(2, 2)),
     )
 
@@ -40,7 +39,8 @@ def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Maximum of 3x3 windows, stride 2, one row and column beyond each edge: height and width are halved, rounded up.
 
-    Of equal maxima it is as in `max_pool_2x2`.
+    Of equal maxima in one window `reduce_window` gives the gradient to the first and the CPU's formulation shares it.
+    Behind a ReLU, where nearly all ties are zeros, both come to the same: its gradient there is 0.
     """
     return _by_platform(
         x,
@@ -81,6 +81,32 @@ def _windows(x: Array, height: int, width: int) -> Array:
     """(B, H, W, C) as (B, rows of windows, height, columns of windows, width, C)."""
     batch, rows, columns, channels = x.shape
     return x.reshape(batch, rows // height, height, columns // width, width, channels)
+
+
+@jax.custom_vjp
+def _max_of_four(x: Array) -> Array:
+    return _windows(x, 2, 2).max((2, 4))
+
+
+def _max_of_four_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = _max_of_four(x)
+    return y, (x, y)
+
+
+def _max_of_four_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array]:
+    x, y = saved
+    windows, taken, rows = _windows(x, 2, 2), jnp.zeros(y.shape, bool), []
+    for i in range(2):
+        columns = []
+        for j in range(2):
+            largest = windows[:, :, i, :, j] == y
+            columns.append(jnp.where(largest & ~taken, cotangent, 0))
+            taken |= largest
+        rows.append(jnp.stack(columns, axis=3))
+    return (jnp.stack(rows, axis=2).reshape(x.shape),)
+
+
+_max_of_four.defvjp(_max_of_four_forward, _max_of_four_backward)
 
 
 def _max_of_three(x: Array, axis: int) -> Array:
