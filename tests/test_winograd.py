@@ -75,6 +75,17 @@ def test_one_pass_and_many_are_the_same(monkeypatch):
     assert np.abs(winograd.convolve(x, kernel) - one[0]).max() > 1e-2
 
 
+def test_passes():
+    for shape, passes in (
+        ((128, 8, 8), (32, 4)),
+        ((128, 16, 16), (8, 16)),
+        ((37, 8, 8), (37, 1)),
+        ((50, 7, 9), (25, 2)),
+        ((6, 224, 224), (1, 6)),
+    ):
+        assert winograd._passes(jnp.empty((*shape, 1))) == passes
+
+
 def test_matrices_of_the_paper():
     """Lavin and Gray's F(4, 3) has the points 0, 1, -1, 2, -2; a row's factor is free between input and kernel."""
     inputs, kernels, outputs = (np.array(m) for m in winograd._matrices([Fraction(p) for p in (0, 1, -1, 2, -2)]))

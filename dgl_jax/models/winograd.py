@@ -107,9 +107,9 @@ def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F
 
 
 def _passes(x: Array) -> tuple[int, int]:
-    """Images of one pass, and passes."""
+    """Images of one pass (the fewest that have enough tiles and divide the batch), and passes."""
     batch = len(x)
-    size = max(n for n in range(1, min(-(-_TILES // _tiles(x)), batch) + 1) if batch % n == 0)
+    size = next((n for n in range(1, batch) if batch % n == 0 and n * _tiles(x) >= _TILES), batch)
     return size, batch // size
 
 
@@ -118,7 +118,7 @@ def _tiles(x: Array) -> int:
 
 
 def _grouped(x: Array, size: int) -> Array:
-    """Each pass takes images from all over the batch: where that is split among devices, so is each pass."""
+    """Each pass takes images from all over the batch: where that is split among devices, so is each pass of as many images."""
     return x.reshape(size, -1, *x.shape[1:])
 
 
