@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dgl_jax import settings, workdir, writers
+from dgl_jax import allocator, settings, workdir, writers
 from dgl_jax.errors import UserError, reported, where
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
@@ -45,6 +45,7 @@ def _workdir() -> str:
 def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
+    allocator.keep_freed()  # before what starts threads
     # Imported here: a mistyped flag or --help need not wait for what trains.
     import jax
 
@@ -64,8 +65,7 @@ def _dispatch(argv: list[str]) -> None:
             sys.exit(128 + stopped.signum)
         print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
     elif mode == "eval":
-        given = _config() if _CONFIG.value is not None else None
-        print(json.dumps(evaluate.evaluate_run(_workdir(), checkpoint, _SPLIT.value, given)))
+        print(json.dumps(evaluate.evaluate_run(_workdir(), checkpoint, _SPLIT.value, _CONFIG.value and _config())))
     elif mode == "predict":
         predict.predict_run(_workdir(), checkpoint, _IMAGES.value, _OUTPUT.value)
     elif mode == "export":

@@ -32,17 +32,20 @@ def test_forward(block, pool, train):
     check_forward(block, numpy_block(pool), x, train)
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda x, train, dtype: nn.BatchNorm(not train, momentum=0.99, epsilon=1e-5)(x),
-        lambda x, train, dtype: nn.BatchNorm(not train, momentum=0.9, epsilon=1e-3)(x),
-        lambda x, train, dtype: nn.BatchNorm(True, epsilon=1e-5)(x),
-    ],
-    ids=["momentum", "epsilon", "statistics"],
-)
-def test_other_batch_norms_are_noticed(broken, monkeypatch):
-    monkeypatch.setattr(blocks, "batch_norm", broken)
+def other(**changed):
+    def batch_norm(x, train, *, relu, offset, dtype):
+        x = x if offset is None else x + offset
+        options = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-5}
+        return nn.relu(nn.BatchNorm(**options | changed)(x))
+
+    return batch_norm
+
+
+@pytest.mark.parametrize("changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str)
+def test_other_batch_norms_are_noticed(changed, monkeypatch):
+    monkeypatch.setattr(blocks, "batch_norm", other())
+    test_forward(ConvBlock(5), False, True)
+    monkeypatch.setattr(blocks, "batch_norm", other(**changed))
     with pytest.raises(AssertionError):
         test_forward(ConvBlock(5), False, True)
 
@@ -59,8 +62,9 @@ def check_initial(values, fan_in):
 class Both(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = blocks.conv(x, 2048, kernel=1, dtype="float32")
-        return blocks.linear(blocks.conv(x[..., :16], 512, kernel=3, dtype="float32")[:, 0, 0, :9], 2048, dtype="float32")
+        x, _ = blocks.Conv(2048, kernel=1)(x)
+        x, _ = blocks.Conv(512)(x[..., :16])
+        return blocks.linear(x[:, 0, 0, :9], 2048, dtype="float32")
 
 
 def test_initial_values():

@@ -14,18 +14,18 @@ from dgl_jax.models.convolution import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = {
-    "3x3": ((3, 3, 3, 5), (1, 1), "SAME", {}),
-    "3x3, stride 2": ((3, 3, 3, 5), (2, 2), ((1, 1), (1, 1)), {}),
-    "5x3, valid, dilated": ((5, 3, 3, 4), (1, 2), "VALID", {"rhs_dilation": (1, 2)}),
-    "grouped": ((3, 3, 1, 6), (1, 1), "SAME", {"feature_group_count": 3}),
-    "1x1": ((1, 1, 3, 5), (1, 1), "SAME", {}),
+    "3x3": ((3, 3, 6, 5), (1, 1), "SAME", {}),
+    "3x3, stride 2": ((3, 3, 6, 5), (2, 2), ((1, 1), (1, 1)), {}),
+    "5x3, valid, dilated": ((5, 3, 6, 4), (1, 2), "VALID", {"rhs_dilation": (1, 2)}),
+    "grouped": ((3, 3, 2, 6), (1, 1), "SAME", {"feature_group_count": 3}),
+    "1x1": ((1, 1, 6, 5), (1, 1), "SAME", {}),
 }
 
 
 def gradients(function, shape, strides, padding, options, batch=24, dtype="float32"):
     """Of the input and of the kernel, of a generic linear function of the output."""
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(batch, 9, 8, 3)), dtype)
+    x = jnp.asarray(random.normal(size=(batch, 9, 8, 6)), dtype)
     kernel = jnp.asarray(random.normal(size=shape), dtype)
     apply = lambda *args: function(*args, strides, padding, dimension_numbers=NHWC, **options)  # noqa: E731
     cotangent = jnp.asarray(random.normal(size=jax.eval_shape(apply, x, kernel).shape), dtype)
@@ -63,7 +63,7 @@ def test_a_lost_part_is_noticed(monkeypatch):
 
 def test_other_images_in_a_part_are_noticed(monkeypatch):
     parts = convolution._parts
-    monkeypatch.setattr(convolution, "_parts", lambda x: parts(x if x.shape[-1] == 3 else x[::-1]))
+    monkeypatch.setattr(convolution, "_parts", lambda x: parts(x if x.shape[-1] == 6 else x[::-1]))
     assert furthest("3x3") > 1e-2
 
 
@@ -78,7 +78,7 @@ def kernel_gradient(x, kernel):
     return jax.grad(lambda k: (conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum())(kernel)
 
 
-X, KERNEL = jax.ShapeDtypeStruct((32, 8, 8, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 5), "float32")
+X, KERNEL = jax.ShapeDtypeStruct((32, 8, 8, 6), "float32"), jax.ShapeDtypeStruct((3, 3, 6, 5), "float32")
 
 
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 1 + 4), ("cuda", 1 + 1), ("tpu", 1 + 1)])

@@ -9,7 +9,7 @@ from numpy_layers import adaptive_avg_pool, check_forward
 from traced import equations
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import HEADS, heads, make_head
+from dgl_jax.models import HEADS, blocks, heads, make_head
 from dgl_jax.models.heads import MLPHead
 from dgl_jax.settings import ModelSettings
 
@@ -131,8 +131,9 @@ def test_a_wrong_average_is_noticed(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
 def test_the_wrong_statistics_are_noticed(name, monkeypatch):
-    original = heads.batch_norm
-    monkeypatch.setattr(heads, "batch_norm", lambda x, train, **kwargs: original(x, not train, **kwargs))
+    original = blocks.batch_norm
+    for room in (heads, blocks):
+        monkeypatch.setattr(room, "batch_norm", lambda x, train, **kwargs: original(x, not train, **kwargs))
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), ORACLES[name], images(12), False)
 

@@ -14,6 +14,7 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
     "errors",
+    "allocator",
     "balance",
     "settings",
     "packet",
@@ -51,6 +52,7 @@ ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings")
 ONLY = {
     "settings": {"errors"},
     "packet": set(),
+    "allocator": set(),
     "balance": set(),
     "models": {"balance", "errors", "settings"},
     "losses": {"packet"},

@@ -2,7 +2,8 @@
 
 On GPU and TPU the library's is used. On the CPU, XLA's 3x3 convolution of 8x8 maps, 128 to 128 channels and a batch of 128 takes
 18 ms, `winograd.py` 10; and their weight gradients, which XLA computes as a convolution that sums over the whole batch, more than
-60, and 11 (benchmarks/cpu_reference). Where that does not fit, the weight gradient is the library's over parts of eight images.
+60, and 11 (benchmarks/cpu_reference). Of few channels that gradient is one matrix product, and the outputs sometimes
+(`columns.py`). Where neither fits, it is the library's over parts of eight images.
 """
 
 from functools import reduce
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dgl_jax.models import winograd
+from dgl_jax.models import columns, winograd
 
 PART = 8  # images, or the next larger number that divides the batch
 _SUM = "float32"  # what the parts are summed in, whatever the arithmetic
@@ -23,7 +24,7 @@ def conv_general_dilated(
     x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, **options: Any
 ) -> Float[Array, "B h w F"]:
     """As `lax.conv_general_dilated` with examples along the first axis; gradients are of first order, in reverse mode only."""
-    transformed = winograd.fits(x, kernel, strides, padding, **options)
+    transformed, few = (way.fits(x, kernel, strides, padding, **options) for way in (winograd, columns))
 
     def library(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -39,7 +40,8 @@ def conv_general_dilated(
         return reduce(jnp.add, (of_kernel(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
 
     def outputs(x: Array, kernel: Array) -> Array:
-        return _by_platform(x, kernel, cpu=winograd.convolve if transformed else library, elsewhere=library)
+        fast = winograd.convolve if transformed else columns.convolve if few and columns.pays(kernel) else library
+        return _by_platform(x, kernel, cpu=fast, elsewhere=library)
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
         return outputs(x, kernel), (x, kernel)
@@ -47,7 +49,8 @@ def conv_general_dilated(
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
         # A 1x1 kernel's gradient is one matrix product.
-        summed = winograd.kernel_gradient if transformed else of_kernel if kernel.shape[:2] == (1, 1) else in_parts
+        in_one = columns.kernel_gradient if few else of_kernel if kernel.shape[:2] == (1, 1) else in_parts
+        summed = winograd.kernel_gradient if transformed else in_one
         return (
             _by_platform(kernel, cotangent, cpu=winograd.input_gradient if transformed else of_x, elsewhere=of_x),
             _by_platform(x, cotangent, cpu=summed, elsewhere=of_kernel),

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax.errors import UserError
-from dgl_jax.models.blocks import batch_norm, conv, linear
+from dgl_jax.models.blocks import batch_norm, conv_norm, linear
 from dgl_jax.models.pooling import adaptive_avg_pool
 
 
@@ -38,10 +38,10 @@ class MLPHead(nn.Module):
         if not tokens:
             x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])))
         for _ in range(self.convs):
-            x = nn.relu(batch_norm(conv(x, x.shape[-1], kernel=1, bias=False, dtype=self.dtype), train, dtype=self.dtype))
+            x = conv_norm(x, train, x.shape[-1], relu=True, kernel=1, bias=False, dtype=self.dtype)
         x = _flatten(adaptive_avg_pool(x, (1, 1)) if tokens else _pool_2x2(x))
         for _ in range(self.hidden):
-            x = nn.relu(batch_norm(linear(x, x.shape[-1], dtype=self.dtype), train, dtype=self.dtype))
+            x = batch_norm(linear(x, x.shape[-1], dtype=self.dtype), train, relu=True, dtype=self.dtype)
         return linear(x, self.num_classes, dtype="float32")
 
 
@@ -58,7 +58,7 @@ class CNNHead(nn.Module):
                 f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; of tokens linear, mlp and mlp_sr work"
             )
         for _ in range(2):
-            x = nn.relu(batch_norm(conv(x, x.shape[-1], bias=False, dtype=self.dtype), train, dtype=self.dtype))
+            x = conv_norm(x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype)
         x = batch_norm(_pool_2x2(x), train, dtype=self.dtype)
         return linear(_flatten(x), self.num_classes, dtype="float32")
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, batch_norm, conv
+from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, conv_norm
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.models.network import Network
 from dgl_jax.models.pooling import max_pool_3x3
@@ -20,7 +20,7 @@ from dgl_jax.models.pooling import max_pool_3x3
 _BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 _BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
-_conv = partial(conv, bias=False, kernel_init=KAIMING_FAN_OUT)
+_conv_norm = partial(conv_norm, bias=False, kernel_init=KAIMING_FAN_OUT)
 
 
 class Stem(nn.Module):
@@ -32,8 +32,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
         """h, w: a quarter of H, W, rounded up."""
-        x = _conv(x, self.features, kernel=7, stride=2, dtype=self.dtype)
-        return max_pool_3x3(nn.relu(batch_norm(x, train, dtype=self.dtype)))
+        return max_pool_3x3(_conv_norm(x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype))
 
 
 class BasicBlock(nn.Module):
@@ -51,9 +50,8 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
         """h, w: H / stride, W / stride, rounded up."""
-        y = _conv(x, self.features, stride=self.stride, dtype=self.dtype)
-        y = nn.relu(batch_norm(y, train, dtype=self.dtype))
-        y = batch_norm(_conv(y, self.features, dtype=self.dtype), train, dtype=self.dtype)
+        y = _conv_norm(x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype)
+        y = _conv_norm(y, train, self.features, relu=False, dtype=self.dtype)
         if self.padded:
             return nn.relu(y + _padded(x, y.shape[-1], self.stride))
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
@@ -69,10 +67,9 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w 4*F"]:
         """h, w: H / stride, W / stride, rounded up."""
-        y = nn.relu(batch_norm(_conv(x, self.features, kernel=1, dtype=self.dtype), train, dtype=self.dtype))
-        y = _conv(y, self.features, stride=self.stride, dtype=self.dtype)
-        y = nn.relu(batch_norm(y, train, dtype=self.dtype))
-        y = batch_norm(_conv(y, 4 * self.features, kernel=1, dtype=self.dtype), train, dtype=self.dtype)
+        y = _conv_norm(x, train, self.features, relu=True, kernel=1, dtype=self.dtype)
+        y = _conv_norm(y, train, self.features, relu=True, stride=self.stride, dtype=self.dtype)
+        y = _conv_norm(y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype)
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
 
 
@@ -123,7 +120,7 @@ def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list
 def _projected(x: Array, features: int, stride: int, train: bool, dtype: DTypeLike) -> Array:
     if x.shape[-1] == features and stride == 1:
         return x
-    return batch_norm(_conv(x, features, kernel=1, stride=stride, dtype=dtype), train, dtype=dtype)
+    return _conv_norm(x, train, features, relu=False, kernel=1, stride=stride, dtype=dtype)
 
 
 def _padded(x: Array, features: int, stride: int) -> Array:

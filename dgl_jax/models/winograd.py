@@ -47,14 +47,23 @@ def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
 _INPUT, _KERNEL, _OUTPUT = _matrices([Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)])
 
 
-def fits(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether `convolve` computes that, in float32, and pays: few channels or tiles do not."""
+def same_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
+    """Whether these arguments of `lax.conv_general_dilated` are of a 3x3 convolution in float32 that keeps the map's size."""
     plain = all(options.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation", "feature_group_count"))
     axes, own = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
     same = padding == "SAME" or (not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)])
-    if not (plain and axes == own and same and kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1)):
+    return (
+        (plain and axes == own and same and kernel.shape[:2] == (3, 3))
+        and tuple(strides) == (1, 1)
+        and x.dtype == kernel.dtype == jnp.float32
+    )
+
+
+def fits(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
+    """Whether `convolve` computes that, and pays: few channels or tiles do not."""
+    if not same_3x3(x, kernel, strides, padding, **options):
         return False
-    if not (x.dtype == kernel.dtype == jnp.float32 and min(kernel.shape[2:]) >= _CHANNELS and min(x.shape[1:3]) >= _OUT):
+    if min(kernel.shape[2:]) < _CHANNELS or min(x.shape[1:3]) < _OUT:
         return False
     return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES  # it is not a number where a program is for any batch
 

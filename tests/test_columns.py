@@ -1,0 +1,91 @@
+"""Convolutions of few channels as one matrix product are the direct ones, and are taken where they pay."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_winograd import arrays, direct
+
+from dgl_jax.models import columns
+from dgl_jax.models.convolution import conv_general_dilated
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+SHAPES = [(3, 8, 8, 3, 5), (2, 5, 2, 1, 4), (1, 1, 6, 4, 2)]
+
+
+def furthest(shape):
+    """Of outputs and the kernel's gradient, the largest error in units of the root mean square of the right values."""
+    x, kernel, cotangent = arrays(*shape)
+    right, _, of_kernel = direct(x, kernel, cotangent)
+    found = columns.convolve(x, jnp.asarray(kernel)), columns.kernel_gradient(x, cotangent)
+    return max(np.abs(f - r).max() / np.sqrt((r**2).mean()) for f, r in zip(found, (right, of_kernel), strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_direct_convolution_and_its_gradient(shape):
+    assert furthest(shape) < 1e-5
+
+
+def test_neighbours_in_another_order_are_noticed(monkeypatch):
+    both = columns._for_both
+    monkeypatch.setattr(columns, "_for_both", lambda kernel: both(kernel[:, ::-1]))
+    assert furthest(SHAPES[0]) > 1e-2
+
+
+def fits(shape=(4, 8, 8, 3), kernel=(3, 3, 3, 32), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
+    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
+    return columns.fits(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
+
+
+def test_where_it_is_taken():
+    assert fits()
+    assert fits(padding="SAME", kernel=(3, 3, 3, 512))
+    assert fits((4, 8, 8, 1), (3, 3, 1, 4))
+    assert fits((jax.export.symbolic_shape("b")[0], 8, 8, 3))
+    assert columns.pays(jax.ShapeDtypeStruct((3, 3, 3, 32), "float32"))
+    assert not columns.pays(jax.ShapeDtypeStruct((3, 3, 3, 33), "float32"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"strides": (2, 2)},
+        {"padding": "VALID"},
+        {"kernel": (1, 1, 3, 32)},
+        {"dtype": "bfloat16"},
+        {"shape": (4, 8, 8, 5), "kernel": (3, 3, 5, 32)},  # too many channels
+        {"kernel": (3, 3, 3, 3)},  # too few features
+        {"shape": (4, 8, 7, 3)},  # a column without a neighbour
+    ],
+)
+def test_where_it_is_not(case):
+    assert not fits(**case)
+
+
+def results(x, kernel):
+    outputs, pull = jax.vjp(lambda k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC), kernel)
+    return outputs, pull(outputs)[0]
+
+
+X, KERNEL = jax.ShapeDtypeStruct((16, 8, 8, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 32), "float32")
+
+
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 2), ("tpu", 2)])
+def test_a_cpu_alone_takes_it(platform, convolutions):
+    text = jax.jit(results).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+
+
+def test_images_stay_on_their_devices(devices):
+    mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    random = np.random.default_rng(0)
+    x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
+    compiled = jax.jit(results, in_shardings=(split, everywhere), out_shardings=(split, everywhere)).lower(X, KERNEL).compile()
+    found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
+    for a, b in zip(found, results(x, kernel), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
+    assert re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()) == ["all-reduce"]
