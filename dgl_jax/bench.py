@@ -52,8 +52,11 @@ def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -
     }
 
 
-def module_times(experiment: Experiment, state: EngineState, repeats: int = 10) -> list[Elapsed]:
-    """What each module's program takes by itself, on its devices; `state` is used up. Empty where there is but one program."""
+def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1) -> list[Elapsed]:
+    """What each module's program takes by itself, on its devices; `state` is used up. Empty where there is but one program.
+
+    `company`: see `clocked`; of modules on a device each.
+    """
     recipe, placement = experiment.recipe, experiment.engine.placement
     own = experiment.engine.programs if isinstance(experiment.engine, PipelineEngine) else None
     if experiment.settings.engine.name == "backprop":
@@ -66,7 +69,7 @@ def module_times(experiment: Experiment, state: EngineState, repeats: int = 10) 
         targets = put(batch.targets, placement.split(k))
         if k:
             incoming = put(incoming, placement.split(k))
-        elapsed, (_, incoming, _) = clocked(program, module, incoming, targets, repeats=repeats)
+        elapsed, (_, incoming, _) = clocked(program, module, incoming, targets, repeats=repeats, company=company)
         times.append(elapsed)
     return times
 

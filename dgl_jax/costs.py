@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def _forward(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[floa
 
 
 class Elapsed(NamedTuple):
-    """Of one call of a program, alone: seconds, and processor seconds of the whole process meanwhile."""
+    """Of one call of a program: seconds, alone; and processor seconds of the host, beside as many others as was asked for."""
 
     seconds: float
     processor: float
@@ -80,13 +81,17 @@ class BlockTimes(NamedTuple):
 _IN_A_ROW = 2
 
 
-def clocked(program: Callable[..., tuple[Any, ...]], state: Any, *inputs: Any, repeats: int) -> tuple[Elapsed, tuple[Any, ...]]:
+def clocked(
+    program: Callable[..., tuple[Any, ...]], state: Any, *inputs: Any, repeats: int, company: int = 1
+) -> tuple[Elapsed, tuple[Any, ...]]:
     """What a call takes, the median over pairs of calls after a pair that may compile; and what the last call gave.
 
     The second of a pair is dispatched while the first is under way, as the engines do.
 
     Args:
       program: gives a tuple that begins with the next `state`; may take over (donate) the one it is given.
+      company: programs that will work at once on the processors of a host. A CPU program that finds idle processors spreads over
+        them and takes more of their time than where all are busy, so that is measured with so many copies of the program at work.
     """
     walls, processors = [], []
     results: tuple[Any, ...] = (state,)
@@ -98,14 +103,35 @@ def clocked(program: Callable[..., tuple[Any, ...]], state: Any, *inputs: Any, r
         jax.block_until_ready(results)
         processors.append((time.process_time() - processor) / _IN_A_ROW)
         walls.append((time.perf_counter() - wall) / _IN_A_ROW)
-    return Elapsed(statistics.median(walls[1:]), statistics.median(processors[1:])), results
+    alone = statistics.median(processors[1:])
+    busy = _crowded(program, results[0], inputs, repeats, company) if company > 1 else alone
+    return Elapsed(statistics.median(walls[1:]), busy), results
 
 
-def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7) -> BlockTimes:
+def _crowded(program: Callable[..., tuple[Any, ...]], state: Any, inputs: Sequence[Any], calls: int, company: int) -> float:
+    """Processor seconds a call while `company` of them are under way at once, each chain of calls from a thread of its own."""
+    states = [jax.tree.map(jnp.copy, state) for _ in range(company)]
+
+    def chain(number: int) -> None:
+        for _ in range(calls):
+            states[number] = program(states[number], *inputs)[0]
+        jax.block_until_ready(states[number])
+
+    jax.block_until_ready(states)
+    with ThreadPoolExecutor(company) as threads:
+        before = time.process_time()
+        list(threads.map(chain, range(company)))  # so that an error in a thread is one here
+        return (time.process_time() - before) / (calls * company)
+
+
+def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7, company: int = 1) -> BlockTimes:
     """Measures, for a recipe with one block a module, every block's part of a local step and every head's, by itself.
 
     A block: forward, backward and update of its parameters, with or (as the first of a module) without the gradient of its inputs.
     A head: the same, with the loss. Equal layers on equal shapes are measured once. Compiling takes most of the time.
+
+    Args:
+      company: see `clocked`.
     """
     measured: dict[Any, Elapsed] = {}
 
@@ -114,24 +140,26 @@ def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7) -> BlockTi
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            measured[key] = _time_of(layer, is_head, x, inner, recipe.optimizer, repeats)
+            program, state, *inputs = _alone(layer, is_head, x, inner, recipe.optimizer)
+            # Where it is put says where it runs, in other threads too.
+            measured[key], _ = clocked(program, *jax.device_put((state, *inputs), device), repeats=repeats, company=company)
         return measured[key]
 
     first, inner, head, x = [], [], [], recipe.inputs()
-    with jax.default_device(device):
-        for module in recipe.modules:
-            (block,) = module.blocks
-            first.append(once(block, False, x, inner=False))
-            inner.append(once(block, False, x) if module.first else first[0])  # nothing is in front of the first block
-            _, x = _forward(block, x.shape, x.dtype)
-            head.append(once(module.head, True, x))
+    for module in recipe.modules:
+        (block,) = module.blocks
+        first.append(once(block, False, x, inner=False))
+        inner.append(once(block, False, x) if module.first else first[0])  # nothing is in front of the first block
+        _, x = _forward(block, x.shape, x.dtype)
+        head.append(once(module.head, True, x))
     rows = first, inner, head
     return BlockTimes(*(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2)))
 
 
-def _time_of(
-    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, repeats: int
-) -> Elapsed:
+def _alone(
+    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation
+) -> tuple[Any, ...]:
+    """The program of a block or head by itself, and what it takes: its state, and generic numbers."""
     module = LocalModule("alone", 0, () if is_head else (layer,), layer if is_head else None)
     (shapes,) = jax.eval_shape(lambda: init_states((module,), optimizer, jax.random.key(0), x))
     # Drawn by NumPy, as what the arrays hold matters to no clock: a proper start would take longer to compile than the step.
@@ -148,7 +176,7 @@ def _time_of(
         state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
         return state, outputs, of_inputs if inner else None
 
-    return clocked(jax.jit(program, donate_argnums=0), state, inputs, given, repeats=repeats)[0]
+    return jax.jit(program, donate_argnums=0), state, inputs, given
 
 
 def _drawn(leaf: jax.ShapeDtypeStruct) -> Array:

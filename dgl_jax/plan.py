@@ -89,9 +89,11 @@ def plan(
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
     info, device = known_info(settings.data), jax.devices()[0]
     every = every_block(settings, info)
-    times = _stated(stated, every) if stated else block_times(every, device)
-    if cores is None and not stated and device.platform == "cpu":
-        cores = len(os.sched_getaffinity(0))
+    company = 1
+    if not stated and device.platform == "cpu":
+        own = len(os.sched_getaffinity(0))
+        cores, company = cores or own, min(own, devices or sum(settings.engine.group_sizes) or settings.model.modules)
+    times = _stated(stated, every) if stated else block_times(every, device, company=company)
     recipe = make_recipe(settings, info, first_blocks=choose_cuts(settings, info, lambda: times.seconds))
     starts = [module.first for module in recipe.modules]
     ends = [*starts[1:], len(every.modules)]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,9 @@ def test_operations_by_hand():
     recipe = make_recipe(
         small(model__name="cnn6", model__width=128, model__modules=2, model__head="linear", data__batch_size=2), INFO
     )
-    # A 3x3 convolution inside a border of zeros looks at 3H - 2 rows and columns; then bias, batch norm (3), ReLU; pooling (3).
+    # A 3x3 convolution inside a border of zeros looks at 3H - 2 rows and columns; then batch norm (2), ReLU; pooling (3).
     pixels = [(32, 3, 128, 0), (16, 128, 256, 128), (16, 256, 256, 0), (8, 256, 512, 256), (8, 512, 512, 0), (8, 512, 512, 0)]
-    blocks = [2 * i * o * (3 * h - 2) ** 2 + 5 * o * h**2 + 3 * pooled * h**2 for h, i, o, pooled in pixels]
+    blocks = [2 * i * o * (3 * h - 2) ** 2 + 3 * o * h**2 + 3 * pooled * h**2 for h, i, o, pooled in pixels]
     head = 2 * 256 * 10 + 256 * 16 * 16  # the average, then the matrix
     (first, of_head), (second, classifier) = costs.module_flops(recipe)
     assert first / 2 == pytest.approx(sum(blocks[:3]), rel=1e-3)
@@ -121,7 +122,7 @@ def stopwatch(monkeypatch):
     """Instead of running programs: checks what they take and give, and says that the n-th takes n seconds and 2 n of processor."""
     asked = []
 
-    def clocked(program, state, *inputs, repeats):
+    def clocked(program, state, *inputs, repeats, company):
         results = jax.eval_shape(program, state, *inputs)
         assert jax.tree.map(jnp.shape, results[0]) == jax.tree.map(jnp.shape, state)
         asked.append((inputs[0].shape, "inner" if results[2] is not None else "first"))
@@ -166,6 +167,31 @@ def test_the_clock():
     np.testing.assert_array_equal(state, 2 * 4)  # a pair to compile, three by the clock
     np.testing.assert_array_equal(seen, 2 * 4 - 1)
     assert elapsed.seconds > 0
+
+
+def test_the_clock_in_company():
+    """Copies of the program work at once, each on a state of its own, and what is given back is the state of the one alone."""
+    together, active = threading.Barrier(3), []
+
+    def program(state, x):
+        if threading.current_thread() is not threading.main_thread():
+            active.append(threading.get_ident())
+            together.wait(60)  # passes only where three are under way
+        return step(state, x)
+
+    step = jax.jit(lambda s, x: (s + x, s), donate_argnums=0)
+    elapsed, (state, _) = costs.clocked(program, jnp.zeros(4), jnp.ones(4), repeats=3, company=3)
+    np.testing.assert_array_equal(state, 2 * 4)
+    assert len(active) == 3 * 3
+    assert len(set(active)) == 3
+    assert elapsed.processor > 0
+
+
+def test_processor_time_is_of_one_call_in_company(monkeypatch):
+    moments = iter([*range(0, 16, 4), *range(100, 104), 1000.0, 1060.0])  # pairs of 4 s, then all copies in 60
+    monkeypatch.setattr(costs.time, "process_time", lambda: next(moments))
+    elapsed, _ = costs.clocked(lambda state, x: (state, x), jnp.zeros(2), jnp.ones(2), repeats=3, company=2)
+    assert elapsed.processor == 60 / (3 * 2)
 
 
 # Chosen once

@@ -151,10 +151,11 @@ def test_a_split_by_time_uses_the_stated_times(times, starts):
 
 
 def test_times_are_measured_where_none_are_stated(monkeypatch):
-    recipes = []
+    recipes, companies = [], []
 
-    def block_times(recipe, device):
+    def block_times(recipe, device, company):
         recipes.append(recipe)
+        companies.append(company)
         return planning._stated("1,2,3,4", recipe)
 
     monkeypatch.setattr(planning, "block_times", block_times)
@@ -163,6 +164,10 @@ def test_times_are_measured_where_none_are_stated(monkeypatch):
     assert len(recipes[0].modules) == 4
     assert found["cores"] == len(planning.os.sched_getaffinity(0))
     assert found["block_times"] == "measured on cpu"
+    monkeypatch.setattr(planning.os, "sched_getaffinity", lambda pid: range(3))
+    plan(small(model__modules=2, model__split="count"))
+    plan(small(model__modules=2, model__split="count"), devices=4)
+    assert companies[1:] == [2, 3]  # one a device, and never more than there are processors
 
 
 def test_what_it_prints(stated, tmp_path):

@@ -51,6 +51,11 @@ def predicted(made: Experiment, seconds: list[float], processor: list[float], ar
     return pipeline.steady(made.recipe.traffic().wire)[0]
 
 
+def company(made: Experiment, args: argparse.Namespace) -> int:
+    """How many programs work at once, as `--mode=plan` has it."""
+    return min(round(args.cores), len(made.recipe.modules))
+
+
 def of_blocks(made: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
     """The prediction from blocks and heads measured alone."""
     starts = [module.first for module in made.recipe.modules]
@@ -60,7 +65,7 @@ def of_blocks(made: Experiment, times: BlockTimes, args: argparse.Namespace) -> 
 
 def of_modules(made: Experiment, args: argparse.Namespace) -> float:
     """The prediction from the modules' programs, which are measured now, one after the other."""
-    elapsed = module_times(made, made.engine.init(), args.calls)
+    elapsed = module_times(made, made.engine.init(), args.calls, company(made, args))
     return predicted(made, [e.seconds for e in elapsed], [e.processor for e in elapsed], args)
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     made = {k: experiment(k, split, args) for k, split in zip(MODULES, args.splits)}
     print("measuring blocks and heads", flush=True)
     some = made[MODULES[0]]
-    times = block_times(every_block(some.settings, some.info), jax.devices()[0])
+    times = block_times(every_block(some.settings, some.info), jax.devices()[0], company=company(some, args))
     blocks = {k: of_blocks(each, times, args) for k, each in made.items()}
     print("predicted from blocks:", {k: round(rate, 2) for k, rate in blocks.items()}, "ticks/s", flush=True)
     running = {k: Running(each) for k, each in made.items()}
