@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_winograd import arrays, direct
 
-from dgl_jax.models import columns
+from dgl_jax.models import columns, passes
 from dgl_jax.models.convolution import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -35,34 +35,41 @@ def test_neighbours_in_another_order_are_noticed(monkeypatch):
     assert furthest(SHAPES[0]) > 1e-2
 
 
-def fits(shape=(4, 8, 8, 3), kernel=(3, 3, 3, 32), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
-    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
-    return columns.fits(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
+def test_one_pass_and_many_are_the_same(monkeypatch):
+    x, _, cotangent = arrays(12, 8, 8, 3, 5)
+    one = columns.kernel_gradient(x, cotangent)
+    monkeypatch.setattr(columns, "_PAIRS", 64)  # two images a pass
+    assert np.abs(columns.kernel_gradient(x, cotangent) - one).max() < 1e-5 * np.abs(one).max()
+    part = passes.part
+    monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, 0))  # the same images in every pass
+    assert np.abs(columns.kernel_gradient(x, cotangent) - one).max() > 1e-2 * np.abs(one).max()
+
+
+def shapes(shape=(4, 8, 8, 3), kernel=(3, 3, 3, 32)):
+    return [jax.ShapeDtypeStruct(s, "float32") for s in (shape, kernel)]
 
 
 def test_where_it_is_taken():
-    assert fits()
-    assert fits(padding="SAME", kernel=(3, 3, 3, 512))
-    assert fits((4, 8, 8, 1), (3, 3, 1, 4))
-    assert fits((jax.export.symbolic_shape("b")[0], 8, 8, 3))
-    assert columns.pays(jax.ShapeDtypeStruct((3, 3, 3, 32), "float32"))
-    assert not columns.pays(jax.ShapeDtypeStruct((3, 3, 3, 33), "float32"))
+    assert columns.fits(*shapes())
+    assert columns.fits_outputs(*shapes())
+    assert columns.fits(*shapes((4, 8, 8, 1), (3, 3, 1, 4)))
+    assert columns.fits(*shapes((jax.export.symbolic_shape("b")[0], 8, 8, 3)))
+    wide = shapes(kernel=(3, 3, 3, 33))
+    assert columns.fits(*wide)
+    assert not columns.fits_outputs(*wide)
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("shape", "kernel"),
     [
-        {"strides": (2, 2)},
-        {"padding": "VALID"},
-        {"kernel": (1, 1, 3, 32)},
-        {"dtype": "bfloat16"},
-        {"shape": (4, 8, 8, 5), "kernel": (3, 3, 5, 32)},  # too many channels
-        {"kernel": (3, 3, 3, 3)},  # too few features
-        {"shape": (4, 8, 7, 3)},  # a column without a neighbour
+        ((4, 8, 8, 5), (3, 3, 5, 32)),  # too many channels
+        ((4, 8, 8, 3), (3, 3, 3, 3)),  # too few features
+        ((4, 8, 7, 3), (3, 3, 3, 32)),  # a column without a neighbour
     ],
 )
-def test_where_it_is_not(case):
-    assert not fits(**case)
+def test_where_it_is_not(shape, kernel):
+    assert not columns.fits(*shapes(shape, kernel))
+    assert not columns.fits_outputs(*shapes(shape, kernel))
 
 
 def results(x, kernel):

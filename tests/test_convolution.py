@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.models import convolution
+from dgl_jax.models import convolution, passes
 from dgl_jax.models.convolution import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -56,22 +56,47 @@ def test_any_batch(batch):
 
 
 def test_a_lost_part_is_noticed(monkeypatch):
-    parts = convolution._parts
-    monkeypatch.setattr(convolution, "_parts", lambda x: parts(x)[:-1])
+    part = passes.part
+    monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, max(i, 1)))
     assert furthest("3x3") > 1e-2
 
 
 def test_other_images_in_a_part_are_noticed(monkeypatch):
-    parts = convolution._parts
-    monkeypatch.setattr(convolution, "_parts", lambda x: parts(x if x.shape[-1] == 6 else x[::-1]))
+    part = passes.part
+    monkeypatch.setattr(passes, "part", lambda x, size, i: part(x if x.shape[-1] == 6 else x[::-1], size, i))
     assert furthest("3x3") > 1e-2
 
 
-def test_parts_hold_every_image_once():
-    for batch, sizes in ((24, [8] * 3), (20, [10] * 2), (23, [23]), (4, [4])):
-        parts = convolution._parts(jnp.arange(batch)[:, None])
-        assert [len(part) for part in parts] == sizes
-        assert sorted(np.concatenate(parts)[:, 0].tolist()) == list(range(batch))
+def plain(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
+    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
+    return convolution._is_plain_3x3(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"padding": "SAME"}, {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None}],
+)
+def test_what_the_other_formulations_are_of(case):
+    assert plain(**case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"strides": (2, 2)},
+        {"padding": ((0, 0), (0, 0))},
+        {"padding": "VALID"},
+        {"kernel": (1, 1, 32, 64)},
+        {"kernel": (5, 5, 32, 64)},
+        {"dtype": "bfloat16"},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 2)},
+        {"shape": (32, 8, 8, 64), "feature_group_count": 2},
+        {"shape": (32, 32, 8, 8), "kernel": (64, 32, 3, 3), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ],
+)
+def test_what_they_are_not_of(case):
+    assert not plain(**case)
 
 
 def kernel_gradient(x, kernel):
@@ -112,7 +137,7 @@ def test_images_stay_on_their_devices(devices):
 
 
 def test_images_that_move_are_noticed(devices, monkeypatch):
-    monkeypatch.setattr(convolution, "_parts", lambda x: [x[k : k + 8] for k in range(0, len(x), 8)])
+    monkeypatch.setattr(passes, "part", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 

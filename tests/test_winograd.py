@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.models import winograd
+from dgl_jax.models import passes, winograd
 from dgl_jax.models.convolution import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -70,20 +70,16 @@ def test_one_pass_and_many_are_the_same(monkeypatch):
     many = winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-    grouped = winograd._grouped
-    monkeypatch.setattr(winograd, "_grouped", lambda x, size: grouped(x, size)[:, ::-1])  # images in another order
+    part = passes.part
+    monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, i)[::-1])  # images in another order
     assert np.abs(winograd.convolve(x, kernel) - one[0]).max() > 1e-2
 
 
-def test_passes():
-    for shape, passes in (
-        ((128, 8, 8), (32, 4)),
-        ((128, 16, 16), (8, 16)),
-        ((37, 8, 8), (37, 1)),
-        ((50, 7, 9), (25, 2)),
-        ((6, 224, 224), (1, 6)),
-    ):
-        assert winograd._passes(jnp.empty((*shape, 1))) == passes
+@pytest.mark.parametrize(
+    ("shape", "images"), [((128, 8, 8), 32), ((128, 16, 16), 8), ((37, 8, 8), 37), ((50, 7, 9), 25), ((6, 224, 224), 1)]
+)
+def test_images_of_a_pass(shape, images):
+    assert winograd._images(jnp.empty((*shape, 1))) == images
 
 
 def test_matrices_of_the_paper():
@@ -98,46 +94,26 @@ def test_matrices_of_the_paper():
     np.testing.assert_allclose(outputs @ ((kernels @ kernel) * (inputs @ line)), [8, 12, 16, 20], rtol=1e-13)
 
 
-def fits(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
-    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
-    return winograd.fits(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
+def fits(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64)):
+    return winograd.fits(*(jax.ShapeDtypeStruct(s, "float32") for s in (shape, kernel)))
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 8, 32), (8, 14, 14, 32), (128, 4, 4, 32)])
+def test_where_it_is_taken(shape):
+    assert fits(shape)
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("shape", "kernel"),
     [
-        {},
-        {"padding": "SAME"},
-        {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None},
-        {"shape": (8, 14, 14, 32)},
-        {"shape": (128, 4, 4, 32)},
+        ((32, 8, 8, 31), (3, 3, 31, 64)),  # too few channels
+        ((32, 8, 8, 32), (3, 3, 32, 31)),
+        ((31, 8, 8, 32), (3, 3, 32, 64)),  # too few tiles
+        ((128, 3, 3, 32), (3, 3, 32, 64)),  # too small a map
     ],
 )
-def test_where_it_is_taken(case):
-    assert fits(**case)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"strides": (2, 2)},
-        {"padding": ((0, 0), (0, 0))},
-        {"padding": "VALID"},
-        {"kernel": (1, 1, 32, 64)},
-        {"kernel": (5, 5, 32, 64)},
-        {"dtype": "bfloat16"},
-        {"rhs_dilation": (2, 2)},
-        {"lhs_dilation": (2, 2)},
-        {"shape": (32, 8, 8, 64), "feature_group_count": 2},
-        {"shape": (32, 8, 8, 31), "kernel": (3, 3, 31, 64)},  # too few channels
-        {"kernel": (3, 3, 32, 31)},
-        {"shape": (31, 8, 8, 32)},  # too few tiles
-        {"shape": (128, 3, 3, 32)},  # too small a map
-        {"shape": (32, 32, 8, 8), "kernel": (64, 32, 3, 3), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
-    ],
-)
-def test_where_it_is_not(case):
-    assert not fits(**case)
+def test_where_it_is_not(shape, kernel):
+    assert not fits(shape, kernel)
 
 
 def test_a_program_for_any_batch_takes_the_librarys():
@@ -186,7 +162,7 @@ def test_images_stay_on_their_devices(devices):
 
 def test_images_that_move_are_noticed(devices, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(winograd, "_grouped", lambda x, size: x.reshape(-1, size, *x.shape[1:]).swapaxes(0, 1))
+        patched.setattr(passes, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
         jax.clear_caches()  # a branch of a choice by platform is traced once
         sent = collectives(devices)[1]
     jax.clear_caches()

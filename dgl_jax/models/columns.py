@@ -4,28 +4,26 @@ A row of the left matrix holds the 3x4 pixels that two neighbouring outputs of a
 of the copying of a row of 3x3 pixels for each output, and both matrices are wide enough to multiply fast.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dgl_jax.models.winograd import same_3x3
+from dgl_jax.models import passes
 
 _CHANNELS = 4  # more, and a matrix of pixels costs more than it saves
 _FEATURES = 32  # up to here outputs are faster than the library's (5 ms, 12); the kernel's gradient is for more, too (15, 60)
+_PAIRS = 4096  # of neighbouring outputs in one pass of that gradient
 
 
-def fits(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether `kernel_gradient` computes that, in float32, and pays."""
-    same = same_3x3(x, kernel, strides, padding, **options)
-    return same and kernel.shape[2] <= _CHANNELS <= kernel.shape[3] and x.shape[2] % 2 == 0
+def fits(x: Array, kernel: Array) -> bool:
+    """Whether `kernel_gradient` pays for a 3x3 convolution of stride 1 in float32."""
+    return kernel.shape[2] <= _CHANNELS <= kernel.shape[3] and x.shape[2] % 2 == 0
 
 
-def pays(kernel: Array) -> bool:
+def fits_outputs(x: Array, kernel: Array) -> bool:
     """Whether `convolve` pays as well."""
-    return kernel.shape[3] <= _FEATURES
+    return fits(x, kernel) and kernel.shape[3] <= _FEATURES
 
 
 def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
@@ -37,8 +35,12 @@ def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Flo
 def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "3 3 C F"]:
     """Of `convolve`."""
     channels, features = x.shape[-1], cotangent.shape[-1]
-    pixels, pairs = _pixels(x), cotangent.reshape(-1, 2 * features)
-    found = lax.dot_general(pixels, pairs, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    def some(x: Array, cotangent: Array) -> Array:
+        pairs = cotangent.reshape(-1, 2 * features)
+        return lax.dot_general(_pixels(x), pairs, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    found = passes.total(some, passes.images(len(x), 2 * _PAIRS // (x.shape[1] * x.shape[2])), x, cotangent)
     kernel = jax.ShapeDtypeStruct((3, 3, channels, features), found.dtype)
     return jax.linear_transpose(_for_both, kernel)(found)[0]
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dgl_jax.models import columns, winograd
+from dgl_jax.models import columns, passes, winograd
 
+_AXES = ("NHWC", "HWIO", "NHWC")
 PART = 8  # images, or the next larger number that divides the batch
 _SUM = "float32"  # what the parts are summed in, whatever the arithmetic
 
@@ -24,7 +25,9 @@ def conv_general_dilated(
     x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, **options: Any
 ) -> Float[Array, "B h w F"]:
     """As `lax.conv_general_dilated` with examples along the first axis; gradients are of first order, in reverse mode only."""
-    transformed, few = (way.fits(x, kernel, strides, padding, **options) for way in (winograd, columns))
+    plain = _is_plain_3x3(x, kernel, strides, padding, **options)
+    transformed, few = (plain and way.fits(x, kernel) for way in (winograd, columns))
+    few_outputs = few and columns.fits_outputs(x, kernel)
 
     def library(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -36,11 +39,12 @@ def conv_general_dilated(
         return jax.linear_transpose(lambda kernel: library(x, kernel), kernel)(cotangent)[0]
 
     def in_parts(x: Array, cotangent: Array) -> Array:
-        parts = zip(_parts(x), _parts(cotangent), strict=True)
+        size = passes.images(len(x), PART)
+        parts = [[passes.part(a, size, i) for a in (x, cotangent)] for i in range(len(x) // size)]
         return reduce(jnp.add, (of_kernel(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
 
     def outputs(x: Array, kernel: Array) -> Array:
-        fast = winograd.convolve if transformed else columns.convolve if few and columns.pays(kernel) else library
+        fast = winograd.convolve if transformed else columns.convolve if few_outputs else library
         return _by_platform(x, kernel, cpu=fast, elsewhere=library)
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -48,12 +52,15 @@ def conv_general_dilated(
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        # A 1x1 kernel's gradient is one matrix product.
-        in_one = columns.kernel_gradient if few else of_kernel if kernel.shape[:2] == (1, 1) else in_parts
-        summed = winograd.kernel_gradient if transformed else in_one
+        own = of_kernel if kernel.shape[:2] == (1, 1) else in_parts  # a 1x1 kernel's gradient is one matrix product
         return (
             _by_platform(kernel, cotangent, cpu=winograd.input_gradient if transformed else of_x, elsewhere=of_x),
-            _by_platform(x, cotangent, cpu=summed, elsewhere=of_kernel),
+            _by_platform(
+                x,
+                cotangent,
+                cpu=winograd.kernel_gradient if transformed else columns.kernel_gradient if few else own,
+                elsewhere=of_kernel,
+            ),
         )
 
     convolve = jax.custom_vjp(outputs)
@@ -66,9 +73,13 @@ def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
     return elsewhere(*args) if cpu is elsewhere else lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
 
 
-def _parts(x: Array) -> list[Array]:
-    """A batch in equal parts. Each takes images from all over the batch: where that is split among devices, so is each part."""
-    size = next((n for n in range(PART, len(x)) if len(x) % n == 0), len(x))
-    count = len(x) // size
-    grouped = x.reshape(size, count, *x.shape[1:])
-    return [grouped[:, k] for k in range(count)]
+def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
+    """Whether these arguments of `lax.conv_general_dilated` are of a 3x3 convolution in float32 that keeps the map's size."""
+    plain = all(options.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation", "feature_group_count"))
+    axes, own = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
+    same = padding == "SAME" or (not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)])
+    return (
+        (plain and axes == own and same and kernel.shape[:2] == (3, 3))
+        and tuple(strides) == (1, 1)
+        and x.dtype == kernel.dtype == jnp.float32
+    )

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import reduce
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dgl_jax.models import passes
+
 _OUT, _IN = 4, 6  # side of a tile of the result and of the input
 _TILES = 128  # tiles of one pass, which stay in a core's cache
 _CHANNELS = 32
-_AXES = ("NHWC", "HWIO", "NHWC")
 Matrix = Sequence[Sequence[float]]
 
 
@@ -47,22 +47,8 @@ def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
 _INPUT, _KERNEL, _OUTPUT = _matrices([Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)])
 
 
-def same_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether these arguments of `lax.conv_general_dilated` are of a 3x3 convolution in float32 that keeps the map's size."""
-    plain = all(options.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation", "feature_group_count"))
-    axes, own = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
-    same = padding == "SAME" or (not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)])
-    return (
-        (plain and axes == own and same and kernel.shape[:2] == (3, 3))
-        and tuple(strides) == (1, 1)
-        and x.dtype == kernel.dtype == jnp.float32
-    )
-
-
-def fits(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether `convolve` computes that, and pays: few channels or tiles do not."""
-    if not same_3x3(x, kernel, strides, padding, **options):
-        return False
+def fits(x: Array, kernel: Array) -> bool:
+    """Whether it pays for a 3x3 convolution of stride 1 in float32: few channels or tiles do not."""
     if min(kernel.shape[2:]) < _CHANNELS or min(x.shape[1:3]) < _OUT:
         return False
     return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES  # it is not a number where a program is for any batch
@@ -79,16 +65,7 @@ def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Flo
         products = _product(tiles.reshape(_IN * _IN, -1, channels), weights, 2, 1)
         return _joined(products.reshape(*tiles.shape[:-1], features))[:, :height, :width]
 
-    size, count = _passes(x)
-    grouped = _grouped(x, size)
-
-    def one(i: Array, found: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(found, some(_of_group(grouped, i)), i, 1)
-
-    if count == 1:
-        return some(x)
-    found = jnp.zeros((size, count, height, width, features), x.dtype)
-    return lax.fori_loop(0, count, one, found).reshape(-1, height, width, features)
+    return passes.joined(some, _images(x), x)
 
 
 def input_gradient(kernel: Float[Array, "3 3 C F"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "B H W C"]:
@@ -102,37 +79,19 @@ def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F
 
     def some(x: Array, cotangent: Array) -> Array:
         tiles = _input_tiles(x).reshape(_IN * _IN, -1, channels)
-        return _product(tiles, _output_tiles(cotangent).reshape(_IN * _IN, -1, features), 1, 1)
+        products = _product(tiles, _output_tiles(cotangent).reshape(_IN * _IN, -1, features), 1, 1)
+        return _both(_transposed(_KERNEL), products.reshape(_IN, _IN, channels, features), 0)
 
-    size, count = _passes(x)
-    grouped = _grouped(x, size), _grouped(cotangent, size)
-
-    def one(i: Array, found: Array) -> Array:
-        return found + some(*(_of_group(g, i) for g in grouped))
-
-    first = some(*(_of_group(g, 0) for g in grouped))
-    found = lax.fori_loop(1, count, one, first) if count > 1 else first
-    return _both(_transposed(_KERNEL), found.reshape(_IN, _IN, channels, features), 0)
+    return passes.total(some, _images(x), x, cotangent)
 
 
-def _passes(x: Array) -> tuple[int, int]:
-    """Images of one pass (the fewest that have enough tiles and divide the batch), and passes."""
-    batch = len(x)
-    size = next((n for n in range(1, batch) if batch % n == 0 and n * _tiles(x) >= _TILES), batch)
-    return size, batch // size
+def _images(x: Array) -> int:
+    """Of one pass: as few as have enough tiles."""
+    return passes.images(len(x), -(-_TILES // _tiles(x)))
 
 
 def _tiles(x: Array) -> int:
     return -(-x.shape[1] // _OUT) * -(-x.shape[2] // _OUT)
-
-
-def _grouped(x: Array, size: int) -> Array:
-    """Each pass takes images from all over the batch: where that is split among devices, so is each pass of as many images."""
-    return x.reshape(size, -1, *x.shape[1:])
-
-
-def _of_group(grouped: Array, i: Array | int) -> Array:
-    return lax.dynamic_index_in_dim(grouped, i, 1, keepdims=False)
 
 
 def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
