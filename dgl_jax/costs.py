@@ -1,6 +1,7 @@
 """What modules cost: operations by XLA's count, time by the clock, memory by XLA's plan; and the table of it."""
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,14 @@ from jaxtyping import Array, Float
 from dgl_jax import losses
 from dgl_jax.engines import Recipe
 from dgl_jax.engines.compose import compose
+from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.module import LocalModule, ModuleState, count_parameters, init_states
 from dgl_jax.packet import Batch, Coded, nbytes
+from dgl_jax.replay import free_memory
 from dgl_jax.step import apply_gradient
+
+_LOG = logging.getLogger(__name__)
 
 # Operations
 
@@ -132,55 +137,94 @@ def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7, company: i
 
     Args:
       company: see `clocked`.
+
+    Raises:
+      UserError: a program would take more memory than is free before the first one runs.
     """
     measured: dict[Any, Elapsed] = {}
+    free = _free(device)
 
     def once(layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True) -> Elapsed:
         if layer is None:
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            program, state, *inputs = _alone(layer, is_head, x, inner, recipe.optimizer)
+            program, shapes = _alone(layer, is_head, x, inner, recipe.optimizer)
+            needed = _needed(program, company)
+            if free is not None and needed > free:
+                raise UserError(
+                    f"config.data.batch_size={recipe.batch_size}: to measure a {type(layer).__name__} on inputs of "
+                    f"{' x '.join(map(str, x.shape))} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+                    "a smaller batch may fit, and --mode=plan takes --block_times that were measured elsewhere"
+                )
             # Where it is put says where it runs, in other threads too.
-            measured[key], _ = clocked(program, *jax.device_put((state, *inputs), device), repeats=repeats, company=company)
+            measured[key], _ = clocked(program, *jax.device_put(_drawn(shapes), device), repeats=repeats, company=company)
         return measured[key]
 
     first, inner, head, x = [], [], [], recipe.inputs()
-    for module in recipe.modules:
+    for number, module in enumerate(recipe.modules):
         (block,) = module.blocks
+        known = len(measured)
         first.append(once(block, False, x, inner=False))
         inner.append(once(block, False, x) if module.first else first[0])  # nothing is in front of the first block
         _, x = _forward(block, x.shape, x.dtype)
         head.append(once(module.head, True, x))
+        if len(measured) > known:
+            body, with_head = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
+            _LOG.info("block %d of %d: %.4g ms, its head %.4g ms", number, len(recipe.modules), body, with_head)
     rows = first, inner, head
     return BlockTimes(*(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2)))
 
 
 def _alone(
     layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation
-) -> tuple[Any, ...]:
-    """The program of a block or head by itself, and what it takes: its state, and generic numbers."""
+) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled program of a block or head by itself, and the shapes of what it takes: state, inputs, and what it is given."""
     module = LocalModule("alone", 0, () if is_head else (layer,), layer if is_head else None)
-    (shapes,) = jax.eval_shape(lambda: init_states((module,), optimizer, jax.random.key(0), x))
-    # Drawn by NumPy, as what the arrays hold matters to no clock: a proper start would take longer to compile than the step.
-    state = dataclasses.replace(
-        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataclasses.replace(shapes, rng=None)),
-        params=jax.tree.map(_drawn, shapes.params),
-        rng=jax.random.key(0),
-    )
-    inputs = _drawn(x)
-    given = jnp.zeros(x.shape[0], jnp.int32) if is_head else _drawn(_forward(layer, x.shape, x.dtype)[1])
+    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, jax.random.key(0), x))
+    given = jax.ShapeDtypeStruct(x.shape[:1], "int32") if is_head else _forward(layer, x.shape, x.dtype)[1]
     step = _head_step if is_head else _body_step
 
     def program(state: ModuleState, inputs: Array, given: Array) -> tuple[Any, ...]:
         state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
         return state, outputs, of_inputs if inner else None
 
-    return jax.jit(program, donate_argnums=0), state, inputs, given
+    shapes = state, x, given
+    return jax.jit(program, donate_argnums=0).lower(*shapes).compile(), shapes
 
 
-def _drawn(leaf: jax.ShapeDtypeStruct) -> Array:
-    return jnp.asarray(0.1 * np.random.default_rng(0).standard_normal(leaf.shape, np.float32), leaf.dtype)
+def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
+    """Generic numbers of these shapes.
+
+    Drawn by NumPy, as what the arrays hold matters to no clock: a proper start would take longer to compile than the step.
+    """
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        values = np.random.default_rng(0).standard_normal(leaf.shape, np.float32)
+        values *= 0.1
+        return jnp.asarray(values, leaf.dtype)
+
+    state, inputs, given = shapes
+    without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), without_key)
+    state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=jax.random.key(0))
+    return state, draw(inputs), draw(given)
+
+
+def _needed(program: Any, company: int) -> int:
+    """Bytes of a compiled program's arguments, and of the scratch and results of so many copies of it."""
+    plan: Any = program.memory_analysis()
+    return plan.argument_size_in_bytes + company * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
+
+
+def _free(device: jax.Device) -> int | None:
+    """Bytes that programs can take there; None where nobody tells."""
+    if device.platform == "cpu":
+        return free_memory()
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
 
 
 def _body_step(
@@ -300,12 +344,19 @@ def module_costs(recipe: Recipe, seconds: Sequence[float] = ()) -> list[ModuleCo
 
 def table(rows: Sequence[ModuleCost]) -> list[str]:
     """The rows as aligned lines of text, under a heading."""
-    cells = [["module", "blocks", "parameters", "GFLOP body", "head", "bytes out", "on the wire", "share of tick"]]
+    small = max(row.body_gflops for row in rows) < 0.01
+    unit, scale = ("MFLOP", 1e3) if small else ("GFLOP", 1.0)
+    cells = [["module", "blocks", "parameters", f"{unit} body", f"{unit} head", "bytes out", "on the wire", "share of tick"]]
     for row in rows:
         last = row.first_block + row.blocks - 1
         sent = [f"{bytes_:,.0f}" if bytes_ is not None else "-" for bytes_ in (row.activation_bytes, row.wire_bytes)]
         blocks = f"{row.first_block}-{last}" if row.blocks > 1 else f"{last}"
-        flops = [f"{row.body_gflops:.4g}", f"{row.head_gflops:.4g}"]
+        flops = [f"{scale * gflops:.4g}" for gflops in (row.body_gflops, row.head_gflops)]
         cells.append([row.name, blocks, f"{row.parameters:,}", *flops, *sent, f"{100 * row.share:.0f} %"])
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in cells]

@@ -1,10 +1,12 @@
 """The one exception a user is meant to read, and one line of every other."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -34,6 +36,10 @@ def explain(error: BaseException) -> str | None:
 def where(error: BaseException) -> str:
     """One line on what went wrong in a Python file of the user's, with the place."""
     text = (str(error).strip().splitlines() or [""])[-1].strip()
+    if missing := re.fullmatch(r"\[Errno 2\] .*: '(.+)'", text):
+        path = Path(missing[1])
+        beside = ", ".join(sorted(other.name for other in path.parent.glob(f"[!_]*{path.suffix}")))
+        return f"{path}: no such file" + (f"; {path.parent} has {beside}" if beside else "")
     if isinstance(error, OSError):
         return text
     of_libraries = ("ml_collections", "absl", "importlib", "launch.py")

@@ -7,10 +7,12 @@ taken to need 1/g of the time), and whatever slows a device while others work, b
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import jax
 
 from dgl_jax import plots
 from dgl_jax.codecs import CODECS, make_codec
-from dgl_jax.costs import BlockTimes, ModuleCost, block_times, module_costs, module_flops, module_memory, table
+from dgl_jax.costs import BlockTimes, ModuleCost, aligned, block_times, module_costs, module_flops, module_memory, table
 from dgl_jax.engines import Recipe
 from dgl_jax.engines.turns import fused, pipelined
 from dgl_jax.errors import UserError
@@ -29,6 +31,7 @@ from dgl_jax.placement import check_batch, layout
 from dgl_jax.settings import Settings
 from dgl_jax.timeline import Span, Work, simulate, waiting
 
+_LOG = logging.getLogger(__name__)
 _DRAWN = 8  # batches of the picture, besides one a module
 
 
@@ -93,8 +96,15 @@ def plan(
     if not stated and device.platform == "cpu":
         own = len(os.sched_getaffinity(0))
         cores, company = cores or own, min(own, devices or sum(settings.engine.group_sizes) or settings.model.modules)
-    times = _stated(stated, every) if stated else block_times(every, device, company=company)
-    recipe = make_recipe(settings, info, first_blocks=choose_cuts(settings, info, lambda: times.seconds))
+    alike = [1.0] * settings.model.modules
+    make_pipeline(settings, alike, alike, devices)  # refuses what does not fit, before anything is measured
+
+    @cache
+    def measured() -> BlockTimes:
+        return _stated(stated, every) if stated else block_times(every, device, company=company)
+
+    recipe = make_recipe(settings, info, first_blocks=choose_cuts(settings, info, lambda: measured().seconds))
+    times = measured()
     starts = [module.first for module in recipe.modules]
     ends = [*starts[1:], len(every.modules)]
     seconds, processor = ([of.module(first, end) for first, end in zip(starts, ends)] for of in times)
@@ -114,6 +124,7 @@ def plan(
         "cores": cores,
         "bandwidth": bandwidth,
         "codec": settings.codec.name,
+        "codec_sizes": {name: getattr(settings.codec, name) for name in ("dims", "codes", "stages")},
         "block_times": "stated" if stated else f"measured on {device.device_kind}",
         "batch_size": recipe.batch_size,
         "ticks_per_second": rate,
@@ -185,10 +196,14 @@ class Pipeline:
         spans, last = self.spans(wire, batches), len(self.works) - 1
         done = [span.end for span in spans if span.module == last]
         begin, end = done[batches // 4], done[3 * batches // 4]  # filling and draining are over, and not begun
+        rate = (3 * batches // 4 - batches // 4) / (end - begin)
+        # By the length of turns, not by how many there are meanwhile: a module that is hardly faster than the slowest runs ahead
+        # for long before it must wait.
         busy = {work.device: 0.0 for work in self.works}
-        for span in spans:
-            busy[self.works[span.module].device] += max(0.0, min(span.end, end) - max(span.begin, begin))
-        return (3 * batches // 4 - batches // 4) / (end - begin), {d: b / (end - begin) for d, b in busy.items()}, spans
+        for k, work in enumerate(self.works):
+            turns = [span.end - span.begin for span in spans if span.module == k and batches // 4 <= span.batch < 3 * batches // 4]
+            busy[work.device] += rate * sum(turns) / len(turns)
+        return rate, {device: min(1.0, share) for device, share in busy.items()}, spans
 
     def alone(self, seconds: Sequence[float]) -> float:
         """Seconds of a batch on one device, all modules one after the other."""
@@ -219,6 +234,7 @@ def _codecs(pipeline: Pipeline, recipe: Recipe, settings: Settings) -> dict[str,
 def _memory(recipe: Recipe, groups: Sequence[range], spans: Sequence[Span], ticks_in_flight: int, devices: int) -> list[int]:
     """Bytes that each device needs at most: states and waiting packets of its modules, and the largest of their programs."""
     sizes = {len(group) for group in groups}
+    _LOG.info("compiling the modules' programs, for the memory that they need")
     programs = {n: module_memory(dataclasses.replace(recipe, batch_size=recipe.batch_size // n)) for n in sizes}
     held, largest = [0] * devices, [0] * devices
     for k, group in enumerate(groups):
@@ -259,27 +275,34 @@ def _text(found: dict[str, Any]) -> list[str]:
     """The numbers as lines to read."""
     fields = {f.name for f in dataclasses.fields(ModuleCost)}
     rows = [ModuleCost(**{name: value for name, value in row.items() if name in fields}) for row in found["modules"]]
-    lines = [*table(rows), ""]
-    for row in found["modules"]:
-        lines.append(f"{row['name']}: {row['milliseconds']:.4g} ms a turn on device {', '.join(map(str, row['devices']))}")
     shared = f", which share {found['cores']:g} cores" if found["cores"] else ""
-    idle = ", ".join(f"{100 * share:.0f} %" for share in found["idle"])
-    memory = ", ".join(f"{bytes_ / 2**20:,.1f}" for bytes_ in found["peak_memory_bytes"])
     link = f"{found['bandwidth']:g} GB/s a link" if found["bandwidth"] else "packets take no time"
-    lines += [
-        "",
-        f"{found['devices']} devices{shared}; block times {found['block_times']}; {link}",
-        f"{found['ticks_per_second']:.4g} ticks/s ({found['images_per_second']:,.0f} images/s), "
-        f"{found['speedup']:.2f} times one device",
-        f"idle {100 * found['idle_share']:.0f} % of the time; each device: {idle}",
-        f"peak memory of each device, as compiled for {found['memory_compiled_for']}: {memory} MiB",
-        "",
-    ]
+    turns = [["module", "ms a turn", "on devices"]]
+    turns += [[row["name"], f"{row['milliseconds']:.4g}", ", ".join(map(str, row["devices"]))] for row in found["modules"]]
+    devices = [["device", "idle", "peak memory, MiB"]]
+    for number, (idle, memory) in enumerate(zip(found["idle"], found["peak_memory_bytes"])):
+        devices.append([str(number), f"{100 * idle:.0f} %", f"{memory / 2**20:,.1f}"])
+    hops, sizes = [f"after {row['name']}" for row in found["modules"][:-1]], found["codec_sizes"]
+    labels = {"int8": f"int8, dims={sizes['dims']}", "vq": "vq, " + ", ".join(f"{name}={size}" for name, size in sizes.items())}
+    codecs, unfit = [["codec, bytes an image", *hops, "MB/s in all", "ticks/s"]], []
     for name, codec in found["codecs"].items():
         if codec is None:
-            lines.append(f"codec {name}: config.codec.dims does not divide the channels of every hop")
+            unfit.append(f"codec {name}: config.codec.dims does not divide the channels of every hop")
             continue
-        sent = ", ".join(f"{bytes_:,.0f}" for bytes_ in codec["bytes_per_image"]) or "nothing"
-        total = sum(codec["megabytes_per_second"])
-        lines.append(f"codec {name}: {sent} bytes an image, {total:,.1f} MB/s in all, {codec['ticks_per_second']:.4g} ticks/s")
-    return [*lines, *([f"timeline: {found['timeline']}"] if found["timeline"] else [])]
+        sent = [f"{bytes_:,.0f}" for bytes_ in codec["bytes_per_image"]]
+        codecs.append(
+            [labels.get(name, name), *sent, f"{sum(codec['megabytes_per_second']):,.1f}", f"{codec['ticks_per_second']:.4g}"]
+        )
+    parts = [
+        [f"{found['devices']} devices{shared}; block times {found['block_times']}; {link}"],
+        table(rows),
+        aligned(turns),
+        [
+            f"{found['ticks_per_second']:.4g} ticks/s ({found['images_per_second']:,.0f} images/s), "
+            f"{found['speedup']:.2f} times one device; idle {100 * found['idle_share']:.0f} % of the time",
+        ],
+        [*aligned(devices), f"(memory as compiled for {found['memory_compiled_for']})"],
+        [*aligned(codecs), *unfit],
+        [f"timeline: {found['timeline']}"] if found["timeline"] else [],
+    ]
+    return [line for part in parts if part for line in [*part, ""]][:-1]

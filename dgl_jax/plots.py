@@ -89,7 +89,7 @@ def accuracy_figure(records: Sequence[Record], title: str = "", subtitle: str = 
     if not names:
         return None
     figure, axes = _axes(title, subtitle, "accuracy", records, len(names))
-    colors, rows, lowest = _colors(names), [], []
+    colors, rows, lowest = _colors(records, names), [], []
     for name in names:
         train, validation, test = (series(records, f"{s}/{name}/accuracy") for s in ("train", "validation", "test"))
         _line(axes, train, colors[name], f"train {name}", alpha=0.35, linewidth=0.9)
@@ -112,7 +112,7 @@ def loss_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
     if not names:
         return None
     figure, axes = _axes(title, subtitle, "training loss", records, len(names))
-    colors, rows, values = _colors(names), [], []
+    colors, rows, values = _colors(records, names), [], []
     for name in names:
         line = series(records, f"train/{name}/loss")
         _line(axes, line, colors[name], f"train {name}", linewidth=1.5)
@@ -134,13 +134,13 @@ def timeline_figure(records: Sequence[Record], title: str = "", subtitle: str = 
     turns, unit = found[-1]["turns"], found[-1]["unit"]
     names = [f"module_{k}" for k in range(1 + max(k for k, _, _ in turns))]
     figure, axes = _bare(title, subtitle, 1.6 + 0.4 * len(names))
-    begin, colors = min(turn[1] for turn in turns), _colors(names)
+    colors = _colors(records, names)
     for k, name in enumerate(names):
-        spans = [(a - begin, b - a) for module, a, b in turns if module == k]
+        spans = [(a, b - a) for module, a, b in turns if module == k]
         axes.broken_barh(spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
-    axes.set_xlim(0, max(turn[2] for turn in turns) - begin)
+    axes.set_xlim(min(turn[1] for turn in turns), max(turn[2] for turn in turns))
     axes.set_xlabel(f"{unit} up to step {found[-1]['step']:,}", fontsize=11)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     return figure
@@ -159,7 +159,7 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
         return None
     figure, axes = _bare(title, subtitle, 4.4)
     names = sorted(counts, key=lambda name: int(name.split("_")[1]))
-    colors, starts = _colors(names), sorted(counts[names[0]])
+    colors, starts = _colors(records, names), sorted(counts[names[0]])
     width = 0.84 / len(names)
     for n, name in enumerate(names):
         share = [counts[name][start] / sum(counts[name].values()) for start in starts]
@@ -176,20 +176,21 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
 
 
 def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
-    """Of each hop: rate on the wire against reconstruction error, from the first record (pale) to the last."""
+    """Of each hop: rate on the wire against reconstruction error, at the last record and (pale) at the earlier ones."""
     figure, axes = _bare(title, subtitle, 4.4)
     names = _heads(records, r"train/(module_\d+)/codec_error")
-    colors, shown = _colors(names), []
+    colors, shown = _colors(records, names), []
     for name in names:
         keys = (f"wire/{name}/compression", f"train/{name}/codec_error")
         points = [tuple(map(float, (record[key] for key in keys))) for record in records if all(record.get(key) for key in keys)]
         if points:
             rates, errors = zip(*((32.0 / compression, error) for compression, error in points))
-            axes.plot(rates, errors, ".", color=colors[name], alpha=0.25)
+            axes.plot(rates[:-1], errors[:-1], ".", color=colors[name], alpha=0.25)
             axes.plot(rates[-1], errors[-1], "o", color=colors[name], markersize=8, label=f"after {name.replace('_', ' ')}")
             shown += points
     if not shown:
         return None
+    axes.plot([], [], ".", color=_GREY, alpha=0.5, label="earlier (pale)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks := [2.0**n for n in range(-4, 6)], [f"{tick:g}" for tick in ticks])
     found = [32.0 / compression for compression, _ in shown]
@@ -250,11 +251,12 @@ def _heads(records: Iterable[Record], pattern: str) -> list[str]:
     return sorted(found, key=lambda name: int(name.split("_")[1]) if "_" in name else math.inf)
 
 
-def _colors(names: Sequence[str]) -> dict[str, Any]:
-    """Light to dark with depth; yellow, the lightest end, is left out because it vanishes on white."""
-    modules = [name for name in names if name != "ensemble"]
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, len(modules)) if len(modules) > 1 else [0.8])
-    return dict(zip(modules, shades)) | {"ensemble": _ENSEMBLE}
+def _colors(records: Iterable[Record], names: Sequence[str]) -> dict[str, Any]:
+    """Light to dark with depth, a module's own in every picture of a run; yellow, the lightest end, vanishes on white."""
+    keys = itertools.chain(names, *records)
+    modules = 1 + max((int(number) for key in keys for number in re.findall(r"module_(\d+)", key)), default=0)
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, modules) if modules > 1 else [0.8])
+    return {f"module_{k}": shade for k, shade in enumerate(shades)} | {"ensemble": _ENSEMBLE}
 
 
 def _place(record: Record) -> float:

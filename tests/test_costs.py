@@ -14,6 +14,7 @@ from runs import small_config
 from test_resume import interrupted
 
 from dgl_jax import costs, experiment, train
+from dgl_jax.errors import UserError
 from dgl_jax.experiment import DatasetInfo, choose_cuts, every_block, load_trained, make_recipe
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import BlockCosts
@@ -123,7 +124,7 @@ def stopwatch(monkeypatch):
     asked = []
 
     def clocked(program, state, *inputs, repeats, company):
-        results = jax.eval_shape(program, state, *inputs)
+        results = program.out_info
         assert jax.tree.map(jnp.shape, results[0]) == jax.tree.map(jnp.shape, state)
         asked.append((inputs[0].shape, "inner" if results[2] is not None else "first"))
         if results[2] is not None:
@@ -147,6 +148,41 @@ def test_equal_layers_are_measured_once(stopwatch, tiny):
     ]
     assert times.seconds == BlockCosts((1, 3, 3, 3), (1, 4, 4, 4), (2, 2, 2, 2))
     assert times.processor == BlockCosts((2, 6, 6, 6), (2, 8, 8, 8), (4, 4, 4, 4))
+
+
+def test_what_needs_more_memory_than_is_free_is_not_run(stopwatch, tiny, monkeypatch):
+    recipe = tiny.recipe()
+    recipe = dataclasses.replace(recipe, modules=recipe.modules[:1])
+    needed = []
+    monkeypatch.setattr(costs, "_needed", lambda *args, of=costs._needed: needed.append(of(*args)) or needed[-1])
+    costs.block_times(recipe, jax.devices()[0])
+    assert len(stopwatch) == 2
+    monkeypatch.setattr(costs, "free_memory", lambda: max(needed))
+    costs.block_times(recipe, jax.devices()[0])
+    assert len(stopwatch) == 4
+    monkeypatch.setattr(costs, "free_memory", lambda: needed[0] - 1)
+    with pytest.raises(UserError, match=r"config.data.batch_size=8: to measure a ConvBlock on inputs of 8 x 4 x 4 x 3 would take"):
+        costs.block_times(recipe, jax.devices()[0])
+    assert len(stopwatch) == 4
+
+
+def test_memory_of_programs_in_company():
+    """Each has its own scratch and results; the inputs are the same."""
+    program = jax.jit(lambda x: jnp.sort(x) + jnp.sort(-x)[::-1]).lower(jax.ShapeDtypeStruct((1024,), "float32")).compile()
+    scratch = program.memory_analysis().temp_size_in_bytes
+    assert scratch > 0
+    assert [costs._needed(program, company) for company in (1, 3)] == [4096 + n * (4096 + scratch) for n in (1, 3)]
+
+
+def test_free_memory_of_a_device():
+    class Device:
+        platform, stats = "cuda", {"bytes_limit": 1000, "bytes_in_use": 300}
+        memory_stats = lambda self: self.stats  # noqa: E731
+
+    assert costs._free(Device()) == 700
+    Device.stats = None
+    assert costs._free(Device()) is None
+    assert costs._free(jax.devices()[0]) > 2**20
 
 
 def test_a_split_by_time_follows_the_clock(stopwatch, caplog):

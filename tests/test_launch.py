@@ -131,7 +131,9 @@ def test_mistakes_get_one_line(tmp_path):
     assert "--config: " in fails(f"--config={tmp_path}", run)
     assert "stray: not a flag" in fails(*SMALL, run, "stray")
     assert "'abc'" in fails(*SMALL, run, "--config.optimizer.learning_rate=abc")
-    assert "configs/digit.py" in fails("--config=configs/digit.py", run)
+    missing = fails("--config=configs/digit.py", run)
+    assert "configs/digit.py: no such file; configs has cifar10.py, " in missing
+    assert " digits.py" in missing
     assert "--workdir is missing" in fails(*SMALL)
     assert "--config is missing" in fails(run)
     assert "--config.seed=1: which configuration?" in fails(run, "--config.seed=1")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 from matplotlib import image
@@ -15,6 +17,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.experiment import every_block, known_info, make_recipe
 from dgl_jax.plan import plan, plan_run
 from dgl_jax.settings import DataSettings, make_settings
+from dgl_jax.timeline import Work
 
 # On 8x8 images, width 4: the packets of the first two modules have 8x8x4 and 4x4x8 values, a label and an id an image.
 BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
@@ -117,6 +120,19 @@ def test_devices_that_share_cores(stated):
     assert plan(small(), stated=stated, cores=3.0)[0]["speedup"] == pytest.approx(2)
 
 
+def test_a_module_hardly_faster_than_the_slowest_is_idle_for_the_difference():
+    """However many ticks it runs ahead before it has to wait."""
+    works = Work(0, 0.0275), Work(1, 0.028)
+    for ticks_in_flight in (1, 4, 1000):
+        rate, busy, _ = planning.Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight).steady([0.0])
+        assert rate == pytest.approx(1 / 0.028)
+        assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
+    halves = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)  # one core for both
+    rate, busy, _ = planning.Pipeline(halves, BATCH, math.inf, 1.0, 2).steady([0.0])
+    assert rate == pytest.approx(1 / 0.0555, rel=0.02)
+    assert 0.9 < busy[0] <= 1.0
+
+
 def test_memory_by_hand(stated):
     found, _ = plan(small(engine__ticks_in_flight=1), stated=stated)
     # State and packet; scratch; output; packets that wait besides. Those of the second module come faster than it works: what the
@@ -174,12 +190,16 @@ def test_what_it_prints(stated, tmp_path):
     text = plan_run(small(), stated=stated, bandwidth=1.0, workdir=str(tmp_path))
     for words in (
         "module_2     2-3",
+        "module_1          3           1\n",
         "333.3 ticks/s",
-        "2.00 times one device",
-        "idle 33 % of the time",
+        "2.00 times one device; idle 33 % of the time",
+        "0       33 %",
         "codec int8: config.codec.dims",
     ):
         assert words in text
+    fits = plan_run(small(codec__dims=4, codec__codes=16), stated=stated)
+    assert re.search(r"^vq, dims=4, codes=16, stages=1 +\d+ +\d+ +0\.\d +333\.3$", fits, re.MULTILINE)
+    assert "int8, dims=4" in fits
     picture = tmp_path / "plots" / "plan.png"
     assert f"timeline: {picture}" in text
     assert image.imread(picture).shape[1] > 1000
@@ -211,6 +231,21 @@ def test_mistakes(fields, arguments, words):
     with pytest.raises(UserError) as error:
         plan(small(**fields), **{"stated": "1,1,1,1"} | arguments)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model__split": "bananas"}, "config.model.split='bananas'"),
+        ({"model__split": "0,1.5,2"}, "would cut inside block 1; the nearest places to cut are 1 and 2"),
+        ({"model__modules": 9, "model__split": "time"}, "config.model.modules=9: the network has 4 blocks"),
+        ({"engine__group_sizes": (1, 2)}, "config.engine.group_sizes"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_measured(fields, words, monkeypatch):
+    monkeypatch.setattr(planning, "block_times", lambda *args, **options: pytest.fail("measured"))
+    with pytest.raises(UserError, match=re.escape(words)):
+        plan(small(**fields))
 
 
 @pytest.mark.parametrize("text", ['{"inner": [1, 2, 3, 4]}', '{"first": 3}', "[1, 2]", "3", "{", '{"a": [null]}'])

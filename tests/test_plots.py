@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
 from dgl_jax import plots
 from dgl_jax.errors import UserError
@@ -218,9 +219,21 @@ def test_the_timeline_by_hand():
         {"step": 6, "unit": "seconds", "turns": [[1, 2.0, 4.0], [0, 1.0, 2.0]]},
     ]
     (axes,) = plots.timeline_figure(records).axes
-    assert axes.get_xlim() == (0.0, 3.0)
+    assert axes.get_xlim() == (1.0, 4.0)
     assert axes.get_xlabel() == "seconds up to step 6"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["module 0", "module 1"]
     spans = [path.vertices[:, 0] for bars in axes.collections for path in bars.get_paths()]
-    assert [(x.min(), x.max()) for x in spans] == [(0.0, 1.0), (1.0, 3.0)]
+    assert [(x.min(), x.max()) for x in spans] == [(1.0, 2.0), (2.0, 4.0)]
     assert plots.timeline_figure([{"step": 3}]) is None
+
+
+def test_a_module_has_its_color_in_every_picture():
+    """The first module reads no ring, and the last sends nothing."""
+    record = {f"train/module_{k}/loss": 1.0 for k in range(3)} | {"epoch": 1.0}
+    record |= {f"replay/module_{k}/ages_from_0": 1.0 for k in (1, 2)}
+    record |= {f"train/module_{k}/codec_error": 0.5 for k in (0, 1)} | {f"wire/module_{k}/compression": 4.0 for k in (0, 1)}
+    lines = {line.get_label(): to_rgba(line.get_color()) for line in plots.loss_figure([record]).axes[0].lines}
+    bars = {bar.get_label(): bar.patches[0].get_facecolor() for bar in plots.ages_figure([record]).axes[0].containers}
+    dots = {dot.get_label(): to_rgba(dot.get_color()) for dot in plots.codec_figure([record]).axes[0].lines}
+    assert bars == {"module 1": lines["train module_1"], "module 2": lines["train module_2"]}
+    assert [dots[f"after module {k}"] for k in (0, 1)] == [lines[f"train module_{k}"] for k in (0, 1)]
