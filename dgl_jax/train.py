@@ -30,6 +30,7 @@ from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock
 from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate, write_atomically
 
 _LOG = logging.getLogger(__name__)
+Due = tuple[int, EngineState, tuple[bool, bool]]  # a step, a copy of the modules there, whether to evaluate and to save it
 
 _VERSIONS = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -174,27 +175,37 @@ class _Run:
 
         A continuous engine goes all the way: what is due is done beside it, on a copy.
         """
-        log_every = self.settings.log.every or self.source.steps_per_epoch
         self.throughput.start()
         report: Report | None = None
-        due: tuple[int, EngineState, tuple[bool, bool]] | None = None
-        for report in self.engine.run(state, self.source, until, stop=lambda: bool(self.interruption.signum)):
-            before, self.step = self.step, max(self.step, min(report.updates))  # a restarted module falls back
-            self.throughput.count(self.step - before)
-            self.window.add(report)
-            if self.step > before and (self.step % log_every == 0 or self.step == self.experiment.total_steps):
-                self._write(self.window.close() | self._pace() | self.engine.traffic().gauges() | self.engine.gauges(state))
-                if state.flight is not None:
-                    self.writer.write_turns(self.step, state.flight.recent(), state.flight.unit)
-            if self.engine.continuous and self.step < until:
-                if due is None and self.step > before and any(self._due_now()):
-                    copy = report.snapshot()
-                    due = (min(counts(copy)), copy, self._due_now())
-                # The copy may be ahead of the reports: it is used once they have caught up, under its true step.
-                if due is not None and self.step >= due[0]:
-                    self._events(due[1], *due[2])
-                    due = None
+        due: Due | None = None
+        reports: Any = self.engine.run(state, self.source, until, stop=lambda: bool(self.interruption.signum))
+        try:
+            for report in reports:
+                due = self._heard(report, state, until, due)
+        except KeyboardInterrupt as interrupt:
+            reports.throw(interrupt)  # just closed, the engine would wait for its workers, and one may never end
+            raise
         return state if report is None else report.snapshot()
+
+    def _heard(self, report: Report, state: EngineState, until: int, due: Due | None) -> Due | None:
+        """Counts a report and writes what it is time for; gives what a continuous engine's copy is kept for."""
+        log_every = self.settings.log.every or self.source.steps_per_epoch
+        before, self.step = self.step, max(self.step, min(report.updates))  # a restarted module falls back
+        self.throughput.count(self.step - before)
+        self.window.add(report)
+        if self.step > before and (self.step % log_every == 0 or self.step == self.experiment.total_steps):
+            self._write(self.window.close() | self._pace() | self.engine.traffic().gauges() | self.engine.gauges(state))
+            if state.flight is not None:
+                self.writer.write_turns(self.step, state.flight.recent(), state.flight.unit)
+        if self.engine.continuous and self.step < until:
+            if due is None and self.step > before and any(self._due_now()):
+                copy = report.snapshot()
+                due = (min(counts(copy)), copy, self._due_now())
+            # The copy may be ahead of the reports: it is used once they have caught up, under its true step.
+            if due is not None and self.step >= due[0]:
+                self._events(due[1], *due[2])
+                due = None
+        return due
 
     def _due_now(self) -> tuple[bool, bool]:
         """Whether to evaluate, and whether to save."""

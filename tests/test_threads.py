@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import threading
@@ -12,6 +13,7 @@ import pytest
 from runs import arrays, records, small_config, watch_labels
 from test_resume import interrupted
 
+from dgl_jax import train
 from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
 from dgl_jax.engines.rings import flight_of
 from dgl_jax.errors import UserError
@@ -380,25 +382,44 @@ def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monk
     assert steps == sorted(set(steps))
 
 
-def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
-    """Module 1 stands still for good: the first signal waits for it, the second does not."""
+@pytest.mark.parametrize("meanwhile", ["watching", "in a snapshot"])
+def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
+    """Module 1 stands still for good: the first signal waits for it, the second does not, whatever the main thread waits for."""
     made, gates = ThreadsEngine.__init__, []
+    there, heard, calls = threading.Event(), threading.Event(), train._Interruption.__call__
+    method = "watch" if meanwhile == "watching" else "snapshot"
+    original = getattr(threads._Run, method)
 
     def held(self, *args):
         made(self, *args)
         gates.append(Gate(self, 1, after=4))
 
+    def arrived(self):
+        """The main thread has come to what it does meanwhile, and module 1 to its gate."""
+        if self.updates[1] == 4 and gates[0].entered.wait(60):
+            there.set()
+        return original(self)
+
+    def hear(self, *args):
+        calls(self, *args)
+        heard.set()
+
+    def twice():
+        for moment in (there, heard):
+            if moment.wait(60):
+                os.kill(os.getpid(), signal.SIGINT)
+
     monkeypatch.setattr(ThreadsEngine, "__init__", held)
-    watch = threads._Run.watch
-
-    def twice(self):
-        if gates[0].entered.is_set():
-            signal.raise_signal(signal.SIGINT)
-        watch(self)
-
-    monkeypatch.setattr(threads._Run, "watch", twice)
+    monkeypatch.setattr(threads._Run, method, arrived)
+    monkeypatch.setattr(train._Interruption, "__call__", hear)
+    user = threading.Thread(target=twice)
+    user.start()
+    every = 4 if meanwhile == "in a snapshot" else 1000
     with pytest.raises(KeyboardInterrupt):
-        train_and_evaluate(threaded(checkpoint__every=2), tmp_path)
+        train_and_evaluate(threaded(checkpoint__every=every, eval__every=every), tmp_path)
+    user.join()
+    assert not gates[0].opened.is_set()
+    assert "module_1" in workers(), "it was waited for"
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.undo()
     gates[0].opened.set()  # lets the worker that was left behind end
