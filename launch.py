@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dgl_jax import allocator, settings, workdir, writers
+from dgl_jax import settings, workdir, writers
 from dgl_jax.errors import UserError, reported, where
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
@@ -45,7 +45,6 @@ def _workdir() -> str:
 def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
-    allocator.keep_freed()  # before what starts threads
     # Imported here: a mistyped flag or --help need not wait for what trains.
     import jax
 

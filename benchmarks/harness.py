@@ -15,16 +15,13 @@ from typing import Any
 
 import jax
 
-from dgl_jax import allocator
 from dgl_jax.settings import Settings, default_config, make_settings
 
 _PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def parser(doc: str | None, keep_freed: bool = True) -> argparse.ArgumentParser:
-    """Flags every benchmark has; `doc` is its module docstring. The process is made like one of launch.py's."""
-    if keep_freed:
-        allocator.keep_freed()
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Flags every benchmark has; `doc` is its module docstring."""
     made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     made.add_argument("--write", action="store_true", help="write result.json beside the script")
     return made

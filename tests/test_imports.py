@@ -14,7 +14,6 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
     "errors",
-    "allocator",
     "balance",
     "settings",
     "packet",
@@ -52,7 +51,6 @@ ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings")
 ONLY = {
     "settings": {"errors"},
     "packet": set(),
-    "allocator": set(),
     "balance": set(),
     "models": {"balance", "errors", "settings"},
     "losses": {"packet"},

@@ -151,7 +151,7 @@ def started(way: Way, args: argparse.Namespace) -> Variant:
 
 
 def main() -> None:
-    flags = harness.parser(__doc__, keep_freed="--fresh_memory" not in sys.argv)
+    flags = harness.parser(__doc__)
     flags.add_argument("--widths", type=int, nargs="+", default=[32, 128])
     flags.add_argument("--batch_size", type=int, default=128)
     flags.add_argument("--split", default="0,3", help="first blocks of the two modules on two cores")
@@ -161,7 +161,6 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=5.0, help="least length of a repeat")
     flags.add_argument("--least_steps", type=int, default=20, help="on two cores, where the pipe is filled and drained each repeat")
     flags.add_argument("--first_core", type=int, default=min(os.sched_getaffinity(0)), help="which one the ways on one core have")
-    flags.add_argument("--fresh_memory", action="store_true", help="malloc as the system sets it up, for both libraries")
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
     ways = {str(way): way for way in (Way(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch"))}
@@ -180,7 +179,7 @@ def main() -> None:
             pair = {lib: Way(width, cores, lib) for lib in ("JAX", "PyTorch")}
             agreement = check(pair["JAX"], args)
             print(f"width {width}, {cores}: both sides compute the same, {agreement}", flush=True)
-            found[f"width {width}, {cores}" + ", fresh memory" * args.fresh_memory] = {
+            found[f"width {width}, {cores}"] = {
                 "settings": measured,
                 "agreement": agreement,
             } | compared(pair, args)
