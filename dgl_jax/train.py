@@ -30,7 +30,7 @@ from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock
 from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate, write_atomically
 
 _LOG = logging.getLogger(__name__)
-Due = tuple[int, EngineState, tuple[bool, bool]]  # a step, a copy of the modules there, whether to evaluate and to save it
+_Due = tuple[int, EngineState, tuple[bool, bool]]  # a step, a copy of the modules there, whether to evaluate and to save it
 
 _VERSIONS = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -177,7 +177,7 @@ class _Run:
         """
         self.throughput.start()
         report: Report | None = None
-        due: Due | None = None
+        due: _Due | None = None
         reports: Any = self.engine.run(state, self.source, until, stop=lambda: bool(self.interruption.signum))
         try:
             for report in reports:
@@ -187,7 +187,7 @@ class _Run:
             raise
         return state if report is None else report.snapshot()
 
-    def _heard(self, report: Report, state: EngineState, until: int, due: Due | None) -> Due | None:
+    def _heard(self, report: Report, state: EngineState, until: int, due: _Due | None) -> _Due | None:
         """Counts a report and writes what it is time for; gives what a continuous engine's copy is kept for."""
         log_every = self.settings.log.every or self.source.steps_per_epoch
         before, self.step = self.step, max(self.step, min(report.updates))  # a restarted module falls back

@@ -27,7 +27,7 @@ def conv_general_dilated(
     """As `lax.conv_general_dilated` with examples along the first axis; gradients are of first order, in reverse mode only."""
     plain = _is_plain_3x3(x, kernel, strides, padding, **options)
     transformed, few = (plain and way.fits(x, kernel) for way in (winograd, columns))
-    few_outputs = few and columns.fits_outputs(x, kernel)
+    few_outputs = plain and columns.fits_outputs(x, kernel)
 
     def library(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)

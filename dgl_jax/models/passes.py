@@ -1,14 +1,11 @@
 """Work on a batch in passes of a few images each, whose temporary arrays stay in a core's cache."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
-
-PyTree = Any
 
 
 def images(batch: int, least: int) -> int:
