@@ -132,9 +132,9 @@ def timeline_figure(records: Sequence[Record], title: str = "", subtitle: str = 
     if not found:
         return None
     turns, unit = found[-1]["turns"], found[-1]["unit"]
-    names = [f"module_{k}" for k in range(1 + max(k for k, _, _ in turns))]
+    colors = _colors(records, [f"module_{k}" for k, _, _ in turns])
+    names = [name for name in colors if name != "ensemble"]  # of those, too, that had no turn lately
     figure, axes = _bare(title, subtitle, 1.6 + 0.4 * len(names))
-    colors = _colors(records, names)
     for k, name in enumerate(names):
         spans = [(a, b - a) for module, a, b in turns if module == k]
         axes.broken_barh(spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6)

@@ -225,6 +225,8 @@ def test_the_timeline_by_hand():
     spans = [path.vertices[:, 0] for bars in axes.collections for path in bars.get_paths()]
     assert [(x.min(), x.max()) for x in spans] == [(1.0, 2.0), (2.0, 4.0)]
     assert plots.timeline_figure([{"step": 3}]) is None
+    (axes,) = plots.timeline_figure([*records, {"step": 6, "train/module_2/loss": 1.0}]).axes  # done before the others
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["module 0", "module 1", "module 2"]
 
 
 def test_a_module_has_its_color_in_every_picture():
