@@ -42,7 +42,7 @@ def where(error: BaseException) -> str:
         return f"{path}: no such file" + (f"; {path.parent} has {beside}" if beside else "")
     if isinstance(error, OSError):
         return text
-    of_libraries = ("ml_collections", "absl", "importlib", "launch.py")
+    of_libraries = ("ml_collections", "absl", "importlib", "launch.py", "cli.py")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(name in f.filename for name in of_libraries)]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"

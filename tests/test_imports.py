@@ -44,6 +44,7 @@ ROOMS = (
     "plan",
     "workdir",
     "train",
+    "cli",
 )
 # The same inside a folder; files on one line do not know each other.
 ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings"), ("simulated", "threads"))
@@ -80,7 +81,8 @@ LIBRARIES = {
 PLAIN = ("turns.py", "timeline.py", "balance.py")  # nothing but Python
 NOWHERE = ("tensorflow", "torch", "clu", "absl.flags", "os.environ", "os.getenv", "os.environb", "os.putenv")
 # Marks absl's flags as parsed, which Grain's worker processes ask for, and reads none.
-EXCEPT = {("data/records.py", "absl.flags")}
+# The command line reads flags, and sets XLA's threads before XLA starts.
+EXCEPT = {("data/records.py", "absl.flags"), ("cli.py", "absl.flags"), ("cli.py", "os.environ")}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -219,7 +221,8 @@ from orbax.checkpoint import v1  # logs while it is imported, for which absl mak
 import tensorflow_datasets  # imports OpenCV, which adds to LD_LIBRARY_PATH: not the package's doing either
 before = now()
 for room in pkgutil.walk_packages(dgl_jax.__path__, "dgl_jax."):
-    importlib.import_module(room.name)
+    if room.name != "dgl_jax.cli":  # the command line defines flags
+        importlib.import_module(room.name)
 assert changed() == [], changed()
 jax.config.update("jax_num_cpu_devices", 2)  # refused once a backend has started
 
