@@ -1,4 +1,4 @@
-"""One file an experiment, each a lab page; and the recipe that those called modern share."""
+"""One file an experiment, each a lab page; and the recipe that those called modern share. Shipped as `dgl_jax.configs`."""
 
 from ml_collections import ConfigDict
 

@@ -8,7 +8,7 @@ with the paper's recipe, in 50 epochs (recalled from its Table 1).
 
 from ml_collections import ConfigDict
 
-from configs import cifar10, modern
+from dgl_jax.configs import cifar10, modern
 
 
 def get_config() -> ConfigDict:

@@ -3,6 +3,8 @@
 A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing this package touches no device, flag or logger.
 """
 
+__version__ = "0.1.0"  # read by pyproject.toml too: a literal
+
 from dgl_jax.codecs import vq
 from dgl_jax.errors import UserError
 from dgl_jax.losses import accuracy, cross_entropy

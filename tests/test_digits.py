@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import digits
+from dgl_jax.configs import digits
 from dgl_jax.train import train_and_evaluate
 
 
