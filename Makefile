@@ -1,25 +1,37 @@
-# `make train` and `make test` set up their own virtual environment first; nothing else is needed but Python 3.11 or newer.
+# Every target makes the virtual environment it needs below .venv/, one per interpreter; only Python 3.11 or newer must be there.
+#   make test PYTHON=python3.13                          another interpreter
+#   make test CONSTRAINTS=constraints-lowest.txt         the lowest supported versions
 PYTHON ?= python3
-VENV := .venv
+CONSTRAINTS ?=
+VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+ifeq ($(VERSION),)
+$(error PYTHON=$(PYTHON): no such interpreter)
+endif
+VENV := .venv/$(VERSION)$(if $(CONSTRAINTS),-$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: train test lint format clean
+.PHONY: train test test-fast lint format versions clean
 
-$(VENV)/.run: requirements.txt pyproject.toml
+$(VENV)/.run: requirements.txt pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --requirement requirements.txt
+	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt $(wildcard requirements/*.txt)
+	$(PIP) --requirement requirements-dev.txt
 	touch $@
 
 train: $(VENV)/.run
 	$(BIN)/python launch.py --config=configs/digits.py --workdir=runs/digits --mode=train
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,5 +42,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+versions: $(VENV)/.dev
+	$(BIN)/python --version
+	$(BIN)/pip --disable-pip-version-check list
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv build dist *.egg-info

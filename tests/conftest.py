@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ LAST = ("test_step", "test_evaluate", "test_engines", "test_configs", "test_trai
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: n - len(FIRST) for n, name in enumerate(FIRST)} | {name: n + 1 for n, name in enumerate(LAST)}
     items.sort(key=lambda item: rank.get(item.path.stem, 0))
+
+
+def pytest_report_header() -> str:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return "under test: " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
