@@ -113,12 +113,6 @@ def usual():
     return temporary()
 
 
-@pytest.fixture
-def no_order(monkeypatch):
-    """The barrier alone, which the CPU's compiler drops."""
-    monkeypatch.setattr(memory, "after", lambda tree, first: jax.lax.optimization_barrier((tree, first))[0])
-
-
 # Rematerialisation
 
 MIXED = (Dense(), Normal(), Dense(0.5), Normal())
@@ -139,8 +133,9 @@ def test_recomputing_takes_less_memory(usual):
     assert temporary(remat=True) < 0.7 * usual
 
 
-def test_twin_without_an_order_recomputing_saves_nothing(usual, no_order):
-    assert temporary(remat=True) > 0.9 * usual
+def test_twin_without_recomputing_nothing_is_saved(usual, monkeypatch):
+    monkeypatch.setattr(memory, "recomputed", lambda function: function)
+    assert temporary(remat=True) > 0.7 * usual
 
 
 # Micro-batches
@@ -199,8 +194,21 @@ def test_micro_batches_take_less_memory(usual):
     assert temporary(accumulate=4) < 0.5 * usual
 
 
-def test_twin_without_an_order_micro_batches_save_little(usual, no_order):
-    assert temporary(accumulate=4) > 0.8 * usual
+def spoilt_outputs():
+    """Returns which of two micro-batches have outputs that are not finite, if the first one's inputs are not."""
+    module, state, inputs = one_module(Dense(), Dense())
+    outputs = updated(module, state, inputs.at[::2].set(jnp.nan), accumulate=2)[1]
+    return [not np.isfinite(outputs[part::2]).all() for part in range(2)]
+
+
+def test_a_micro_batch_waits_for_the_gradient_of_the_one_before():
+    # Its parameters have the gradient of the one before added to them, times 0: the one order that XLA's CPU compiler keeps.
+    assert spoilt_outputs() == [True, True]
+
+
+def test_twin_without_an_order_a_micro_batch_does_not_wait(monkeypatch):
+    monkeypatch.setattr(memory, "after", lambda tree, first: tree)
+    assert spoilt_outputs() == [True, False]
 
 
 def exchanged(devices, monkeypatch=None):
