@@ -32,7 +32,7 @@ _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Ask XLA for so many CP
 def _config() -> settings.Settings:
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
-    return settings.make_settings(_CONFIG.value)
+    return settings.make_settings(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def _workdir() -> str:

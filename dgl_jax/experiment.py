@@ -25,7 +25,7 @@ from dgl_jax.module import ModuleState, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
 from dgl_jax.replay import check_memory
-from dgl_jax.settings import CodecSettings, DataSettings, Settings, make_settings
+from dgl_jax.settings import CodecSettings, DataSettings, Settings, make_settings, not_applicable
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ def make_experiment(
     Raises:
       UserError: the data is missing or broken, or data, network and devices do not fit.
     """
+    if unused := not_applicable(settings):
+        _LOG.info("set, and ignored here: %s", "; ".join(unused.values()))
     check_network(settings.model.name)  # before the data, which may take long to come
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch

@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,16 +41,41 @@ FIXED_ON_RESUME = ("train.ema",)
 # Engines that share one checkpoint form and give the same numbers.
 INTERCHANGEABLE_ENGINES = ("fused", "pipeline")
 
+_type: Callable[[dataclasses.Field], Any] = attrgetter("type")  # the type itself, as this file's annotations are no strings
 _MANY = 2**31 - 1  # update counts are int32 on the devices
 
 
-def _choice(default: str, *others: str) -> Any:
-    return field(default=default, metadata={"choices": (default, *others)})
+# What an option applies to: fields that choose a kind, each with the choices that have a use for the option. All must hold, but for
+# a field that does not apply itself.
+Applies = Mapping[str, tuple[str, ...]]
+_ALWAYS: Applies = MappingProxyType({})
+_ASYNCHRONOUS: Applies = {"engine.name": ("simulated", "threads")}
+_SIMULATED: Applies = {"engine.name": ("simulated",)}
+_THREADS: Applies = {"engine.name": ("threads",)}
+_SYNCHRONOUS: Applies = {"engine.name": ("fused", "pipeline", "backprop")}
+_PLACED: Applies = {"engine.name": ("fused", "pipeline", "threads", "backprop")}
+_LOCAL: Applies = {"engine.name": ("fused", "pipeline", "simulated", "threads")}
+_LOSSY: Applies = {"codec.name": ("bf16", "int8", "vq")}
+_GROUPS: Applies = {"codec.name": ("int8", "vq")}
+_VQ: Applies = {"codec.name": ("vq",)}
+_SGD: Applies = {"optimizer.name": ("sgd",)}
+_STEP: Applies = {"schedule.name": ("step",)}
+_STORED: Applies = {"data.name": ("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder")}
+_FETCHED: Applies = {"data.name": ("cifar10", "cifar100", "imagenet", "imagenette")}
+_DECODED: Applies = {"data.name": ("imagenet", "imagenette")}
 
 
-def _number(default: float, minimum: float, maximum: float, *, exclusive: bool = False) -> Any:
-    """A number in [minimum, maximum], or in (minimum, maximum) where `exclusive`."""
-    return field(default=default, metadata={"range": (minimum, maximum, exclusive)})
+def _option(default: Any, applies: Applies, **metadata: Any) -> Any:
+    return field(default=default, metadata={"applies": applies, **metadata})
+
+
+def _choice(default: str, *others: str, applies: Applies = _ALWAYS) -> Any:
+    return _option(default, applies, choices=(default, *others))
+
+
+def _number(default: float, minimum: float, maximum: float, exclusive: bool = False, applies: Applies = _ALWAYS) -> Any:
+    """Declares a number in [minimum, maximum], or in (minimum, maximum) where `exclusive`."""
+    return _option(default, applies, range=(minimum, maximum, exclusive))
 
 
 @dataclass(frozen=True)
@@ -56,9 +83,10 @@ class DataSettings:
     """Where the images come from. `dir` empty: the project's own cache; `mean` and `std` empty: the data set's published ones."""
 
     name: str = _choice("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder", "synthetic")
-    dir: str = ""
-    manual_dir: str = ""  # archives fetched by hand; empty: <dir>/downloads/manual
-    workers: int = _number(0, 0, 1024)  # processes that decode images of sets too large for memory; 0: threads of this one
+    dir: str = _option("", _STORED)
+    manual_dir: str = _option("", _FETCHED)  # archives fetched by hand; empty: <dir>/downloads/manual
+    # Processes that decode images of sets too large for memory; 0: threads of this one.
+    workers: int = _number(0, 0, 1024, applies=_DECODED)
     batch_size: int = _number(128, 2, _MANY)  # of one image batch norm has no variance
     validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
     train_examples: int = _number(0, 0, _MANY)  # stratified subset of the training images; 0: all of them
@@ -74,7 +102,7 @@ class ModelSettings:
     width: int = _number(64, 1, 65536)  # channels of the first block
     modules: int = _number(4, 1, 4096)
     split: str = "count"  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
-    head: str = _choice("mlp_sr", "mlp", "cnn", "linear")  # of every module but the last
+    head: str = _choice("mlp_sr", "mlp", "cnn", "linear", applies=_LOCAL)  # of every module but the last
     dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
 
@@ -83,8 +111,8 @@ class ModelSettings:
 class OptimizerSettings:
     name: str = _choice("sgd", "adam")
     learning_rate: float = _number(0.1, 0.0, 1e30, exclusive=True)
-    momentum: float = _number(0.9, 0.0, 1.0)  # of sgd
-    nesterov: bool = False  # of sgd
+    momentum: float = _number(0.9, 0.0, 1.0, applies=_SGD)
+    nesterov: bool = _option(False, _SGD)
     weight_decay: float = _number(5e-4, 0.0, 1e6)
 
 
@@ -93,8 +121,9 @@ class ScheduleSettings:
     """The learning rate over the epochs, the same for all modules: each follows its own update count."""
 
     name: str = _choice("constant", "step", "cosine")
-    boundaries: tuple[float, ...] = (15.0, 30.0, 45.0)  # of step: epochs after which the rate is multiplied by `factor`
-    factor: float = _number(0.2, 0.0, 1.0)
+    # Epochs after which the rate is multiplied by `factor`.
+    boundaries: tuple[float, ...] = _option((15.0, 30.0, 45.0), _STEP)
+    factor: float = _number(0.2, 0.0, 1.0, applies=_STEP)
     warmup_epochs: float = _number(0.0, 0.0, 1e6)  # linear from 0, in front of any schedule
 
 
@@ -110,23 +139,24 @@ class TrainSettings:
 @dataclass(frozen=True)
 class EngineSettings:
     name: str = _choice("fused", "pipeline", "simulated", "threads", "backprop")
-    group_sizes: tuple[int, ...] = ()  # devices of each module; empty: as equal as the devices allow
-    ticks_in_flight: int = _number(2, 1, 64)  # how far the host runs ahead of the devices
-    slowdown: tuple[float, ...] = ()  # of simulated and threads: how many times slower each module is made; empty: none
-    order: str = _choice("random", "ordered")  # of simulated: drawn in proportion to 1 / slowdown, or one after the other
-    finished: str = _choice("train", "eval")  # batch norm of a module that is done and only feeds the next one
-    restart_workers: bool = False  # of threads: a module that fails goes on from its newest checkpoint
-    watchdog_seconds: float = _number(600.0, 0.0, 1e9)  # of threads: report a module without progress for so long; 0: never
+    group_sizes: tuple[int, ...] = _option((), _PLACED)  # devices of each module; empty: as equal as the devices allow
+    ticks_in_flight: int = _number(2, 1, 64, applies=_SYNCHRONOUS)  # how far the host runs ahead of the devices
+    slowdown: tuple[float, ...] = _option((), {**_ASYNCHRONOUS, "engine.order": ("random",)})  # of each module, at least 1
+    order: str = _choice("random", "ordered", applies=_SIMULATED)  # drawn in proportion to 1 / slowdown, or one after the other
+    finished: str = _choice("train", "eval", applies=_ASYNCHRONOUS)  # batch norm of a module that is done and only feeds
+    restart_workers: bool = _option(False, _THREADS)  # a module that fails goes on from its newest checkpoint
+    watchdog_seconds: float = _number(600.0, 0.0, 1e9, applies=_THREADS)  # without progress, then it is reported; 0: never
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
     """The ring of packets at the entrance of every module but the first, in asynchronous engines."""
 
-    size: int = _number(50, 1, _MANY)  # packets
-    rule: str = _choice("least_used_latest", "fifo", "uniform", "released")
-    max_reuse: int = _number(0, 0, _MANY)  # reads a packet allows; 0: any number
-    at_limit: str = _choice("wait", "skip")  # of simulated, where no packet may be read: take the turn later, or lose it
+    size: int = _number(50, 1, _MANY, applies=_ASYNCHRONOUS)  # packets
+    rule: str = _choice("least_used_latest", "fifo", "uniform", "released", applies=_ASYNCHRONOUS)
+    max_reuse: int = _number(0, 0, _MANY, applies=_ASYNCHRONOUS)  # reads a packet allows; 0: any number
+    # Where no packet may be read: take the turn later, or lose it.
+    at_limit: str = _choice("wait", "skip", applies=_SIMULATED)
 
 
 @dataclass(frozen=True)
@@ -134,32 +164,35 @@ class CodecSettings:
     """What crosses between modules, and what rings hold."""
 
     name: str = _choice("identity", "bf16", "int8", "vq")
-    dims: int = _number(8, 1, 65536)  # of int8 and vq: channels a group
-    codes: int = _number(256, 1, 65536)  # of vq: entries of a group's codebook
-    stages: int = _number(1, 1, 64)  # of vq: each codes what the ones before left over, with as many bits again
-    start: str = _choice("kmeans++", "sample")  # of vq: from the first batch
-    rule: str = _choice("ema", "minibatch")  # of vq: a moving average, or mini-batch k-means
-    decay: float = _number(0.9, 0.0, 1.0)  # of vq: of the moving averages
-    smoothing: float = _number(1e-5, 0.0, 1.0)  # of vq: added to each count, in units of the mean
-    restart: float = _number(0.01, 0.0, 1.0)  # of vq: an entry used less than this share of the mean begins anew; 0: never
-    samples: int = _number(8, 0, _MANY)  # of vq: vectors a code that an update looks at; 0: all of the batch
-    codebook_every: int = _number(0, 0, _MANY)  # of vq: steps; 0: so that codebooks take under a tenth of the codes' bytes
-    decode: str = _choice("sent", "latest")  # of vq in rings: with the codebook a packet was encoded with, or the newest
+    dims: int = _number(8, 1, 65536, applies=_GROUPS)  # channels a group
+    codes: int = _number(256, 1, 65536, applies=_VQ)  # entries of a group's codebook
+    stages: int = _number(1, 1, 64, applies=_VQ)  # each codes what the ones before left over, with as many bits again
+    start: str = _choice("kmeans++", "sample", applies=_VQ)  # from the first batch
+    rule: str = _choice("ema", "minibatch", applies=_VQ)  # a moving average, or mini-batch k-means
+    decay: float = _number(0.9, 0.0, 1.0, applies=_VQ)  # of the moving averages
+    # Added to each count, in units of the mean.
+    smoothing: float = _number(1e-5, 0.0, 1.0, applies={**_VQ, "codec.rule": ("ema",)})
+    restart: float = _number(0.01, 0.0, 1.0, applies=_VQ)  # an entry used less than this share of the mean begins anew
+    samples: int = _number(8, 0, _MANY, applies=_VQ)  # vectors a code that an update looks at; 0: all of the batch
+    # Steps; 0: so that codebooks take under a tenth of the codes' bytes.
+    codebook_every: int = _number(0, 0, _MANY, applies=_VQ)
+    # With the codebook a packet was encoded with when it entered the ring, or the newest.
+    decode: str = _choice("sent", "latest", applies={**_VQ, **_ASYNCHRONOUS})
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
     keep: int = _number(2, 1, _MANY)  # the newest few; the best on validation is kept besides
-    replay_every: int = _number(
-        1, 0, _MANY
-    )  # steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact
+    # Steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact.
+    replay_every: int = _number(1, 0, _MANY, applies=_ASYNCHRONOUS)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
-    codec: bool = True  # between modules as in training, with the published codebooks; false: activations as they are
+    # Between modules as in training, with the published codebooks; false: activations as they are.
+    codec: bool = _option(True, _LOSSY)
 
 
 @dataclass(frozen=True)
@@ -204,13 +237,20 @@ def default_config() -> ConfigDict:
     return ConfigDict(unwrap(Settings))
 
 
-def make_settings(config: Mapping[str, Any] | ConfigDict) -> Settings:
+def make_settings(config: Mapping[str, Any] | ConfigDict, given: Collection[str] = ()) -> Settings:
     """Checks a configuration and freezes it; a field left out takes its default.
 
+    Args:
+      config: nested groups of fields.
+      given: dotted names of fields (or groups) that somebody asked for by name: these must apply to the chosen kinds.
+
     Raises:
-      UserError: a field is unknown (with the nearest names), of the wrong type, or out of its range.
+      UserError: a field is unknown (with the nearest names), of the wrong type, out of its range, or was given and does not apply.
     """
     settings = _build(Settings, config, "")
+    for name, reason in not_applicable(settings).items():
+        if name in given or name.split(".")[0] in given:
+            raise UserError(reason)
     schedule = settings.schedule
     if list(schedule.boundaries) != sorted(set(schedule.boundaries)) or any(not 0 < b <= 1e6 for b in schedule.boundaries):
         raise UserError(
@@ -228,6 +268,20 @@ def make_settings(config: Mapping[str, Any] | ConfigDict) -> Settings:
     return settings
 
 
+def not_applicable(settings: Settings) -> dict[str, str]:
+    """Returns the fields that are set, to another value than their default, and that nothing chosen here has a use for.
+
+    Returns:
+      By dotted name, one line each: the value, and what the field applies to.
+    """
+    values, defaults = (dict(_flatten(dataclasses.asdict(s))) for s in (settings, Settings()))
+    return {
+        name: f"config.{name}={value!r}: applies to config.{unmet[0]}={' or '.join(unmet[1])}, not to {values[unmet[0]]}"
+        for name, value in values.items()
+        if value != defaults[name] and (unmet := _unmet(name, values))
+    }
+
+
 def nearest(name: str, names: typing.Iterable[str]) -> str:
     """' Did you mean a, b?' for a mistyped name, or the whole list where nothing is near."""
     names = list(names)
@@ -243,7 +297,10 @@ def check_name(name: str) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
-    """Fields whose change forbids resuming, each as 'config.a.b (was X, is now Y)'."""
+    """Returns the fields whose change forbids resuming, each as 'config.a.b (was X, is now Y)'.
+
+    A field may change where one of the two configurations has no use for it: there it decides nothing.
+    """
     before, after = dict(_flatten(old)), dict(_flatten(new.to_dict()))
     # A field that the older run did not know had its default then.
     before = dict(_flatten(Settings().to_dict())) | before
@@ -252,17 +309,31 @@ def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
         was, now = before.get(name), after.get(name)
         free = name in FREE_ON_RESUME or (f"{name.split('.')[0]}.*" in FREE_ON_RESUME and name not in FIXED_ON_RESUME)
         swapped = name == "engine.name" and {was, now} <= set(INTERCHANGEABLE_ENGINES)
-        if was != now and not free and not swapped:
+        used = all(_unmet(name, values) is None for values in (before, after))
+        if was != now and used and not free and not swapped:
             changed.append(f"config.{name} (was {was!r}, is now {now!r})")
     return changed
 
 
-def field_names(cls: type = Settings, prefix: str = "") -> list[str]:
-    """Every dotted field name, such as 'optimizer.learning_rate'."""
-    names: list[str] = []
+def field_names() -> list[str]:
+    """Returns every dotted field name, such as 'optimizer.learning_rate'."""
+    return [name for name, _ in _leaves()]
+
+
+def _leaves(cls: type = Settings, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     for f in dataclasses.fields(cls):
-        names += field_names(_type(f), f"{prefix}{f.name}.") if dataclasses.is_dataclass(_type(f)) else [prefix + f.name]
-    return names
+        if dataclasses.is_dataclass(_type(f)):
+            yield from _leaves(_type(f), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+def _unmet(name: str, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """Returns the first condition that keeps a field from applying to flat `values`: a field and its fitting choices."""
+    for kind, fitting in _CONDITIONS.get(name, {}).items():
+        if values[kind] not in fitting and _unmet(kind, values) is None:
+            return kind, fitting
+    return None
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -316,9 +387,7 @@ def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
     return value
 
 
-def _type(f: dataclasses.Field) -> Any:
-    """The type itself, as this file's annotations are no strings."""
-    return f.type
+_CONDITIONS: dict[str, Applies] = {name: f.metadata.get("applies", _ALWAYS) for name, f in _leaves()}
 
 
 def _is_number(value: Any, wanted: type) -> bool:

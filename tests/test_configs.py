@@ -13,7 +13,7 @@ import pytest
 from dgl_jax.experiment import make_experiment
 from dgl_jax.models import cuts, make_network
 from dgl_jax.optimizer import make_schedule
-from dgl_jax.settings import Settings, default_config, differences, make_settings
+from dgl_jax.settings import Settings, default_config, differences, make_settings, not_applicable
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]
@@ -111,6 +111,12 @@ def modules_of(settings):
 def test_modules_of_the_command_lines(stem, modules):
     (path,) = (path for path in CONFIGS if path.stem == stem)
     assert [modules_of(settings) for settings in commands(path)] == modules
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_option_of_a_page_applies(path):
+    for settings in (make_settings(config_of(path)), *commands(path)):
+        assert not_applicable(settings) == {}
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

@@ -125,6 +125,8 @@ def test_mistakes_get_one_line(tmp_path):
         *SMALL, run, "--config.optimizer.learning_rat=1"
     )
     assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(*SMALL, run, "--config.engine.name=pipelin")
+    unused = "config.engine.slowdown=(2.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
+    assert unused in fails(*SMALL, run, "--config.engine.slowdown=2,1")
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     assert f"--config: ZeroDivisionError: division by zero ({broken}:2)" in fails(f"--config={broken}", run)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import jax
 import pytest
+from runs import small_config
 
 from dgl_jax.codecs import CODECS
 from dgl_jax.data import SETS
 from dgl_jax.engines import Engine
 from dgl_jax.errors import UserError
-from dgl_jax.experiment import DatasetInfo, make_engine, make_recipe
+from dgl_jax.experiment import DatasetInfo, make_engine, make_experiment, make_recipe
 from dgl_jax.models import HEADS
 from dgl_jax.settings import (
     FREE_ON_RESUME,
@@ -20,6 +22,7 @@ from dgl_jax.settings import (
     differences,
     field_names,
     make_settings,
+    not_applicable,
 )
 
 
@@ -156,9 +159,22 @@ def test_free_fields_are_fields():
     assert set(FREE_ON_RESUME) <= groups | set(field_names())
 
 
+def kinds_for(name: str) -> dict[str, typing.Any]:
+    """The choices that have a use for a field, nested."""
+    config: dict[str, typing.Any] = {}
+    for kind, fitting in find(name).metadata.get("applies", {}).items():
+        group, leaf = kind.split(".")
+        config.setdefault(group, {})[leaf] = fitting[0]
+    return config
+
+
 @pytest.mark.parametrize("name", field_names())
 def test_what_a_resumed_run_may_change(name):
-    found = differences(Settings().to_dict(), changed(name))
+    kinds = kinds_for(name)
+    old, new = make_settings(kinds).to_dict(), changed(name).to_dict()
+    for group, chosen in kinds.items():
+        new[group] |= {leaf: value for leaf, value in chosen.items() if f"{group}.{leaf}" != name}
+    found = differences(old, make_settings(new))
     free = (
         name.startswith(
             ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
@@ -170,10 +186,99 @@ def test_what_a_resumed_run_may_change(name):
     elif name in ("data.mean", "data.std"):
         assert len(found) == 2
     else:
-        old = Settings().to_dict()
         for part in name.split("."):
             old = old[part]
         assert found == [f"config.{name} (was {old!r}, is now {other(name)!r})"]
+
+
+# Options that do not apply
+
+RINGS = {"engine.slowdown", "engine.finished", "checkpoint.replay_every", "codec.decode"} | {
+    f"replay.{name}" for name in ("size", "rule", "max_reuse", "at_limit")
+}
+OF_VQ = {f"codec.{name}" for name in ("codes", "stages", "start", "rule", "decay", "smoothing", "restart", "samples")} | {
+    "codec.codebook_every",
+    "codec.decode",
+}
+OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
+OF_SIMULATED = {"engine.order", "replay.at_limit"}
+# All kinds that have uses for many options; `simulated` has none for these.
+RICH = {
+    "data": {"name": "imagenet"},
+    "schedule": {"name": "step"},
+    "engine": {"name": "simulated"},
+    "codec": {"name": "vq"},
+}
+NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "without_use"),
+    [
+        ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "backprop", RINGS | OF_THREADS | OF_SIMULATED | {"model.head"}),
+        ("engine.name", "simulated", NOT_SIMULATED),
+        ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight"}),
+        ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
+        ("codec.name", "identity", NOT_SIMULATED | OF_VQ | {"codec.dims", "eval.codec"}),
+        ("codec.name", "bf16", NOT_SIMULATED | OF_VQ | {"codec.dims"}),
+        ("codec.name", "int8", NOT_SIMULATED | OF_VQ),
+        ("codec.rule", "minibatch", NOT_SIMULATED | {"codec.smoothing"}),
+        ("optimizer.name", "adam", NOT_SIMULATED | {"optimizer.momentum", "optimizer.nesterov"}),
+        ("schedule.name", "constant", NOT_SIMULATED | {"schedule.boundaries", "schedule.factor"}),
+        ("schedule.name", "cosine", NOT_SIMULATED | {"schedule.boundaries", "schedule.factor"}),
+        ("data.name", "imagenette", NOT_SIMULATED),
+        ("data.name", "cifar10", NOT_SIMULATED | {"data.workers"}),
+        ("data.name", "digits", NOT_SIMULATED | {"data.workers", "data.manual_dir"}),
+        ("data.name", "folder", NOT_SIMULATED | {"data.workers", "data.manual_dir"}),
+        ("data.name", "synthetic", NOT_SIMULATED | {"data.workers", "data.manual_dir", "data.dir"}),
+    ],
+)
+def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
+    base = Settings().to_dict()
+    for group, leaves in (RICH | {kind.split(".")[0]: RICH.get(kind.split(".")[0], {})}).items():
+        base[group] |= leaves
+    base[kind.split(".")[0]][kind.split(".")[1]] = chosen
+    choosing = {kind for name in field_names() for kind in find(name).metadata.get("applies", {})}
+    found = set()
+    for name in {*field_names()} - (choosing - {"engine.order", "codec.rule"}) - {kind}:
+        group, _, leaf = name.rpartition(".")
+        value = other("engine.slowdown") if name == "engine.slowdown" else other(name)
+        partner = {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
+        config = base | {group: base[group] | {leaf: value} | partner} if group else base | {leaf: value}
+        settings = make_settings(config)
+        reasons = not_applicable(settings)
+        found |= {name} & set(reasons)
+        if name in reasons:
+            with pytest.raises(UserError, match=re.escape(reasons[name])):
+                make_settings(config, given=[name])
+            unlike = differences(base, settings)
+            assert unlike == [], "what decided nothing may change"
+        else:
+            make_settings(config, given=[name])
+    assert found == without_use
+
+
+def test_an_option_without_use_is_named_with_what_it_applies_to():
+    config = {"engine": {"slowdown": (2, 1, 1, 1)}}
+    reason = "config.engine.slowdown=(2.0, 1.0, 1.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
+    assert not_applicable(make_settings(config)) == {"engine.slowdown": reason}
+    for given in ("engine.slowdown", "engine"):
+        with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
+            make_settings(config, given=[given])
+    make_settings({"engine": {"slowdown": ()}}, given=["engine.slowdown"])  # equal to the default
+    make_settings(config, given=["engine.name", "seed"])  # of a file: the log says so
+
+
+def test_a_file_with_options_without_use_gets_one_line_of_the_log(caplog):
+    fields = {"replay__size": 7, "codec__codes": 16, "data__name": "synthetic"}
+    with caplog.at_level("INFO", logger="dgl_jax"):
+        make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+    assert [line for line in caplog.messages if "ignored" in line] == [
+        "set, and ignored here: config.replay.size=7: applies to config.engine.name=simulated or threads, not to fused; "
+        "config.codec.codes=16: applies to config.codec.name=vq, not to identity"
+    ]
 
 
 @pytest.mark.parametrize(
