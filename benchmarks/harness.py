@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from dgl_jax import system
 from dgl_jax.settings import Settings, default_config, make_settings
 
 _PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -57,11 +58,11 @@ def environment() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpus": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)),
+        "cpus": system.machine_cpus(),
+        "cpus_allowed": system.cpu_count(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "processor": _processor(),
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": [system.device_kind(device) for device in jax.devices()],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
     }
 

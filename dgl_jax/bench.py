@@ -1,6 +1,5 @@
 """How fast the configured engine runs here: what a user asks before choosing one."""
 
-import resource
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dgl_jax import system
 from dgl_jax.costs import Elapsed, clocked
 from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.engines.compose import compose
@@ -24,7 +24,7 @@ def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -
     Returns:
       `images_per_second`, `tick_milliseconds` (a new batch enters), `module_milliseconds` (each module's program alone, on
       its devices), `python_milliseconds_per_tick` (processor time of the controlling thread, waiting excluded),
-      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process).
+      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process; None where unknown).
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     experiment = make_experiment(settings)
@@ -68,12 +68,12 @@ def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, 
         program = own[k] if own else jax.jit(compose(recipe, k), donate_argnums=0)
         targets = put(batch.targets, placement.split(k))
         if k:
-            incoming = put(incoming, placement.split(k))
+            incoming = put(incoming, placement.coded(k))
         elapsed, (_, incoming, _) = clocked(program, module, incoming, targets, repeats=repeats, company=company)
         times.append(elapsed)
     return times
 
 
-def _peak_memory() -> int:
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.devices()]
-    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory() -> int | None:
+    peaks = [system.device_memory(device).peak for device in jax.devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)

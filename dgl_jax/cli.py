@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dgl_jax import settings, workdir, writers
+from dgl_jax import settings, system, workdir, writers
 from dgl_jax.errors import UserError, reported, where
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
@@ -53,7 +53,7 @@ def _dispatch(argv: list[str]) -> None:
     writers.log_to_stderr()  # after the imports, which bring log handlers of their own
     if _CPU_DEVICES.value:
         # XLA's pool has a thread a device by default: where all but one wait in a reduction, the last finds none for its own work.
-        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * _CPU_DEVICES.value)))
+        os.environ.setdefault("NPROC", str(max(system.machine_cpus() or 1, 2 * _CPU_DEVICES.value)))
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     mode, checkpoint = _MODE.value, _CHECKPOINT.value
     if mode == "train":

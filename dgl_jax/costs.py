@@ -1,4 +1,4 @@
-"""What modules cost: operations by XLA's count, time by the clock, memory by XLA's plan; and the table of it."""
+"""Counts the operations of modules, measures their time and reads the memory that XLA plans; and makes the table of it."""
 
 import dataclasses
 import logging
@@ -17,14 +17,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from dgl_jax import losses
+from dgl_jax import flops, losses, system
 from dgl_jax.engines import Recipe
 from dgl_jax.engines.compose import compose
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.module import LocalModule, ModuleState, count_parameters, init_states
 from dgl_jax.packet import Batch, Coded, nbytes
-from dgl_jax.replay import free_memory
 from dgl_jax.step import apply_gradient
 
 _LOG = logging.getLogger(__name__)
@@ -33,37 +32,34 @@ _LOG = logging.getLogger(__name__)
 
 
 def module_flops(recipe: Recipe) -> list[tuple[float, float]]:
-    """Floating-point operations of each module's forward pass on a batch: of its body, and of its head (0 without one)."""
+    """Counts the floating-point operations of each module's forward pass on a batch; see `flops.py`.
+
+    Returns:
+      Of each module: those of its body, and of its head (0 without one).
+    """
     found, x = [], recipe.inputs()
     for module in recipe.modules:
         body = 0.0
         for block in module.blocks:
-            flops, x = _forward(block, x.shape, x.dtype)
-            body += flops
+            operations, x = _forward(block, x.shape, x.dtype)
+            body += operations
         found.append((body, 0.0 if module.head is None else _forward(module.head, x.shape, x.dtype)[0]))
     return found
 
 
 def block_flops(recipe: Recipe) -> BlockCosts:
-    """Of a recipe with one block a module: forward operations, which do not depend on where a block is."""
+    """Counts those of a recipe with one block a module: they do not depend on where a block is."""
     body, head = zip(*module_flops(recipe))
     return BlockCosts(body, body, head)
 
 
 @lru_cache(maxsize=1024)
 def _forward(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
-    """Operations of a block or head by XLA's count of the program lowered for GPUs, and the shape of what it gives.
-
-    Programs for a CPU take formulations that do the same with other operations.
-    """
+    """Counts the operations of a block or head; also the shape of what it returns."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(lambda: layer.lazy_init(jax.random.key(0), x, train=False))
-    program = jax.jit(lambda v, x: layer.apply(v, x, train=False))
-    lowered = program.trace(variables, x).lower(lowering_platforms=("cuda",))
-    cost: Any = lowered.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost  # some backends give one a program
-    out: Any = lowered.out_info
-    return float(cost.get("flops", 0.0)), jax.ShapeDtypeStruct(out.shape, out.dtype)
+    operations, out = flops.count(lambda v, x: layer.apply(v, x, train=False), variables, x)
+    return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)
 
 
 # Time
@@ -142,7 +138,7 @@ def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7, company: i
       UserError: a program would take more memory than is free before the first one runs.
     """
     measured: dict[Any, Elapsed] = {}
-    free = _free(device)
+    free = system.device_memory(device).free
 
     def once(layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True) -> Elapsed:
         if layer is None:
@@ -151,7 +147,7 @@ def block_times(recipe: Recipe, device: jax.Device, repeats: int = 7, company: i
         if key not in measured:
             program, shapes = _alone(layer, is_head, x, inner, recipe.optimizer)
             needed = _needed(program, company)
-            if free is not None and needed > free:
+            if free is not None and needed is not None and needed > free:
                 raise UserError(
                     f"config.data.batch_size={recipe.batch_size}: to measure a {type(layer).__name__} on inputs of "
                     f"{' x '.join(map(str, x.shape))} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
@@ -213,18 +209,10 @@ def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
     return state, draw(inputs), draw(given)
 
 
-def _needed(program: Any, company: int) -> int:
-    """Bytes of a compiled program's arguments, and of the scratch and results of so many copies of it."""
-    plan: Any = program.memory_analysis()
-    return plan.argument_size_in_bytes + company * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
-
-
-def _free(device: jax.Device) -> int | None:
-    """Bytes that programs can take there; None where nobody tells."""
-    if device.platform == "cpu":
-        return free_memory()
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
+def _needed(program: Any, company: int) -> int | None:
+    """Returns the bytes that copies of a compiled program need, which share its arguments; None where unknown."""
+    plan = system.program_plan(program)
+    return None if plan is None else plan.arguments + company * (plan.temporary + plan.outputs)
 
 
 def _body_step(
@@ -271,8 +259,8 @@ class ProgramMemory:
     packet: int
 
 
-def module_memory(recipe: Recipe) -> list[ProgramMemory]:
-    """Compiles the program of each module for the default device; runs nothing."""
+def module_memory(recipe: Recipe) -> list[ProgramMemory] | None:
+    """Compiles the program of each module for the default device; runs nothing. None where XLA does not tell its plans."""
     images: Any = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), "uint8")
     step: Any = jax.ShapeDtypeStruct((), "int32")
     incoming: Any = Batch(images, recipe.targets(), step)
@@ -281,10 +269,11 @@ def module_memory(recipe: Recipe) -> list[ProgramMemory]:
         if k:
             incoming = Coded(recipe.hops[k - 1].payload, recipe.hops[k - 1].codebook)
         lowered = jax.jit(compose(recipe, k), donate_argnums=0).lower(state, incoming, recipe.targets())
-        plan: Any = lowered.compile().memory_analysis()
-        added = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        plan = system.program_plan(lowered.compile())
+        if plan is None:
+            return None
         packet = nbytes((incoming.payload if k else incoming.images, recipe.targets()))
-        found.append(ProgramMemory(plan.argument_size_in_bytes, plan.temp_size_in_bytes, added, packet))
+        found.append(ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet))
     return found
 
 
@@ -298,7 +287,7 @@ class ModuleCost:
     Attributes:
       first_block, blocks: where the module begins in the network, and how many blocks it has.
       parameters, body_parameters: with and without the head.
-      body_gflops, head_gflops: of the forward pass, an image.
+      body_gflops, head_gflops: of the forward pass, an image; two operations a multiply-add of convolutions and dot products.
       activation_bytes: handed on, an image; None where nothing is.
       wire_bytes: the same as it is sent: encoded, with label, id and a share of the codebooks.
       share: of the tick, which lasts as long as the slowest module's turn.
@@ -317,12 +306,14 @@ class ModuleCost:
 
 
 def module_costs(recipe: Recipe, seconds: Sequence[float] = ()) -> list[ModuleCost]:
-    """The rows of the table; `seconds` of each module's turn give its share of the tick, without them the operations do."""
-    flops = module_flops(recipe)
-    turns = seconds or [body + head for body, head in flops]
+    """Makes the rows of the table; `seconds` of each module's turn give its share of the tick, without them the operations do."""
+    operations = module_flops(recipe)
+    turns = seconds or [body + head for body, head in operations]
+    if not any(turns):
+        turns = [1.0] * len(turns)  # a network without convolutions and products
     traffic = recipe.traffic() if recipe.modules[0].head else None  # with one loss for all nothing is sent
     rows = []
-    for k, (module, state, (body, head)) in enumerate(zip(recipe.modules, recipe.abstract_states(), flops)):
+    for k, (module, state, (body, head)) in enumerate(zip(recipe.modules, recipe.abstract_states(), operations)):
         sends = traffic is not None and k + 1 < len(recipe.modules)
         own = dataclasses.replace(state, params=state.params["body"])
         rows.append(
@@ -351,8 +342,8 @@ def table(rows: Sequence[ModuleCost]) -> list[str]:
         last = row.first_block + row.blocks - 1
         sent = [f"{bytes_:,.0f}" if bytes_ is not None else "-" for bytes_ in (row.activation_bytes, row.wire_bytes)]
         blocks = f"{row.first_block}-{last}" if row.blocks > 1 else f"{last}"
-        flops = [f"{scale * gflops:.4g}" for gflops in (row.body_gflops, row.head_gflops)]
-        cells.append([row.name, blocks, f"{row.parameters:,}", *flops, *sent, f"{100 * row.share:.0f} %"])
+        operations = [f"{scale * gflops:.4g}" for gflops in (row.body_gflops, row.head_gflops)]
+        cells.append([row.name, blocks, f"{row.parameters:,}", *operations, *sent, f"{100 * row.share:.0f} %"])
     return aligned(cells)
 
 

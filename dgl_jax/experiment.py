@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgl_jax import average
+from dgl_jax import average, system
 from dgl_jax.baselines import backprop_step
 from dgl_jax.checkpoint import Checkpoints, Restored
 from dgl_jax.codecs import make_codec
@@ -185,7 +185,7 @@ def choose_cuts(
         if times is not None:
             return times()
         where = device or jax.devices()[0]
-        _LOG.info("config.model.split=time: measuring every block and head on %s %d", where.device_kind, where.id)
+        _LOG.info("config.model.split=time: measuring every block and head on %s %d", system.device_kind(where), where.id)
         return block_times(every_block(settings, info), where).seconds
 
     starts = cuts(model.split, len(_network(settings, info).blocks), model.modules, costs)

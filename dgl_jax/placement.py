@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dgl_jax import system
 from dgl_jax.balance import balanced
 from dgl_jax.errors import UserError
-from dgl_jax.packet import Batch, Targets
+from dgl_jax.packet import Batch, Coded, Targets
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Placement:
     def split(self, module: int) -> NamedSharding:
         """The leading (batch) axis cut over the devices of the module's group."""
         return NamedSharding(self.groups[module], PartitionSpec("batch"))
+
+    def coded(self, module: int) -> Coded:
+        """Where the parts of a packet are to be on the devices of the module that reads it: its codebook whole on each."""
+        return Coded(self.split(module), self.replicated(module))
 
     def crosses(self, hop: int) -> bool:
         """Whether what module `hop` hands to module `hop + 1` changes devices."""
@@ -57,7 +62,7 @@ class Placement:
     def describe(self) -> str:
         """One line for the log: which devices each module has."""
         names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
-        kinds = sorted({d.device_kind for group in self.groups for d in group.devices.flat})
+        kinds = sorted({system.device_kind(d) for group in self.groups for d in group.devices.flat})
         return f"{', '.join(kinds)}: " + "; ".join(f"module {k} on {name}" for k, name in enumerate(names))
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from typing import Any
 
 import jax
 
-from dgl_jax import plots
+from dgl_jax import plots, system
 from dgl_jax.codecs import CODECS, make_codec
 from dgl_jax.costs import BlockTimes, ModuleCost, aligned, block_times, module_costs, module_flops, module_memory, table
 from dgl_jax.engines import Recipe
@@ -77,7 +76,8 @@ def plan(
       stated: milliseconds of each block's part of a local step, as a comma list (heads then take as long an operation as blocks
         do), or a JSON file: the same list, or `block_milliseconds` of an earlier plan. None: measured on the first device here.
       bandwidth: of each hop's link in GB/s; None: packets take no time.
-      cores: processors that all the devices share; None: where measured on a CPU those of this process, otherwise any number.
+      cores: processors that all the devices share; None: where measured on a CPU those of this process, otherwise (or where
+        unknown) any number.
 
     Returns:
       The numbers, as `--json` prints them, and the turns of the first batches.
@@ -94,8 +94,8 @@ def plan(
     every = every_block(settings, info)
     company = 1
     if not stated and device.platform == "cpu":
-        own = len(os.sched_getaffinity(0))
-        cores, company = cores or own, min(own, devices or sum(settings.engine.group_sizes) or settings.model.modules)
+        usable = system.cpu_count()
+        cores, company = cores or usable, min(usable or 1, devices or sum(settings.engine.group_sizes) or settings.model.modules)
     alike = [1.0] * settings.model.modules
     make_pipeline(settings, alike, alike, devices)  # refuses what does not fit, before anything is measured
 
@@ -125,7 +125,7 @@ def plan(
         "bandwidth": bandwidth,
         "codec": settings.codec.name,
         "codec_sizes": {name: getattr(settings.codec, name) for name in ("dims", "codes", "stages")},
-        "block_times": "stated" if stated else f"measured on {device.device_kind}",
+        "block_times": "stated" if stated else f"measured on {system.device_kind(device)}",
         "batch_size": recipe.batch_size,
         "ticks_per_second": rate,
         "images_per_second": rate * recipe.batch_size,
@@ -231,14 +231,20 @@ def _codecs(pipeline: Pipeline, recipe: Recipe, settings: Settings) -> dict[str,
     return found
 
 
-def _memory(recipe: Recipe, groups: Sequence[range], spans: Sequence[Span], ticks_in_flight: int, devices: int) -> list[int]:
-    """Bytes that each device needs at most: states and waiting packets of its modules, and the largest of their programs."""
+def _memory(recipe: Recipe, groups: Sequence[range], spans: Sequence[Span], ticks_in_flight: int, devices: int) -> list[int | None]:
+    """Returns the bytes that each device needs at most; None where XLA does not tell what programs need.
+
+    States and waiting packets of the device's modules, and the largest of their programs.
+    """
     sizes = {len(group) for group in groups}
     _LOG.info("compiling the modules' programs, for the memory that they need")
     programs = {n: module_memory(dataclasses.replace(recipe, batch_size=recipe.batch_size // n)) for n in sizes}
     held, largest = [0] * devices, [0] * devices
     for k, group in enumerate(groups):
-        program = programs[len(group)][k]
+        of_group = programs[len(group)]
+        if of_group is None:
+            return [None] * devices
+        program = of_group[k]
         packets = waiting(spans, k) if k else ticks_in_flight + 1  # batches are put on the device as ticks are dispatched
         for device in group:
             held[device] += program.arguments + (packets - 1) * program.packet
@@ -264,9 +270,9 @@ def _stated(text: str, every: Recipe) -> BlockTimes:
         times = "" if wrong == "all" else f" of {wrong!r}"
         raise UserError(f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed")
     if "all" in rows:
-        flops = module_flops(every)
-        per_operation = sum(rows["all"]) / sum(body for body, _ in flops)
-        rows = {"first": rows["all"], "inner": rows["all"], "head": [per_operation * head for _, head in flops]}
+        operations = module_flops(every)
+        per_operation = sum(rows["all"]) / (sum(body for body, _ in operations) or 1.0)
+        rows = {"first": rows["all"], "inner": rows["all"], "head": [per_operation * head for _, head in operations]}
     seconds = BlockCosts(**{name: tuple(row) for name, row in rows.items()})
     return BlockTimes(seconds, seconds)
 
@@ -281,7 +287,7 @@ def _text(found: dict[str, Any]) -> list[str]:
     turns += [[row["name"], f"{row['milliseconds']:.4g}", ", ".join(map(str, row["devices"]))] for row in found["modules"]]
     devices = [["device", "idle", "peak memory, MiB"]]
     for number, (idle, memory) in enumerate(zip(found["idle"], found["peak_memory_bytes"])):
-        devices.append([str(number), f"{100 * idle:.0f} %", f"{memory / 2**20:,.1f}"])
+        devices.append([str(number), f"{100 * idle:.0f} %", "-" if memory is None else f"{memory / 2**20:,.1f}"])
     hops, sizes = [f"after {row['name']}" for row in found["modules"][:-1]], found["codec_sizes"]
     labels = {"int8": f"int8, dims={sizes['dims']}", "vq": "vq, " + ", ".join(f"{name}={size}" for name, size in sizes.items())}
     codecs, unfit = [["codec, bytes an image", *hops, "MB/s in all", "ticks/s"]], []

@@ -5,7 +5,6 @@ and may be read any number of times before; labels and example ids lie in the sa
 """
 
 import dataclasses
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.packet import Header, Packet, Targets, nbytes
 
@@ -269,7 +269,7 @@ class Form(NamedTuple):
 
 def check_memory(forms: Sequence[Form], size: int, available: int | None = None) -> None:
     """Raises UserError where the rings would take more than the free memory, with the size that fits."""
-    available = free_memory() if available is None else available
+    available = system.free_memory() if available is None else available
     needed = sum(form.nbytes(size) for form in forms)
     if available is not None and needed > available:
         fits, too_many = 0, size
@@ -284,16 +284,3 @@ def check_memory(forms: Sequence[Form], size: int, available: int | None = None)
                 else "not even 1 would fit; a smaller config.data.batch_size or another config.codec.name"
             )
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None

@@ -13,6 +13,8 @@ import dgl_jax
 PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
+    "system",
+    "flops",
     "errors",
     "balance",
     "settings",
@@ -50,6 +52,8 @@ ROOMS = (
 ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings"), ("simulated", "threads"))
 # Narrower than the order alone: all that these rooms may know of the package.
 ONLY = {
+    "system": set(),
+    "flops": set(),
     "settings": {"errors"},
     "packet": set(),
     "balance": set(),
@@ -60,8 +64,8 @@ ONLY = {
     "average": {"module"},
     "step": {"losses", "memory", "module", "packet"},
     "codecs": {"errors", "settings"},
-    "placement": {"balance", "errors", "packet"},
-    "replay": {"errors", "packet"},
+    "placement": {"balance", "errors", "packet", "system"},
+    "replay": {"errors", "packet", "system"},
     "engines": {"average", "codecs", "data", "errors", "module", "packet", "placement", "replay", "settings", "step"},
     "timeline": {"engines"},
     "writers": {"errors"},

@@ -10,6 +10,7 @@ from matplotlib import image
 from runs import small_config
 
 from dgl_jax import plan as planning
+from dgl_jax import system
 from dgl_jax.codecs import CODECS
 from dgl_jax.costs import ProgramMemory, block_flops
 from dgl_jax.data import SHAPES, make_source
@@ -178,12 +179,21 @@ def test_times_are_measured_where_none_are_stated(monkeypatch):
     found, _ = plan(small(model__split="time"))
     assert len(recipes) == 1  # for the split and for the plan
     assert len(recipes[0].modules) == 4
-    assert found["cores"] == len(planning.os.sched_getaffinity(0))
+    assert found["cores"] == system.cpu_count()
     assert found["block_times"] == "measured on cpu"
-    monkeypatch.setattr(planning.os, "sched_getaffinity", lambda pid: range(3))
+    monkeypatch.setattr(system, "cpu_count", lambda: 3)
     plan(small(model__modules=2, model__split="count"))
     plan(small(model__modules=2, model__split="count"), devices=4)
     assert companies[1:] == [2, 3]  # one a device, and never more than there are processors
+    monkeypatch.setattr(system, "cpu_count", lambda: None)
+    found, _ = plan(small())
+    assert (found["cores"], companies[3]) == (None, 1)
+
+
+def test_what_is_not_known_is_a_dash(stated, monkeypatch):
+    monkeypatch.setattr(planning, "module_memory", lambda recipe: None)
+    assert json.loads(plan_run(small(), stated=stated, as_json=True))["peak_memory_bytes"] == [None] * 3
+    assert re.search(r"^0 +33 % +-$", plan_run(small(), stated=stated), re.MULTILINE)
 
 
 def test_what_it_prints(stated, tmp_path):

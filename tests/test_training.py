@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import arrays, same_run, small_config
 from test_resume import interrupted
 
-from dgl_jax import average, memory, step
+from dgl_jax import average, memory, step, system
 from dgl_jax.baselines import backprop_step
 from dgl_jax.engines import EngineState, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine, counts
 from dgl_jax.errors import UserError
@@ -104,7 +104,7 @@ def temporary(remat=False, **options):
     """Bytes of scratch that the compiler plans for one update of wide blocks."""
     module, state, inputs = one_module(*[Wide()] * 4, shape=(64, 16), remat=remat)
     lowered = jax.jit(partial(local_step, module, OPTIMIZER, **options)).lower(state, inputs, TARGETS)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    return system.program_plan(lowered.compile()).temporary
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ python benchmarks/cpu_reference/run.py [--write]
 import argparse
 import contextlib
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 from interleaved import Process, Timing, Variant, in_turns, serve, timed, training
 
+from dgl_jax import system
 from dgl_jax.experiment import Experiment, make_experiment
 
 CORES = {"one core": 1, "two cores": 2}
@@ -160,7 +160,9 @@ def main() -> None:
     flags.add_argument("--repeats", type=int, default=9)
     flags.add_argument("--seconds", type=float, default=5.0, help="least length of a repeat")
     flags.add_argument("--least_steps", type=int, default=20, help="on two cores, where the pipe is filled and drained each repeat")
-    flags.add_argument("--first_core", type=int, default=min(os.sched_getaffinity(0)), help="which one the ways on one core have")
+    flags.add_argument(
+        "--first_core", type=int, default=min(system.usable_cpus() or [0]), help="which one the ways on one core have"
+    )
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
     ways = {str(way): way for way in (Way(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch"))}
@@ -196,7 +198,7 @@ def main() -> None:
 def compared(pair: dict[str, Way], args: argparse.Namespace) -> dict[str, Any]:
     """The two sides in turns, each in a process bound to its cores."""
     count = CORES[pair["JAX"].cores]
-    cores = [args.first_core] if count == 1 else sorted(os.sched_getaffinity(0))[:count]
+    cores = [args.first_core] if count == 1 else (system.usable_cpus() or list(range(count)))[:count]
     with contextlib.ExitStack() as stack:
         variants: dict[str, Variant] = {}
         for library, way in pair.items():

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from dgl_jax import system
 from dgl_jax.data import ArraySource, Preprocess, augment_key, synthetic
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
@@ -132,8 +133,8 @@ def main(_: list[str]) -> None:
         "batch_size": FLAGS.batch_size,
         "batches": FLAGS.batches,
         "repeats": FLAGS.repeats,
-        "device": jax.devices()[0].device_kind,
-        "cpus": len(os.sched_getaffinity(0)),
+        "device": system.device_kind(jax.devices()[0]),
+        "cpus": system.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "numpy", "pillow", "tensorflow-datasets")},

@@ -7,7 +7,6 @@ See README.md in this directory.
 
 import io
 import itertools
-import os
 import statistics
 import sys
 import tarfile
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import harness
 
+from dgl_jax import system
 from dgl_jax.data import crops, records, tfds_sets
 
 Open = Callable[[], Iterator[Any]]
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels a side of a crop")
     parser.add_argument("--note", default="", help="kept with the result")
     args = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores = system.cpu_count() or 1
     random = np.random.default_rng(0)
     photos = [photo(random) for _ in range(min(args.images, 64))]
     kilobytes = statistics.mean(map(len, photos)) / 1e3

@@ -4,7 +4,6 @@ python benchmarks/pipeline_speedup/run.py [--write]
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 from interleaved import WARM_UP, Process, Timing, Variant, in_turns, serve, timed, training
 
+from dgl_jax import system
 from dgl_jax.engines import Engine, PipelineEngine
 from dgl_jax.experiment import Experiment, make_experiment
 from dgl_jax.placement import put
@@ -110,7 +110,7 @@ def main() -> None:
         return None
 
     one, two = experiment("pipeline", 1, args), experiment("pipeline", 2, args)
-    one_core = Process(ONE_CORE, [min(os.sched_getaffinity(0))])
+    one_core = Process(ONE_CORE, [min(system.usable_cpus() or [0])])
     variants: dict[str, Variant] = {
         "fused": training(experiment("fused", 1, args)),
         ONE_CORE: one_core,

@@ -7,7 +7,6 @@ K modules on K CPU devices. The prediction from blocks and heads is that of `--m
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
+from dgl_jax import system
 from dgl_jax.bench import module_times
 from dgl_jax.costs import BlockTimes, block_times
 from dgl_jax.engines import EngineState
@@ -97,7 +97,7 @@ def main() -> None:
     flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--image_size", type=int, default=32)
     flags.add_argument("--splits", nargs=2, default=["0,3", "0,2,4"], help="first blocks for K = 2 and K = 3, or count, flops")
-    flags.add_argument("--cores", type=float, default=len(os.sched_getaffinity(0)), help="that all devices share")
+    flags.add_argument("--cores", type=float, default=system.cpu_count(), help="that all devices share")
     flags.add_argument("--calls", type=int, default=10, help="of each program by itself, a repeat")
     flags.add_argument("--steps", type=int, default=60, help="of the pipeline, a repeat")
     flags.add_argument("--repeats", type=int, default=7)

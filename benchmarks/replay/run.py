@@ -4,7 +4,6 @@ python benchmarks/replay/run.py [--write]
 """
 
 import importlib.util
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
+from dgl_jax import system
 from dgl_jax.packet import Header, Targets
 from dgl_jax.replay import Ring
 
@@ -200,8 +200,9 @@ def main() -> None:
         )
     harness.table(["packet", "slots", *columns, "ring over numpy", "over array by array", f"at least {TARGET}"], rows)
     other = {"flashbax": version("flashbax")} if importlib.util.find_spec("flashbax") else {}
-    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB)
-    harness.finish(__file__, {"target": TARGET, "versions": other, "peak_memory_mib": peak, "rows": results}, args.write)
+    peak = system.process_peak()
+    peak_mib = peak and round(peak / 2**20)
+    harness.finish(__file__, {"target": TARGET, "versions": other, "peak_memory_mib": peak_mib, "rows": results}, args.write)
 
 
 if __name__ == "__main__":

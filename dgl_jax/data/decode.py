@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from dgl_jax import system
 from dgl_jax.data.crops import MARGIN
 from dgl_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def decode_images(
                 )
             images[index] = image
 
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(system.cpu_count() or 1)
     try:
         # In order, so that the error raised is that of the first image in error.
         for _ in pool.map(some, [range(start, min(start + 256, count)) for start in range(0, count, 256)]):

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Int, UInt8
 
+from dgl_jax import system
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
 from dgl_jax.data.source import CROP, Order, Shard, check_channels, padded, random_bits
@@ -184,7 +184,7 @@ class RecordSource:
         import grain  # defines flags when it is imported
 
         workers = self._data.workers
-        threads = 0 if workers else min(_THREADS, len(os.sched_getaffinity(0)))
+        threads = 0 if workers else min(_THREADS, system.cpu_count() or 1)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(threads, max(1, threads)))
         if workers:
             if not flags.FLAGS.is_parsed():

@@ -97,4 +97,4 @@ class PipelineEngine(Synchronous):
 
     def _exit(self, k: int) -> Any:
         """Where module k leaves what it hands on."""
-        return Coded(self.placement.split(k), self.placement.replicated(k)) if k + 1 < len(self.recipe.modules) else None
+        return self.placement.coded(k) if k + 1 < len(self.recipe.modules) else None

@@ -1,0 +1,125 @@
+"""Asks the operating system, JAX and XLA what they may leave unanswered; None means unknown.
+
+Accelerator plug-ins answer less than the CPU's: `cost_analysis()` and `memory_analysis()` may be None, `memory_stats()` lack keys,
+and any of them may raise. macOS has no CPU affinity, Windows no `resource`. No other file asks; a caller never sees an exception.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device's memory; None where unknown.
+
+    Attributes:
+      free: that programs can still take.
+      limit: that they can take in all.
+      peak: most that was ever in use.
+    """
+
+    free: int | None = None
+    limit: int | None = None
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """Bytes that XLA plans for a compiled program.
+
+    Attributes:
+      arguments: taken by its inputs, donated ones included.
+      outputs: taken by its results, those in donated inputs included.
+      donated: of `outputs`, in the place of donated inputs.
+      temporary: scratch.
+    """
+
+    arguments: int
+    outputs: int
+    donated: int
+    temporary: int
+
+
+def usable_cpus() -> list[int] | None:
+    """Returns the numbers of the processors that this process may use."""
+    return _answer(lambda: os.sched_getaffinity(0), sorted)
+
+
+def machine_cpus() -> int | None:
+    """Returns how many processors the machine has."""
+    return _answer(os.cpu_count)
+
+
+def cpu_count() -> int | None:
+    """Returns how many processors this process may use; those of the machine where no more is known."""
+    usable = usable_cpus()
+    return len(usable) if usable else machine_cpus()
+
+
+def free_memory() -> int | None:
+    """Returns the bytes of host memory that can be taken without swapping."""
+    available = _answer(_meminfo, lambda text: 1024 * int(text.partition("MemAvailable:")[2].split()[0]))
+    if available is not None:
+        return available
+    pages, size = (_answer(partial(_sysconf, name)) for name in ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE"))
+    return pages * size if pages and size and min(pages, size) > 0 else None  # -1: the system does not tell
+
+
+def process_peak() -> int | None:
+    """Returns the most bytes of host memory that this process has ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _answer(_usage, lambda usage: unit * usage.ru_maxrss)
+
+
+def device_kind(device: Any) -> str:
+    """Returns the name of a device's model, such as "NVIDIA H100 80GB HBM3"; that of its platform where it has none."""
+    return _answer(lambda: device.device_kind, str) or str(device.platform)
+
+
+def device_memory(device: Any) -> DeviceMemory:
+    """Returns the memory of a JAX device; a CPU's is the host's."""
+    if device.platform == "cpu":
+        return DeviceMemory(free=free_memory(), peak=process_peak())
+    stats = _answer(lambda: device.memory_stats(), dict) or {}
+    limit, used, peak = (_answer(partial(stats.get, key), int) for key in ("bytes_limit", "bytes_in_use", "peak_bytes_in_use"))
+    return DeviceMemory(None if limit is None or used is None else max(0, limit - used), limit, peak)
+
+
+def program_plan(program: Any) -> ProgramPlan | None:
+    """Returns the memory plan of a compiled JAX program (`jax.stages.Compiled`)."""
+
+    def read(plan: Any) -> ProgramPlan:
+        names = ("argument_size", "output_size", "alias_size", "temp_size")
+        return ProgramPlan(*(int(getattr(plan, f"{name}_in_bytes")) for name in names))
+
+    return _answer(lambda: program.memory_analysis(), read)
+
+
+def _answer(ask: Callable[[], Any], read: Callable[[Any], T] = lambda answer: answer) -> T | None:
+    """Returns what is read out of an answer; None where it is None, holds something else, or asking raises."""
+    try:
+        answer = ask()
+        return None if answer is None else read(answer)
+    except Exception:  # plug-ins raise kinds of their own
+        return None
+
+
+def _meminfo() -> str:
+    with open("/proc/meminfo") as file:
+        return file.read()
+
+
+def _sysconf(name: str) -> int:
+    return os.sysconf(name)
+
+
+def _usage() -> Any:
+    import resource  # absent on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF)

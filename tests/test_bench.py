@@ -1,0 +1,15 @@
+"""The numbers of --mode=bench, on several devices a module too."""
+
+from runs import small_config
+
+from dgl_jax.bench import bench
+
+
+def test_a_codebook_is_whole_on_each_of_a_modules_devices(devices):
+    # Three codes: no group of two devices divides them.
+    vq = {"codec__name": "vq", "codec__dims": 4, "codec__codes": 3}
+    found = bench(small_config(engine__name="pipeline", engine__group_sizes=(2, 2), **vq), 2)
+    assert found["devices"] == "cpu: module 0 on 0,1; module 1 on 2,3"
+    assert len(found["module_milliseconds"]) == 2
+    assert min(found["module_milliseconds"]) > 0
+    assert found["peak_memory_bytes"] > 2**20

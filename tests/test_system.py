@@ -1,0 +1,162 @@
+"""Optional questions: the right answers where there are some, None where there are none, and nobody else who asks."""
+
+import os
+import re
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dgl_jax import system
+from dgl_jax.system import DeviceMemory, ProgramPlan
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = (
+    r"\bcost_analysis\b|\bmemory_analysis\b|\bmemory_stats\b|\bdevice_kind\b|meminfo|sched_getaffinity|\bcpu_count\b"
+    r"|getrusage|\bimport resource\b|\bsysconf\b"
+)
+# `accelerator.py` breaks the questions, this file tries them; and a benchmark binds itself before anything may be imported.
+MAY_ASK = {"dgl_jax/system.py", "tests/test_system.py", "tests/accelerator.py", "benchmarks/vq_speed/run.py"}
+
+
+def asks(text):
+    """The optional questions in a file, but for those put to `system`."""
+    return re.findall(QUESTIONS, re.sub(r"\bsystem\.\w+|\bsystem, \"\w+\"", "", text))
+
+
+def test_nobody_else_asks():
+    folders = ("dgl_jax", "tests", "benchmarks", "examples", "configs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")] + [ROOT / "launch.py"]
+    assert len(files) > 100
+    found = {str(path.relative_to(ROOT)): asks(path.read_text()) for path in files}
+    assert {name: words for name, words in found.items() if words and name not in MAY_ASK} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "plan = program.memory_analysis()",
+        "device.device_kind",
+        "min(16, len(os.sched_getaffinity(0)))",
+        "os.cpu_count() or 1",
+        "import resource",
+        'open("/proc/meminfo")',
+    ],
+)
+def test_twin_a_question_elsewhere_is_noticed(source):
+    assert asks(source)
+    assert not asks("system.device_kind(d); system.cpu_count()")
+
+
+def test_answers_of_this_machine():
+    assert system.usable_cpus() == sorted(os.sched_getaffinity(0))
+    assert system.cpu_count() == len(os.sched_getaffinity(0))
+    assert system.machine_cpus() == os.cpu_count()
+    assert system.free_memory() > 2**20
+    assert system.process_peak() >= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 2**20
+    (device, *_) = jax.devices()
+    assert system.device_kind(device) == "cpu"
+    found = system.device_memory(device)
+    assert (found.free > 2**20, found.limit, found.peak > 2**20) == (True, None, True)
+    program = jax.jit(lambda x, y: (x + 1, jnp.sort(y)), donate_argnums=0)
+    shapes = (jax.ShapeDtypeStruct((n,), "float32") for n in (1024, 256))
+    plan = system.program_plan(program.lower(*shapes).compile())
+    assert (plan.arguments, plan.donated) == (4096 + 1024, 4096)
+    assert plan.outputs == pytest.approx(4096 + 1024, abs=64)  # and pointers
+
+
+class Device:
+    """Answers as it is told to: a function is called."""
+
+    platform = "cuda"
+
+    def __init__(self, stats=None, kind=None):
+        self._stats, self._kind = stats, kind
+
+    def memory_stats(self):
+        return _told(self._stats)
+
+    @property
+    def device_kind(self):
+        return _told(self._kind)
+
+
+def _told(answer):
+    return answer() if callable(answer) else answer
+
+
+def fails():
+    raise NotImplementedError("UNIMPLEMENTED: not on this plug-in")
+
+
+@pytest.mark.parametrize(
+    ("stats", "memory"),
+    [
+        ({"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 500}, DeviceMemory(700, 1000, 500)),
+        ({"bytes_limit": 1000, "bytes_in_use": 1200}, DeviceMemory(0, 1000)),
+        ({"bytes_limit": 1000}, DeviceMemory(None, 1000)),
+        ({"bytes_in_use": 300, "peak_bytes_in_use": 0}, DeviceMemory(None, None, 0)),
+        ({"bytes_limit": None, "bytes_in_use": 3}, DeviceMemory()),
+        ({}, DeviceMemory()),
+        (None, DeviceMemory()),
+        (3, DeviceMemory()),
+        (fails, DeviceMemory()),
+    ],
+)
+def test_memory_of_a_device(stats, memory):
+    assert system.device_memory(Device(stats)) == memory
+
+
+@pytest.mark.parametrize(("kind", "name"), [("TPU v5e", "TPU v5e"), (None, "cuda"), ("", "cuda"), (fails, "cuda")])
+def test_kind_of_a_device(kind, name):
+    assert system.device_kind(Device(kind=kind)) == name
+
+
+def plan(**fields):
+    sizes = {f"{name}_size_in_bytes": n for n, name in enumerate(("argument", "output", "alias", "temp"), 1)} | fields
+    return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+
+
+def test_plan_of_a_program():
+    assert system.program_plan(plan()) == ProgramPlan(1, 2, 3, 4)
+    assert system.program_plan(plan(temp_size_in_bytes=None)) is None
+    assert system.program_plan(SimpleNamespace(memory_analysis=lambda: None)) is None
+    assert system.program_plan(SimpleNamespace(memory_analysis=lambda: SimpleNamespace())) is None
+    assert system.program_plan(SimpleNamespace(memory_analysis=fails)) is None
+
+
+def test_where_the_system_tells_less(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    assert system.usable_cpus() is None
+    assert system.cpu_count() == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert system.cpu_count() is None
+    monkeypatch.setitem(__import__("sys").modules, "resource", None)  # Windows
+    assert system.process_peak() is None
+    monkeypatch.setattr(system, "_meminfo", lambda: "MemTotal: 3 kB\n")
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 5, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert system.free_memory() == 5 * 4096
+    monkeypatch.setattr(os, "sysconf", lambda name: -1)
+    assert system.free_memory() is None
+    monkeypatch.delattr(os, "sysconf")
+    assert system.free_memory() is None
+    monkeypatch.setattr(system, "_meminfo", lambda: "MemTotal: 9 kB\nMemAvailable:    7 kB\nSwap: 1 kB\n")
+    assert system.free_memory() == 7 * 1024
+
+
+def test_units_of_the_peak(monkeypatch):
+    monkeypatch.setattr(system, "_usage", lambda: SimpleNamespace(ru_maxrss=5))
+    for platform, bytes_ in (("linux", 5 * 1024), ("darwin", 5)):
+        monkeypatch.setattr(system.sys, "platform", platform)
+        assert system.process_peak() == bytes_
+
+
+def test_ctrl_c_is_no_answer():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        system.device_memory(Device(interrupted))
