@@ -1,17 +1,22 @@
 """Decoupled Greedy Learning in JAX: the pure pieces, for other people's code.
 
-A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing this package touches no device, flag or logger.
+A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing this package touches no device, flag or logger; JAX
+and Flax, which take a second to import, come with the first of the names below that is used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # read by pyproject.toml too: a literal
 
-from dgl_jax.codecs import vq
-from dgl_jax.errors import UserError
-from dgl_jax.losses import accuracy, cross_entropy
-from dgl_jax.models import cuts, make_head, make_network, register
-from dgl_jax.module import LocalModule, ModuleState, init_states, make_modules
-from dgl_jax.packet import Batch, Packet, Targets
-from dgl_jax.step import apply_gradient, eval_step, local_step
+if TYPE_CHECKING:
+    from dgl_jax.codecs import vq
+    from dgl_jax.errors import UserError
+    from dgl_jax.losses import accuracy, cross_entropy
+    from dgl_jax.models import cuts, make_head, make_network, register
+    from dgl_jax.module import LocalModule, ModuleState, init_states, make_modules
+    from dgl_jax.packet import Batch, Packet, Targets
+    from dgl_jax.step import apply_gradient, eval_step, local_step
 
 __all__ = [
     "Batch",
@@ -33,3 +38,25 @@ __all__ = [
     "register",
     "vq",
 ]
+
+_ROOMS = {
+    "codecs": ("vq",),
+    "errors": ("UserError",),
+    "losses": ("accuracy", "cross_entropy"),
+    "models": ("cuts", "make_head", "make_network", "register"),
+    "module": ("LocalModule", "ModuleState", "init_states", "make_modules"),
+    "packet": ("Batch", "Packet", "Targets"),
+    "step": ("apply_gradient", "eval_step", "local_step"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(f"dgl_jax.{room}"), name)
+            return globals()[name]
+    raise AttributeError(f"module 'dgl_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

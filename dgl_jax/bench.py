@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from ml_collections import ConfigDict
 
 from dgl_jax import system
 from dgl_jax.costs import Elapsed, clocked
@@ -15,10 +14,13 @@ from dgl_jax.experiment import Experiment, make_experiment
 from dgl_jax.placement import put
 from dgl_jax.settings import Settings, make_settings
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 _WARM_UP = 5
 
 
-def bench(config: Mapping[str, Any] | ConfigDict | Settings, steps: int = 200) -> dict[str, Any]:
+def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200) -> dict[str, Any]:
     """Trains `steps` steps of the configured engine and measures; writes nothing.
 
     Returns:

@@ -1,28 +1,61 @@
-"""Defines the command line: flags, logging and dispatch on --mode. `launch.py` and the console script call `main`."""
+"""Defines the command line: flags, logging and dispatch on --mode. `launch.py` and the console script `dgl-jax` call `main`."""
 
 import json
 import os
 import re
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from dgl_jax import settings, system, workdir, writers
+from dgl_jax import config_files, settings, system, workdir
 from dgl_jax.errors import UserError, reported, where
+from dgl_jax.libraries import needed
+from dgl_jax.paths import expand
+
+with reported(), needed("the command line"):
+    from absl import app, flags
+    from ml_collections import config_flags
+
+
+class _Path(flags.ArgumentParser):
+    """Takes a path, in which `~` is the home directory."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, flag: str):
+        self._flag = flag
+
+    def parse(self, argument: str) -> str:
+        """Returns the path, expanded."""
+        return expand(argument, f"--{self._flag}")
+
+    def flag_type(self) -> str:
+        """Returns what `--help` calls such a value."""
+        return "path"
+
+
+def _define_path(name: str, text: str) -> flags.FlagHolder:
+    return flags.DEFINE(_Path(name), name, None, text, serializer=flags.ArgumentSerializer())
+
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
-_CONFIG = config_flags.DEFINE_config_file("config", None, "One of configs/*.py; --config.a.b=value overrides a field.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where a run is written, or read back from.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A configuration file, or the name of one in configs/ (digits); --config.a.b=value overrides a field."
+)
+_WORKDIR = _define_path("workdir", "Where a run is written, or read back from.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "newest", "newest, best or a step; for eval, predict and export.")
-_INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run whose weights a new one starts from.")
+_INIT_FROM = _define_path("init_from", "Workdir of a run whose weights a new one starts from.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "What --mode=eval measures.")
-_IMAGES = flags.DEFINE_multi_string("images", [], "File, folder or pattern of images for --mode=predict; repeatable.")
-_OUTPUT = flags.DEFINE_string("output", None, "File of predict (.csv or .jsonl), folder of export, picture of plan (.png).")
+_IMAGES = flags.DEFINE_multi(
+    _Path("images"),
+    flags.ArgumentSerializer(),
+    "images",
+    [],
+    "File, folder or pattern of images for --mode=predict; repeatable.",
+)
+_OUTPUT = _define_path("output", "File of predict (.csv or .jsonl), folder of export, picture of plan (.png).")
 _STEPS = flags.DEFINE_integer("bench_steps", 200, "Steps that --mode=bench times.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices", None, "Devices that --mode=plan looks at; one a module by default.", lower_bound=1)
-_TIMES = flags.DEFINE_string("block_times", None, "Of plan: ms of each block (1.5,2,3), or a JSON file; measured here by default.")
+_TIMES = _define_path("block_times", "Of plan: ms of each block (1.5,2,3), or a JSON file; measured here by default.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", None, "Of plan: GB/s from one device to another; by default packets take no time.")
 _CORES = flags.DEFINE_float("cores", None, "Of plan: processors that the devices share; by default those of a CPU it measures.")
 _JSON = flags.DEFINE_boolean("json", False, "Of plan: print JSON.")
@@ -45,37 +78,71 @@ def _workdir() -> str:
 def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
-    # Imported here: a mistyped flag or --help need not wait for what trains.
-    import jax
+    mode, checkpoint = _MODE.value, _CHECKPOINT.value
+    # What the command line lacks is said at once; only then comes what the mode needs, which takes seconds to import.
+    folder = _workdir() if mode not in ("bench", "plan") else _WORKDIR.value
+    with needed(f"--mode={mode}"):
+        if mode == "train":
+            _train(_config(), folder)
+        elif mode == "eval":
+            override = _config() if _CONFIG.value is not None else None
+            from dgl_jax import evaluate
 
-    from dgl_jax import bench, evaluate, export, plan, plots, predict, train
+            _start()
+            print(json.dumps(evaluate.evaluate_run(folder, checkpoint, _SPLIT.value, override)))
+        elif mode == "predict":
+            from dgl_jax import predict
 
-    writers.log_to_stderr()  # after the imports, which bring log handlers of their own
+            _start()
+            predict.predict_run(folder, checkpoint, _IMAGES.value, _OUTPUT.value)
+        elif mode == "export":
+            from dgl_jax import export
+
+            _start()
+            print(export.export_run(folder, checkpoint, _OUTPUT.value))
+        elif mode == "plot":
+            from dgl_jax import plots
+
+            _start()
+            print(*plots.plot(folder), sep="\n")
+        elif mode == "plan":
+            config = _config()
+            from dgl_jax import plan
+
+            _start()
+            chosen = _DEVICES.value, _TIMES.value, _BANDWIDTH.value, _CORES.value, _JSON.value, _OUTPUT.value, folder
+            print(plan.plan_run(config, *chosen))
+        else:
+            config = _config()
+            from dgl_jax import bench
+
+            _start()
+            print(json.dumps(bench.bench(config, _STEPS.value)))
+
+
+def _train(config: settings.Settings, folder: str) -> None:
+    from dgl_jax import train
+
+    _start()
+    try:
+        summary = train.train_and_evaluate(config, folder, _INIT_FROM.value)
+    except train.Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
+
+
+def _start() -> None:
+    """Sets up logging and devices, once the imports are done: they bring log handlers of their own."""
+    from dgl_jax import writers
+
+    writers.log_to_stderr()
     if _CPU_DEVICES.value:
+        import jax
+
         # XLA's pool has a thread a device by default: where all but one wait in a reduction, the last finds none for its own work.
         os.environ.setdefault("NPROC", str(max(system.machine_cpus() or 1, 2 * _CPU_DEVICES.value)))
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    mode, checkpoint = _MODE.value, _CHECKPOINT.value
-    if mode == "train":
-        try:
-            summary = train.train_and_evaluate(_config(), _workdir(), _INIT_FROM.value)
-        except train.Interrupted as stopped:
-            print(f"\n{stopped}", file=sys.stderr)
-            sys.exit(128 + stopped.signum)
-        print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
-    elif mode == "eval":
-        print(json.dumps(evaluate.evaluate_run(_workdir(), checkpoint, _SPLIT.value, _CONFIG.value and _config())))
-    elif mode == "predict":
-        predict.predict_run(_workdir(), checkpoint, _IMAGES.value, _OUTPUT.value)
-    elif mode == "export":
-        print(export.export_run(_workdir(), checkpoint, _OUTPUT.value))
-    elif mode == "plot":
-        print(*plots.plot(_workdir()), sep="\n")
-    elif mode == "plan":
-        chosen = _DEVICES.value, _TIMES.value, _BANDWIDTH.value, _CORES.value, _JSON.value, _OUTPUT.value, _WORKDIR.value
-        print(plan.plan_run(_config(), *chosen))
-    else:
-        print(json.dumps(bench.bench(_config(), _STEPS.value)))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -84,9 +151,11 @@ def _parse(argv: list[str]) -> list[str]:
             if override := re.match(r"--?config\.([^=]+)", argument):
                 settings.check_name(override[1])
         try:
-            rest = flags.FLAGS(workdir.with_own_config(argv))
+            rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:
                 _CONFIG.value.data  # noqa: B018 (a file that could not be read says so at the first look inside)
+        except UserError:
+            raise
         except flags.Error as error:
             raise UserError(str(error)) from error
         except Exception as error:
@@ -96,4 +165,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main() -> None:
     """Runs the command line on `sys.argv`."""
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # else --help leaves them to --helpfull
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(_dispatch, flags_parser=_parse)

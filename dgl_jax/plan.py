@@ -18,13 +18,14 @@ from typing import Any
 
 import jax
 
-from dgl_jax import plots, system
+from dgl_jax import system
 from dgl_jax.codecs import CODECS, make_codec
 from dgl_jax.costs import BlockTimes, ModuleCost, aligned, block_times, module_costs, module_flops, module_memory, table
 from dgl_jax.engines import Recipe
 from dgl_jax.engines.turns import fused, pipelined
 from dgl_jax.errors import UserError
 from dgl_jax.experiment import ONE_LOSS, choose_cuts, every_block, known_info, make_recipe
+from dgl_jax.libraries import require
 from dgl_jax.models import BlockCosts
 from dgl_jax.placement import check_batch, layout
 from dgl_jax.settings import Settings
@@ -52,8 +53,12 @@ def plan_run(
     if output is not None and Path(output).suffix != ".png":
         raise UserError(f"--output={output}: must end in .png, for the timeline of --mode=plan")
     picture = Path(output) if output else Path(workdir) / "plots" / "plan.png" if workdir else None
+    if picture:
+        require("the picture of --mode=plan", "matplotlib")  # before anything is measured
     found, spans = plan(settings, devices, stated, bandwidth, cores)
     if picture:
+        from dgl_jax import plots  # matplotlib takes a third of a second to import
+
         turns = [(span.module, 1e3 * span.begin, 1e3 * span.end) for span in spans]
         batches = 1 + max(span.batch for span in spans)
         subtitle = f"{found['ticks_per_second']:.4g} ticks/s, {found['speedup']:.2f} times one device"

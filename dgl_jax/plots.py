@@ -5,20 +5,42 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 
 from dgl_jax.errors import UserError
 from dgl_jax.writers import read_jsonl
+
+
+@contextmanager
+def _any_backend() -> Iterator[None]:
+    """Hides MPLBACKEND while matplotlib is imported, which a backend that is not installed here would end.
+
+    No window is opened, so none is needed. Afterwards matplotlib has the backend as if it had read it, where it knows it.
+    """
+    chosen = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if chosen is not None:
+            os.environ["MPLBACKEND"] = chosen
+    if chosen:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = chosen
+
+
+with _any_backend():
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.transforms import ScaledTranslation
 
 Record = Mapping[str, Any]
 Line = tuple[list[float], list[float]]  # epochs, values

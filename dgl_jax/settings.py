@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from dgl_jax.errors import UserError
+
+if TYPE_CHECKING:  # a library's user, who has no use for configuration files, needs no ml_collections
+    from ml_collections import ConfigDict
 
 # What differs freely between a run and its resumption: none of these changes what was learnt up to the checkpoint. (Another
 # length does change what a cosine will do from there on: the run says so when it goes on.)
@@ -225,8 +226,10 @@ class Settings:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def default_config() -> ConfigDict:
+def default_config() -> "ConfigDict":
     """A ConfigDict of every field with its default: where each file in `configs/` starts."""
+
+    from ml_collections import ConfigDict
 
     def unwrap(cls: type) -> dict[str, Any]:
         values = {}
@@ -237,7 +240,7 @@ def default_config() -> ConfigDict:
     return ConfigDict(unwrap(Settings))
 
 
-def make_settings(config: Mapping[str, Any] | ConfigDict, given: Collection[str] = ()) -> Settings:
+def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[str] = ()) -> Settings:
     """Checks a configuration and freezes it; a field left out takes its default.
 
     Args:
@@ -345,7 +348,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _build(cls: type, config: Any, prefix: str) -> Any:
-    if not isinstance(config, Mapping | ConfigDict):
+    if not isinstance(config, Mapping) and not hasattr(config, "items"):  # a ConfigDict is no Mapping
         raise UserError(f"config.{prefix[:-1]}={config!r}: a group of fields, not a value")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in config:

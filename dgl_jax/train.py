@@ -8,12 +8,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from ml_collections import ConfigDict
 
 from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
 from dgl_jax.costs import module_costs, table
@@ -21,6 +19,7 @@ from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
 from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
+from dgl_jax.libraries import require, versions
 from dgl_jax.metrics import Window, diverged
 from dgl_jax.models import BALANCED
 from dgl_jax.module import ModuleState, count_parameters
@@ -29,10 +28,11 @@ from dgl_jax.settings import Settings, make_settings
 from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock
 from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate, write_atomically
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 _LOG = logging.getLogger(__name__)
 _Due = tuple[int, EngineState, tuple[bool, bool]]  # a step, a copy of the modules there, whether to evaluate and to save it
-
-_VERSIONS = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Interrupted(Exception):
@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 
 def train_and_evaluate(
-    config: Mapping[str, Any] | ConfigDict | Settings, workdir: str | Path, init_from: str | Path | None = None
+    config: "Mapping[str, Any] | ConfigDict | Settings", workdir: str | Path, init_from: str | Path | None = None
 ) -> Summary:
     """Trains the configured run in `workdir`, or goes on with the one that is there, and tests it at the end.
 
@@ -64,6 +64,9 @@ def train_and_evaluate(
     if done:
         _LOG.info("this run is finished: %s/summary.json", workdir)
         return done
+    require("--mode=train", "matplotlib")  # for the pictures at the end
+    if settings.log.tensorboard:
+        require("config.log.tensorboard=True", "tensorboardX")
     experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
     if init_from and holds_checkpoint(workdir):
         _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
@@ -101,6 +104,7 @@ class _Run:
         self.saved = -1  # the step of the newest checkpoint
         self.saved_flight = -1  # and of the newest with the rings
         self.wall_before, self.began = 0.0, time.monotonic()
+        self.versions = versions()  # now, not at the end of a long run
         self.closing = ExitStack()
         self.closing.callback(self.checkpoints.close)
 
@@ -305,7 +309,7 @@ class _Run:
             codec_error=[self.latest.get(f"train/module_{k}/codec_error", 0.0) for k in hops],
             wall_seconds=round(self.wall_before + time.monotonic() - self.began, 3),
             dataset=self.experiment.info.name,
-            versions={name: version(name) for name in _VERSIONS},
+            versions=self.versions,
             staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in recipe.modules] if asynchronous else None,
             ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in recipe.modules] if asynchronous else None,
             reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in recipe.modules] if asynchronous else None,

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from dgl_jax.errors import UserError
+from dgl_jax.paths import expand
 from dgl_jax.settings import Settings, differences, make_settings
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _ASYNCHRONOUS = ("staleness", "reuse", "ring_bytes")
 
@@ -47,8 +49,10 @@ class Summary:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in _ASYNCHRONOUS}
 
 
-def get_config(workdir: str) -> ConfigDict:
+def get_config(workdir: str) -> "ConfigDict":
     """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/workdir.py:runs/digits`."""
+    from ml_collections import ConfigDict
+
     return ConfigDict(dataclasses.asdict(make_settings(json.loads((Path(workdir) / "config.json").read_text()))))
 
 
@@ -62,7 +66,7 @@ def with_own_config(argv: list[str]) -> list[str]:
     if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
         return argv
     flag = re.compile(r"--?workdir=(.+)")
-    workdir = next((match[1] for argument in argv if (match := flag.match(argument))), None)
+    workdir = next((expand(match[1], "--workdir") for argument in argv if (match := flag.match(argument))), None)
     if workdir is None or not (Path(workdir) / "config.json").is_file():
         raise UserError(f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run that has one")
     return [argv[0], f"--config={__file__}:{workdir}", *argv[1:]]

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dgl_jax.errors import UserError
 
@@ -172,6 +171,8 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
 
 
 def _rgb_jpeg(image: bytes) -> bytes:
+    from PIL import Image
+
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(image)) as opened:
         opened.convert("RGB").save(buffer, "JPEG", quality=100, subsampling=0)

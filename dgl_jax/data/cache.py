@@ -19,8 +19,16 @@ LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less i
 
 
 def cache_dir() -> Path:
-    """Where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels."""
-    return Path("~/.cache/dgl_jax").expanduser()
+    """Returns where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels.
+
+    Below the home directory; where there is none that can be written, as under a user without one in a container, below the
+    system's directory of temporary files.
+    """
+    home = Path(os.path.expanduser("~"))
+    kept = home / ".cache" / "dgl_jax"
+    if home.is_absolute() and (kept.is_dir() or os.access(home, os.W_OK)):
+        return kept
+    return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"
 
 
 def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]) -> Examples:

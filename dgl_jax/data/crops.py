@@ -10,19 +10,22 @@ images as stored.
 import contextlib
 import io
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 AREA = (0.08, 1.0)  # of the crop, as a share of the image's
 ASPECT = (3 / 4, 4 / 3)  # width over height
 ATTEMPTS = 10
 DRAWS = (ATTEMPTS, 4)  # numbers that a random crop takes
 MARGIN = 256 / 224  # side of the resized image over that of the centre crop
-# What Pillow raises where bytes are no image, or only the first part of one.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What reading raises where bytes are no image, or only the first part of one.
+UNREADABLE = (OSError, SyntaxError, ValueError)
 
 
 class Box(NamedTuple):
@@ -91,7 +94,7 @@ def _header(data: bytes) -> tuple[int, int, bool]:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         return width, height, colours not in ("CMYK", "YCCK")
     except ValueError:
-        with Image.open(io.BytesIO(data)) as opened:
+        with _opened(data) as opened:
             return *opened.size, False
 
 
@@ -105,8 +108,19 @@ def _decode(data: bytes, width: int, height: int, simple: bool, spare: int) -> t
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor)), factor
     # Other forms than JPEG, other colours than RGB, what is odd; and damaged files, of which Pillow says what is wrong.
-    with Image.open(io.BytesIO(data)) as opened:
+    with _opened(data) as opened:
         return np.asarray(opened.convert("RGB")), 1
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator["Image.Image"]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
 
 
 def _resize(pixels: UInt8[np.ndarray, "h w 3"], width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -6,14 +6,18 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
 from dgl_jax import system
 from dgl_jax.data.crops import MARGIN
 from dgl_jax.errors import UserError
+from dgl_jax.libraries import needed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MODES = {1: "L", 3: "RGB"}
 # What Pillow raises on EXIF data that is damaged; the image itself may be sound.
@@ -43,6 +47,8 @@ def decode_images(
     Raises:
       UserError: an image cannot be read, or `image_size` is 0 and an image is not as large as the first one.
     """
+    with needed("decoding images"):
+        from PIL import Image, ImageOps
 
     def one(index: int) -> np.ndarray:
         data = read(index)
@@ -81,8 +87,10 @@ def decode_images(
     return images
 
 
-def _converted(image: Image.Image, mode: str) -> Image.Image:
+def _converted(image: "Image.Image", mode: str) -> "Image.Image":
     """The loaded image, upright, in the mode asked for; itself where nothing is to do."""
+    from PIL import Image, ImageOps
+
     image.load()
     with contextlib.suppress(*_BAD_EXIF):
         ImageOps.exif_transpose(image, in_place=True)  # the pixels first, then the metadata, which nobody reads here

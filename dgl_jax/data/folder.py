@@ -8,6 +8,7 @@ from dgl_jax.data import cache
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import DataSet, Examples
 from dgl_jax.errors import UserError
+from dgl_jax.paths import expand
 from dgl_jax.settings import DataSettings
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -25,7 +26,7 @@ def load(settings: DataSettings) -> DataSet:
     """
     if not settings.dir:
         raise UserError("config.data.dir is empty: data.name=folder needs a directory with train/<class>/ and test/<class>/")
-    root = Path(settings.dir).expanduser()
+    root = Path(expand(settings.dir, "config.data.dir"))
     if not root.is_dir():
         raise UserError(f"config.data.dir={settings.dir}: no such directory")
     files = {split: _list(root / split) for split in ("train", "test")}

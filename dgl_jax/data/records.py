@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int, UInt8
 
 from dgl_jax import system
@@ -17,6 +16,7 @@ from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
 from dgl_jax.data.source import CROP, Order, Shard, check_channels, padded, random_bits
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError
+from dgl_jax.libraries import require
 from dgl_jax.packet import Batch
 from dgl_jax.settings import DataSettings
 
@@ -53,6 +53,7 @@ def load(settings: DataSettings) -> RecordSet:
     Raises:
       UserError: see `tfds_sets.prepared`, or training or validation images are missing.
     """
+    require(f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2")  # before hours of preparing
     directory = tfds_sets.prepared(settings)
     info = tfds_sets.open_set(directory).info
     missing = {"train", "validation"} - set(info.splits)
@@ -187,6 +188,8 @@ class RecordSource:
         threads = 0 if workers else min(_THREADS, system.cpu_count() or 1)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(threads, max(1, threads)))
         if workers:
+            from absl import flags
+
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain hands its own to its workers; a library's user has parsed none
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import socket
 import tarfile
 import threading
@@ -20,14 +21,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from dgl_jax.data import cache
 from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import DataSet, Examples
 from dgl_jax.errors import UserError
+from dgl_jax.libraries import require
+from dgl_jax.paths import expand
 from dgl_jax.settings import DataSettings
+
+_LOG = logging.getLogger(__name__)
 
 # By TFDS's name, with the variant behind a slash; the others are called the same here and there.
 _TFDS_NAMES = {"digits": "optical_digits", "imagenet": "imagenet2012", "imagenette": "imagenette/320px-v2"}
@@ -50,8 +54,9 @@ def prepared(settings: DataSettings) -> Path:
       UserError: `config.data.dir` is missing or cannot be written, was written by TFDS in another file format, or an
         archive is neither there nor can be had, or is not what TFDS expects.
     """
-    root = Path(settings.dir).expanduser() if settings.dir else cache.cache_dir() / "tfds"
-    manual = Path(settings.manual_dir).expanduser() if settings.manual_dir else root / "downloads" / "manual"
+    require(f"config.data.name={settings.name}", "tensorflow_datasets", "array_record", "PIL")
+    root = Path(expand(settings.dir, "config.data.dir")) if settings.dir else cache.cache_dir() / "tfds"
+    manual = Path(expand(settings.manual_dir, "config.data.manual_dir")) if settings.manual_dir else root / "downloads" / "manual"
     if settings.dir and not root.is_dir():
         raise UserError(
             f"config.data.dir={settings.dir}: no such directory; create it, or leave config.data.dir empty "
@@ -64,6 +69,8 @@ def prepared(settings: DataSettings) -> Path:
     name = _TFDS_NAMES.get(settings.name, settings.name)
     directory = _prepared(root, name)
     if directory is None:
+        if settings.name == "digits":
+            require("config.data.name=digits", "sklearn")
         _check_archives(root, manual, name)  # first of all: nothing is left in a directory that cannot be used
         with _locked(root, name):
             directory = _prepared(root, name)  # another process may just have done it
@@ -153,7 +160,7 @@ def _check_archives(root: Path, manual: Path, name: str) -> None:
             )
     for archive in needed:
         if archive not in missing:
-            logging.info("comparing the checksum of %s", archive.filename)
+            _LOG.info("comparing the checksum of %s", archive.filename)
             archive.verify(manual / archive.filename)
 
 
@@ -161,7 +168,7 @@ def _prepare(root: Path, manual: Path, name: str) -> None:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    logging.info("preparing %s in %s, once", name, root)
+    _LOG.info("preparing %s in %s, once", name, root)
     # No look at Google's storage for a prepared copy: those are TFRECORD.
     config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=manual)
     name, _, variant = name.partition("/")
@@ -262,12 +269,13 @@ def _read(settings: DataSettings, directory: Path) -> DataSet:
 def _quiet() -> Iterator[None]:
     """Without TFDS's progress bars, its announcements on the standard output and its absl log lines."""
     import tensorflow_datasets as tfds
+    from absl import logging as absl_logging
 
     tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)

@@ -1,0 +1,130 @@
+"""Which file `--config` means, and `~` in every path of a command line."""
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dgl_jax.config_files import SHIPPED, resolve, with_files
+from dgl_jax.data import cache
+from dgl_jax.errors import UserError
+from dgl_jax.paths import expand
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own, without the current directory on its path."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-P", "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_what_is_shipped_is_the_folder_at_the_root():
+    assert SHIPPED.resolve() == (ROOT / "configs").resolve()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py", "configs/digits"])
+def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name) == f"{SHIPPED / 'digits.py'}"
+    assert resolve(f"{name}:an:argument") == f"{SHIPPED / 'digits.py'}:an:argument"
+
+
+def test_the_users_files_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("digits.py", "configs/digits.py", "mine.py"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+        assert resolve(name) == name
+    assert resolve("~/mine.py") == str(tmp_path / "mine.py")
+    (tmp_path / "digits").mkdir()  # such as a workdir: no file
+    assert resolve("digits") == f"{SHIPPED / 'digits.py'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digit", "--config=digit: neither a file nor a configuration of dgl_jax; did you mean digits"),
+        ("configs/digit.py", "did you mean digits"),
+        ("zzz", "there are: cifar10, cifar10_modern, "),
+        ("~nobody-of-that-name/x.py", "--config=~nobody-of-that-name/x.py: the home directory ~nobody-of-that-name is not known"),
+    ],
+)
+def test_a_mistyped_name_gets_its_neighbours(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        resolve(name)
+
+
+def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = f"{SHIPPED / 'digits.py'}"
+    argv = ["launch.py", "--config.seed=1", "--config=digits", "-config=digits", "--config", "digits", "digits"]
+    found = ["launch.py", "--config.seed=1", f"--config={digits}", f"-config={digits}", "--config", digits, "digits"]
+    assert with_files(argv) == found
+
+
+def test_a_shipped_configuration_needs_no_package_called_configs(tmp_path):
+    """Those that build on another one, copied elsewhere as a user would; in a process that imported none of them."""
+    shutil.copy(SHIPPED / "cifar10_modern.py", tmp_path / "mine.py")
+    code = "import sys; sys.path.insert(0, '.'); import mine; print(mine.get_config().train.ema, 'configs' in sys.modules)"
+    done = python(code, cwd=tmp_path)
+    assert done.stdout == "0.999 False\n", done.stderr
+
+
+FLAGS = """
+import json
+from dgl_jax import cli
+cli._parse(["dgl-jax", *json.loads({arguments!r})])
+print(json.dumps([f.value for f in (cli._WORKDIR, cli._INIT_FROM, cli._OUTPUT, cli._IMAGES, cli._TIMES)]))
+"""
+
+
+def test_every_path_of_a_command_line_may_begin_at_home():
+    paths = ["--workdir=~/a", "--init_from", "~", "--output=~/b.csv", "--images=~/*.png", "--images=x~", "--block_times=~/t"]
+    done = python(FLAGS.format(arguments=json.dumps(paths)), HOME="/homes/h")
+    expected = ["/homes/h/a", "/homes/h", "/homes/h/b.csv", ["/homes/h/*.png", "x~"], "/homes/h/t"]
+    assert json.loads(done.stdout) == expected, done.stderr
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """As under a user without an entry among the system's, and with no HOME: such as any number in a container."""
+
+    def nobody(_):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+def test_a_home_that_is_not_known_is_said(homeless, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--workdir=~/runs: the home directory ~ is not known here; write the path in full"):
+        expand("~/runs", "--workdir")
+    monkeypatch.chdir(tmp_path)
+    Path("~").mkdir()  # of just that name
+    assert expand("~", "--workdir") == "~"
+    assert expand("/a/~", "--workdir") == "/a/~"
+
+
+def test_the_cache_lives_without_a_home(homeless, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"
+
+
+def test_the_cache_lives_where_home_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for home in ("/", "", str(tmp_path / "nowhere")):
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may be allowed everything
+        assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = tmp_path / ".cache" / "dgl_jax"
+    kept.mkdir(parents=True)  # what was prepared before is read
+    assert cache.cache_dir() == kept

@@ -1,0 +1,166 @@
+"""What the package needs beyond its core: imported when used, and named with its install line where it is missing."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import small_config
+
+from dgl_jax import __version__, libraries
+from dgl_jax.data import make_source
+from dgl_jax.errors import UserError
+from dgl_jax.settings import DataSettings
+from dgl_jax.train import train_and_evaluate
+
+ROOT = Path(libraries.__file__).parents[1]
+# Lets files of the package import the five libraries and what Python brings, as where nothing else is installed. (Flax has
+# requirements of its own, so the others are installed wherever it is.)
+FIVE = """
+import builtins, sys
+
+allowed = {"jax", "flax", "optax", "numpy", "jaxtyping", "dgl_jax", *sys.stdlib_module_names}
+real = builtins.__import__
+
+def only_five(name, globals=None, locals=None, fromlist=(), level=0):
+    if str((globals or {}).get("__name__")).startswith("dgl_jax") and name.partition(".")[0] not in allowed:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return real(name, globals, locals, fromlist, level)
+
+builtins.__import__ = only_five
+"""
+LIBRARY = """
+from functools import partial
+import jax, optax
+import numpy as np
+from dgl_jax import Targets, cuts, init_states, local_step, make_head, make_modules, make_network, vq
+import dgl_jax.data, dgl_jax.engines, dgl_jax.placement, dgl_jax.replay, dgl_jax.timeline
+
+network = make_network("cnn4", width=4, num_classes=10, image_shape=(8, 8, 1))
+modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
+optimizer = optax.sgd(0.1)
+states = list(init_states(modules, optimizer, jax.random.key(0), jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")))
+x, targets = np.ones((8, 8, 8, 1), np.float32), Targets(np.arange(8) % 10, np.arange(8))
+for k, module in enumerate(modules):
+    states[k], x, metrics = jax.jit(partial(local_step, module, optimizer))(states[k], x, targets)
+assert int(states[0].updates) == 1
+assert float(metrics["loss"]) > 0
+x = np.repeat(np.arange(4.0, dtype=np.float32), 8).reshape(4, 8)
+book = vq.init(jax.random.key(0), x, codes=4, dims=8)
+assert np.array_equal(vq.decode(book.entries, vq.encode(book.entries, x)), x)
+print("done")
+"""
+
+
+def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def test_the_library_part_needs_five_libraries():
+    done = run(FIVE + LIBRARY)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_twin_a_sixth_library_is_noticed():
+    done = run(FIVE.replace('"jaxtyping", ', "") + LIBRARY)
+    assert "ModuleNotFoundError: No module named 'jaxtyping'" in done.stderr
+
+
+COMMAND_LINE = """
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_module("dgl_jax.cli", run_name="dgl_jax.cli", alter_sys=False)["main"]()
+"""
+
+
+@pytest.mark.parametrize(
+    ("present", "line"),
+    [
+        ((), "error: the command line needs absl-py, which is not installed: pip install absl-py\n"),
+        (("absl", "ml_collections"), "error: --mode=plot needs matplotlib, which is not installed: pip install matplotlib\n"),
+    ],
+)
+def test_the_command_line_names_what_is_missing(tmp_path, present, line):
+    five = FIVE.replace('"dgl_jax", ', "".join(f'"{name}", ' for name in ("dgl_jax", "rich", *present)))
+    done = run(five + COMMAND_LINE, "dgl-jax", "--mode=plot", f"--workdir={tmp_path}")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize(
+    ("missing", "fields", "line"),
+    [
+        ("matplotlib", {}, "--mode=train needs matplotlib, which is not installed: pip install matplotlib"),
+        (
+            "tensorboardX",
+            {"log__tensorboard": True},
+            "config.log.tensorboard=True needs tensorboardX, which is not installed: pip install -e ",
+        ),
+        (
+            "grain",
+            {"data__name": "imagenette"},
+            f'needs grain, which is not installed: pip install -e "{ROOT}[imagenet]"',
+        ),
+        ("cv2", {"data__name": "imagenet"}, "config.data.name=imagenet needs opencv-python-headless, "),
+        ("tensorflow_datasets", {"data__name": "digits"}, "config.data.name=digits needs tensorflow-datasets, "),
+    ],
+)
+def test_a_run_says_what_is_missing_before_it_begins(tmp_path, monkeypatch, missing, fields, line):
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    with pytest.raises(UserError) as caught:
+        train_and_evaluate(small_config(**fields), tmp_path / "run")
+    assert line in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_digits_are_made_with_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match="digits needs scikit-learn, "):
+        make_source(DataSettings(name="digits", dir=str(tmp_path)), seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_is_installed_by_the_name_of_the_package(monkeypatch, tmp_path):
+    """In a checkout by its path, elsewhere by name."""
+    monkeypatch.setitem(sys.modules, "grain", None)
+    for root, target in ((tmp_path / "site-packages", "dgl_jax[imagenet]"), (tmp_path, f"{tmp_path}[imagenet]")):
+        (tmp_path / "pyproject.toml").touch()
+        monkeypatch.setattr(libraries, "__file__", str(root / "dgl_jax" / "libraries.py"))
+        with pytest.raises(UserError) as caught:
+            libraries.require("this", "numpy", "grain")
+        assert str(caught.value).endswith(f'"{target}"')
+
+
+def test_a_defect_of_the_package_is_no_missing_library():
+    with pytest.raises(ModuleNotFoundError, match="nowhere"), libraries.needed("this"):
+        import dgl_jax.nowhere  # noqa: F401
+
+
+def test_versions(monkeypatch):
+    found = libraries.versions()
+    assert found["dgl_jax"] == __version__
+    names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
+    assert found == {"dgl_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+    def damaged(name):
+        if name == "optax":
+            return None  # what importlib answers where a file of metadata is empty
+        raise KeyError("Version") if name == "flax" else importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", damaged)
+    assert libraries.versions() == found
+    monkeypatch.delattr(sys.modules["jaxlib"], "__version__")
+    assert libraries.versions() == found | {"jaxlib": "unknown"}
+
+
+def test_a_checkout_that_is_not_installed_trains_to_the_end(tmp_path, monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    train_and_evaluate(small_config(train__steps=1), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["versions"]["dgl_jax"] == __version__
+    assert (tmp_path / "plots" / "loss.png").exists()
