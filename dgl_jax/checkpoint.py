@@ -15,7 +15,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dgl_jax.engines import EngineState
-from dgl_jax.errors import UserError, is_disk_full
+from dgl_jax.errors import UserError, explain, is_disk_full
 from dgl_jax.module import ModuleState
 from dgl_jax.placement import Placement
 
@@ -244,4 +244,4 @@ class _disk_errors:
 
 def _not_the_file(error: BaseException) -> bool:
     """Whether reading failed for a reason that leaves the checkpoint whole."""
-    return isinstance(error, UserError | MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, PermissionError) or explain(error) is not None

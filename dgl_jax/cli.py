@@ -6,7 +6,7 @@ import re
 import sys
 
 from dgl_jax import config_files, settings, system, workdir
-from dgl_jax.errors import UserError, reported, where
+from dgl_jax.errors import UserError, explain, reported, where
 from dgl_jax.libraries import needed
 from dgl_jax.paths import expand
 
@@ -159,7 +159,7 @@ def _parse(argv: list[str]) -> list[str]:
         except flags.Error as error:
             raise UserError(str(error)) from error
         except Exception as error:
-            raise UserError(f"--config: {where(error)}") from error
+            raise UserError(f"--config: {explain(error) or where(error)}") from error
         return rest
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dgl_jax.device_errors import not_opened, out_of_memory
+
 
 class UserError(Exception):
     """A mistake that the user can correct: its text names the field or file, the value, and what would work.
@@ -28,9 +30,7 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if is_disk_full(error):
         return f"the disk is full; free some space and run the same line again ({error})"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return f"out of memory; a smaller config.data.batch_size or config.model.width may fit ({str(error)[:200]})"
-    return None
+    return not_opened(error) or out_of_memory(error)
 
 
 def where(error: BaseException) -> str:

@@ -105,7 +105,9 @@ def make_experiment(
     """
     if unused := not_applicable(settings):
         _LOG.info("set, and ignored here: %s", "; ".join(unused.values()))
-    check_network(settings.model.name)  # before the data, which may take long to come
+    # Both before the data, which may take long to come.
+    check_network(settings.model.name)
+    devices = devices or jax.devices()
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
@@ -114,9 +116,9 @@ def make_experiment(
         raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
     info = DatasetInfo.of(source)
-    first_blocks = first_blocks or choose_cuts(settings, info, device=devices[0] if devices else None)
+    first_blocks = first_blocks or choose_cuts(settings, info, device=devices[0])
     recipe = make_recipe(settings, info, schedule, first_blocks)
-    engine = make_engine(settings, recipe, devices or jax.devices(), total_steps)
+    engine = make_engine(settings, recipe, devices, total_steps)
     return Experiment(settings, source, info, recipe, engine, schedule, total_steps)
 
 

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "checkpoint.*",
     "eval.*",
     "log.*",
+    "model.remat",
     "data.dir",
     "data.manual_dir",
     "data.workers",

@@ -91,6 +91,16 @@ def device_memory(device: Any) -> DeviceMemory:
     return DeviceMemory(None if limit is None or used is None else max(0, limit - used), limit, peak)
 
 
+def fullest_device() -> tuple[str, DeviceMemory] | None:
+    """Returns name and memory of the device of this process with the least free; None where none tells."""
+
+    def read(devices: Any) -> list[tuple[str, DeviceMemory]]:
+        return [(f"{device.platform}:{device.id}", device_memory(device)) for device in devices]
+
+    known = [(name, memory) for name, memory in _answer(_local_devices, read) or () if memory.free is not None]
+    return min(known, key=lambda found: found[1].free or 0, default=None)
+
+
 def program_plan(program: Any) -> ProgramPlan | None:
     """Returns the memory plan of a compiled JAX program (`jax.stages.Compiled`)."""
 
@@ -108,6 +118,12 @@ def _answer(ask: Callable[[], Any], read: Callable[[Any], T] = lambda answer: an
         return None if answer is None else read(answer)
     except Exception:  # plug-ins raise kinds of their own
         return None
+
+
+def _local_devices() -> Any:
+    import jax  # here: a mistyped flag need not wait for it
+
+    return jax.local_devices()
 
 
 def _meminfo() -> str:

@@ -16,7 +16,6 @@ import jax
 from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
 from dgl_jax.costs import module_costs, table
 from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
-from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
 from dgl_jax.libraries import require, versions
@@ -25,7 +24,7 @@ from dgl_jax.models import BALANCED
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
 from dgl_jax.settings import Settings, make_settings
-from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock
+from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock, reporting
 from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, truncate, write_atomically
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def train_and_evaluate(
       init_from: workdir of another run of the same network, whose newest weights this one starts from.
 
     Raises:
-      UserError: a mistake the user can correct, or a run that diverged.
+      UserError: a mistake the user can correct, a run that diverged, or too little memory.
       Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
@@ -67,22 +66,18 @@ def train_and_evaluate(
     require("--mode=train", "matplotlib")  # for the pictures at the end
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
-    experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
-    if init_from and holds_checkpoint(workdir):
-        _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
-        init_from = None
-    other = load_trained(Path(init_from), flag="--init_from") if init_from else None
-    try:
+    with reporting(workdir):
+        experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
+        if init_from and holds_checkpoint(workdir):
+            _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
+            init_from = None
+        other = load_trained(Path(init_from), flag="--init_from") if init_from else None
         with lock(workdir), _interruption() as interruption:
             run = _Run(experiment, workdir, interruption)
             try:
                 return run.run(other)
             finally:
                 run.close()
-    except OSError as error:
-        if is_disk_full(error):
-            raise UserError(f"{workdir}: the disk is full; free some space and run the same line again") from error
-        raise
 
 
 class _Run:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgl_jax.errors import UserError
+from dgl_jax.device_errors import out_of_memory
+from dgl_jax.errors import UserError, is_disk_full
 from dgl_jax.paths import expand
 from dgl_jax.settings import Settings, differences, make_settings
 
@@ -88,6 +89,31 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reporting(workdir: Path) -> Iterator[None]:
+    """Turns a full disk and used-up memory into one line that says what the run can go on from.
+
+    Raises:
+      UserError: in their place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(f"{workdir}: the disk is full; free some space and run the same line again") from error
+        if (text := out_of_memory(error)) is None:
+            raise
+        kept = "no checkpoint was written yet"
+        if steps := _steps(workdir):
+            kept = (
+                f"the checkpoint of step {max(steps)} is good, and the run goes on from there under another "
+                "config.train.accumulate or config.model.remat; another config.data.batch_size is another run"
+            )
+        raise UserError(f"{text}; {kept}") from error
+
+
 def check(workdir: Path, settings: Settings) -> None:
     """Raises UserError where the workdir holds a run of another configuration, naming the fields."""
     path = workdir / "config.json"
@@ -103,8 +129,12 @@ def check(workdir: Path, settings: Settings) -> None:
 
 def holds_checkpoint(workdir: Path) -> bool:
     """Whether there is something to go on from, whole or not."""
+    return bool(_steps(workdir))
+
+
+def _steps(workdir: Path) -> list[int]:
     checkpoints = workdir / "checkpoints"
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
 
 
 def finished(workdir: Path, settings: Settings) -> Summary | None:

@@ -15,6 +15,7 @@ PACKAGE = Path(dgl_jax.__file__).parent
 ROOMS = (
     "system",
     "flops",
+    "device_errors",
     "errors",
     "libraries",
     "paths",
@@ -57,6 +58,8 @@ ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings")
 ONLY = {
     "system": set(),
     "flops": set(),
+    "device_errors": {"system"},
+    "errors": {"device_errors"},
     "settings": {"errors"},
     "packet": set(),
     "balance": set(),

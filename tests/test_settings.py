@@ -179,7 +179,7 @@ def test_what_a_resumed_run_may_change(name):
         name.startswith(
             ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
         )
-        or name in ("data.dir", "data.manual_dir", "data.workers")
+        or name in ("data.dir", "data.manual_dir", "data.workers", "model.remat")
     ) and name != "train.ema"
     if free:
         assert found == []

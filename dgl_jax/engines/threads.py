@@ -22,7 +22,7 @@ from dgl_jax.data import Source
 from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Traffic, counts
 from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
 from dgl_jax.engines.turns import never
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, explain
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import Header
 from dgl_jax.placement import Placement, put
@@ -204,8 +204,9 @@ class _Run:
         state = self.engine.recover(k) if self.engine.recover and times <= _RESTARTS and not self.stopping.is_set() else None
         if state is None:
             again = f" {times} times in a row" if times > 1 else ""
+            why = explain(error) or f"{type(error).__name__}: {error}"
             raise UserError(
-                f"module_{k} failed{again} after {self.updates[k]} updates: {type(error).__name__}: {error}; the others have "
+                f"module_{k} failed{again} after {self.updates[k]} updates: {why}; the others have "
                 "stopped, the last checkpoint is good (the log has the traceback)"
             ) from error
         self.states[k] = put(state, self.engine.placement.replicated(k))

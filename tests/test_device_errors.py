@@ -1,0 +1,256 @@
+"""One line for each way in which devices fail, and training that goes on from its checkpoint afterwards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import small_config
+
+from dgl_jax import device_errors, system, train, workdir
+from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.device_errors import not_opened, out_of_memory, readable
+from dgl_jax.engines import FusedEngine
+from dgl_jax.errors import UserError, explain
+from dgl_jax.experiment import load_trained, make_experiment
+from dgl_jax.settings import make_settings
+from dgl_jax.system import DeviceMemory
+from dgl_jax.train import train_and_evaluate
+
+ROOT = Path(__file__).parent.parent
+FREE = "3.0 GiB of 79.0 GiB free on cuda:1"
+HELP = "; a smaller config.data.batch_size, a larger config.train.accumulate or config.model.remat=True needs less"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """3 of 79 GiB are free."""
+    monkeypatch.setattr(system, "fullest_device", lambda: ("cuda:1", DeviceMemory(3 * 2**30, 79 * 2**30)))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Out of memory while trying to allocate 17179869184 bytes.", f"16.0 GiB asked for, {FREE}"),
+        ("Out of memory while trying to allocate 16.00GiB.", f"16.0 GiB asked for, {FREE}"),
+        ("Out of memory allocating 3072 bytes.", f"3.0 KiB asked for, {FREE}"),
+        ("Failed to allocate request for 2.50GiB (2684354560B) on device ordinal 0", f"2.5 GiB asked for, {FREE}"),
+        (
+            "Attempting to allocate 2.00G. That was not possible. There are 1.20G free.; (0x0x0_HBM0)",
+            "2.0 GiB asked for, 1.2 GiB free",
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 18.22G of 15.48G hbm. Exceeded hbm capacity by 2.74G.",
+            "18.2 GiB asked for, the device has 15.5 GiB",
+        ),
+        ("Attempting to reserve 500.00M at the bottom of memory.", f"500.0 MiB asked for, {FREE}"),
+        ("Scratch is used up.\nmore", f"RESOURCE_EXHAUSTED: Scratch is used up.; {FREE}"),
+    ],
+)
+def test_what_was_asked_and_what_is_free(gpu, text, told):
+    assert explain(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")) == f"out of memory ({told}){HELP}"
+
+
+def test_where_nobody_knows_what_is_free(monkeypatch):
+    monkeypatch.setattr(system, "fullest_device", lambda: None)
+    monkeypatch.setattr(system, "free_memory", lambda: None)
+    told = out_of_memory(RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
+    assert told == f"out of memory (INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory){HELP}"
+    assert out_of_memory(MemoryError("Unable to allocate 16.0 GiB for an array")) == f"out of memory (16.0 GiB asked for){HELP}"
+    assert out_of_memory(RuntimeError("Out of luck")) is None
+
+
+def test_a_cpu_and_numpy_run_out_of_memory():
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jnp.zeros((2**44,), jnp.float32).block_until_ready()
+    assert explain(error.value).startswith("out of memory (64.0 TiB asked for, ")
+    assert f"iB free on cpu:{min(d.id for d in jax.local_devices())})" in explain(error.value)
+    with pytest.raises(MemoryError) as error:
+        np.zeros((2**60,), np.uint8)
+    assert explain(error.value).startswith("out of memory (1.0 EiB asked for, ")
+    assert "iB free on this machine)" in explain(error.value)
+
+
+def test_the_fullest_device(monkeypatch):
+    memory = {0: DeviceMemory(), 1: DeviceMemory(7, 9), 2: DeviceMemory(5, None)}
+    monkeypatch.setattr(system, "_local_devices", lambda: [type("D", (), {"platform": "tpu", "id": n})() for n in memory])
+    monkeypatch.setattr(system, "device_memory", lambda device: memory[device.id])
+    assert system.fullest_device() == ("tpu:2", memory[2])
+    memory = {0: DeviceMemory()}
+    assert system.fullest_device() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**60, "1.0 EiB")]
+)
+def test_readable_bytes(number, text):
+    assert readable(number) == text
+
+
+END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            f"Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 123. No. {END}",
+            ("another process holds the TPU", "pid 123", "end it or wait", "JAX_PLATFORMS=cpu"),
+        ),
+        (f"Unable to initialize backend 'tpu': ALREADY_IN_USE: held {END}", ("holds the TPU", "ALREADY_IN_USE: held")),
+        ("ABORTED: The TPU is already in use by process with pid 7.", ("another process holds the device", "pid 7")),
+        (
+            f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory {END}",
+            ("another process holds the CUDA", "CUDA_ERROR_OUT_OF_MEMORY", "nvidia-smi", "CUDA_VISIBLE_DEVICES"),
+        ),
+        (
+            "INTERNAL: CUDA_ERROR_DEVICE_UNAVAILABLE: CUDA-capable device(s) is/are busy or unavailable",
+            ("another process holds the device", "nvidia-smi"),
+        ),
+        (f"Unable to initialize backend 'tpu': open(/dev/vfio/0): Device or resource busy {END}", ("holds the TPU", "/dev/vfio/0")),
+        (
+            f"Unable to initialize backend 'cuda': FAILED_PRECONDITION: no visible GPU devices. {END}",
+            ("backend cuda", "no visible GPU", '"jax[cuda13]"'),
+        ),
+        (
+            f"Unable to initialize backend 'x': unknown {END}",
+            ("backend x: JAX cannot open it here (unknown)", "takes what there is"),
+        ),
+    ],
+)
+def test_devices_that_cannot_be_opened(text, words, monkeypatch):
+    monkeypatch.setattr(device_errors, "_platforms", lambda: "")
+    told = explain(RuntimeError(text))
+    assert [word for word in words if word not in told] == []
+    assert "\n" not in told
+
+
+def test_other_errors_are_not_of_devices():
+    for error in (AssertionError(), RuntimeError("Address already in use"), OSError(16, "Device or resource"), KeyError("cuda")):
+        assert not_opened(error) is None
+        assert explain(error) is None
+
+
+# A run whose device is full
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+SHORT = {"train__steps": 6, "checkpoint__every": 2, "data__validation_fraction": 0.0}
+
+
+@pytest.fixture
+def full_after(monkeypatch):
+    """Called with a number: the next engine's (last) program runs so often and then finds its device full."""
+
+    def arm(calls):
+        def make(*args, **options):
+            experiment = make_experiment(*args, **options)
+            engine, left = experiment.engine, [calls]
+            program = engine.step if isinstance(engine, FusedEngine) else engine.programs[-1]
+
+            def limited(*arguments):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise jax.errors.JaxRuntimeError(FULL)
+                return program(*arguments)
+
+            if isinstance(engine, FusedEngine):
+                engine.step = limited
+            else:
+                engine.programs[-1] = limited
+            monkeypatch.setattr(train, "make_experiment", make_experiment)
+            return experiment
+
+        monkeypatch.setattr(train, "make_experiment", make)
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    "engine", ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline", "simulated", "threads", "backprop"))]
+)
+def test_a_full_device_leaves_a_run_that_goes_on(engine, full_after, tmp_path):
+    config = small_config(engine__name=engine, **SHORT)
+    full_after(4)
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(config, tmp_path)
+    told, step = str(error.value), max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert "out of memory (16.0 GiB asked for, " in told
+    assert HELP in told
+    assert step in ((2, 3, 4) if engine == "threads" else (2, 4))
+    if engine == "threads":
+        assert told.startswith("module_1 failed after 4 updates: out of memory")
+        assert "the last checkpoint is good" in told
+    else:
+        assert told.endswith(
+            f"; the checkpoint of step {step} is good, and the run goes on from there under another "
+            "config.train.accumulate or config.model.remat; another config.data.batch_size is another run"
+        )
+    assert load_trained(tmp_path).restored.step == step
+    config.model.remat = engine == "fused"  # as it was told
+    assert train_and_evaluate(config, tmp_path).steps == 6
+
+
+def test_a_device_too_small_for_the_first_step(full_after, tmp_path):
+    full_after(0)
+    with pytest.raises(UserError, match=r"out of memory \(16\.0 GiB asked for, .*; no checkpoint was written yet$"):
+        train_and_evaluate(small_config(**SHORT), tmp_path)
+    workdir.check(tmp_path, make_settings(small_config(**SHORT | {"data__batch_size": 4})))  # may begin there all the same
+
+
+@pytest.mark.parametrize("text", [FULL, "ABORTED: The TPU is already in use by process with pid 7."])
+def test_a_checkpoint_is_not_blamed_for_the_device(text, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints, "select", lambda which: [3, 2])
+    error, tried = jax.errors.JaxRuntimeError(text), []
+
+    def meta(step):
+        tried.append(step)
+        raise error
+
+    monkeypatch.setattr(checkpoints, "meta", meta)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text[:30]):
+        checkpoints.restore(None)
+    assert tried == [3]
+    error = ValueError("no JSON")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.restore(None)
+    checkpoints.close()
+
+
+# A backend that is not there
+
+
+def launched(platforms, *arguments):
+    """The one line of a call that ends with status 2, under JAX_PLATFORMS."""
+    command = [sys.executable, "launch.py", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": platforms}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("platforms", "mode", "words"),
+    [
+        (
+            "cuda",
+            "train",
+            'error: JAX_PLATFORMS=cuda: JAX cannot open it here; where the hardware is there, pip install -U "jax[cuda13]"',
+        ),
+        ("tpu", "bench", "error: JAX_PLATFORMS=tpu: JAX cannot open it here (INTERNAL: Failed to open libtpu.so: "),
+        (
+            "nonsense",
+            "plan",
+            "error: JAX_PLATFORMS=nonsense: JAX cannot open it here (Backend 'nonsense' is not in the list of known ",
+        ),
+    ],
+)
+def test_a_backend_that_is_missing(platforms, mode, words, tmp_path):
+    config = ["--config=configs/digits.py", "--config.data.name=synthetic"]
+    assert launched(platforms, *config, f"--mode={mode}", f"--workdir={tmp_path / 'run'}").startswith(words)
+    assert not (tmp_path / "run").exists()
