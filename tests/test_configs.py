@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import math
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jax
 import pytest
 
 from dgl_jax.experiment import make_experiment
-from dgl_jax.models import cuts, make_network
+from dgl_jax.models import MODELS, cuts, make_network, resnet
 from dgl_jax.optimizer import make_schedule
 from dgl_jax.settings import Settings, default_config, differences, make_settings, not_applicable
 
@@ -20,7 +21,17 @@ MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]
 PAPER = [path for path in CONFIGS if path.stem.startswith("imagenet_") and path not in MODERN]
 SIZES = {"cifar10": 32, "cifar100": 32, "digits": 8}  # pixels a side of the real images
 # The same blocks, fewer of them, cut by count: compiling the real ones takes minutes.
-SHALLOW = {"vgg19": "vgg11", "resnet110": "resnet20", "resnet152": "resnet50"}
+SHALLOW = {"vgg19": "vgg11", "resnet110": "resnet8", "resnet152": "four_bottlenecks"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow_networks():
+    """Residual networks of one block a stage."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(resnet._BOTTLENECK, 6, (1, 1, 1, 1))
+        patched.setitem(MODELS, "resnet8", partial(resnet.cifar_resnet, 8))
+        patched.setitem(MODELS, "four_bottlenecks", partial(resnet.imagenet_resnet, 6))
+        yield
 
 
 def config_of(path):

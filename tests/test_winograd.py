@@ -40,11 +40,12 @@ def direct(x, kernel, cotangent):
 def furthest(shape):
     """Of the three results, the largest error in units of the root mean square of the right values."""
     x, kernel, cotangent = arrays(*shape)
-    found = (
-        winograd.convolve(x, kernel),
-        winograd.input_gradient(jnp.asarray(kernel), cotangent),
-        winograd.kernel_gradient(x, cotangent),
-    )
+
+    @jax.jit  # one compilation, not one for each of hundreds of operations
+    def all_three(x, kernel, cotangent):
+        return winograd.convolve(x, kernel), winograd.input_gradient(kernel, cotangent), winograd.kernel_gradient(x, cotangent)
+
+    found = all_three(x, kernel, cotangent)
     return [
         np.abs(f - right).max() / np.sqrt((right**2).mean()) for f, right in zip(found, direct(x, kernel, cotangent), strict=True)
     ]
@@ -65,14 +66,19 @@ def test_a_wrong_matrix_is_noticed(name, monkeypatch):
 
 def test_one_pass_and_many_are_the_same(monkeypatch):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
-    one = winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
+
+    def both():
+        traced_anew = lambda x, kernel, cotangent: (winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent))  # noqa: E731
+        return jax.jit(traced_anew)(x, kernel, cotangent)
+
+    one = both()
     monkeypatch.setattr(winograd, "_TILES", 8)  # two images a pass
-    many = winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
+    many = both()
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     part = passes.part
     monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, i)[::-1])  # images in another order
-    assert np.abs(winograd.convolve(x, kernel) - one[0]).max() > 1e-2
+    assert np.abs(both()[0] - one[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_a_convolution_has_the_librarys_gradients():
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
     plain = jax.grad(lambda x, k: (lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum(), (0, 1))
-    for found, right in zip(gradients(x, kernel), plain(x, kernel), strict=True):
+    for found, right in zip(jax.jit(gradients)(x, kernel), jax.jit(plain)(x, kernel), strict=True):
         assert np.abs(found - right).max() < 1e-5 * np.abs(right).max()
 
 
@@ -150,7 +156,7 @@ def collectives(devices):
     fresh = lambda x, kernel: gradients(x, kernel)  # noqa: E731  traced anew, whatever was patched
     compiled = jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=(split, everywhere)).lower(X, KERNEL).compile()
     found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
-    error = max(np.abs(f - right).max() / np.abs(right).max() for f, right in zip(found, gradients(x, kernel), strict=True))
+    error = max(np.abs(f - right).max() / np.abs(right).max() for f, right in zip(found, jax.jit(gradients)(x, kernel), strict=True))
     return error, re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
 
 
