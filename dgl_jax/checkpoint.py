@@ -130,7 +130,11 @@ class Checkpoints:
             return [int(which)]
         raise UserError(f"--checkpoint={which}: there are: newest, best, {', '.join(map(str, steps))}")
 
-    def restore(self, prepare: Prepare, which: str = "newest", set_aside: bool = False) -> Restored:
+    def restore_module(self, k: int, prepare: Prepare) -> ModuleState:
+        """Reads one module of the newest whole checkpoint onto its devices; `restore` says what is raised."""
+        return self.restore(prepare, only=k).state.modules[0]
+
+    def restore(self, prepare: Prepare, which: str = "newest", set_aside: bool = False, only: int | None = None) -> Restored:
         """Reads a checkpoint onto devices, whatever layout it was written from.
 
         A damaged one is reported and the one before it is taken; `set_aside` then moves it out of the folder, to `damaged/`. Where
@@ -139,6 +143,7 @@ class Checkpoints:
         Args:
           prepare: of the `meta` found, shapes and dtypes of the modules' states (as `jax.eval_shape` of their init gives them) and
             where they are to be.
+          only: the one module to read, without what is under way; all by default.
 
         Raises:
           UserError: there is none, or all are damaged.
@@ -146,7 +151,7 @@ class Checkpoints:
         tried, damaged = self.select(which), []
         for step in tried:
             try:
-                found = self._load(step, prepare)
+                found = self._load(step, prepare, only)
             except Exception as error:  # Orbax and its storage layer raise many kinds for a damaged file
                 if _not_the_file(error):
                     raise
@@ -162,7 +167,7 @@ class Checkpoints:
         which = f"every checkpoint ({', '.join(map(str, tried))}) is" if len(tried) > 1 else f"checkpoint {tried[0]} is"
         raise UserError(f"{self.directory}: {which} damaged; restore the files, or begin anew in another --workdir")
 
-    def _load(self, step: int, prepare: Prepare) -> Restored:
+    def _load(self, step: int, prepare: Prepare, only: int | None) -> Restored:
         meta = self.meta(step)
         abstract, placement = prepare(meta)
         wanted: dict[str, Any] = {
@@ -170,13 +175,14 @@ class Checkpoints:
                 lambda leaf, k=k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated(k)), module
             )
             for k, module in enumerate(abstract)
+            if only in (None, k)
         }
-        if "flight" in meta["checksums"]:
+        if only is None and "flight" in meta["checksums"]:
             wanted["flight"] = None
         found = self._manager.load_checkpointables(step, wanted)
-        modules = tuple(found[f"module_{k}"] for k in range(len(abstract)))
-        for name, checksum in meta["checksums"].items():
-            if _checksum(found[name]) != checksum:
+        modules = tuple(found[name] for name in wanted if name != "flight")
+        for name in wanted:
+            if _checksum(found[name]) != meta["checksums"][name]:
                 raise ValueError(f"the arrays of {name} do not have the checksum they were saved with")
         return Restored(step, EngineState(modules), meta, found.get("flight"))
 

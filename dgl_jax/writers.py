@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
 _AGE = re.compile(r"replay/module_(\d+)/age")
 _RATE = re.compile(r"work/module_(\d+)/updates_per_second")
+_ASYNCHRONOUS = re.compile(r"(?:replay|work)/module_(\d+)/")
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
 Scalars = Mapping[str, SupportsFloat]
 Turns = Sequence[tuple[int, float, float]]  # (module, begin, end)
@@ -305,6 +306,11 @@ def status(scalars: Scalars) -> dict[str, str]:
             split, module = found.groups()
             text = f"{float(value):.2f}"
             heads.setdefault(split, []).append((int(module), text) if module else (math.inf, f"(ensemble {text})"))
+    # In asynchronous training a module may have made no update lately: its place stays.
+    modules = {int(found[1]) for key in scalars if (found := _ASYNCHRONOUS.match(key))}
+    if "train" in heads:
+        there = {k for k, _ in heads["train"]}
+        heads["train"] += [(k, "-") for k in range(max(modules, default=-1) + 1) if k not in there]
     texts = {s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))]) for s in _SHOWN if s in heads}
     ages = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key)))
     if ages:
