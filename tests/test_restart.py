@@ -153,6 +153,7 @@ def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(t
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypatch):
     """The failure happens when a checkpoint is due at step 12, and is heard only when the copy for it is made."""
     made, snapshot, save = ThreadsEngine.__init__, threads._Run.snapshot, Checkpoints.save
@@ -180,7 +181,7 @@ def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypa
     monkeypatch.setattr(Checkpoints, "save", keep)
     monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
     monkeypatch.setattr(threads._Run, "snapshot", late)
-    summary = train_and_evaluate(threaded(engine__restart_workers=True), tmp_path)
+    summary = train_and_evaluate(threaded(engine__restart_workers=True, engine__slowdown=(1.0, 20.0)), tmp_path)
     assert restored == [1]
     assert [m["updates"] for m in summary.modules] == [24, 24]
     assert all(least >= step for step, least in saved.items())

@@ -85,9 +85,11 @@ def test_simulated_by_hand(tiny, devices, clock, order):
 
 CASES = {
     "a device each": ((1, 1, 1), "identity"),
-    "two devices": ((2, 1, 1), "identity"),
-    "sent codebooks": ((1, 1, 1), CodecSettings("vq", dims=2, codes=4, codebook_every=2)),
-    "newest codebooks": ((1, 1, 1), CodecSettings("vq", dims=2, codes=4, codebook_every=2, decode="latest")),
+    "two devices, sent codebooks": ((2, 1, 1), CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)),
+    "newest codebooks": (
+        (1, 1, 1),
+        CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0, decode="latest"),
+    ),
 }
 
 
