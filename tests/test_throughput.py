@@ -1,5 +1,6 @@
 """Images per second and updates per second, by hand: no time that compiling, evaluating or saving took is in them."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -83,13 +84,11 @@ def test_simulated_by_hand(tiny, devices, clock, order):
     assert found.rate() == round(TOTAL * BATCH / (clock.calls - 1), 2)
 
 
+VQ = CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)
 CASES = {
     "a device each": ((1, 1, 1), "identity"),
-    "two devices, sent codebooks": ((2, 1, 1), CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)),
-    "newest codebooks": (
-        (1, 1, 1),
-        CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0, decode="latest"),
-    ),
+    "two devices, sent codebooks": ((2, 1, 1), VQ),
+    "newest codebooks": ((1, 1, 1), dataclasses.replace(VQ, decode="latest")),
 }
 
 
