@@ -80,8 +80,8 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     assert "dgl_jax/py.typed" in held
 
     # The library beside the five it needs.
-    call(*pip, "install", "jax", "flax", "optax", "numpy", "jaxtyping", cwd=empty)
-    call(*pip, "install", "--no-deps", wheel, cwd=empty)
+    call(*pip, "install", "--no-compile", "jax", "flax", "optax", "numpy", "jaxtyping", cwd=empty)
+    call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     assert call(bin / "python", "-c", LIBRARY, cwd=empty).stdout == "done\n"
     for library in ("ml_collections", "matplotlib", "tensorflow_datasets"):  # the twin: these are not there
         call(bin / "python", "-c", f"import {library}", cwd=empty, status=1)
@@ -90,7 +90,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
 
     # By hand: a checkout that is not installed.
     call(*pip, "uninstall", "--yes", "dgl_jax", cwd=empty)
-    call(*pip, "install", "--requirement", "requirements.txt", cwd=checkout)
+    call(*pip, "install", "--no-compile", "--requirement", "requirements.txt", cwd=checkout)
     call(bin / "python", "-c", "import dgl_jax", cwd=empty, status=1)
     launch = [bin / "python", "launch.py", "--config=configs/digits.py", "--workdir=runs/digits", *SMALL]
     run = checkout / "runs" / "digits"
@@ -103,7 +103,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
     # The wheel in a folder of its own: the shipped configurations by name and by path, and what an extra brings.
-    call(*pip, "install", "--no-deps", wheel, cwd=empty)
+    call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     call(bin / "dgl-jax", "--config=digits", "--workdir=run", *SMALL, cwd=empty)
     assert (empty / "run" / "plots" / "accuracy.png").exists()
     assert call(bin / "dgl-jax", "--mode=export", "--workdir=run", cwd=empty).stdout == "run/export\n"
