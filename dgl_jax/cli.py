@@ -96,15 +96,15 @@ def _dispatch(argv: list[str]) -> None:
             _start()
             predict.predict_run(folder, checkpoint, _IMAGES.value, _OUTPUT.value)
         elif mode == "export":
-            from dgl_jax import export, writers
+            from dgl_jax import export
 
             _start()
-            writers.write_stdout(f"{export.export_run(folder, checkpoint, _OUTPUT.value)}\n")
+            print(export.export_run(folder, checkpoint, _OUTPUT.value))
         elif mode == "plot":
-            from dgl_jax import plots, writers
+            from dgl_jax import plots
 
             _start()
-            writers.write_stdout("".join(f"{path}\n" for path in plots.plot(folder)))
+            print(*plots.plot(folder), sep="\n")
         elif mode == "plan":
             config = _config()
             from dgl_jax import plan

@@ -16,18 +16,16 @@ import jax
 from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
 from dgl_jax.costs import module_costs, table
 from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
-from dgl_jax.errors import UserError
 from dgl_jax.evaluate import Evaluator
-from dgl_jax.experiment import Experiment, borrow_weights, check_weights, load_trained, make_experiment, remarks
+from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
 from dgl_jax.libraries import require, versions
-from dgl_jax.metrics import Window, diverged
+from dgl_jax.metrics import Throughput, Window, diverged
 from dgl_jax.models import BALANCED
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
 from dgl_jax.settings import Settings, make_settings
-from dgl_jax.stored import DatasetInfo
 from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock, reporting
-from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, check_writable, truncate, write_text
+from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, read_jsonl, truncate, write_atomically
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -68,17 +66,12 @@ def train_and_evaluate(
     require("--mode=train", "matplotlib")  # for the pictures at the end
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
-    check_writable(workdir, f"--workdir={workdir}", folder=True)
     with reporting(workdir):
-        experiment = make_experiment(settings, **_stored(workdir, settings))
-        for line in remarks(experiment):
-            _LOG.warning("%s", line)
+        experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
         if init_from and holds_checkpoint(workdir):
             _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
             init_from = None
         other = load_trained(Path(init_from), flag="--init_from") if init_from else None
-        if other:
-            check_weights(experiment, other)
         with lock(workdir), _interruption() as interruption:
             run = _Run(experiment, workdir, interruption)
             try:
@@ -99,8 +92,9 @@ class _Run:
         if isinstance(self.engine, ThreadsEngine) and self.settings.engine.restart_workers:
             self.engine.recover = self._recover
         self.window = Window()
-        self.throughput = _Throughput(experiment.recipe.batch_size)
+        self.throughput = Throughput(experiment.recipe.batch_size)
         self.latest: dict[str, float] = {}  # the newest value of every metric
+        self.wanted = (False, False)  # of a continuous engine: whether a copy is to be evaluated, and saved
         self.step = 0
         self.evaluated = -1  # the step of the newest validation
         self.saved = -1  # the step of the newest checkpoint
@@ -123,12 +117,14 @@ class _Run:
         self.progress = self.closing.enter_context(Progress())
         self.progress.start(total, self.step)
         if self.step < total:
+            self._pace()  # what compiles at the first call does so before anything is timed
             _LOG.info("compiling; the first step follows")
         while self.step < total:
             begun = self.step
             state = self._segment(state, total if self.engine.continuous else self._next_event())
             if self.step > begun:
-                self._events(state, *self._due_now())
+                evaluate, save = self._due_now()
+                self._events(state, evaluate, save or bool(self.interruption.signum))
             if self.interruption.signum and self.step < total:
                 self.checkpoints.finish()
                 raise Interrupted(self.interruption.signum, self.step)
@@ -162,6 +158,8 @@ class _Run:
                 state = self.engine.place(borrow_weights(state, other))
         (self.workdir / "summary.json").unlink(missing_ok=True)
         truncate(metrics, self.step, without="test/")  # tested again at the end
+        if self.latest and not (metrics.exists() and read_jsonl(metrics)):
+            _LOG.warning("%s: holds nothing of the steps up to %d: their curves are lost, training goes on", metrics, self.step)
         _write_json(self.workdir / "config.json", self.settings.to_dict())
         _LOG.info("%s", self.engine.placement.describe())
         for line in table(module_costs(self.experiment.recipe)):
@@ -174,7 +172,7 @@ class _Run:
     def _recover(self, k: int) -> ModuleState | None:
         """Module k as the newest checkpoint has it."""
         self.checkpoints.finish()
-        return self.checkpoints.restore(self._prepare).state.modules[k] if self.checkpoints.steps() else None
+        return self.checkpoints.restore_module(k, self._prepare) if self.checkpoints.steps() else None
 
     def _segment(self, state: EngineState, until: int) -> EngineState:
         """Trains up to a step at which something is due (or until a signal), with nothing in flight afterwards.
@@ -191,25 +189,32 @@ class _Run:
         except KeyboardInterrupt as interrupt:
             reports.throw(interrupt)  # just closed, the engine would wait for its workers, and one may never end
             raise
+        finally:
+            reports.close()
         return state if report is None else report.snapshot()
 
     def _heard(self, report: Report, state: EngineState, until: int, due: _Due | None) -> _Due | None:
         """Counts a report and writes what it is time for; gives what a continuous engine's copy is kept for."""
         log_every = self.settings.log.every or self.source.steps_per_epoch
         before, self.step = self.step, max(self.step, min(report.updates))  # a restarted module falls back
-        self.throughput.count(self.step - before)
+        self.throughput.count(self.step - before, report.at)
         self.window.add(report)
         if self.step > before and (self.step % log_every == 0 or self.step == self.experiment.total_steps):
             self._write(self.window.close() | self._pace() | self.engine.traffic().gauges() | self.engine.gauges(state))
             if state.flight is not None:
                 self.writer.write_turns(self.step, state.flight.recent(), state.flight.unit)
         if self.engine.continuous and self.step < until:
-            if due is None and self.step > before and any(self._due_now()):
-                copy = report.snapshot()
-                due = (min(counts(copy)), copy, self._due_now())
+            if due is None and self.step > before:
+                self.wanted = self._due_now()
+            if any(self.wanted) and min(report.updates) >= self.step:
+                copy = report.snapshot(flight=self.wanted[1] and self._holds_flight())
+                # A module that was restarted meanwhile is behind: another copy is made once it has caught up.
+                if min(counts(copy)) >= self.step:
+                    due, self.wanted = (min(counts(copy)), copy, self.wanted), (False, False)
             # The copy may be ahead of the reports: it is used once they have caught up, under its true step.
             if due is not None and self.step >= due[0]:
                 self._events(due[1], *due[2])
+                self.throughput.start()
                 due = None
         return due
 
@@ -221,8 +226,13 @@ class _Run:
         if evaluate and self.source.examples("validation"):
             self._write(self.evaluator.evaluate(state, self.source, "validation"))
             self.evaluated = self.step
-        if save or self.interruption.signum:
+        if save:
             self._save(state)
+
+    def _holds_flight(self) -> bool:
+        """Whether a checkpoint that is made now holds what is under way."""
+        every = self.settings.checkpoint.replay_every
+        return bool(every) and (self.saved_flight < 0 or self.step - self.saved_flight >= every)
 
     def _pace(self) -> dict[str, float]:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one scalar: not worth an accelerator's while
@@ -261,8 +271,8 @@ class _Run:
             "total_steps": self.experiment.total_steps,
             "wall_seconds": self.wall_before + time.monotonic() - self.began,
         }
-        every, flight = self.settings.checkpoint.replay_every, None
-        if state.flight is not None and every and (self.saved_flight < 0 or self.step - self.saved_flight >= every):
+        flight = None
+        if state.flight is not None and self._holds_flight():
             flight, self.saved_flight = state.flight.snapshot(), self.step
         self.checkpoints.save(self.step, state, meta, evaluated, flight)
         self.saved = self.step
@@ -275,10 +285,7 @@ class _Run:
         self.writer.flush()
         from dgl_jax import plots  # matplotlib takes a second to import
 
-        try:
-            plots.plot(self.workdir)
-        except UserError as error:  # the run is whole without pictures
-            _LOG.warning("no pictures: %s", error)
+        plots.plot(self.workdir)
         return summary
 
     def _summary(self, state: EngineState, test: dict[str, float]) -> Summary:
@@ -321,39 +328,11 @@ class _Run:
         )
 
 
-def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
-    """What the run in a workdir chose and found when it began, for `make_experiment`; empty if there is none."""
-    meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
-    stored: dict[str, Any] = {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
-    if settings.model.split in BALANCED:
-        stored["first_blocks"] = meta.get("first_blocks", ())
-    return stored
-
-
-class _Throughput:
-    """Images per second of training alone: without compiling, evaluating or saving."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.images, self.seconds = 0, 0.0
-        self._last: float | None = None
-        self._compiled = False
-
-    def start(self) -> None:
-        """A segment begins; the first one of a process begins by compiling and counts from its first batch on."""
-        self._last = time.monotonic() if self._compiled else None
-
-    def count(self, batches: int) -> None:
-        """So many more batches are done by all modules."""
-        now = time.monotonic()
-        if self._last is not None:
-            self.images += batches * self.batch_size
-            self.seconds += now - self._last
-        self._last, self._compiled = now, True
-
-    def rate(self) -> float | None:
-        """None before the second batch."""
-        return round(self.images / self.seconds, 2) if self.seconds else None
+def _chosen(workdir: Path, settings: Settings) -> Sequence[int]:
+    """The first blocks that the run in a workdir chose when it began; none where there is no choice, or no run."""
+    if settings.model.split not in BALANCED or not holds_checkpoint(workdir):
+        return ()
+    return newest_meta(workdir / "checkpoints").get("first_blocks", ())
 
 
 class _Interruption:
@@ -384,7 +363,7 @@ def _interruption() -> Iterator[_Interruption]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_atomically({path: (json.dumps(values, indent=2) + "\n").encode()})
 
 
 @contextmanager

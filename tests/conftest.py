@@ -44,8 +44,18 @@ from dgl_jax.settings import CodecSettings  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-# Seconds first, minutes last; a file that is not named comes in between.
-FIRST = ("test_turns", "test_imports", "test_settings", "test_metrics", "test_placement", "test_optimizer", "test_codecs")
+# Seconds first, minutes last; a file that is not named comes in between. One test of test_install waits for downloads for minutes:
+# the other worker has the rest of the suite meanwhile.
+FIRST = (
+    "test_install",
+    "test_turns",
+    "test_imports",
+    "test_settings",
+    "test_metrics",
+    "test_placement",
+    "test_optimizer",
+    "test_codecs",
+)
 LAST = ("test_step", "test_evaluate", "test_engines", "test_configs", "test_train", "test_launch", "test_resume", "test_digits")
 
 

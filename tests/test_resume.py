@@ -308,3 +308,18 @@ def test_what_a_run_writes(whole):
     kept = sorted(int(p.name) for p in (whole / "checkpoints").iterdir())
     assert kept[-2:] == [8, 12]
     assert {p.name for p in (whole / "plots").iterdir()} == {"accuracy.png", "loss.png"}
+
+
+@pytest.mark.parametrize("what", ["emptied", "missing", "whole"])
+def test_going_on_without_the_records_so_far_is_said(tmp_path, caplog, what):
+    interrupted(tmp_path, 5)
+    metrics = tmp_path / "metrics.jsonl"
+    {"emptied": lambda: metrics.write_bytes(b""), "missing": metrics.unlink, "whole": lambda: None}[what]()
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        train_and_evaluate(small_config(), tmp_path)
+    lost = [line for line in caplog.messages if "lost" in line]
+    if what == "whole":
+        assert lost == []
+    else:
+        (line,) = lost
+        assert line.startswith(f"{metrics}: holds nothing of the steps up to ")

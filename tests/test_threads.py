@@ -394,11 +394,11 @@ def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
         made(self, *args)
         gates.append(Gate(self, 1, after=4))
 
-    def arrived(self):
+    def arrived(self, **options):
         """The main thread has come to what it does meanwhile, and module 1 to its gate."""
         if self.updates[1] == 4 and gates[0].entered.wait(60):
             there.set()
-        return original(self)
+        return original(self, **options)
 
     def hear(self, *args):
         calls(self, *args)

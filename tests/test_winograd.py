@@ -156,7 +156,9 @@ def collectives(devices):
     fresh = lambda x, kernel: gradients(x, kernel)  # noqa: E731  traced anew, whatever was patched
     compiled = jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=(split, everywhere)).lower(X, KERNEL).compile()
     found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
-    error = max(np.abs(f - right).max() / np.abs(right).max() for f, right in zip(found, jax.jit(gradients)(x, kernel), strict=True))
+    error = max(
+        np.abs(f - right).max() / np.abs(right).max() for f, right in zip(found, jax.jit(gradients)(x, kernel), strict=True)
+    )
     return error, re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
 
 

@@ -176,6 +176,19 @@ def test_status_orders_modules_by_number_and_leaves_out_missing_heads():
     assert status({"learning_rate": 0.1, "train/module_0/loss": 1.0}) == {}
 
 
+def test_a_module_without_an_update_keeps_its_place_in_the_line():
+    rates = {f"work/module_{k}/updates_per_second": float(k) for k in range(4)}
+    assert status({"train/module_1/accuracy": 0.25, "train/module_2/accuracy": 0.5} | rates) == {
+        "train": "train - 0.25 0.50 -",
+        "rate": "0.0 1.0 2.0 3.0 updates/s",
+    }
+    ages = {f"replay/module_{k}/age": 1.0 for k in (1, 2)}
+    assert status({"train/module_2/accuracy": 0.5} | ages)["train"] == "train - - 0.50"
+    # Heads that are not trained, and an evaluation, have no such places.
+    assert status({"train/module_1/accuracy": 0.25}) == {"train": "train 0.25"}
+    assert status({"test/module_1/accuracy": 0.25} | rates)["test"] == "test 0.25"
+
+
 def test_eta_counts_only_what_this_process_did():
     clock = Clock()
     progress = Progress(Console(file=io.StringIO(), force_terminal=False), clock)

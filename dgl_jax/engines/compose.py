@@ -12,6 +12,7 @@ from dgl_jax.data import augment_key
 from dgl_jax.engines.engine import Recipe
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import Batch, Coded, Targets
+from dgl_jax.placement import Placement
 from dgl_jax.step import Metrics, feed_step, local_step
 
 # (state, what came in: a Batch or a Coded, its targets) -> (state, what goes to the next module: a Coded or None, metrics)
@@ -53,6 +54,12 @@ def compose(recipe: Recipe, k: int) -> Program:
 
     program.__name__ = module.name
     return program
+
+
+def exits(placement: Placement, k: int, modules: int) -> tuple[Any, Any, Any]:
+    """Returns where the program of module k leaves its state, what it hands on and its metrics, as shardings."""
+    coded = placement.coded(k) if k + 1 < modules else None
+    return placement.replicated(k), coded, placement.replicated(k)
 
 
 def feed(recipe: Recipe, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:

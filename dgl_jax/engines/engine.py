@@ -195,6 +195,13 @@ class EngineState:
     flight: Flight | None = None
 
 
+class Snapshot(Protocol):
+    """Gives the state of an engine."""
+
+    def __call__(self, flight: bool = True) -> EngineState:
+        """Returns the modules' states and, unless `flight` is false, what is under way: an evaluation has no use for that."""
+
+
 @dataclass
 class Report:
     """What a synchronous engine says after an update of its last module, an asynchronous one after an update of any.
@@ -204,11 +211,13 @@ class Report:
       metrics: of each module for its newest update, empty where this report brings none: device scalars, already computed.
       snapshot: gives the EngineState. Of a synchronous engine only the last report of a run has one: before it, batches are in
         the pipe.
+      at: seconds of a monotonic clock at which the update was done, if reports may be read later than they are made.
     """
 
     updates: tuple[int, ...]
     metrics: tuple[Metrics, ...]
-    snapshot: Callable[[], EngineState]
+    snapshot: Snapshot
+    at: float | None = None
 
 
 class Engine(Protocol):
@@ -264,7 +273,7 @@ def run_ticks(
     dispatch: Callable[[Tick], list[tuple[Turn, Metrics]]],
     in_flight: int,
     modules: int,
-    snapshot: Callable[[], EngineState],
+    snapshot: Snapshot,
 ) -> Iterator[Report]:
     """Dispatches ticks without waiting for their results, at most `in_flight` ahead, and reports each finished batch.
 
@@ -302,7 +311,7 @@ def run_ticks(
         yield late
 
 
-def _in_flight() -> EngineState:
+def _in_flight(flight: bool = True) -> EngineState:
     raise RuntimeError("batches are in the pipe: only the last report of a run gives a snapshot")
 
 

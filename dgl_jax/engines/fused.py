@@ -77,4 +77,4 @@ class FusedEngine(Synchronous):
             return list(zip(tick, metrics, strict=True))
 
         ticks = fused(modules, start, until, stop)
-        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, lambda: EngineState(states))
+        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, lambda flight=True: EngineState(states))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import compose
+from dgl_jax.engines.compose import compose, exits
 from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
 from dgl_jax.engines.turns import Tick, Turn, fused, never, pipelined
 from dgl_jax.packet import Batch, Coded, Header, Packet
@@ -31,7 +31,7 @@ class PipelineEngine(Synchronous):
             jax.jit(
                 compose(recipe, k),
                 donate_argnums=0,
-                out_shardings=(placement.replicated(k), self._exit(k), placement.replicated(k)),
+                out_shardings=exits(placement, k, len(recipe.modules)),
             )
             for k in range(len(recipe.modules))
         ]
@@ -81,7 +81,7 @@ class PipelineEngine(Synchronous):
         # On one device nothing overlaps: each batch goes all the way through, so that a single packet waits at a time.
         schedule = pipelined if self.placement.count() > 1 else fused
         ticks = schedule(modules, start, until, stop)
-        snapshot = lambda: EngineState(tuple(states))  # noqa: E731
+        snapshot = lambda flight=True: EngineState(tuple(states))  # noqa: E731
         yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, snapshot)
 
     def _move(self, packet: Packet, module: int) -> Packet:
@@ -94,7 +94,3 @@ class PipelineEngine(Synchronous):
             fresh = self.published[module] = put(packet.codebook, self.placement.replicated(module))
         self.meters[module - 1].count(payload, targets, fresh)
         return Packet(payload, targets, packet.header, self.published[module])
-
-    def _exit(self, k: int) -> Any:
-        """Where module k leaves what it hands on."""
-        return self.placement.coded(k) if k + 1 < len(self.recipe.modules) else None

@@ -1,14 +1,15 @@
 """What is under way in an asynchronous run: a ring of packets before every module but the first, and who worked when."""
 
+import threading
 from collections import deque
 from typing import Any
 
 import jax
 import numpy as np
 
-from dgl_jax.engines.compose import compose, feed
+from dgl_jax.engines.compose import compose, exits, feed
 from dgl_jax.engines.engine import EngineState, Recipe, counts, place_modules
-from dgl_jax.packet import Coded, Header, Packet, Targets
+from dgl_jax.packet import Batch, Coded, Header, Packet, Targets
 from dgl_jax.placement import Placement, put
 from dgl_jax.replay import Form, Ring, Sample
 from dgl_jax.settings import EngineSettings, ReplaySettings
@@ -98,6 +99,32 @@ class Rings:
             ring.restore(saved[f"ring_{k}"])
 
 
+class Still:
+    """The rings as they were when a snapshot was taken, for a checkpoint that is written while the workers go on.
+
+    Each ring is copied under its lock. The rings are copied before the modules: no packet is newer than its producer.
+    """
+
+    def __init__(self, rings: Rings):
+        self.unit, self._turns, self._gauges, self._saved = rings.unit, rings.recent(), rings.gauges(), rings.snapshot()
+
+    def begin_at(self, batches: int) -> None:
+        """Takes the count of batches that goes with the copy of the first module."""
+        self._saved["counts"][1] = batches
+
+    def gauges(self) -> dict[str, float]:
+        """Returns those of the rings."""
+        return self._gauges
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """Returns the newest turns, oldest first."""
+        return self._turns
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the copy itself."""
+        return self._saved
+
+
 class Asynchronous:
     """What asynchronous engines have in common: rings in flight, a program a module, and one that only feeds."""
 
@@ -106,10 +133,57 @@ class Asynchronous:
     def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
         self.recipe, self.placement, self.replay, self.hops = recipe, placement, replay, recipe.hops
         modules = range(len(recipe.modules))
-        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0) for k in modules]
-        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train")) for k in modules[:-1]]
+        ways = [exits(placement, k, len(modules)) for k in modules]
+        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0, out_shardings=ways[k]) for k in modules]
+        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train"), out_shardings=ways[k][1]) for k in modules[:-1]]
+        self.of_states: list[Any] = []  # further programs, of a module's state alone
+        self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
+        self._prepared = False
         # The codebooks that module k has on its devices, by their version in the ring it reads.
         self.codebooks: list[dict[int, Any]] = [{} for _ in modules]
+
+    def prepare(self) -> None:
+        """Compiles all programs, those of different modules at once; a second call does nothing.
+
+        Compiled before the first turn they can be in no measured time, and no module waits for another one's compiler.
+        """
+        if self._prepared:
+            return
+        states, failed = self.recipe.abstract_states(), []
+
+        def compile_all(k: int) -> None:
+            try:
+                state = _shapes(states[k], self.placement.replicated(k))
+                incoming, targets = self._entering(k)
+                self._steps[k].lower(state, incoming, targets).compile()
+                if k < len(self._feeding):
+                    self._feeding[k].lower(state, incoming).compile()
+                for program in self.of_states:
+                    program.lower(state).compile()
+            except Exception as error:
+                failed.append(error)
+
+        # Daemons: whoever quits at once does not wait for a compiler.
+        compilers = [threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))]
+        for compiler in compilers:
+            compiler.start()
+        for compiler in compilers:
+            compiler.join()
+        if failed:
+            raise failed[0]
+        self._prepared = True
+
+    def _entering(self, k: int) -> tuple[Any, Targets]:
+        """Returns shapes of what a turn of module k takes in, where it will lie."""
+        split, everywhere = self.placement.split(k), self.placement.replicated(k)
+        targets: Any = _shapes(self.recipe.targets(), split)
+        if k == 0:
+            images = jax.ShapeDtypeStruct(self.recipe.inputs().shape, "uint8", sharding=split)
+            return Batch(images, targets, jax.ShapeDtypeStruct((), "int32", sharding=everywhere)), targets  # type: ignore[arg-type]
+        hop = self.hops[k - 1]
+        book = _shapes(hop.codebook, everywhere)
+        newest = book if hop.period and self.recipe.decode == "latest" else None
+        return Coded(_shapes(hop.payload, split), book, newest), targets
 
     def init(self) -> EngineState:
         """Fresh modules, empty rings."""
@@ -147,13 +221,18 @@ class Asynchronous:
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
-        return flight_of(state).gauges()
+        assert isinstance(state.flight, Rings | Still), "a snapshot without its flight has none"
+        return state.flight.gauges()
 
 
 def flight_of(state: EngineState) -> Rings:
     """The rings of an asynchronous state."""
     assert isinstance(state.flight, Rings), "an asynchronous engine begins with `init` or `resume`"
     return state.flight
+
+
+def _shapes(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def ring_forms(recipe: Recipe) -> list[Form]:

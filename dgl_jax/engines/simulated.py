@@ -30,6 +30,8 @@ class SimulatedEngine(Asynchronous):
     def __init__(self, recipe: Recipe, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
         super().__init__(recipe, placement, engine, replay)
         self.total, modules = total, len(recipe.modules)
+        if engine.order == "ordered":  # all modules end in the same round: none of them ever only feeds
+            self._feeding = ()
         self.module_of = in_order(modules) if engine.order == "ordered" else drawn(modules, engine.slowdown, recipe.seed)
 
     def traffic(self) -> Traffic:
@@ -37,18 +39,21 @@ class SimulatedEngine(Asynchronous):
         return self.recipe.traffic()
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
-        """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot."""
-        flight = flight_of(state)
+        """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot, good until the next."""
+        self.prepare()
+        rings = flight_of(state)
         states, updates = list(state.modules), counts(state)
-        batches = source.batches(flight.batches)
-        snapshot = lambda: EngineState(tuple(states), flight)  # noqa: E731
+        batches = source.batches(rings.batches)
+
+        def snapshot(flight: bool = True) -> EngineState:
+            return EngineState(tuple(states), rings if flight else None)
 
         while min(updates) < until and not stop():
-            k = self._next(flight)
+            k = self._next(rings)
             if k is None:
                 continue
             with jax.transfer_guard("disallow"):
-                metrics = self._work(k, states, updates, flight, batches)
+                metrics = self._work(k, states, updates, rings, batches)
             if metrics is not None:
                 brought: list[Metrics] = [{} for _ in states]
                 brought[k] = jax.block_until_ready(metrics)

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from dgl_jax.data import Source
 from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Traffic, counts
-from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
+from dgl_jax.engines.rings import Asynchronous, Rings, Still, flight_of
 from dgl_jax.engines.turns import never
 from dgl_jax.errors import UserError, explain
 from dgl_jax.module import ModuleState
@@ -62,6 +63,7 @@ class ThreadsEngine(Asynchronous):
         self.recover: Callable[[int], ModuleState | None] | None = None
         self.clock: Callable[[], float] = time.monotonic
         self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self.of_states = [self.copy]
         self.meters = [Meter() for _ in modules[1:]]  # of what has left for the ring of module k + 1
         self.waited = [0.0 for _ in modules]  # seconds a module had no packet to read
         self._paces = [_Pace() for _ in modules]
@@ -83,11 +85,12 @@ class ThreadsEngine(Asynchronous):
         """Trains until every module has `until` updates; see `Engine.run`.
 
         Reports come while the workers go on; closing the iterator stops them after their current step. Every report gives a
-        snapshot: a copy of what the modules are then, which may be further than the report.
+        snapshot: a copy of what the modules are then, which may be further than the report, or behind it if one was restarted.
 
         Raises:
-          UserError: a module failed, and was not to be restarted or failed again at the same update.
+          UserError: a module failed, and was not to be restarted or failed again and again.
         """
+        self.prepare()
         run = _Run(self, state, source, until)
         run.start()
         try:
@@ -138,23 +141,27 @@ class _Run:
     def __init__(self, engine: ThreadsEngine, state: EngineState, source: Source, until: int):
         self.engine, self.until = engine, until
         self.flight: Rings = flight_of(state)
-        self.states, self.updates = list(state.modules), counts(state)
+        self.states: list[ModuleState | None] = list(state.modules)
+        self.updates = counts(state)
         self.batches = source.batches(self.flight.batches)
         self.events: queue.SimpleQueue[Report | _Failure] = queue.SimpleQueue()
         self.stopping = threading.Event()
         self.counting = threading.Lock()  # a report's counts and its place in the queue go together
-        # A state is donated to the next step, so whoever copies it holds its lock.
+        self.taken = self.flight.batches  # batches read, those of turns that failed among them
+        # Reports that came while the controlling thread waited for a failure to be told.
+        self.heard: deque[Report] = deque()
+        # A state is donated to the next step, so whoever copies it holds its lock. None: the module is down.
         self.locks = [threading.Lock() for _ in self.states]
         # Modules whose newest codebook may not be the one in the next ring, whatever the schedule says.
         self.unpublished = {k for k, hop in enumerate(engine.hops) if hop.period}
-        self.compiled: set[int] = set()  # modules whose time no longer has compilation in it
         self.began = engine.clock()
         for pace in engine._paces:
             pace.begin(self.began)
         self.progress = [self.began for _ in self.states]
         self.doing = ["not begun" for _ in self.states]
         self.warned: list[float | None] = [None for _ in self.states]
-        self.failures = [(-1, 0) for _ in self.states]  # (updates at the last failure, failures there)
+        # Of the last failure: updates then, updates that the module went on from, failures in a row.
+        self.failures = [(-1, -1, 0) for _ in self.states]
         self.workers: list[threading.Thread | None] = [None for _ in self.states]
 
     # The controlling thread
@@ -176,21 +183,50 @@ class _Run:
 
     def ended(self) -> bool:
         """All workers have, and everything they said has been heard."""
-        return not any(worker is not None and worker.is_alive() for worker in self.workers) and self.events.empty()
+        return not self.working() and self.events.empty() and not self.heard
+
+    def working(self) -> bool:
+        """Tells whether any worker may still change something."""
+        return any(worker is not None and worker.is_alive() for worker in self.workers)
 
     def next_event(self) -> Report | _Failure | None:
+        """Waits a little for what a worker says."""
+        return self.heard.popleft() if self.heard else self._listen()
+
+    def _listen(self) -> Report | _Failure | None:
         try:
             return self.events.get(timeout=_POLL_SECONDS)
         except queue.Empty:
             return None
 
-    def snapshot(self) -> EngineState:
-        """A copy, one module after the other; each worker waits no longer than its own copy takes to be asked for."""
+    def snapshot(self, flight: bool = True) -> EngineState:
+        """Copies the rings (unless `flight` is false), then one module after the other between two of its updates.
+
+        A worker waits no longer than its own copy takes to be asked for. A module that is down is restarted first. Once all workers
+        have ended, the rings come as they are.
+        """
+        ended = not self.working()
+        still = Still(self.flight) if flight and not ended else None
         modules = []
-        for lock, k in zip(self.locks, range(len(self.states)), strict=True):
-            with lock:
-                modules.append(self.engine.copy(self.states[k]))
-        return EngineState(tuple(modules), self.flight)
+        for k in range(len(self.states)):
+            state, batches = self._copy(k)
+            modules.append(state)
+            if still and k == 0:
+                still.begin_at(batches)
+        return EngineState(tuple(modules), self.flight if flight and ended else still)
+
+    def _copy(self, k: int) -> tuple[ModuleState, int]:
+        """A copy of a module, and the batches read when it was made."""
+        while True:
+            with self.locks[k]:
+                if (state := self.states[k]) is not None:
+                    return self.engine.copy(state), self.flight.batches
+            while self.states[k] is None:  # its failure is on its way
+                event = self._listen()
+                if isinstance(event, _Failure):
+                    self.restart(event)
+                elif event is not None:
+                    self.heard.append(event)
 
     def restart(self, failure: _Failure) -> None:
         """The failed module from its newest checkpoint, or the end of the run."""
@@ -198,9 +234,9 @@ class _Run:
         if isinstance(error, UserError):
             raise error
         _LOG.error("module_%d failed after %d updates:\n%s", k, self.updates[k], failure.trace.rstrip())
-        before, times = self.failures[k]
-        times = times + 1 if self.updates[k] <= before else 1
-        self.failures[k] = (max(before, self.updates[k]), times)
+        before, since, times = self.failures[k]
+        # In a row: no update since the restart, or the same one failed again.
+        times = times + 1 if self.updates[k] in (before, since) else 1
         state = self.engine.recover(k) if self.engine.recover and times <= _RESTARTS and not self.stopping.is_set() else None
         if state is None:
             again = f" {times} times in a row" if times > 1 else ""
@@ -210,8 +246,9 @@ class _Run:
                 "stopped, the last checkpoint is good (the log has the traceback)"
             ) from error
         self.states[k] = put(state, self.engine.placement.replicated(k))
+        self.failures[k] = (self.updates[k], int(jax.device_get(state.updates)), times)
         with self.counting:
-            self.updates[k] = int(jax.device_get(state.updates))
+            self.updates[k] = self.failures[k][1]
         if k + 1 < len(self.states) and self.engine.hops[k].period:
             self.unpublished.add(k)
         _LOG.warning("module_%d goes on from its newest checkpoint, with %d updates; the others never stopped", k, self.updates[k])
@@ -255,8 +292,8 @@ class _Run:
         begin = clock()
         if k == 0:
             incoming: Any = placement.put_batch(next(self.batches), 0)
-            targets, sequence = incoming.targets, self.flight.batches
-            self.flight.batches += 1
+            targets, sequence = incoming.targets, self.taken
+            self.taken += 1
         else:
             sample = self._sample(k)
             if sample is None:
@@ -269,21 +306,26 @@ class _Run:
         engine.waited[k] += started - begin
         metrics: Metrics | None = None
         fresh = k in self.unpublished or (k < last and not done and engine.hops[k].publishes(self.updates[k]))
-        if done:
-            coded = engine.feeds[k](self.states[k], incoming)
-        else:
-            with self.locks[k]:
-                self.states[k], coded, metrics = engine.programs[k](self.states[k], incoming, targets)
-        payload, targets, codebook = jax.device_get(
-            (coded.payload, targets, coded.codebook if fresh else None) if k < last else (None,) * 3
-        )
-        jax.block_until_ready(metrics)
-        if engine.slowdown[k] > 1 and k in self.compiled:
+        with self.locks[k]:
+            if done:
+                coded = engine.feeds[k](self.states[k], incoming)
+            else:
+                # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
+                state, self.states[k] = self.states[k], None
+                state, coded, metrics = engine.programs[k](state, incoming, targets)
+            payload, targets, codebook = jax.device_get(
+                (coded.payload, targets, coded.codebook if fresh else None) if k < last else (None,) * 3
+            )
+            jax.block_until_ready(metrics)
+            if not done:
+                self.states[k] = state
+            if k == 0:
+                self.flight.batches = self.taken
+        if engine.slowdown[k] > 1:
             self.stopping.wait((engine.slowdown[k] - 1) * (clock() - started))
-        self.compiled.add(k)
         ended = clock()
         if metrics is not None:
-            self._count(k, metrics)
+            self._count(k, metrics, ended)
         if k < last:
             engine.meters[k].count(payload, targets, codebook)
             self.unpublished.discard(k)
@@ -298,13 +340,13 @@ class _Run:
             changed.wait_for(lambda: self.stopping.is_set() or not self._needed(k) or self.flight.ring(k).ready())
         return None if self.stopping.is_set() or not self._needed(k) else self.flight.sample(k)
 
-    def _count(self, k: int, metrics: Metrics) -> None:
+    def _count(self, k: int, metrics: Metrics, at: float) -> None:
         brought: list[Metrics] = [{} for _ in self.states]
         brought[k] = metrics
         with self.counting:
             self.updates[k] += 1
             self.engine._paces[k].updates += 1
-            self.events.put(Report(tuple(self.updates), tuple(brought), self.snapshot))
+            self.events.put(Report(tuple(self.updates), tuple(brought), self.snapshot, at))
         if self.updates[k] == self.until:  # a module below that only feeds may be needed no longer
             self._wake()
 
