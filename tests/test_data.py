@@ -317,7 +317,7 @@ def broken(what):
         ("missing", r"config.data.dir=.*nowhere: no such directory"),
         ("no test", r"set/test: no such directory; images belong in .*test/<class>/"),
         ("empty split", r"set/train: holds no class directories"),
-        ("empty class", r"train/dog: holds no images \(.jpg, .jpeg, .png\)"),
+        ("empty class", r"train/dog: holds no images \(.jpg, .jpeg, .png, "),
         ("unknown class", r"test/cat: the class cat has no directory in .*set/train"),
         ("unreadable", r"train/cat/1.png: not an image that can be read"),
         ("truncated", r"test/cat/1.png: not an image that can be read"),

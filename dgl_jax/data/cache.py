@@ -59,7 +59,10 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
 
 
 def labels(key: Iterable[object], files: Iterable[Path], read: Callable[[], np.ndarray]) -> np.ndarray:
-    """The labels of a split: from the cache, or read and kept for the next time; see `decoded` for the arguments."""
+    """The labels of a split, or other numbers of its images: from the cache, or read and kept for the next time.
+
+    See `decoded` for the arguments.
+    """
     entry = cache_dir() / "labels" / f"{_digest(key, files)}.npy"
     try:
         return np.load(entry)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MODES = {1: "L", 3: "RGB"}
+GREY, ALPHA, FRAMES = 1, 2, 4  # what `image_kinds` finds: no colour; an alpha channel; more frames than the first
 # What Pillow raises on EXIF data that is damaged; the image itself may be sound.
 _BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
@@ -29,7 +30,7 @@ def decode_images(
     read: Callable[[int], bytes | Path],
     *,
     channels: int,
-    image_size: int = 0,
+    image_size: int | tuple[int, int] = 0,
     centre: bool = False,
     describe: Callable[[int], str],
 ) -> UInt8[np.ndarray, "N H W C"]:
@@ -40,7 +41,7 @@ def decode_images(
       read: the encoded bytes of an image, or the file that holds them; called from several threads.
       channels: 1 (grey) or 3 (RGB); images of another kind are converted, 16 bits a pixel scaled to 8. Images are turned as
         their EXIF orientation says.
-      image_size: pixels a side to resize to (bilinear, with antialiasing); 0: as stored.
+      image_size: pixels a side, or (height, width), to resize to (bilinear, with antialiasing); 0: as stored.
       centre: keep the proportions and take the middle, as `crops.centre_crop` does, instead of the whole image.
       describe: what to call an image in an error message.
 
@@ -49,6 +50,8 @@ def decode_images(
     """
     with needed("decoding images"):
         from PIL import Image, ImageOps
+
+    wanted = (image_size, image_size) if isinstance(image_size, int) else image_size[::-1]  # as Pillow has it: (width, height)
 
     def one(index: int) -> np.ndarray:
         data = read(index)
@@ -59,9 +62,9 @@ def decode_images(
             raise UserError(f"{describe(index)}: not an image that can be read ({error})") from None
         if image_size and centre:
             edge = (1 - 1 / MARGIN) / 2
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR, bleed=edge)
-        elif image_size and image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            image = ImageOps.fit(image, wanted, Image.Resampling.BILINEAR, bleed=edge)
+        elif image_size and image.size != wanted:
+            image = image.resize(wanted, Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, channels)
 
     first = one(0)
@@ -87,6 +90,24 @@ def decode_images(
     return images
 
 
+def image_kinds(files: Sequence[Path]) -> UInt8[np.ndarray, "N"]:
+    """Looks at the headers of images: GREY, ALPHA and FRAMES, added up for each; 0 for what is no image."""
+    with needed("decoding images"):
+        from PIL import Image
+
+    def one(file: Path) -> int:
+        try:
+            with Image.open(file) as image:
+                grey = GREY * (image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I"))
+                alpha = ALPHA * (image.has_transparency_data or image.mode in ("La", "PA"))
+                return grey + alpha + FRAMES * getattr(image, "is_animated", False)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return 0  # decoding says what is wrong with it
+
+    with ThreadPoolExecutor(system.cpu_count() or 1) as pool:
+        return np.fromiter(pool.map(one, files, chunksize=256), np.uint8, len(files))
+
+
 def _converted(image: "Image.Image", mode: str) -> "Image.Image":
     """The loaded image, upright, in the mode asked for; itself where nothing is to do."""
     from PIL import Image, ImageOps
@@ -94,6 +115,8 @@ def _converted(image: "Image.Image", mode: str) -> "Image.Image":
     image.load()
     with contextlib.suppress(*_BAD_EXIF):
         ImageOps.exif_transpose(image, in_place=True)  # the pixels first, then the metadata, which nobody reads here
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of a range that it does not say")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))

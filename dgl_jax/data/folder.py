@@ -1,23 +1,31 @@
 """Images in directories: `<dir>/train/<class>/*` and `<dir>/test/<class>/*`."""
 
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dgl_jax.data import cache
-from dgl_jax.data.decode import decode_images
+from dgl_jax.data.decode import ALPHA, FRAMES, GREY, decode_images, image_kinds
 from dgl_jax.data.source import DataSet, Examples
 from dgl_jax.errors import UserError
 from dgl_jax.paths import expand
 from dgl_jax.settings import DataSettings
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+_LOG = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+_MANY = 5000  # files from which looking at their headers takes a second, so that what was found is kept
 
 
 def load(settings: DataSettings) -> DataSet:
     """Reads an image folder.
 
-    Classes are the directories of `train`, sorted; images become RGB and are sorted by name within a class.
+    Classes are the directories of `train`, sorted; images are sorted by name within a class. They become grey if all of them are,
+    RGB otherwise.
 
     Raises:
       UserError: `config.data.dir` is empty or missing, lacks `train` or `test`, a directory holds no images, `test`
@@ -34,7 +42,9 @@ def load(settings: DataSettings) -> DataSet:
     if unknown:
         raise UserError(f"{root / 'test' / unknown[0]}: the class {unknown[0]} has no directory in {root / 'train'}")
     class_names = tuple(sorted(files["train"]))
-    train, test = (_read(split, files[split], class_names, settings.image_size) for split in ("train", "test"))
+    paths = {split: [path for name in class_names for path in files[split].get(name, ())] for split in files}
+    channels = _channels(root, paths)
+    train, test = (_read(split, paths[split], files[split], class_names, channels, settings.image_size) for split in files)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
             f"{root}: images in train have {_pixels(train)} pixels and images in test {_pixels(test)}: "
@@ -44,32 +54,69 @@ def load(settings: DataSettings) -> DataSet:
 
 
 def _list(directory: Path) -> dict[str, list[Path]]:
-    """The image files of each class."""
+    """The image files of each class; says which files are none."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; images belong in {directory}/<class>/")
-    found = {}
+    found: dict[str, list[Path]] = {}
+    ignored: Counter[str] = Counter()
     for each in directory.iterdir():
-        if not each.is_dir() or each.name.startswith("."):
+        if each.name.startswith("."):
+            continue
+        if not each.is_dir():
+            ignored["beside the classes"] += 1
             continue
         # Hidden files are no images: macOS leaves a ._name.jpg beside each name.jpg.
-        images = (f for f in each.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-        found[each.name] = sorted(images)
-        if not found[each.name]:
+        images = []
+        for file in each.iterdir():
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                images.append(file)
+            elif not file.name.startswith("."):
+                ignored["folders" if file.is_dir() else file.suffix.lower() or "without a suffix"] += 1
+        # The same name and order whatever the locale makes of the bytes.
+        name = os.fsencode(each.name).decode("utf-8", "surrogateescape")
+        found[name] = sorted(images, key=lambda file: os.fsencode(file.name))
+        if not images:
             raise UserError(f"{each}: holds no images ({', '.join(SUFFIXES)}); remove the directory or fill it")
     if not found:
         raise UserError(f"{directory}: holds no class directories; images belong in {directory}/<class>/")
+    if ignored:
+        count, used = sum(ignored.values()), sum(map(len, found.values()))
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items()))
+        _LOG.warning("%s: %d of %d files are no images and are ignored: %s", directory, count, count + used, kinds)
     return found
 
 
-def _read(split: str, files: dict[str, list[Path]], class_names: tuple[str, ...], image_size: int) -> Examples:
-    paths = [path for name in class_names for path in files.get(name, ())]
+def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
+    """1 if all images of both splits are grey, else 3; says what of them will not be seen."""
+    files = [path for split in paths.values() for path in split]
+    many = len(files) >= _MANY
+    kinds = cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
+    for kind, what in (
+        (ALPHA, "have transparent parts: transparency is ignored, and the colour stored under it is what counts"),
+        (FRAMES, "have several frames: the first is used"),
+    ):
+        if count := int(np.count_nonzero(kinds & kind)):
+            _LOG.warning("%s: %d of %d images %s", root, count, len(files), what)
+    return 1 if np.all(kinds & GREY) else 3
+
+
+def _read(
+    split: str,
+    paths: Sequence[Path],
+    files: dict[str, list[Path]],
+    class_names: tuple[str, ...],
+    channels: int,
+    image_size: int,
+) -> Examples:
     labels = np.repeat(np.arange(len(class_names)), [len(files.get(name, ())) for name in class_names])
 
     def decode() -> Examples:
-        images = decode_images(len(paths), lambda i: paths[i], channels=3, image_size=image_size, describe=lambda i: str(paths[i]))
+        images = decode_images(
+            len(paths), lambda i: paths[i], channels=channels, image_size=image_size, describe=lambda i: str(paths[i])
+        )
         return Examples(images, labels.astype(np.int32))
 
-    return cache.decoded(("folder", split, class_names, image_size), paths, decode)
+    return cache.decoded(("folder", split, class_names, image_size, channels), paths, decode)
 
 
 def _pixels(examples: Examples) -> str:

@@ -111,7 +111,7 @@ def _prepared(root: Path, name: str) -> Path | None:
     if not versions:
         return None
     directory = versions[max(versions)]
-    file_format = json.loads((directory / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    file_format = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
     if file_format != "array_record":
         raise UserError(
             f"{directory} was written as {file_format}, which only TensorFlow reads: choose another config.data.dir, "
