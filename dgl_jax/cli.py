@@ -96,15 +96,15 @@ def _dispatch(argv: list[str]) -> None:
             _start()
             predict.predict_run(folder, checkpoint, _IMAGES.value, _OUTPUT.value)
         elif mode == "export":
-            from dgl_jax import export
+            from dgl_jax import export, writers
 
             _start()
-            print(export.export_run(folder, checkpoint, _OUTPUT.value))
+            writers.write_stdout(f"{export.export_run(folder, checkpoint, _OUTPUT.value)}\n")
         elif mode == "plot":
-            from dgl_jax import plots
+            from dgl_jax import plots, writers
 
             _start()
-            print(*plots.plot(folder), sep="\n")
+            writers.write_stdout("".join(f"{path}\n" for path in plots.plot(folder)))
         elif mode == "plan":
             config = _config()
             from dgl_jax import plan

@@ -1,5 +1,6 @@
 """The one exception a user is meant to read, and one line of every other."""
 
+import errno
 import os
 import re
 import sys
@@ -24,17 +25,35 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (28, 122) or "No space left" in text or "Disk quota exceeded" in text
 
 
+# What the system says of a path, and no defect of the program.
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.EIO, errno.ESTALE, errno.EINVAL, errno.ENXIO, errno.ETXTBSY, errno.EBUSY),
+)
+
+
+def of_a_path(error: OSError) -> str | None:
+    """Returns the line for a path that cannot be read or written as it is; None if the error means something else."""
+    if error.errno not in _OF_A_PATH or error.filename is None:
+        return None
+    return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror})"
+
+
 def explain(error: BaseException) -> str | None:
     """What an exception means for the user, as the line to print; None where it is a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
     if is_disk_full(error):
         return f"the disk is full; free some space and run the same line again ({error})"
+    if isinstance(error, OSError) and (text := of_a_path(error)):
+        return text
     return not_opened(error) or out_of_memory(error)
 
 
 def where(error: BaseException) -> str:
     """One line on what went wrong in a Python file of the user's, with the place."""
+    if isinstance(error, UserError):
+        return str(error)
     text = (str(error).strip().splitlines() or [""])[-1].strip()
     if missing := re.fullmatch(r"\[Errno 2\] .*: '(.+)'", text):
         path = Path(missing[1])

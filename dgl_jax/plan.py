@@ -262,7 +262,7 @@ def _stated(text: str, every: Recipe) -> BlockTimes:
     where, count = f"--block_times={text}", len(every.modules)
     try:
         if Path(text).suffix == ".json":
-            given = json.loads(Path(text).read_text())
+            given = json.loads(Path(text).read_text(encoding="utf-8"))
             given = given.get("block_milliseconds", given) if isinstance(given, dict) else given
         else:
             given = [float(part) for part in text.split(",")]

@@ -1,5 +1,6 @@
 """From metrics.jsonl to pictures."""
 
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dgl_jax.errors import UserError
-from dgl_jax.writers import read_jsonl
+from dgl_jax.writers import check_writable, read_jsonl, write_atomically, writing
 
 
 @contextmanager
@@ -60,10 +61,11 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
       The files written.
 
     Raises:
-      UserError: metrics.jsonl is missing, or holds neither an accuracy nor a loss.
+      UserError: metrics.jsonl is missing, or holds neither an accuracy nor a loss; or the pictures cannot be written.
     """
     workdir = Path(workdir)
     records, title = _records(workdir), _title(workdir)
+    check_writable(workdir / "plots", str(workdir / "plots"), folder=True)
     figures_of = {
         "accuracy": accuracy_figure,
         "loss": loss_figure,
@@ -257,13 +259,16 @@ def _records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _title(workdir: Path) -> tuple[str, str]:
-    """The run's name, and what summary.json knows of it: absent while the run still goes on."""
-    path = workdir / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    modules = {"modules": len(summary["modules"])} if "modules" in summary else {}
+    """The run's name, and what summary.json knows of it: absent while the run still goes on, or if it cannot be read."""
     forms = {"engine": "{}", "modules": "modules: {}", "steps": "steps: {:,}", "seed": "seed: {}"}
-    known = summary | modules
-    return workdir.resolve().name, ", ".join(form.format(known[key]) for key, form in forms.items() if key in known)
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        modules = {"modules": len(summary["modules"])} if "modules" in summary else {}
+        known = [form.format((summary | modules)[key]) for key, form in forms.items() if key in summary]
+    except (OSError, ValueError, TypeError):
+        known = []
+    name = os.fsencode(workdir.resolve().name).decode("utf-8", "replace")  # no font has a picture for half a character
+    return name, ", ".join(known)
 
 
 def _heads(records: Iterable[Record], pattern: str) -> list[str]:
@@ -380,6 +385,8 @@ def _increasing(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    with writing(str(path)):
+        write_atomically({path: picture.getvalue()})
     return path

@@ -5,7 +5,6 @@ import glob
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import Trained, load_trained
 from dgl_jax.metrics import read
 from dgl_jax.packet import PADDING, Batch, Targets
+from dgl_jax.writers import check_writable, write_stdout, write_text, writing
 
 
 def predict_probabilities(
@@ -47,10 +47,12 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
       output: a .csv or .jsonl file; standard output, as CSV, where None.
 
     Raises:
-      UserError: no image is found, one is unreadable, or the output's kind is unknown.
+      UserError: no image is found, one is unreadable, or the output's kind is unknown or it cannot be written.
     """
-    if output is not None and Path(output).suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--output={output}: must end in .csv or .jsonl")
+    if output is not None:
+        if Path(output).suffix not in (".csv", ".jsonl"):
+            raise UserError(f"--output={output}: must end in .csv or .jsonl")
+        check_writable(Path(output), f"--output={output}")
     files = find_images(patterns)
     trained = load_trained(Path(workdir), checkpoint)
     images = _read(files, trained.info.image_shape, trained.info.name in PHOTOGRAPHS)
@@ -68,10 +70,10 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
         )
     text = _as_jsonl(rows) if output is not None and Path(output).suffix == ".jsonl" else _as_csv(rows)
     if output is None:
-        sys.stdout.write(text)
+        write_stdout(text)
     else:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(text)
+        with writing(f"--output={output}"):
+            write_text(Path(output), text)
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -104,14 +106,14 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _read(files: Sequence[Path], shape: tuple[int, int, int], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
-    height, width, channels = shape
-    size = height if height == width else 0  # networks of unequal sides take images of just that size
-    images = decode_images(
-        len(files), lambda i: files[i], channels=channels, image_size=size, centre=centre, describe=lambda i: str(files[i])
+    return decode_images(
+        len(files),
+        lambda i: files[i],
+        channels=shape[2],
+        image_size=shape[:2],
+        centre=centre,
+        describe=lambda i: str(files[i]),
     )
-    if images.shape[1:] != shape:
-        raise UserError(f"{files[0]}: the network takes images of {width}x{height} pixels, this has another size")
-    return images
 
 
 def _batches(images: UInt8[np.ndarray, "N H W C"], size: int) -> Iterator[tuple[Batch, int]]:

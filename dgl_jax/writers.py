@@ -5,15 +5,17 @@ The method names are those of clu's metric writers (whose package needs TensorFl
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
@@ -23,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, is_disk_full
 
 _LOG = logging.getLogger(__name__)
 
@@ -162,12 +164,66 @@ def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> in
     return len(lines) - len(kept)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_atomically` does, in UTF-8; bytes of file names that are not UTF-8 come out as they were."""
+    write_atomically({path: _encoded(text)})
+
+
+def write_stdout(text: str) -> None:
+    """Writes to standard output the bytes that `write_text` writes to a file, whatever the locale."""
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is None:  # not a file: a notebook's, or a test's
+        sys.stdout.write(text)
+        return
+    sys.stdout.flush()
+    stream.write(_encoded(text))
+    stream.flush()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns a failure to write inside the block into a UserError that begins with `what`, such as `--output=labels.csv`."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(f"{what}: the disk is full; free some space and run the same line again") from error
+        raise UserError(f"{what}: cannot write there ({error.strerror or error}); choose a place that can be written") from error
+
+
+def check_writable(path: Path, what: str, folder: bool = False) -> None:
+    """Checks that a file can be written, before the work whose result it is to hold. Leaves no trace.
+
+    Args:
+      path: the file, or the folder that files will be written into; it and folders above it may be missing.
+      what: as for `writing`.
+      folder: whether `path` is the folder.
+
+    Raises:
+      UserError: it cannot.
+    """
+    with writing(what):
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path if folder else path.parent
+        place = next(each for each in (place, *place.parents) if os.path.lexists(each))
+        with tempfile.TemporaryFile(dir=place):
+            pass
+
+
 def write_atomically(files: Mapping[Path, bytes]) -> None:
     """Each file whole or, after a crash or on a full disk, as it was before; all are written before the first is replaced.
 
-    Plain files: the umask decides who may read them.
+    Folders above them are made. Plain files: the umask decides who may read them.
     """
-    scratch = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    for folder in {path.parent for path in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    # A name of its own length: with something added to it, the longest would be too long.
+    scratch = {path: path.with_name(f".dgl_jax.{os.getpid()}.{n}") for n, path in enumerate(files)}
     try:
         for path, content in files.items():
             with scratch[path].open("wb") as file:
