@@ -23,6 +23,7 @@ from dgl_jax.packet import PADDING, Batch, Coded, Targets
 from dgl_jax.placement import Placement, put
 from dgl_jax.settings import Settings, differences
 from dgl_jax.step import eval_step
+from dgl_jax.stored import DatasetInfo
 
 
 class Evaluator:
@@ -85,13 +86,14 @@ def evaluate_run(
       settings: of the same run; may say where the data lie now.
 
     Raises:
-      UserError: there is no such run, checkpoint or split, or `settings` are another run's.
+      UserError: there is no such run, checkpoint or split, `settings` are another run's, or the data are others.
     """
     trained = load_trained(Path(workdir), checkpoint)
     if settings is not None and (changed := differences(trained.settings.to_dict(), settings)):
         raise UserError(f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}")
     settings = settings or trained.settings
     source = make_source(settings.data, settings.seed)
+    trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
         raise UserError(f"--split={split}: {source.name} has no such images here")
     result = Evaluator(trained.recipe, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)

@@ -1,8 +1,8 @@
 """From settings to all that trains or answers: data, modules, devices, engine. Writes nothing to disk."""
 
 import dataclasses
-import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import optax
 
 from dgl_jax import average, system
 from dgl_jax.baselines import backprop_step
-from dgl_jax.checkpoint import Checkpoints, Restored
+from dgl_jax.checkpoint import Checkpoints, Restored, check_path
 from dgl_jax.codecs import make_codec
 from dgl_jax.costs import block_flops, block_times, module_flops
 from dgl_jax.data import SHAPES, Preprocess, Source, make_source
@@ -25,35 +25,13 @@ from dgl_jax.module import ModuleState, make_modules
 from dgl_jax.optimizer import make_optimizer, make_schedule
 from dgl_jax.placement import Placement, assign, check_batch, one_group
 from dgl_jax.replay import check_memory
-from dgl_jax.settings import CodecSettings, DataSettings, Settings, make_settings, not_applicable
+from dgl_jax.settings import CodecSettings, DataSettings, Settings, not_applicable
+from dgl_jax.stored import DatasetInfo, listed, load_settings
 
 _LOG = logging.getLogger(__name__)
 
 # Engines that train no head but the last module's.
 ONE_LOSS = ("backprop",)
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What a trained network must know of its data set; part of every checkpoint, so that it can answer without the data."""
-
-    name: str
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, source: Source) -> "DatasetInfo":
-        """Of a data source."""
-        mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
-        return cls(source.name, tuple(source.class_names), source.image_shape, mean, std)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        """Of its JSON form."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
 
 
 def known_info(settings: DataSettings) -> DatasetInfo:
@@ -92,16 +70,20 @@ class Experiment:
 
 
 def make_experiment(
-    settings: Settings, devices: Sequence[jax.Device] | None = None, first_blocks: Sequence[int] = ()
+    settings: Settings,
+    devices: Sequence[jax.Device] | None = None,
+    first_blocks: Sequence[int] = (),
+    info: DatasetInfo | None = None,
 ) -> Experiment:
     """Builds everything a run needs, and checks that it fits together.
 
     Args:
       devices: those to use; all that JAX finds by default.
       first_blocks: of each module, where an earlier part of the run has chosen them.
+      info: of the data set, as an earlier part of the run found it; its mean and deviation are kept.
 
     Raises:
-      UserError: the data is missing or broken, or data, network and devices do not fit.
+      UserError: the data is missing, broken or another than `info` says, or data, network and devices do not fit.
     """
     if unused := not_applicable(settings):
         _LOG.info("set, and ignored here: %s", "; ".join(unused.values()))
@@ -115,7 +97,10 @@ def make_experiment(
         what = "less than one step" if total_steps < 1 else f"{total_steps} steps, more than can be counted,"
         raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
-    info = DatasetInfo.of(source)
+    found = DatasetInfo.of(source)
+    if info is not None:
+        info.check(found, settings.data)
+    info = info or found
     first_blocks = first_blocks or choose_cuts(settings, info, device=devices[0])
     recipe = make_recipe(settings, info, schedule, first_blocks)
     engine = make_engine(settings, recipe, devices, total_steps)
@@ -239,12 +224,12 @@ def read_settings(workdir: Path, flag: str = "--workdir") -> Settings:
     """The configuration that a workdir was made with.
 
     Raises:
-      UserError: it holds no run.
+      UserError: it holds no run, or its config.json is damaged.
     """
     path = Path(workdir) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{flag}={workdir}: holds no run (no config.json); train one with --mode=train")
-    return make_settings(json.loads(path.read_text()))
+    return load_settings(path)
 
 
 def load_trained(
@@ -259,9 +244,10 @@ def load_trained(
     Raises:
       UserError: the workdir holds no run, or no such checkpoint.
     """
+    check_path(Path(workdir), flag)
     settings = read_settings(workdir, flag)
     directory = Path(workdir) / "checkpoints"
-    if not directory.is_dir():
+    if not directory.exists():
         raise UserError(f"{flag}={workdir}: holds no checkpoint yet")
     made: dict[str, Any] = {}
 
@@ -280,20 +266,61 @@ def load_trained(
     return Trained(settings=settings, restored=restored, **made)
 
 
-def borrow_weights(state: EngineState, other: Trained) -> EngineState:
-    """Another run's parameters and batch statistics, as it is evaluated, under a fresh optimizer state and count.
+def check_weights(experiment: Experiment, other: Trained) -> None:
+    """Checks that another run's weights fit this one's modules.
 
     Raises:
-      UserError: its modules have other shapes.
+      UserError: they do not; says what differs.
     """
-    modules = []
-    if len(state.modules) != len(other.restored.state.modules):
-        raise UserError(f"--init_from: that run has {len(other.restored.state.modules)} modules, this one {len(state.modules)}")
-    for k, (mine, theirs) in enumerate(zip(state.modules, other.restored.state.modules)):
-        wanted, given = (mine.params, mine.batch_stats), average.evaluated(theirs)
+    mine, theirs = experiment.info, other.info
+    if len(mine.class_names) != len(theirs.class_names):
+        there, here = listed(theirs.class_names, mine.class_names)
+        raise UserError(
+            f"--init_from: that run knows {there} of data.name={theirs.name}, this one {here} of data.name={mine.name}; "
+            "their heads have other shapes: weights can be taken only from a run with as many classes"
+        )
+    modules = experiment.recipe.abstract_states()
+    if len(modules) != len(other.recipe.modules):
+        raise UserError(f"--init_from: that run has {len(other.recipe.modules)} modules, this one {len(modules)}")
+    for k, (own, borrowed) in enumerate(zip(modules, other.restored.state.modules)):
+        wanted, given = (own.params, own.batch_stats), average.evaluated(borrowed)
         if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
-            raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes; config.model must be the same")
+            told = [
+                f"config.model.{name} is {was} there and {now} here"
+                for name, was in dataclasses.asdict(other.settings.model).items()
+                if was != (now := getattr(experiment.settings.model, name))
+            ]
+            if mine.image_shape != theirs.image_shape:
+                told.append(f"images are {theirs.shape} there and {mine.shape} here")
+            why = "; ".join(told) or "the modules begin at other blocks"
+            raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes: {why}")
+    if mine.class_names != theirs.class_names:
+        there, here = listed(theirs.class_names, mine.class_names)
+        _LOG.warning("--init_from: that run knows %s, this one %s: the heads begin with weights of other classes", there, here)
+
+
+def borrow_weights(state: EngineState, other: Trained) -> EngineState:
+    """Gives another run's parameters and batch statistics, as it is evaluated, a fresh optimizer state and count."""
+    modules = []
+    for mine, theirs in zip(state.modules, other.restored.state.modules, strict=True):
         # Through the host: the two runs may use different devices.
-        params, batch_stats = jax.device_get(given)
+        params, batch_stats = jax.device_get(average.evaluated(theirs))
         modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
     return EngineState(tuple(modules), state.flight)
+
+
+def remarks(experiment: Experiment) -> list[str]:
+    """Lists what this run will do that its user may not expect."""
+    settings, steps = experiment.settings, experiment.source.steps_per_epoch
+    told = []
+    if len(experiment.info.class_names) == 1:
+        told.append(f"{experiment.info.name}: there is a single class: every answer is right, and nothing is learnt")
+    save, evaluate = settings.checkpoint.every or steps, settings.eval.every or steps
+    if not experiment.source.examples("validation"):
+        told.append("no images are held out for validation (config.data.validation_fraction): no checkpoint will be the best")
+    elif save < experiment.total_steps <= math.lcm(save, evaluate):
+        told.append(
+            f"checkpoints (every {save} steps) and evaluations (every {evaluate}) meet at the last step alone: "
+            "only that checkpoint can be the best; let config.checkpoint.every be a multiple of config.eval.every"
+        )
+    return told

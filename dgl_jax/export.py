@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save
 
 from dgl_jax import average
 from dgl_jax.engines import Recipe
-from dgl_jax.experiment import DatasetInfo, load_trained, make_recipe
+from dgl_jax.experiment import load_trained, make_recipe
 from dgl_jax.metrics import read
 from dgl_jax.module import ModuleState
 from dgl_jax.settings import make_settings
 from dgl_jax.step import eval_step
-from dgl_jax.writers import write_atomically
+from dgl_jax.stored import DatasetInfo, read_json
+from dgl_jax.writers import check_writable, write_atomically, writing
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
 
     Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, image
     shape and normalisation, the first block of each module, and the step.
+
+    Raises:
+      UserError: `output` cannot be written; or see `load_trained`.
     """
-    trained = load_trained(Path(workdir), checkpoint)
     folder = Path(output) if output else Path(workdir) / "export"
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"--output={folder}"
+    check_writable(folder, name, folder=True)
+    trained = load_trained(Path(workdir), checkpoint)
     tree = {
         module.name: _variables(trained.recipe, state)
         for module, state in zip(trained.recipe.modules, trained.restored.state.modules)
@@ -71,13 +76,18 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
         folder / "model.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
         folder / "config.json": (json.dumps(described, indent=2) + "\n").encode(),
     }
-    write_atomically(files)
+    with writing(name):
+        write_atomically(files)
     return folder
 
 
 def load_exported(folder: str | Path) -> Exported:
-    """Reads what `export_run` wrote; needs neither the run nor its data set."""
-    described = json.loads((Path(folder) / "config.json").read_text())
+    """Reads what `export_run` wrote; needs neither the run nor its data set.
+
+    Raises:
+      UserError: the folder holds no export.
+    """
+    described = read_json(Path(folder) / "config.json", "dataset", "config")
     info = DatasetInfo.from_dict(described["dataset"])
     recipe = make_recipe(make_settings(described["config"]), info, first_blocks=described.get("first_blocks", ()))
     tensors = load_file(Path(folder) / "model.safetensors")

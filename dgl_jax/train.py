@@ -16,16 +16,27 @@ import jax
 from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
 from dgl_jax.costs import module_costs, table
 from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
+from dgl_jax.errors import UserError
 from dgl_jax.evaluate import Evaluator
-from dgl_jax.experiment import Experiment, borrow_weights, load_trained, make_experiment
+from dgl_jax.experiment import Experiment, borrow_weights, check_weights, load_trained, make_experiment, remarks
 from dgl_jax.libraries import require, versions
 from dgl_jax.metrics import Throughput, Window, diverged
 from dgl_jax.models import BALANCED
 from dgl_jax.module import ModuleState, count_parameters
 from dgl_jax.placement import Placement
 from dgl_jax.settings import Settings, make_settings
+from dgl_jax.stored import DatasetInfo
 from dgl_jax.workdir import Summary, check, finished, holds_checkpoint, lock, reporting
-from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, read_jsonl, truncate, write_atomically
+from dgl_jax.writers import (
+    JsonLinesWriter,
+    MultiWriter,
+    Progress,
+    TensorBoardWriter,
+    check_writable,
+    read_jsonl,
+    truncate,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -66,12 +77,17 @@ def train_and_evaluate(
     require("--mode=train", "matplotlib")  # for the pictures at the end
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
+    check_writable(workdir, f"--workdir={workdir}", folder=True)
     with reporting(workdir):
-        experiment = make_experiment(settings, first_blocks=_chosen(workdir, settings))
+        experiment = make_experiment(settings, **_stored(workdir, settings))
+        for line in remarks(experiment):
+            _LOG.warning("%s", line)
         if init_from and holds_checkpoint(workdir):
             _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
             init_from = None
         other = load_trained(Path(init_from), flag="--init_from") if init_from else None
+        if other:
+            check_weights(experiment, other)
         with lock(workdir), _interruption() as interruption:
             run = _Run(experiment, workdir, interruption)
             try:
@@ -285,7 +301,10 @@ class _Run:
         self.writer.flush()
         from dgl_jax import plots  # matplotlib takes a second to import
 
-        plots.plot(self.workdir)
+        try:
+            plots.plot(self.workdir)
+        except UserError as error:  # the run is whole without pictures
+            _LOG.warning("no pictures: %s", error)
         return summary
 
     def _summary(self, state: EngineState, test: dict[str, float]) -> Summary:
@@ -328,11 +347,13 @@ class _Run:
         )
 
 
-def _chosen(workdir: Path, settings: Settings) -> Sequence[int]:
-    """The first blocks that the run in a workdir chose when it began; none where there is no choice, or no run."""
-    if settings.model.split not in BALANCED or not holds_checkpoint(workdir):
-        return ()
-    return newest_meta(workdir / "checkpoints").get("first_blocks", ())
+def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
+    """What the run in a workdir chose and found when it began, for `make_experiment`; empty if there is none."""
+    meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
+    stored: dict[str, Any] = {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
+    if settings.model.split in BALANCED:
+        stored["first_blocks"] = meta.get("first_blocks", ())
+    return stored
 
 
 class _Interruption:
@@ -363,7 +384,7 @@ def _interruption() -> Iterator[_Interruption]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically({path: (json.dumps(values, indent=2) + "\n").encode()})
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

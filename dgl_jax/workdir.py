@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.device_errors import out_of_memory
-from dgl_jax.errors import UserError, is_disk_full
+from dgl_jax.errors import UserError, is_disk_full, of_a_path
 from dgl_jax.paths import expand
-from dgl_jax.settings import Settings, differences, make_settings
+from dgl_jax.settings import Settings, differences
+from dgl_jax.stored import load_settings
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+_LOG = logging.getLogger(__name__)
 
 _ASYNCHRONOUS = ("staleness", "reuse", "ring_bytes")
 
@@ -54,7 +58,7 @@ def get_config(workdir: str) -> "ConfigDict":
     """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/workdir.py:runs/digits`."""
     from ml_collections import ConfigDict
 
-    return ConfigDict(dataclasses.asdict(make_settings(json.loads((Path(workdir) / "config.json").read_text()))))
+    return ConfigDict(dataclasses.asdict(load_settings(Path(workdir) / "config.json")))
 
 
 def with_own_config(argv: list[str]) -> list[str]:
@@ -91,7 +95,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
 @contextmanager
 def reporting(workdir: Path) -> Iterator[None]:
-    """Turns a full disk and used-up memory into one line that says what the run can go on from.
+    """Turns a full disk, a path that cannot be used and used-up memory into one line; the last says what the run can go on from.
 
     Raises:
       UserError: in their place.
@@ -103,6 +107,8 @@ def reporting(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"{workdir}: the disk is full; free some space and run the same line again") from error
+        if isinstance(error, OSError) and (text := of_a_path(error)):
+            raise UserError(text) from error
         if (text := out_of_memory(error)) is None:
             raise
         kept = "no checkpoint was written yet"
@@ -115,11 +121,19 @@ def reporting(workdir: Path) -> Iterator[None]:
 
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Raises UserError where the workdir holds a run of another configuration, naming the fields."""
-    path = workdir / "config.json"
-    if not path.is_file() or not holds_checkpoint(workdir):  # without one nothing would be lost
+    """Checks that the workdir can hold this run, and holds no run of another configuration.
+
+    Raises:
+      UserError: it does, with the fields that differ; or nobody can tell, as its config.json is missing or damaged; or
+        checkpoints could not be read back from there.
+    """
+    from dgl_jax.checkpoint import check_path
+
+    check_path(workdir, "--workdir")
+    check_path(workdir / "checkpoints")
+    if not holds_checkpoint(workdir):  # nothing would be lost
         return
-    changed = differences(json.loads(path.read_text()), settings)
+    changed = differences(load_settings(workdir / "config.json").to_dict(), settings)
     if changed:
         raise UserError(
             f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}; "
@@ -128,24 +142,41 @@ def check(workdir: Path, settings: Settings) -> None:
 
 
 def holds_checkpoint(workdir: Path) -> bool:
-    """Whether there is something to go on from, whole or not."""
+    """Tells whether there is something to go on from, whole or not."""
     return bool(_steps(workdir))
 
 
 def _steps(workdir: Path) -> list[int]:
-    checkpoints = workdir / "checkpoints"
-    return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    from dgl_jax.checkpoint import checkpoint_steps  # here: the command line reads its flags before JAX is imported
+
+    return checkpoint_steps(workdir / "checkpoints")
 
 
 def finished(workdir: Path, settings: Settings) -> Summary | None:
-    """The summary of a run that has nothing left to do under these settings."""
-    path = workdir / "summary.json"
-    if not path.is_file():
+    """Returns the summary of a run that has nothing left to do under these settings."""
+    summary = read_summary(workdir)
+    if summary is None or not (workdir / "config.json").exists():
         return None
-    summary = Summary(**json.loads(path.read_text()))
-    before = make_settings(json.loads((workdir / "config.json").read_text())).train
+    before = load_settings(workdir / "config.json").train
     asked = settings.train
     if asked == before or (asked.steps and asked.steps <= summary.steps):
         return summary
     more = asked.epochs > summary.epochs + 1e-3 if not asked.steps else True
     return None if more else summary
+
+
+def read_summary(workdir: Path) -> Summary | None:
+    """Reads `summary.json`; one that cannot be read counts as none."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = Summary(**json.loads(path.read_text(encoding="utf-8")))
+        numbers = (summary.epochs, summary.steps, *(module["updates"] for module in summary.modules))
+        if all(isinstance(number, int | float) for number in numbers):
+            return summary
+        reason = "its numbers are none"
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = str(error)
+    _LOG.warning("%s cannot be read (%s): the run is tested again", path, reason.splitlines()[0])
+    return None

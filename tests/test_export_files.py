@@ -7,6 +7,7 @@ import os
 import pytest
 from runs import small_config
 
+from dgl_jax.errors import UserError
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
@@ -70,7 +71,7 @@ def test_a_full_disk_leaves_the_older_export(workdir, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="export: the disk is full; free some space"):
         export_run(workdir, output=folder)
     assert len(calls) == 2  # the first file was whole, and still has not taken its place
     assert min(calls) > 100
