@@ -26,7 +26,8 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     Returns:
       `images_per_second`, `tick_milliseconds` (a new batch enters), `module_milliseconds` (each module's program alone, on
       its devices), `python_milliseconds_per_tick` (processor time of the controlling thread, waiting excluded),
-      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process; None where unknown).
+      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process; None where unknown), `cpu_threads` (of XLA's
+      pool; None: of an accelerator, or unknown).
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     experiment = make_experiment(settings)
@@ -51,6 +52,7 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
         "steps": steps,
         "batch_size": settings.data.batch_size,
         "devices": engine.placement.describe(),
+        "cpu_threads": system.cpu_threads() if jax.default_backend() == "cpu" else None,
     }
 
 

@@ -1,6 +1,7 @@
 """Defines the command line: flags, logging and dispatch on --mode. `launch.py` and the console script `dgl-jax` call `main`."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,10 @@ from dgl_jax.paths import expand
 with reported(), needed("the command line"):
     from absl import app, flags
     from ml_collections import config_flags
+
+
+_LOG = logging.getLogger(__name__)
+_POOL = 16  # threads of XLA's pool on the CPU, or more where there are more processors
 
 
 class _Path(flags.ArgumentParser):
@@ -137,11 +142,18 @@ def _start() -> None:
     from dgl_jax import writers
 
     writers.log_to_stderr()
+    # XLA splits the sums of weight gradients over the threads of its pool, which decides how they are rounded: there must be as
+    # many whatever the number of devices. Its own choice is a thread a processor or a device: where all devices but one wait in a
+    # reduction, the last finds none for its own work, hence two a device.
+    devices, usual = _CPU_DEVICES.value or 1, max(_POOL, system.cpu_count() or 1)
+    threads = max(usual, 2 * devices)
+    if threads > usual and "NPROC" not in os.environ:
+        text = "--cpu_devices=%d: %d threads, not %d as up to %d devices have: rounding differs from theirs"
+        _LOG.warning(text, devices, threads, usual, usual // 2)
+    os.environ.setdefault("NPROC", str(threads))
     if _CPU_DEVICES.value:
         import jax
 
-        # XLA's pool has a thread a device by default: where all but one wait in a reduction, the last finds none for its own work.
-        os.environ.setdefault("NPROC", str(max(system.machine_cpus() or 1, 2 * _CPU_DEVICES.value)))
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
 
 

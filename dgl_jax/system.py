@@ -7,6 +7,7 @@ and any of them may raise. macOS has no CPU affinity, Windows no `resource`. No 
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -60,6 +61,11 @@ def cpu_count() -> int | None:
     """Returns how many processors this process may use; those of the machine where no more is known."""
     usable = usable_cpus()
     return len(usable) if usable else machine_cpus()
+
+
+def cpu_threads() -> int | None:
+    """Returns how many threads XLA's pool for CPU devices has, once JAX has devices: they decide how long sums are rounded."""
+    return _answer(_thread_names, lambda names: names.count("tf_XLAEigen") or None)
 
 
 def free_memory() -> int | None:
@@ -124,6 +130,14 @@ def _local_devices() -> Any:
     import jax  # here: a mistyped flag need not wait for it
 
     return jax.local_devices()
+
+
+def _thread_names() -> list[str]:
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{task}/comm") as file:
+            names.append(file.read().strip())
+    return names
 
 
 def _meminfo() -> str:

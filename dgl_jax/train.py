@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from dgl_jax import system
 from dgl_jax.checkpoint import Checkpoints, all_finite, newest_meta
 from dgl_jax.costs import module_costs, table
 from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
@@ -116,6 +117,7 @@ class _Run:
         self.saved = -1  # the step of the newest checkpoint
         self.saved_flight = -1  # and of the newest with the rings
         self.wall_before, self.began = 0.0, time.monotonic()
+        self.cpu_threads = system.cpu_threads() if jax.default_backend() == "cpu" else None
         self.versions = versions()  # now, not at the end of a long run
         self.closing = ExitStack()
         self.closing.callback(self.checkpoints.close)
@@ -177,7 +179,8 @@ class _Run:
         if self.latest and not (metrics.exists() and read_jsonl(metrics)):
             _LOG.warning("%s: holds nothing of the steps up to %d: their curves are lost, training goes on", metrics, self.step)
         _write_json(self.workdir / "config.json", self.settings.to_dict())
-        _LOG.info("%s", self.engine.placement.describe())
+        threads = f" ({self.cpu_threads} threads)" if self.cpu_threads else ""
+        _LOG.info("%s%s", self.engine.placement.describe(), threads)
         for line in table(module_costs(self.experiment.recipe)):
             _LOG.info("%s", line)
         return state
@@ -341,6 +344,7 @@ class _Run:
             wall_seconds=round(self.wall_before + time.monotonic() - self.began, 3),
             dataset=self.experiment.info.name,
             versions=self.versions,
+            cpu_threads=self.cpu_threads,
             staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in recipe.modules] if asynchronous else None,
             ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in recipe.modules] if asynchronous else None,
             reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in recipe.modules] if asynchronous else None,

@@ -45,6 +45,7 @@ class Summary:
     wall_seconds: float
     dataset: str
     versions: dict[str, str]
+    cpu_threads: int | None = None  # of XLA's pool, which decide how sums are rounded; None: of an accelerator, or unknown
     staleness: list[float] | None = None  # asynchronous engines: mean age of the packets read, in updates of their producer
     reuse: list[float] | None = None  # and reads a packet, one entry a module
     ring_bytes: list[int] | None = None  # held by the ring at each module's entrance, codebooks included

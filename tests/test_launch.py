@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import FIELDS, records
+from runs import FIELDS, arrays, records
 from safetensors.numpy import load_file
+
+from dgl_jax import system
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
@@ -98,8 +100,12 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     )
     assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["label"] == table[1].split(",")[1]
 
-    drawn = launch("--mode=plot", f"--workdir={trained}").stdout.split()
-    assert [Path(p).name for p in drawn] == ["accuracy.png", "loss.png"]
+    usual = max(16, system.cpu_count())
+    many = usual // 2 + 1
+    env = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    drawn = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
+    assert [Path(p).name for p in drawn.stdout.split()] == ["accuracy.png", "loss.png"]
+    assert f"--cpu_devices={many}: {2 * many} threads, not {usual} as up to {usual // 2} devices have" in drawn.stderr
 
 
 def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
@@ -109,6 +115,23 @@ def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
     assert "config.seed (was 0, is now 1)" in fails("--mode=eval", f"--workdir={trained}", "--config.seed=1")
 
 
+@pytest.mark.slow
+def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
+    fields = {"data.batch_size": 64, "data.train_examples": 640, "model.width": 24, "model.modules": 3, "train.steps": 10}
+    line = [*SMALL, *(f"--config.{name}={value}" for name, value in fields.items())]
+    env = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    for name, more in (("fused", ()), ("pipeline", ("--config.engine.name=pipeline", "--cpu_devices=3"))):
+        done = launch(*line, f"--workdir={tmp_path / name}", *more, env=env)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["cpu_threads"] == max(16, system.cpu_count())
+        assert f" ({summary['cpu_threads']} threads)" in done.stderr
+    assert [m["devices"] for m in summary["modules"]] == [[0], [1], [2]]
+    pairs = list(zip(arrays(tmp_path / "fused"), arrays(tmp_path / "pipeline"), strict=True))
+    assert len(pairs) > 50
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
 def test_bench_prints_one_json_line():
     done = launch(*SMALL, "--mode=bench", "--bench_steps=4", "--config.engine.name=pipeline", "--cpu_devices=2")
     assert done.returncode == 0, done.stderr
@@ -116,6 +139,7 @@ def test_bench_prints_one_json_line():
     result = json.loads(line)
     assert result["engine"] == "pipeline"
     assert len(result["module_milliseconds"]) == 2
+    assert result["cpu_threads"] == int(os.environ["NPROC"]), "the user's own number counts"
     assert all(result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes"))
 
 
