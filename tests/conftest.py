@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -77,6 +77,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _home_is_not_touched() -> None:
     assert Path("~").expanduser() == Path(os.environ["DGL_JAX_TEST_HOME"])
+
+
+@pytest.fixture(scope="module")
+def compiled_fast() -> Iterator[None]:
+    """Compiles with few optimizations, in child processes too: for modules about files, signals and messages, where compiling is
+    most of the time. Equality of engines and memory are tested as users compile.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from dgl_jax.models import MODELS, cuts, make_network, resnet
 from dgl_jax.optimizer import make_schedule
 from dgl_jax.settings import Settings, default_config, differences, make_settings, not_applicable
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]
 PAPER = [path for path in CONFIGS if path.stem.startswith("imagenet_") and path not in MODERN]
@@ -67,16 +69,8 @@ def test_there_are_configs():
     assert {"cifar10", "digits", "imagenette"} | networks <= {path.stem for path in CONFIGS}
 
 
-@pytest.fixture
-def compiled_fast():
-    """Two steps are run: compiling them takes nearly all of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_two_ticks(path, tiny, compiled_fast):
+def test_two_ticks(path, tiny):
     settings = shrunk(path)
     experiment = make_experiment(settings, jax.devices()[:1])
     states, reports = tiny.run(experiment.engine, 2, source=experiment.source)

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from dgl_jax import system
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
 
