@@ -28,7 +28,7 @@ _POLICIES = ocp.training.preservation_policies
 # Orbax looks for its own files with patterns: a path that is itself one finds nothing, or another folder's files.
 _PATTERN = "[]*?\\"
 _REFUSED = re.compile("Permission denied|PERMISSION_DENIED|Read-only file system|Not a directory")
-_RETRIES = 20  # of reading checkpoints that a training replaces meanwhile
+_RETRIES = 50  # of reading checkpoints that a training replaces meanwhile
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from dgl_jax.models import BlockCosts
 from dgl_jax.placement import check_batch, layout
 from dgl_jax.settings import Settings
 from dgl_jax.timeline import Span, Work, simulate, waiting
+from dgl_jax.writers import check_writable
 
 _LOG = logging.getLogger(__name__)
 _DRAWN = 8  # batches of the picture, besides one a module
@@ -48,13 +49,14 @@ def plan_run(
     """What `--mode=plan` prints: see `plan`; draws the timeline into `output` (a .png), or `<workdir>/plots/plan.png`.
 
     Raises:
-      UserError: `output` is no .png, or what `plan` raises.
+      UserError: `output` is no .png or cannot be written, or what `plan` raises.
     """
     if output is not None and Path(output).suffix != ".png":
         raise UserError(f"--output={output}: must end in .png, for the timeline of --mode=plan")
     picture = Path(output) if output else Path(workdir) / "plots" / "plan.png" if workdir else None
     if picture:
         require("the picture of --mode=plan", "matplotlib")  # before anything is measured
+        check_writable(picture, f"--output={picture}" if output else str(picture))
     found, spans = plan(settings, devices, stated, bandwidth, cores)
     if picture:
         from dgl_jax import plots  # matplotlib takes a third of a second to import

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from runs import records, small_config
 
-from dgl_jax import checkpoint, export, predict, stored, train, workdir, writers
+from dgl_jax import checkpoint, export, plan, predict, stored, train, workdir, writers
 from dgl_jax.checkpoint import Checkpoints
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
@@ -329,6 +329,11 @@ def test_output_that_cannot_be_written_is_said_before_the_work(run, image, stray
     for output in (stray, stray / "below", "/proc/nowhere"):
         with pytest.raises(UserError, match=f"^--output={output}: cannot write there"):
             export_run(run, output=output)
+    monkeypatch.setattr(plan, "plan", unwanted)
+    with pytest.raises(UserError, match=f"^--output={stray}/a.png: cannot write there"):
+        plan.plan_run(stored.load_settings(run / "config.json"), output=f"{stray}/a.png")
+    with pytest.raises(UserError, match=f"^{stray}/plots/plan.png: cannot write there"):
+        plan.plan_run(stored.load_settings(run / "config.json"), workdir=str(stray))
     assert stray.read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.csv"]
 
