@@ -97,6 +97,11 @@ def device_memory(device: Any) -> DeviceMemory:
     return DeviceMemory(None if limit is None or used is None else max(0, limit - used), limit, peak)
 
 
+def host_device() -> Any | None:
+    """Returns JAX's first CPU device; None where JAX_PLATFORMS leaves out the CPU, as JAX_PLATFORMS=cuda does."""
+    return _answer(_cpu_devices, lambda devices: devices[0])
+
+
 def fullest_device() -> tuple[str, DeviceMemory] | None:
     """Returns name and memory of the device of this process with the least free; None where none tells."""
 
@@ -138,6 +143,12 @@ def _thread_names() -> list[str]:
         with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{task}/comm") as file:
             names.append(file.read().strip())
     return names
+
+
+def _cpu_devices() -> Any:
+    import jax
+
+    return jax.local_devices(backend="cpu")
 
 
 def _meminfo() -> str:

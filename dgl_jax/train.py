@@ -254,7 +254,7 @@ class _Run:
         return bool(every) and (self.saved_flight < 0 or self.step - self.saved_flight >= every)
 
     def _pace(self) -> dict[str, float]:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one scalar: not worth an accelerator's while
+        with jax.default_device(system.host_device()):  # one scalar: not worth an accelerator's while
             pace = {"learning_rate": float(self.experiment.schedule(self.step - 1))}
         rate = self.throughput.rate()
         return pace | ({"images_per_second": rate} if rate else {})

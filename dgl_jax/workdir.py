@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgl_jax.device_errors import out_of_memory
+from dgl_jax.device_errors import not_opened, out_of_memory
 from dgl_jax.errors import UserError, is_disk_full, of_a_path
 from dgl_jax.paths import expand
 from dgl_jax.settings import Settings, differences
@@ -110,7 +110,7 @@ def reporting(workdir: Path) -> Iterator[None]:
             raise UserError(f"{workdir}: the disk is full; free some space and run the same line again") from error
         if isinstance(error, OSError) and (text := of_a_path(error)):
             raise UserError(text) from error
-        if (text := out_of_memory(error)) is None:
+        if not_opened(error) or (text := out_of_memory(error)) is None:
             raise
         kept = "no checkpoint was written yet"
         if steps := _steps(workdir):

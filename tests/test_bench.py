@@ -1,5 +1,6 @@
 """The numbers of --mode=bench, on several devices a module too."""
 
+import pytest
 from runs import small_config
 
 from dgl_jax.bench import bench
@@ -13,3 +14,18 @@ def test_a_codebook_is_whole_on_each_of_a_modules_devices(devices):
     assert len(found["module_milliseconds"]) == 2
     assert min(found["module_milliseconds"]) > 0
     assert found["peak_memory_bytes"] > 2**20
+
+
+def test_more_steps_than_the_training_would_have(monkeypatch):
+    """An asynchronous engine would wait for ever for updates beyond the end of its training."""
+
+    class Asked(Exception):
+        pass
+
+    def make(settings):
+        assert settings.train.steps == 5 + 200  # to warm up, and what is measured
+        raise Asked
+
+    monkeypatch.setattr("dgl_jax.bench.make_experiment", make)
+    with pytest.raises(Asked):
+        bench(small_config(engine__name="simulated", train__steps=2))

@@ -15,7 +15,7 @@ from dgl_jax import device_errors, system, train, workdir
 from dgl_jax.checkpoint import Checkpoints
 from dgl_jax.device_errors import not_opened, out_of_memory, readable
 from dgl_jax.engines import FusedEngine
-from dgl_jax.errors import UserError, explain
+from dgl_jax.errors import UserError, explain, reported
 from dgl_jax.experiment import load_trained, make_experiment
 from dgl_jax.settings import make_settings
 from dgl_jax.system import DeviceMemory
@@ -135,6 +135,24 @@ def test_other_errors_are_not_of_devices():
     for error in (AssertionError(), RuntimeError("Address already in use"), OSError(16, "Device or resource"), KeyError("cuda")):
         assert not_opened(error) is None
         assert explain(error) is None
+
+
+def test_the_command_line_prints_one_line(gpu, capsys):
+    with pytest.raises(SystemExit) as ended, reported():
+        raise jax.errors.JaxRuntimeError(FULL)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: out of memory (16.0 GiB asked for, {FREE}){HELP}\n"
+
+
+def test_a_device_that_is_held_is_no_full_one(tmp_path, monkeypatch):
+    def devices():
+        raise RuntimeError(f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY {END}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(RuntimeError) as error:
+        train_and_evaluate(small_config(), tmp_path / "run")
+    assert explain(error.value).startswith("another process holds the CUDA")
+    assert not (tmp_path / "run").exists()
 
 
 # A run whose device is full

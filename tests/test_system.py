@@ -16,7 +16,7 @@ from dgl_jax.system import DeviceMemory, ProgramPlan
 ROOT = Path(__file__).parent.parent
 QUESTIONS = (
     r"\bcost_analysis\b|\bmemory_analysis\b|\bmemory_stats\b|\bdevice_kind\b|meminfo|sched_getaffinity|\bcpu_count\b"
-    r"|getrusage|\bimport resource\b|\bsysconf\b"
+    r"|getrusage|local_devices\(backend|\bimport resource\b|\bsysconf\b"
 )
 # `accelerator.py` breaks the questions, this file tries them; and a benchmark binds itself before anything may be imported.
 MAY_ASK = {"dgl_jax/system.py", "tests/test_system.py", "tests/accelerator.py", "benchmarks/vq_speed/run.py"}
@@ -145,6 +145,16 @@ def test_where_the_system_tells_less(monkeypatch, tmp_path):
     assert system.free_memory() is None
     monkeypatch.setattr(system, "_meminfo", lambda: "MemTotal: 9 kB\nMemAvailable:    7 kB\nSwap: 1 kB\n")
     assert system.free_memory() == 7 * 1024
+
+
+def test_a_host_without_a_device(monkeypatch):
+    assert system.host_device().platform == "cpu"
+
+    def unknown(backend):
+        raise RuntimeError(f"Unknown backend {backend}")  # JAX_PLATFORMS=cuda
+
+    monkeypatch.setattr(jax, "local_devices", unknown)
+    assert system.host_device() is None
 
 
 def test_units_of_the_peak(monkeypatch):

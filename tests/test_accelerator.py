@@ -1,0 +1,133 @@
+"""Every mode, engine and codec where the backend answers no optional question and runs no formulation that is made for a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from accelerator import ANSWERS, behave
+from PIL import Image
+from runs import FIELDS, small_config
+
+from dgl_jax import costs, flops, models, plots, system
+from dgl_jax.bench import bench
+from dgl_jax.codecs import CODECS, vq
+from dgl_jax.evaluate import evaluate_run
+from dgl_jax.experiment import every_block, known_info
+from dgl_jax.export import export_run, load_exported
+from dgl_jax.models.blocks import ConvBlock
+from dgl_jax.plan import plan_run
+from dgl_jax.predict import predict_run
+from dgl_jax.settings import make_settings
+from dgl_jax.train import train_and_evaluate
+
+ROOT = Path(__file__).parent.parent
+SHORT = {"model__name": "two", "train__steps": 2, "checkpoint__every": 2, "log__every": 1}
+RUNS = {
+    "fused": {"codec__name": "identity", "train__accumulate": 2, "model__remat": True},
+    "pipeline": {"codec__name": "vq", "codec__dims": 4, "codec__codes": 16, "codec__codebook_every": 1},
+    "simulated": {"codec__name": "int8", "codec__dims": 4, "replay__size": 2},
+    "threads": {"codec__name": "bf16", "replay__size": 2},
+    "backprop": {},
+}
+
+
+def config(engine, **fields):
+    groups = {"engine__group_sizes": (2, 2)} if engine == "pipeline" else {}
+    return small_config(engine__name=engine, **SHORT | groups | RUNS[engine] | fields)
+
+
+@pytest.fixture(autouse=True)
+def _two_blocks(monkeypatch):
+    """Less to compile; with pooling."""
+    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
+    models.register("two", lambda width, _, dtype: [ConvBlock(width, dtype=dtype), ConvBlock(2 * width, pool=True, dtype=dtype)])
+
+
+@pytest.fixture(params=ANSWERS)
+def plugin(request, monkeypatch):
+    behave(monkeypatch, request.param)
+    return request.param
+
+
+def test_every_codec_is_run():
+    assert {fields.get("codec__name", "identity") for fields in RUNS.values()} == set(CODECS)
+
+
+@pytest.mark.parametrize(
+    "engine", ["pipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "pipeline")]
+)
+def test_engines(plugin, engine, tmp_path, caplog):
+    """Training, what comes of a run afterwards, and its speed."""
+    with caplog.at_level("INFO", logger="dgl_jax"):
+        summary = train_and_evaluate(config(engine), tmp_path)
+    assert summary.steps == 2
+    assert caplog.text.count("cpu: module 0 on ") == 1  # the platform, where a device has no kind
+    measured = evaluate_run(tmp_path)
+    assert measured["test/module_1/accuracy"] == summary.modules[1]["test_accuracy"]
+    Image.fromarray(np.full((20, 20, 3), 80, np.uint8)).save(tmp_path / "a.png")
+    predict_run(tmp_path, "newest", [str(tmp_path / "a.png")], tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_text().count("\n") == 2
+    exported = load_exported(export_run(tmp_path))
+    assert len(exported.recipe.modules) == 2
+    assert {path.name for path in plots.plot(tmp_path)} >= {"accuracy.png", "loss.png"}
+    found = json.loads(json.dumps(bench(config(engine), 1)))
+    assert found["peak_memory_bytes"] is None
+    assert found["images_per_second"] > 0
+    assert len(found["module_milliseconds"]) == (0 if engine == "backprop" else 2)
+
+
+def test_plans(plugin):
+    """With times that are measured, for the cut as well."""
+    settings = make_settings(config("fused", model__split="time", train__accumulate=1))
+    found = json.loads(plan_run(settings, as_json=True))
+    assert found["peak_memory_bytes"] == [None, None]
+    assert found["cores"] is None
+    assert found["block_times"] == "measured on cpu"
+    assert "peak memory, MiB\n0" in plan_run(settings, stated="1,2").replace("  ", "")
+
+
+def test_operations_are_the_same_as_anywhere(monkeypatch):
+    settings = make_settings(config("fused"))
+    every = every_block(settings, known_info(settings.data))
+    before = costs.module_flops(every)
+    assert min(body for body, _ in before) > 0
+    for answer in ANSWERS:
+        with monkeypatch.context() as patch:
+            behave(patch, answer)
+            costs._forward.cache_clear()
+            assert costs.module_flops(every) == before
+    costs._forward.cache_clear()
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_command_line(answer, tmp_path):
+    config = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
+    command = [sys.executable, "tests/accelerator.py", answer, *config, "--mode=plan", "--block_times=1,2,3,4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "peak memory, MiB" in done.stdout
+
+
+# Twins
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_twin_without_the_guard_it_fails(answer, monkeypatch):
+    behave(monkeypatch, answer)
+    settings = make_settings(config("fused", model__split="count", train__accumulate=1))
+    plan_run(settings, stated="1,2")
+    monkeypatch.setattr(system, "_answer", lambda ask, read=lambda answer: answer: read(ask()))
+    with pytest.raises((NotImplementedError, AttributeError, TypeError)):
+        plan_run(settings, stated="1,2")
+
+
+def test_twin_what_is_made_for_a_cpu_is_noticed(monkeypatch):
+    behave(monkeypatch, "none", default=False)
+    x, entries = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 3, 4), (1, 3, 4)))
+    with pytest.raises(AssertionError, match="_running_minimum is for CPUs"):
+        flops.count(lambda e, x: vq.encode(e, x), entries, x)
