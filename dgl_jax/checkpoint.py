@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dgl_jax import system
 from dgl_jax.engines import EngineState
 from dgl_jax.errors import UserError, explain, is_disk_full, of_a_path
 from dgl_jax.module import ModuleState
@@ -248,10 +249,8 @@ class Checkpoints:
 
     def _read_back(self, step: int, state: EngineState) -> None:
         """Reads what was just written: a disk, or a path, that gives nothing back is found before the run has taken its time."""
-        try:
-            host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # the devices may be full
-        except RuntimeError:
-            host = None
+        device = system.host_device()  # the devices may be full
+        host = None if device is None else jax.sharding.SingleDeviceSharding(device)
 
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host or leaf.sharding)

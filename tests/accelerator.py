@@ -44,26 +44,26 @@ def behave(patch: pytest.MonkeyPatch, answer: str, default: bool = True) -> None
         if answer == "error":
             raise NotImplementedError("UNIMPLEMENTED: this plug-in does not answer")
 
-    def kind(device: Any) -> str | None:
-        # JAX itself asks too, of the platforms that it knows.
-        return unanswered() if sys._getframe(1).f_globals["__name__"].startswith("dgl_jax") else "cpu"
+    def to_others(original: Any) -> Any:
+        """Answers JAX itself, Python and other libraries, which know their platforms."""
+
+        def ask(*args: Any, **options: Any) -> Any:
+            ours = sys._getframe(1).f_globals["__name__"].startswith("dgl_jax")
+            return unanswered() if ours else original(*args, **options)
+
+        return ask
 
     for stage in (jax.stages.Lowered, jax.stages.Compiled):
         patch.setattr(stage, "cost_analysis", unanswered)
     patch.setattr(jax.stages.Compiled, "memory_analysis", unanswered)
     patch.setattr(jax.Device, "memory_stats", unanswered)
-    patch.setattr(jax.Device, "device_kind", property(kind))
+    patch.setattr(jax.Device, "device_kind", property(to_others(lambda device: "cpu")))
     local = jax.local_devices
     patch.setattr(jax, "local_devices", lambda *args, backend=None: unanswered() if backend == "cpu" else local(*args))
-    patch.setattr(system, "open", unanswered, raising=False)  # /proc/meminfo
+    patch.setattr(system, "open", unanswered, raising=False)  # of /proc
     patch.setattr(resource, "getrusage", unanswered)
-    patch.setattr(os, "cpu_count", lambda: None)  # as Python has it, which never raises here
-    if answer == "error":
-        patch.delattr(os, "sched_getaffinity")  # macOS
-        patch.delattr(os, "sysconf")  # Windows
-    else:
-        patch.setattr(os, "sched_getaffinity", unanswered)
-        patch.setattr(os, "sysconf", lambda name: -1)
+    for name in ("sched_getaffinity", "cpu_count", "sysconf"):
+        patch.setattr(os, name, to_others(getattr(os, name)))
 
     if default:
         patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **of_platforms: default(*args))
