@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from dgl_jax.packet import AnyArray
 
 
-def cross_entropy(logits: Float[Array, "B C"], label: Int[AnyArray, "B"], smoothing: float = 0.0) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "B C"], label: Int[AnyArray, " B"], smoothing: float = 0.0) -> Float[Array, ""]:
     """Mean over the batch, in nats, computed in float32.
 
     Args:
@@ -21,6 +21,6 @@ def cross_entropy(logits: Float[Array, "B C"], label: Int[AnyArray, "B"], smooth
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def accuracy(logits: Float[Array, "B C"], label: Int[AnyArray, "B"]) -> Float[Array, ""]:
+def accuracy(logits: Float[Array, "B C"], label: Int[AnyArray, " B"]) -> Float[Array, ""]:
     """Fraction of the batch whose largest logit is the label's, from 0 to 1."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == label)

@@ -15,8 +15,8 @@ AnyArray = jax.Array | np.ndarray
 class Targets(NamedTuple):
     """What belongs to each example and travels with its activations."""
 
-    label: Int[AnyArray, "B"]
-    id: Int[AnyArray, "B"]  # the example's index in its split: follows the activations end to end
+    label: Int[AnyArray, " B"]
+    id: Int[AnyArray, " B"]  # the example's index in its split: follows the activations end to end
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.packet import Header, Packet, Targets, nbytes
 
 # (uses of the packets, newest first; slot of the newest; slots of the ring; uses allowed; seed) -> age of the packet to read
-Rule = Callable[[Int[np.ndarray, "n"], int, int, int, tuple[int, int]], int]
+Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, int]], int]
 
 
 def least_used_latest(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:

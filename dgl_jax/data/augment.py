@@ -21,7 +21,7 @@ def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) ->
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), step)
 
 
-def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, "B"]]:
+def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
     """Where each image of a batch is cut and whether it is mirrored.
 
     Returns:
@@ -66,7 +66,7 @@ class Preprocess:
 
 
 def _crop_flip(
-    offsets: Int[Array, "B 2"], flips: Bool[Array, "B"], padding: int, images: UInt8[Array, "B H W C"]
+    offsets: Int[Array, "B 2"], flips: Bool[Array, " B"], padding: int, images: UInt8[Array, "B H W C"]
 ) -> UInt8[Array, "B H W C"]:
     """Pad, crop and mirror as a single gather.
 

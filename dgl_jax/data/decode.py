@@ -90,7 +90,7 @@ def decode_images(
     return images
 
 
-def image_kinds(files: Sequence[Path]) -> UInt8[np.ndarray, "N"]:
+def image_kinds(files: Sequence[Path]) -> UInt8[np.ndarray, " N"]:
     """Looks at the headers of images: GREY, ALPHA and FRAMES, added up for each; 0 for what is no image."""
     with needed("decoding images"):
         from PIL import Image

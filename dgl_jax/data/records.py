@@ -160,7 +160,7 @@ class RecordSource:
     def _cut(
         self,
         stored: Records,
-        ids: Int[np.ndarray, "n"],
+        ids: Int[np.ndarray, " n"],
         step: int,
         size: int,
         draws: Float[np.ndarray, "n attempts 4"] | None = None,
@@ -235,10 +235,10 @@ class _Evaluation:
         return self.source.evaluation_batch(self.split, int(index), self.source.slice_of(self.shard))
 
 
-def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, "N"]:
+def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
     """Of every image of a split, from the project's cache or from the files."""
 
-    def read() -> Int[np.ndarray, "N"]:
+    def read() -> Int[np.ndarray, " N"]:
         _LOG.info("reading the labels of %d images in %s, once", len(records), records.directory)
         parts = (records.read(range(start, min(start + at_once, len(records)))) for start in range(0, len(records), at_once))
         return np.array([record.label for part in parts for record in part], np.int32)

@@ -42,7 +42,7 @@ class Examples:
     """One split as it is stored."""
 
     images: UInt8[np.ndarray, "N H W C"]
-    labels: Int[np.ndarray, "N"]
+    labels: Int[np.ndarray, " N"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Order:
         name: str,
         train: int,
         test: int,
-        labels: Callable[[], Int[np.ndarray, "N"]],
+        labels: Callable[[], Int[np.ndarray, " N"]],
         *,
         batch_size: int,
         seed: int,
@@ -138,12 +138,12 @@ class Order:
         self._seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
-    def training(self, step: int) -> Int[np.ndarray, "B"]:
+    def training(self, step: int) -> Int[np.ndarray, " B"]:
         """Ids of a training batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._of_epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def _of_epoch(self, epoch: int) -> Int[np.ndarray, "N"]:
+    def _of_epoch(self, epoch: int) -> Int[np.ndarray, " N"]:
         # An epoch's order costs milliseconds and serves all its steps; the last one is kept besides, for readers on both
         # sides of an epoch's end.
         if (order := self._orders.get(epoch)) is None:
@@ -152,13 +152,13 @@ class Order:
             self._orders = dict([*self._orders.items(), (epoch, order)][-2:])
         return order
 
-    def split(self, split: str) -> Int[np.ndarray, "N"]:
+    def split(self, split: str) -> Int[np.ndarray, " N"]:
         """Ids of a split."""
         if split not in self.splits:
             raise ValueError(f"split {split!r}: there are {', '.join(SPLITS)}")
         return self.splits[split]
 
-    def evaluation(self, split: str) -> list[Int[np.ndarray, "n"]]:
+    def evaluation(self, split: str) -> list[Int[np.ndarray, " n"]]:
         """Ids of each batch of an evaluation; the last batch may have fewer."""
         ids = self.split(split)
         return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
@@ -240,7 +240,7 @@ def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple
             raise UserError(f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}")
 
 
-def stratified(labels: Int[np.ndarray, "N"], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, "count"]:
+def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, " count"]:
     """Indices, in increasing order, of `count` examples in which every class has its share to a whole example.
 
     The examples left over by rounding down go to the classes that lost most, the first of them where they lost the
@@ -256,7 +256,7 @@ def stratified(labels: Int[np.ndarray, "N"], count: int, random: np.random.BitGe
 
 
 def channel_statistics(
-    images: UInt8[np.ndarray, "N H W C"], ids: Int[np.ndarray, "n"], at_once: int = 4096
+    images: UInt8[np.ndarray, "N H W C"], ids: Int[np.ndarray, " n"], at_once: int = 4096
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over the chosen images, of pixel values scaled to 0 ... 1; exact.
 
@@ -285,7 +285,7 @@ def random_bits(seed: int, *stream: int) -> np.random.BitGenerator:
 
 
 def padded(
-    images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"], ids: Int[np.ndarray, "n"], step: int, size: int = 0
+    images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
 ) -> Batch:
     """A batch of at least `size` examples: black images whose label and id are PADDING come last."""
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)
@@ -297,5 +297,5 @@ def padded(
     return Batch(images, Targets(labels, ids), np.asarray(step, np.int32))
 
 
-def _gather(stored: Examples, ids: Int[np.ndarray, "n"], step: int, size: int = 0) -> Batch:
+def _gather(stored: Examples, ids: Int[np.ndarray, " n"], step: int, size: int = 0) -> Batch:
     return padded(stored.images[ids], stored.labels[ids], ids, step, size)
