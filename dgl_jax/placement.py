@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -37,13 +38,6 @@ class Placement:
         """Whether what module `hop` hands to module `hop + 1` changes devices."""
         return self.groups[hop] != self.groups[hop + 1]
 
-    def is_prompt(self, hop: int) -> bool:
-        """Whether moving across a hop returns at once.
-
-        Between groups of unequal size `device_put` waits for its source.
-        """
-        return self.groups[hop].size == self.groups[hop + 1].size
-
     def count(self) -> int:
         """How many devices are used."""
         return len({device for group in self.groups for device in group.devices.flat})
@@ -70,9 +64,61 @@ def put(tree: Any, sharding: Any) -> Any:
     """Moves a pytree to a sharding (or a pytree of them): from the host or from other devices. The only such call in the package.
 
     Host arrays are copied first: on the CPU `device_put` may alias an aligned NumPy array, and whoever overwrites that array
-    afterwards (a replay ring, a data loader) would change what the device reads.
+    afterwards (a replay ring, a data loader) would change what the device reads. Nothing goes from devices to the host and nothing
+    waits for the arrays to be computed.
     """
-    return jax.device_put(jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree), sharding)
+    leaves, form = jax.tree.flatten(tree)
+    wanted = jax.tree.leaves(jax.tree.broadcast(sharding, tree))
+    moved = [_ready_to_put(leaf, target) for leaf, target in zip(leaves, wanted, strict=True)]
+    # In one call: a call costs more than an array does.
+    return form.unflatten(jax.device_put(moved, wanted))
+
+
+def _ready_to_put(leaf: Any, sharding: NamedSharding) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
+    if isinstance(leaf, jax.Array) and not _shard_for_shard(leaf, sharding):
+        return _regrouped(leaf, sharding)
+    return leaf
+
+
+def _shard_for_shard(array: jax.Array, sharding: NamedSharding) -> bool:
+    """Returns whether the array stays on its devices, or each of its shards is what one of the new devices is to have."""
+    now = array.sharding
+    if now.device_set == sharding.device_set or now.num_devices == sharding.num_devices == 1:
+        return True
+    if now.num_devices != sharding.num_devices:
+        return False
+    shards = [list(s.devices_indices_map(array.shape).values()) for s in (now, sharding)]
+    return shards[0] == shards[1]
+
+
+def _regrouped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Moves an array that is cut otherwise, piece by piece: `device_put` would wait for it and take it through the host."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _regrouped(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    shards, rows = array.addressable_shards, array.shape[0] if array.ndim else 1
+    held = [(shard.device, *_bounds(shard.index, rows), shard.data) for shard in shards]
+    whole = []
+    for n, (device, index) in enumerate(sharding.addressable_devices_indices_map(array.shape).items()):
+        at, end = _bounds(index, rows)
+        pieces = []
+        while at < end:
+            having = [shard for shard in held if shard[1] <= at < shard[2]]
+            _, first, last, data = next((s for s in having if s[0] == device), having[n % len(having)])
+            stop = min(last, end)
+            piece = data if (at, stop) == (first, last) else jax.lax.slice_in_dim(data, at - first, stop - first)
+            pieces.append(jax.device_put(piece, device))
+            at = stop
+        whole.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, whole)
+
+
+def _bounds(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
+    """Returns the rows of a shard, which is cut along the first axis or not at all."""
+    start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
+    return start, stop
 
 
 def one_group(devices: Sequence[jax.Device], modules: int) -> Placement:

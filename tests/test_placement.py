@@ -1,6 +1,9 @@
 """Devices for modules, the sharing of few devices, and moves that never alias the host's memory."""
 
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,7 +39,6 @@ def test_assign(devices, count, modules, sizes, costs, expected):
     assert placement.count() == len({i for group in expected for i in group})
     for hop in range(modules - 1):
         assert placement.crosses(hop) == (expected[hop] != expected[hop + 1])
-        assert placement.is_prompt(hop) == (len(expected[hop]) == len(expected[hop + 1]))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,33 @@ def test_put_moves_between_groups_in_both_directions(devices):
     np.testing.assert_array_equal(back, np.arange(8))
     assert [s.data.shape for s in there.addressable_shards] == [(4,), (4,)]
     assert [s.data.shape for s in back.addressable_shards] == [(8,), (8,)]
+
+
+def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devices):
+    """From, to: numbers of devices; groups may share some."""
+    values = np.arange(24, dtype=np.float32).reshape(12, 2)
+    wholes = {"split": lambda n: len(n), "replicated": lambda n: 1}  # into how many parts the examples are cut
+    for here, there in (([0], [1, 2]), ([1, 2], [0]), ([0, 1], [1, 2, 3]), ([1, 2, 3], [0]), ([0, 1], [2, 3]), ([0, 1, 2, 3], [1])):
+        groups = [one_group([devices[n] for n in numbers], 1) for numbers in (here, there)]
+        for before, after in itertools.product(wholes, repeat=2):
+            x = jax.block_until_ready(put(values, getattr(groups[0], before)(0)))
+            target = getattr(groups[1], after)(0)
+            with jax.transfer_guard("disallow"):
+                moved = put({"payload": x, "whole": [x]}, {"payload": target, "whole": groups[1].replicated(0)})
+            assert moved["payload"].sharding == target
+            assert moved["whole"][0].sharding == groups[1].replicated(0)
+            rows = 12 // wholes[after](there)
+            for shard in moved["payload"].addressable_shards:
+                first = rows * there.index(shard.device.id) if after == "split" else 0
+                np.testing.assert_array_equal(shard.data, values[first : first + rows])
+            np.testing.assert_array_equal(moved["whole"][0], values)
+    keys = jax.random.split(jax.random.key(3, impl="rbg"), 2)
+    moved = put(
+        {"keys": put(keys, one_group(devices[:2], 1).split(0)), "count": jnp.int32(7)}, one_group(devices[2:3], 1).replicated(0)
+    )
+    assert moved["keys"].dtype == keys.dtype
+    np.testing.assert_array_equal(jax.random.key_data(moved["keys"]), jax.random.key_data(keys))
+    assert int(moved["count"]) == 7
 
 
 def test_put_batch_splits_examples(devices):

@@ -62,8 +62,6 @@ class PipelineEngine(Synchronous):
                 return batch, batch.targets
             packet, registers[turn.module] = registers[turn.module], None
             assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
-            if not self.placement.is_prompt(turn.module - 1):
-                packet = self._move(packet, turn.module)
             return Coded(packet.payload, packet.codebook), packet.targets
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
@@ -74,7 +72,7 @@ class PipelineEngine(Synchronous):
                 states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
                 if k + 1 < modules:
                     packet = Packet(coded.payload, targets, Header(turn.batch, turn.batch + 1), coded.codebook)
-                    registers[k + 1] = self._move(packet, k + 1) if self.placement.is_prompt(k) else packet
+                    registers[k + 1] = self._move(packet, k + 1)
                 results.append((turn, metrics))
             return results
 
