@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from dgl_jax import flops, losses, system
+from dgl_jax import flops, losses, rngs, system
 from dgl_jax.engines import Recipe
 from dgl_jax.engines.compose import compose
 from dgl_jax.errors import UserError
@@ -219,7 +219,7 @@ def _body_step(
     module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], cotangent: Float[Array, "B ..."]
 ) -> tuple[ModuleState, Array, Array]:
     def forward(params, x):
-        rng = jax.random.fold_in(state.rng, state.updates)
+        rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
         return module.apply_body(params, state.batch_stats, x, train=True, rng=rng)
 
     outputs, pull, stats = jax.vjp(forward, state.params, inputs, has_aux=True)
@@ -231,7 +231,7 @@ def _head_step(
     module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], label: Array
 ) -> tuple[ModuleState, Array, Array]:
     def objective(params, x):
-        rng = jax.random.fold_in(state.rng, state.updates)
+        rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
         logits, stats = module.apply_head(params, state.batch_stats, x, train=True, rng=rng)
         return losses.cross_entropy(logits, label), stats
 

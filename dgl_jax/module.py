@@ -11,10 +11,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dgl_jax import memory
+from dgl_jax import memory, rngs
 
 PyTree = Any
-_HEAD = 1_000_000  # folded into the key of heads: apart from every block's number
 
 
 @struct.dataclass
@@ -25,7 +24,7 @@ class ModuleState:
       params: {"body": {"block_0": ..., ...}, "head": ...}; blocks keep their number in the whole network.
       batch_stats: running averages of batch norm, same keys; empty dicts where a block has none.
       opt_state: the optimizer's.
-      rng: key of random operations inside the module (dropout); the n-th update folds n in.
+      rng: key of random operations inside the module (dropout) and of its codec; see `rngs.module`.
       updates: how many updates this module has made.
       extras: what others keep with the module by name, such as the codec's codebooks or the moving average of `average.py`; an
         update of the module leaves it alone.
@@ -67,13 +66,13 @@ class LocalModule:
         batch_stats: PyTree = {"body": {}}
         x = inputs
         for number, block in enumerate(self.blocks, self.first):
-            variables = block.lazy_init(jax.random.fold_in(key, number), x, train=False)
+            variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
             params["body"][f"block_{number}"] = variables.get("params", {})
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
             x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
         if self.head is not None:
             last = self.first + len(self.blocks) - 1
-            variables = self.head.lazy_init(jax.random.fold_in(key, _HEAD + last), x, train=False)
+            variables = self.head.lazy_init(rngs.head_params(key, last), x, train=False)
             params["head"], batch_stats["head"] = variables["params"], variables.get("batch_stats", {})
         return params, batch_stats
 
@@ -91,7 +90,7 @@ class LocalModule:
         x, stats = inputs, {}
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
-            key = None if rng is None else jax.random.fold_in(rng, number)
+            key = None if rng is None else rngs.block(rng, number)
             x, stats[name] = apply(block, params["body"][name], batch_stats["body"][name], x, train, key)
         return x, stats
 
@@ -106,7 +105,7 @@ class LocalModule:
     ) -> tuple[Float[Array, "B C"], PyTree]:
         """Activations to logits; also the new batch_stats of the head."""
         assert self.head is not None, f"{self.name} has no head"
-        key = None if rng is None else jax.random.fold_in(rng, _HEAD)
+        key = None if rng is None else rngs.head(rng)
         return _apply(self.head, params["head"], batch_stats["head"], activations, train, key)
 
     def apply(
@@ -173,7 +172,7 @@ def init_states(
                 params=params,
                 batch_stats=batch_stats,
                 opt_state=optimizer.init(params),
-                rng=jax.random.fold_in(key, 2 * _HEAD + k),
+                rng=rngs.module(key, k),
                 updates=jnp.zeros((), jnp.int32),
             )
         )

@@ -19,26 +19,26 @@ from dgl_jax.errors import UserError
 from dgl_jax.packet import Header, Packet, Targets, nbytes
 
 # (uses of the packets, newest first; slot of the newest; slots of the ring; uses allowed; seed) -> age of the packet to read
-Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, int]], int]
+Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, ...]], int]
 
 
-def least_used_latest(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
+def least_used_latest(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
     """The paper's rule: of the packets used least often the newest."""
     return int(uses.argmin())
 
 
-def fifo(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
+def fifo(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
     """Of the packets used least often the oldest."""
     return len(uses) - 1 - int(uses[::-1].argmin())
 
 
-def uniform(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
+def uniform(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
     """Any packet, all equally likely."""
     slots = np.sort((newest - np.flatnonzero(uses < limit)) % size)
     return (newest - int(np.random.default_rng(seed).choice(slots))) % size
 
 
-def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, int]) -> int:
+def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
     """What the authors' published code does: `least_used_latest`, but the oldest packet of a full ring passes for the newest.
 
     There `>` stands where `>=` was meant. Its count of uses also begins at 1 (see `Ring`), which matters for `max_reuse` alone.
@@ -104,10 +104,11 @@ class Ring:
         size: int,
         rule: str = "least_used_latest",
         max_reuse: int = 0,
-        seed: int = 0,
+        seed: int | tuple[int, ...] = 0,
         codebook: Any = (),
     ):
-        self.size, self.rule, self.max_reuse, self.seed = size, rule, max_reuse, seed
+        self.size, self.rule, self.max_reuse = size, rule, max_reuse
+        self._seed = (seed,) if isinstance(seed, int) else seed
         self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
         self._one_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(example[0]))  # the usual payload needs no walk
@@ -244,7 +245,7 @@ class Ring:
             return None
         newest = (self.tally.written - 1) % self.size
         # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
-        return (newest - self._rule(uses, newest, self.size, self._limit, (self.seed, self.tally.read))) % self.size
+        return (newest - self._rule(uses, newest, self.size, self._limit, (*self._seed, self.tally.read))) % self.size
 
 
 def _limit(rule: str, size: int, max_reuse: int) -> int:

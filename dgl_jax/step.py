@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from dgl_jax import losses, memory
+from dgl_jax import losses, memory, rngs
 from dgl_jax.module import LocalModule, ModuleState
 from dgl_jax.packet import Targets
 
@@ -45,7 +45,7 @@ def local_step(
       `loss` (nats, smoothed as it is minimised) and `accuracy` (fraction) as device scalars.
     """
     inputs = lax.stop_gradient(inputs)
-    rng = jax.random.fold_in(state.rng, state.updates)
+    rng = rngs.update(state.rng, state.updates)
 
     def objective(params, batch_stats, inputs, targets, rng):
         outputs, logits, batch_stats = module.apply(params, batch_stats, inputs, train=True, rng=rng)
@@ -106,7 +106,7 @@ def feed_step(
     module: LocalModule, state: ModuleState, inputs: Float[Array, "B ..."], *, train: bool, accumulate: int = 1
 ) -> Float[Array, "B ..."]:
     """Activations for the next module from one that learns no more: as its next update would hand on, or in evaluation's way."""
-    rng = jax.random.fold_in(state.rng, state.updates)
+    rng = rngs.update(state.rng, state.updates)
     parts = zip(_split(inputs, accumulate), _keys(rng, accumulate), strict=True)
     return _join([module.apply_body(state.params, state.batch_stats, x, train=train, rng=own)[0] for x, own in parts])
 
@@ -138,5 +138,5 @@ def _join(parts: list[PyTree]) -> PyTree:
 
 
 def _keys(keys: PyTree, parts: int) -> list[PyTree]:
-    """Keys of their own for micro-batches; those of a whole batch as they are."""
-    return [keys] if parts == 1 else [jax.tree.map(lambda key, i=i: jax.random.fold_in(key, i), keys) for i in range(parts)]
+    """Returns a key for each micro-batch from the key of an update, or a pytree of them from one of those."""
+    return [jax.tree.map(lambda key, i=i: rngs.micro_batch(key, i), keys) for i in range(parts)]

@@ -4,9 +4,7 @@ Same blocks, data, optimizer and loop as the decoupled engines; one loss, at the
 through all modules. The heads of the other modules do not exist.
 """
 
-import jax
-
-from dgl_jax import average, losses
+from dgl_jax import average, losses, rngs
 from dgl_jax.engines.compose import entrance
 from dgl_jax.engines.engine import Recipe
 from dgl_jax.engines.fused import States, TrainStep
@@ -28,7 +26,7 @@ def backprop_step(recipe: Recipe) -> TrainStep:
 
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
         params, stats = [state.params for state in states], [state.batch_stats for state in states]
-        rngs = [jax.random.fold_in(state.rng, state.updates) for state in states]
+        rngs = [rngs.update(state.rng, state.updates) for state in states]
         gradients, stats, _, of_last = mean_gradient(
             objective, params, stats, entrance(recipe, batch), batch.targets, rngs, recipe.accumulate
         )

@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from dgl_jax import rngs
 from dgl_jax.packet import AnyArray
-
-_AUGMENT = 0x617567  # keeps the augmentation's keys apart from every other use of the run's seed
 
 
 def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) -> Key[Array, ""]:
-    """The key that a batch is augmented with: `fold_in(fold_in(key(seed), constant), step)`.
+    """Returns the key that a batch is augmented with; see `rngs.augmentation`.
 
     It depends on nothing but its two arguments, so a resumed run draws what the whole run would have drawn. Both may
     be traced.
     """
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), step)
+    return rngs.augmentation(rngs.root(seed), step)
 
 
 def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
@@ -29,8 +28,8 @@ def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[A
       flips: true for half of the images, on average.
     """
     offset_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1)
-    return offsets, jax.random.bernoulli(flip_key, 0.5, (batch,))
+    offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)
+    return offsets, jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch,))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dgl_jax import system
+from dgl_jax import rngs, system
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
-from dgl_jax.data.source import CROP, Order, Shard, check_channels, padded, random_bits
+from dgl_jax.data.source import Order, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError
 from dgl_jax.libraries import require
@@ -140,7 +140,7 @@ class RecordSource:
         """A slice of the training batch `step`."""
         draws = None
         if self._data.random_crop:
-            bits = random_bits(self._seed, CROP, step).random_raw(self._order.batch_size * DRAWS[0] * DRAWS[1])
+            bits = rngs.bits(self._seed, rngs.CROP, step).random_raw(self._order.batch_size * DRAWS[0] * DRAWS[1])
             draws = ((bits >> 11) * 2.0**-53).reshape(-1, *DRAWS)[part]
         return self._cut(self._data.train, self._order.training(step)[part], step, 0, draws)
 

@@ -7,10 +7,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from dgl_jax import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.packet import PADDING, Batch, Targets
 
-VALIDATION, SUBSET, EPOCH, CROP = range(4)  # which random stream of the seed
 SPLITS = ("train", "validation", "test")
 
 
@@ -121,7 +121,7 @@ class Order:
         """
         held_out = np.array([], np.int64)
         if validation_fraction:
-            held_out = stratified(labels(), max(1, round(train * validation_fraction)), random_bits(seed, VALIDATION))
+            held_out = stratified(labels(), max(1, round(train * validation_fraction)), rngs.bits(seed, rngs.VALIDATION))
         kept = np.setdiff1d(np.arange(train), held_out)
         if train_examples > len(kept):
             raise UserError(
@@ -129,7 +129,7 @@ class Order:
                 "besides the validation images; 0 takes them all"
             )
         if train_examples:
-            kept = kept[stratified(labels()[kept], train_examples, random_bits(seed, SUBSET))]
+            kept = kept[stratified(labels()[kept], train_examples, rngs.bits(seed, rngs.SUBSET))]
         if batch_size > len(kept):
             raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training images; at most that")
         self.splits = {"train": kept, "validation": held_out, "test": np.arange(test)}
@@ -148,7 +148,7 @@ class Order:
         # sides of an epoch's end.
         if (order := self._orders.get(epoch)) is None:
             kept = self.splits["train"]
-            order = kept[np.argsort(random_bits(self._seed, EPOCH, epoch).random_raw(len(kept)), kind="stable")]
+            order = kept[np.argsort(rngs.bits(self._seed, rngs.EPOCH, epoch).random_raw(len(kept)), kind="stable")]
             self._orders = dict([*self._orders.items(), (epoch, order)][-2:])
         return order
 
@@ -273,15 +273,6 @@ def channel_statistics(
     mean = counts @ levels / total
     std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
-
-
-def random_bits(seed: int, *stream: int) -> np.random.BitGenerator:
-    """One of the seed's streams of random bits.
-
-    Raw bits and a stable sort instead of Generator.permutation: NumPy promises the bits for good, a permutation only
-    until the next release, and a run must be able to resume after an upgrade.
-    """
-    return np.random.Philox(np.random.SeedSequence([seed, *stream]))
 
 
 def padded(

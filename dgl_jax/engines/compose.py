@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from dgl_jax import average
+from dgl_jax import average, rngs
 from dgl_jax.codecs import relative_error
 from dgl_jax.data import augment_key
 from dgl_jax.engines.engine import Recipe
@@ -17,7 +17,6 @@ from dgl_jax.step import Metrics, feed_step, local_step
 
 # (state, what came in: a Batch or a Coded, its targets) -> (state, what goes to the next module: a Coded or None, metrics)
 Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Coded | None, Metrics]]
-_CODEC = 3  # folded into a module's key: apart from what its own random operations draw
 
 
 def entrance(recipe: Recipe, batch: Batch) -> jax.Array:
@@ -92,7 +91,7 @@ def _receive(recipe: Recipe, k: int, incoming: Any) -> tuple[jax.Array, Metrics]
 def _hand_on(recipe: Recipe, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Coded, Metrics]:
     """Encodes with the published codebook, and learns from what was encoded."""
     codec = recipe.codec
-    key = jax.random.fold_in(jax.random.fold_in(state.rng, _CODEC), updates)
+    key = rngs.codec(state.rng, updates)
     learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
     codebook = codec.codebook(learnt)
     coded = Coded(codec.encode(codebook, outputs), codebook)

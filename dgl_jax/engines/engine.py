@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import optax
 
-from dgl_jax import average
+from dgl_jax import average, rngs
 from dgl_jax.codecs import Codec
 from dgl_jax.data import Preprocess, Source
 from dgl_jax.engines.turns import Tick, Turn, never
@@ -117,11 +117,11 @@ class Recipe:
 
         # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
         options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
-        return jax.jit(self._states, compiler_options=options)(jax.random.key(self.seed))
+        return jax.jit(self._states, compiler_options=options)(rngs.root(self.seed))
 
     def abstract_states(self) -> tuple[ModuleState, ...]:
         """Shapes and dtypes of what `init` gives."""
-        return jax.eval_shape(self._states, jax.random.key(0))
+        return jax.eval_shape(self._states, rngs.root(0))
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
         states = list(init_states(self.modules, self.optimizer, key, self.inputs()))

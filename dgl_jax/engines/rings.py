@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dgl_jax import rngs
 from dgl_jax.engines.compose import compose, exits, feed
 from dgl_jax.engines.engine import EngineState, Recipe, counts, place_modules
 from dgl_jax.packet import Batch, Coded, Header, Packet, Targets
@@ -32,7 +33,7 @@ class Rings:
 
     def __init__(self, recipe: Recipe, replay: ReplaySettings, batches: int, unit: str):
         self.rings = [
-            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, recipe.seed + k, form.codebook)
+            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, rngs.ring(recipe.seed, k), form.codebook)
             for k, form in enumerate(ring_forms(recipe), 1)
         ]
         self.turn, self.batches, self.unit = 0, batches, unit
