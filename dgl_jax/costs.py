@@ -57,7 +57,7 @@ def block_flops(recipe: Recipe) -> BlockCosts:
 def _forward(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
     """Counts the operations of a block or head; also the shape of what it returns."""
     x = jax.ShapeDtypeStruct(shape, dtype)
-    variables = jax.eval_shape(lambda: layer.lazy_init(jax.random.key(0), x, train=False))
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, train=False))
     operations, out = flops.count(lambda v, x: layer.apply(v, x, train=False), variables, x)
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)
 
@@ -177,7 +177,7 @@ def _alone(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The compiled program of a block or head by itself, and the shapes of what it takes: state, inputs, and what it is given."""
     module = LocalModule("alone", 0, () if is_head else (layer,), layer if is_head else None)
-    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, jax.random.key(0), x))
+    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x))
     given = jax.ShapeDtypeStruct(x.shape[:1], "int32") if is_head else _forward(layer, x.shape, x.dtype)[1]
     step = _head_step if is_head else _body_step
 
@@ -205,7 +205,7 @@ def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
     state, inputs, given = shapes
     without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), without_key)
-    state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=jax.random.key(0))
+    state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=rngs.root(0))
     return state, draw(inputs), draw(given)
 
 

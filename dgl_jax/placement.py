@@ -71,7 +71,7 @@ def put(tree: Any, sharding: Any) -> Any:
     wanted = jax.tree.leaves(jax.tree.broadcast(sharding, tree))
     moved = [_ready_to_put(leaf, target) for leaf, target in zip(leaves, wanted, strict=True)]
     # In one call: a call costs more than an array does.
-    return form.unflatten(jax.device_put(moved, wanted))
+    return jax.tree.unflatten(form, jax.device_put(moved, wanted))
 
 
 def _ready_to_put(leaf: Any, sharding: NamedSharding) -> Any:
@@ -83,9 +83,14 @@ def _ready_to_put(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def _shard_for_shard(array: jax.Array, sharding: NamedSharding) -> bool:
-    """Returns whether the array stays on its devices, or each of its shards is what one of the new devices is to have."""
+    """Returns whether the array stays on its devices, or each of its shards is what one of the new devices is to have.
+
+    Also true of an array that is cut along another axis than the first, which no module leaves behind.
+    """
     now = array.sharding
     if now.device_set == sharding.device_set or now.num_devices == sharding.num_devices == 1:
+        return True
+    if now.shard_shape(array.shape)[1:] != array.shape[1:]:
         return True
     if now.num_devices != sharding.num_devices:
         return False
@@ -115,7 +120,7 @@ def _regrouped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, whole)
 
 
-def _bounds(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
+def _bounds(index: tuple[slice, ...] | None, rows: int) -> tuple[int, int]:
     """Returns the rows of a shard, which is cut along the first axis or not at all."""
     start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
     return start, stop

@@ -172,7 +172,7 @@ class CodecSettings:
     start: str = _choice("kmeans++", "sample", applies=_VQ)  # from the first batch
     rule: str = _choice("ema", "minibatch", applies=_VQ)  # a moving average, or mini-batch k-means
     decay: float = _number(0.9, 0.0, 1.0, applies=_VQ)  # of the moving averages
-    # Added to each count, in units of the mean.
+    # Weight of an entry's old value, in units of the mean count.
     smoothing: float = _number(1e-5, 0.0, 1.0, applies={**_VQ, "codec.rule": ("ema",)})
     restart: float = _number(0.01, 0.0, 1.0, applies=_VQ)  # an entry used less than this share of the mean begins anew
     samples: int = _number(8, 0, _MANY, applies=_VQ)  # vectors a code that an update looks at; 0: all of the batch

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from dgl_jax import rngs
 from dgl_jax.codecs import vq
 from dgl_jax.codecs.vq import Codebook
 
@@ -23,10 +24,10 @@ _STARTED_FROM = 8  # vectors a code, from which the start of a later stage is dr
 def init(key: Array, x: Float[Array, "..."], stages: int = 1, codes: int = 256, dims: int = 8, start: str = "kmeans++") -> Codebook:
     """Codebooks of all stages from data; see `vq.init`."""
     books = [vq.init(key, x, codes, dims, start)]
-    rest = vq.draw(key, vq.rows_of(x), _STARTED_FROM * codes)
+    rest = vq.draw(rngs.rest(key), vq.rows_of(x), _STARTED_FROM * codes)
     for stage in range(1, stages):
         rest = _left_over(books[-1].entries, rest)
-        books.append(vq.init(jax.random.fold_in(key, stage), rest, codes, dims, start))
+        books.append(vq.init(rngs.stage(key, stage), rest, codes, dims, start))
     return _stacked(books)
 
 
@@ -39,13 +40,13 @@ def update(book: Codebook, key: Array, x: Float[Array, "..."], samples: int = 8,
     """
     stages = [jax.tree.map(lambda leaf, s=s: leaf[s], book) for s in range(len(book.entries))]
     updated, health = [], []
-    rest = vq.draw(key, vq.rows_of(x), samples * book.entries.shape[2])
+    rest = vq.draw(rngs.sample(key), vq.rows_of(x), samples * book.entries.shape[2])
     for s, of_stage in enumerate(stages):
         if s == 0:
             found = vq.update(of_stage, key, x, samples=samples, **how)
         else:
             rest = _left_over(stages[s - 1].entries, rest)
-            found = vq.update(of_stage, jax.random.fold_in(key, s), rest, samples=0, **how)
+            found = vq.update(of_stage, rngs.stage(key, s), rest, samples=0, **how)
         updated.append(found[0])
         health.append(found[1])
     mean = jax.tree.map(lambda *values: sum(values) / len(values), *health)
@@ -89,8 +90,8 @@ class Vq:
     def init(self, activations: jax.ShapeDtypeStruct) -> Any:
         """Zeros of the right shapes: the first update begins with its own batch."""
         groups = vq.groups_of(self.codes, self.dims, activations.shape[-1])
-        entries = jnp.zeros((self.stages, groups, self.codes, self.dims))
-        counts = jnp.zeros(entries.shape[:-1])
+        entries = jnp.zeros((self.stages, groups, self.codes, self.dims), jnp.float32)
+        counts = jnp.zeros(entries.shape[:-1], jnp.float32)
         return {"learnt": Codebook(entries, counts, entries, counts), "published": entries}
 
     def publish(self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]) -> Any:

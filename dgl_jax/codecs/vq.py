@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
+from dgl_jax import rngs
 from dgl_jax.codecs.groups import check_dims
 from dgl_jax.errors import UserError
 
@@ -29,6 +30,8 @@ _SEEDED = 1024  # above so many codes k-means++ takes too long: the start is a s
 _POOL = 4  # vectors a code from which the start and the restarts are drawn
 _UNROLL = 8  # codes that the running minimum looks at in one pass over the vectors
 _CACHED = 2**16  # values of one pass, all channels: they stay in a core's cache, as do their distances
+_ROUNDING = 2.0**-20  # of a vector's length: one that is no further from its entry has it already
+_LARGE = 1e30  # of a weight: so many that sums of them stay finite
 
 
 @struct.dataclass
@@ -37,7 +40,7 @@ class Codebook:
 
     Attributes:
       entries: the N vectors of each group.
-      counts: moving average of the share of vectors that each entry was nearest to; sums to 1.
+      counts: moving average of the share of vectors that each entry was nearest to; sums to 1 (to 0 before a vector was seen).
       sums: moving average of their sum over their number; mini-batch k-means has no use for it.
       seen: how many vectors each entry was nearest to, for mini-batch k-means.
     """
@@ -52,7 +55,8 @@ def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, st
     """A codebook from data: N vectors of `x`, spread out by k-means++ (Arthur and Vassilvitskii 2007) or simply sampled.
 
     Args:
-      x: [..., C]; non-finite vectors are never chosen.
+      x: [..., C]; non-finite vectors are never chosen. Where there are fewer finite ones than entries they repeat; a group without
+        one has zeros, which the restarts of `update` replace.
       codes: N, from 1 to 65,536.
       dims: D, must divide C.
       start: kmeans++ or sample; above 1,024 codes always the latter.
@@ -61,16 +65,27 @@ def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, st
       UserError: N or D does not fit.
     """
     groups_of(codes, dims, x.shape[-1])
-    pool, finite = _pool(key, rows_of(x), codes, dims)
+    rows = rows_of(x)
+    pool, finite = _pool(rngs.pool(key), rows, codes, dims)
     spread = start == "kmeans++" and codes <= _SEEDED
-    entries = (_spread if spread else _sampled)(jax.random.fold_in(key, 1), pool, finite, codes)
-    count, total = _sums(pool, finite, _nearest(pool, entries), codes)
-    all_of = jnp.maximum(finite.sum(-1, dtype=jnp.float32), 1.0)[:, None]
-    return Codebook(entries, count / all_of, total / all_of[..., None], count)
+    entries = (_spread if spread else _sampled)(key, pool, finite, codes)
+    # Of many broken vectors the pool may hold nothing else.
+    entries = jnp.where(finite.any(-1)[:, None, None], entries, _first_finite(rows, dims)[:, None])
+    number = _nearest(pool, entries)
+    seen, moved = _sums(jnp.where(finite[:, None], pool - _entries_of(entries, number), 0.0), finite, number, codes)
+    all_of = jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
+    counts = seen / all_of
+    return Codebook(entries, counts, counts[..., None] * entries + moved / all_of[..., None], seen)
 
 
 def encode(entries: Float[Array, "*S G N D"], x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Number of the nearest entry (squared distance in float32, ties to the lowest) of each group of each vector.
+    """Finds the nearest entry of each group of each vector: its number, of equally near ones the lowest.
+
+    A distance is the sum of the squared differences in float32, in order of the dimensions and on every backend, with a relative
+    error of at most (D + 2) 2^-24 whatever the mean and the spread of the data. So two entries whose squared distances differ by
+    more than twice that are told apart alike everywhere, and the chosen one is never further than that from the nearest; between
+    two that are closer compilers may decide differently, since some fuse a product and a sum into one rounding. Differences below
+    1e-19 and above 1e19 have no square in float32.
 
     Args:
       entries: of one stage, [G, N, D]; or of several (`residual.py`), each for what the ones before left over.
@@ -91,7 +106,7 @@ def decode(entries: Float[Array, "*S G N D"], codes: UInt[Array, "..."], dtype: 
     stages, groups, count, dims = entries.shape
     numbers = jnp.split(_unpack(codes, count, stages * groups), stages, axis=-1)
     flat = entries.reshape(stages, groups * count, dims)
-    parts = [jnp.take(e, n + count * jnp.arange(groups), axis=0, mode="clip") for e, n in zip(flat, numbers)]
+    parts = [jnp.take(e, n + count * jnp.arange(groups, dtype=jnp.int32), axis=0, mode="clip") for e, n in zip(flat, numbers)]
     return functools.reduce(jnp.add, parts).reshape(*codes.shape[:-1], groups * dims).astype(dtype)
 
 
@@ -105,44 +120,52 @@ def update(
     restart: float = 0.01,
     samples: int = 8,
 ) -> tuple[Codebook, dict[str, Float[Array, ""]]]:
-    """Moves the entries towards the vectors they are nearest to. Of a batch cut over devices the sums go over all of them.
+    """Moves the entries towards the vectors they are nearest to.
+
+    All sums are of differences between vectors and entries: an entry that is all its vectors' value stays, to the bit. Of a batch
+    cut over devices they go over all of them.
 
     Args:
       x: [..., C]; non-finite vectors are left out.
       rule: ema: entries follow a moving average of the data; minibatch: an entry moves by 1 / (vectors it has seen), and settles.
       decay: of the moving averages.
-      smoothing: added to every count (in units of the mean count), so that none is 0.
+      smoothing: weight of an entry's old value (in units of the mean count), so that one which is hardly used moves slowly.
       restart: an entry used less than this share of the mean is dead, and becomes a vector of `x` drawn with a probability in
-        proportion to its squared error, its statistics begun anew; 0: never.
+        proportion to its squared error; 0: never. It begins with the mean count, which the others give up in proportion. Vectors
+        that have their entry already, to rounding, are not drawn, and of entries that drew equal vectors one is restarted.
       samples: vectors a code that are drawn from `x`, 0: all.
 
     Returns:
-      The new codebook, and `perplexity` (codes in use, exp of the entropy, mean over groups), `dead` (share of codes, before they
-      are restarted) and `skipped` (non-finite vectors).
+      The new codebook, and `perplexity` (codes in use, exp of the entropy of the counts, mean over groups), `dead` (share of
+      codes), both before restarts, and `skipped` (non-finite vectors).
     """
     groups, codes, dims = book.entries.shape
     rows = rows_of(x)
     skipped = (~jnp.isfinite(rows).reshape(*rows.shape[:-1], groups, dims).all(-1)).sum(dtype=jnp.float32)
-    count, total = _accumulate(draw(key, rows, samples * codes), book.entries)
+    count, moved = _accumulate(draw(rngs.sample(key), rows, samples * codes), book.entries)
     number = count.sum(-1, keepdims=True)
-    share, mean = count / jnp.maximum(number, 1.0), total / jnp.maximum(number, 1.0)[..., None]
-    weight = jnp.where(number > 0, 1.0 - decay, 0.0)  # nothing finite: nothing learnt
+    share, moved_mean = count / jnp.maximum(number, 1.0), moved / jnp.maximum(number, 1.0)[..., None]
+    known = book.counts.sum(-1, keepdims=True) > 0
+    # Nothing finite: nothing learnt. Nothing known yet: the average is that of this batch.
+    weight = jnp.where(number > 0, jnp.where(known, 1.0 - decay, 1.0), 0.0)
     counts = book.counts + weight * (share - book.counts)
     if rule == "ema":
-        sums, seen = book.sums + weight[..., None] * (mean - book.sums), book.seen
-        smoothed = (counts + smoothing / codes) / (1.0 + smoothing)
-        entries = sums / jnp.maximum(smoothed, 1e-30)[..., None]
-    else:
-        # Each entry is the mean of all it has seen, moved by differences: sums would lose digits as they grow.
+        # How far the sums are from what the entries make of the counts; but for the start and the smoothing not at all.
+        ahead = book.sums - book.counts[..., None] * book.entries
+        ahead = jnp.where(jnp.abs(ahead) > _ROUNDING * jnp.abs(book.sums), ahead, 0.0)
+        ahead = (1.0 - weight[..., None]) * ahead + weight[..., None] * moved_mean
+        step = ahead / jnp.maximum(counts + smoothing / codes, 1e-30)[..., None]
+        entries = jnp.where(number[..., None] > 0, book.entries + step, book.entries)
+        sums = jnp.where(number[..., None] > 0, counts[..., None] * book.entries + ahead, book.sums)
+        new = Codebook(entries, counts, sums, book.seen)
+    else:  # an entry is the mean of all that it has seen
         seen = book.seen + count
-        step = (total - count[..., None] * book.entries) / jnp.maximum(seen, 1.0)[..., None]
-        entries, sums = book.entries + step, book.sums
-    entries = jnp.where(number[..., None] > 0, entries, book.entries)
-    new = Codebook(entries, counts, sums, seen)
+        entries = book.entries + moved / jnp.maximum(seen, 1.0)[..., None]
+        new = Codebook(entries, counts, book.sums, seen)
     dead = counts < (restart or 0.01) / codes
     entropy = -(counts * jnp.log(jnp.maximum(counts, 1e-30))).sum(-1)
     health = {"perplexity": jnp.exp(entropy).mean(), "dead": dead.mean(dtype=jnp.float32), "skipped": skipped}
-    return (_restarted(new, jax.random.fold_in(key, 2), rows, dead) if restart else new), health
+    return (_restarted(new, key, rows, dead) if restart else new), health
 
 
 def groups_of(codes: int, dims: int, channels: int) -> int:
@@ -171,7 +194,7 @@ def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "
     count = -(-wanted // examples)
     if not wanted or count >= positions:
         return rows
-    return jnp.take(rows, jax.random.randint(key, (count,), 0, positions), axis=1)
+    return jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
 
 
 def _pool(key: Array, rows: Float[Array, "B P C"], codes: int, dims: int) -> tuple[Float[Array, "G D n"], Array]:
@@ -187,48 +210,72 @@ def _square(vectors: Float[Array, "G D n"], entry: Float[Array, "G D"]) -> Float
 
 
 def _pick(key: Array, weights: Float[Array, "G n"], wanted: int) -> Int[Array, "G wanted"]:
-    """Positions drawn with probabilities in proportion to the weights."""
+    """Draws positions with probabilities in proportion to the weights, never one of weight 0; all 0: position 0."""
+    weights = jnp.minimum(weights, _LARGE)
     cumulated = jnp.cumsum(weights, axis=-1)
-    points = jax.random.uniform(key, (len(weights), wanted)) * cumulated[:, -1:]
+    points = jax.random.uniform(key, (len(weights), wanted), jnp.float32) * cumulated[:, -1:]
     found = jax.vmap(lambda c, p: jnp.searchsorted(c, p, side="right"))(cumulated, points)
-    return jnp.minimum(found, weights.shape[-1] - 1)
+    # Rounding may lead to a neighbour: back to the last one before it that has a weight, or on to the first.
+    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
+    last = jax.lax.cummax(jnp.where(weights > 0, places, -1), axis=1)
+    found = jnp.take_along_axis(last, jnp.minimum(found, len(places) - 1), axis=1)
+    return jnp.where(found < 0, jax.lax.argmax(weights > 0, 1, jnp.int32)[:, None], found)
 
 
 def _at(pool: Float[Array, "G D n"], places: Int[Array, "G N"]) -> Float[Array, "G N D"]:
     return jnp.take_along_axis(pool, places[:, None], axis=2).transpose(0, 2, 1)
 
 
+def _first_finite(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D"]:
+    """Returns the first finite vector of each group; zeros where there is none."""
+    vectors = rows.reshape(-1, rows.shape[-1] // dims, dims)
+    finite = jnp.isfinite(vectors).all(-1)
+    place = jax.lax.argmax(finite, 0, jnp.int32)
+    found = jnp.take_along_axis(vectors, place[None, :, None], axis=0)[0]
+    return jnp.where(finite.any(0)[:, None], found, 0.0)
+
+
 def _sampled(key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int) -> Float[Array, "G N D"]:
-    return _at(pool, _pick(key, finite.astype(jnp.float32), codes))
+    return _at(pool, _pick(rngs.first(key), finite.astype(jnp.float32), codes))
 
 
 def _spread(key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int) -> Float[Array, "G N D"]:
-    """Each next vector with a probability in proportion to its squared distance from those that are chosen."""
-    weights = finite.astype(jnp.float32)
-    first = _at(pool, _pick(key, weights, 1))
+    """Draws each next vector with a probability in proportion to its squared distance from those that are chosen.
+
+    Once all vectors are chosen they are drawn again, equally likely.
+    """
+    first = _at(pool, _pick(rngs.first(key), finite.astype(jnp.float32), 1))
 
     def add(n: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         entries, distance = found
         distance = jnp.minimum(distance, _square(pool, entries[:, n - 1]))
-        entry = _at(pool, _pick(jax.random.fold_in(key, n), distance * weights, 1))
+        left = finite & (distance > 0)
+        weights = jnp.where(left.any(-1, keepdims=True), jnp.where(left, distance, 0.0), finite.astype(jnp.float32))
+        entry = _at(pool, _pick(rngs.entry(key, n), weights, 1))
         return jax.lax.dynamic_update_slice_in_dim(entries, entry, n, 1), distance
 
-    entries = jnp.zeros((len(pool), codes, pool.shape[1])).at[:, :1].set(first)
-    return jax.lax.fori_loop(1, codes, add, (entries, jnp.full(weights.shape, jnp.inf)))[0]
+    entries = jnp.zeros((len(pool), codes, pool.shape[1]), jnp.float32).at[:, :1].set(first)
+    return jax.lax.fori_loop(1, codes, add, (entries, jnp.full(finite.shape, jnp.inf, jnp.float32)))[0]
 
 
 def _restarted(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Array) -> Codebook:
+    """Begins dead entries anew, where that helps a vector."""
     _, codes, dims = book.entries.shape
-    pool, finite = _pool(key, rows, codes, dims)
-    nearest = jnp.take_along_axis(book.entries, _nearest(pool, book.entries)[..., None], axis=1)
-    error = jnp.square(pool.transpose(0, 2, 1) - nearest).sum(-1) * finite
-    fresh = _at(pool, _pick(jax.random.fold_in(key, 1), error, codes))
-    dead &= error.sum(-1, keepdims=True) > 0  # where every vector has its entry already there is nothing to gain
-    mean = 1.0 / codes
+    pool, finite = _pool(rngs.restart_pool(key), rows, codes, dims)
+    error = jnp.square(pool - _entries_of(book.entries, _nearest(pool, book.entries))).sum(1)
+    error = jnp.where(finite & (error > _ROUNDING**2 * jnp.square(pool).sum(1)), error, 0.0)
+    fresh = _at(pool, _pick(rngs.restart(key), error, codes))
+    dead &= error.max(-1, keepdims=True) > 0
+    entries = jnp.where(dead[..., None], fresh, book.entries)
+    # Of equal vectors the lowest entry is the nearest, and the only one that would be used.
+    dead &= _nearest(entries.transpose(0, 2, 1), entries) == jnp.arange(codes, dtype=jnp.int32)
+    kept = jnp.where(dead, 0.0, book.counts).sum(-1, keepdims=True)
+    left = 1.0 - dead.mean(-1, keepdims=True, dtype=jnp.float32)
+    factor = jnp.where(dead.any(-1, keepdims=True), left / jnp.maximum(kept, 1e-30), 1.0)
     return Codebook(
         jnp.where(dead[..., None], fresh, book.entries),
-        jnp.where(dead, mean, book.counts),
-        jnp.where(dead[..., None], fresh * mean, book.sums),
+        jnp.where(dead, 1.0 / codes, factor * book.counts),
+        jnp.where(dead[..., None], fresh / codes, factor[..., None] * book.sums),
         jnp.where(dead, 0.0, book.seen),
     )
 
@@ -249,7 +296,7 @@ def _codes(rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]) -> Int
         rows,
         entries,
         cpu=lambda rows, entries: _chunked(rows, entries, in_cache, _running_minimum),
-        default=lambda rows, entries: _chunked(rows, entries, in_memory, _product),
+        default=lambda rows, entries: _chunked(rows, entries, in_memory, _all_distances),
     )
 
 
@@ -260,7 +307,7 @@ def _positions_in_cache(rows: Float[Array, "B P C"]) -> int:
 
 def _nearest(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
     """Of a set of vectors that is small already."""
-    return jax.lax.platform_dependent(vectors, entries, cpu=_running_minimum, default=_product)
+    return jax.lax.platform_dependent(vectors, entries, cpu=_running_minimum, default=_all_distances)
 
 
 def _chunked(rows: Array, entries: Float[Array, "S G N D"], length: int, nearest: Callable[[Array, Array], Array]) -> Array:
@@ -272,7 +319,7 @@ def _chunked(rows: Array, entries: Float[Array, "S G N D"], length: int, nearest
         for stage in range(stages):
             numbers.append(nearest(vectors, entries[stage]))
             if stage + 1 < stages:
-                vectors = vectors - _at(entries[stage].transpose(0, 2, 1), numbers[-1]).transpose(0, 2, 1)
+                vectors = vectors - _entries_of(entries[stage], numbers[-1])
         number = jnp.concatenate(numbers).T.reshape(examples, length, stages * groups)
         return jax.lax.dynamic_update_slice_in_dim(found, number.astype(found.dtype), start, 1)
 
@@ -288,7 +335,7 @@ def _running_minimum(vectors: Float[Array, "G D n"], entries: Float[Array, "G N 
         distance, number = best
         found = _square(vectors, jax.lax.dynamic_index_in_dim(entries, n, 1, keepdims=False))
         closer = found < distance
-        return jnp.where(closer, found, distance), jnp.where(closer, n, number)
+        return jnp.where(closer, found, distance), jnp.where(closer, jnp.int32(n), number)
 
     def several(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         for j in range(_UNROLL):
@@ -296,34 +343,42 @@ def _running_minimum(vectors: Float[Array, "G D n"], entries: Float[Array, "G N 
         return best
 
     shape = (vectors.shape[0], vectors.shape[2])
-    best = (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))
+    best = (jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32))
     best = jax.lax.fori_loop(0, codes // _UNROLL, several, best)
     for n in range(codes - codes % _UNROLL, codes):
         best = look(n, best)
     return best[1]
 
 
-def _product(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
-    """For an accelerator: distances less |vector|^2 as a matrix product."""
-    products = jnp.einsum("gnd,gdb->gnb", entries, vectors, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmin(jnp.square(entries).sum(-1)[..., None] - 2.0 * products, axis=1).astype(jnp.int32)
+def _all_distances(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
+    """For an accelerator: all distances, which the compiler fuses with the search for the least.
+
+    The usual |v|^2 - 2 v e + |e|^2, a matrix product, cancels: at a mean of 100 and a deviation of 0.1 it takes the wrong entry for
+    every third vector. Over the few values of a group it has no advantage either.
+    """
+    distances = jax.vmap(_square, in_axes=(None, 1), out_axes=1)(vectors, entries)
+    return jax.lax.argmin(distances, 1, jnp.int32)
 
 
 # Counting
 
 
-def _sums(vectors: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n"], codes: int) -> tuple[Array, Array]:
-    """How many vectors each entry has, and their sum."""
-    groups, dims, _ = vectors.shape
-    place = (number + codes * jnp.arange(groups)[:, None]).reshape(-1)
-    values = vectors.transpose(0, 2, 1).reshape(-1, dims)
-    count = jnp.zeros(groups * codes).at[place].add(finite.reshape(-1).astype(jnp.float32))
-    total = jnp.zeros((groups * codes, dims)).at[place].add(values)
+def _entries_of(entries: Float[Array, "G N D"], number: Int[Array, "G n"]) -> Float[Array, "G D n"]:
+    return jnp.take_along_axis(entries.transpose(0, 2, 1), number[:, None], axis=2)
+
+
+def _sums(values: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n"], codes: int) -> tuple[Array, Array]:
+    """Returns how many vectors each entry has, and the sum of some values of them."""
+    groups, dims, _ = values.shape
+    place = (number + codes * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
+    rows = values.transpose(0, 2, 1).reshape(-1, dims)
+    count = jnp.zeros(groups * codes, jnp.float32).at[place].add(finite.reshape(-1).astype(jnp.float32))
+    total = jnp.zeros((groups * codes, dims), jnp.float32).at[place].add(rows)
     return count.reshape(groups, codes), total.reshape(groups, codes, dims)
 
 
 def _accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> tuple[Array, Array]:
-    """Counts and sums over all vectors that are finite, in chunks."""
+    """Returns counts, and sums of vector less entry, over all vectors that are finite; in chunks."""
     (groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
     length = _positions_in_cache(rows)
 
@@ -334,10 +389,12 @@ def _accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> 
         vectors = _vectors(part, dims)
         counted = jnp.isfinite(vectors).all(1) & fresh
         vectors = jnp.where(counted[:, None], vectors, 0.0)
-        count, total = _sums(vectors, counted, _nearest(vectors, entries), codes)
+        number = _nearest(vectors, entries)
+        moved = jnp.where(counted[:, None], vectors - _entries_of(entries, number), 0.0)
+        count, total = _sums(moved, counted, number, codes)
         return found[0] + count, found[1] + total
 
-    empty = (jnp.zeros((groups, codes)), jnp.zeros((groups, codes, dims)))
+    empty = (jnp.zeros((groups, codes), jnp.float32), jnp.zeros((groups, codes, dims), jnp.float32))
     return jax.lax.fori_loop(0, -(-positions // length), chunk, empty)
 
 
