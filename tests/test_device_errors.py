@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -181,6 +182,20 @@ def full_after(monkeypatch):
                 engine.step = limited
             else:
                 engine.programs[-1] = limited
+            if engine.continuous:  # fails once a checkpoint is on disk, which is written beside the worker
+                saved, save, fetch = threading.Event(), Checkpoints.save, engine.fetch
+
+                def save_and_tell(self, *arguments):
+                    save(self, *arguments)
+                    self.finish()
+                    saved.set()
+
+                def late_fetch(*arguments):
+                    assert left[0] > 0 or saved.wait(60)
+                    return fetch(*arguments)
+
+                monkeypatch.setattr(Checkpoints, "save", save_and_tell)
+                engine.fetch = late_fetch
             monkeypatch.setattr(train, "make_experiment", make_experiment)
             return experiment
 
