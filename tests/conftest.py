@@ -176,7 +176,9 @@ class Tiny:
 
     def place(self, engine: Engine, states: Sequence[ModuleState]) -> EngineState:
         """Host states (as `init` and `run` give them) on the engine's devices."""
-        return engine.place(EngineState(tuple(s.replace(rng=jax.random.wrap_key_data(jnp.array(s.rng))) for s in states)))
+        return engine.place(
+            EngineState(tuple(s.replace(rng=jax.random.wrap_key_data(jnp.array(s.rng), impl="threefry2x32")) for s in states))
+        )
 
     def run(
         self,

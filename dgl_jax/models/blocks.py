@@ -50,9 +50,9 @@ class Conv(nn.Module):
         """The convolution without the bias; and the bias, None where there is none."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         default = uniform_fan_in(self.kernel * self.kernel * x.shape[-1])
-        kernel = self.param("kernel", self.kernel_init or default, shape)
+        kernel = self.param("kernel", self.kernel_init or default, shape, jnp.float32)
         bias_init = nn.initializers.zeros if self.kernel_init else default
-        bias = self.param("bias", bias_init, (self.features,)) if self.bias else None
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32) if self.bias else None
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         edges = (self.kernel // 2,) * 2
         return conv_general_dilated(x, kernel, (self.stride,) * 2, (edges, edges), dimension_numbers=_AXES), bias

@@ -37,10 +37,10 @@ class BatchNorm(nn.Module):
             too: it moves the running mean, and its gradient is exactly 0.
         """
         features = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        var = self.variable("batch_stats", "var", jnp.ones, features)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         shift: Any = 0.0 if offset is None else offset
         if not train:
             y = _affine(x, mean.value - shift, lax.rsqrt(var.value + EPSILON), scale, bias)

@@ -30,7 +30,7 @@ class PatchEmbedding(nn.Module):
             raise UserError(f"config.data.image_size: images of {height}x{across} do not fall into patches of {self.patch} pixels")
         x = x.reshape(batch, height // self.patch, self.patch, across // self.patch, self.patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, self.patch**2 * channels)
-        position = self.param("position", nn.initializers.normal(0.02), (x.shape[1], self.width))
+        position = self.param("position", nn.initializers.normal(0.02), (x.shape[1], self.width), jnp.float32)
         return nn.Dense(self.width, dtype=self.dtype)(x) + position.astype(self.dtype)
 
 

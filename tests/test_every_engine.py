@@ -1,0 +1,102 @@
+"""Numbers under environments that others have set up: wide numbers, checks for NaN, other random generators."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import small_config
+
+from dgl_jax import rngs
+from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.engines import EngineState
+from dgl_jax.engines.fused import fused_step
+from dgl_jax.experiment import DatasetInfo, make_recipe
+from dgl_jax.optimizer import make_schedule
+from dgl_jax.packet import Batch, Targets
+from dgl_jax.settings import make_settings
+
+SCRIPT = Path(__file__).parent / "every_engine.py"
+DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
+
+
+def run(directory: Path, **environment: str) -> dict[str, dict]:
+    command = [sys.executable, str(SCRIPT), str(directory)]
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])} | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(what came out, the folder of the checkpoint) without anything set up."""
+    directory = tmp_path_factory.mktemp("plain") / "checkpoints"
+    return run(directory), directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"JAX_ENABLE_X64": "1"},
+        {"JAX_DEBUG_NANS": "1"},
+        {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
+        {"JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg"},
+    ],
+    ids=["plain", "x64", "nans", "rbg", "unsafe_rbg"],
+)
+def test_every_engine_and_codec(plain, environment, tmp_path):
+    """Types stay, all is finite, a checkpoint of another environment goes on; and the bits are the same but for wide numbers."""
+    expected, checkpoint = plain
+    shutil.copytree(checkpoint, tmp_path / "checkpoints")
+    found = run(tmp_path / "checkpoints", **environment) if environment else expected
+    for name, told in found.items():
+        if name != "resumed":
+            assert (name, told["changed"], told["wide"], told["finite"]) == (name, [], [], True)
+    if "JAX_ENABLE_X64" not in environment:
+        assert found["resumed"] == {"digest": found["fused"]["digest"]}
+        assert {name: found[name]["digest"] for name in DETERMINISTIC} == {name: expected[name]["digest"] for name in DETERMINISTIC}
+
+
+@pytest.mark.parametrize("name", ["cnn4", "cnn6_replay", "vgg11", "resnet20", "resnet50"])
+def test_no_array_of_a_step_is_wide(name):
+    """Shapes alone, nothing is compiled: parameters, statistics, optimizer state, average, codebooks and metrics."""
+    info = DatasetInfo("two", ("a", "b"), (32, 32, 3), (0.0,) * 3, (1.0,) * 3)
+    integers = jax.ShapeDtypeStruct((8,), np.int32)
+    batch = Batch(jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), Targets(integers, integers), jax.ShapeDtypeStruct((), np.int32))
+    fields = {"codec__name": "vq", "codec__dims": 1, "codec__codes": 4, "train__ema": 0.5, "train__accumulate": 2}
+    with jax.enable_x64(True):
+        for dtype, more in (
+            ("float32", {"schedule__name": "cosine", "schedule__warmup_epochs": 1.0}),
+            ("bfloat16", {"optimizer__name": "adam"}),
+        ):
+            settings = make_settings(small_config(model__name=name, model__dtype=dtype, **fields, **more))
+            recipe = make_recipe(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
+            states = recipe.abstract_states()
+            new, metrics = jax.eval_shape(fused_step(recipe), states, batch)
+            for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
+                if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                    assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)
+            jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), states, new)
+        assert jax.eval_shape(lambda: jax.numpy.zeros(())).dtype == np.float64, "wide numbers were off"
+
+
+def test_a_state_of_another_kind_of_key_is_restored(tmp_path, tiny):
+    """A library user's keys: checkpoints take any kind."""
+    engine = tiny.engine("fused", modules=1)
+    key = rngs.module(jax.random.key(3, impl="rbg"), 0)
+    state = EngineState(tuple(m.replace(rng=key) for m in tiny.place(engine, tiny.init(engine.recipe)).modules))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {})
+    shapes = jax.eval_shape(lambda: state.modules)
+    found = checkpoints.restore(lambda meta: (shapes, engine.placement)).state.modules[0].rng
+    checkpoints.close()
+    assert found.dtype == key.dtype
+    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(key))
