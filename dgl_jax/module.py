@@ -71,8 +71,8 @@ class LocalModule:
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
             x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
         if self.head is not None:
-            last = self.first + len(self.blocks) - 1
-            variables = self.head.lazy_init(rngs.head_params(key, last), x, train=False)
+            below = self.first + len(self.blocks)
+            variables = self.head.lazy_init(rngs.head_params(key, below), x, train=False)
             params["head"], batch_stats["head"] = variables["params"], variables.get("batch_stats", {})
         return params, batch_stats
 

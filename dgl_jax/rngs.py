@@ -6,7 +6,7 @@ differ. Nothing is drawn from a key that others are derived from. (Keys of the k
 does not matter in which order numbers are folded in.)
 
     root(seed)
-        block_params(n), head_params(n)        initial values of block n, and of the head behind it
+        block_params(n), head_params(n)        initial values of block n, and of the head behind n blocks
         augmentation(step)                     of training batch `step`
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
@@ -72,7 +72,7 @@ def block_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
 
 
 def head_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of the initial values of the head behind block `number`."""
+    """Returns the key of the initial values of the head that has this number of blocks in front of it."""
     return _derived(key, _Stream.HEAD_PARAMS, number)
 
 

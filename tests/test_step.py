@@ -222,6 +222,12 @@ def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
     assert not same(found[0][0].params["head"], found[0][1].params["head"])
 
 
+def test_a_head_without_blocks_can_be_initialised():
+    (module,) = make_modules([], (0,), [Head()])
+    params, _ = module.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"))
+    assert set(params) == {"body", "head"}
+
+
 # Shapes in the signatures
 
 checked = jaxtyped(typechecker=beartype)
