@@ -2,7 +2,7 @@
 
 python launch.py --config=examples/vit/config.py --workdir=runs/vit
 
-In under a minute on one CPU core: test accuracy 97.5 and 98.1 % of modules 0 and 1, 97.8 % of their ensemble, seed 0.
+In under a minute on one CPU core: test accuracy 98.1 and 97.5 % of modules 0 and 1, 97.8 % of their ensemble, seed 0.
 
 Block 0 makes tokens of patches, blocks 1 to 4 are the encoder; any cut between them works, such as --config.model.modules=5
 --config.model.split=count, and any engine.
