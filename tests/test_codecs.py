@@ -77,6 +77,7 @@ def test_relative_error_by_hand():
 # On the wire
 
 
+@pytest.mark.slow
 def test_bytes_on_the_wire(tiny):
     # 4x4x4, then 2x2x4 numbers an image, and 4 bytes each for label and id
     raw = (4 * 4 * 4 * 4 + 8, 2 * 2 * 4 * 4 + 8)

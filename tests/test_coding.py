@@ -229,6 +229,7 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
 # Whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "simulated"])
 def test_resuming_repeats_every_bit(tmp_path, engine, monkeypatch):
     config = partial(small_config, engine__name=engine, replay__size=3, **FIELDS)
@@ -259,6 +260,7 @@ def trained(tmp_path_factory):
     return workdir, train_and_evaluate(small_config(**FIELDS), workdir)
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_its_codec(trained):
     workdir, summary = trained
     assert summary.wire == "simulated"
@@ -288,6 +290,7 @@ def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
     np.testing.assert_array_equal(again[1], coded[1])
 
 
+@pytest.mark.slow
 def test_an_export_contains_the_codebooks(trained):
     workdir, _ = trained
     network = load_exported(export_run(workdir))

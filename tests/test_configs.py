@@ -69,6 +69,7 @@ def test_there_are_configs():
     assert {"cifar10", "digits", "imagenette"} | networks <= {path.stem for path in CONFIGS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_ticks(path, tiny):
     settings = shrunk(path)

@@ -86,6 +86,7 @@ def test_codecs_need_not_fit_where_nobody_cuts():
 # Time
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_the_step(tiny):
     """Head and body, one after the other, do what a local step does."""
     block, head = tiny.recipe().modules[1].blocks[0], tiny.recipe().modules[1].head
@@ -174,6 +175,7 @@ def test_memory_of_programs_in_company():
     assert [costs._needed(program, company) for company in (1, 3)] == [4096 + n * (4096 + scratch) for n in (1, 3)]
 
 
+@pytest.mark.slow
 def test_a_split_by_time_follows_the_clock(stopwatch, caplog):
     settings = small(model__modules=2, model__split="time", model__head="linear")
     with caplog.at_level("INFO", logger="dgl_jax"):
@@ -236,6 +238,7 @@ def times(monkeypatch):
     return mood
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_cuts_it_was_begun_with_and_shows_them(times, tmp_path, caplog):
     config = small_config(model__split="time", train__steps=6)
     interrupted(tmp_path, 4, config)
@@ -260,6 +263,7 @@ def test_twin_measuring_again_is_noticed(times, tmp_path, monkeypatch):
 # Memory and the table
 
 
+@pytest.mark.slow
 def test_memory_of_programs():
     recipe = make_recipe(small(data__batch_size=16), SMALL)
     first, second = costs.module_memory(recipe)

@@ -111,6 +111,7 @@ def test_units_of_resnet110():
     assert [block.features for block in blocks] == [16] + [16] * 18 + [32] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet18_cifar", "resnet20"])
 @pytest.mark.parametrize("size", [32, 64, 224])
 def test_any_head_behind_any_block(name, size):

@@ -269,6 +269,7 @@ def launched(platforms, *arguments):
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platforms", "mode", "words"),
     [

@@ -54,6 +54,7 @@ def fused(tiny):
 # pipeline = fused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "recipe"),
     [
@@ -76,6 +77,7 @@ def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
     assert all(unequal(after.params, before.params) for after, before in zip(states, first, strict=True)), "nothing was learnt"
 
 
+@pytest.mark.slow
 def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monkeypatch):
     monkeypatch.setattr(columns, "_CHANNELS", 0)  # of so few channels they are one product
     plain = tiny.run(tiny.new_engine("fused", (), tiny.recipe(modules=2)), STEPS)
@@ -86,6 +88,7 @@ def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monk
     assert unequal(found[0], plain), "nothing was summed in parts"
 
 
+@pytest.mark.slow
 def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, monkeypatch):
     plain = fused(modules=2)
     monkeypatch.setattr(winograd, "_TILES", 8)
@@ -154,12 +157,14 @@ def oracle(tiny):
     return {2: run(2), 3: run(3), "vq": run(2, VQ)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [(2, 2), (1, 2, 1)])
 def test_several_devices_a_module_within_rounding(tiny, oracle, groups):
     run = tiny.engine("pipeline", groups, modules=len(groups))
     assert single_steps(tiny, run, oracle[len(groups)]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [(2, 2), (1, 2)])
 def test_several_devices_share_one_codebook(tiny, oracle, groups):
     run = tiny.engine("pipeline", groups, modules=2, codec=VQ)

@@ -23,6 +23,7 @@ def accuracy(engine, workdir, **train):
     return modules[-1]["test_accuracy"], [m["devices"] for m in modules]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])])
 def test_a_transformer_learns_digits(engine, devices, tmp_path):
     found, where = accuracy(engine, tmp_path)
@@ -30,6 +31,7 @@ def test_a_transformer_learns_digits(engine, devices, tmp_path):
     assert where == devices
 
 
+@pytest.mark.slow
 def test_twin_an_untrained_one_does_not_know_them(tmp_path):
     assert accuracy("pipeline", tmp_path, steps=1)[0] < 0.5
 

@@ -38,6 +38,7 @@ def modes(folder):
     return [os.stat(folder / name).st_mode & 0o777 for name in FILES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
 def test_the_umask_decides_who_may_read(workdir, tmp_path, umask, mask, mode):
     umask(mask)

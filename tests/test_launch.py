@@ -67,6 +67,7 @@ def stop(workdir: Path, signum: int) -> int:
         return process.wait(300)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(trained, tmp_path):
     assert stop(tmp_path, signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
@@ -84,6 +85,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
     assert newest >= 6
 
 
+@pytest.mark.slow
 def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     summary = json.loads((trained / "summary.json").read_text())
     measured = json.loads(launch("--mode=eval", f"--workdir={trained}").stdout)
@@ -110,6 +112,7 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     assert f"--cpu_devices={many}: {2 * many} threads, not {usual} as up to {usual // 2} devices have" in drawn.stderr
 
 
+@pytest.mark.slow
 def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
     here = launch("--mode=eval", f"--workdir={trained}", "--config.eval.every=3")
     assert here.returncode == 0, here.stderr
@@ -134,6 +137,7 @@ def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_bench_prints_one_json_line():
     done = launch(*SMALL, "--mode=bench", "--bench_steps=4", "--config.engine.name=pipeline", "--cpu_devices=2")
     assert done.returncode == 0, done.stderr
@@ -145,6 +149,7 @@ def test_bench_prints_one_json_line():
     assert all(result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes"))
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_line(tmp_path):
     run = f"--workdir={tmp_path / 'run'}"
     assert "config.optimizer.learning_rat: no such field; did you mean optimizer.learning_rate" in fails(
@@ -184,6 +189,7 @@ def test_the_command_line_stays_short():
     assert len((ROOT / "launch.py").read_text().splitlines()) < 100
 
 
+@pytest.mark.slow
 def test_plan_needs_no_data_set(tmp_path):
     small = [argument for argument in SMALL if "data.name" not in argument]
     stated = ["--block_times=1,2,3,4", "--bandwidth=1", f"--workdir={tmp_path}", f"--config.data.dir={tmp_path / 'nowhere'}"]

@@ -60,6 +60,7 @@ def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
+@pytest.mark.slow
 def test_the_library_part_needs_five_libraries():
     done = run(FIVE + LIBRARY)
     assert done.stdout == "done\n", done.stderr

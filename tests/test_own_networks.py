@@ -56,6 +56,7 @@ def test_a_list_of_blocks_is_a_network():
 ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_it(engine):
     register("own", of_tokens)
@@ -118,6 +119,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     file, workdir = tmp_path / "mine.py", tmp_path / "run"
     file.write_text(CONFIG)

@@ -91,6 +91,7 @@ def test_links_that_are_the_slowest_part(stated):
     assert plan(small(), stated=stated)[0]["ticks_per_second"] == pytest.approx(1000 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "placed", "ticks", "speedup", "idle"),
     [
@@ -167,6 +168,7 @@ def test_a_split_by_time_uses_the_stated_times(times, starts):
     assert [module["first_block"] for module in found["modules"]] == starts
 
 
+@pytest.mark.slow
 def test_times_are_measured_where_none_are_stated(monkeypatch):
     recipes, companies = [], []
 
@@ -196,6 +198,7 @@ def test_what_is_not_known_is_a_dash(stated, monkeypatch):
     assert re.search(r"^0 +33 % +-$", plan_run(small(), stated=stated), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_it_prints(stated, tmp_path):
     text = plan_run(small(), stated=stated, bandwidth=1.0, workdir=str(tmp_path))
     for words in (

@@ -79,6 +79,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
     assert one.ravel().tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 8), (7, 1)])
 def test_overlapping_windows(size, monkeypatch):
     x = generic(3, *size, 5)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from runs import small_config
 
 from dgl_jax.export import export_run
@@ -19,6 +20,7 @@ def snippet(word: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_two_modules_in_a_plain_loop():
     random = np.random.default_rng(0)
     labels = jnp.asarray(random.integers(0, 10, 64), jnp.int32)
@@ -34,6 +36,7 @@ def test_two_modules_in_a_plain_loop():
     assert float(again["metrics"]["loss"]) < 0.5 * float(first["metrics"]["loss"])  # it learns the batch
 
 
+@pytest.mark.slow
 def test_an_export_is_read_back(tmp_path, monkeypatch):
     workdir = tmp_path / "runs" / "digits"
     train_and_evaluate(small_config(train__steps=1), workdir)
@@ -46,6 +49,7 @@ def test_an_export_is_read_back(tmp_path, monkeypatch):
     assert set(names["labels"]) <= {f"pattern_{k}" for k in range(10)}
 
 
+@pytest.mark.slow
 def test_the_quantiser_alone():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 16)), jnp.float32)
     names: dict = {"x": x}

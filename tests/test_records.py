@@ -304,6 +304,7 @@ def damaged(tmp_path_factory):
     return root, train, validation
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_batches_and_name_a_damaged_image(damaged):
     source = source_of(damaged)
     bad = next(i for i, r in enumerate(source._data.train.read(range(40))) if r.file_name == "n01739381_7.JPEG")

@@ -28,6 +28,7 @@ def test_two_stages_by_hand():
     assert not np.array_equal(vq.encode(entries[::-1], x), codes), "the order of the stages must matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [4, 16, 300])
 def test_one_stage_is_the_plain_quantiser(codes):
     x = jnp.asarray(normal((4, 6, 6, 8)))
@@ -55,18 +56,21 @@ def trained(stages, codes, dims, updates=40):
     return float(relative_error(x, vq.decode(book.entries, vq.encode(book.entries, x)))), health
 
 
+@pytest.mark.slow
 def test_every_stage_lowers_the_error():
     errors = [trained(stages, 32, 8)[0] for stages in (1, 2, 3)]
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < 0.8 * errors[1]
 
 
+@pytest.mark.slow
 def test_stages_over_more_channels_beat_one_of_fewer_at_the_same_rate():
     (one, _), (two, health) = trained(1, 64, 8), trained(2, 64, 16)
     assert two < 0.95 * one
     assert float(health["dead"]) < 0.01
 
 
+@pytest.mark.slow
 def test_a_vector_that_is_not_finite_is_skipped_by_every_stage():
     x = normal((8, 16, 8))
     book = residual.init(KEY, jnp.asarray(x), 2, 16, 4)
@@ -90,6 +94,7 @@ def test_the_same_share_of_codebooks_whatever_the_stages():
     assert jax.eval_shape(codec.decode, book, sent).shape == x.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stages", "codes", "dims"), [(2, 256, 16), (4, 16, 8)])
 def test_temporary_memory_stays_under_twice_the_packet(stages, codes, dims):
     shape = (128, 16, 16, 32)
@@ -101,6 +106,7 @@ def test_temporary_memory_stays_under_twice_the_packet(stages, codes, dims):
         assert temporary < 2 * raw
 
 
+@pytest.mark.slow
 def test_a_run_with_stages(tmp_path):
     """Two stages of twice the channels take the bytes of one, where the codebooks, twice as large, travel half as often."""
     fields = {"codec__name": "vq", "codec__codes": 16, "train__steps": 20}
@@ -116,6 +122,7 @@ def test_a_run_with_stages(tmp_path):
     assert found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_another_number_of_stages_is_another_run(tmp_path):
     fields = {"codec__name": "vq", "codec__codes": 16, "codec__dims": 2, "train__steps": 2}
     train_and_evaluate(small_config(**fields), tmp_path)

@@ -54,6 +54,7 @@ def interrupted(workdir: Path, step: int, config=None, signum: int = signal.SIGT
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 7)])
 def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, signum, step):
     saved = interrupted(tmp_path, step, signum=signum)
@@ -65,6 +66,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, signum, step)
     assert same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, tmp_path, monkeypatch):
     interrupted(tmp_path, 5)
     batches = ArraySource.batches
@@ -73,6 +75,7 @@ def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, tmp_path, monkey
     assert not same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_twin_losing_the_optimizer_state_is_noticed(whole, tmp_path, monkeypatch):
     interrupted(tmp_path, 5)
     restore = Checkpoints.restore
@@ -91,6 +94,7 @@ def test_twin_losing_the_optimizer_state_is_noticed(whole, tmp_path, monkeypatch
     assert not same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_engine_and_other_devices(whole, tmp_path):
     interrupted(tmp_path, 5)
     config = small_config(engine__name="pipeline", engine__group_sizes=(1, 1))
@@ -103,6 +107,7 @@ def test_a_run_goes_on_with_another_engine_and_other_devices(whole, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_device_pipeline_and_fused_share_a_checkpoint_bit_for_bit(tmp_path):
     alone = {"engine__group_sizes": (1, 1)}
     train_and_evaluate(small_config(engine__name="pipeline", **alone), tmp_path / "pipeline")
@@ -113,6 +118,7 @@ def test_one_device_pipeline_and_fused_share_a_checkpoint_bit_for_bit(tmp_path):
     assert same_run(tmp_path / "pipeline", tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_backprop_resumes_bit_for_bit_and_has_no_lower_heads(tmp_path):
     config = small_config(engine__name="backprop")
     train_and_evaluate(config, tmp_path / "whole")
@@ -124,6 +130,7 @@ def test_backprop_resumes_bit_for_bit_and_has_no_lower_heads(tmp_path):
     assert "validation/module_0/accuracy" not in records(tmp_path / "parts")[-2]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, caplog):
     interrupted(tmp_path, 7)
     newest = max((p for p in (tmp_path / "checkpoints").iterdir()), key=lambda p: int(p.name))
@@ -138,6 +145,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, caplo
     assert (tmp_path / "damaged" / newest.name).is_dir()
 
 
+@pytest.mark.slow
 def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
     interrupted(tmp_path, 5)
     for file in (tmp_path / "checkpoints").rglob("*"):
@@ -153,6 +161,7 @@ def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
         load_trained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_torn_metrics_line_is_cut_off(whole, tmp_path):
     interrupted(tmp_path, 8)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -169,6 +178,7 @@ def test_a_finished_run_answers_without_training(whole, monkeypatch):
     assert (whole / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_steps_extend_a_finished_run(whole, tmp_path):
     train_and_evaluate(small_config(train__steps=8), tmp_path)
     summary = train_and_evaluate(small_config(), tmp_path)
@@ -177,12 +187,14 @@ def test_more_steps_extend_a_finished_run(whole, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_tested_once(whole, tmp_path):
     train_and_evaluate(small_config(train__steps=6), tmp_path)
     train_and_evaluate(small_config(), tmp_path)
     assert records(whole) == records(tmp_path)
 
 
+@pytest.mark.slow
 def test_extending_a_cosine_says_that_the_schedule_changes(tmp_path, caplog):
     train_and_evaluate(small_config(schedule__name="cosine", train__steps=6), tmp_path)
     with caplog.at_level("WARNING", logger="dgl_jax"):
@@ -190,6 +202,7 @@ def test_extending_a_cosine_says_that_the_schedule_changes(tmp_path, caplog):
     assert "the cosine now ends at step 12, not 6" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         begin = train._Run._begin
@@ -207,6 +220,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(whole, tmp_
     assert same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_the_configuration_may_change(tmp_path):
     with pytest.raises(UserError, match="diverged"):
         train_and_evaluate(small_config(optimizer__learning_rate=1e25), tmp_path)
@@ -243,6 +257,7 @@ def test_a_workdir_trains_once_at_a_time(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_leaves_no_bad_checkpoint(tmp_path):
     config = small_config(optimizer__learning_rate=1e12, checkpoint__every=1, log__every=100)
     with pytest.raises(UserError, match=r"training diverged: .* module_\d .* step \d+; a smaller config.optimizer.learning_rate"):
@@ -278,6 +293,7 @@ def test_a_mistake_leaves_no_workdir(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
     train_and_evaluate(small_config(train__steps=1, optimizer__learning_rate=1e-12), tmp_path / "new", init_from=whole)
     old, new = arrays(whole), arrays(tmp_path / "new")
@@ -312,6 +328,7 @@ def test_what_a_run_writes(whole):
     assert {p.name for p in (whole / "plots").iterdir()} == {"accuracy.png", "loss.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["emptied", "missing", "whole"])
 def test_going_on_without_the_records_so_far_is_said(tmp_path, caplog, what):
     interrupted(tmp_path, 5)

@@ -166,6 +166,7 @@ def whole(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_writes_staleness_and_reuse(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["staleness"][0] == 0
@@ -175,6 +176,7 @@ def test_a_run_writes_staleness_and_reuse(whole):
     assert any("replay/module_1/age" in record for record in records(whole))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path):
     interrupted(tmp_path, 5, small_config(**CONFIG))
     train_and_evaluate(small_config(**CONFIG), tmp_path)

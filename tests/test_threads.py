@@ -328,6 +328,7 @@ def threaded(**fields):
     return small_config(engine__name="threads", **{"replay__size": 4, "train__steps": 24, **fields})
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_and_saves_while_the_workers_go_on(tmp_path):
     summary = train_and_evaluate(threaded(), tmp_path)
     assert [m["updates"] for m in summary.modules] == [24, 24]
@@ -343,6 +344,7 @@ def test_a_run_evaluates_and_saves_while_the_workers_go_on(tmp_path):
     assert (tmp_path / "plots" / "timeline.png").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_restores_every_module_and_ends_at_the_same_totals(tmp_path, caplog):
     interrupted(tmp_path, 9, threaded())
     state = json.loads((tmp_path / "config.json").read_text())
@@ -357,6 +359,7 @@ def test_a_resumed_run_restores_every_module_and_ends_at_the_same_totals(tmp_pat
     assert steps[-1] == 24
 
 
+@pytest.mark.slow
 def test_without_rings_in_the_checkpoint_it_says_that_it_is_not_exact(tmp_path, caplog):
     config = threaded(checkpoint__replay_every=0)
     interrupted(tmp_path, 9, config)
@@ -365,6 +368,7 @@ def test_without_rings_in_the_checkpoint_it_says_that_it_is_not_exact(tmp_path, 
     assert "the checkpoint holds no replay rings: they are filled anew" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monkeypatch, caplog):
     made = ThreadsEngine.__init__
 
@@ -384,6 +388,7 @@ def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monk
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meanwhile", ["watching", "in a snapshot"])
 def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
     """Module 1 stands still for good: the first signal waits for it, the second does not, whatever the main thread waits for."""

@@ -94,6 +94,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_threads_compile_nothing_once_they_work(tiny, devices, clock, case):
     groups, codec = CASES[case]

@@ -141,6 +141,7 @@ def test_twin_without_recomputing_nothing_is_saved(usual, monkeypatch):
 # Micro-batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 8])
 def test_micro_batches_without_batch_norm_are_the_whole_batch(parts):
     assert furthest(updated(*one_module(Dense(), Dense()), accumulate=parts), plain(Dense(), Dense())) < 1e-6
@@ -289,10 +290,12 @@ def same(a, b):
     return len(a) == len(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 def test_pipeline_is_fused_bit_for_bit(tiny, devices, recipe, fused):
     assert same(tiny.run(PipelineEngine(recipe(), assign(devices, 2, (1, 1))), STEPS), fused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_twin_without_an_option_it_is_not(tiny, devices, recipe, fused, option):
     off = recipe(**{option: 1 if option == "accumulate" else 0.0})
@@ -310,6 +313,7 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, rec
     assert same(to_host(state.modules), fused[0])
 
 
+@pytest.mark.slow
 def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, recipe):
     placement = one_group(devices[:1], 1)
     found = tiny.run(FusedEngine(recipe(1), placement, make_step=backprop_step), STEPS)
@@ -409,6 +413,7 @@ def stopped(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_resumes_exactly(whole, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     train_and_evaluate(small_config(**RUN), tmp_path / "run")

@@ -40,6 +40,7 @@ def unpacked(codes, entries):
 # Encoding and decoding
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     lead=st.lists(st.integers(1, 5), min_size=1, max_size=3),
@@ -215,6 +216,7 @@ def test_one_update_by_hand():
     np.testing.assert_allclose(small.seen, [[5, 3]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["ema", "minibatch"])
 @pytest.mark.parametrize("start", ["kmeans++", "sample"])
 def test_it_finds_the_centres_of_a_stream(rule, start):
@@ -244,6 +246,7 @@ def test_a_stream_that_shifts_is_followed_and_no_code_stays_dead():
     assert float(health["dead"]) <= 0.01
 
 
+@pytest.mark.slow
 def test_twin_without_restarts_codes_stay_dead():
     book = init(KEY, jnp.asarray(normal((64, 32, 8))), codes=64, dims=4)
     for n in range(100):
@@ -253,6 +256,7 @@ def test_twin_without_restarts_codes_stay_dead():
     assert float(health["dead"]) > 0.5
 
 
+@pytest.mark.slow
 def test_a_restarted_code_begins_anew():
     x = jnp.asarray(normal((64, 8, 2)))
     book = init(KEY, x, codes=8, dims=2)
@@ -436,6 +440,7 @@ def test_functions_compile_once_and_give_the_same_bits():
     np.testing.assert_array_equal(jax.jit(vq.encode)(book.entries, x), vq.encode(book.entries, x))
 
 
+@pytest.mark.slow
 def test_sums_go_over_a_whole_device_group(devices):
     """A batch cut over devices gives the codebook that one device gives, the same on every device."""
     mesh = jax.make_mesh((4,), ("batch",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
@@ -454,6 +459,7 @@ def test_sums_go_over_a_whole_device_group(devices):
     np.testing.assert_array_equal(codes, vq.encode(book.entries, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "codes", "dims"), [((128, 32, 32, 16), 256, 8), ((128, 8, 8, 64), 256, 8), ((128, 16, 16, 32), 16, 4)]
 )

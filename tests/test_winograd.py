@@ -51,11 +51,13 @@ def furthest(shape):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_direct_convolution_and_its_gradients(shape):
     assert max(furthest(shape)) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_INPUT", "_KERNEL", "_OUTPUT"])
 def test_a_wrong_matrix_is_noticed(name, monkeypatch):
     matrix = np.array(getattr(winograd, name))
@@ -168,6 +170,7 @@ def test_images_stay_on_their_devices(devices):
     assert sent == ["all-reduce"]  # of the kernel's gradient
 
 
+@pytest.mark.slow
 def test_images_that_move_are_noticed(devices, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(passes, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))

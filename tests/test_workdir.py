@@ -76,6 +76,7 @@ def test_paths_that_checkpoints_cannot_be_read_from(tmp_path, monkeypatch, name,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_absolute_path_counts_and_a_link_helps(run, tmp_path, monkeypatch):
     (tmp_path / "run[1]").mkdir()
     monkeypatch.chdir(tmp_path / "run[1]")
@@ -247,6 +248,7 @@ def test_a_file_in_place_of_the_checkpoints_is_said_at_once(copy, monkeypatch, w
 # config.json and summary.json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
