@@ -1,6 +1,8 @@
-"""Paths as a user writes them."""
+"""Paths as a user writes them, and the project's cache directory."""
 
 import os
+import tempfile
+from pathlib import Path
 
 from dgl_jax.errors import UserError
 
@@ -22,3 +24,16 @@ def expand(path: str, name: str) -> str:
         home = expanded.partition("/")[0]
         raise UserError(f"{name}={path}: the home directory {home} is not known here; write the path in full, or ./{home}")
     return expanded
+
+
+def cache_dir() -> Path:
+    """Returns where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels.
+
+    Below the home directory; where there is none that can be written, as under a user without one in a container, below the
+    system's directory of temporary files.
+    """
+    home = Path(os.path.expanduser("~"))
+    kept = home / ".cache" / "dgl_jax"
+    if home.is_absolute() and (kept.is_dir() or os.access(home, os.W_OK)):
+        return kept
+    return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"

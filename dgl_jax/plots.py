@@ -15,27 +15,35 @@ from typing import Any
 import numpy as np
 
 from dgl_jax.errors import UserError
+from dgl_jax.paths import cache_dir
 from dgl_jax.writers import check_writable, read_jsonl, write_atomically, writing
 
 
 @contextmanager
-def _any_backend() -> Iterator[None]:
-    """Hides MPLBACKEND while matplotlib is imported, which a backend that is not installed here would end.
+def _any_environment() -> Iterator[None]:
+    """Imports matplotlib whatever the environment says.
 
-    No window is opened, so none is needed. Afterwards matplotlib has the backend as if it had read it, where it knows it.
+    A backend in MPLBACKEND that is not installed here would end the import. No window is opened, so none is needed; afterwards
+    matplotlib has the backend as if it had read it, if it knows it. Without a home directory matplotlib needs another place.
     """
-    chosen = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    before = {name: os.environ.get(name) for name in ("MPLBACKEND", "MPLCONFIGDIR")}
+    if "matplotlib" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)
+        if not os.path.isabs(os.path.expanduser("~")):
+            os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     try:
         yield
     finally:
-        if chosen is not None:
-            os.environ["MPLBACKEND"] = chosen
-    if chosen:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+    if before["MPLBACKEND"]:
         with suppress(ValueError):
-            matplotlib.rcParams["backend"] = chosen
+            matplotlib.rcParams["backend"] = before["MPLBACKEND"]
 
 
-with _any_backend():
+with _any_environment():
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg

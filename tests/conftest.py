@@ -91,6 +91,16 @@ def compiled_fast() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """Forgets what was traced, before and after: JAX keeps the branch of a choice by platform that a test has replaced, and later
+    programs of the process would be made of it.
+    """
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def devices() -> list[jax.Device]:
     found = jax.devices("cpu")

@@ -42,7 +42,7 @@ def config(engine, **fields):
 
 
 @pytest.fixture(autouse=True)
-def _two_blocks(monkeypatch):
+def _two_blocks(monkeypatch, traced_anew):
     """Less to compile; with pooling."""
     monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
     models.register("two", lambda width, _, dtype: [ConvBlock(width, dtype=dtype), ConvBlock(2 * width, pool=True, dtype=dtype)])

@@ -95,7 +95,7 @@ def test_gradients_are_counted_when_they_are_asked_for():
     assert flops.count(jax.grad(loss, argnums=(0, 1)), X, W)[0] == ONE + 2 * ONE + ONE
 
 
-def test_formulations_of_a_cpu_do_not_count(monkeypatch):
+def test_formulations_of_a_cpu_do_not_count(monkeypatch, traced_anew):
     """Winograd's needs fewer products; a twin that counts what the CPU does sees that."""
     x, kernel = jax.ShapeDtypeStruct((8, 16, 16, 64), "float32"), jax.ShapeDtypeStruct((3, 3, 64, 64), "float32")
     axes = ("NHWC", "HWIO", "NHWC")

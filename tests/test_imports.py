@@ -79,7 +79,7 @@ ONLY = {
     "engines": {"average", "codecs", "data", "errors", "module", "packet", "placement", "replay", "rngs", "settings", "step"},
     "timeline": {"engines"},
     "writers": {"errors"},
-    "plots": {"errors", "writers"},
+    "plots": {"errors", "paths", "writers"},
     "config_files": {"errors", "paths", "settings"},
 }
 LIBRARIES = {

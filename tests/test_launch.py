@@ -44,7 +44,10 @@ def trained(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
     done = launch(*SMALL, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["modules"][1] > 0.1
+    summary = json.loads((workdir / "summary.json").read_text())
+    accuracies = [module["test_accuracy"] for module in summary["modules"]]
+    assert json.loads(done.stdout) == {"modules": accuracies, "ensemble": summary["ensemble_accuracy"]}
+    assert all(0 < accuracy < 1 for accuracy in accuracies)
     return workdir
 
 

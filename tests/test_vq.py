@@ -139,7 +139,7 @@ def test_every_way_to_search_finds_the_nearest_whatever_the_mean(name):
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
-def test_codes_do_not_depend_on_the_backend(mean, monkeypatch):
+def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
     """Two stages through both branches of `platform_dependent`."""
     x = jnp.asarray(mean + 0.1 * normal((4, 30, 8)))
     entries = jnp.stack([x[0, :16].reshape(16, 2, 4).transpose(1, 0, 2), jnp.asarray(0.1 * normal((2, 16, 4), 1))])

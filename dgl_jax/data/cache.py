@@ -1,4 +1,4 @@
-"""The project's cache directory, and the decoded images kept in it."""
+"""Decoded images and labels, kept in the project's cache directory."""
 
 import hashlib
 import logging
@@ -11,24 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from dgl_jax.data.source import Examples
+from dgl_jax.paths import cache_dir
 
 _LOG = logging.getLogger(__name__)
 
 _VERSION = 2  # raised when decoding gives other pixels than before: older entries are then not found any more
 LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
-
-
-def cache_dir() -> Path:
-    """Returns where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels.
-
-    Below the home directory; where there is none that can be written, as under a user without one in a container, below the
-    system's directory of temporary files.
-    """
-    home = Path(os.path.expanduser("~"))
-    kept = home / ".cache" / "dgl_jax"
-    if home.is_absolute() and (kept.is_dir() or os.access(home, os.W_OK)):
-        return kept
-    return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"
 
 
 def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]) -> Examples:
