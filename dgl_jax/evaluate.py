@@ -16,7 +16,7 @@ from dgl_jax.codecs import Identity
 from dgl_jax.data import Source, make_source
 from dgl_jax.engines import EngineState, Recipe
 from dgl_jax.errors import UserError
-from dgl_jax.experiment import load_trained
+from dgl_jax.experiment import load_trained, read_settings
 from dgl_jax.metrics import read
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import PADDING, Batch, Coded, Targets
@@ -88,10 +88,11 @@ def evaluate_run(
     Raises:
       UserError: there is no such run, checkpoint or split, `settings` are another run's, or the data are others.
     """
-    trained = load_trained(Path(workdir), checkpoint)
-    if settings is not None and (changed := differences(trained.settings.to_dict(), settings)):
+    stored = read_settings(Path(workdir))
+    if settings is not None and (changed := differences(stored.to_dict(), settings)):  # before anything is restored
         raise UserError(f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}")
-    settings = settings or trained.settings
+    trained = load_trained(Path(workdir), checkpoint)
+    settings = settings or stored
     source = make_source(settings.data, settings.seed)
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
