@@ -30,6 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 from dgl_jax.baselines import backprop_step  # noqa: E402
 from dgl_jax.codecs import make_codec  # noqa: E402
@@ -43,6 +44,16 @@ from dgl_jax.placement import assign, one_group  # noqa: E402
 from dgl_jax.settings import CodecSettings  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+# Most tests compile with few optimizations, in child processes too: compiling is most of the time, and takes a third of it then.
+# Those marked `full_compile` compile as users do: equality of engines, rounding, memory, and runs long enough to learn.
+_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_FAST_FLAGS = ""
+if version("jaxlib").startswith("0.10."):  # later ones have no choice here
+    _FAST["xla_cpu_use_fusion_emitters"] = False
+    _FAST_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+_compile_options = compiler.get_compile_options
+jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for child processes
 
 # Seconds first, minutes last; a file that is not named comes in between. One test of test_install waits for downloads for minutes:
 # the other worker has the rest of the suite meanwhile.
@@ -74,21 +85,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ["DGL_JAX_TEST_HOME"], ignore_errors=True)
 
 
+def compile_fast(fast: bool) -> None:
+    """Compiles with few optimizations from now on, here and in child processes, or as users do."""
+
+    def options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        return _compile_options(*args, env_options_overrides=_FAST | (env_options_overrides or {}), **kwargs)
+
+    if fast != (compiler.get_compile_options is not _compile_options):
+        jax.clear_caches()
+        compiler.get_compile_options = options if fast else _compile_options
+        os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(fast)), "XLA_FLAGS": _FAST_FLAGS if fast else ""}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    compile_fast(item.get_closest_marker("full_compile") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _home_is_not_touched() -> None:
     assert Path("~").expanduser() == Path(os.environ["DGL_JAX_TEST_HOME"])
-
-
-@pytest.fixture(scope="module")
-def compiled_fast() -> Iterator[None]:
-    """Compiles with few optimizations, in child processes too: for modules about files, signals and messages, where compiling is
-    most of the time. Equality of engines and memory are tested as users compile.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ def run(tiny, made):
     return found, report.snapshot()
 
 
+@pytest.mark.full_compile
 def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, to_host):
     fused, _ = tiny.run(tiny.engine("fused", codec=VQ), STEPS)
     _, state = run(tiny, simulated(tiny, devices, VQ, ReplaySettings(1), order="ordered"))

@@ -12,6 +12,8 @@ from test_winograd import arrays, direct
 from dgl_jax.models import columns, passes
 from dgl_jax.models.convolution import conv_general_dilated
 
+pytestmark = pytest.mark.full_compile
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 SHAPES = [(3, 8, 8, 3, 5), (2, 5, 2, 1, 4), (1, 1, 6, 4, 2)]
 

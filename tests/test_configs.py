@@ -16,8 +16,6 @@ from dgl_jax.models import MODELS, cuts, make_network, resnet
 from dgl_jax.optimizer import make_schedule
 from dgl_jax.settings import Settings, default_config, differences, make_settings, not_applicable
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]
 PAPER = [path for path in CONFIGS if path.stem.startswith("imagenet_") and path not in MODERN]

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dgl_jax.models import convolution, passes
 from dgl_jax.models.convolution import conv_general_dilated
 
+pytestmark = pytest.mark.full_compile
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = {
     "3x3": ((3, 3, 6, 5), (1, 1), "SAME", {}),

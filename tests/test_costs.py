@@ -86,6 +86,7 @@ def test_codecs_need_not_fit_where_nobody_cuts():
 # Time
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_the_parts_of_a_step_are_the_step(tiny):
     """Head and body, one after the other, do what a local step does."""
@@ -263,6 +264,7 @@ def test_twin_measuring_again_is_noticed(times, tmp_path, monkeypatch):
 # Memory and the table
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_memory_of_programs():
     recipe = make_recipe(small(data__batch_size=16), SMALL)

@@ -25,8 +25,6 @@ from dgl_jax.settings import make_settings
 from dgl_jax.stored import DatasetInfo, listed
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 ROOT = Path(__file__).parent.parent
 CLASSES = ("ape", "cat", "ñandú")
 

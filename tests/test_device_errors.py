@@ -22,8 +22,6 @@ from dgl_jax.settings import make_settings
 from dgl_jax.system import DeviceMemory
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 ROOT = Path(__file__).parent.parent
 FREE = "3.0 GiB of 79.0 GiB free on cuda:1"
 HELP = "; a smaller config.data.batch_size, a larger config.train.accumulate or config.model.remat=True needs less"

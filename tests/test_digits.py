@@ -9,7 +9,7 @@ import pytest
 from dgl_jax.configs import digits
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full_compile]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def accuracies(tmp_path_factory):
         config = digits.get_config()
         config.seed = seed
         config.engine.name = engine
-        config.train.update(train or {"epochs": 12.0})
+        config.train.update(train or {"epochs": 8.0})
         config.eval.every = config.checkpoint.every = 10_000  # at the end
         every = jax.devices()
         with pytest.MonkeyPatch.context() as patched:

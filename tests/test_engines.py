@@ -14,6 +14,8 @@ from dgl_jax.models import columns, convolution, winograd
 from dgl_jax.packet import Batch
 from dgl_jax.settings import CodecSettings
 
+pytestmark = pytest.mark.full_compile
+
 STEPS = 4
 VQ = CodecSettings("vq", codes=8, dims=2, codebook_every=3)
 ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}

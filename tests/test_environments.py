@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 from runs import FIELDS
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 ROOT = Path(__file__).parents[1]
 # A process a mode, as on a command line; but what all of them import is imported once.
 MODES = """

@@ -23,6 +23,7 @@ def accuracy(engine, workdir, **train):
     return modules[-1]["test_accuracy"], [m["devices"] for m in modules]
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])])
 def test_a_transformer_learns_digits(engine, devices, tmp_path):

@@ -11,8 +11,6 @@ from dgl_jax.errors import UserError
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 FILES = ["config.json", "model.safetensors"]
 
 

@@ -51,7 +51,7 @@ def test_names_at_the_top_are_those_that_type_checkers_see():
 
 def call(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Runs a command without this project on Python's path."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done

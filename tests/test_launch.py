@@ -15,8 +15,6 @@ from safetensors.numpy import load_file
 
 from dgl_jax import system
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
 
@@ -123,6 +121,7 @@ def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
     assert "config.seed (was 0, is now 1)" in fails("--mode=eval", f"--workdir={trained}", "--config.seed=1")
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
     fields = {"data.batch_size": 64, "data.train_examples": 640, "model.width": 24, "model.modules": 3, "train.steps": 10}

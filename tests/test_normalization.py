@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dgl_jax.models import normalization
 from dgl_jax.models.normalization import BatchNorm
 
+pytestmark = pytest.mark.full_compile
+
 SHAPES = {"maps": (6, 5, 4, 3), "features": (9, 4), "tokens": (4, 3, 5)}
 
 

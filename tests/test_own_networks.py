@@ -17,8 +17,6 @@ from dgl_jax.models import Network, make_network, register
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.settings import make_settings
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 class Tokens(nn.Module):
     """Images to tokens, one a row; has no parameter."""

@@ -8,6 +8,8 @@ import pytest
 from dgl_jax import system
 from dgl_jax.models import passes
 
+pytestmark = pytest.mark.full_compile
+
 
 @pytest.mark.parametrize(("batch", "least", "size"), [(24, 8, 8), (20, 8, 10), (23, 8, 23), (4, 8, 4), (6, 0, 1), (6, 6, 6)])
 def test_images_of_a_pass(batch, least, size):

@@ -15,6 +15,8 @@ from numpy_layers import max_pool_3x3 as numpy_max_3x3
 from dgl_jax.models import pooling
 from dgl_jax.models.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
 
+pytestmark = pytest.mark.full_compile
+
 
 def generic(*shape, dtype=np.float32):
     """Distinct numbers: no ties."""

@@ -1,5 +1,7 @@
 """Vector quantisation in stages: what each adds, against its parts; and as the codec of an engine."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,10 @@ from dgl_jax.codecs import Vq, relative_error, residual
 from dgl_jax.train import train_and_evaluate
 
 KEY = jax.random.key(0)
+# Compiled: operation by operation they would be compiled anew at every call.
+init = jax.jit(residual.init, static_argnums=(2, 3, 4))
+update = jax.jit(residual.update, static_argnames=("samples",))
+encode, decode = jax.jit(vq.encode), jax.jit(vq.decode)
 
 
 def normal(shape, seed=0):
@@ -28,32 +34,33 @@ def test_two_stages_by_hand():
     assert not np.array_equal(vq.encode(entries[::-1], x), codes), "the order of the stages must matter"
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [4, 16, 300])
 def test_one_stage_is_the_plain_quantiser(codes):
     x = jnp.asarray(normal((4, 6, 6, 8)))
-    plain, staged = vq.init(KEY, x, codes, 4), residual.init(KEY, x, 1, codes, 4)
-    one, all_ = jax.jit(vq.update), jax.jit(residual.update)
+    plain, staged = jax.jit(vq.init, static_argnums=(2, 3))(KEY, x, codes, 4), init(KEY, x, 1, codes, 4)
+    one = jax.jit(vq.update)
     for n in range(3):
         key, batch = jax.random.fold_in(KEY, n), jnp.asarray(normal((4, 6, 6, 8), n))
-        (plain, health), (staged, of_stages) = one(plain, key, batch), all_(staged, key, batch)
+        (plain, health), (staged, of_stages) = one(plain, key, batch), update(staged, key, batch)
         assert {k: float(v) for k, v in of_stages.items()} == {k: float(v) for k, v in health.items()}
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), staged, plain)
-    sent = vq.encode(staged.entries, x)
-    np.testing.assert_array_equal(sent, vq.encode(plain.entries, x))
-    np.testing.assert_array_equal(vq.decode(staged.entries, sent), vq.decode(plain.entries, sent))
+    sent = encode(staged.entries, x)
+    np.testing.assert_array_equal(sent, encode(plain.entries, x))
+    np.testing.assert_array_equal(decode(staged.entries, sent), decode(plain.entries, sent))
 
 
+@cache
 def trained(stages, codes, dims, updates=40):
     """Learns a stream of normal vectors with dependent values; the error on vectors not seen."""
     mix = normal((16, 16), 5)
     stream = lambda n: jnp.maximum(jnp.asarray(normal((16, 64, 16), n) @ mix), 0.0)  # noqa: E731
-    update = jax.jit(residual.update)
-    book = residual.init(KEY, stream(0), stages, codes, dims)
+    book = init(KEY, stream(0), stages, codes, dims)
     for n in range(updates):
         book, health = update(book, jax.random.fold_in(KEY, n), stream(n))
     x = stream(999)
-    return float(relative_error(x, vq.decode(book.entries, vq.encode(book.entries, x)))), health
+    return float(relative_error(x, decode(book.entries, encode(book.entries, x)))), health
 
 
 @pytest.mark.slow
@@ -73,13 +80,13 @@ def test_stages_over_more_channels_beat_one_of_fewer_at_the_same_rate():
 @pytest.mark.slow
 def test_a_vector_that_is_not_finite_is_skipped_by_every_stage():
     x = normal((8, 16, 8))
-    book = residual.init(KEY, jnp.asarray(x), 2, 16, 4)
+    book = init(KEY, jnp.asarray(x), 2, 16, 4)
     x[2, 3, 1] = np.nan
-    new, health = residual.update(book, KEY, jnp.asarray(x), samples=0)
+    new, health = update(book, KEY, jnp.asarray(x), samples=0)
     assert float(health["skipped"]) == 1
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(new))
     assert not np.array_equal(new.entries[1], book.entries[1])
-    start = residual.init(KEY, jnp.asarray(x), 2, 16, 4)
+    start = init(KEY, jnp.asarray(x), 2, 16, 4)
     assert bool(jnp.isfinite(start.entries).all())
 
 
@@ -94,6 +101,7 @@ def test_the_same_share_of_codebooks_whatever_the_stages():
     assert jax.eval_shape(codec.decode, book, sent).shape == x.shape
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "codes", "dims"), [(2, 256, 16), (4, 16, 8)])
 def test_temporary_memory_stays_under_twice_the_packet(stages, codes, dims):

@@ -14,8 +14,6 @@ from dgl_jax.engines.rings import flight_of
 from dgl_jax.errors import UserError
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 class Lost(Fault):
     """A fault that comes when the step has taken over (donated) its state; `happened` says that it has."""

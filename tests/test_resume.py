@@ -20,8 +20,6 @@ from dgl_jax.experiment import load_trained
 from dgl_jax.metrics import Window
 from dgl_jax.train import Interrupted, train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:

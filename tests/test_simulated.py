@@ -15,6 +15,8 @@ from dgl_jax.replay import Ring
 from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.full_compile
+
 TOTAL = 8
 
 

@@ -59,6 +59,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_one_update_equals_an_independent_one(head):

@@ -22,8 +22,6 @@ from dgl_jax.replay import Ring
 from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 TOTAL = 12
 
 

@@ -12,8 +12,6 @@ from dgl_jax.metrics import Throughput
 from dgl_jax.placement import assign, one_group
 from dgl_jax.settings import CodecSettings, EngineSettings, ReplaySettings
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 TOTAL, BATCH = 8, 8
 
 

@@ -30,6 +30,8 @@ from dgl_jax.settings import EngineSettings, ReplaySettings, make_settings
 from dgl_jax.step import feed_step, local_step
 from dgl_jax.train import train_and_evaluate
 
+pytestmark = pytest.mark.full_compile
+
 BATCH = 8
 OPTIMIZER = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
 TARGETS = Targets(jnp.arange(BATCH) % 3, jnp.arange(BATCH))

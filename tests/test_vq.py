@@ -40,6 +40,7 @@ def unpacked(codes, entries):
 # Encoding and decoding
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
@@ -53,14 +54,14 @@ def unpacked(codes, entries):
 def test_encode_finds_the_nearest_entry(lead, groups, dims, codes, half, seed):
     x = jnp.asarray(normal((*lead, groups * dims), seed), jnp.bfloat16 if half else jnp.float32)
     entries = normal((groups, codes, dims), seed + 100)
-    sent = vq.encode(entries, x)
+    sent = encode(entries, x)
     number = unpacked(sent, entries)
     assert number.shape == (*lead, groups)
     distances = oracle_distances(np.asarray(x, np.float32), entries)
     chosen = np.take_along_axis(distances, number[..., None], -1)[..., 0]
     np.testing.assert_array_less(chosen, distances.min(-1) * (1 + 1e-5) + 1e-12)
     expected = np.take_along_axis(entries[(None,) * len(lead)], number[..., None, None].reshape(*lead, groups, 1, 1), -2)
-    np.testing.assert_array_equal(vq.decode(entries, sent), expected.reshape(x.shape))
+    np.testing.assert_array_equal(decode(entries, sent), expected.reshape(x.shape))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def nearness(vectors, entries, number):
     return np.where(chosen > best, chosen / np.maximum(best, 1e-300) - 1, 0), second > best * (1 + 20 * 2.0**-24)
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("name", ["0", "100", "1e4", "spread", "outliers", "integers"])
 def test_every_way_to_search_finds_the_nearest_whatever_the_mean(name):
     vectors, entries = cloud(name)
@@ -138,6 +140,7 @@ def test_every_way_to_search_finds_the_nearest_whatever_the_mean(name):
         assert nearness(vectors, entries, found["product"])[0].max() > 1e-3
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
 def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
     """Two stages through both branches of `platform_dependent`."""
@@ -150,6 +153,7 @@ def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
     assert taken
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("shape", [(3, 5, 7, 4), (2, 4096, 4), (5000, 4), (4,)])
 def test_chunks_change_nothing(shape, monkeypatch):
     x, entries = normal(shape), normal((2, 9, 2))
@@ -279,11 +283,12 @@ def two_values(n):
     return jnp.where(jax.random.bernoulli(jax.random.fold_in(KEY, n), 0.5, (8, 32, 1)), 0.1, -0.7) * jnp.ones(8, jnp.float32)
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("rule", ["ema", "minibatch"])
 def test_health_of_one_value_and_of_two(rule):
     """The right numbers at every update, in one stage and in two, of which the second has nothing left to code."""
     start, of_stages = partial(init, codes=16, dims=4), partial(init_stages, stages=2, codes=16, dims=4)
-    for batch, perplexity, dead in ((lambda n: jnp.full((8, 32, 8), 0.1), 1.0, 15 / 16), (two_values, 2.0, 14 / 16)):
+    for batch, perplexity, dead in ((lambda n: jnp.full((8, 32, 8), 0.1, jnp.float32), 1.0, 15 / 16), (two_values, 2.0, 14 / 16)):
         book, books = start(KEY, batch(0)), of_stages(KEY, batch(0))
         entries = book.entries
         for n in range(30):
@@ -298,6 +303,7 @@ def test_health_of_one_value_and_of_two(rule):
         np.testing.assert_array_equal(book.entries, entries)  # not moved by a bit
 
 
+@pytest.mark.full_compile
 def test_rounding_restarts_nothing(monkeypatch):
     """Entries one unit in the last place from the only two values there are, and fourteen that are dead."""
     x = 1000.0 + two_values(0)
@@ -305,11 +311,11 @@ def test_rounding_restarts_nothing(monkeypatch):
     entries = jnp.asarray(np.r_[values, np.full(14, 5.0)], jnp.float32)[None, :, None] * jnp.ones((2, 1, 4), jnp.float32)
     counts = jnp.zeros((2, 16), jnp.float32).at[:, :2].set(0.5)
     book = vq.Codebook(entries, counts, counts[..., None] * entries, counts)
-    np.testing.assert_array_equal(vq.update(book, KEY, x)[0].entries[:, 2:], entries[:, 2:])
+    np.testing.assert_array_equal(update(book, KEY, x)[0].entries[:, 2:], entries[:, 2:])
     far = update(book, KEY, jnp.concatenate([x, x + 0.01]))[0].entries[:, 2:]  # far beyond rounding
     assert (far != 5.0).any()
     monkeypatch.setattr(vq, "_ROUNDING", 0.0)
-    assert (vq.update(book, KEY, x)[0].entries[:, 2:] != 5.0).any()
+    assert (jax.jit(lambda *how: vq.update(*how))(book, KEY, x)[0].entries[:, 2:] != 5.0).any()
 
 
 def entropy(counts):
@@ -366,7 +372,7 @@ def test_non_finite_vectors_are_skipped_and_counted(bad):
     x = clean.copy()
     x[2, 3, 1] = x[5, 7, 6] = bad  # one vector of each group
     for start in ("kmeans++", "sample"):
-        assert bool(jnp.isfinite(vq.init(KEY, jnp.asarray(x), codes=16, dims=4, start=start).entries).all())
+        assert bool(jnp.isfinite(init(KEY, jnp.asarray(x), codes=16, dims=4, start=start).entries).all())
     book = init(KEY, jnp.asarray(clean), codes=16, dims=4)
     new, health = update(book, KEY, jnp.asarray(x), samples=0, restart=0.0)
     assert float(health["skipped"]) == 2
@@ -378,7 +384,7 @@ def test_non_finite_vectors_are_skipped_and_counted(bad):
         share = np.bincount(number[..., group][keep[..., group]], minlength=16) / 127
         np.testing.assert_allclose(new.counts[group], 0.9 * book.counts[group] + 0.1 * share, rtol=1e-5)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(new))
-    nothing, health = update(book, KEY, jnp.full((8, 16, 8), bad))
+    nothing, health = update(book, KEY, jnp.full((8, 16, 8), bad, jnp.float32))
     assert float(health["skipped"]) == 8 * 16 * 2
     for a, b in zip(jax.tree.leaves(nothing), jax.tree.leaves(book)):
         np.testing.assert_array_equal(a, b)
@@ -408,7 +414,7 @@ def test_a_start_whose_pool_is_broken_takes_the_first_finite_vector_and_without_
     x[0, 399] = [1, 2, 3, 4]
     make = partial(init, codes=2, dims=4)  # of a pool of eight
     np.testing.assert_array_equal(make(KEY, jnp.asarray(x)).entries, [[[1, 2, 3, 4]] * 2])
-    book = make(KEY, jnp.full((1, 400, 4), np.inf))
+    book = make(KEY, jnp.full((1, 400, 4), np.inf, jnp.float32))
     np.testing.assert_array_equal(book.entries, np.zeros((1, 2, 4)))
     assert not book.counts.any()
     # It recovers with the first vectors that are finite, and its counts are a distribution at once.
@@ -429,6 +435,7 @@ def test_a_pick_never_has_weight_0(monkeypatch):
         assert not found[2].any()
 
 
+@pytest.mark.full_compile
 def test_functions_compile_once_and_give_the_same_bits():
     x = jnp.asarray(normal((4, 6, 6, 8)))
     book = init(KEY, x, codes=16, dims=4)
@@ -459,6 +466,7 @@ def test_sums_go_over_a_whole_device_group(devices):
     np.testing.assert_array_equal(codes, vq.encode(book.entries, x))
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "codes", "dims"), [((128, 32, 32, 16), 256, 8), ((128, 8, 8, 64), 256, 8), ((128, 16, 16, 32), 16, 4)]

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dgl_jax.models import passes, winograd
 from dgl_jax.models.convolution import conv_general_dilated
 
+pytestmark = pytest.mark.full_compile
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 SHAPES = [(3, 8, 8, 5, 7), (5, 4, 9, 2, 3), (2, 7, 7, 33, 32), (64, 8, 8, 4, 4), (7, 16, 20, 3, 2), (1, 1, 2, 1, 1)]
 

@@ -23,8 +23,6 @@ from dgl_jax.plots import plot
 from dgl_jax.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:

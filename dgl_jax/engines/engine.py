@@ -114,14 +114,18 @@ class Recipe:
 
     def init(self) -> tuple[ModuleState, ...]:
         """Fresh states of all modules."""
-
-        # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
-        options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
-        return jax.jit(self._states, compiler_options=options)(rngs.root(self.seed))
+        return self._init(rngs.root(self.seed))
 
     def abstract_states(self) -> tuple[ModuleState, ...]:
         """Shapes and dtypes of what `init` gives."""
-        return jax.eval_shape(self._states, rngs.root(0))
+        return jax.eval_shape(self._init, rngs.root(0))
+
+    @cached_property
+    def _init(self) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
+        """The jitted function that makes the states; kept, so that it is traced once."""
+        # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
+        options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+        return jax.jit(self._states, compiler_options=options)
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
         states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
