@@ -1,5 +1,6 @@
 """Four CPU devices, a home and a compilation cache of the session's own, and small networks to train."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -52,6 +53,9 @@ _FAST_FLAGS = ""
 if version("jaxlib").startswith("0.10."):  # later ones have no choice here
     _FAST["xla_cpu_use_fusion_emitters"] = False
     _FAST_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+gc.set_threshold(
+    50_000, 20, 100
+)  # what was imported and traced stays: looking through it again and again takes a tenth of the time
 _compile_options = compiler.get_compile_options
 jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for child processes
 

@@ -20,6 +20,8 @@ from dgl_jax.experiment import load_trained
 from dgl_jax.metrics import Window
 from dgl_jax.train import Interrupted, train_and_evaluate
 
+pytestmark = pytest.mark.full_compile  # engines and numbers of devices are compared
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
