@@ -141,9 +141,10 @@ class _Run:
             begun = self.step
             state = self._segment(state, total if self.engine.continuous else self._next_event())
             if self.step > begun:
-                evaluate, save = self._due_now()
-                self._events(state, evaluate, save or bool(self.interruption.signum))
+                self._events(state, *self._due_now())
             if self.interruption.signum and self.step < total:
+                if self.step:
+                    self._save(state)
                 self.checkpoints.finish()
                 raise Interrupted(self.interruption.signum, self.step)
         self.checkpoints.finish()

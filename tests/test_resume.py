@@ -12,10 +12,11 @@ import pytest
 from runs import arrays, records, same_run, small_config
 
 from dgl_jax import train
-from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.checkpoint import Checkpoints, checkpoint_steps
 from dgl_jax.data import ArraySource
 from dgl_jax.engines import EngineState
 from dgl_jax.errors import UserError
+from dgl_jax.evaluate import Evaluator
 from dgl_jax.experiment import load_trained
 from dgl_jax.metrics import Window
 from dgl_jax.train import Interrupted, train_and_evaluate
@@ -52,6 +53,23 @@ def interrupted(workdir: Path, step: int, config=None, signum: int = signal.SIGT
             train_and_evaluate(config or small_config(), workdir)
     assert stopped.value.signum == signum
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize("place", [(Evaluator, "evaluate"), (train._Run, "_next_event")])
+def test_a_signal_between_steps_is_followed_by_a_checkpoint(place, tmp_path, monkeypatch):
+    """At step 6 an evaluation is due and a checkpoint is not: the signal comes meanwhile, or as the next steps are to begin."""
+    function, calls = getattr(*place), []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == {"evaluate": 1, "_next_event": 3}[place[1]]:  # steps up to 4, 6 and 8
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args)
+
+    monkeypatch.setattr(*place, signalled)
+    with pytest.raises(Interrupted):
+        train_and_evaluate(small_config(), tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [4, 6]
 
 
 @pytest.mark.slow
