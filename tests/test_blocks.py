@@ -42,7 +42,7 @@ def other(**changed):
 
 
 @pytest.mark.parametrize("changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str)
-def test_other_batch_norms_are_noticed(changed, monkeypatch):
+def test_other_batch_norms_are_noticed(changed, monkeypatch, traced_anew):
     monkeypatch.setattr(blocks, "batch_norm", other())
     test_forward(ConvBlock(5), False, True)
     monkeypatch.setattr(blocks, "batch_norm", other(**changed))

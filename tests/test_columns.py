@@ -31,13 +31,13 @@ def test_it_is_the_direct_convolution_and_its_gradient(shape):
     assert furthest(shape) < 1e-5
 
 
-def test_neighbours_in_another_order_are_noticed(monkeypatch):
+def test_neighbours_in_another_order_are_noticed(monkeypatch, traced_anew):
     both = columns._for_both
     monkeypatch.setattr(columns, "_for_both", lambda kernel: both(kernel[:, ::-1]))
     assert furthest(SHAPES[0]) > 1e-2
 
 
-def test_one_pass_and_many_are_the_same(monkeypatch):
+def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
     x, _, cotangent = arrays(12, 8, 8, 3, 5)
     one = columns.kernel_gradient(x, cotangent)
     monkeypatch.setattr(columns, "_PAIRS", 64)  # two images a pass

@@ -57,13 +57,13 @@ def test_any_batch(batch):
     assert furthest("3x3", batch=batch) < 1e-5
 
 
-def test_a_lost_part_is_noticed(monkeypatch):
+def test_a_lost_part_is_noticed(monkeypatch, traced_anew):
     part = passes.part
     monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, max(i, 1)))
     assert furthest("3x3") > 1e-2
 
 
-def test_other_images_in_a_part_are_noticed(monkeypatch):
+def test_other_images_in_a_part_are_noticed(monkeypatch, traced_anew):
     part = passes.part
     monkeypatch.setattr(passes, "part", lambda x, size, i: part(x if x.shape[-1] == 6 else x[::-1], size, i))
     assert furthest("3x3") > 1e-2
@@ -138,12 +138,12 @@ def test_images_stay_on_their_devices(devices):
     assert collectives(devices) == {"all-reduce"}
 
 
-def test_images_that_move_are_noticed(devices, monkeypatch):
+def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
     monkeypatch.setattr(passes, "part", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 
-def test_parts_are_summed_in_float32(monkeypatch):
+def test_parts_are_summed_in_float32(monkeypatch, traced_anew):
     """In bfloat16 the sum of many parts would lose what each adds."""
 
     def error():

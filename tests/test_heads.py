@@ -100,7 +100,7 @@ def test_forward_of_tokens(name, train):
 
 
 @pytest.mark.parametrize("name", TOKEN_ORACLES)
-def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch):
+def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, traced_anew):
     monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out: x[:, :1, :1])
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), False)
@@ -120,7 +120,7 @@ def test_features_that_a_head_cannot_take(name, shape, words):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_wrong_average_is_noticed(name, monkeypatch):
+def test_a_wrong_average_is_noticed(name, monkeypatch, traced_anew):
     def corner(x, out):
         return x[:, : out[0], : out[1]]
 
@@ -130,7 +130,7 @@ def test_a_wrong_average_is_noticed(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
-def test_the_wrong_statistics_are_noticed(name, monkeypatch):
+def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
     original = blocks.batch_norm
     for room in (heads, blocks):
         monkeypatch.setattr(room, "batch_norm", lambda x, train, **kwargs: original(x, not train, **kwargs))

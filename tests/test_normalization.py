@@ -104,7 +104,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_layer_is_noticed(name, monkeypatch):
+def test_a_broken_layer_is_noticed(name, monkeypatch, traced_anew):
     monkeypatch.setattr(normalization, *BROKEN[name])
     with pytest.raises(AssertionError):
         close(computed(Own, True), computed(Library, True), 1e-5)

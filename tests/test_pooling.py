@@ -48,7 +48,7 @@ def check_same(pool, library, x):
 
 
 @pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
-def test_values_and_gradients_are_the_librarys(pool, library, monkeypatch):
+def test_values_and_gradients_are_the_librarys(pool, library, monkeypatch, traced_anew):
     x = generic(3, 6, 8, 5)
     check_same(pool, library, x)
     monkeypatch.setattr(pooling, "_by_platform", lambda x, *, cpu, elsewhere: elsewhere(x))
@@ -56,7 +56,7 @@ def test_values_and_gradients_are_the_librarys(pool, library, monkeypatch):
 
 
 @pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
-def test_broken_windows_are_noticed(pool, library, monkeypatch):
+def test_broken_windows_are_noticed(pool, library, monkeypatch, traced_anew):
     windows = pooling._windows
     monkeypatch.setattr(pooling, "_windows", lambda x, *size: windows(jnp.roll(x, 1, axis=1), *size))
     with pytest.raises(AssertionError):
@@ -83,7 +83,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 8), (7, 1)])
-def test_overlapping_windows(size, monkeypatch):
+def test_overlapping_windows(size, monkeypatch, traced_anew):
     x = generic(3, *size, 5)
     close(max_pool_3x3(x), numpy_max_3x3(x))
     check_same(max_pool_3x3, library_max_3x3, x)
@@ -92,7 +92,7 @@ def test_overlapping_windows(size, monkeypatch):
     check_same(lambda x: max_pool_3x3(x), library_max_3x3, x)
 
 
-def test_windows_of_other_neighbours_are_noticed(monkeypatch):
+def test_windows_of_other_neighbours_are_noticed(monkeypatch, traced_anew):
     of_three = pooling._max_of_three
     monkeypatch.setattr(pooling, "_max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis))
     with pytest.raises(AssertionError):
@@ -115,7 +115,7 @@ def test_adaptive_average(size, out):
     close(adaptive_avg_pool(x, out), numpy_adaptive(x.astype(np.float64), out))
 
 
-def test_adaptive_average_broken_windows_are_noticed(monkeypatch):
+def test_adaptive_average_broken_windows_are_noticed(monkeypatch, traced_anew):
     def floors(size, out):  # windows that do not overlap
         starts = [i * size // out for i in range(out + 1)]
         return np.array([[(a <= j < b) / (b - a) for j in range(size)] for a, b in pairwise(starts)], np.float32)

@@ -156,7 +156,7 @@ def test_no_gradient_reaches_another_module(states):
     assert (np.diag(table) > 1e-3).all()
 
 
-def test_without_detaching_it_would(states, monkeypatch):
+def test_without_detaching_it_would(states, monkeypatch, traced_anew):
     monkeypatch.setattr(step, "lax", SimpleNamespace(stop_gradient=lambda x: x))
     table = sizes(states)
     assert (table[np.tril_indices(3)] > 1e-4).all()

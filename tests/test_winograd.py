@@ -61,14 +61,14 @@ def test_it_is_the_direct_convolution_and_its_gradients(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["_INPUT", "_KERNEL", "_OUTPUT"])
-def test_a_wrong_matrix_is_noticed(name, monkeypatch):
+def test_a_wrong_matrix_is_noticed(name, monkeypatch, traced_anew):
     matrix = np.array(getattr(winograd, name))
     matrix[2, 1] += 0.01
     monkeypatch.setattr(winograd, name, matrix.tolist())
     assert min(furthest(SHAPES[0])) > 1e-3
 
 
-def test_one_pass_and_many_are_the_same(monkeypatch):
+def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
 
     def both():
@@ -173,7 +173,7 @@ def test_images_stay_on_their_devices(devices):
 
 
 @pytest.mark.slow
-def test_images_that_move_are_noticed(devices, monkeypatch):
+def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
     with monkeypatch.context() as patched:
         patched.setattr(passes, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
         jax.clear_caches()  # a branch of a choice by platform is traced once
