@@ -6,6 +6,7 @@ from runs import small_config
 from dgl_jax.bench import bench
 
 
+@pytest.mark.slow
 def test_a_codebook_is_whole_on_each_of_a_modules_devices(devices):
     # Three codes: no group of two devices divides them.
     vq = {"codec__name": "vq", "codec__dims": 4, "codec__codes": 3}

@@ -192,6 +192,7 @@ def run(tiny, made):
     return found, report.snapshot()
 
 
+@pytest.mark.slow
 @pytest.mark.full_compile
 def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, to_host):
     fused, _ = tiny.run(tiny.engine("fused", codec=VQ), STEPS)
@@ -200,6 +201,7 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, to_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_only_the_newest_codebook_drifts(tiny, devices):
     uniform = ReplaySettings(4, "uniform")
     every = CodecSettings("vq", codes=8, dims=2, codebook_every=1)
@@ -213,6 +215,7 @@ def test_only_the_newest_codebook_drifts(tiny, devices):
     assert newest[1] != sent[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", ["sent", "latest"])
 def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
     codec = CodecSettings("vq", codes=8, dims=2, codebook_every=2, decode=decode)
@@ -276,6 +279,7 @@ def test_what_a_run_says_of_its_codec(trained):
     assert workdir / "plots" / "codec.png" in plot(workdir)
 
 
+@pytest.mark.slow
 def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
     made = tiny.engine("fused", codec=VQ)
     states, _ = tiny.run(made, STEPS)
@@ -319,6 +323,7 @@ def test_sizes_that_do_not_fit_are_one_clear_line(tmp_path, fields, message):
         train_and_evaluate(small_config(**(FIELDS | fields)), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_codebook_of_another_size_is_refused(trained, tmp_path):
     workdir, _ = trained
     with pytest.raises(UserError, match=r"config\.codec\.codes \(was 16, is now 32\)"):

@@ -252,6 +252,7 @@ def test_a_run_keeps_the_cuts_it_was_begun_with_and_shows_them(times, tmp_path, 
         assert [line for line in costs.table(costs.module_costs(recipe)) if line not in caplog.messages] == []
 
 
+@pytest.mark.slow
 def test_twin_measuring_again_is_noticed(times, tmp_path, monkeypatch):
     config = small_config(model__split="time", train__steps=6)
     interrupted(tmp_path, 4, config)

@@ -66,6 +66,7 @@ def test_every_engine_and_codec(plain, environment, tmp_path):
         assert {name: found[name]["digest"] for name in DETERMINISTIC} == {name: expected[name]["digest"] for name in DETERMINISTIC}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn4", "cnn6_replay", "vgg11", "resnet20", "resnet50"])
 def test_no_array_of_a_step_is_wide(name):
     """Shapes alone, nothing is compiled: parameters, statistics, optimizer state, average, codebooks and metrics."""

@@ -80,6 +80,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(trained, tmp_path):
     assert records(trained) == records(tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_first(tmp_path):
     assert stop(tmp_path, signal.SIGTERM) == 128 + signal.SIGTERM
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())

@@ -55,6 +55,7 @@ def interrupted(workdir: Path, step: int, config=None, signum: int = signal.SIGT
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(Evaluator, "evaluate"), (train._Run, "_next_event")])
 def test_a_signal_between_steps_is_followed_by_a_checkpoint(place, tmp_path, monkeypatch):
     """At step 6 an evaluation is due and a checkpoint is not: the signal comes meanwhile, or as the next steps are to begin."""
@@ -255,6 +256,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
         train_and_evaluate(small_config(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_backprop_sends_nothing_between_modules(tmp_path):
     with pytest.raises(UserError, match=r"config\.codec\.name=bf16: config\.engine\.name=backprop sends nothing between modules"):
         train_and_evaluate(small_config(engine__name="backprop", codec__name="bf16"), tmp_path)

@@ -76,6 +76,7 @@ def test_twin_numbers_folded_in_without_the_name_of_their_stream_collide():
     assert "('codec', 5)" in shared(keys)
 
 
+@pytest.mark.slow
 def test_no_two_draws_of_a_codebook_have_the_same_key(monkeypatch):
     """The start and two updates of three stages, spied upon where the numbers are drawn."""
     used = Counter()

@@ -185,6 +185,7 @@ def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path):
     assert same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_twin_without_its_rings_a_run_says_that_it_is_not_exact(whole, tmp_path, caplog):
     config = small_config(**CONFIG, checkpoint__replay_every=0)
     interrupted(tmp_path, 5, config)

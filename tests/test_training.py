@@ -120,6 +120,7 @@ def usual():
 MIXED = (Dense(), Normal(), Dense(0.5), Normal())
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_number():
     assert furthest(updated(*one_module(*MIXED, remat=True)), plain(*MIXED)) < 1e-6
 
@@ -322,6 +323,7 @@ def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, recipe):
     assert same(found, tiny.run(FusedEngine(recipe(1), placement), STEPS))
 
 
+@pytest.mark.slow
 def test_two_devices_are_one_within_rounding(tiny, devices, recipe):
     one, two = (tiny.run(FusedEngine(recipe(1), one_group(devices[:n], 1)), 1) for n in (1, 2))
     assert furthest([s.params for s in two[0]], [s.params for s in one[0]]) < 1e-5

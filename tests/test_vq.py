@@ -283,6 +283,7 @@ def two_values(n):
     return jnp.where(jax.random.bernoulli(jax.random.fold_in(KEY, n), 0.5, (8, 32, 1)), 0.1, -0.7) * jnp.ones(8, jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.full_compile
 @pytest.mark.parametrize("rule", ["ema", "minibatch"])
 def test_health_of_one_value_and_of_two(rule):
@@ -347,6 +348,7 @@ class Count:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["ema", "minibatch"])
 def test_health_equals_a_count_in_numpy(rule):
     """Two stages on a stream that jumps half way, so that entries die and begin anew."""
@@ -435,6 +437,7 @@ def test_a_pick_never_has_weight_0(monkeypatch):
         assert not found[2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.full_compile
 def test_functions_compile_once_and_give_the_same_bits():
     x = jnp.asarray(normal((4, 6, 6, 8)))
