@@ -46,16 +46,15 @@ from dgl_jax.settings import CodecSettings  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-# Most tests compile with few optimizations, in child processes too: compiling is most of the time, and takes a third of it then.
+# Most tests compile with few optimizations, in child processes too, which takes a third of the time with jaxlib 0.10.
 # Those marked `full_compile` compile as users do: equality of engines, rounding, memory, and runs long enough to learn.
 _FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _FAST_FLAGS = ""
 if version("jaxlib").startswith("0.10."):  # later ones have no choice here
     _FAST["xla_cpu_use_fusion_emitters"] = False
     _FAST_FLAGS = "--xla_cpu_use_fusion_emitters=false"
-gc.set_threshold(
-    50_000, 20, 100
-)  # what was imported and traced stays: looking through it again and again takes a tenth of the time
+# What was imported and traced stays: looking through it again and again took a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
 _compile_options = compiler.get_compile_options
 jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for child processes
 

@@ -78,9 +78,8 @@ def main(commits: list[str]) -> int:
                 found = [parameters(tree, name, Path(folder) / f"run_{number}_{side}") for side, tree in zip("ab", trees)]
                 names = unequal(*found)
                 different += bool(names)
-                print(
-                    f"{name}: {f'{len(names)} arrays differ, first {names[0]}' if names else f'{len(found[0])} equal'}", flush=True
-                )
+                told = f"{len(names)} arrays differ, first {names[0]}" if names else f"{len(found[0])} arrays are equal"
+                print(f"{name}: {told}", flush=True)
             return int(different > 0)
         finally:
             for tree in trees:

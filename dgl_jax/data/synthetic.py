@@ -10,8 +10,8 @@ _DEFAULT_SIZE = 32
 
 
 def load(settings: DataSettings) -> DataSet:
-    """1024 training and 128 test images of `config.data.image_size` (default 32) pixels, the same for every seed."""
-    return make(1024, 128, settings.image_size or _DEFAULT_SIZE)
+    """2048 training and 128 test images of `config.data.image_size` (default 32) pixels, the same for every seed."""
+    return make(2048, 128, settings.image_size or _DEFAULT_SIZE)
 
 
 def make(train: int, test: int, image_size: int, seed: int = 0) -> DataSet:
