@@ -17,6 +17,7 @@ from dgl_jax.data import Source, make_source
 from dgl_jax.engines import EngineState, Recipe
 from dgl_jax.errors import UserError
 from dgl_jax.experiment import load_trained, read_settings
+from dgl_jax.kept import kept
 from dgl_jax.metrics import read
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import PADDING, Batch, Coded, Targets
@@ -40,9 +41,7 @@ class Evaluator:
             )
         self.recipe = recipe
         self.placement = placement
-        self.forward = [jax.jit(partial(_forward, recipe, k)) for k in range(len(recipe.modules))]
-        self.count = jax.jit(_count)
-        self.ensemble = jax.jit(_ensemble)
+        self.forward = [_jitted(recipe, k) for k in range(len(recipe.modules))]
 
     def probabilities(
         self, states: Sequence[ModuleState], batch: Batch
@@ -59,7 +58,7 @@ class Evaluator:
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
-        return heads, self.ensemble(gathered), put(batch.targets, end)
+        return heads, _ensemble(gathered), put(batch.targets, end)
 
     def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
         """`<split>/module_0/accuracy` (fraction), `<split>/module_0/loss` (nats), ..., `<split>/ensemble/accuracy`.
@@ -72,7 +71,7 @@ class Evaluator:
                 heads, ensemble, targets = self.probabilities(state.modules, batch)
                 end = self.placement.split(len(heads) - 1)
                 named = {m.name: put(h, end) for m, h in zip(self.recipe.modules, heads) if h is not None}
-                counts.append({name: self.count(p, targets.label) for name, p in (named | {"ensemble": ensemble}).items()})
+                counts.append({name: _count(p, targets.label) for name, p in (named | {"ensemble": ensemble}).items()})
         return _summarise(read(counts), split)
 
 
@@ -101,6 +100,11 @@ def evaluate_run(
     return {"step": trained.restored.step} | result
 
 
+@kept(256)
+def _jitted(recipe: Recipe, k: int) -> Any:
+    return jax.jit(partial(_forward, recipe, k))
+
+
 def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Any) -> tuple[Any, Any]:
     inputs = recipe.preprocess.evaluate(incoming) if k == 0 else recipe.codec.decode(incoming.codebook, incoming.payload)
     outputs, logits = eval_step(recipe.modules[k], params, batch_stats, inputs)
@@ -108,12 +112,14 @@ def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, codebook: An
     return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
 
 
+@jax.jit
 def _ensemble(heads: list[Float[Array, "B C"] | None]) -> Float[Array, "B C"]:
     """Mean of the heads' probabilities, module k with a weight proportional to 2^k."""
     weights = [0.0 if h is None else 2.0**k for k, h in enumerate(heads)]
     return sum(w * h for w, h in zip(weights, heads) if h is not None) / sum(weights)  # type: ignore[return-value]
 
 
+@jax.jit
 def _count(probabilities: Float[Array, "B C"], label: Any) -> dict[str, Array]:
     real = label != PADDING
     correct = (jnp.argmax(probabilities, axis=-1) == label) & real

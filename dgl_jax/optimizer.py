@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import optax
 
+from dgl_jax.kept import kept
 from dgl_jax.settings import OptimizerSettings, ScheduleSettings
 
 
@@ -12,6 +13,11 @@ def make_schedule(settings: ScheduleSettings, learning_rate: float, steps_per_ep
     `step` multiplies by `factor` from the first update after each boundary on; `cosine` falls to 0 at `total_steps`; a warm-up
     rises linearly over its epochs and reaches the full rate at its last update.
     """
+    return _schedule(settings, learning_rate, steps_per_epoch, total_steps if settings.name == "cosine" else 0)
+
+
+@kept(32)
+def _schedule(settings: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     if settings.name == "constant":
         main = optax.constant_schedule(learning_rate)
@@ -32,6 +38,7 @@ def make_schedule(settings: ScheduleSettings, learning_rate: float, steps_per_ep
     return lambda count: main(count) * jnp.minimum((count + 1) / warmup, 1.0)
 
 
+@kept(32)
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """SGD with momentum (also Nesterov's), or Adam; weight decay is added to the gradient of every parameter, as in the paper."""
     decay = optax.add_decayed_weights(settings.weight_decay) if settings.weight_decay else optax.identity()

@@ -38,6 +38,7 @@ from dgl_jax.codecs import make_codec  # noqa: E402
 from dgl_jax.data import ArraySource, Preprocess, synthetic  # noqa: E402
 from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, fused_step  # noqa: E402
 from dgl_jax.engines.turns import never  # noqa: E402
+from dgl_jax.kept import forget  # noqa: E402
 from dgl_jax.models.blocks import ConvBlock  # noqa: E402
 from dgl_jax.models.heads import LinearHead  # noqa: E402
 from dgl_jax.module import ModuleState, make_modules  # noqa: E402
@@ -103,6 +104,26 @@ def compile_fast(fast: bool) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     compile_fast(item.get_closest_marker("full_compile") is None)
+
+
+class _MonkeyPatch(pytest.MonkeyPatch):
+    """Forgets the programs that are kept for equal recipes, so that a replaced function is in those that follow, and only there."""
+
+    def setattr(self, *args: Any, **kwargs: Any) -> None:
+        forget()
+        super().setattr(*args, **kwargs)
+
+    def undo(self) -> None:
+        if self._setattr:
+            forget()
+        super().undo()
+
+
+@pytest.fixture
+def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
+    patch = _MonkeyPatch()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(scope="session", autouse=True)

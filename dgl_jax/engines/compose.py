@@ -10,6 +10,7 @@ from dgl_jax import average, rngs
 from dgl_jax.codecs import relative_error
 from dgl_jax.data import augment_key
 from dgl_jax.engines.engine import Recipe
+from dgl_jax.kept import kept
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import Batch, Coded, Targets
 from dgl_jax.placement import Placement
@@ -53,6 +54,18 @@ def compose(recipe: Recipe, k: int) -> Program:
 
     program.__name__ = module.name
     return program
+
+
+@kept(256)
+def jitted(recipe: Recipe, k: int, placement: Placement) -> Any:
+    """Returns the program of module k for its devices; it takes over (donates) the state."""
+    return jax.jit(compose(recipe, k), donate_argnums=0, out_shardings=exits(placement, k, len(recipe.modules)))
+
+
+@kept(256)
+def jitted_feed(recipe: Recipe, k: int, train: bool, placement: Placement) -> Any:
+    """Returns the program of `feed` for the devices of module k."""
+    return jax.jit(feed(recipe, k, train), out_shardings=exits(placement, k, len(recipe.modules))[1])
 
 
 def exits(placement: Placement, k: int, modules: int) -> tuple[Any, Any, Any]:

@@ -14,6 +14,7 @@ from dgl_jax import average, rngs
 from dgl_jax.codecs import Codec
 from dgl_jax.data import Preprocess, Source
 from dgl_jax.engines.turns import Tick, Turn, never
+from dgl_jax.kept import kept
 from dgl_jax.module import LocalModule, ModuleState, init_states, output_shape
 from dgl_jax.packet import Targets, nbytes
 from dgl_jax.placement import Placement
@@ -114,18 +115,11 @@ class Recipe:
 
     def init(self) -> tuple[ModuleState, ...]:
         """Fresh states of all modules."""
-        return self._init(rngs.root(self.seed))
+        return _init_program(self)(rngs.root(self.seed))
 
     def abstract_states(self) -> tuple[ModuleState, ...]:
         """Shapes and dtypes of what `init` gives."""
-        return jax.eval_shape(self._init, rngs.root(0))
-
-    @cached_property
-    def _init(self) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
-        """The jitted function that makes the states; kept, so that it is traced once."""
-        # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
-        options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
-        return jax.jit(self._states, compiler_options=options)
+        return jax.eval_shape(_init_program(self), rngs.root(0))
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
         states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
@@ -173,6 +167,14 @@ class Recipe:
             packets[k], codebooks[k] = (n / meters[k].images for n in (meters[k].packets, meters[k].codebooks))
         wire = tuple(p + c for p, c in zip(packets, codebooks))
         return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
+
+
+@kept(8)
+def _init_program(recipe: Recipe) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
+    """Returns the jitted function that makes the states."""
+    # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
+    options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+    return jax.jit(recipe._states, compiler_options=options)
 
 
 class Flight(Protocol):

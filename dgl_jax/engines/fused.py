@@ -9,6 +9,7 @@ from dgl_jax.data import Source
 from dgl_jax.engines.compose import compose
 from dgl_jax.engines.engine import EngineState, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
 from dgl_jax.engines.turns import Tick, fused, never
+from dgl_jax.kept import kept
 from dgl_jax.module import ModuleState
 from dgl_jax.packet import Batch
 from dgl_jax.placement import Placement, put
@@ -37,6 +38,11 @@ def fused_step(recipe: Recipe) -> TrainStep:
     return step
 
 
+@kept(16)
+def _jitted(make_step: Callable[[Recipe], TrainStep], recipe: Recipe) -> TrainStep:
+    return jax.jit(make_step(recipe), donate_argnums=0)
+
+
 class FusedEngine(Synchronous):
     """Runs one jitted training step for all modules; `make_step` lets a baseline bring a step of its own."""
 
@@ -50,7 +56,7 @@ class FusedEngine(Synchronous):
         self.recipe = recipe
         self.placement = placement
         self.ticks_in_flight = ticks_in_flight
-        self.step = jax.jit(make_step(recipe), donate_argnums=0)
+        self.step = _jitted(make_step, recipe)
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices here: what the encoded arrays weigh. No hop where all modules have one loss."""

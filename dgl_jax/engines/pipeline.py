@@ -7,10 +7,8 @@ first: all it needs was made a tick ago, so the devices of all modules start at 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import compose, exits
+from dgl_jax.engines.compose import jitted
 from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
 from dgl_jax.engines.turns import Tick, Turn, fused, never, pipelined
 from dgl_jax.packet import Batch, Coded, Header, Packet
@@ -27,14 +25,7 @@ class PipelineEngine(Synchronous):
         self.meters = [Meter() for _ in recipe.modules[1:]]  # of what crossed each hop
         self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight = ticks_in_flight
-        self.programs = [
-            jax.jit(
-                compose(recipe, k),
-                donate_argnums=0,
-                out_shardings=exits(placement, k, len(recipe.modules)),
-            )
-            for k in range(len(recipe.modules))
-        ]
+        self.programs = [jitted(recipe, k, placement) for k in range(len(recipe.modules))]
 
     def traffic(self) -> Traffic:
         """Counted from the packets that crossed devices; by shape where modules share a device."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dgl_jax import rngs
-from dgl_jax.engines.compose import compose, exits, feed
+from dgl_jax.engines.compose import jitted, jitted_feed
 from dgl_jax.engines.engine import EngineState, Recipe, counts, place_modules
 from dgl_jax.packet import Batch, Coded, Header, Packet, Targets
 from dgl_jax.placement import Placement, put
@@ -134,9 +134,8 @@ class Asynchronous:
     def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
         self.recipe, self.placement, self.replay, self.hops = recipe, placement, replay, recipe.hops
         modules = range(len(recipe.modules))
-        ways = [exits(placement, k, len(modules)) for k in modules]
-        self.programs = [jax.jit(compose(recipe, k), donate_argnums=0, out_shardings=ways[k]) for k in modules]
-        self.feeds = [jax.jit(feed(recipe, k, engine.finished == "train"), out_shardings=ways[k][1]) for k in modules[:-1]]
+        self.programs = [jitted(recipe, k, placement) for k in modules]
+        self.feeds = [jitted_feed(recipe, k, engine.finished == "train", placement) for k in modules[:-1]]
         self.of_states: list[Any] = []  # further programs, of a module's state alone
         self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
         self._prepared = False

@@ -62,7 +62,7 @@ class ThreadsEngine(Asynchronous):
         self.watchdog_seconds = engine.watchdog_seconds
         self.recover: Callable[[int], ModuleState | None] | None = None
         self.clock: Callable[[], float] = time.monotonic
-        self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self.copy = _copy
         self.of_states = [self.copy]
         self.meters = [Meter() for _ in modules[1:]]  # of what has left for the ring of module k + 1
         self.waited = [0.0 for _ in modules]  # seconds a module had no packet to read
@@ -110,6 +110,11 @@ class ThreadsEngine(Asynchronous):
         finally:
             run.stop()
             run.join()
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 class _Pace:
