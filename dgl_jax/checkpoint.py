@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 
 _POLICIES = ocp.training.preservation_policies
 
+# Small arrays are written by one device: to cut them over all that hold them takes longer than to copy them.
+_ARRAYS = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20))
 # Orbax looks for its own files with patterns: a path that is itself one finds nothing, or another folder's files.
 _PATTERN = "[]*?\\"
 _REFUSED = re.compile("Permission denied|PERMISSION_DENIED|Read-only file system|Not a directory")
@@ -104,7 +106,7 @@ class Checkpoints:
         checksums = {name: _checksum(item) for name, item in items.items()}
         text = json.dumps(meta | {"checksums": checksums, "accuracy": accuracy})
         metrics = None if accuracy is None else {"accuracy": accuracy}
-        with _write_errors(self.directory):
+        with _write_errors(self.directory), ocp.Context(array_options=_ARRAYS):
             self._pending = self._manager.save_checkpointables_async(
                 step,
                 items,

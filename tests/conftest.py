@@ -106,17 +106,46 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     compile_fast(item.get_closest_marker("full_compile") is None)
 
 
+_TRACED = (
+    "jax",
+    "flax",
+    "optax",
+    *(
+        f"dgl_jax.{room}"
+        for room in (
+            "average",
+            "baselines",
+            "codecs",
+            "data.augment",
+            "engines",
+            "evaluate",
+            "losses",
+            "memory",
+            "models",
+            "module",
+            "rngs",
+            "step",
+        )
+    ),
+)
+
+
 class _MonkeyPatch(pytest.MonkeyPatch):
     """Forgets the programs that are kept for equal recipes, so that a replaced function is in those that follow, and only there."""
 
-    def setattr(self, *args: Any, **kwargs: Any) -> None:
-        forget()
-        super().setattr(*args, **kwargs)
+    replaced = False
+
+    def setattr(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        name = target if isinstance(target, str) else getattr(target, "__module__", None) or target.__name__
+        if name.startswith(_TRACED):
+            self.replaced = True
+            forget()
+        super().setattr(target, *args, **kwargs)
 
     def undo(self) -> None:
-        if self._setattr:
-            forget()
         super().undo()
+        if self.replaced:
+            forget()
 
 
 @pytest.fixture
@@ -124,6 +153,19 @@ def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
     patch = _MonkeyPatch()
     yield patch
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draws none at the end of runs in this process: half a second each. Tests marked `pictures` look at them."""
+    if request.node.get_closest_marker("pictures"):
+        yield
+        return
+    from dgl_jax import plots
+
+    drawn, plots.plot = plots.plot, lambda workdir: []
+    yield
+    plots.plot = drawn
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -326,6 +326,7 @@ def threaded(**fields):
     return small_config(engine__name="threads", **{"replay__size": 4, "train__steps": 24, **fields})
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_a_run_evaluates_and_saves_while_the_workers_go_on(tmp_path):
     summary = train_and_evaluate(threaded(), tmp_path)
