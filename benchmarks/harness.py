@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.settings import Settings, default_config, make_settings
+from dgl_jax.config import Settings, default_config, make_settings
 
 _PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from dgl_jax.engines import EngineState
-from dgl_jax.experiment import Experiment
+from dgl_jax.run.build import Experiment
 
 WARM_UP = 5
 
@@ -61,7 +61,7 @@ def training(made: Experiment, ticks_in_flight: int | None = None, warm_up: int 
             state = work()
             return state
 
-        return timed(keep, steps * made.recipe.batch_size)
+        return timed(keep, steps * made.spec.batch_size)
 
     run(warm_up)
     return run

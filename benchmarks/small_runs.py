@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dgl_jax.config import default_config, make_settings
 from dgl_jax.data import Source, make_source
-from dgl_jax.settings import default_config, make_settings
 from dgl_jax.train import train_and_evaluate
 
 MODULES = 6

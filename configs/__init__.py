@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def modern(config: ConfigDict, ema: float) -> ConfigDict:

@@ -9,7 +9,7 @@ from the paper's Table 1). At width 32, 16 epochs: 80.2 %, benchmarks/cifar10_ac
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

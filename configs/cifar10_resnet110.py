@@ -17,7 +17,7 @@ A tenth of the training images is held out; the published runs trained on all of
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ training images is held out; --config.data.validation_fraction=0 trains on all o
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Four modules of one convolution each (the 4-layer network of the paper's learnin
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -19,7 +19,7 @@ A hundredth of the training images is held out to follow the run; the published 
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

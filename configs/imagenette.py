@@ -10,7 +10,7 @@ Hardware: one accelerator, or a patient CPU. Time and accuracy: not run here, an
 
 from ml_collections import ConfigDict
 
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -11,12 +11,12 @@ __version__ = "0.1.0"  # read by pyproject.toml too: a literal
 
 if TYPE_CHECKING:
     from dgl_jax.codecs import vq
+    from dgl_jax.core.module import LocalModule, ModuleState, init_states, make_modules
+    from dgl_jax.core.step import apply_gradient, eval_step, local_step
     from dgl_jax.errors import UserError
-    from dgl_jax.losses import accuracy, cross_entropy
     from dgl_jax.models import cuts, make_head, make_network, register
-    from dgl_jax.module import LocalModule, ModuleState, init_states, make_modules
-    from dgl_jax.packet import Batch, Packet, Targets
-    from dgl_jax.step import apply_gradient, eval_step, local_step
+    from dgl_jax.objectives.classifier import accuracy, cross_entropy
+    from dgl_jax.types import Batch, Packet, Targets
 
 __all__ = [
     "Batch",
@@ -41,12 +41,12 @@ __all__ = [
 
 _ROOMS = {
     "codecs": ("vq",),
+    "core.module": ("LocalModule", "ModuleState", "init_states", "make_modules"),
+    "core.step": ("apply_gradient", "eval_step", "local_step"),
     "errors": ("UserError",),
-    "losses": ("accuracy", "cross_entropy"),
     "models": ("cuts", "make_head", "make_network", "register"),
-    "module": ("LocalModule", "ModuleState", "init_states", "make_modules"),
-    "packet": ("Batch", "Packet", "Targets"),
-    "step": ("apply_gradient", "eval_step", "local_step"),
+    "objectives.classifier": ("accuracy", "cross_entropy"),
+    "types": ("Batch", "Packet", "Targets"),
 }
 
 

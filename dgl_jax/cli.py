@@ -6,10 +6,12 @@ import os
 import re
 import sys
 
-from dgl_jax import config_files, settings, system, workdir
-from dgl_jax.errors import UserError, explain, reported, where
-from dgl_jax.libraries import needed
-from dgl_jax.paths import expand
+from dgl_jax import config as configuration
+from dgl_jax import system
+from dgl_jax.config import expand
+from dgl_jax.errors import UserError, explain, needed, reported, where
+from dgl_jax.run import workdir
+from dgl_jax.tools import config_files
 
 with reported(), needed("the command line"):
     from absl import app, flags
@@ -67,10 +69,10 @@ _JSON = flags.DEFINE_boolean("json", False, "Of plan: print JSON.")
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Ask XLA for so many CPU devices.", lower_bound=1)
 
 
-def _config() -> settings.Settings:
+def _config() -> configuration.Settings:
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
-    return settings.make_settings(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
+    return configuration.make_settings(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def _workdir() -> str:
@@ -96,42 +98,44 @@ def _dispatch(argv: list[str]) -> None:
             _start()
             print(json.dumps(evaluate.evaluate_run(folder, checkpoint, _SPLIT.value, override)))
         elif mode == "predict":
-            from dgl_jax import predict
+            from dgl_jax.tools import predict
 
             _start()
             predict.predict_run(folder, checkpoint, _IMAGES.value, _OUTPUT.value)
         elif mode == "export":
-            from dgl_jax import export, writers
+            from dgl_jax import export
+            from dgl_jax.run import writers
 
             _start()
             writers.write_stdout(f"{export.export_run(folder, checkpoint, _OUTPUT.value)}\n")
         elif mode == "plot":
-            from dgl_jax import plots, writers
+            from dgl_jax.run import plots, writers
 
             _start()
             writers.write_stdout("".join(f"{path}\n" for path in plots.plot(folder)))
         elif mode == "plan":
             config = _config()
-            from dgl_jax import plan
+            from dgl_jax.tools import plan
 
             _start()
             chosen = _DEVICES.value, _TIMES.value, _BANDWIDTH.value, _CORES.value, _JSON.value, _OUTPUT.value, folder
             print(plan.plan_run(config, *chosen))
         else:
             config = _config()
-            from dgl_jax import bench
+            from dgl_jax.tools import bench
 
             _start()
             print(json.dumps(bench.bench(config, _STEPS.value)))
 
 
-def _train(config: settings.Settings, folder: str) -> None:
+def _train(config: configuration.Settings, folder: str) -> None:
     from dgl_jax import train
+    from dgl_jax.run.signals import Interrupted
 
     _start()
     try:
         summary = train.train_and_evaluate(config, folder, _INIT_FROM.value)
-    except train.Interrupted as stopped:
+    except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
@@ -139,9 +143,9 @@ def _train(config: settings.Settings, folder: str) -> None:
 
 def _start() -> None:
     """Sets up logging and devices, once the imports are done: they bring log handlers of their own."""
-    from dgl_jax import writers
+    from dgl_jax.run import progress
 
-    writers.log_to_stderr()
+    progress.log_to_stderr()
     # XLA splits the sums of weight gradients over the threads of its pool, which decides how they are rounded: there must be as
     # many whatever the number of devices. Its own choice is a thread a processor or a device: where all devices but one wait in a
     # reduction, the last finds none for its own work, hence two a device.
@@ -161,7 +165,7 @@ def _parse(argv: list[str]) -> list[str]:
     with reported():
         for argument in argv[1:]:
             if override := re.match(r"--?config\.([^=]+)", argument):
-                settings.check_name(override[1])
+                configuration.check_name(override[1])
         try:
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:

@@ -1,78 +1,13 @@
 """Accuracy of every module's head, and of all heads together, on a split: every example counts once."""
 
-import dataclasses
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
-
-from dgl_jax import average
-from dgl_jax.codecs import Identity
-from dgl_jax.data import Source, make_source
-from dgl_jax.engines import EngineState, Recipe
+from dgl_jax.config import Settings, differences
+from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
-from dgl_jax.experiment import load_trained, read_settings
-from dgl_jax.kept import kept
-from dgl_jax.metrics import read
-from dgl_jax.module import ModuleState
-from dgl_jax.packet import PADDING, Batch, Coded, Targets
-from dgl_jax.placement import Placement, put
-from dgl_jax.settings import Settings, differences
-from dgl_jax.step import eval_step
-from dgl_jax.stored import DatasetInfo
-
-
-class Evaluator:
-    """Runs the modules one after the other on batches of a split, each on its own devices.
-
-    Dispatch is asynchronous and nothing is read before the end, so the modules' devices work on different batches at once.
-    """
-
-    def __init__(self, recipe: Recipe, placement: Placement, codec: bool = True):
-        """`codec`: apply it between modules as training does, with the published codebooks; else not at all."""
-        if not codec:
-            recipe = dataclasses.replace(
-                recipe, codec=Identity(recipe.hops[0].activations.dtype.name if recipe.hops else "float32")
-            )
-        self.recipe = recipe
-        self.placement = placement
-        self.forward = [_jitted(recipe, k) for k in range(len(recipe.modules))]
-
-    def probabilities(
-        self, states: Sequence[ModuleState], batch: Batch
-    ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Targets]:
-        """Class probabilities of each head (None without one), of the ensemble, and the targets beside the latter."""
-        heads: list[Any] = []
-        incoming: Any = self.placement.put_batch(batch, 0).images
-        books = [self.recipe.codebook(state) for state in states]
-        for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
-            if k:
-                payload = put(incoming, self.placement.split(k))
-                incoming = Coded(payload, put(books[k - 1], self.placement.replicated(k)))
-            incoming, probabilities = forward(*average.evaluated(state), books[k], incoming)
-            heads.append(probabilities)
-        end = self.placement.split(len(heads) - 1)
-        gathered = [None if h is None else put(h, end) for h in heads]
-        return heads, _ensemble(gathered), put(batch.targets, end)
-
-    def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
-        """`<split>/module_0/accuracy` (fraction), `<split>/module_0/loss` (nats), ..., `<split>/ensemble/accuracy`.
-
-        A module without a head has no entries. Empty where the split has no example.
-        """
-        counts = []
-        with jax.transfer_guard("disallow"):
-            for batch in source.evaluation(split):
-                heads, ensemble, targets = self.probabilities(state.modules, batch)
-                end = self.placement.split(len(heads) - 1)
-                named = {m.name: put(h, end) for m, h in zip(self.recipe.modules, heads) if h is not None}
-                counts.append({name: _count(p, targets.label) for name, p in (named | {"ensemble": ensemble}).items()})
-        return _summarise(read(counts), split)
+from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.restore import load_trained, read_settings
+from dgl_jax.run.stored import DatasetInfo
 
 
 def evaluate_run(
@@ -96,42 +31,5 @@ def evaluate_run(
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
         raise UserError(f"--split={split}: {source.name} has no such images here")
-    result = Evaluator(trained.recipe, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)
+    result = Evaluator(trained.spec, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)
     return {"step": trained.restored.step} | result
-
-
-@kept(256)
-def _jitted(recipe: Recipe, k: int) -> Any:
-    return jax.jit(partial(_forward, recipe, k))
-
-
-def _forward(recipe: Recipe, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Any) -> tuple[Any, Any]:
-    inputs = recipe.preprocess.evaluate(incoming) if k == 0 else recipe.codec.decode(incoming.codebook, incoming.payload)
-    outputs, logits = eval_step(recipe.modules[k], params, batch_stats, inputs)
-    payload = None if k == len(recipe.modules) - 1 else recipe.codec.encode(codebook, outputs)
-    return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
-
-
-@jax.jit
-def _ensemble(heads: list[Float[Array, "B C"] | None]) -> Float[Array, "B C"]:
-    """Mean of the heads' probabilities, module k with a weight proportional to 2^k."""
-    weights = [0.0 if h is None else 2.0**k for k, h in enumerate(heads)]
-    return sum(w * h for w, h in zip(weights, heads) if h is not None) / sum(weights)  # type: ignore[return-value]
-
-
-@jax.jit
-def _count(probabilities: Float[Array, "B C"], label: Any) -> dict[str, Array]:
-    real = label != PADDING
-    correct = (jnp.argmax(probabilities, axis=-1) == label) & real
-    nats = optax.softmax_cross_entropy_with_integer_labels(jnp.log(jnp.maximum(probabilities, 1e-30)), jnp.maximum(label, 0))
-    return {"examples": real.sum(), "correct": correct.sum(), "loss": jnp.where(real, nats, 0.0).sum()}
-
-
-def _summarise(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str, float]:
-    result = {}
-    for name in counts[0] if counts else ():
-        total = {key: sum(float(c[name][key]) for c in counts) for key in counts[0][name]}
-        result[f"{split}/{name}/accuracy"] = total["correct"] / total["examples"]
-        if name != "ensemble":
-            result[f"{split}/{name}/loss"] = total["loss"] / total["examples"]
-    return result

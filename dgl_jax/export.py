@@ -12,15 +12,16 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from safetensors.numpy import load_file, save
 
-from dgl_jax import average
-from dgl_jax.engines import Recipe
-from dgl_jax.experiment import load_trained, make_recipe
-from dgl_jax.metrics import read
-from dgl_jax.module import ModuleState
-from dgl_jax.settings import make_settings
-from dgl_jax.step import eval_step
-from dgl_jax.stored import DatasetInfo, read_json
-from dgl_jax.writers import check_writable, write_atomically, writing
+from dgl_jax.config import make_settings
+from dgl_jax.core import ema
+from dgl_jax.core.module import ModuleState
+from dgl_jax.core.step import eval_step
+from dgl_jax.run.build import make_spec
+from dgl_jax.run.metrics import read
+from dgl_jax.run.restore import load_trained
+from dgl_jax.run.stored import DatasetInfo, read_json
+from dgl_jax.run.writers import check_writable, write_atomically, writing
+from dgl_jax.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ class Exported:
       variables: of each module {"params": ..., "batch_stats": ..., "codebook": ...}, host arrays; `()` where the codec has none.
     """
 
-    recipe: Recipe
+    spec: TrainSpec
     class_names: tuple[str, ...]
     variables: tuple[dict[str, Any], ...]
 
     def logits(self, images: UInt8[Array | np.ndarray, "B H W C"]) -> list[Float[Array, "B classes"] | None]:
         """Logits of each module's head (None without one; the last are the network's) for images as stored, 0 to 255."""
-        x, results = self.recipe.preprocess.evaluate(images), []
-        for k, (module, variables) in enumerate(zip(self.recipe.modules, self.variables)):
+        x, results = self.spec.preprocess.evaluate(images), []
+        for k, (module, variables) in enumerate(zip(self.spec.modules, self.variables)):
             if k:
                 codebook = self.variables[k - 1]["codebook"]
-                x = self.recipe.codec.decode(codebook, self.recipe.codec.encode(codebook, x))
+                x = self.spec.codec.decode(codebook, self.spec.codec.encode(codebook, x))
             x, logits = eval_step(module, variables["params"], variables["batch_stats"], x)
             results.append(logits)
         return results
@@ -61,14 +62,13 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     check_writable(folder, name, folder=True)
     trained = load_trained(Path(workdir), checkpoint)
     tree = {
-        module.name: _variables(trained.recipe, state)
-        for module, state in zip(trained.recipe.modules, trained.restored.state.modules)
+        module.name: _variables(trained.spec, state) for module, state in zip(trained.spec.modules, trained.restored.state.modules)
     }
     tensors = read({_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)})
     described = {
         "config": trained.settings.to_dict(),
         "dataset": dataclasses.asdict(trained.info),
-        "first_blocks": [module.first for module in trained.recipe.modules],
+        "first_blocks": [module.first for module in trained.spec.modules],
         "step": trained.restored.step,
     }
     files = {
@@ -89,19 +89,19 @@ def load_exported(folder: str | Path) -> Exported:
     """
     described = read_json(Path(folder) / "config.json", "dataset", "config")
     info = DatasetInfo.from_dict(described["dataset"])
-    recipe = make_recipe(make_settings(described["config"]), info, first_blocks=described.get("first_blocks", ()))
+    spec = make_spec(make_settings(described["config"]), info, first_blocks=described.get("first_blocks", ()))
     tensors = load_file(Path(folder) / "model.safetensors")
     variables = []
-    for module, state in zip(recipe.modules, recipe.abstract_states()):
-        wanted = jax.eval_shape(partial(_variables, recipe), state)
+    for module, state in zip(spec.modules, spec.abstract_states()):
+        wanted = jax.eval_shape(partial(_variables, spec), state)
         names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), wanted)
         variables.append(jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names))
-    return Exported(recipe, info.class_names, tuple(variables))
+    return Exported(spec, info.class_names, tuple(variables))
 
 
-def _variables(recipe: Recipe, state: ModuleState) -> dict[str, Any]:
-    params, batch_stats = average.evaluated(state)
-    return {"params": params, "batch_stats": batch_stats, "codebook": recipe.codebook(state)}
+def _variables(spec: TrainSpec, state: ModuleState) -> dict[str, Any]:
+    params, batch_stats = ema.evaluated(state)
+    return {"params": params, "batch_stats": batch_stats, "codebook": spec.codebook(state)}
 
 
 def _name(path: tuple[Any, ...]) -> str:

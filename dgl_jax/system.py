@@ -6,10 +6,12 @@ and any of them may raise. macOS has no CPU affinity, Windows no `resource`. No 
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -164,3 +166,16 @@ def _usage() -> Any:
     import resource  # absent on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF)
+
+
+def cache_dir() -> Path:
+    """Returns where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels.
+
+    Below the home directory; where there is none that can be written, as under a user without one in a container, below the
+    system's directory of temporary files.
+    """
+    home = Path(os.path.expanduser("~"))
+    kept = home / ".cache" / "dgl_jax"
+    if home.is_absolute() and (kept.is_dir() or os.access(home, os.W_OK)):
+        return kept
+    return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"

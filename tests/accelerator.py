@@ -16,16 +16,17 @@ if __name__ == "__main__":
 import jax
 import pytest
 
-from dgl_jax import memory, system
+from dgl_jax import system
 from dgl_jax.codecs import vq
-from dgl_jax.models import columns, passes, pooling, winograd
+from dgl_jax.ops import pooling, remat
+from dgl_jax.ops.cpu import chunks, im2col, winograd
 
 ANSWERS = ("none", "error")
 # Formulations for a CPU; a new name here is one more thing that nobody may trace elsewhere.
 FOR_CPUS = {
-    columns: ("convolve", "kernel_gradient"),
-    memory: ("_plus_nothing",),
-    passes: ("part", "total", "joined"),
+    im2col: ("convolve", "kernel_gradient"),
+    remat: ("_plus_nothing",),
+    chunks: ("part", "total", "joined"),
     pooling: ("_max_of_four", "_max_of_three", "_windows"),
     vq: ("_running_minimum",),
     winograd: ("convolve", "input_gradient", "kernel_gradient"),

@@ -33,17 +33,20 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
 
-from dgl_jax.baselines import backprop_step  # noqa: E402
 from dgl_jax.codecs import make_codec  # noqa: E402
-from dgl_jax.data import ArraySource, Preprocess, synthetic  # noqa: E402
-from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine, Recipe, fused_step  # noqa: E402
-from dgl_jax.engines.turns import never  # noqa: E402
-from dgl_jax.kept import forget  # noqa: E402
+from dgl_jax.config import CodecSettings  # noqa: E402
+from dgl_jax.core.kept import forget  # noqa: E402
+from dgl_jax.core.module import ModuleState, make_modules  # noqa: E402
+from dgl_jax.data import Preprocess, synthetic  # noqa: E402
+from dgl_jax.data.memory import ArraySource  # noqa: E402
+from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine  # noqa: E402
+from dgl_jax.engines.placement import assign, one_group  # noqa: E402
+from dgl_jax.methods.backprop import backprop_step  # noqa: E402
+from dgl_jax.methods.dgl import fused_step  # noqa: E402
 from dgl_jax.models.blocks import ConvBlock  # noqa: E402
 from dgl_jax.models.heads import LinearHead  # noqa: E402
-from dgl_jax.module import ModuleState, make_modules  # noqa: E402
-from dgl_jax.placement import assign, one_group  # noqa: E402
-from dgl_jax.settings import CodecSettings  # noqa: E402
+from dgl_jax.schedule import never  # noqa: E402
+from dgl_jax.spec import TrainSpec  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -63,9 +66,9 @@ jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for 
 # the other worker has the rest of the suite meanwhile.
 FIRST = (
     "test_install",
-    "test_turns",
+    "test_schedule",
     "test_imports",
-    "test_settings",
+    "test_config",
     "test_metrics",
     "test_placement",
     "test_optimizer",
@@ -107,31 +110,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _TRACED = (
-    "jax",
-    "flax",
-    "optax",
+    *("jax", "flax", "optax"),
     *(
         f"dgl_jax.{room}"
-        for room in (
-            "average",
-            "baselines",
-            "codecs",
-            "data.augment",
-            "engines",
-            "evaluate",
-            "losses",
-            "memory",
-            "models",
-            "module",
-            "rngs",
-            "step",
-        )
+        for room in ("codecs", "core", "engines", "methods", "models", "objectives", "ops", "run.evaluator", "tasks")
     ),
 )
 
 
 class _MonkeyPatch(pytest.MonkeyPatch):
-    """Forgets the programs that are kept for equal recipes, so that a replaced function is in those that follow, and only there."""
+    """Forgets the programs that are kept for equal specs, so that a replaced function is in those that follow, and only there."""
 
     replaced = False
 
@@ -161,7 +149,7 @@ def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("pictures"):
         yield
         return
-    from dgl_jax import plots
+    from dgl_jax.run import plots
 
     drawn, plots.plot = plots.plot, lambda workdir: []
     yield
@@ -200,34 +188,34 @@ def host(tree: Any) -> Any:
 
 
 class Tiny:
-    """Three convolution blocks on 4x4 images; every recipe, and every engine with its compiled programs, is made once."""
+    """Three convolution blocks on 4x4 images; every spec, and every engine with its compiled programs, is made once."""
 
     batch_size = 8
 
     def __init__(self) -> None:
         self.source = ArraySource(synthetic.make(64, 20, 4), batch_size=self.batch_size, seed=0, validation_fraction=0.2)
-        self._recipe = cache(self._make_recipe)
+        self._spec = cache(self._make_spec)
         self._engine = cache(self.new_engine)
 
-    def recipe(
+    def spec(
         self,
         modules: int = 3,
         dtype: str = "float32",
         codec: str | CodecSettings = "identity",
         heads: bool = True,
         augment: str = "none",
-    ) -> Recipe:
+    ) -> TrainSpec:
         """`heads` false: of the last module only. The same object for the same arguments."""
-        return self._recipe(modules, dtype, codec, heads, augment)
+        return self._spec(modules, dtype, codec, heads, augment)
 
-    def engine(self, name: str, groups: tuple[int, ...] = (), **recipe: Any) -> Engine:
+    def engine(self, name: str, groups: tuple[int, ...] = (), **spec: Any) -> Engine:
         """`groups`: devices of each module; empty: all modules on the first device. The same object for the same arguments."""
-        return self._engine(name, groups, self.recipe(**({"heads": False} if name == "backprop" else {}), **recipe))
+        return self._engine(name, groups, self.spec(**({"heads": False} if name == "backprop" else {}), **spec))
 
-    def _make_recipe(self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str) -> Recipe:
+    def _make_spec(self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str) -> TrainSpec:
         blocks = [ConvBlock(4, dtype=dtype), ConvBlock(4, pool=True, dtype=dtype), ConvBlock(6, dtype=dtype)]
         last = modules - 1
-        return Recipe(
+        return TrainSpec(
             modules=make_modules(
                 blocks,
                 {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[modules],
@@ -242,15 +230,15 @@ class Tiny:
             image_shape=self.source.image_shape,
         )
 
-    def new_engine(self, name: str, groups: tuple[int, ...], recipe: Recipe) -> Engine:
+    def new_engine(self, name: str, groups: tuple[int, ...], spec: TrainSpec) -> Engine:
         """With programs of its own."""
-        count = len(recipe.modules)
+        count = len(spec.modules)
         placement = assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
         if name == "pipeline":
-            return PipelineEngine(recipe, placement)
-        return FusedEngine(recipe, placement, make_step=backprop_step if name == "backprop" else fused_step)
+            return PipelineEngine(spec, placement)
+        return FusedEngine(spec, placement, make_step=backprop_step if name == "backprop" else fused_step)
 
-    def init(self, recipe: Recipe) -> tuple[ModuleState, ...]:
+    def init(self, spec: TrainSpec) -> tuple[ModuleState, ...]:
         """States on the host, drawn by NumPy: nothing to compile. A block's values do not depend on where the network is cut."""
 
         def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -262,7 +250,7 @@ class Tiny:
                 return np.ones(leaf.shape, leaf.dtype)
             return random.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
 
-        shapes = recipe.abstract_states()
+        shapes = spec.abstract_states()
         states = jax.tree_util.tree_map_with_path(draw, tuple(state.replace(rng=None) for state in shapes))
         return tuple(state.replace(rng=np.array([0, k], np.uint32)) for k, state in enumerate(states))
 
@@ -282,7 +270,7 @@ class Tiny:
         stop: Callable[[], bool] = never,
     ) -> tuple[tuple[ModuleState, ...], list[Any]]:
         """Trains from `states` (fresh ones by default): the states afterwards and the metrics of each report, on the host."""
-        state = self.place(engine, self.init(engine.recipe) if states is None else states)
+        state = self.place(engine, self.init(engine.spec) if states is None else states)
         metrics, report = [], None
         for report in engine.run(state, source or self.source, until, stop):
             metrics.append(host(report.metrics))

@@ -17,10 +17,10 @@ import numpy as np
 from conftest import Tiny, host
 
 from dgl_jax import vq
-from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
 from dgl_jax.engines import EngineState, SimulatedEngine, ThreadsEngine
-from dgl_jax.placement import assign, one_group
-from dgl_jax.settings import CodecSettings, EngineSettings, ReplaySettings
+from dgl_jax.engines.placement import assign, one_group
+from dgl_jax.run.checkpoint import Checkpoints
 
 STEPS = 3
 VQ = CodecSettings("vq", codes=8, dims=2, stages=2, codebook_every=2)
@@ -54,17 +54,17 @@ def engines(tiny: Tiny) -> dict[str, Any]:
     """One of each, each with another codec, on device groups of unequal sizes where it has several."""
     replay, devices = ReplaySettings(size=2), jax.devices()
 
-    def recipe(codec: Any, **how: Any) -> Any:
-        return tiny.recipe(modules=2, codec=codec, augment="crop_flip", **how)
+    def spec(codec: Any, **how: Any) -> Any:
+        return tiny.spec(modules=2, codec=codec, augment="crop_flip", **how)
 
     return {
-        "fused": tiny.new_engine("fused", (), recipe(VQ)),
-        "pipeline": tiny.new_engine("pipeline", (1, 2), recipe(VQ)),
+        "fused": tiny.new_engine("fused", (), spec(VQ)),
+        "pipeline": tiny.new_engine("pipeline", (1, 2), spec(VQ)),
         "simulated": SimulatedEngine(
-            recipe(CodecSettings("int8", dims=2)), one_group(devices[:1], 2), STEPS, EngineSettings("simulated"), replay
+            spec(CodecSettings("int8", dims=2)), one_group(devices[:1], 2), STEPS, EngineSettings("simulated"), replay
         ),
-        "threads": ThreadsEngine(recipe("bf16"), assign(devices, 2, (2, 1)), EngineSettings("threads"), replay),
-        "backprop": tiny.new_engine("backprop", (), recipe("identity", heads=False)),
+        "threads": ThreadsEngine(spec("bf16"), assign(devices, 2, (2, 1)), EngineSettings("threads"), replay),
+        "backprop": tiny.new_engine("backprop", (), spec("identity", heads=False)),
     }
 
 
@@ -82,7 +82,7 @@ def resumed(tiny: Tiny, engine: Any, directory: Path) -> EngineState:
     if not checkpoints.steps():
         state, _ = ran(tiny, engine, engine.init(), 2)
         checkpoints.save(2, state, {})
-    found = checkpoints.restore(lambda meta: (engine.recipe.abstract_states(), engine.placement))
+    found = checkpoints.restore(lambda meta: (engine.spec.abstract_states(), engine.placement))
     checkpoints.close()
     return ran(tiny, engine, engine.place(found.state), STEPS)[0]
 

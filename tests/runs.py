@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dgl_jax.experiment import load_trained
+from dgl_jax.config import default_config
 from dgl_jax.replay import Ring
-from dgl_jax.settings import default_config
+from dgl_jax.run.restore import load_trained
 
 # The same run on the command line.
 FIELDS: dict[str, Any] = {

@@ -13,16 +13,18 @@ from accelerator import ANSWERS, behave
 from PIL import Image
 from runs import FIELDS, small_config
 
-from dgl_jax import costs, flops, models, plots, system
-from dgl_jax.bench import bench
+from dgl_jax import models, system
 from dgl_jax.codecs import CODECS, vq
+from dgl_jax.config import make_settings
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.experiment import every_block, known_info
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.models.blocks import ConvBlock
-from dgl_jax.plan import plan_run
-from dgl_jax.predict import predict_run
-from dgl_jax.settings import make_settings
+from dgl_jax.profile import flops
+from dgl_jax.run import plots
+from dgl_jax.run.build import every_block, known_info
+from dgl_jax.tools.bench import bench
+from dgl_jax.tools.plan import plan_run
+from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,7 @@ def test_every_codec_is_run():
     assert {fields.get("codec__name", "identity") for fields in RUNS.values()} == set(CODECS)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "engine", ["pipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "pipeline")]
 )
@@ -73,7 +76,7 @@ def test_engines(plugin, engine, tmp_path, caplog):
     predict_run(tmp_path, "newest", [str(tmp_path / "a.png")], tmp_path / "labels.csv")
     assert (tmp_path / "labels.csv").read_text().count("\n") == 2
     exported = load_exported(export_run(tmp_path))
-    assert len(exported.recipe.modules) == 2
+    assert len(exported.spec.modules) == 2
     assert {path.name for path in plots.plot(tmp_path)} >= {"accuracy.png", "loss.png"}
     found = json.loads(json.dumps(bench(config(engine), 1)))
     assert found["peak_memory_bytes"] is None
@@ -94,14 +97,14 @@ def test_plans(plugin):
 def test_operations_are_the_same_as_anywhere(monkeypatch):
     settings = make_settings(config("fused"))
     every = every_block(settings, known_info(settings.data))
-    before = costs.module_flops(every)
+    before = flops.module_flops(every)
     assert min(body for body, _ in before) > 0
     for answer in ANSWERS:
         with monkeypatch.context() as patch:
             behave(patch, answer)
-            costs._forward.cache_clear()
-            assert costs.module_flops(every) == before
-    costs._forward.cache_clear()
+            flops.forward_flops.cache_clear()
+            assert flops.module_flops(every) == before
+    flops.forward_flops.cache_clear()
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

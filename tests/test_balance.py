@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgl_jax.balance import balanced
+from dgl_jax.models.partition import balanced
 
 
 def dearest(cost, count, starts):

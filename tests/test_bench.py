@@ -3,7 +3,7 @@
 import pytest
 from runs import small_config
 
-from dgl_jax.bench import bench
+from dgl_jax.tools.bench import bench
 
 
 @pytest.mark.slow
@@ -27,6 +27,6 @@ def test_more_steps_than_the_training_would_have(monkeypatch):
         assert settings.train.steps == 5 + 200  # to warm up, and what is measured
         raise Asked
 
-    monkeypatch.setattr("dgl_jax.bench.make_experiment", make)
+    monkeypatch.setattr("dgl_jax.tools.bench.make_experiment", make)
     with pytest.raises(Asked):
         bench(small_config(engine__name="simulated", train__steps=2))

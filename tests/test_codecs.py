@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dgl_jax.codecs import CODECS, Bf16, Identity, make_codec, relative_error
-from dgl_jax.packet import nbytes
-from dgl_jax.settings import CodecSettings
+from dgl_jax.config import CodecSettings
+from dgl_jax.types import nbytes
 
 
 def through(codec, x):

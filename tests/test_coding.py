@@ -13,17 +13,17 @@ from runs import records, same_run, small_config
 from test_resume import interrupted
 
 from dgl_jax import UserError
-from dgl_jax.checkpoint import Checkpoints
 from dgl_jax.codecs import Int8, Vq
+from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, ThreadsEngine
-from dgl_jax.evaluate import Evaluator
+from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.packet import Header, Targets
-from dgl_jax.placement import assign, one_group
-from dgl_jax.plots import plot
 from dgl_jax.replay import Form, Ring
-from dgl_jax.settings import CodecSettings, EngineSettings, ReplaySettings
+from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.plots import plot
 from dgl_jax.train import train_and_evaluate
+from dgl_jax.types import Header, Targets
 
 VQ = CodecSettings("vq", codes=8, dims=2, codebook_every=3)
 STEPS = 7
@@ -44,15 +44,15 @@ def crossed(monkeypatch):
     return moved
 
 
-def pipeline(tiny, codec, **recipe) -> PipelineEngine:
+def pipeline(tiny, codec, **spec) -> PipelineEngine:
     """One of its own, whose meters begin at zero."""
-    made = tiny.recipe(codec=codec, **recipe)
+    made = tiny.spec(codec=codec, **spec)
     return PipelineEngine(made, assign(jax.devices(), len(made.modules), (1,) * len(made.modules)))
 
 
 def test_codes_cross_and_codebooks_on_their_schedule(tiny, crossed):
     made = pipeline(tiny, VQ, modules=2)  # 2x2 positions of 4 channels: two groups
-    state = tiny.place(made, tiny.init(made.recipe))
+    state = tiny.place(made, tiny.init(made.spec))
     crossed.clear()
     for _ in made.run(state, tiny.source, STEPS):
         pass
@@ -92,7 +92,7 @@ def test_a_packet_is_decoded_with_the_codebook_it_was_encoded_with(tiny):
         return state, coded, metrics
 
     made.programs[0] = send
-    for _ in made.run(tiny.place(made, tiny.init(made.recipe)), tiny.source, STEPS):
+    for _ in made.run(tiny.place(made, tiny.init(made.spec)), tiny.source, STEPS):
         pass
     for a, b in zip(encoded, seen, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -177,13 +177,13 @@ def test_codebooks_come_back_with_the_ring():
 
 
 def simulated(tiny, devices, codec, replay=None, **settings) -> SimulatedEngine:
-    recipe = tiny.recipe(codec=codec)
-    return SimulatedEngine(recipe, one_group(devices[:1], 3), STEPS, EngineSettings(**settings), replay or ReplaySettings(4))
+    spec = tiny.spec(codec=codec)
+    return SimulatedEngine(spec, one_group(devices[:1], 3), STEPS, EngineSettings(**settings), replay or ReplaySettings(4))
 
 
 def run(tiny, made):
     """Metrics of each module, in order, and the state at the end."""
-    state = made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+    state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
     found = [[], [], []]
     for report in made.run(state, tiny.source, STEPS):
         for k, metrics in enumerate(report.metrics):
@@ -219,7 +219,7 @@ def test_only_the_newest_codebook_drifts(tiny, devices):
 @pytest.mark.parametrize("decode", ["sent", "latest"])
 def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
     codec = CodecSettings("vq", codes=8, dims=2, codebook_every=2, decode=decode)
-    made = ThreadsEngine(tiny.recipe(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
     _, state = run(tiny, made)
     assert [int(m.updates) for m in state.modules] == [STEPS] * 3
     traffic = made.traffic()
@@ -285,13 +285,13 @@ def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
     states, _ = tiny.run(made, STEPS)
     placed = tiny.place(made, states)
     batch = next(tiny.source.evaluation("test"))
-    coded, _, _ = Evaluator(made.recipe, made.placement).probabilities(placed.modules, batch)
-    plain, _, _ = Evaluator(made.recipe, made.placement, codec=False).probabilities(placed.modules, batch)
+    coded, _, _ = Evaluator(made.spec, made.placement).probabilities(placed.modules, batch)
+    plain, _, _ = Evaluator(made.spec, made.placement, codec=False).probabilities(placed.modules, batch)
     np.testing.assert_array_equal(coded[0], plain[0])  # nothing has crossed yet
     assert np.abs(np.asarray(coded[1]) - np.asarray(plain[1])).max() > 1e-4
     # The published one: what has been learnt since plays no part.
     learnt = [s.replace(extras={"codec": s.extras["codec"] | {"learnt": None}}) if s.extras else s for s in placed.modules]
-    again, _, _ = Evaluator(made.recipe, made.placement).probabilities(learnt, batch)
+    again, _, _ = Evaluator(made.spec, made.placement).probabilities(learnt, batch)
     np.testing.assert_array_equal(again[1], coded[1])
 
 
@@ -301,7 +301,7 @@ def test_an_export_contains_the_codebooks(trained):
     network = load_exported(export_run(workdir))
     assert network.variables[0]["codebook"].shape[2:] == (16, 2)
     assert network.variables[1]["codebook"] == ()
-    images = np.random.default_rng(0).integers(0, 256, (5, *network.recipe.image_shape), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, *network.spec.image_shape), np.uint8)
     with_codec = network.logits(images)[1]
     broken = load_exported(workdir / "export")
     broken.variables[0]["codebook"] = np.zeros_like(broken.variables[0]["codebook"])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dgl_jax.config_files import SHIPPED, resolve, with_files
+from dgl_jax.config import expand
 from dgl_jax.data import cache
 from dgl_jax.errors import UserError
-from dgl_jax.paths import expand
+from dgl_jax.tools.config_files import SHIPPED, resolve, with_files
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from dgl_jax.experiment import make_experiment
+from dgl_jax.config import Settings, default_config, differences, make_settings, not_applicable
+from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.models import MODELS, cuts, make_network, resnet
-from dgl_jax.optimizer import make_schedule
-from dgl_jax.settings import Settings, default_config, differences, make_settings, not_applicable
+from dgl_jax.run.build import make_experiment
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 MODERN = [path for path in CONFIGS if path.stem.endswith("_modern")]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgl_jax.data import ArraySource, DataSet, Shard, cache, folder, make_preprocess, make_source, synthetic
-from dgl_jax.data.source import Examples, channel_statistics, stratified
+from dgl_jax.config import DataSettings
+from dgl_jax.data import DataSet, Shard, cache, folder, make_preprocess, make_source, synthetic
+from dgl_jax.data.memory import ArraySource, channel_statistics
+from dgl_jax.data.source import Examples, stratified
 from dgl_jax.errors import UserError
-from dgl_jax.packet import PADDING
-from dgl_jax.settings import DataSettings
+from dgl_jax.types import PADDING
 
 
 @pytest.fixture(autouse=True)

@@ -12,17 +12,20 @@ import pytest
 from PIL import Image
 from runs import arrays, records, small_config
 
-from dgl_jax import experiment, predict, train
-from dgl_jax.checkpoint import newest_meta
+from dgl_jax import train
+from dgl_jax.config import make_settings
 from dgl_jax.data import folder
-from dgl_jax.data.source import channel_statistics
+from dgl_jax.data.memory import channel_statistics
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.experiment import load_trained, make_experiment
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.predict import predict_probabilities, predict_run
-from dgl_jax.settings import make_settings
-from dgl_jax.stored import DatasetInfo, listed
+from dgl_jax.run import build, restore
+from dgl_jax.run.build import make_experiment
+from dgl_jax.run.checkpoint import newest_meta
+from dgl_jax.run.restore import load_trained
+from dgl_jax.run.stored import DatasetInfo, listed
+from dgl_jax.tools import predict
+from dgl_jax.tools.predict import predict_probabilities, predict_run
 from dgl_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -120,12 +123,12 @@ def test_more_images_keep_the_mean_and_deviation_of_the_run(run, other, tmp_path
     assert np.abs(np.subtract(found.mean, stored["mean"])).min() > 0.01
     train_and_evaluate(config_of(other, train__steps=8), copy)
     assert newest_meta(copy / "checkpoints")["dataset"] == stored
-    assert load_trained(copy).recipe.preprocess.mean == tuple(stored["mean"])
+    assert load_trained(copy).spec.preprocess.mean == tuple(stored["mean"])
     assert evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
     with pytest.MonkeyPatch.context() as patch:  # twin: what is computed anew is another normalisation
         patch.setattr(train, "_stored", lambda *_: {})
         made = make_experiment(make_settings(config_of(other, train__steps=9)), **train._stored(copy, None))
-    assert made.recipe.preprocess.mean != tuple(stored["mean"])
+    assert made.spec.preprocess.mean != tuple(stored["mean"])
 
 
 def test_the_same_data_elsewhere_change_nothing(run, other, tmp_path):
@@ -172,7 +175,7 @@ def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     for split in ("train", "test"):
         shutil.rmtree(four / split / "cat")
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        experiment.check_weights(make_experiment(make_settings(config_of(four))), load_trained(run))
+        restore.check_weights(make_experiment(make_settings(config_of(four))), load_trained(run))
     assert "that run knows 3 classes (ape, cat, ñandú), this one 3 classes (ape, bee, ñandú): the heads begin" in caplog.text
 
 
@@ -314,7 +317,7 @@ def test_hidden_colour_and_frames_are_said(tmp_path, caplog):
     ],
 )
 def test_a_best_checkpoint_that_can_never_be_is_said(images, fields, said):
-    (*told,) = experiment.remarks(make_experiment(make_settings(config_of(images, **fields))))
+    (*told,) = build.remarks(make_experiment(make_settings(config_of(images, **fields))))
     assert len(told) == bool(said)
     assert said in "".join(told)
 

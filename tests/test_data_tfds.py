@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from dgl_jax.config import DataSettings
 from dgl_jax.data import cache, folder, make_source, tfds_sets
 from dgl_jax.data.tfds_sets import builder_class, load, reachable
 from dgl_jax.errors import UserError
-from dgl_jax.settings import DataSettings
 
 LABELS = {"cifar10": ("label",), "cifar100": ("coarse_label", "label")}
 

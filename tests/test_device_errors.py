@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from runs import small_config
 
-from dgl_jax import device_errors, system, train, workdir
-from dgl_jax.checkpoint import Checkpoints
-from dgl_jax.device_errors import not_opened, out_of_memory, readable
+from dgl_jax import errors, system, train
+from dgl_jax.config import make_settings
 from dgl_jax.engines import FusedEngine
-from dgl_jax.errors import UserError, explain, reported
-from dgl_jax.experiment import load_trained, make_experiment
-from dgl_jax.settings import make_settings
+from dgl_jax.errors import UserError, explain, not_opened, out_of_memory, readable, reported
+from dgl_jax.run import workdir
+from dgl_jax.run.build import make_experiment
+from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.restore import load_trained
 from dgl_jax.system import DeviceMemory
 from dgl_jax.train import train_and_evaluate
 
@@ -124,7 +125,7 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
     ],
 )
 def test_devices_that_cannot_be_opened(text, words, monkeypatch):
-    monkeypatch.setattr(device_errors, "_platforms", lambda: "")
+    monkeypatch.setattr(errors, "_platforms", lambda: "")
     told = explain(RuntimeError(text))
     assert [word for word in words if word not in told] == []
     assert "\n" not in told

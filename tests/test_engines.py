@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from dgl_jax import metrics
+from dgl_jax.config import CodecSettings
 from dgl_jax.engines import EngineState, pipeline
-from dgl_jax.engines.engine import updates_of
-from dgl_jax.metrics import Window
-from dgl_jax.models import columns, convolution, winograd
-from dgl_jax.packet import Batch
-from dgl_jax.settings import CodecSettings
+from dgl_jax.engines.base import updates_of
+from dgl_jax.ops import conv
+from dgl_jax.ops.cpu import im2col, winograd
+from dgl_jax.run import metrics
+from dgl_jax.run.metrics import Window
+from dgl_jax.types import Batch
 
 pytestmark = pytest.mark.full_compile
 
@@ -41,13 +42,13 @@ def furthest(a, b, floor=1e-2):
 
 @pytest.fixture(scope="module")
 def fused(tiny):
-    """Runs the oracle, once for each recipe."""
+    """Runs the oracle, once for each spec."""
     runs = {}
 
-    def run(**recipe):
-        key = tuple(recipe.items())
+    def run(**spec):
+        key = tuple(spec.items())
         if key not in runs:
-            runs[key] = tiny.run(tiny.engine("fused", **recipe), STEPS)
+            runs[key] = tiny.run(tiny.engine("fused", **spec), STEPS)
         return runs[key]
 
     return run
@@ -58,7 +59,7 @@ def fused(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("groups", "recipe"),
+    ("groups", "spec"),
     [
         (ONE_EACH[2], {"modules": 2}),
         (ONE_EACH[3], {}),
@@ -71,21 +72,21 @@ def fused(tiny):
     ],
     ids=["two", "three", "one device", "bfloat16", "augmented, bf16", "vq", "vq, one device", "int8"],
 )
-def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, recipe):
-    states, reports = tiny.run(tiny.engine("pipeline", groups, **recipe), STEPS)
+def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, spec):
+    states, reports = tiny.run(tiny.engine("pipeline", groups, **spec), STEPS)
     assert len(reports) == STEPS
-    assert unequal((states, reports), fused(**recipe)) == []
-    first = tiny.init(tiny.recipe(**recipe))
+    assert unequal((states, reports), fused(**spec)) == []
+    first = tiny.init(tiny.spec(**spec))
     assert all(unequal(after.params, before.params) for after, before in zip(states, first, strict=True)), "nothing was learnt"
 
 
 @pytest.mark.slow
 def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monkeypatch):
-    monkeypatch.setattr(columns, "_CHANNELS", 0)  # of so few channels they are one product
-    plain = tiny.run(tiny.new_engine("fused", (), tiny.recipe(modules=2)), STEPS)
-    monkeypatch.setattr(convolution, "PART", 2)  # four parts a batch
-    recipe = tiny.recipe(modules=2)
-    found = [tiny.run(tiny.new_engine(name, groups, recipe), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    monkeypatch.setattr(im2col, "_CHANNELS", 0)  # of so few channels they are one product
+    plain = tiny.run(tiny.new_engine("fused", (), tiny.spec(modules=2)), STEPS)
+    monkeypatch.setattr(conv, "PART", 2)  # four parts a batch
+    spec = tiny.spec(modules=2)
+    found = [tiny.run(tiny.new_engine(name, groups, spec), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
     assert unequal(*found) == []
     assert unequal(found[0], plain), "nothing was summed in parts"
 
@@ -95,8 +96,8 @@ def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, m
     plain = fused(modules=2)
     monkeypatch.setattr(winograd, "_TILES", 8)
     monkeypatch.setattr(winograd, "_CHANNELS", 1)
-    recipe = tiny.recipe(modules=2)
-    found = [tiny.run(tiny.new_engine(name, groups, recipe), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    spec = tiny.spec(modules=2)
+    found = [tiny.run(tiny.new_engine(name, groups, spec), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
     assert unequal(*found) == []
     assert unequal(found[0], plain), "nothing was transformed"
 
@@ -149,7 +150,7 @@ def oracle(tiny):
 
     def run(modules, codec="identity"):
         one, steps = tiny.engine("fused", modules=modules, codec=codec), []
-        before = tiny.init(one.recipe)
+        before = tiny.init(one.spec)
         for step in range(3):
             after, reports = tiny.run(one, step + 1, before)
             steps.append((before, after, reports))
@@ -267,7 +268,7 @@ def test_each_program_is_traced_once(tiny, name):
     run = tiny.engine(name, modules=1) if name == "fused" else tiny.engine(name, ONE_EACH[3])
     for program in run.programs if name == "pipeline" else [run.step]:
         program.clear_cache()
-    state = tiny.place(run, tiny.init(run.recipe))
+    state = tiny.place(run, tiny.init(run.spec))
     for until in (2, 3, 5):  # segments, as between evaluations
         *_, last = run.run(state, tiny.source, until)
         state = last.snapshot()
@@ -285,7 +286,7 @@ def test_each_program_is_traced_once(tiny, name):
 @pytest.mark.parametrize("name", ["fused", "pipeline"])
 def test_reports(tiny, name):
     run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
-    state = tiny.place(run, tiny.init(run.recipe))
+    state = tiny.place(run, tiny.init(run.spec))
     reports = list(run.run(state, tiny.source, STEPS))
     assert [report.updates for report in reports] == [(step,) * 3 for step in range(1, STEPS + 1)]
     assert all(set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics)
@@ -318,7 +319,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tiny, fused, name):
 def test_waits_and_reads_are_few(tiny, monkeypatch, name):
     steps, log_every, modules = 8, 4, 3
     run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
-    state = tiny.place(run, tiny.init(run.recipe))
+    state = tiny.place(run, tiny.init(run.spec))
     waits, reads, block, read = [], [], jax.block_until_ready, metrics.read
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waits.append(len(jax.tree.leaves(tree))) or block(tree))
     monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))

@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from dgl_jax import evaluate
+from dgl_jax.core.module import ModuleState
+from dgl_jax.core.step import eval_step
 from dgl_jax.engines import EngineState
+from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
-from dgl_jax.evaluate import Evaluator
-from dgl_jax.module import ModuleState
-from dgl_jax.packet import PADDING
-from dgl_jax.placement import assign, one_group
-from dgl_jax.predict import find_images
-from dgl_jax.step import eval_step
+from dgl_jax.run import evaluator as evaluation
+from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.tools.predict import find_images
+from dgl_jax.types import PADDING
 
 SEED = 12
 
@@ -21,7 +21,7 @@ SEED = 12
 def state(tiny):
     """Heads sharpened and drawn so that modules disagree and right answers happen."""
     modules, random = [], np.random.default_rng(SEED)
-    for module in tiny.init(tiny.recipe()):
+    for module in tiny.init(tiny.spec()):
         head = jax.tree.map(lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)), module.params["head"])
         modules.append(module.replace(params=module.params | {"head": head}, rng=jax.random.key(0)))
     return EngineState(tuple(modules))
@@ -36,12 +36,12 @@ def softmax(logits):
     return exp / exp.sum(1, keepdims=True)
 
 
-def oracle(recipe, modules: tuple[ModuleState, ...], source, split):
+def oracle(spec, modules: tuple[ModuleState, ...], source, split):
     """One example at a time would be the same: (x / 255 - mean) / std, module by module, and the shares of right answers."""
     stored, ids = source._stored[split], source._order.splits[split]
     x = (stored.images[ids] / 255 - 0.5) / 0.25
     x, heads = np.float32(x), []
-    for module, state in zip(recipe.modules, modules, strict=True):
+    for module, state in zip(spec.modules, modules, strict=True):
         x, logits = eval_step(module, state.params, state.batch_stats, x)
         heads.append(None if logits is None else softmax(np.asarray(logits)))
     label = stored.labels[ids]
@@ -57,12 +57,12 @@ def oracle(recipe, modules: tuple[ModuleState, ...], source, split):
 
 @pytest.fixture(scope="module")
 def expected(tiny, state):
-    return {split: oracle(tiny.recipe(), state.modules, tiny.source, split) for split in ("validation", "test")}
+    return {split: oracle(tiny.spec(), state.modules, tiny.source, split) for split in ("validation", "test")}
 
 
 @pytest.fixture(scope="module")
 def one(tiny, devices):
-    return Evaluator(tiny.recipe(), one_group(devices[:1], 3))
+    return Evaluator(tiny.spec(), one_group(devices[:1], 3))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -75,10 +75,11 @@ def test_every_head_against_numpy(tiny, state, one, expected, split):
 
 
 def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
-    monkeypatch.setattr(evaluate, "PADDING", -2)  # of another value than the source's
-    broken = Evaluator(tiny.recipe(), one.placement)
+    monkeypatch.setattr(evaluation, "PADDING", -2)  # of another value than the source's
+    count = evaluation._count.__wrapped__
+    monkeypatch.setattr(evaluation, "_count", jax.jit(lambda *args: count(*args)))  # traced anew
+    broken = Evaluator(tiny.spec(), one.placement)
     broken.forward = one.forward
-    broken.count = jax.jit(lambda probabilities, label: evaluate._count(probabilities, label))  # traced anew
     found = broken.evaluate(place(state, one.placement), tiny.source, "test")
     assert found != pytest.approx(expected["test"], rel=1e-5)
 
@@ -97,25 +98,25 @@ def test_every_example_once(tiny, state, one):
 def test_weights_of_the_ensemble():
     # 1 : 2 : 4, and without the middle head 1 : 4
     heads = [np.float32([[1, 0]]), np.float32([[0, 1]]), np.float32([[0.5, 0.5]])]
-    np.testing.assert_allclose(evaluate._ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
-    np.testing.assert_allclose(evaluate._ensemble([heads[0], None, heads[1]]), [[1 / 5, 4 / 5]], rtol=1e-6)
-    np.testing.assert_allclose(evaluate._ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
+    np.testing.assert_allclose(evaluation._ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(evaluation._ensemble([heads[0], None, heads[1]]), [[1 / 5, 4 / 5]], rtol=1e-6)
+    np.testing.assert_allclose(evaluation._ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
 
 
 def test_heads_that_were_not_trained_are_absent(tiny, devices, expected):
-    recipe = tiny.recipe(heads=False)
-    evaluator = Evaluator(recipe, one_group(devices[:1], 3))
-    states = EngineState(tuple(m.replace(rng=jax.random.key(0)) for m in tiny.init(recipe)))
+    spec = tiny.spec(heads=False)
+    evaluator = Evaluator(spec, one_group(devices[:1], 3))
+    states = EngineState(tuple(m.replace(rng=jax.random.key(0)) for m in tiny.init(spec)))
     found = evaluator.evaluate(place(states, evaluator.placement), tiny.source, "test")
     assert set(found) == {"test/module_2/accuracy", "test/module_2/loss", "test/ensemble/accuracy"}
     assert found["test/ensemble/accuracy"] == found["test/module_2/accuracy"]
-    assert found == pytest.approx(oracle(recipe, states.modules, tiny.source, "test"), rel=1e-5)
+    assert found == pytest.approx(oracle(spec, states.modules, tiny.source, "test"), rel=1e-5)
     assert set(found) < set(expected["test"])
 
 
 @pytest.mark.parametrize("groups", [(1, 1, 1), (1, 2, 1)])
 def test_several_devices_equal_one(tiny, state, devices, expected, groups):
-    evaluator = Evaluator(tiny.recipe(), assign(devices, 3, groups))
+    evaluator = Evaluator(tiny.spec(), assign(devices, 3, groups))
     found = evaluator.evaluate(place(state, evaluator.placement), tiny.source, "test")
     assert found == pytest.approx(expected["test"], rel=1e-5)
 
@@ -129,8 +130,8 @@ def test_a_split_without_examples_has_no_entries(tiny, state, one):
 
 
 def test_one_read_for_a_whole_split(tiny, state, one, monkeypatch):
-    reads, read = [], evaluate.read
-    monkeypatch.setattr(evaluate, "read", lambda tree: reads.append(len(tree)) or read(tree))
+    reads, read = [], evaluation.read
+    monkeypatch.setattr(evaluation, "read", lambda tree: reads.append(len(tree)) or read(tree))
     one.evaluate(place(state, one.placement), tiny.source, "test")
     assert reads == [3]  # batches, in one go
 

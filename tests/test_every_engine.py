@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from runs import small_config
 
-from dgl_jax import rngs
-from dgl_jax.checkpoint import Checkpoints
+from dgl_jax.config import make_settings
+from dgl_jax.core import rngs
+from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.engines import EngineState
-from dgl_jax.engines.fused import fused_step
-from dgl_jax.experiment import DatasetInfo, make_recipe
-from dgl_jax.optimizer import make_schedule
-from dgl_jax.packet import Batch, Targets
-from dgl_jax.settings import make_settings
+from dgl_jax.methods.dgl import fused_step
+from dgl_jax.run.build import DatasetInfo, make_spec
+from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.types import Batch, Targets
 
 SCRIPT = Path(__file__).parent / "every_engine.py"
 DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
@@ -80,9 +80,9 @@ def test_no_array_of_a_step_is_wide(name):
             ("bfloat16", {"optimizer__name": "adam"}),
         ):
             settings = make_settings(small_config(model__name=name, model__dtype=dtype, **fields, **more))
-            recipe = make_recipe(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
-            states = recipe.abstract_states()
-            new, metrics = jax.eval_shape(fused_step(recipe), states, batch)
+            spec = make_spec(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
+            states = spec.abstract_states()
+            new, metrics = jax.eval_shape(fused_step(spec), states, batch)
             for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
                 if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                     assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)
@@ -94,7 +94,7 @@ def test_a_state_of_another_kind_of_key_is_restored(tmp_path, tiny):
     """A library user's keys: checkpoints take any kind."""
     engine = tiny.engine("fused", modules=1)
     key = rngs.module(jax.random.key(3, impl="rbg"), 0)
-    state = EngineState(tuple(m.replace(rng=key) for m in tiny.place(engine, tiny.init(engine.recipe)).modules))
+    state = EngineState(tuple(m.replace(rng=key) for m in tiny.place(engine, tiny.init(engine.spec)).modules))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, state, {})
     shapes = jax.eval_shape(lambda: state.modules)

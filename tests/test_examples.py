@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from dgl_jax.core.module import init_states, make_modules
 from dgl_jax.errors import UserError
 from dgl_jax.models import make_network
-from dgl_jax.module import init_states, make_modules
 from dgl_jax.train import train_and_evaluate
 from examples.vit import config as vit_config
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from dgl_jax import flops
-from dgl_jax.costs import module_flops
-from dgl_jax.experiment import DatasetInfo, every_block
-from dgl_jax.models import convolution, pooling
-from dgl_jax.settings import default_config, make_settings
+from dgl_jax.config import default_config, make_settings
+from dgl_jax.ops import conv as convolution
+from dgl_jax.ops import pooling
+from dgl_jax.profile import flops
+from dgl_jax.profile.flops import module_flops
+from dgl_jax.run.build import DatasetInfo, every_block
 
 W = jax.ShapeDtypeStruct((8, 8), "float32")
 X = jax.ShapeDtypeStruct((4, 8), "float32")

@@ -8,10 +8,10 @@ import pytest
 from numpy_layers import adaptive_avg_pool, check_forward
 from traced import equations
 
+from dgl_jax.config import ModelSettings
 from dgl_jax.errors import UserError
 from dgl_jax.models import HEADS, blocks, heads, make_head
 from dgl_jax.models.heads import MLPHead
-from dgl_jax.settings import ModelSettings
 
 
 def numpy_mlp(layers, x, convs=0, hidden=3):

@@ -14,90 +14,70 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
 ROOMS = (
     "system",
-    "flops",
-    "device_errors",
     "errors",
-    "libraries",
-    "paths",
-    "rngs",
-    "balance",
-    "settings",
-    "packet",
-    "data",
-    "stored",
+    "config",
+    "types",
+    "ops",
     "models",
-    "losses",
-    "optimizer",
-    "memory",
-    "module",
-    "average",
-    "step",
+    "objectives",
+    "core",
+    "tasks",
     "codecs",
     "replay",
-    "placement",
+    "data",
+    "spec",
+    "schedule",
+    "methods",
     "engines",
-    "timeline",
-    "costs",
-    "baselines",
-    "metrics",
-    "writers",
-    "checkpoint",
-    "experiment",
-    "evaluate",
-    "plots",
-    "predict",
-    "export",
-    "bench",
-    "plan",
-    "workdir",
+    "profile",
+    "run",
     "train",
-    "config_files",
+    "evaluate",
+    "export",
+    "tools",
     "cli",
 )
 # The same inside a folder; files on one line do not know each other.
-ENGINES = (("turns",), ("engine",), ("compose",), ("fused", "pipeline", "rings"), ("simulated", "threads"))
+LEVELS = {
+    "ops": (("cpu",), ("remat", "pooling", "batch_norm", "conv")),
+    "core": (("rngs", "kept"), ("module", "optimizer"), ("ema", "step")),
+    "methods": (("base",), ("dgl", "backprop")),
+    "engines": (("placement",), ("base",), ("program",), ("fused", "pipeline", "asynchronous"), ("simulated", "threads")),
+    "profile": (("flops",), ("timing", "memory", "table")),
+}
 # Narrower than the order alone: all that these rooms may know of the package.
 ONLY = {
     "system": set(),
-    "flops": set(),
-    "device_errors": {"system"},
-    "errors": {"device_errors"},
-    "rngs": set(),
-    "settings": {"errors"},
-    "packet": set(),
-    "balance": set(),
-    "stored": {"data", "errors", "settings"},
-    "models": {"balance", "errors", "settings"},
-    "losses": {"packet"},
-    "memory": set(),
-    "module": {"memory", "rngs"},
-    "average": {"module"},
-    "step": {"losses", "memory", "module", "packet", "rngs"},
-    "codecs": {"errors", "rngs", "settings"},
-    "placement": {"balance", "errors", "packet", "system"},
-    "replay": {"errors", "packet", "system"},
-    "engines": {"average", "codecs", "data", "errors", "module", "packet", "placement", "replay", "rngs", "settings", "step"},
-    "timeline": {"engines"},
-    "writers": {"errors"},
-    "plots": {"errors", "paths", "writers"},
-    "config_files": {"errors", "paths", "settings"},
+    "errors": {"system"},
+    "config": {"errors"},
+    "types": set(),
+    "ops": set(),
+    "models": {"config", "errors", "ops"},
+    "objectives": {"types"},
+    "core": {"config", "objectives", "ops", "types"},
+    "tasks": {"core", "types"},
+    "codecs": {"config", "core", "errors"},
+    "replay": {"errors", "system", "types"},
+    "schedule": set(),
+    "methods": {"codecs", "core", "objectives", "spec", "tasks", "types"},
 }
 LIBRARIES = {
-    "tensorboardX": "writers",
-    "orbax": "checkpoint",
-    "tensorflow_datasets": "data",
-    "grain": "data",
-    "cv2": "data",
-    "simplejpeg": "data",
-    "rich": "writers",
-    "matplotlib": "plots",
-    "safetensors": "export",
+    "tensorboardX": ("run/writers.py",),
+    "orbax": ("run/checkpoint.py",),
+    "tensorflow_datasets": ("data",),
+    "grain": ("data",),
+    "cv2": ("data",),
+    "simplejpeg": ("data",),
+    "rich": ("run/progress.py",),
+    "matplotlib": ("run/plots.py", "tools"),
+    "safetensors": ("export.py",),
 }
-PLAIN = ("turns.py", "timeline.py", "balance.py")  # nothing but Python
+PLAIN_TOO = ("dgl_jax.schedule", "dgl_jax.errors")
+PLAIN = ("schedule.py", "tools/timeline.py", "models/partition.py")  # nothing but Python
 NOWHERE = ("tensorflow", "torch", "clu", "absl.flags", "os.environ", "os.getenv", "os.environb", "os.putenv")
 # Marks absl's flags as parsed, which Grain's worker processes ask for, and reads none.
 # The command line reads flags, and sets XLA's threads before XLA starts. Pictures hide MPLBACKEND while matplotlib is imported.
-EXCEPT = {("data/records.py", "absl.flags"), ("cli.py", "absl.flags"), ("cli.py", "os.environ"), ("plots.py", "os.environ")}
+EXCEPT = {("data/streaming.py", "absl.flags"), ("cli.py", "absl.flags"), ("cli.py", "os.environ"), ("run/plots.py", "os.environ")}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -138,8 +118,12 @@ def problems(path: Path, source: str) -> list[str]:
                 found.append(f"{path}: {name} is a later room")
             elif room in ONLY and other not in ONLY[room]:
                 found.append(f"{path}: {room} knows nothing of {other}")
-        found += [f"{path}: only {owner} names {lib}" for lib, owner in LIBRARIES.items() if names(name, lib) and room != owner]
-        if path.name in PLAIN and not (name.split(".")[0] in sys.stdlib_module_names or names(name, "dgl_jax.engines.turns")):
+        found += [
+            f"{path}: only {' and '.join(owners)} names {library}"
+            for library, owners in LIBRARIES.items()
+            if names(name, library) and not any(path.is_relative_to(owner) for owner in owners)
+        ]
+        if str(path) in PLAIN and not (name.split(".")[0] in sys.stdlib_module_names or name.startswith(PLAIN_TOO)):
             found.append(f"{path}: this file is plain Python, without {name}")
     used = (*imports(tree), *attributes(tree))
     forbidden = [name for name in used if any(names(name, other) for other in NOWHERE) and (str(path), name) not in EXCEPT]
@@ -147,12 +131,15 @@ def problems(path: Path, source: str) -> list[str]:
 
 
 def _inside(path: Path, stem: str, name: str) -> list[str]:
-    if path.parts[0] != "engines" or stem == "__init__":
+    room = path.parts[0]
+    if room not in LEVELS or stem == "__init__":
         return []
-    level = {file: n for n, files in enumerate(ENGINES) for file in files}
-    other = name.split(".")[2]
+    level = {file: n for n, files in enumerate(LEVELS[room]) for file in files}
+    stem, other = (path.parts[1].removesuffix(".py"), name.split(".")[2])
+    if stem == other:  # a folder of its own
+        return []
     if other not in level or stem not in level:
-        return [f"{path}: {stem if stem not in level else other} has no place among the engines"]
+        return [f"{path}: {stem if stem not in level else other} has no place in {room}"]
     return [] if level[other] < level[stem] else [f"{path}: {other} does not come before {stem}"]
 
 
@@ -173,25 +160,25 @@ def test_the_list_is_the_house():
 @pytest.mark.parametrize(
     ("path", "source", "problem"),
     [
-        ("step.py", "def f():\n    from dgl_jax.engines import Report", "later room"),
-        ("step.py", "import dgl_jax.placement", "later room"),
-        ("step.py", "from dgl_jax import codecs", "later room"),
-        ("step.py", "from dgl_jax.data import Source", "knows nothing"),
+        ("core/step.py", "def f():\n    from dgl_jax.engines import Report", "later room"),
+        ("core/step.py", "import dgl_jax.engines.placement", "later room"),
+        ("core/step.py", "from dgl_jax import codecs", "later room"),
+        ("core/step.py", "from dgl_jax.models import cuts", "knows nothing"),
         ("codecs/vq.py", "from dgl_jax.models import cuts", "knows nothing"),
-        ("engines/turns.py", "import jax", "plain Python"),
-        ("timeline.py", "from dgl_jax.engines import Recipe", "plain Python"),
-        ("engines/compose.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
+        ("schedule.py", "import jax", "plain Python"),
+        ("tools/timeline.py", "from dgl_jax.engines import Report", "plain Python"),
+        ("engines/program.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
         ("engines/pipeline.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
         ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "no place"),
-        ("models/cnn.py", "from .. import step", "relative"),
-        ("bench.py", "from dgl_jax.nowhere import x", "no room"),
-        ("train.py", "import tensorboardX", "only writers"),
-        ("train.py", "from orbax.checkpoint import v1", "only checkpoint"),
-        ("bench.py", "import tensorflow_datasets as tfds", "only data"),
+        ("models/cnn.py", "from .. import core", "relative"),
+        ("tools/bench.py", "from dgl_jax.nowhere import x", "no room"),
+        ("run/loop.py", "import tensorboardX", "only run/writers.py"),
+        ("train.py", "from orbax.checkpoint import v1", "only run/checkpoint.py"),
+        ("tools/bench.py", "import tensorflow_datasets as tfds", "only data"),
         ("data/folder.py", "import tensorflow as tf", "tensorflow"),
         ("train.py", "from absl import flags", "absl.flags"),
         ("data/source.py", "from absl import flags", "absl.flags"),
-        ("predict.py", "import cv2", "only data"),
+        ("tools/predict.py", "import cv2", "only data"),
         ("train.py", "import os\nos.environ['A'] = '1'", "os.environ"),
         ("train.py", "from os import getenv", "os.getenv"),
     ],
@@ -203,7 +190,7 @@ def test_forbidden_imports_are_reported(path, source, problem):
 
 def test_ordinary_imports_are_allowed():
     source = (
-        "import os\nfrom absl import logging\nimport tensorflow_datasets\nfrom dgl_jax.settings import nearest\nos.path.join('a')"
+        "import os\nfrom absl import logging\nimport tensorflow_datasets\nfrom dgl_jax.config import nearest\nos.path.join('a')"
     )
     assert problems(Path("data/tfds_sets.py"), source) == []
 

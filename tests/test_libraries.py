@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from runs import small_config
 
-from dgl_jax import __version__, libraries
+from dgl_jax import __version__, errors
+from dgl_jax.config import DataSettings
 from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
-from dgl_jax.settings import DataSettings
+from dgl_jax.run import summary
 from dgl_jax.train import train_and_evaluate
 
-ROOT = Path(libraries.__file__).parents[1]
+ROOT = Path(errors.__file__).parents[1]
 # Lets files of the package import the five libraries and what Python brings, as where nothing else is installed. (Flax has
 # requirements of its own, so the others are installed wherever it is.)
 FIVE = """
@@ -36,7 +37,7 @@ from functools import partial
 import jax, optax
 import numpy as np
 from dgl_jax import Targets, cuts, init_states, local_step, make_head, make_modules, make_network, vq
-import dgl_jax.data, dgl_jax.engines, dgl_jax.placement, dgl_jax.replay, dgl_jax.timeline
+import dgl_jax.data, dgl_jax.engines, dgl_jax.engines.placement, dgl_jax.replay, dgl_jax.tools.timeline
 
 network = make_network("cnn4", width=4, num_classes=10, image_shape=(8, 8, 1))
 modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
@@ -129,19 +130,19 @@ def test_an_extra_is_installed_by_the_name_of_the_package(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "grain", None)
     for root, target in ((tmp_path / "site-packages", "dgl_jax[imagenet]"), (tmp_path, f"{tmp_path}[imagenet]")):
         (tmp_path / "pyproject.toml").touch()
-        monkeypatch.setattr(libraries, "__file__", str(root / "dgl_jax" / "libraries.py"))
+        monkeypatch.setattr(errors, "__file__", str(root / "dgl_jax" / "errors.py"))
         with pytest.raises(UserError) as caught:
-            libraries.require("this", "numpy", "grain")
+            errors.require("this", "numpy", "grain")
         assert str(caught.value).endswith(f'"{target}"')
 
 
 def test_a_defect_of_the_package_is_no_missing_library():
-    with pytest.raises(ModuleNotFoundError, match="nowhere"), libraries.needed("this"):
+    with pytest.raises(ModuleNotFoundError, match="nowhere"), errors.needed("this"):
         import dgl_jax.nowhere  # noqa: F401
 
 
 def test_versions(monkeypatch):
-    found = libraries.versions()
+    found = summary.versions()
     assert found["dgl_jax"] == __version__
     names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
     assert found == {"dgl_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
@@ -152,11 +153,12 @@ def test_versions(monkeypatch):
         raise KeyError("Version") if name == "flax" else importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", damaged)
-    assert libraries.versions() == found
+    assert summary.versions() == found
     monkeypatch.delattr(sys.modules["jaxlib"], "__version__")
-    assert libraries.versions() == found | {"jaxlib": "unknown"}
+    assert summary.versions() == found | {"jaxlib": "unknown"}
 
 
+@pytest.mark.pictures
 def test_a_checkout_that_is_not_installed_trains_to_the_end(tmp_path, monkeypatch):
     def nothing(name):
         raise importlib.metadata.PackageNotFoundError(name)

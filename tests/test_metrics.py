@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax import metrics
 from dgl_jax.engines import EngineState, Report, updates_of
 from dgl_jax.errors import UserError
-from dgl_jax.metrics import Window, diverged, read
+from dgl_jax.run import metrics
+from dgl_jax.run.metrics import Window, diverged, read
 
 
 def report(step, *losses):
@@ -89,6 +89,6 @@ def test_read_gives_host_values():
 
 
 def test_updates_of_unequal_modules(tiny):
-    first, *others = tiny.init(tiny.recipe(2))
+    first, *others = tiny.init(tiny.spec(2))
     with pytest.raises(ValueError, match=r"unequal update counts: \[0, 1\]"):
         updates_of(EngineState((first.replace(updates=np.int32(1)), *others)))

@@ -8,7 +8,8 @@ import pytest
 from traced import equations
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import columns, make_head, make_network, winograd
+from dgl_jax.models import make_head, make_network
+from dgl_jax.ops.cpu import im2col, winograd
 
 CIFAR = (32, 32, 3)
 
@@ -20,7 +21,7 @@ def trace(module, x):
 
 def macs(module, variables, x):
     """Multiplications in the matrix products and the convolutions, direct ones, of the traced program."""
-    with mock.patch.object(winograd, "fits", return_value=False), mock.patch.object(columns, "fits", return_value=False):
+    with mock.patch.object(winograd, "fits", return_value=False), mock.patch.object(im2col, "fits", return_value=False):
         program = jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(variables, x)
     total = 0
     for e in equations(program.jaxpr):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax.optimizer import make_optimizer, make_schedule
-from dgl_jax.settings import OptimizerSettings, ScheduleSettings
+from dgl_jax.config import OptimizerSettings, ScheduleSettings
+from dgl_jax.core.optimizer import make_optimizer, make_schedule
 
 STEPS = 10  # an epoch
 

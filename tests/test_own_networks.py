@@ -9,13 +9,14 @@ import pytest
 from runs import FIELDS, small_config
 from test_launch import fails, launch
 
-from dgl_jax import experiment, models
+from dgl_jax import models
+from dgl_jax.config import make_settings
 from dgl_jax.engines import counts
 from dgl_jax.errors import UserError
-from dgl_jax.experiment import make_experiment
 from dgl_jax.models import Network, make_network, register
 from dgl_jax.models.heads import LinearHead
-from dgl_jax.settings import make_settings
+from dgl_jax.run import build
+from dgl_jax.run.build import make_experiment
 
 
 class Tokens(nn.Module):
@@ -80,7 +81,7 @@ def test_names_of_the_package_are_taken():
 
 def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
     register("transformer", of_tokens)
-    monkeypatch.setattr(experiment, "make_source", lambda *_: pytest.fail("data first"))
+    monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data first"))
     with pytest.raises(UserError, match=r"config.model.name='transfomer': .*--config\); did you mean transformer"):
         make_experiment(make_settings(small_config(model__name="transfomer")))
 
@@ -103,7 +104,7 @@ def test_blocks_that_are_none(blocks, words):
 CONFIG = """
 from flax import linen as nn
 from dgl_jax.models import register
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 class Block(nn.Module):
     @nn.compact

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dgl_jax.engines.placement import assign, check_batch, layout, one_group, put
 from dgl_jax.errors import UserError
-from dgl_jax.packet import Batch, Targets
-from dgl_jax.placement import assign, check_batch, layout, one_group, put
+from dgl_jax.types import Batch, Targets
 
 
 def ids(placement):

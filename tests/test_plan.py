@@ -9,16 +9,17 @@ import pytest
 from matplotlib import image
 from runs import small_config
 
-from dgl_jax import plan as planning
 from dgl_jax import system
 from dgl_jax.codecs import CODECS
-from dgl_jax.costs import ProgramMemory, block_flops
+from dgl_jax.config import DataSettings, make_settings
 from dgl_jax.data import SHAPES, make_source
 from dgl_jax.errors import UserError
-from dgl_jax.experiment import every_block, known_info, make_recipe
-from dgl_jax.plan import plan, plan_run
-from dgl_jax.settings import DataSettings, make_settings
-from dgl_jax.timeline import Work
+from dgl_jax.profile.flops import block_flops
+from dgl_jax.profile.memory import ProgramMemory
+from dgl_jax.run.build import every_block, known_info, make_spec
+from dgl_jax.tools import plan as planning
+from dgl_jax.tools.plan import plan, plan_run
+from dgl_jax.tools.timeline import Work
 
 # On 8x8 images, width 4: the packets of the first two modules have 8x8x4 and 4x4x8 values, a label and an id an image.
 BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
@@ -42,8 +43,8 @@ def stated(tmp_path):
 def memory(monkeypatch):
     """Nothing is compiled: the n-th module's program takes 100 n scratch, 10 n more for what it hands on, n a packet."""
 
-    def module_memory(recipe):
-        return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(recipe.modules, 1)]
+    def module_memory(spec):
+        return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(spec.modules, 1)]
 
     monkeypatch.setattr(planning, "module_memory", module_memory)
 
@@ -170,17 +171,17 @@ def test_a_split_by_time_uses_the_stated_times(times, starts):
 
 @pytest.mark.slow
 def test_times_are_measured_where_none_are_stated(monkeypatch):
-    recipes, companies = [], []
+    specs, companies = [], []
 
-    def block_times(recipe, device, company):
-        recipes.append(recipe)
+    def block_times(spec, device, company):
+        specs.append(spec)
         companies.append(company)
-        return planning._stated("1,2,3,4", recipe)
+        return planning._stated("1,2,3,4", spec)
 
     monkeypatch.setattr(planning, "block_times", block_times)
     found, _ = plan(small(model__split="time"))
-    assert len(recipes) == 1  # for the split and for the plan
-    assert len(recipes[0].modules) == 4
+    assert len(specs) == 1  # for the split and for the plan
+    assert len(specs[0].modules) == 4
     assert found["cores"] == system.cpu_count()
     assert found["block_times"] == "measured on cpu"
     monkeypatch.setattr(system, "cpu_count", lambda: 3)
@@ -193,7 +194,7 @@ def test_times_are_measured_where_none_are_stated(monkeypatch):
 
 
 def test_what_is_not_known_is_a_dash(stated, monkeypatch):
-    monkeypatch.setattr(planning, "module_memory", lambda recipe: None)
+    monkeypatch.setattr(planning, "module_memory", lambda spec: None)
     assert json.loads(plan_run(small(), stated=stated, as_json=True))["peak_memory_bytes"] == [None] * 3
     assert re.search(r"^0 +33 % +-$", plan_run(small(), stated=stated), re.MULTILINE)
 
@@ -218,8 +219,8 @@ def test_what_it_prints(stated, tmp_path):
     assert image.imread(picture).shape[1] > 1000
     found = json.loads(plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png")))
     assert (tmp_path / "own.png").exists()
-    recipe = make_recipe(small(), known_info(small().data))
-    assert [m["name"] for m in found["modules"]] == [m.name for m in recipe.modules]
+    spec = make_spec(small(), known_info(small().data))
+    assert [m["name"] for m in found["modules"]] == [m.name for m in spec.modules]
     assert [m["body_parameters"] for m in found["modules"]] == [3 * 36 + 12, 4 * 72 + 24, 8 * 72 + 24 + 8 * 144 + 48]
     assert json.loads(plan_run(small(), stated=stated, as_json=True))["timeline"] is None
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 
-from dgl_jax import plots
 from dgl_jax.errors import UserError
-from dgl_jax.plots import _increasing, accuracy_figure, compare, compare_figure, loss_figure, plot, series
-from dgl_jax.writers import JsonLinesWriter, read_jsonl
+from dgl_jax.run import plots
+from dgl_jax.run.plots import _increasing, accuracy_figure, compare, compare_figure, loss_figure, plot, series
+from dgl_jax.run.writers import JsonLinesWriter, read_jsonl
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

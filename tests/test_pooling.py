@@ -12,8 +12,8 @@ from numpy_layers import adaptive_avg_pool as numpy_adaptive
 from numpy_layers import close
 from numpy_layers import max_pool_3x3 as numpy_max_3x3
 
-from dgl_jax.models import pooling
-from dgl_jax.models.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
+from dgl_jax.ops import pooling
+from dgl_jax.ops.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
 
 pytestmark = pytest.mark.full_compile
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgl_jax.data import RecordSource, Shard, Source, archives, cache, make_source, records, tfds_sets
+from dgl_jax.config import DataSettings
+from dgl_jax.data import RecordSource, Shard, Source, archives, cache, make_source, streaming, tfds_sets
 from dgl_jax.data.tfds_sets import Records, builder_class, prepared
 from dgl_jax.errors import UserError
-from dgl_jax.packet import PADDING
-from dgl_jax.settings import DataSettings
+from dgl_jax.types import PADDING
 
 CLASSES = {"n01739381": 20, "n02105855": 12, "n02077923": 8}  # training images
 VALIDATION = 11
@@ -332,4 +332,4 @@ def test_a_set_prepared_without_some_images(imagenet, monkeypatch):
 
     monkeypatch.setattr(tfds_sets, "open_set", lambda directory: Other)
     with pytest.raises(UserError, match=r"5.1.0 was prepared without validation images"):
-        records.load(replace(settings_of(imagenet), dir=str(Path(imagenet[0]))))
+        streaming.load(replace(settings_of(imagenet), dir=str(Path(imagenet[0]))))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgl_jax.errors import UserError
-from dgl_jax.packet import Header, Targets
-from dgl_jax.replay import RULES, Form, Ring, check_memory
+from dgl_jax.replay import Form, Ring, check_memory
+from dgl_jax.replay.rules import RULES
+from dgl_jax.types import Header, Targets
 
 EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), Targets(*[jax.ShapeDtypeStruct((2,), np.int32)] * 2))
 

@@ -8,10 +8,10 @@ import pytest
 from runs import records
 from test_threads import TOTAL, Fault, begin, engine, run, threaded, workers
 
-from dgl_jax.checkpoint import Checkpoints
 from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
-from dgl_jax.engines.rings import flight_of
+from dgl_jax.engines.asynchronous import flight_of
 from dgl_jax.errors import UserError
+from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.train import train_and_evaluate
 
 
@@ -143,7 +143,7 @@ def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(t
             file.write_bytes(b"")
 
     def prepare(_):
-        return made.recipe.abstract_states(), made.placement
+        return made.spec.abstract_states(), made.placement
 
     with pytest.raises(UserError, match="is damaged"):
         checkpoints.restore(prepare)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax import rngs
 from dgl_jax.codecs import residual
+from dgl_jax.core import rngs
 
 SEEDS, MODULES, BLOCKS, UPDATES, MICRO_BATCHES, STAGES = range(2), range(4), range(6), range(6), range(3), range(3)
 # Streams below one another, with the numbers that tell the keys of each apart.

@@ -9,10 +9,10 @@ import pytest
 from runs import records, same_run, small_config, watch_labels
 from test_resume import interrupted
 
+from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.engines import SimulatedEngine
-from dgl_jax.placement import one_group
+from dgl_jax.engines.placement import one_group
 from dgl_jax.replay import Ring
-from dgl_jax.settings import EngineSettings, ReplaySettings
 from dgl_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.full_compile
@@ -22,12 +22,12 @@ TOTAL = 8
 
 def engine(tiny, devices, total=TOTAL, replay=None, **settings) -> SimulatedEngine:
     """Three modules on one device."""
-    return SimulatedEngine(tiny.recipe(), one_group(devices[:1], 3), total, EngineSettings(**settings), replay or ReplaySettings(3))
+    return SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), total, EngineSettings(**settings), replay or ReplaySettings(3))
 
 
 def begin(tiny, made: SimulatedEngine):
     """A fresh state with empty rings."""
-    return made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+    return made.resume(tiny.place(made, tiny.init(made.spec)), None)
 
 
 def run(tiny, made: SimulatedEngine, state, until=TOTAL, to_host=None):

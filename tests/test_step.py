@@ -13,12 +13,13 @@ from beartype import beartype
 from beartype.roar import BeartypeException
 from jaxtyping import TypeCheckError, jaxtyped
 
-from dgl_jax import losses, step
+from dgl_jax.core import step
+from dgl_jax.core.module import LocalModule, init_states, make_modules
+from dgl_jax.core.step import eval_step, local_step
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import HEADS, make_head
-from dgl_jax.module import LocalModule, init_states, make_modules
-from dgl_jax.packet import Targets
-from dgl_jax.step import eval_step, local_step
+from dgl_jax.objectives import classifier
+from dgl_jax.types import Targets
 
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 OPTIMIZER = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
@@ -215,7 +216,7 @@ def test_eval_step_without_a_head(states):
 
 
 def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
-    found = [to_host(recipe.init()) for recipe in (tiny.recipe(3), tiny.recipe(2, heads=False))]
+    found = [to_host(spec.init()) for spec in (tiny.spec(3), tiny.spec(2, heads=False))]
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
     bodies = [{name: block for state in states for name, block in state.params["body"].items()} for states in found]
     assert bodies[0].keys() == {"block_0", "block_1", "block_2"}
@@ -239,15 +240,15 @@ WRONG = (BeartypeException, TypeCheckError)
 def test_annotations_are_true(states):
     checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, TARGETS)
     checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS)
-    checked(losses.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label)
-    checked(losses.accuracy)(jnp.zeros((4, 3), jnp.bfloat16), TARGETS.label)
+    checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label)
+    checked(classifier.accuracy)(jnp.zeros((4, 3), jnp.bfloat16), TARGETS.label)
     for wrong in (
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS.astype(int), TARGETS),
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, LABEL),
         lambda: checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS.astype(int)),
-        lambda: checked(losses.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label[:3]),
-        lambda: checked(losses.cross_entropy)(jnp.zeros(4), TARGETS.label),
-        lambda: checked(losses.accuracy)(jnp.zeros((4, 3)), jnp.zeros(4)),
+        lambda: checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label[:3]),
+        lambda: checked(classifier.cross_entropy)(jnp.zeros(4), TARGETS.label),
+        lambda: checked(classifier.accuracy)(jnp.zeros((4, 3)), jnp.zeros(4)),
     ):
         with pytest.raises(WRONG):
             wrong()
@@ -256,17 +257,17 @@ def test_annotations_are_true(states):
 def test_losses_by_hand():
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     label = jnp.asarray([1, 2])
-    np.testing.assert_allclose(losses.cross_entropy(logits, label), -(np.log(0.25) + np.log(0.8)) / 2, rtol=1e-6)
-    assert float(losses.accuracy(logits, label)) == 0.5
-    assert losses.cross_entropy(logits.astype(jnp.bfloat16), label).dtype == jnp.float32
+    np.testing.assert_allclose(classifier.cross_entropy(logits, label), -(np.log(0.25) + np.log(0.8)) / 2, rtol=1e-6)
+    assert float(classifier.accuracy(logits, label)) == 0.5
+    assert classifier.cross_entropy(logits.astype(jnp.bfloat16), label).dtype == jnp.float32
 
 
 def test_a_smoothed_loss_by_hand():
     # Of a share of 0.3 each of three classes gets 0.1: targets are 0.8, 0.1, 0.1.
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25]]))
-    found = losses.cross_entropy(logits, jnp.asarray([1]), 0.3)
+    found = classifier.cross_entropy(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(found, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6)
-    assert losses.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype == jnp.float32
+    assert classifier.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype == jnp.float32
     # The gradient is the probabilities less the targets.
-    gradient = jax.grad(losses.cross_entropy)(logits, jnp.asarray([1]), 0.3)
+    gradient = jax.grad(classifier.cross_entropy)(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(gradient, [[0.5 - 0.1, 0.25 - 0.8, 0.25 - 0.1]], rtol=1e-5)

@@ -13,13 +13,13 @@ import pytest
 from runs import arrays, records, small_config, watch_labels
 from test_resume import interrupted
 
-from dgl_jax import train
+from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
-from dgl_jax.engines.rings import flight_of
+from dgl_jax.engines.asynchronous import flight_of
+from dgl_jax.engines.placement import assign
 from dgl_jax.errors import UserError
-from dgl_jax.placement import assign
 from dgl_jax.replay import Ring
-from dgl_jax.settings import EngineSettings, ReplaySettings
+from dgl_jax.run import signals
 from dgl_jax.train import train_and_evaluate
 
 TOTAL = 12
@@ -27,12 +27,12 @@ TOTAL = 12
 
 def engine(tiny, devices, replay=None, **settings) -> ThreadsEngine:
     """Three modules on three devices."""
-    return ThreadsEngine(tiny.recipe(), assign(devices[:3], 3), EngineSettings(**settings), replay or ReplaySettings(3))
+    return ThreadsEngine(tiny.spec(), assign(devices[:3], 3), EngineSettings(**settings), replay or ReplaySettings(3))
 
 
 def begin(tiny, made: ThreadsEngine) -> EngineState:
     """A fresh state with empty rings."""
-    return made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+    return made.resume(tiny.place(made, tiny.init(made.spec)), None)
 
 
 def run(tiny, made: ThreadsEngine, until: int = TOTAL) -> tuple[EngineState, list]:
@@ -236,7 +236,7 @@ def test_what_crossed_is_counted(tiny, devices):
     run(tiny, made)
     traffic = made.traffic()
     assert traffic.measured
-    assert traffic.wire == traffic.raw == made.recipe.traffic().raw
+    assert traffic.wire == traffic.raw == made.spec.traffic().raw
 
 
 def test_a_slowed_module_waits_in_proportion_to_its_own_step(tiny, devices, monkeypatch):
@@ -392,7 +392,7 @@ def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monk
 def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
     """Module 1 stands still for good: the first signal waits for it, the second does not, whatever the main thread waits for."""
     made, gates = ThreadsEngine.__init__, []
-    there, heard, calls = threading.Event(), threading.Event(), train._Interruption.__call__
+    there, heard, calls = threading.Event(), threading.Event(), signals.Interruption.__call__
     method = "watch" if meanwhile == "watching" else "snapshot"
     original = getattr(threads._Run, method)
 
@@ -417,7 +417,7 @@ def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ThreadsEngine, "__init__", held)
     monkeypatch.setattr(threads._Run, method, arrived)
-    monkeypatch.setattr(train._Interruption, "__call__", hear)
+    monkeypatch.setattr(signals.Interruption, "__call__", hear)
     user = threading.Thread(target=twice)
     user.start()
     every = 4 if meanwhile == "in a snapshot" else 1000

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
 from dgl_jax.engines import SimulatedEngine, ThreadsEngine
-from dgl_jax.metrics import Throughput
-from dgl_jax.placement import assign, one_group
-from dgl_jax.settings import CodecSettings, EngineSettings, ReplaySettings
+from dgl_jax.engines.placement import assign, one_group
+from dgl_jax.run.throughput import Throughput
 
 TOTAL, BATCH = 8, 8
 
@@ -57,7 +57,7 @@ def clock():
 def trained(tiny, made, clock):
     """Counts as a training run does, by the clock of the programs; what was counted, and the rates of the modules at the end."""
     throughput, step = Throughput(BATCH, clock), 0
-    state = made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+    state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
     jax.block_until_ready(state.modules)
     throughput.start()
     for report in made.run(state, tiny.source, TOTAL):
@@ -70,7 +70,7 @@ def trained(tiny, made, clock):
 
 @pytest.mark.parametrize("order", ["ordered", "random"])
 def test_simulated_by_hand(tiny, devices, clock, order):
-    made = SimulatedEngine(tiny.recipe(), one_group(devices[:1], 3), TOTAL, EngineSettings(order=order), ReplaySettings(3))
+    made = SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), TOTAL, EngineSettings(order=order), ReplaySettings(3))
     clock.timed(made.programs)
     clock.timed(made.feeds)
     found, _ = trained(tiny, made, clock)
@@ -96,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_threads_compile_nothing_once_they_work(tiny, devices, clock, case):
     groups, codec = CASES[case]
-    made = ThreadsEngine(tiny.recipe(codec=codec), assign(devices, 3, groups), EngineSettings(), ReplaySettings(3))
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, groups), EngineSettings(), ReplaySettings(3))
     made.clock, made.watchdog_seconds = clock, 0.0
     fed, last = threading.Event(), iter(range(1, TOTAL + 1))
     # The last update waits for a module that is done and only feeds.

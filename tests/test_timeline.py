@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgl_jax.engines.turns import Turn, fused, pipelined
-from dgl_jax.timeline import Span, Work, simulate, waiting
+from dgl_jax.schedule import Turn, fused, pipelined
+from dgl_jax.tools.timeline import Span, Work, simulate, waiting
 
 # Three modules; the packets of the first take 1 s to the second, those of the second 2 s to the third.
 THREE = (Work(0, 2.0, 1.0), Work(1, 3.0, 2.0), Work(2, 1.0))

@@ -15,20 +15,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import arrays, same_run, small_config
 from test_resume import interrupted
 
-from dgl_jax import average, memory, step, system
-from dgl_jax.baselines import backprop_step
+from dgl_jax import system
+from dgl_jax.config import EngineSettings, ReplaySettings, make_settings
+from dgl_jax.core import ema, step
+from dgl_jax.core.module import init_states, make_modules
+from dgl_jax.core.step import feed_step, local_step
 from dgl_jax.engines import EngineState, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine, counts
+from dgl_jax.engines.placement import assign, check_batch, one_group
 from dgl_jax.errors import UserError
-from dgl_jax.evaluate import Evaluator, evaluate_run
-from dgl_jax.experiment import borrow_weights, load_trained, make_experiment
+from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
+from dgl_jax.methods.backprop import backprop_step
 from dgl_jax.models import register
-from dgl_jax.module import init_states, make_modules
-from dgl_jax.packet import Targets
-from dgl_jax.placement import assign, check_batch, one_group
-from dgl_jax.settings import EngineSettings, ReplaySettings, make_settings
-from dgl_jax.step import feed_step, local_step
+from dgl_jax.ops import remat
+from dgl_jax.run.build import make_experiment
+from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.restore import borrow_weights, load_trained
 from dgl_jax.train import train_and_evaluate
+from dgl_jax.types import Targets
 
 pytestmark = pytest.mark.full_compile
 
@@ -126,7 +130,7 @@ def test_recomputing_changes_no_number():
 
 
 def test_twin_recomputing_with_other_parameters_is_noticed(monkeypatch):
-    monkeypatch.setattr(memory, "after", lambda tree, first: jax.tree.map(lambda x: 1.01 * x, tree))
+    monkeypatch.setattr(remat, "after", lambda tree, first: jax.tree.map(lambda x: 1.01 * x, tree))
     again = updated(*one_module(*MIXED, remat=True))
     assert furthest(again[1:], plain(*MIXED)[1:]) < 1e-6  # the forward pass is the same
     assert furthest(again, plain(*MIXED)) > 1e-3
@@ -137,7 +141,7 @@ def test_recomputing_takes_less_memory(usual):
 
 
 def test_twin_without_recomputing_nothing_is_saved(usual, monkeypatch):
-    monkeypatch.setattr(memory, "recomputed", lambda function: function)
+    monkeypatch.setattr(remat, "recomputed", lambda function: function)
     assert temporary(remat=True) > 0.7 * usual
 
 
@@ -211,7 +215,7 @@ def test_a_micro_batch_waits_for_the_gradient_of_the_one_before():
 
 
 def test_twin_without_an_order_a_micro_batch_does_not_wait(monkeypatch):
-    monkeypatch.setattr(memory, "after", lambda tree, first: tree)
+    monkeypatch.setattr(remat, "after", lambda tree, first: tree)
     assert spoilt_outputs() == [True, False]
 
 
@@ -273,19 +277,19 @@ OPTIONS = {"accumulate": 2, "label_smoothing": 0.1, "ema": 0.5}
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny):
+def spec(tiny):
     """Of `modules` modules with every option on, and no convolution."""
 
     def make(modules=2, **changes):
         own = make_modules([Dense(), Normal(), Dense(0.5)], (0, 2)[:modules], [Logits()] * modules, remat=True)
-        return dataclasses.replace(tiny.recipe(modules), modules=own, **(OPTIONS | changes))
+        return dataclasses.replace(tiny.spec(modules), modules=own, **(OPTIONS | changes))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def fused(tiny, devices, recipe):
-    return tiny.run(FusedEngine(recipe(), one_group(devices[:1], 2)), STEPS)
+def fused(tiny, devices, spec):
+    return tiny.run(FusedEngine(spec(), one_group(devices[:1], 2)), STEPS)
 
 
 def same(a, b):
@@ -294,48 +298,48 @@ def same(a, b):
 
 
 @pytest.mark.slow
-def test_pipeline_is_fused_bit_for_bit(tiny, devices, recipe, fused):
-    assert same(tiny.run(PipelineEngine(recipe(), assign(devices, 2, (1, 1))), STEPS), fused)
+def test_pipeline_is_fused_bit_for_bit(tiny, devices, spec, fused):
+    assert same(tiny.run(PipelineEngine(spec(), assign(devices, 2, (1, 1))), STEPS), fused)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_twin_without_an_option_it_is_not(tiny, devices, recipe, fused, option):
-    off = recipe(**{option: 1 if option == "accumulate" else 0.0})
+def test_twin_without_an_option_it_is_not(tiny, devices, spec, fused, option):
+    off = spec(**{option: 1 if option == "accumulate" else 0.0})
     made = FusedEngine(off, one_group(devices[:1], 2))
     states, _ = tiny.run(made, STEPS)
     assert same([s.params for s in states], [s.params for s in fused[0]]) == (option == "ema"), "an average is no part of training"
     assert not same(states, fused[0])
 
 
-def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, recipe, fused, to_host):
-    made = SimulatedEngine(recipe(), one_group(devices[:1], 2), STEPS, EngineSettings(order="ordered"), ReplaySettings(1))
-    state = made.resume(tiny.place(made, tiny.init(made.recipe)), None)
+def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spec, fused, to_host):
+    made = SimulatedEngine(spec(), one_group(devices[:1], 2), STEPS, EngineSettings(order="ordered"), ReplaySettings(1))
+    state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
     for report in made.run(state, tiny.source, STEPS):
         state = report.snapshot()
     assert same(to_host(state.modules), fused[0])
 
 
 @pytest.mark.slow
-def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, recipe):
+def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, spec):
     placement = one_group(devices[:1], 1)
-    found = tiny.run(FusedEngine(recipe(1), placement, make_step=backprop_step), STEPS)
-    assert same(found, tiny.run(FusedEngine(recipe(1), placement), STEPS))
+    found = tiny.run(FusedEngine(spec(1), placement, make_step=backprop_step), STEPS)
+    assert same(found, tiny.run(FusedEngine(spec(1), placement), STEPS))
 
 
 @pytest.mark.slow
-def test_two_devices_are_one_within_rounding(tiny, devices, recipe):
-    one, two = (tiny.run(FusedEngine(recipe(1), one_group(devices[:n], 1)), 1) for n in (1, 2))
+def test_two_devices_are_one_within_rounding(tiny, devices, spec):
+    one, two = (tiny.run(FusedEngine(spec(1), one_group(devices[:n], 1)), 1) for n in (1, 2))
     assert furthest([s.params for s in two[0]], [s.params for s in one[0]]) < 1e-5
 
 
-def test_threads_keep_an_average_too(tiny, devices, recipe, to_host):
-    made = ThreadsEngine(recipe(), assign(devices, 2, (1, 1)), EngineSettings(), ReplaySettings(2))
-    *_, last = made.run(made.resume(tiny.place(made, tiny.init(made.recipe)), None), tiny.source, STEPS)
+def test_threads_keep_an_average_too(tiny, devices, spec, to_host):
+    made = ThreadsEngine(spec(), assign(devices, 2, (1, 1)), EngineSettings(), ReplaySettings(2))
+    *_, last = made.run(made.resume(tiny.place(made, tiny.init(made.spec)), None), tiny.source, STEPS)
     state = last.snapshot()
     assert counts(state) == [STEPS] * 2
     for module in to_host(state.modules):
-        averaged, _ = average.evaluated(module)
+        averaged, _ = ema.evaluated(module)
         assert 1e-6 < furthest(averaged, module.params) < 1.0
 
 
@@ -343,9 +347,9 @@ def test_threads_keep_an_average_too(tiny, devices, recipe, to_host):
 
 
 @pytest.fixture(scope="module")
-def history(tiny, devices, recipe):
+def history(tiny, devices, spec):
     """The states after each of three updates; averages with decay 0.9."""
-    engine = FusedEngine(recipe(ema=0.9, accumulate=1), one_group(devices[:1], 2))
+    engine = FusedEngine(spec(ema=0.9, accumulate=1), one_group(devices[:1], 2))
     states, found = None, []
     for until in (1, 2, 3):
         states, _ = tiny.run(engine, until, states)
@@ -362,20 +366,20 @@ def test_an_average_by_hand(history):
     _, found = history
     for k in range(2):
         for n, weights in enumerate(([1], [0.9, 1], [0.81, 0.9, 1]), 1):
-            averaged = average.evaluated(found[n - 1][k])
+            averaged = ema.evaluated(found[n - 1][k])
             assert furthest(averaged, weighted(found[:n], k, weights)) < 1e-6
-        assert furthest(average.evaluated(found[-1][k]), weighted(found, k, [1, 1, 1])) > 1e-5  # another decay
-        assert furthest(average.evaluated(found[-1][k]), (found[-1][k].params, found[-1][k].batch_stats)) > 1e-4
+        assert furthest(ema.evaluated(found[-1][k]), weighted(found, k, [1, 1, 1])) > 1e-5  # another decay
+        assert furthest(ema.evaluated(found[-1][k]), (found[-1][k].params, found[-1][k].batch_stats)) > 1e-4
 
 
 def test_without_an_average_a_module_is_evaluated_as_it_is(tiny):
-    (state, *_) = tiny.init(tiny.recipe())
-    assert average.evaluated(state) == (state.params, state.batch_stats)
+    (state, *_) = tiny.init(tiny.spec())
+    assert ema.evaluated(state) == (state.params, state.batch_stats)
 
 
 def test_evaluation_takes_the_average(tiny, history):
     engine, found = history
-    evaluator = Evaluator(engine.recipe, engine.placement)
+    evaluator = Evaluator(engine.spec, engine.placement)
 
     def losses(states):
         scores = evaluator.evaluate(tiny.place(engine, states), tiny.source, "test")
@@ -426,7 +430,7 @@ def test_a_run_with_everything_on_resumes_exactly(whole, stopped, tmp_path):
 
 def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, monkeypatch):
     def forgetful(self, state, saved):
-        return self.place(EngineState(tuple(average.begin(s.replace(extras={})) for s in state.modules)))
+        return self.place(EngineState(tuple(ema.begin(s.replace(extras={})) for s in state.modules)))
 
     monkeypatch.setattr(PipelineEngine, "resume", forgetful)
     shutil.copytree(stopped, tmp_path / "run")

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.models import passes, winograd
-from dgl_jax.models.convolution import conv_general_dilated
+from dgl_jax.ops.conv import conv_general_dilated
+from dgl_jax.ops.cpu import chunks, winograd
 
 pytestmark = pytest.mark.full_compile
 
@@ -80,8 +80,8 @@ def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
     many = both()
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-    part = passes.part
-    monkeypatch.setattr(passes, "part", lambda x, size, i: part(x, size, i)[::-1])  # images in another order
+    part = chunks.part
+    monkeypatch.setattr(chunks, "part", lambda x, size, i: part(x, size, i)[::-1])  # images in another order
     assert np.abs(both()[0] - one[0]).max() > 1e-2
 
 
@@ -175,7 +175,7 @@ def test_images_stay_on_their_devices(devices):
 @pytest.mark.slow
 def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
     with monkeypatch.context() as patched:
-        patched.setattr(passes, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
+        patched.setattr(chunks, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
         jax.clear_caches()  # a branch of a choice by platform is traced once
         sent = collectives(devices)[1]
     jax.clear_caches()

@@ -13,14 +13,16 @@ import pytest
 from PIL import Image
 from runs import records, small_config
 
-from dgl_jax import checkpoint, export, plan, predict, stored, train, workdir, writers
-from dgl_jax.checkpoint import Checkpoints
+from dgl_jax import export, train
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.experiment import load_trained
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.plots import plot
-from dgl_jax.predict import predict_run
+from dgl_jax.run import checkpoint, stored, workdir, writers
+from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.plots import plot
+from dgl_jax.run.restore import load_trained
+from dgl_jax.tools import plan, predict
+from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 
 

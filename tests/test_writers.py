@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from dgl_jax.errors import UserError
-from dgl_jax.writers import JsonLinesWriter, MultiWriter, Progress, TensorBoardWriter, read_jsonl, status, truncate
+from dgl_jax.run.progress import Progress, status
+from dgl_jax.run.writers import JsonLinesWriter, MultiWriter, TensorBoardWriter, read_jsonl, truncate
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):
 
 
 def test_importing_writers_is_light():
-    code = "import sys, dgl_jax.writers; print([m for m in ('tensorboardX', 'matplotlib', 'orbax') if m in sys.modules])"
+    code = "import sys, dgl_jax.run.writers; print([m for m in ('tensorboardX', 'matplotlib', 'orbax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -211,7 +212,7 @@ def test_eta_counts_only_what_this_process_did():
 def test_progress_without_a_terminal_logs_a_line_an_update(caplog):
     clock, out = Clock(), io.StringIO()
     with (
-        caplog.at_level("INFO", logger="dgl_jax.writers"),
+        caplog.at_level("INFO", logger="dgl_jax.run.progress"),
         Progress(Console(file=out, force_terminal=False), clock) as progress,
     ):
         progress.start(200, 0)

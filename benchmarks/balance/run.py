@@ -18,12 +18,13 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
-from dgl_jax.bench import module_times
-from dgl_jax.costs import block_flops, block_times
+from dgl_jax.config import Settings
 from dgl_jax.data import SHAPES
-from dgl_jax.experiment import every_block, known_info, make_experiment
 from dgl_jax.models import BlockCosts, cuts
-from dgl_jax.settings import Settings
+from dgl_jax.profile.flops import block_flops
+from dgl_jax.profile.timing import block_times
+from dgl_jax.run.build import every_block, known_info, make_experiment
+from dgl_jax.tools.bench import module_times
 
 SPLITS = ("count", "flops", "time")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dgl_jax import plots  # noqa: E402
 from dgl_jax.configs import cifar10  # noqa: E402
+from dgl_jax.run import plots  # noqa: E402
 from dgl_jax.train import train_and_evaluate  # noqa: E402
 
 ENGINES = ("fused", "backprop")

@@ -19,7 +19,7 @@ import harness
 from interleaved import Process, Timing, Variant, in_turns, serve, timed, training
 
 from dgl_jax import system
-from dgl_jax.experiment import Experiment, make_experiment
+from dgl_jax.run.build import Experiment, make_experiment
 
 CORES = {"one core": 1, "two cores": 2}
 ENGINE = {"one core": "fused", "two cores": "pipeline"}
@@ -68,7 +68,7 @@ def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any
     update = {"rate": settings.learning_rate, "momentum": settings.momentum, "decay": settings.weight_decay}
     return DGL(
         made.settings.model.width,
-        [module.first for module in made.recipe.modules],
+        [module.first for module in made.spec.modules],
         data.image_shape[0],
         data.num_classes,
         **update | changed,
@@ -92,7 +92,7 @@ def torch_training(made: Experiment, memory_format: str) -> Variant:
                 losses = network.step(batch.images, batch.targets.label)
             return [float(loss) for loss in losses]
 
-        return timed(work, steps * made.recipe.batch_size)
+        return timed(work, steps * made.spec.batch_size)
 
     return run
 

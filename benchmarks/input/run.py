@@ -20,11 +20,12 @@ import numpy as np
 from absl import app, flags
 
 from dgl_jax import system
-from dgl_jax.data import ArraySource, Preprocess, augment_key, synthetic
+from dgl_jax.config import DataSettings
+from dgl_jax.data import Preprocess, augment_key, synthetic
+from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
-from dgl_jax.placement import put
-from dgl_jax.settings import DataSettings
+from dgl_jax.engines.placement import put
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", "", "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 
 from dgl_jax import system
-from dgl_jax.data import crops, records, tfds_sets
+from dgl_jax.data import crops, streaming, tfds_sets
 
 Open = Callable[[], Iterator[Any]]
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")
@@ -69,13 +69,13 @@ def prepare(root: Path, photos: list[bytes], count: int) -> tfds_sets.Records:
 
 def ours(stored: tfds_sets.Records, workers: int, batch_size: int, size: int) -> Open:
     """The package's source: record files to batches of uint8."""
-    data = records.RecordSet("imagenet", CLASSES, stored, stored, size, workers, random_crop=True)
-    source = records.RecordSource(data, batch_size=batch_size, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data = streaming.RecordSet("imagenet", CLASSES, stored, stored, size, workers, random_crop=True)
+    source = streaming.RecordSource(data, batch_size=batch_size, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
     return lambda: source.batches(0)
 
 
 def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -> Open:
-    """TFRECORD files of the same images; crops as in TensorFlow's own ImageNet recipes."""
+    """TFRECORD files of the same images; crops as in TensorFlow's own ImageNet specs."""
     import tensorflow as tf
 
     path = str(root / "train.tfrecord")

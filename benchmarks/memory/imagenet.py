@@ -8,8 +8,8 @@ import harness
 import jax
 from measure import Compiled, holdings, measure, pipeline_peak
 
-from dgl_jax.experiment import DatasetInfo, make_engine, make_recipe
-from dgl_jax.packet import Batch, Coded, nbytes
+from dgl_jax.run.build import DatasetInfo, make_engine, make_spec
+from dgl_jax.types import Batch, Coded, nbytes
 
 DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used
 SIZE, CLASSES = 224, 1000
@@ -47,9 +47,9 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
         engine__name="pipeline" if split else "backprop",
     )
     info = DatasetInfo("made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3)
-    recipe = make_recipe(settings, info)
-    engine: Any = make_engine(settings, recipe, jax.devices()[:1], 1)
-    targets, states = recipe.targets(), recipe.abstract_states()
+    spec = make_spec(settings, info)
+    engine: Any = make_engine(settings, spec, jax.devices()[:1], 1)
+    targets, states = spec.targets(), spec.abstract_states()
     images: Any = jax.ShapeDtypeStruct((batch_size, SIZE, SIZE, 3), "uint8")
     step: Any = jax.ShapeDtypeStruct((), "int32")
     batch = Batch(images, targets, step)
@@ -57,9 +57,9 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
         return [measure(engine.step, states, batch)]
     found = []
     for k, (program, state) in enumerate(zip(engine.programs, states, strict=True)):
-        incoming = Coded(recipe.hops[k - 1].payload) if k else batch
+        incoming = Coded(spec.hops[k - 1].payload) if k else batch
         found.append(measure(program, state, incoming, targets))
-        found[k].packet = nbytes((recipe.hops[k].payload, targets)) if k < len(recipe.hops) else 0
+        found[k].packet = nbytes((spec.hops[k].payload, targets)) if k < len(spec.hops) else 0
     return found
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from dgl_jax import system
 from dgl_jax.engines import EngineState, PipelineEngine
-from dgl_jax.experiment import make_experiment
-from dgl_jax.packet import Coded, Targets
+from dgl_jax.run.build import make_experiment
+from dgl_jax.types import Coded, Targets
 
 
 @dataclass

@@ -20,9 +20,9 @@ import harness
 import imagenet
 from measure import Compiled, holdings, measure, pipeline_peak
 
-from dgl_jax.experiment import Experiment, make_experiment
 from dgl_jax.models import cuts
-from dgl_jax.packet import Batch, Coded, nbytes
+from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.types import Batch, Coded, nbytes
 
 BLOCKS = 6
 LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}
@@ -49,9 +49,9 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     """The pipeline's program of a module that is made of blocks `first` up to, not including, `end`."""
     starts = sorted({0, first, end} - {BLOCKS})
     made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
-    k, batch, hops = starts.index(first), batch_shapes(made), made.recipe.hops
+    k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
     incoming = Coded(hops[k - 1].payload) if k else batch
-    found = measure(made.engine.programs[k], made.recipe.abstract_states()[k], incoming, batch.targets)
+    found = measure(made.engine.programs[k], made.spec.abstract_states()[k], incoming, batch.targets)
     found.packet = nbytes((hops[k].payload, batch.targets)) if k < len(hops) else 0
     return found
 
@@ -64,7 +64,7 @@ def batch_shapes(made: Experiment) -> Batch:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Every number of K = 2, 3, 6 at one width; prints the table."""
     made = experiment("backprop", 1, "count", args)
-    backprop = measure(made.engine.step, made.recipe.abstract_states(), batch_shapes(made))
+    backprop = measure(made.engine.step, made.spec.abstract_states(), batch_shapes(made))
     base = backprop.temporary + backprop.added
     print(f"cnn6, width {args.width}, batch {args.batch_size}: back-propagation {base / 2**20:.1f} MiB", flush=True)
     segments = {ends: segment(*ends, args) for ends in itertools.combinations(range(BLOCKS + 1), 2)}
@@ -83,7 +83,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows, results = [], []
     for modules, limit in LIMITS.items():
         made = experiment("fused", modules, "count", args)
-        fused = measure(made.engine.step, made.recipe.abstract_states(), batch_shapes(made))
+        fused = measure(made.engine.step, made.spec.abstract_states(), batch_shapes(made))
         fused_ratio = (fused.temporary + fused.added) / base
         held = holdings(modules)
         splits = [(0, *rest) for rest in itertools.combinations(range(1, BLOCKS), modules - 1)]

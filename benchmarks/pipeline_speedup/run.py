@@ -19,8 +19,8 @@ from interleaved import WARM_UP, Process, Timing, Variant, in_turns, serve, time
 
 from dgl_jax import system
 from dgl_jax.engines import Engine, PipelineEngine
-from dgl_jax.experiment import Experiment, make_experiment
-from dgl_jax.placement import put
+from dgl_jax.engines.placement import put
+from dgl_jax.run.build import Experiment, make_experiment
 
 ONE_CORE = "fused, process on one core"
 
@@ -63,7 +63,7 @@ def ceiling(made: Experiment) -> Variant:
                 jax.block_until_ready(waiting.popleft())
         return states
 
-    run = lambda steps: timed(lambda: work(steps), steps * made.recipe.batch_size)  # noqa: E731
+    run = lambda steps: timed(lambda: work(steps), steps * made.spec.batch_size)  # noqa: E731
     run(WARM_UP)
     return run
 

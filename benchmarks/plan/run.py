@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax import system
-from dgl_jax.bench import module_times
-from dgl_jax.costs import BlockTimes, block_times
 from dgl_jax.engines import EngineState
-from dgl_jax.experiment import Experiment, every_block, make_experiment
-from dgl_jax.plan import make_pipeline
+from dgl_jax.profile.timing import BlockTimes, block_times
+from dgl_jax.run.build import Experiment, every_block, make_experiment
+from dgl_jax.tools.bench import module_times
+from dgl_jax.tools.plan import make_pipeline
 
 MODULES = (2, 3)
 WARM_UP = 5
@@ -48,17 +48,17 @@ def experiment(modules: int, split: str, args: argparse.Namespace) -> Experiment
 def predicted(made: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace) -> float:
     """Ticks a second of the full pipe, packets taking no time: devices of one host hand over an address."""
     pipeline, _ = make_pipeline(made.settings, seconds, processor, cores=args.cores)
-    return pipeline.steady(made.recipe.traffic().wire)[0]
+    return pipeline.steady(made.spec.traffic().wire)[0]
 
 
 def company(made: Experiment, args: argparse.Namespace) -> int:
     """How many programs work at once, as `--mode=plan` has it."""
-    return min(round(args.cores), len(made.recipe.modules))
+    return min(round(args.cores), len(made.spec.modules))
 
 
 def of_blocks(made: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
     """The prediction from blocks and heads measured alone."""
-    starts = [module.first for module in made.recipe.modules]
+    starts = [module.first for module in made.spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
     return predicted(made, *([of.module(a, b) for a, b in zip(starts, ends)] for of in times), args)
 
@@ -124,7 +124,7 @@ def main() -> None:
             "blocks": harness.quartiles(harness.ratios(blocks[k], runs[k])),
         }
         result[str(k)] = {
-            "split": [module.first for module in made[k].recipe.modules],
+            "split": [module.first for module in made[k].spec.modules],
             "ticks_per_second": harness.quartiles(runs[k]),
             "predicted_from_modules": harness.quartiles(predictions[k]),
             "predicted_from_blocks": harness.quartiles(blocks[k]),

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax import system
-from dgl_jax.packet import Header, Targets
 from dgl_jax.replay import Ring
+from dgl_jax.types import Header, Targets
 
 TARGET = 0.8  # of the plain copy
 BATCH = 128

@@ -13,9 +13,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
-from dgl_jax.engines.turns import drawn
-from dgl_jax.packet import Header, Targets
 from dgl_jax.replay import Ring
+from dgl_jax.schedule import drawn
+from dgl_jax.types import Header, Targets
 
 MODULES, SLOWED, UPDATES = 6, 3, 51 * 390
 # (ring size, slowdown of module 3): mean age of the packets module 3 reads (of all modules where none is slowed), for the released

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax.engines import PipelineEngine
-from dgl_jax.experiment import Experiment, make_experiment
+from dgl_jax.run.build import Experiment, make_experiment
 
 LIMIT = 1.0  # ms a module
 WARM_UP = 10

@@ -17,7 +17,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
-from dgl_jax.experiment import Experiment, make_experiment
+from dgl_jax.run.build import Experiment, make_experiment
 
 SLOWDOWNS = (1.0, 1.5, 2.0, 4.0)
 WARM_UP = 5

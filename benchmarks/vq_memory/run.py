@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax.engines import ring_forms
-from dgl_jax.experiment import DatasetInfo, make_recipe
-from dgl_jax.packet import Header, Targets
 from dgl_jax.replay import Ring
+from dgl_jax.run.build import DatasetInfo, make_spec
+from dgl_jax.types import Header, Targets
 
 PACKETS, BATCH = 50, 128
 GIB = 2**30
@@ -55,17 +55,17 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
         **options,
     )
     info = DatasetInfo("cifar10", tuple(map(str, range(10))), (32, 32, 3), (0.5,) * 3, (0.25,) * 3)
-    recipe = make_recipe(settings, info)
-    forms, rings = ring_forms(recipe), []
+    spec = make_spec(settings, info)
+    forms, rings = ring_forms(spec), []
     targets = Targets(np.zeros(BATCH, np.int32), np.arange(BATCH, dtype=np.int32))
     gc.collect()
     before = resident()
-    for form, hop in zip(forms, recipe.hops, strict=True):
+    for form, hop in zip(forms, spec.hops, strict=True):
         ring = Ring(form.packet, held, codebook=form.codebook)
         random = np.random.default_rng(0)
         x = jnp.asarray(np.maximum(random.standard_normal(hop.activations.shape, np.float32), 0))
         codebook = jax.tree.map(lambda leaf, random=random: random.standard_normal(leaf.shape, np.float32), hop.codebook)
-        payload = jax.tree.map(np.asarray, jax.jit(recipe.codec.encode)(codebook, x))
+        payload = jax.tree.map(np.asarray, jax.jit(spec.codec.encode)(codebook, x))
         for n in range(2 * held):  # written over once: as many codebooks as there ever are
             fresh = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
             ring.add(payload, targets, Header(n, n), fresh)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from dgl_jax import eval_step, vq
 from dgl_jax.codecs import Bf16, Int8, residual
-from dgl_jax.experiment import Trained, load_trained
+from dgl_jax.run.restore import Trained, load_trained
 from dgl_jax.train import train_and_evaluate
 
 SIZES = [(256, 2, 1), (256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 4, 1), (16, 8, 1), (256, 16, 2)]  # (codes, dims, stages)
@@ -50,8 +50,8 @@ def activations(trained: Trained, images: np.ndarray) -> list[jax.Array]:
 
     @jax.jit
     def forward(images: jax.Array) -> list[jax.Array]:
-        x, found = trained.recipe.preprocess.evaluate(images), []
-        for module, state in zip(trained.recipe.modules[:-1], trained.restored.state.modules):
+        x, found = trained.spec.preprocess.evaluate(images), []
+        for module, state in zip(trained.spec.modules[:-1], trained.restored.state.modules):
             x, _ = eval_step(module, state.params, state.batch_stats, x)
             found.append(x)
         return found

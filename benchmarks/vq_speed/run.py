@@ -28,9 +28,9 @@ import numpy as np  # noqa: E402
 from sklearn.cluster import MiniBatchKMeans  # noqa: E402
 
 from dgl_jax import vq  # noqa: E402
-from dgl_jax.engines.compose import compose  # noqa: E402
-from dgl_jax.experiment import make_experiment  # noqa: E402
-from dgl_jax.placement import put  # noqa: E402
+from dgl_jax.engines.placement import put  # noqa: E402
+from dgl_jax.methods.dgl import compose  # noqa: E402
+from dgl_jax.run.build import make_experiment  # noqa: E402
 
 LIMIT = 2.0  # encode over the bare matrix product
 HOPS = [(32, 32), (16, 64), (8, 128), (32, 128), (16, 256), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32 and 128
@@ -153,10 +153,10 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
             model__modules=modules, **codec,
         )  # fmt: skip
         made = make_experiment(settings)
-        states, batch = made.recipe.init(), made.engine.placement.put_batch(made.source.batch(0), 0)
+        states, batch = made.spec.init(), made.engine.placement.put_batch(made.source.batch(0), 0)
         incoming, steps = batch, []
         for k, state in enumerate(states):
-            step = jax.jit(compose(made.recipe, k))
+            step = jax.jit(compose(made.spec, k))
             arguments = (put(state, made.engine.placement.replicated(0)), incoming, batch.targets)
             steps.append((step, arguments))
             incoming = jax.block_until_ready(step(*arguments))[1]

@@ -11,7 +11,7 @@ from dgl_jax.codecs.bf16 import Bf16
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.codecs.int8 import Int8
 from dgl_jax.codecs.residual import Vq
-from dgl_jax.settings import CodecSettings
+from dgl_jax.config import CodecSettings
 
 
 class Codec(Protocol):

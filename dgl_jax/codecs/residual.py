@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-from dgl_jax import rngs
 from dgl_jax.codecs import vq
 from dgl_jax.codecs.vq import Codebook
+from dgl_jax.core import rngs
 
 _STARTED_FROM = 8  # vectors a code, from which the start of a later stage is drawn
 

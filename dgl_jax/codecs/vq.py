@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
-from dgl_jax import rngs
 from dgl_jax.codecs.groups import check_dims
+from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 
 MAX_CODES = 65_536

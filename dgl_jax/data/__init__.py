@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from dgl_jax.data import folder, records, synthetic, tfds_sets
-from dgl_jax.data.augment import Preprocess, augment_key
-from dgl_jax.data.records import RecordSet, RecordSource
-from dgl_jax.data.source import ArraySource, DataSet, Shard, Source
+from dgl_jax.config import DataSettings, nearest
+from dgl_jax.data import folder, streaming, synthetic, tfds_sets
+from dgl_jax.data.memory import ArraySource
+from dgl_jax.data.source import DataSet, Shard, Source
+from dgl_jax.data.streaming import RecordSet, RecordSource
 from dgl_jax.errors import UserError
-from dgl_jax.settings import DataSettings, nearest
+from dgl_jax.tasks.image_classification import Preprocess, augment_key
 
 __all__ = [
     "SHAPES",
@@ -27,13 +28,13 @@ SETS: dict[str, Callable[[DataSettings], DataSet | RecordSet]] = {
     "digits": tfds_sets.load,
     "cifar10": tfds_sets.load,
     "cifar100": tfds_sets.load,
-    "imagenet": records.load,
-    "imagenette": records.load,
+    "imagenet": streaming.load,
+    "imagenette": streaming.load,
     "folder": folder.load,
     "synthetic": synthetic.load,
 }
 # Sets whose images are cut from photographs of any proportions: of these a network sees the middle.
-PHOTOGRAPHS = tuple(name for name, load in SETS.items() if load is records.load)
+PHOTOGRAPHS = tuple(name for name, load in SETS.items() if load is streaming.load)
 # Of sets that are known before they are read: pixels a side (as stored, or as published work crops them), channels, classes.
 SHAPES: dict[str, tuple[int, int, int]] = {
     "digits": (8, 1, 10),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dgl_jax.data.source import Examples
-from dgl_jax.paths import cache_dir
+from dgl_jax.system import cache_dir
 
 _LOG = logging.getLogger(__name__)
 

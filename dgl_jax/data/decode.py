@@ -13,8 +13,7 @@ from jaxtyping import UInt8
 
 from dgl_jax import system
 from dgl_jax.data.crops import MARGIN
-from dgl_jax.errors import UserError
-from dgl_jax.libraries import needed
+from dgl_jax.errors import UserError, needed
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dgl_jax.config import DataSettings, expand
 from dgl_jax.data import cache
 from dgl_jax.data.decode import ALPHA, FRAMES, GREY, decode_images, image_kinds
 from dgl_jax.data.source import DataSet, Examples
 from dgl_jax.errors import UserError
-from dgl_jax.paths import expand
-from dgl_jax.settings import DataSettings
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dgl_jax import rngs
+from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
-from dgl_jax.packet import PADDING, Batch, Targets
+from dgl_jax.types import PADDING, Batch, Targets
 
 SPLITS = ("train", "validation", "test")
 
@@ -164,75 +164,6 @@ class Order:
         return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
 
 
-class ArraySource:
-    """A data set held in arrays, with validation images held out of the training split as `Order` says."""
-
-    def __init__(
-        self,
-        data: DataSet,
-        *,
-        batch_size: int,
-        seed: int,
-        validation_fraction: float = 0.0,
-        train_examples: int = 0,
-        mean: tuple[float, ...] = (),
-        std: tuple[float, ...] = (),
-    ):
-        """Splits; `mean` and `std` empty: those of the images trained on.
-
-        Raises:
-          UserError: see `Order`; or a mean does not fit the channels.
-        """
-        self._order = Order(
-            data.name,
-            len(data.train.labels),
-            len(data.test.labels),
-            lambda: data.train.labels,
-            batch_size=batch_size,
-            seed=seed,
-            validation_fraction=validation_fraction,
-            train_examples=train_examples,
-        )
-        self.name = data.name
-        self.class_names = data.class_names
-        self.num_classes = len(data.class_names)
-        height, width, channels = data.train.images.shape[1:]
-        self.image_shape = (height, width, channels)
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self._stored = {"train": data.train, "validation": data.train, "test": data.test}
-        check_channels(data.name, channels, mean, std)
-        if not (mean and std):
-            found = channel_statistics(data.train.images, self._order.splits["train"])
-            mean, std = mean or found[0], std or found[1]
-        self.mean, self.std = mean, std
-
-    def batch(self, step: int, shard: Shard = Shard()) -> Batch:
-        """See `Source.batch`.
-
-        Returns:
-          A batch of arrays of its own: nobody else writes to them.
-        """
-        ids = self._order.training(int(step))
-        return _gather(self._stored["train"], ids[shard.slice(self._order.batch_size)], step)
-
-    def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
-        """See `Source.batches`. No thread reads ahead: a batch of small images takes 0.1 ms to make."""
-        step = int(start)
-        while True:
-            yield self.batch(step, shard)
-            step += 1
-
-    def examples(self, split: str) -> int:
-        """See `Source.examples`."""
-        return len(self._order.split(split))
-
-    def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
-        """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""
-        part = shard.slice(self._order.batch_size)
-        for step, ids in enumerate(self._order.evaluation(split)):
-            yield _gather(self._stored[split], ids[part], step, part.stop - part.start)
-
-
 def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Raises UserError where a mean or standard deviation is given and has not one value a channel."""
     for field, values in (("mean", mean), ("std", std)):
@@ -255,26 +186,6 @@ def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitG
     return np.sort(np.concatenate(chosen))
 
 
-def channel_statistics(
-    images: UInt8[np.ndarray, "N H W C"], ids: Int[np.ndarray, " n"], at_once: int = 4096
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over the chosen images, of pixel values scaled to 0 ... 1; exact.
-
-    A channel without any contrast gets the standard deviation of one grey level, so that dividing by it does no harm.
-    """
-    channels = images.shape[-1]
-    counts = np.zeros((channels, 256))
-    for start in range(0, len(ids), at_once):
-        part = images[ids[start : start + at_once]]
-        for channel in range(channels):
-            counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    total = counts.sum(axis=1)
-    mean = counts @ levels / total
-    std = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
-    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
-
-
 def padded(
     images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
 ) -> Batch:
@@ -286,7 +197,3 @@ def padded(
         labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
         ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
     return Batch(images, Targets(labels, ids), np.asarray(step, np.int32))
-
-
-def _gather(stored: Examples, ids: Int[np.ndarray, " n"], step: int, size: int = 0) -> Batch:
-    return padded(stored.images[ids], stored.labels[ids], ids, step, size)

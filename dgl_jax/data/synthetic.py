@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from dgl_jax.config import DataSettings
 from dgl_jax.data.source import DataSet, Examples
-from dgl_jax.settings import DataSettings
 
 _CLASSES = 10
 _DEFAULT_SIZE = 32

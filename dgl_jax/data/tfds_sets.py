@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dgl_jax.config import DataSettings, expand
 from dgl_jax.data import cache
 from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import DataSet, Examples
-from dgl_jax.errors import UserError
-from dgl_jax.libraries import require
-from dgl_jax.paths import expand
-from dgl_jax.settings import DataSettings
+from dgl_jax.errors import UserError, require
 
 _LOG = logging.getLogger(__name__)
 

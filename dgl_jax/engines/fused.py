@@ -5,42 +5,20 @@ from typing import Any
 
 import jax
 
+from dgl_jax.core.kept import kept
+from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import compose
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
-from dgl_jax.engines.turns import Tick, fused, never
-from dgl_jax.kept import kept
-from dgl_jax.module import ModuleState
-from dgl_jax.packet import Batch
-from dgl_jax.placement import Placement, put
-from dgl_jax.step import Metrics
-
-States = tuple[ModuleState, ...]
-# (states of all modules, batch) -> (states, metrics of each module)
-TrainStep = Callable[[States, Batch], tuple[States, tuple[Metrics, ...]]]
-
-
-def fused_step(recipe: Recipe) -> TrainStep:
-    """The local steps of all modules on one batch, one after the other, as one pure function."""
-    programs = [compose(recipe, k) for k in range(len(recipe.modules))]
-
-    def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
-        new, metrics = [], []
-        incoming: Any = batch
-        for program, state in zip(programs, states, strict=True):
-            state, incoming, of_module = program(state, incoming, batch.targets)
-            # Each module is compiled as it would be alone, which keeps every bit equal to the pipeline's.
-            state, incoming, of_module = jax.lax.optimization_barrier((state, incoming, of_module))
-            new.append(state)
-            metrics.append(of_module)
-        return tuple(new), tuple(metrics)
-
-    return step
+from dgl_jax.engines.base import EngineState, Report, Synchronous, place_modules, run_ticks, updates_of
+from dgl_jax.engines.placement import Placement, put
+from dgl_jax.methods.base import TrainStep
+from dgl_jax.methods.dgl import fused_step
+from dgl_jax.schedule import Tick, fused, never
+from dgl_jax.spec import Traffic, TrainSpec
 
 
 @kept(16)
-def _jitted(make_step: Callable[[Recipe], TrainStep], recipe: Recipe) -> TrainStep:
-    return jax.jit(make_step(recipe), donate_argnums=0)
+def _jitted(make_step: Callable[[TrainSpec], TrainStep], spec: TrainSpec) -> TrainStep:
+    return jax.jit(make_step(spec), donate_argnums=0)
 
 
 class FusedEngine(Synchronous):
@@ -48,23 +26,23 @@ class FusedEngine(Synchronous):
 
     def __init__(
         self,
-        recipe: Recipe,
+        spec: TrainSpec,
         placement: Placement,
         ticks_in_flight: int = 2,
-        make_step: Callable[[Recipe], TrainStep] = fused_step,
+        make_step: Callable[[TrainSpec], TrainStep] = fused_step,
     ):
-        self.recipe = recipe
+        self.spec = spec
         self.placement = placement
         self.ticks_in_flight = ticks_in_flight
-        self.step = _jitted(make_step, recipe)
+        self.step = _jitted(make_step, spec)
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices here: what the encoded arrays weigh. No hop where all modules have one loss."""
-        return self.recipe.traffic() if all(module.head for module in self.recipe.modules) else Traffic((), (), ())
+        return self.spec.traffic() if all(module.head for module in self.spec.modules) else Traffic((), (), ())
 
     def init(self) -> EngineState:
         """Fresh state on its devices."""
-        return self.place(EngineState(self.recipe.init()))
+        return self.place(EngineState(self.spec.init()))
 
     def place(self, state: EngineState) -> EngineState:
         """A state on this engine's devices."""
@@ -74,7 +52,7 @@ class FusedEngine(Synchronous):
         """Trains until every module has `until` updates; see `Engine.run`."""
         states, start = state.modules, updates_of(state)
         batches = source.batches(start)
-        modules = len(self.recipe.modules)
+        modules = len(self.spec.modules)
 
         def dispatch(tick: Tick) -> list[tuple[Any, Metrics]]:
             nonlocal states

@@ -7,33 +7,34 @@ first: all it needs was made a tick ago, so the devices of all modules start at 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.compose import jitted
-from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Synchronous, Traffic, place_modules, run_ticks, updates_of
-from dgl_jax.engines.turns import Tick, Turn, fused, never, pipelined
-from dgl_jax.packet import Batch, Coded, Header, Packet
-from dgl_jax.placement import Placement, put
-from dgl_jax.step import Metrics
+from dgl_jax.engines.base import EngineState, Report, Synchronous, place_modules, run_ticks, updates_of
+from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.program import jitted
+from dgl_jax.schedule import Tick, Turn, fused, never, pipelined
+from dgl_jax.spec import Meter, Traffic, TrainSpec
+from dgl_jax.types import Batch, Coded, Header, Packet
 
 
 class PipelineEngine(Synchronous):
     """Module k works on device group k; its packet moves to group k + 1 while group k begins the next batch."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, ticks_in_flight: int = 2):
-        self.recipe = recipe
-        self.placement, self.hops = placement, recipe.hops
-        self.meters = [Meter() for _ in recipe.modules[1:]]  # of what crossed each hop
+    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2):
+        self.spec = spec
+        self.placement, self.hops = placement, spec.hops
+        self.meters = [Meter() for _ in spec.modules[1:]]  # of what crossed each hop
         self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight = ticks_in_flight
-        self.programs = [jitted(recipe, k, placement) for k in range(len(recipe.modules))]
+        self.programs = [jitted(spec, k, placement) for k in range(len(spec.modules))]
 
     def traffic(self) -> Traffic:
         """Counted from the packets that crossed devices; by shape where modules share a device."""
-        return self.recipe.traffic(self.meters)
+        return self.spec.traffic(self.meters)
 
     def init(self) -> EngineState:
         """Fresh state, each module on its devices."""
-        return self.place(EngineState(self.recipe.init()))
+        return self.place(EngineState(self.spec.init()))
 
     def place(self, state: EngineState) -> EngineState:
         """A state on this engine's devices."""
@@ -42,7 +43,7 @@ class PipelineEngine(Synchronous):
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
         states, start = list(state.modules), updates_of(state)
-        modules = len(self.recipe.modules)
+        modules = len(self.spec.modules)
         batches = source.batches(start)
         registers: list[Packet | None] = [None] * modules
         self.published = [None] * modules

@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.engine import EngineState, Recipe, Report, Traffic, counts
-from dgl_jax.engines.rings import Asynchronous, Rings, flight_of
-from dgl_jax.engines.turns import drawn, in_order, never
-from dgl_jax.packet import Header
-from dgl_jax.placement import Placement
-from dgl_jax.settings import EngineSettings, ReplaySettings
-from dgl_jax.step import Metrics
+from dgl_jax.engines.asynchronous import Asynchronous, Rings, flight_of
+from dgl_jax.engines.base import EngineState, Report, counts
+from dgl_jax.engines.placement import Placement
+from dgl_jax.schedule import drawn, in_order, never
+from dgl_jax.spec import Traffic, TrainSpec
+from dgl_jax.types import Header
 
 
 class SimulatedEngine(Asynchronous):
@@ -27,16 +28,16 @@ class SimulatedEngine(Asynchronous):
     continuous = False
     unit = "turns"
 
-    def __init__(self, recipe: Recipe, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
-        super().__init__(recipe, placement, engine, replay)
-        self.total, modules = total, len(recipe.modules)
+    def __init__(self, spec: TrainSpec, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
+        super().__init__(spec, placement, engine, replay)
+        self.total, modules = total, len(spec.modules)
         if engine.order == "ordered":  # all modules end in the same round: none of them ever only feeds
             self._feeding = ()
-        self.module_of = in_order(modules) if engine.order == "ordered" else drawn(modules, engine.slowdown, recipe.seed)
+        self.module_of = in_order(modules) if engine.order == "ordered" else drawn(modules, engine.slowdown, spec.seed)
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices: what the encoded arrays weigh."""
-        return self.recipe.traffic()
+        return self.spec.traffic()
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot, good until the next."""

@@ -19,16 +19,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.core.module import ModuleState
+from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.engine import EngineState, Meter, Recipe, Report, Traffic, counts
-from dgl_jax.engines.rings import Asynchronous, Rings, Still, flight_of
-from dgl_jax.engines.turns import never
+from dgl_jax.engines.asynchronous import Asynchronous, Rings, Still, flight_of
+from dgl_jax.engines.base import EngineState, Report, counts
+from dgl_jax.engines.placement import Placement, put
 from dgl_jax.errors import UserError, explain
-from dgl_jax.module import ModuleState
-from dgl_jax.packet import Header
-from dgl_jax.placement import Placement, put
-from dgl_jax.settings import EngineSettings, ReplaySettings
-from dgl_jax.step import Metrics
+from dgl_jax.schedule import never
+from dgl_jax.spec import Meter, Traffic, TrainSpec
+from dgl_jax.types import Header
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class ThreadsEngine(Asynchronous):
     continuous = True
     unit = "seconds"
 
-    def __init__(self, recipe: Recipe, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
-        super().__init__(recipe, placement, engine, replay)
-        modules = range(len(recipe.modules))
+    def __init__(self, spec: TrainSpec, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+        super().__init__(spec, placement, engine, replay)
+        modules = range(len(spec.modules))
         self.slowdown = engine.slowdown or (1.0,) * len(modules)
         self.watchdog_seconds = engine.watchdog_seconds
         self.recover: Callable[[int], ModuleState | None] | None = None
@@ -70,7 +71,7 @@ class ThreadsEngine(Asynchronous):
 
     def traffic(self) -> Traffic:
         """What went through the rings; before the first packet, what the encoded arrays weigh."""
-        return self.recipe.traffic(self.meters)
+        return self.spec.traffic(self.meters)
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings, and of each module: updates a second lately, seconds waited for packets."""

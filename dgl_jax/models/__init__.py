@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from dgl_jax.config import nearest
 from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HEADS, make_head
@@ -15,7 +16,6 @@ from dgl_jax.models.network import Network
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
-from dgl_jax.settings import nearest
 
 __all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "check_network", "cuts", "make_head", "make_network", "register"]
 

@@ -15,9 +15,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dgl_jax.models.convolution import conv_general_dilated
-from dgl_jax.models.normalization import BatchNorm
-from dgl_jax.models.pooling import max_pool_2x2
+from dgl_jax.ops.batch_norm import BatchNorm
+from dgl_jax.ops.conv import conv_general_dilated
+from dgl_jax.ops.pooling import max_pool_2x2
 
 _AXES = ("NHWC", "HWIO", "NHWC")
 

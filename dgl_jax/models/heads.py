@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import batch_norm, conv_norm, linear
-from dgl_jax.models.pooling import adaptive_avg_pool
+from dgl_jax.ops.pooling import adaptive_avg_pool
 
 
 class MLPHead(nn.Module):

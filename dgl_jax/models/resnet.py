@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, conv_norm
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.models.network import Network
-from dgl_jax.models.pooling import max_pool_3x3
+from dgl_jax.ops.pooling import max_pool_3x3
 
 # Residual blocks of each of the four stages of the ImageNet networks.
 _BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear
 from dgl_jax.models.network import Network
-from dgl_jax.models.pooling import max_pool_2x2
+from dgl_jax.ops.pooling import max_pool_2x2
 
 # Convolutions between two poolings. The depth counts three Linear layers besides.
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

@@ -11,7 +11,7 @@ Block 0 makes tokens of patches, blocks 1 to 4 are the encoder; any cut between 
 from ml_collections import ConfigDict
 
 import examples.vit.vit  # noqa: F401 (registers the network)
-from dgl_jax.settings import default_config
+from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

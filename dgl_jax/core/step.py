@@ -1,0 +1,144 @@
+"""One update of one module (and its evaluation) as pure functions of state and arrays; no device, engine or codec in sight."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from dgl_jax.core import rngs
+from dgl_jax.core.module import LocalModule, ModuleState
+from dgl_jax.objectives import classifier
+from dgl_jax.ops import remat
+from dgl_jax.types import Targets
+
+PyTree = Any
+Metrics = dict[str, Array]
+# (params, batch_stats, inputs, targets, keys) -> (loss, (new batch_stats, outputs, logits))
+Objective = Callable[[PyTree, PyTree, Array, Targets, PyTree], tuple[Array, tuple[PyTree, PyTree, Array]]]
+
+
+def local_step(
+    module: LocalModule,
+    optimizer: optax.GradientTransformation,
+    state: ModuleState,
+    inputs: Float[Array, "B ..."],
+    targets: Targets,
+    *,
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
+    """One update of a module on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
+
+    Args:
+      module, optimizer, accumulate, label_smoothing: static; bind them with `functools.partial` before `jax.jit`.
+      state: the module's state.
+      inputs: activations of the module below, or the images; no gradient leaves through them.
+      targets: labels of the same examples.
+      accumulate: see `mean_gradient`.
+      label_smoothing: see `classifier.cross_entropy`.
+
+    Returns:
+      The new state; the activations for the next module, of the forward pass before the update, detached; and the batch's
+      `loss` (nats, smoothed as it is minimised) and `accuracy` (fraction) as device scalars.
+    """
+    inputs = lax.stop_gradient(inputs)
+    rng = rngs.update(state.rng, state.updates)
+
+    def objective(params, batch_stats, inputs, targets, rng):
+        outputs, logits, batch_stats = module.apply(params, batch_stats, inputs, train=True, rng=rng)
+        return classifier.cross_entropy(logits, targets.label, label_smoothing), (batch_stats, outputs, logits)
+
+    gradient, batch_stats, outputs, metrics = mean_gradient(
+        objective, state.params, state.batch_stats, inputs, targets, rng, accumulate
+    )
+    return apply_gradient(optimizer, state, gradient, batch_stats), lax.stop_gradient(outputs), metrics
+
+
+def mean_gradient(
+    objective: Objective,
+    params: PyTree,
+    batch_stats: PyTree,
+    inputs: Float[Array, "B ..."],
+    targets: Targets,
+    keys: PyTree,
+    accumulate: int = 1,
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+    """Gradient of a batch's loss, worked out on `accumulate` micro-batches one after the other, each in the memory of its own size.
+
+    Without batch norm it is the gradient of the whole batch. Batch norm takes each micro-batch by itself, and the running averages
+    see one after the other. Micro-batch i of n has examples i, i + n, i + 2n, ...: where devices share a batch, n must divide the
+    share of each, and no example moves.
+
+    Returns:
+      The gradient; the new batch_stats; the objective's outputs for all examples, in their order; and the `loss` and `accuracy`.
+    """
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    gradient, outputs, metrics = None, [], []
+    for (x, of_x), own in zip(_split((inputs, targets), accumulate), _keys(keys, accumulate), strict=True):
+        # In any other order what one leaves for its backward pass would wait beside what the next one does.
+        at = params if gradient is None else remat.after(params, gradient)
+        (loss, (batch_stats, y, logits)), found = differentiate(at, batch_stats, x, of_x, own)
+        gradient = found if gradient is None else jax.tree.map(jnp.add, gradient, found)
+        outputs.append(y)
+        metrics.append({"loss": loss, "accuracy": classifier.accuracy(logits, of_x.label)})
+    if accumulate == 1:
+        return gradient, batch_stats, outputs[0], metrics[0]
+    gradient, mean = jax.tree.map(lambda x: x / accumulate, (gradient, jax.tree.map(lambda *x: sum(x), *metrics)))
+    return gradient, batch_stats, _join(outputs), mean
+
+
+def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any) -> ModuleState:
+    """The optimizer's update of one module: what every training rule does with its gradient."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return dataclasses.replace(
+        state,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        updates=state.updates + 1,
+    )
+
+
+def feed_step(
+    module: LocalModule, state: ModuleState, inputs: Float[Array, "B ..."], *, train: bool, accumulate: int = 1
+) -> Float[Array, "B ..."]:
+    """Activations for the next module from one that learns no more: as its next update would hand on, or in evaluation's way."""
+    rng = rngs.update(state.rng, state.updates)
+    parts = zip(_split(inputs, accumulate), _keys(rng, accumulate), strict=True)
+    return _join([module.apply_body(state.params, state.batch_stats, x, train=train, rng=own)[0] for x, own in parts])
+
+
+def eval_step(
+    module: LocalModule, params: Any, batch_stats: Any, inputs: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B ..."], Float[Array, "B C"] | None]:
+    """Activations for the next module and logits of the own head (None without one), with running batch statistics."""
+    outputs, _ = module.apply_body(params, batch_stats, inputs, train=False)
+    if module.head is None:
+        return outputs, None
+    logits, _ = module.apply_head(params, batch_stats, outputs, train=False)
+    return outputs, logits
+
+
+def _split(tree: PyTree, parts: int) -> list[PyTree]:
+    """Every `parts`-th example, from the first, from the second, and so on."""
+    if parts == 1:
+        return [tree]
+    rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), tree)
+    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(parts)]
+
+
+def _join(parts: list[PyTree]) -> PyTree:
+    """What was split, in order again."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
+
+
+def _keys(keys: PyTree, parts: int) -> list[PyTree]:
+    """Returns a key for each micro-batch from the key of an update, or a pytree of them from one of those."""
+    return [jax.tree.map(lambda key, i=i: rngs.micro_batch(key, i), keys) for i in range(parts)]

@@ -1,0 +1,241 @@
+"""What is under way in an asynchronous run: a ring of packets before every module but the first, and who worked when."""
+
+import threading
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.core import rngs
+from dgl_jax.engines.base import EngineState, counts, place_modules
+from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.program import jitted, jitted_feed
+from dgl_jax.replay import Form, Ring, Sample
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch, Coded, Header, Packet, Targets
+
+_TURNS = 64  # the newest, kept for the timeline
+
+
+class Rings:
+    """The flight of an asynchronous state.
+
+    Attributes:
+      rings: those of modules 1, 2, ...
+      batches: batches the first module has read.
+      turn: turns drawn so far, where they are drawn.
+      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
+      skipped: of each module, turns lost for want of a packet.
+      turns: the newest of all modules as (module, begin, end).
+      unit: of begin and end: turns drawn, or seconds since the run began.
+    """
+
+    def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
+        self.rings = [
+            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, rngs.ring(spec.seed, k), form.codebook)
+            for k, form in enumerate(ring_forms(spec), 1)
+        ]
+        self.turn, self.batches, self.unit = 0, batches, unit
+        modules = len(self.rings) + 1
+        self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
+        self.turns: deque[tuple[int, float, float]] = deque(maxlen=_TURNS)
+        # How often module k read a packet of age 0, 1, 2 or 3, 4 to 7 and so on.
+        self.ages = np.zeros((modules, (replay.size - 1).bit_length() + 1), np.int64)
+
+    def ring(self, module: int) -> Ring:
+        """The one that module reads."""
+        return self.rings[module - 1]
+
+    def sample(self, module: int) -> Sample | None:
+        """What the module reads next; None where no packet may be read."""
+        sample = self.ring(module).sample()
+        if sample is not None:
+            self.ages[module, sample.age.bit_length()] += 1
+        return sample
+
+    def add(self, producer: int, payload: Any, targets: Targets, header: Header, codebook: Any = None) -> None:
+        """A packet (host arrays) from one module to the next, with its codebook where that is new."""
+        self.ring(producer + 1).add(payload, targets, header, codebook)
+
+    def gauges(self) -> dict[str, float]:
+        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
+        found: dict[str, float] = {}
+        for k, ring in enumerate(self.rings, 1):
+            tally = ring.tally
+            values = {
+                "age": tally.mean_age(),
+                "oldest": tally.oldest,
+                "reuse": tally.reuse(),
+                "never_used": tally.never_used,
+                "bytes": ring.nbytes,
+                "skipped": self.skipped[k],
+            }
+            values |= {f"ages_from_{2**i // 2}": n for i, n in enumerate(self.ages[k])}
+            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
+        return found
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """The newest turns, oldest first."""
+        return list(self.turns)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Host arrays, copied."""
+        rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
+        turns = np.array(self.recent(), np.float64).reshape(-1, 3)
+        return rings | {
+            "counts": np.array([self.turn, self.batches], np.int64),
+            "waiting": self.waiting.copy(),
+            "skipped": self.skipped.copy(),
+            "ages": self.ages.copy(),
+            "turns": np.concatenate([turns, np.full((_TURNS - len(turns), 3), -1.0)]),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes on from a snapshot."""
+        self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
+        self.waiting[:], self.skipped[:], self.ages[:] = saved["waiting"], saved["skipped"], saved["ages"]
+        self.turns.extend((int(k), float(a), float(b)) for k, a, b in np.asarray(saved["turns"]) if k >= 0)
+        for k, ring in enumerate(self.rings, 1):
+            ring.restore(saved[f"ring_{k}"])
+
+
+class Still:
+    """The rings as they were when a snapshot was taken, for a checkpoint that is written while the workers go on.
+
+    Each ring is copied under its lock. The rings are copied before the modules: no packet is newer than its producer.
+    """
+
+    def __init__(self, rings: Rings):
+        self.unit, self._turns, self._gauges, self._saved = rings.unit, rings.recent(), rings.gauges(), rings.snapshot()
+
+    def begin_at(self, batches: int) -> None:
+        """Takes the count of batches that goes with the copy of the first module."""
+        self._saved["counts"][1] = batches
+
+    def gauges(self) -> dict[str, float]:
+        """Returns those of the rings."""
+        return self._gauges
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """Returns the newest turns, oldest first."""
+        return self._turns
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the copy itself."""
+        return self._saved
+
+
+class Asynchronous:
+    """What asynchronous engines have in common: rings in flight, a program a module, and one that only feeds."""
+
+    unit: str
+
+    def __init__(self, spec: TrainSpec, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+        self.spec, self.placement, self.replay, self.hops = spec, placement, replay, spec.hops
+        modules = range(len(spec.modules))
+        self.programs = [jitted(spec, k, placement) for k in modules]
+        self.feeds = [jitted_feed(spec, k, engine.finished == "train", placement) for k in modules[:-1]]
+        self.of_states: list[Any] = []  # further programs, of a module's state alone
+        self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
+        self._prepared = False
+        # The codebooks that module k has on its devices, by their version in the ring it reads.
+        self.codebooks: list[dict[int, Any]] = [{} for _ in modules]
+
+    def prepare(self) -> None:
+        """Compiles all programs, those of different modules at once; a second call does nothing.
+
+        Compiled before the first turn they can be in no measured time, and no module waits for another one's compiler.
+        """
+        if self._prepared:
+            return
+        states, failed = self.spec.abstract_states(), []
+
+        def compile_all(k: int) -> None:
+            try:
+                state = _shapes(states[k], self.placement.replicated(k))
+                incoming, targets = self._entering(k)
+                self._steps[k].lower(state, incoming, targets).compile()
+                if k < len(self._feeding):
+                    self._feeding[k].lower(state, incoming).compile()
+                for program in self.of_states:
+                    program.lower(state).compile()
+            except Exception as error:
+                failed.append(error)
+
+        # Daemons: whoever quits at once does not wait for a compiler.
+        compilers = [threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))]
+        for compiler in compilers:
+            compiler.start()
+        for compiler in compilers:
+            compiler.join()
+        if failed:
+            raise failed[0]
+        self._prepared = True
+
+    def _entering(self, k: int) -> tuple[Any, Targets]:
+        """Returns shapes of what a turn of module k takes in, where it will lie."""
+        split, everywhere = self.placement.split(k), self.placement.replicated(k)
+        targets: Any = _shapes(self.spec.targets(), split)
+        if k == 0:
+            images = jax.ShapeDtypeStruct(self.spec.inputs().shape, "uint8", sharding=split)
+            return Batch(images, targets, jax.ShapeDtypeStruct((), "int32", sharding=everywhere)), targets  # type: ignore[arg-type]
+        hop = self.hops[k - 1]
+        book = _shapes(hop.codebook, everywhere)
+        newest = book if hop.period and self.spec.decode == "latest" else None
+        return Coded(_shapes(hop.payload, split), book, newest), targets
+
+    def init(self) -> EngineState:
+        """Fresh modules, empty rings."""
+        return self.resume(self.place(EngineState(self.spec.init())), None)
+
+    def place(self, state: EngineState) -> EngineState:
+        """The modules on this engine's devices; the flight as it is."""
+        return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
+
+    def resume(self, state: EngineState, saved: Any) -> EngineState:
+        """With the rings of the checkpoint; without a snapshot they are empty, and turns begin anew, which fills them."""
+        rings = Rings(self.spec, self.replay, batches=counts(state)[0], unit=self.unit)
+        self.codebooks = [{} for _ in state.modules]
+        if saved is not None:
+            rings.restore(saved)
+        return EngineState(state.modules, rings)
+
+    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Coded, Targets]:
+        """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
+        payload, targets = put((packet.payload, packet.targets), self.placement.split(k))
+        if not packet.header.codebook:
+            return Coded(payload), targets
+        newest, latest = ring.newest_codebook
+        wanted = {packet.header.codebook: packet.codebook}
+        if self.spec.decode == "latest":
+            wanted[newest] = latest
+        kept = ring.versions()
+        here = {version: book for version, book in self.codebooks[k].items() if version in kept}
+        for version, book in wanted.items():
+            if version not in here:
+                here[version] = put(book, self.placement.replicated(k))
+        self.codebooks[k] = here
+        codebook = here[packet.header.codebook]
+        return Coded(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
+
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """Those of the rings."""
+        assert isinstance(state.flight, Rings | Still), "a snapshot without its flight has none"
+        return state.flight.gauges()
+
+
+def flight_of(state: EngineState) -> Rings:
+    """The rings of an asynchronous state."""
+    assert isinstance(state.flight, Rings), "an asynchronous engine begins with `init` or `resume`"
+    return state.flight
+
+
+def _shapes(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def ring_forms(spec: TrainSpec) -> list[Form]:
+    """What each ring holds."""
+    return [Form((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]

@@ -1,0 +1,177 @@
+"""What an engine is, and the loop that the synchronous ones share."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from dgl_jax.core.module import ModuleState
+from dgl_jax.core.step import Metrics
+from dgl_jax.data import Source
+from dgl_jax.engines.placement import Placement
+from dgl_jax.schedule import Tick, Turn, never
+from dgl_jax.spec import Traffic, TrainSpec
+
+
+class Flight(Protocol):
+    """What is under way between modules where that belongs to the algorithm: rings, turns. Lives on the host, changes in place.
+
+    Attributes:
+      unit: of the times in `recent`.
+    """
+
+    unit: str
+
+    def snapshot(self) -> Any:
+        """A pytree of host arrays, copied, for a checkpoint."""
+
+    def recent(self) -> list[tuple[int, float, float]]:
+        """The newest turns as (module, begin, end), oldest first."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """The states of all modules: one checkpoint form for every engine and device layout; `flight` is None in synchronous ones."""
+
+    modules: tuple[ModuleState, ...]
+    flight: Flight | None = None
+
+
+class Snapshot(Protocol):
+    """Gives the state of an engine."""
+
+    def __call__(self, flight: bool = True) -> EngineState:
+        """Returns the modules' states and, unless `flight` is false, what is under way: an evaluation has no use for that."""
+
+
+@dataclass
+class Report:
+    """What a synchronous engine says after an update of its last module, an asynchronous one after an update of any.
+
+    Attributes:
+      updates: updates made by each module.
+      metrics: of each module for its newest update, empty where this report brings none: device scalars, already computed.
+      snapshot: gives the EngineState. Of a synchronous engine only the last report of a run has one: before it, batches are in
+        the pipe.
+      at: seconds of a monotonic clock at which the update was done, if reports may be read later than they are made.
+    """
+
+    updates: tuple[int, ...]
+    metrics: tuple[Metrics, ...]
+    snapshot: Snapshot
+    at: float | None = None
+
+
+class Engine(Protocol):
+    """Decides which module works when, and where.
+
+    Attributes:
+      continuous: its modules go on while its reports are read, so that one `run` lasts until the end of training, whatever is done
+        with snapshots in between.
+    """
+
+    spec: TrainSpec
+    placement: Placement
+    continuous: bool
+
+    def traffic(self) -> Traffic:
+        """What the packets weigh."""
+
+    def init(self) -> EngineState:
+        """Fresh state on its devices."""
+
+    def place(self, state: EngineState) -> EngineState:
+        """A state (restored, or another engine's) on this engine's devices."""
+
+    def resume(self, state: EngineState, saved: Any) -> EngineState:
+        """A restored state with its flight, from the snapshot in the checkpoint (None: it has none)."""
+
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """What the engine measures of itself, for the metrics."""
+
+    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+        """Trains until every module has `until` updates; takes over (donates) `state`.
+
+        Once `stop()` is true no new batch is begun; a synchronous run ends with all modules at the same count.
+        """
+
+
+class Synchronous:
+    """What synchronous engines have in common: nothing is under way when they rest."""
+
+    continuous = False
+
+    def resume(self, state: EngineState, saved: Any) -> EngineState:
+        """The state itself."""
+        return state
+
+    def gauges(self, state: EngineState) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+def run_ticks(
+    ticks: Iterator[Tick],
+    dispatch: Callable[[Tick], list[tuple[Turn, Metrics]]],
+    in_flight: int,
+    modules: int,
+    snapshot: Snapshot,
+) -> Iterator[Report]:
+    """Dispatches ticks without waiting for their results, at most `in_flight` ahead, and reports each finished batch.
+
+    A report comes once all modules have trained on its batch and their metrics are computed, so reading them never stalls the
+    devices. The last report alone can give a snapshot.
+    """
+    waiting: deque[list[tuple[Turn, Metrics]]] = deque()
+    collected: dict[int, list[Metrics]] = {}
+    late: Report | None = None
+
+    def finished(results: list[tuple[Turn, Metrics]]) -> Iterator[Report]:
+        jax.block_until_ready([metrics for _, metrics in results])
+        # The first module comes first in every batch's list: it works on a batch before, or is listed before, all others.
+        for turn, metrics in sorted(results, key=lambda result: result[0]):
+            collected.setdefault(turn.batch, []).append(metrics)
+        for batch in sorted(b for b, found in collected.items() if len(found) == modules):
+            yield Report((batch + 1,) * modules, tuple(collected.pop(batch)), _in_flight)
+
+    def reports() -> Iterator[Report]:
+        for tick in ticks:
+            # The guard is on inside a tick only: a generator must not leave it on in its caller.
+            with jax.transfer_guard("disallow"):
+                waiting.append(dispatch(tick))
+            while len(waiting) > in_flight:
+                yield from finished(waiting.popleft())
+        while waiting:
+            yield from finished(waiting.popleft())
+
+    for report in reports():
+        if late is not None:
+            yield late
+        late = report
+    if late is not None:
+        late.snapshot = snapshot
+        yield late
+
+
+def _in_flight(flight: bool = True) -> EngineState:
+    raise RuntimeError("batches are in the pipe: only the last report of a run gives a snapshot")
+
+
+def counts(state: EngineState) -> list[int]:
+    """The updates of each module."""
+    return [int(jax.device_get(module.updates)) for module in state.modules]
+
+
+def updates_of(state: EngineState) -> int:
+    """The update count that all modules of a synchronous state share."""
+    found = set(counts(state))
+    if len(found) != 1:
+        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(found)}")
+    return found.pop()
+
+
+def place_modules(states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]) -> EngineState:
+    """Each module's state, whole, on every device of its group."""
+    return EngineState(tuple(put(state, placement.replicated(k)) for k, state in enumerate(states)))

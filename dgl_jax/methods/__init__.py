@@ -1,0 +1,1 @@
+"""Training rules: what one turn of a module computes."""

@@ -1,0 +1,40 @@
+"""Back-propagation through the whole network: the row that every table needs.
+
+Same blocks, data, optimizer and loop as the decoupled engines; one loss, at the last module's head, whose gradient goes down
+through all modules. The heads of the other modules do not exist.
+"""
+
+from dgl_jax.core import ema, rngs
+from dgl_jax.core.step import Metrics, apply_gradient, mean_gradient
+from dgl_jax.methods.base import States, TrainStep, entrance
+from dgl_jax.objectives import classifier
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch
+
+
+def backprop_step(spec: TrainSpec) -> TrainStep:
+    """One update of all modules on the last one's loss, as one pure function."""
+    modules = spec.modules
+
+    def objective(params, batch_stats, inputs, targets, keys):
+        x, new = inputs, []
+        for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
+            x, body = module.apply_body(p, stats, x, train=True, rng=key)
+            new.append({"body": body})
+        logits, new[-1]["head"] = modules[-1].apply_head(params[-1], batch_stats[-1], x, train=True, rng=keys[-1])
+        return classifier.cross_entropy(logits, targets.label, spec.label_smoothing), (new, (), logits)
+
+    def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
+        params, stats = [state.params for state in states], [state.batch_stats for state in states]
+        keys = [rngs.update(state.rng, state.updates) for state in states]
+        gradients, stats, _, of_last = mean_gradient(
+            objective, params, stats, entrance(spec, batch), batch.targets, keys, spec.accumulate
+        )
+        new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
+        if spec.ema:
+            new = [ema.advance(state, spec.ema) for state in new]
+        metrics: list[Metrics] = [{} for _ in modules]
+        metrics[-1] = of_last
+        return tuple(new), tuple(metrics)
+
+    return step

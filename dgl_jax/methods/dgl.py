@@ -1,0 +1,105 @@
+"""The one jitted function of a module: decode what comes in, step, encode what goes out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dgl_jax.codecs import relative_error
+from dgl_jax.core import ema, rngs
+from dgl_jax.core.module import ModuleState
+from dgl_jax.core.step import Metrics, feed_step, local_step
+from dgl_jax.methods.base import Program, States, TrainStep, entrance
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch, Coded, Targets
+
+
+def compose(spec: TrainSpec, k: int) -> Program:
+    """The pure function of module k, ready for `jax.jit` (donate the state).
+
+    The first module takes a Batch, the others what a packet brings; the last one hands nothing on.
+    """
+    module, last = spec.modules[k], len(spec.modules) - 1
+
+    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Coded | None, Metrics]:
+        inputs, drift = _receive(spec, k, incoming)
+        updates = state.updates
+        state, outputs, metrics = local_step(
+            module,
+            spec.optimizer,
+            state,
+            inputs,
+            targets,
+            accumulate=spec.accumulate,
+            label_smoothing=spec.label_smoothing,
+        )
+        if spec.ema:
+            state = ema.advance(state, spec.ema)
+        metrics |= drift
+        if k == last:
+            return state, None, metrics
+        state, coded, of_codec = _hand_on(spec, state, outputs, updates)
+        return state, coded, metrics | of_codec
+
+    program.__name__ = module.name
+    return program
+
+
+def feed(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+    """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
+
+    `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
+    """
+    module = spec.modules[k]
+
+    def program(state: ModuleState, incoming: Any) -> Coded:
+        inputs, _ = _receive(spec, k, incoming)
+        outputs = feed_step(module, state, inputs, train=train, accumulate=spec.accumulate)
+        codebook = spec.codebook(state)
+        return Coded(spec.codec.encode(codebook, outputs), codebook)
+
+    return program
+
+
+def _receive(spec: TrainSpec, k: int, incoming: Any) -> tuple[jax.Array, Metrics]:
+    """Inputs of a module, and how far they are from what was sent, where the newest codebook decodes."""
+    if k == 0:
+        return entrance(spec, incoming), {}
+    inputs = spec.codec.decode(incoming.codebook, incoming.payload)
+    if incoming.newest is None:
+        return inputs, {}
+    drifted = spec.codec.decode(incoming.newest, incoming.payload)
+    return drifted, {"codec_drift": relative_error(inputs, drifted)}
+
+
+def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Coded, Metrics]:
+    """Encodes with the published codebook, and learns from what was encoded."""
+    codec = spec.codec
+    key = rngs.codec(state.rng, updates)
+    learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
+    codebook = codec.codebook(learnt)
+    coded = Coded(codec.encode(codebook, outputs), codebook)
+    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(codebook, coded.payload))}
+    learnt, health = codec.update(learnt, key, outputs)
+    if "codec" in state.extras:
+        state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
+    return state, coded, metrics | health
+
+
+def fused_step(spec: TrainSpec) -> TrainStep:
+    """The local steps of all modules on one batch, one after the other, as one pure function."""
+    programs = [compose(spec, k) for k in range(len(spec.modules))]
+
+    def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
+        new, metrics = [], []
+        incoming: Any = batch
+        for program, state in zip(programs, states, strict=True):
+            state, incoming, of_module = program(state, incoming, batch.targets)
+            # Each module is compiled as it would be alone, which keeps every bit equal to the pipeline's.
+            state, incoming, of_module = jax.lax.optimization_barrier((state, incoming, of_module))
+            new.append(state)
+            metrics.append(of_module)
+        return tuple(new), tuple(metrics)
+
+    return step

@@ -1,0 +1,107 @@
+"""Counts floating-point operations in traced programs: the same on every backend, as nothing is lowered or compiled.
+
+Counted are convolutions and dot products, two operations a multiply-add, at every place of the
+output: as in published numbers, the zeros beyond the edge of a padded map are multiplied as well.
+Elementwise operations, sums and pooling by windows count as nothing, and so do custom calls. Of a
+choice by platform the `default` counts, which every accelerator takes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from dgl_jax.core import rngs
+from dgl_jax.models.partition import BlockCosts
+from dgl_jax.spec import TrainSpec
+
+
+def count(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Counts the operations of a call.
+
+    Args:
+      arguments: pytrees of arrays, or of their shapes and dtypes.
+
+    Returns:
+      Floating-point operations, and shapes and dtypes of what the function returns.
+    """
+    traced, returned = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    return 2.0 * _multiply_adds(traced.jaxpr), returned
+
+
+def _multiply_adds(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        # Axes of the kernel: output features, then input features of one group, and space.
+        _, *taps = params["dimension_numbers"].rhs_spec
+        kernel = equation.invars[1].aval.shape
+        # A transposed convolution writes zeros between its inputs: only each n-th tap meets a number.
+        return _size(equation.outvars[0]) * math.prod(kernel[axis] for axis in taps) // math.prod(params["lhs_dilation"])
+    if name == "scan":
+        return params["length"] * _multiply_adds(_open(params["jaxpr"]))
+    if name == "cond":
+        branches = [_multiply_adds(_open(branch)) for branch in params["branches"]]
+        platforms = params.get("branches_platforms")
+        return branches[list(platforms).index(None)] if platforms and None in platforms else max(branches)
+    # Calls: jit, remat, custom gradients (the function, not the gradient). How often a `while` turns only its data know: its
+    # condition and its body count once. A loop with a number of turns known while tracing is a scan.
+    return sum(map(_multiply_adds, _inner(params)))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the jaxprs among an equation's parameters."""
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(_open(one), "eqns"):
+                yield _open(one)
+
+
+def _open(jaxpr: Any) -> Any:
+    """Returns a jaxpr without its constants; JAX has it with and without, by version."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _size(variable: Any) -> int:
+    return math.prod(variable.aval.shape)
+
+
+def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
+    """Counts the floating-point operations of each module's forward pass on a batch; see `flops.py`.
+
+    Returns:
+      Of each module: those of its body, and of its head (0 without one).
+    """
+    found, x = [], spec.inputs()
+    for module in spec.modules:
+        body = 0.0
+        for block in module.blocks:
+            operations, x = forward_flops(block, x.shape, x.dtype)
+            body += operations
+        found.append((body, 0.0 if module.head is None else forward_flops(module.head, x.shape, x.dtype)[0]))
+    return found
+
+
+def block_flops(spec: TrainSpec) -> BlockCosts:
+    """Counts those of a spec with one block a module: they do not depend on where a block is."""
+    body, head = zip(*module_flops(spec))
+    return BlockCosts(body, body, head)
+
+
+@lru_cache(maxsize=1024)
+def forward_flops(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
+    """Counts the operations of a block or head; also the shape of what it returns."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, train=False))
+    operations, out = count(lambda v, x: layer.apply(v, x, train=False), variables, x)
+    return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)

@@ -1,0 +1,46 @@
+"""Reads the memory that XLA plans for the programs of modules."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dgl_jax import system
+from dgl_jax.methods.dgl import compose
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch, Coded, nbytes
+
+
+@dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes that the compiled program of a module needs, as XLA plans it.
+
+    Attributes:
+      arguments: the module's state, and the packet (or batch) it works on.
+      temporary: scratch.
+      added: outputs that do not lie in the donated state: the packet for the next module, the metrics.
+      packet: of one packet (or batch) at the entrance; one is among the arguments.
+    """
+
+    arguments: int
+    temporary: int
+    added: int
+    packet: int
+
+
+def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
+    """Compiles the program of each module for the default device; runs nothing. None where XLA does not tell its plans."""
+    images: Any = jax.ShapeDtypeStruct((spec.batch_size, *spec.image_shape), "uint8")
+    step: Any = jax.ShapeDtypeStruct((), "int32")
+    incoming: Any = Batch(images, spec.targets(), step)
+    found = []
+    for k, state in enumerate(spec.abstract_states()):
+        if k:
+            incoming = Coded(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
+        lowered = jax.jit(compose(spec, k), donate_argnums=0).lower(state, incoming, spec.targets())
+        plan = system.program_plan(lowered.compile())
+        if plan is None:
+            return None
+        packet = nbytes((incoming.payload if k else incoming.images, spec.targets()))
+        found.append(ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet))
+    return found

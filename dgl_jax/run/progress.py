@@ -1,0 +1,159 @@
+"""What a waiting person sees: a bar on a terminal, log lines elsewhere."""
+
+import contextlib
+import datetime
+import logging
+import math
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from dgl_jax.run.writers import Scalars
+
+_LOG = logging.getLogger(__name__)
+
+
+class Progress(contextlib.AbstractContextManager):
+    """What a waiting person sees: a bar with accuracies and ETA on a terminal, a log line an update elsewhere.
+
+    Every `update` is shown, so the caller's log events set the pace. Elsewhere the lines need the logger's level INFO.
+    `console` is where to draw (default: standard error) and tells whether there is a terminal; `clock` gives seconds.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        self._console, self._clock = console or Console(stderr=True), clock
+        self._marks: deque[tuple[float, int]] = deque()  # (time, step)
+        self._total = self._step = self._advances = 0
+        self._status: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def start(self, total_steps: int, done: int = 0) -> None:
+        """Begins at `done` of `total_steps` updates a module; only the rest counts for speed and ETA."""
+        self.close()
+        self._total, self._step, self._advances = total_steps, done, 0
+        self._marks = deque([(self._clock(), done)], maxlen=64)  # long enough to hold evaluations too
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2)
+            self._live.start()
+
+    def update(self, step: int, scalars: Scalars) -> None:
+        """Shows that every module has done `step` updates, with the accuracies and the speed among `scalars`."""
+        if self._marks and step > self._marks[-1][1]:
+            self._marks.append((self._clock(), step))
+            self._advances += 1
+            if self._advances == 2:
+                self._marks.popleft()  # the first stretch, from `start`, held the compilation
+        self._step, news = step, status(scalars)
+        self._status |= news
+        if self._live:
+            return self._live.refresh()
+        epoch = [f"epoch {float(scalars['epoch']):.2f}"] if "epoch" in scalars else []
+        _LOG.info("%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()]))
+
+    def eta(self) -> float | None:
+        """Seconds until the last step, judged by the latest updates; None while all that is known has compilation in it."""
+        if self._advances < 2:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return max(0.0, end + max(0, self._total - last) * (end - start) / (last - first) - self._clock())
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, or logs it."""
+        if self._console.is_terminal:
+            self._console.print(Text(text))
+        else:
+            _LOG.info("%s", text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands; a second call does nothing."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _left(self) -> str:
+        return "ETA -" if (eta := self.eta()) is None else f"ETA {datetime.timedelta(seconds=round(min(eta, 1e9)))}"
+
+    def _picture(self) -> Group:
+        """The bar, and below it the accuracies, which need more room the more modules there are."""
+        row = Table.grid(Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1))
+        row.add_row(ProgressBar(max(1, self._total), self._step), f"{self._step}/{self._total} {self._left()}")
+        return Group(
+            row, Text(" | ".join(self._status[kind] for kind in (*_SHOWN, "age", "rate", "speed") if kind in self._status))
+        )
+
+
+_ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
+
+
+_AGE = re.compile(r"replay/module_(\d+)/age")
+
+
+_RATE = re.compile(r"work/module_(\d+)/updates_per_second")
+
+
+_ASYNCHRONOUS = re.compile(r"(?:replay|work)/module_(\d+)/")
+
+
+_SHOWN = {"train": "train", "validation": "val", "test": "test"}
+
+
+class StderrHandler(logging.StreamHandler):
+    """Log lines to whatever `sys.stderr` is when they come: while a bar is drawn, to the stream that puts them above it."""
+
+    @property
+    def stream(self) -> Any:
+        """The current standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def log_to_stderr() -> None:
+    """Shows what the package logs, as lines with the time of day; the command line calls this, the package never does."""
+    handler = StderrHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dgl_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    for other in logging.getLogger().handlers:  # what the libraries say: warnings only
+        other.setLevel(logging.WARNING)
+        other.addFilter(lambda record: record.name not in ("absl", "asyncio"))  # Orbax logs in full what it raises anyway
+
+
+def status(scalars: Scalars) -> dict[str, str]:
+    """Short texts by kind: {'train': 'train 0.91 0.95', 'validation': 'val 0.90 (ensemble 0.95)', 'speed': ...}."""
+    heads: dict[str, list[tuple[float, str]]] = {}
+    for key, value in scalars.items():
+        if found := _ACCURACY.fullmatch(key):
+            split, module = found.groups()
+            text = f"{float(value):.2f}"
+            heads.setdefault(split, []).append((int(module), text) if module else (math.inf, f"(ensemble {text})"))
+    # In asynchronous training a module may have made no update lately: its place stays.
+    modules = {int(found[1]) for key in scalars if (found := _ASYNCHRONOUS.match(key))}
+    if "train" in heads:
+        there = {k for k, _ in heads["train"]}
+        heads["train"] += [(k, "-") for k in range(max(modules, default=-1) + 1) if k not in there]
+    texts = {s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))]) for s in _SHOWN if s in heads}
+    ages = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key)))
+    if ages:
+        texts["age"] = " ".join(["age", *(f"{age:.1f}" for _, age in ages)])
+    rates = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _RATE.fullmatch(key)))
+    if rates:
+        texts["rate"] = " ".join([*(f"{rate:.1f}" for _, rate in rates), "updates/s"])
+    if "images_per_second" in scalars:
+        texts["speed"] = f"{float(scalars['images_per_second']):,.0f} images/s"
+    return texts

@@ -1,0 +1,173 @@
+"""What is trained, and how: all that engines share, without a word on devices; and what crosses between modules."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from dgl_jax.codecs import Codec
+from dgl_jax.core import ema, rngs
+from dgl_jax.core.kept import kept
+from dgl_jax.core.module import LocalModule, ModuleState, init_states, output_shape
+from dgl_jax.tasks.image_classification import Preprocess
+from dgl_jax.types import Targets, nbytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes an image takes across each hop (activations or their codes, label and id), one entry a hop.
+
+    Attributes:
+      raw: without a codec.
+      wire: with it, codebooks included.
+      codebook: what of `wire` codebooks take.
+      measured: `wire` was counted from packets that crossed a device boundary; otherwise from the shapes of the encoded arrays.
+    """
+
+    raw: tuple[float, ...]
+    wire: tuple[float, ...]
+    codebook: tuple[float, ...]
+    measured: bool = False
+
+    def gauges(self) -> dict[str, float]:
+        """As metrics of the modules that send."""
+        found = {}
+        for k, (raw, wire, codebook) in enumerate(zip(self.raw, self.wire, self.codebook, strict=True)):
+            found[f"wire/module_{k}/bytes_per_image"] = wire
+            found[f"wire/module_{k}/compression"] = raw / wire
+            found[f"wire/module_{k}/codebook_share"] = codebook / wire
+        return found
+
+
+@dataclass
+class Meter:
+    """Counts what crosses a hop."""
+
+    packets: int = 0  # bytes of payloads and targets
+    codebooks: int = 0  # bytes
+    images: int = 0
+
+    def count(self, payload: Any, targets: Targets, codebook: Any = ()) -> None:
+        """One packet, and the codebook that went with it, if one did."""
+        self.packets += nbytes((payload, targets))
+        self.codebooks += nbytes(codebook)
+        self.images += len(targets.label)
+
+
+class Hop(NamedTuple):
+    """What crosses from a module to the next, as shapes and dtypes.
+
+    Attributes:
+      period: updates from one codebook to the next; 0: the codec has none.
+    """
+
+    activations: jax.ShapeDtypeStruct
+    payload: Any
+    codebook: Any
+    period: int
+
+    def publishes(self, updates: int) -> bool:
+        """Whether the packet of the update after so many comes with a new codebook."""
+        return bool(self.period) and updates % self.period == 0
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What is learnt and how, without a word on devices: all that the engines have in common.
+
+    Attributes:
+      modules: the cut network with its heads.
+      optimizer: one for all; each module holds a state of its own.
+      preprocess: makes network inputs of stored images.
+      codec: what crosses between modules.
+      decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
+      accumulate: micro-batches that a batch is split into.
+      label_smoothing: of the training loss.
+      ema: decay of the moving average of parameters that is evaluated; 0: none is kept.
+      seed: of the parameters and of the augmentation.
+      batch_size: examples of the whole batch, over all devices.
+      image_shape: (height, width, channels) of a stored image.
+    """
+
+    modules: tuple[LocalModule, ...]
+    optimizer: optax.GradientTransformation
+    preprocess: Preprocess
+    codec: Codec
+    seed: int
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    decode: str = "sent"
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+
+    def inputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch of network inputs."""
+        return jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), "float32")
+
+    def init(self) -> tuple[ModuleState, ...]:
+        """Fresh states of all modules."""
+        return _init_program(self)(rngs.root(self.seed))
+
+    def abstract_states(self) -> tuple[ModuleState, ...]:
+        """Shapes and dtypes of what `init` gives."""
+        return jax.eval_shape(_init_program(self), rngs.root(0))
+
+    def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
+        states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
+        for k, activations in enumerate(self._activations(states)):
+            of_codec = self.codec.init(activations)
+            if jax.tree.leaves(of_codec):
+                states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
+        return tuple(map(ema.begin, states)) if self.ema else tuple(states)
+
+    def _activations(self, states: Sequence[ModuleState]) -> Iterator[jax.ShapeDtypeStruct]:
+        inputs = self.inputs()
+        for module, state in zip(self.modules[:-1], states):
+            inputs = output_shape(module, state.params, state.batch_stats, inputs)
+            yield inputs
+
+    def codebook(self, state: ModuleState) -> Any:
+        """What decodes the packets that a module hands on; `()` where the codec has no codebook, or nothing is handed on."""
+        return self.codec.codebook(state.extras["codec"]) if "codec" in state.extras else ()
+
+    @cached_property
+    def hops(self) -> tuple[Hop, ...]:
+        """What crosses from each module to the next."""
+        states, hops = self.abstract_states(), []
+        for state, activations in zip(states, self._activations(states)):
+            codebook = jax.eval_shape(self.codebook, state)
+            payload = jax.eval_shape(self.codec.encode, codebook, activations)
+            hops.append(Hop(activations, payload, codebook, self.codec.period(activations)))
+        return tuple(hops)
+
+    def targets(self) -> Targets:
+        """Shapes and dtypes of a batch's targets."""
+        integers: Any = jax.ShapeDtypeStruct((self.batch_size,), "int32")
+        return Targets(integers, integers)
+
+    def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
+        """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""
+        targets, size = nbytes(self.targets()), self.batch_size
+        raw, packets, codebooks = [], [], []
+        for hop in self.hops:
+            raw.append((nbytes(hop.activations) + targets) / size)
+            packets.append((nbytes(hop.payload) + targets) / size)
+            codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
+        counted = [k for k, meter in enumerate(meters) if meter.images]
+        for k in counted:
+            packets[k], codebooks[k] = (n / meters[k].images for n in (meters[k].packets, meters[k].codebooks))
+        wire = tuple(p + c for p, c in zip(packets, codebooks))
+        return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
+
+
+@kept(8)
+def _init_program(spec: TrainSpec) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
+    """Returns the jitted function that makes the states."""
+    # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
+    options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+    return jax.jit(spec._states, compiler_options=options)

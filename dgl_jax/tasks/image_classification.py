@@ -1,0 +1,85 @@
+"""Augmentation and normalisation: pure functions on whole batches, jitted where the batch already is."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from dgl_jax.core import rngs
+from dgl_jax.types import AnyArray
+
+
+def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) -> Key[Array, ""]:
+    """Returns the key that a batch is augmented with; see `rngs.augmentation`.
+
+    It depends on nothing but its two arguments, so a resumed run draws what the whole run would have drawn. Both may
+    be traced.
+    """
+    return rngs.augmentation(rngs.root(seed), step)
+
+
+def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
+    """Where each image of a batch is cut and whether it is mirrored.
+
+    Returns:
+      offsets: row and column of the crop's corner in the padded image, uniform over 0 ... 2 * padding.
+      flips: true for half of the images, on average.
+    """
+    offset_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)
+    return offsets, jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch,))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From images as stored to what the network reads; hashable, so it may be a static argument of a jit.
+
+    Fields:
+      augment: `none`, or `crop_flip`: `padding` black pixels all round, a random crop of the first size, mirrored half
+        the time; or `inception_crop`, whose crop the source has made: mirrored half the time.
+      mean, std: of each channel, of pixel values scaled to 0 ... 1.
+      padding: pixels.
+    """
+
+    augment: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int = 4
+
+    def train(self, key: Key[Array, ""], images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Augments a batch, then normalises it (float32). An image's draws depend on the key and its place."""
+        if self.augment == "crop_flip":
+            images = _crop_flip(*draw_crop_flip(key, images.shape[0], self.padding), self.padding, jnp.asarray(images))
+        elif self.augment == "inception_crop":
+            _, flips = draw_crop_flip(key, images.shape[0], 0)
+            images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+        return self.evaluate(images)
+
+    def evaluate(self, images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
+        """(x / 255 - mean) / std of each channel, float32."""
+        mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+        scale, shift = np.float32(1 / (255 * std)), np.float32(-mean / std)
+        return jnp.asarray(images).astype(jnp.float32) * scale + shift
+
+
+def _crop_flip(
+    offsets: Int[Array, "B 2"], flips: Bool[Array, " B"], padding: int, images: UInt8[Array, "B H W C"]
+) -> UInt8[Array, "B H W C"]:
+    """Pad, crop and mirror as a single gather.
+
+    The vmap is what lets XLA cut the gather along the batch: written with an index array for the examples, the same
+    gather makes every device of a group fetch the whole batch first.
+    """
+    _, height, width, _ = images.shape
+    rows = offsets[:, :1] + jnp.arange(height) - padding
+    columns = offsets[:, 1:] + jnp.arange(width) - padding
+    columns = jnp.where(flips[:, None], columns[:, ::-1], columns)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+
+    def take(image: Array, rows: Array, columns: Array) -> Array:
+        return image.at[rows[:, None], columns[None, :]].get(mode="promise_in_bounds")
+
+    cut = jax.vmap(take)(images, jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1))
+    return jnp.where(inside[..., None], cut, jnp.uint8(0))

@@ -1,0 +1,137 @@
+"""Images in, labels out: what `--mode=predict` does, and what a library user calls on arrays."""
+
+import csv
+import glob
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dgl_jax.data import PHOTOGRAPHS
+from dgl_jax.data.decode import decode_images
+from dgl_jax.data.folder import SUFFIXES
+from dgl_jax.errors import UserError
+from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.metrics import read
+from dgl_jax.run.restore import Trained, load_trained
+from dgl_jax.run.writers import check_writable, write_stdout, write_text, writing
+from dgl_jax.types import PADDING, Batch, Targets
+
+
+def predict_probabilities(
+    trained: Trained, images: UInt8[np.ndarray, "N H W C"]
+) -> tuple[Float[np.ndarray, "N classes"], Float[np.ndarray, "N classes"]]:
+    """Class probabilities of the last module's head, and of all heads together with weights proportional to 2^k.
+
+    Images are as stored (0 to 255), of the size the network was trained on.
+    """
+    evaluator = Evaluator(trained.spec, trained.placement, trained.settings.eval.codec)
+    results = []
+    for batch, real in _batches(images, trained.spec.batch_size):
+        heads, ensemble, _ = evaluator.probabilities(trained.restored.state.modules, batch)
+        results.append([part[:real] for part in read((heads[-1], ensemble))])
+    of_last, of_all = zip(*results)
+    return np.concatenate(of_last), np.concatenate(of_all)
+
+
+def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], output: str | Path | None) -> None:
+    """Writes one row an image: path, label by name, its probability, and the ensemble's label and probability.
+
+    Args:
+      patterns: image files, folders (searched below) or glob patterns.
+      output: a .csv or .jsonl file; standard output, as CSV, where None.
+
+    Raises:
+      UserError: no image is found, one is unreadable, or the output's kind is unknown or it cannot be written.
+    """
+    if output is not None:
+        if Path(output).suffix not in (".csv", ".jsonl"):
+            raise UserError(f"--output={output}: must end in .csv or .jsonl")
+        check_writable(Path(output), f"--output={output}")
+    files = find_images(patterns)
+    trained = load_trained(Path(workdir), checkpoint)
+    images = _read(files, trained.info.image_shape, trained.info.name in PHOTOGRAPHS)
+    names = trained.info.class_names
+    rows = []
+    for file, last, together in zip(files, *predict_probabilities(trained, images)):
+        rows.append(
+            {
+                "image": str(file),
+                "label": names[int(last.argmax())],
+                "probability": round(float(last.max()), 6),
+                "ensemble_label": names[int(together.argmax())],
+                "ensemble_probability": round(float(together.max()), 6),
+            }
+        )
+    text = _as_jsonl(rows) if output is not None and Path(output).suffix == ".jsonl" else _as_csv(rows)
+    if output is None:
+        write_stdout(text)
+    else:
+        with writing(f"--output={output}"):
+            write_text(Path(output), text)
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Files that the patterns name, in order; folders are searched below.
+
+    A file or folder of just that name comes before what the name would match as a pattern. Hidden files and folders (whose names
+    begin with a dot) count only where they are named themselves.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    if not patterns:
+        raise UserError("--images is missing: a file, a folder or a pattern such as 'photos/*.png'")
+    files: list[Path] = []
+    for pattern in patterns:
+        if os.path.exists(pattern):  # such as a[1].png, which as a pattern is a1.png
+            matches = [Path(pattern)]
+        else:
+            matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.name.startswith("."))
+        found = [file for path in matches for file in (_images_below(path) if path.is_dir() else [path])]
+        if not found:
+            raise UserError(f"--images={pattern}: no image there ({', '.join(sorted(SUFFIXES))})")
+        files += found
+    return files
+
+
+def _images_below(folder: Path) -> list[Path]:
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _read(files: Sequence[Path], shape: tuple[int, int, int], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
+    return decode_images(
+        len(files),
+        lambda i: files[i],
+        channels=shape[2],
+        image_size=shape[:2],
+        centre=centre,
+        describe=lambda i: str(files[i]),
+    )
+
+
+def _batches(images: UInt8[np.ndarray, "N H W C"], size: int) -> Iterator[tuple[Batch, int]]:
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        padded[: len(part)] = part
+        none = np.full(size, PADDING, np.int32)
+        yield Batch(padded, Targets(none, none), np.zeros((), np.int32)), len(part)
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

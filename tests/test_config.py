@@ -1,0 +1,342 @@
+"""Settings: what is refused and in which words, what a resumed run may change, and that choices equal the registries."""
+
+import dataclasses
+import json
+import re
+import typing
+
+import jax
+import pytest
+from runs import small_config
+
+from dgl_jax.codecs import CODECS
+from dgl_jax.config import FREE_ON_RESUME, Settings, default_config, differences, field_names, make_settings, not_applicable
+from dgl_jax.data import SETS
+from dgl_jax.engines import Engine
+from dgl_jax.errors import UserError
+from dgl_jax.models import HEADS
+from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment, make_spec
+
+
+def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
+    """{'a': {'b': value}} of 'a.b'."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def find(name: str) -> dataclasses.Field:
+    cls: typing.Any = Settings
+    for part in name.split("."):
+        field = next(f for f in dataclasses.fields(cls) if f.name == part)
+        cls = field.type
+    return field
+
+
+def other(name: str) -> typing.Any:
+    """A valid value that is not the default."""
+    field = find(name)
+    if "choices" in field.metadata:
+        return field.metadata["choices"][-1]
+    if name == "engine.slowdown":  # a factor a module
+        return [1.0, 1.5, 1.0, 1.0]
+    if typing.get_origin(field.type) is tuple:
+        return [1 if typing.get_args(field.type)[0] is int else 1.0]
+    if field.type is str:
+        return "0,1"
+    if field.type is bool:
+        return not field.default
+    return field.default + 1 if field.type is int else field.default / 2 + 0.01
+
+
+def changed(name: str) -> Settings:
+    config = nest(name, other(name))
+    if name in ("data.mean", "data.std"):  # they must come together
+        config = {"data": {"mean": [1.0], "std": [1.0]}}
+    return make_settings(config)
+
+
+MISTAKES = [
+    # a mistake: the field, the value, and what would work
+    (
+        ("optimizer.learning_rat", 0.1),
+        ["config.optimizer.learning_rat", "no such field", "did you mean", "optimizer.learning_rate"],
+    ),
+    (("optimiser", {}), ["config.optimiser", "no such field", "did you mean", "optimizer.name"]),
+    (("xyzzy", 1), ["config.xyzzy", "no such field", "there are: seed, data.name", "log.tensorboard"]),
+    (("train.accumulate", 0), ["config.train.accumulate=0", "between 1 and 2147483647"]),
+    (("train.ema", 1.0), ["config.train.ema=1.0", "between 0.0 and 0.999999"]),
+    (("train.label_smoothing", 1.5), ["config.train.label_smoothing=1.5", "between 0.0 and 1.0"]),
+    (("model.head", "zzz"), ["config.model.head='zzz'", "there are: mlp_sr, mlp, cnn, linear"]),
+    (("engine.name", "pipelines"), ["config.engine.name='pipelines'", "did you mean pipeline"]),
+    (("optimizer.learning_rate", 0), ["config.optimizer.learning_rate=0.0", "above 0"]),
+    (("optimizer.learning_rate", -1.0), ["config.optimizer.learning_rate=-1.0", "above 0"]),
+    (("optimizer.momentum", 1.5), ["config.optimizer.momentum=1.5", "between 0.0 and 1.0"]),
+    (("optimizer.weight_decay", float("nan")), ["config.optimizer.weight_decay=nan"]),
+    (("data.batch_size", 0), ["config.data.batch_size=0", "between 2 and 2147483647"]),
+    (("data.batch_size", 1), ["config.data.batch_size=1", "between 2 and"]),
+    (("train.steps", 2**31), ["config.train.steps=2147483648", "between 0 and 2147483647"]),
+    (("train.epochs", 1e300), ["config.train.epochs=1e+300", "between 0.0 and 1000000.0"]),
+    (("schedule.boundaries", (1.0, 1e300)), ["config.schedule.boundaries=(1.0, 1e+300)", "below a million"]),
+    (("data.image_size", 100_000), ["config.data.image_size=100000", "between 0 and 4096"]),
+    (("data.validation_fraction", 0.95), ["config.data.validation_fraction=0.95", "between 0.0 and 0.9"]),
+    (("data.batch_size", 8.5), ["config.data.batch_size=8.5", "a whole number"]),
+    (("data.batch_size", True), ["config.data.batch_size=True", "a whole number"]),
+    (("train.epochs", "ten"), ["config.train.epochs='ten'", "a number"]),
+    (("log.tensorboard", 1), ["config.log.tensorboard=1", "a bool is needed, not a int"]),
+    (("data.dir", 3), ["config.data.dir=3", "a str is needed, not a int"]),
+    (("seed", -1), ["config.seed=-1", "between 0 and 2147483647"]),
+    (("seed", 2**31), ["config.seed=2147483648", "between 0 and 2147483647"]),
+    (("data", 3), ["config.data=3", "a group of fields"]),
+    (("engine.group_sizes", 2), ["config.engine.group_sizes=2", "a tuple", "(1,2)"]),
+    (("engine.group_sizes", (1, "2")), ["config.engine.group_sizes=(1, '2')", "a tuple"]),
+    (("engine.group_sizes", (1, 1.5)), ["config.engine.group_sizes=(1, 1.5)", "a tuple"]),
+    (("engine.group_sizes", (1, 0)), ["config.engine.group_sizes=(1, 0)", "at least one device"]),
+    (("schedule.boundaries", (2.0, 1.0)), ["config.schedule.boundaries=(2.0, 1.0)", "positive and increasing"]),
+    (("schedule.boundaries", (0.0, 1.0)), ["config.schedule.boundaries=(0.0, 1.0)", "positive and increasing"]),
+    (("schedule.boundaries", (1.0, 1.0)), ["config.schedule.boundaries=(1.0, 1.0)", "positive and increasing"]),
+    (("data.mean", (0.5,)), ["config.data.mean has 1", "config.data.std 0"]),
+]
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=[f"{name}={value}" for (name, value), _ in MISTAKES])
+def test_mistakes_are_named(mistake, words):
+    with pytest.raises(UserError) as error:
+        make_settings(nest(*mistake))
+    assert [word for word in words if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+def test_standard_deviations_are_positive():
+    with pytest.raises(UserError, match=r"config\.data\.std=\(0\.2, 0\.0\).*above 0"):
+        make_settings({"data": {"mean": (0.0, 0.0), "std": (0.2, 0.0)}})
+
+
+def test_types_are_those_of_the_fields():
+    settings = make_settings({"data": {"batch_size": 8.0}, "optimizer": {"learning_rate": 1}, "engine": {"group_sizes": [1, 2.0]}})
+    assert (settings.data.batch_size, type(settings.data.batch_size)) == (8, int)
+    assert (settings.optimizer.learning_rate, type(settings.optimizer.learning_rate)) == (1.0, float)
+    assert settings.engine.group_sizes == (1, 2)
+    assert all(type(n) is int for n in settings.engine.group_sizes)
+
+
+def test_defaults_are_valid_and_survive_json():
+    settings = make_settings(default_config())
+    assert settings == Settings() == make_settings({})
+    assert make_settings(json.loads(json.dumps(settings.to_dict()))) == settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 1
+
+
+def backwards(tree):
+    return {key: backwards(tree[key]) for key in reversed(tree)} if isinstance(tree, dict) else tree
+
+
+def test_hash_ignores_the_order_of_keys():
+    config = Settings().to_dict()
+    assert list(backwards(config)) != list(config)
+    assert make_settings(backwards(config)).hash() == Settings().hash()
+    assert len(Settings().hash()) == 12
+
+
+def test_hash_changes_with_every_field():
+    hashes = {name: changed(name).hash() for name in field_names()} | {"": Settings().hash()}
+    pair = hashes.pop("data.std"), hashes["data.mean"]
+    assert pair[0] == pair[1]
+    assert len(set(hashes.values())) == len(hashes)
+
+
+def test_free_fields_are_fields():
+    groups = {name.split(".")[0] + ".*" for name in field_names()}
+    assert set(FREE_ON_RESUME) <= groups | set(field_names())
+
+
+def kinds_for(name: str) -> dict[str, typing.Any]:
+    """The choices that have a use for a field, nested."""
+    config: dict[str, typing.Any] = {}
+    for kind, fitting in find(name).metadata.get("applies", {}).items():
+        group, leaf = kind.split(".")
+        config.setdefault(group, {})[leaf] = fitting[0]
+    return config
+
+
+@pytest.mark.parametrize("name", field_names())
+def test_what_a_resumed_run_may_change(name):
+    kinds = kinds_for(name)
+    old, new = make_settings(kinds).to_dict(), changed(name).to_dict()
+    for group, chosen in kinds.items():
+        new[group] |= {leaf: value for leaf, value in chosen.items() if f"{group}.{leaf}" != name}
+    found = differences(old, make_settings(new))
+    free = (
+        name.startswith(
+            ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
+        )
+        or name in ("data.dir", "data.manual_dir", "data.workers", "model.remat")
+    ) and name != "train.ema"
+    if free:
+        assert found == []
+    elif name in ("data.mean", "data.std"):
+        assert len(found) == 2
+    else:
+        for part in name.split("."):
+            old = old[part]
+        assert found == [f"config.{name} (was {old!r}, is now {other(name)!r})"]
+
+
+# Options that do not apply
+
+RINGS = {"engine.slowdown", "engine.finished", "checkpoint.replay_every", "codec.decode"} | {
+    f"replay.{name}" for name in ("size", "rule", "max_reuse", "at_limit")
+}
+OF_VQ = {f"codec.{name}" for name in ("codes", "stages", "start", "rule", "decay", "smoothing", "restart", "samples")} | {
+    "codec.codebook_every",
+    "codec.decode",
+}
+OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
+OF_SIMULATED = {"engine.order", "replay.at_limit"}
+# All kinds that have uses for many options; `simulated` has none for these.
+RICH = {
+    "data": {"name": "imagenet"},
+    "schedule": {"name": "step"},
+    "engine": {"name": "simulated"},
+    "codec": {"name": "vq"},
+}
+NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "without_use"),
+    [
+        ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "backprop", RINGS | OF_THREADS | OF_SIMULATED | {"model.head"}),
+        ("engine.name", "simulated", NOT_SIMULATED),
+        ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight"}),
+        ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
+        ("codec.name", "identity", NOT_SIMULATED | OF_VQ | {"codec.dims", "eval.codec"}),
+        ("codec.name", "bf16", NOT_SIMULATED | OF_VQ | {"codec.dims"}),
+        ("codec.name", "int8", NOT_SIMULATED | OF_VQ),
+        ("codec.rule", "minibatch", NOT_SIMULATED | {"codec.smoothing"}),
+        ("optimizer.name", "adam", NOT_SIMULATED | {"optimizer.momentum", "optimizer.nesterov"}),
+        ("schedule.name", "constant", NOT_SIMULATED | {"schedule.boundaries", "schedule.factor"}),
+        ("schedule.name", "cosine", NOT_SIMULATED | {"schedule.boundaries", "schedule.factor"}),
+        ("data.name", "imagenette", NOT_SIMULATED),
+        ("data.name", "cifar10", NOT_SIMULATED | {"data.workers"}),
+        ("data.name", "digits", NOT_SIMULATED | {"data.workers", "data.manual_dir"}),
+        ("data.name", "folder", NOT_SIMULATED | {"data.workers", "data.manual_dir"}),
+        ("data.name", "synthetic", NOT_SIMULATED | {"data.workers", "data.manual_dir", "data.dir"}),
+    ],
+)
+def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
+    base = Settings().to_dict()
+    for group, leaves in (RICH | {kind.split(".")[0]: RICH.get(kind.split(".")[0], {})}).items():
+        base[group] |= leaves
+    base[kind.split(".")[0]][kind.split(".")[1]] = chosen
+    choosing = {kind for name in field_names() for kind in find(name).metadata.get("applies", {})}
+    found = set()
+    for name in {*field_names()} - (choosing - {"engine.order", "codec.rule"}) - {kind}:
+        group, _, leaf = name.rpartition(".")
+        value = other("engine.slowdown") if name == "engine.slowdown" else other(name)
+        partner = {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
+        config = base | {group: base[group] | {leaf: value} | partner} if group else base | {leaf: value}
+        settings = make_settings(config)
+        reasons = not_applicable(settings)
+        found |= {name} & set(reasons)
+        if name in reasons:
+            with pytest.raises(UserError, match=re.escape(reasons[name])):
+                make_settings(config, given=[name])
+            unlike = differences(base, settings)
+            assert unlike == [], "what decided nothing may change"
+        else:
+            make_settings(config, given=[name])
+    assert found == without_use
+
+
+def test_an_option_without_use_is_named_with_what_it_applies_to():
+    config = {"engine": {"slowdown": (2, 1, 1, 1)}}
+    reason = "config.engine.slowdown=(2.0, 1.0, 1.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
+    assert not_applicable(make_settings(config)) == {"engine.slowdown": reason}
+    for given in ("engine.slowdown", "engine"):
+        with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
+            make_settings(config, given=[given])
+    make_settings({"engine": {"slowdown": ()}}, given=["engine.slowdown"])  # equal to the default
+    make_settings(config, given=["engine.name", "seed"])  # of a file: the log says so
+
+
+def test_a_file_with_options_without_use_gets_one_line_of_the_log(caplog):
+    fields = {"replay__size": 7, "codec__codes": 16, "data__name": "synthetic"}
+    with caplog.at_level("INFO", logger="dgl_jax"):
+        make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+    assert [line for line in caplog.messages if "ignored" in line] == [
+        "set, and ignored here: config.replay.size=7: applies to config.engine.name=simulated or threads, not to fused; "
+        "config.codec.codes=16: applies to config.codec.name=vq, not to identity"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "allowed"),
+    [
+        ("fused", "pipeline", True),
+        ("pipeline", "fused", True),
+        ("fused", "backprop", False),
+        ("backprop", "pipeline", False),
+        ("backprop", "backprop", True),
+    ],
+)
+def test_engines_that_share_checkpoints(was, now, allowed):
+    old, new = (make_settings({"engine": {"name": name}}) for name in (was, now))
+    assert differences(old.to_dict(), new) == ([] if allowed else [f"config.engine.name (was {was!r}, is now {now!r})"])
+
+
+def test_a_field_that_an_older_run_did_not_know_had_its_default():
+    old = Settings().to_dict()
+    del old["codec"], old["model"]["dtype"]
+    assert differences(old, Settings()) == []
+    new = make_settings({"codec": {"name": "bf16"}})
+    assert differences(old, new) == ["config.codec.name (was 'identity', is now 'bf16')"]
+
+
+def test_tuples_equal_their_json_lists():
+    settings = make_settings({"schedule": {"boundaries": (1.0, 2.5)}})
+    assert differences(json.loads(json.dumps(settings.to_dict())), settings) == []
+
+
+# Choices and registries
+
+
+def choices(name: str) -> set[str]:
+    return set(find(name).metadata["choices"])
+
+
+def test_choices_are_the_registries():
+    assert choices("model.head") == set(HEADS)
+    assert choices("codec.name") == set(CODECS)
+    assert choices("data.name") == set(SETS)
+
+
+def engine_of(name: str) -> Engine:
+    settings = make_settings({"engine": {"name": name}, "model": {"width": 4, "modules": 2}, "data": {"batch_size": 8}})
+    info = DatasetInfo("synthetic", ("a", "b"), (8, 8, 3), (0.5,) * 3, (0.2,) * 3)
+    return make_engine(settings, make_spec(settings, info), jax.devices(), 10)
+
+
+def test_every_engine_name_has_an_engine_of_its_own():
+    made = {}
+    for name in choices("engine.name"):
+        engine = engine_of(name)
+        step = getattr(engine, "step", None)
+        made[name] = (type(engine).__name__, step and step.__wrapped__.__qualname__.split(".")[0])
+        assert [module.head is None for module in engine.spec.modules] == [name == "backprop", False]
+    assert made == {
+        "fused": ("FusedEngine", "fused_step"),
+        "pipeline": ("PipelineEngine", None),
+        "simulated": ("SimulatedEngine", None),
+        "threads": ("ThreadsEngine", None),
+        "backprop": ("FusedEngine", "backprop_step"),
+    }
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(value):
+    with pytest.raises(UserError, match=r"config\.train\.epochs=(inf|nan): a number is needed"):
+        make_settings({"train": {"epochs": value}})
