@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A process a mode, as on a command line; but what all of them import is imported once.
 MODES = """
 import json, os, sys
-from dgl_jax import cli, export, predict, train
+from dgl_jax import cli, export, train
 
 for mode in json.loads(sys.argv[1]):
     print(mode[0], file=sys.stderr, flush=True)
