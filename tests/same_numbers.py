@@ -12,11 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from runs import FIELDS
-from safetensors.numpy import load_file
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from runs import FIELDS  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
 SHARED = FIELDS | {"train.steps": 60, "checkpoint.every": 60, "eval.every": 60, "log.every": 60, "model.modules": 4}
 VQ = {"codec.name": "vq", "codec.codes": 16, "codec.dims": 2}
 RUNS: dict[str, dict[str, object]] = {
