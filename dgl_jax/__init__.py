@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dgl_jax.core.module import LocalModule, ModuleState, init_states, make_modules
     from dgl_jax.core.step import apply_gradient, eval_step, local_step
     from dgl_jax.errors import UserError
-    from dgl_jax.models import cuts, make_head, make_network, register
+    from dgl_jax.models import cuts, make_head, make_network, register_network
     from dgl_jax.objectives.classifier import accuracy, cross_entropy
     from dgl_jax.types import Batch, Packet, Targets
 
@@ -35,7 +35,7 @@ __all__ = [
     "make_head",
     "make_modules",
     "make_network",
-    "register",
+    "register_network",
     "vq",
 ]
 
@@ -44,7 +44,7 @@ _ROOMS = {
     "core.module": ("LocalModule", "ModuleState", "init_states", "make_modules"),
     "core.step": ("apply_gradient", "eval_step", "local_step"),
     "errors": ("UserError",),
-    "models": ("cuts", "make_head", "make_network", "register"),
+    "models": ("cuts", "make_head", "make_network", "register_network"),
     "objectives.classifier": ("accuracy", "cross_entropy"),
     "types": ("Batch", "Packet", "Targets"),
 }

@@ -1,245 +1,281 @@
 """From a ConfigDict to frozen, checked dataclasses, once; inner code never sees a ConfigDict.
 
-The dataclasses below are the whole configuration: their field names are the names on the command line
-(`--config.optimizer.learning_rate=0.05`), their defaults the defaults of every file in `configs/`. Counts of steps are updates per
-module; a field that counts epochs says so in its name.
+The dataclasses below, and the options of the registered kinds (`registry.py`), are the whole configuration: their field names are
+the names on the command line (`--config.optimizer.learning_rate=0.05`), their defaults the defaults of every file in `configs/`.
+Counts of steps are updates per module; a field that counts epochs says so in its name.
 """
 
 import dataclasses
-import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from dgl_jax import registry
 from dgl_jax.errors import UserError
+from dgl_jax.registry import Registry, nearest
 
 if TYPE_CHECKING:  # a library's user, who has no use for configuration files, needs no ml_collections
     from ml_collections import ConfigDict
 
-# What differs freely between a run and its resumption: none of these changes what was learnt up to the checkpoint. (Another
-# length does change what a cosine will do from there on: the run says so when it goes on.)
-FREE_ON_RESUME = (
-    "train.*",
-    "checkpoint.*",
-    "eval.*",
-    "log.*",
-    "model.remat",
-    "data.dir",
-    "data.manual_dir",
-    "data.workers",
-    "engine.group_sizes",
-    "engine.ticks_in_flight",
-    "engine.restart_workers",
-    "engine.watchdog_seconds",
-)
-# But for what decides which arrays a checkpoint holds.
-FIXED_ON_RESUME = ("train.ema",)
-# Engines that share one checkpoint form and give the same numbers.
-INTERCHANGEABLE_ENGINES = ("fused", "pipeline")
+MANY = 2**31 - 1  # update counts are int32 on the devices
 
-_type: Callable[[dataclasses.Field], Any] = attrgetter("type")  # the type itself, as this file's annotations are no strings
-_MANY = 2**31 - 1  # update counts are int32 on the devices
-
-
-# What an option applies to: fields that choose a kind, each with the choices that have a use for the option. All must hold, but for
-# a field that does not apply itself.
-Applies = Mapping[str, tuple[str, ...]]
+# What an option applies to: other fields (`schedule.name`) or traits of the chosen kinds (`engine.asynchronous`), each with the
+# values that have a use for the option. All must hold, but for a field that the chosen kind does not have.
+Applies = Mapping[str, tuple[Any, ...]]
 _ALWAYS: Applies = MappingProxyType({})
-_ASYNCHRONOUS: Applies = {"engine.name": ("simulated", "threads")}
-_SIMULATED: Applies = {"engine.name": ("simulated",)}
-_THREADS: Applies = {"engine.name": ("threads",)}
-_SYNCHRONOUS: Applies = {"engine.name": ("fused", "pipeline", "backprop")}
-_PLACED: Applies = {"engine.name": ("fused", "pipeline", "threads", "backprop")}
-_LOCAL: Applies = {"engine.name": ("fused", "pipeline", "simulated", "threads")}
-_LOSSY: Applies = {"codec.name": ("bf16", "int8", "vq")}
-_GROUPS: Applies = {"codec.name": ("int8", "vq")}
-_VQ: Applies = {"codec.name": ("vq",)}
-_SGD: Applies = {"optimizer.name": ("sgd",)}
-_STEP: Applies = {"schedule.name": ("step",)}
-_STORED: Applies = {"data.name": ("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder")}
-_FETCHED: Applies = {"data.name": ("cifar10", "cifar100", "imagenet", "imagenette")}
-_DECODED: Applies = {"data.name": ("imagenet", "imagenette")}
 
 
-def _option(default: Any, applies: Applies, **metadata: Any) -> Any:
-    return field(default=default, metadata={"applies": applies, **metadata})
+def option(default: Any, applies: Applies = _ALWAYS, free: bool = False, **metadata: Any) -> Any:
+    """Declares a field of the configuration.
+
+    Args:
+      applies: see `Applies`; always by default. An option of a kind applies wherever that kind is chosen.
+      free: it may differ between a run and its resumption, as it changes nothing of what was learnt before.
+    """
+    return field(default=default, metadata={"applies": applies, "free": free, **metadata})
 
 
-def _choice(default: str, *others: str, applies: Applies = _ALWAYS) -> Any:
-    return _option(default, applies, choices=(default, *others))
+def choice(default: str, *others: str, **metadata: Any) -> Any:
+    """Declares a field that holds one of a few names; see `option`."""
+    return option(default, choices=(default, *others), **metadata)
 
 
-def _number(default: float, minimum: float, maximum: float, exclusive: bool = False, applies: Applies = _ALWAYS) -> Any:
-    """Declares a number in [minimum, maximum], or in (minimum, maximum) where `exclusive`."""
-    return _option(default, applies, range=(minimum, maximum, exclusive))
+def kind_of(kinds: Registry, default: str, **metadata: Any) -> Any:
+    """Declares a field that names a registered kind; see `option`."""
+    return option(default, kinds=kinds, **metadata)
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """Where the images come from. `dir` empty: the project's own cache; `mean` and `std` empty: the data set's published ones."""
+def number(default: float, minimum: float, maximum: float, exclusive: bool = False, **metadata: Any) -> Any:
+    """Declares a number in [minimum, maximum], or in (minimum, maximum) if `exclusive`; see `option`."""
+    return option(default, range=(minimum, maximum, exclusive), **metadata)
 
-    name: str = _choice("digits", "cifar10", "cifar100", "imagenet", "imagenette", "folder", "synthetic")
-    dir: str = _option("", _STORED)
-    manual_dir: str = _option("", _FETCHED)  # archives fetched by hand; empty: <dir>/downloads/manual
-    # Processes that decode images of sets too large for memory; 0: threads of this one.
-    workers: int = _number(0, 0, 1024, applies=_DECODED)
-    batch_size: int = _number(128, 2, _MANY)  # of one image batch norm has no variance
-    validation_fraction: float = _number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
-    train_examples: int = _number(0, 0, _MANY)  # stratified subset of the training images; 0: all of them
-    augment: str = _choice("none", "crop_flip", "inception_crop")
-    image_size: int = _number(0, 0, 4096)  # pixels a side after resizing; 0: as stored, of ImageNet 224
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+
+class Group:
+    """A group of fields; a kind's options derive from the group's dataclass."""
+
+    def check(self, settings: "Settings") -> None:
+        """Raises UserError if the fields do not fit together, or not to the rest of the settings."""
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    name: str = "cnn4"  # a network of `dgl_jax.models`, or one that `dgl_jax.models.register` has added
-    width: int = _number(64, 1, 65536)  # channels of the first block
-    modules: int = _number(4, 1, 4096)
-    split: str = "count"  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
-    head: str = _choice("mlp_sr", "mlp", "cnn", "linear", applies=_LOCAL)  # of every module but the last
-    dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
+class DataSettings(Group):
+    """Where the images come from; `mean` and `std` empty: the data set's published ones."""
+
+    name: str = kind_of(registry.DATA_SETS, "digits")
+    batch_size: int = number(128, 2, MANY)  # of one image batch norm has no variance
+    validation_fraction: float = number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
+    train_examples: int = number(0, 0, MANY)  # stratified subset of the training images; 0: all of them
+    augment: str = choice("none", "crop_flip", "inception_crop")
+    image_size: int = number(0, 0, 4096)  # pixels a side after resizing; 0: as stored, of ImageNet 224
+    mean: tuple[float, ...] = option(())
+    std: tuple[float, ...] = option(())
+
+    def check(self, settings: "Settings") -> None:
+        """Raises UserError if mean and deviation are not of as many channels, or a deviation is not above 0."""
+        if len(self.mean) != len(self.std):
+            raise UserError(f"config.data.mean has {len(self.mean)} values and config.data.std {len(self.std)}")
+        if any(s <= 0 for s in self.std):
+            raise UserError(f"config.data.std={self.std}: every value must be above 0")
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    name: str = _choice("sgd", "adam")
-    learning_rate: float = _number(0.1, 0.0, 1e30, exclusive=True)
-    momentum: float = _number(0.9, 0.0, 1.0, applies=_SGD)
-    nesterov: bool = _option(False, _SGD)
-    weight_decay: float = _number(5e-4, 0.0, 1e6)
+class ModelSettings(Group):
+    """The network, and how it is cut into modules."""
+
+    name: str = kind_of(registry.NETWORKS, "cnn4")
+    width: int = number(64, 1, 65536)  # channels of the first block
+    modules: int = number(4, 1, 4096)
+    split: str = option("count")  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
+    head: str = kind_of(registry.HEADS, "mlp_sr", applies={"method.local": (True,)})  # of every module but the last
+    dtype: str = choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
+    remat: bool = option(False, free=True)  # recompute each block in the backward pass instead of keeping what is inside it
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
+class MethodSettings(Group):
+    """The training rule."""
+
+    name: str = kind_of(registry.METHODS, "dgl")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(Group):
+    """How gradients become updates, the same for all modules."""
+
+    name: str = kind_of(registry.OPTIMIZERS, "sgd")
+    learning_rate: float = number(0.1, 0.0, 1e30, exclusive=True)
+    weight_decay: float = number(5e-4, 0.0, 1e6)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings(Group):
     """The learning rate over the epochs, the same for all modules: each follows its own update count."""
 
-    name: str = _choice("constant", "step", "cosine")
-    # Epochs after which the rate is multiplied by `factor`.
-    boundaries: tuple[float, ...] = _option((15.0, 30.0, 45.0), _STEP)
-    factor: float = _number(0.2, 0.0, 1.0, applies=_STEP)
-    warmup_epochs: float = _number(0.0, 0.0, 1e6)  # linear from 0, in front of any schedule
+    name: str = kind_of(registry.SCHEDULES, "constant")
+    warmup_epochs: float = number(0.0, 0.0, 1e6)  # linear from 0, in front of any schedule
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    epochs: float = _number(50.0, 0.0, 1e6)
-    steps: int = _number(0, 0, _MANY)  # above 0: wins over `epochs`
-    accumulate: int = _number(1, 1, _MANY)  # micro-batches that a batch is split into; their mean gradient makes one update
-    label_smoothing: float = _number(0.0, 0.0, 1.0)  # in the training loss of every head
-    ema: float = _number(0.0, 0.0, 0.999999)  # decay of the moving average of parameters that is evaluated; 0: none
+class TrainSettings(Group):
+    """How long, and on what loss."""
+
+    epochs: float = number(50.0, 0.0, 1e6, free=True)
+    steps: int = number(0, 0, MANY, free=True)  # above 0: wins over `epochs`
+    accumulate: int = number(1, 1, MANY, free=True)  # micro-batches of a batch; their mean gradient makes one update
+    label_smoothing: float = number(0.0, 0.0, 1.0, free=True)  # in the training loss of every head
+    # Decay of the moving average of parameters that is evaluated; 0: none. It decides which arrays a checkpoint holds.
+    ema: float = number(0.0, 0.0, 0.999999)
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    name: str = _choice("fused", "pipeline", "simulated", "threads", "backprop")
-    group_sizes: tuple[int, ...] = _option((), _PLACED)  # devices of each module; empty: as equal as the devices allow
-    ticks_in_flight: int = _number(2, 1, 64, applies=_SYNCHRONOUS)  # how far the host runs ahead of the devices
-    slowdown: tuple[float, ...] = _option((), {**_ASYNCHRONOUS, "engine.order": ("random",)})  # of each module, at least 1
-    order: str = _choice("random", "ordered", applies=_SIMULATED)  # drawn in proportion to 1 / slowdown, or one after the other
-    finished: str = _choice("train", "eval", applies=_ASYNCHRONOUS)  # batch norm of a module that is done and only feeds
-    restart_workers: bool = _option(False, _THREADS)  # a module that fails goes on from its newest checkpoint
-    watchdog_seconds: float = _number(600.0, 0.0, 1e9, applies=_THREADS)  # without progress, then it is reported; 0: never
+class EngineSettings(Group):
+    """Where and when modules work."""
+
+    name: str = kind_of(registry.ENGINES, "fused")
 
 
 @dataclass(frozen=True)
-class ReplaySettings:
+class ReplaySettings(Group):
     """The ring of packets at the entrance of every module but the first, in asynchronous engines."""
 
-    size: int = _number(50, 1, _MANY, applies=_ASYNCHRONOUS)  # packets
-    rule: str = _choice("least_used_latest", "fifo", "uniform", "released", applies=_ASYNCHRONOUS)
-    max_reuse: int = _number(0, 0, _MANY, applies=_ASYNCHRONOUS)  # reads a packet allows; 0: any number
+    size: int = number(50, 1, MANY, applies={"engine.asynchronous": (True,)})  # packets
+    rule: str = kind_of(registry.RULES, "least_used_latest", applies={"engine.asynchronous": (True,)})
+    max_reuse: int = number(0, 0, MANY, applies={"engine.asynchronous": (True,)})  # reads a packet allows; 0: any number
     # Where no packet may be read: take the turn later, or lose it.
-    at_limit: str = _choice("wait", "skip", applies=_SIMULATED)
+    at_limit: str = choice("wait", "skip", applies={"engine.asynchronous": (True,), "engine.continuous": (False,)})
 
 
 @dataclass(frozen=True)
-class CodecSettings:
+class CodecSettings(Group):
     """What crosses between modules, and what rings hold."""
 
-    name: str = _choice("identity", "bf16", "int8", "vq")
-    dims: int = _number(8, 1, 65536, applies=_GROUPS)  # channels a group
-    codes: int = _number(256, 1, 65536, applies=_VQ)  # entries of a group's codebook
-    stages: int = _number(1, 1, 64, applies=_VQ)  # each codes what the ones before left over, with as many bits again
-    start: str = _choice("kmeans++", "sample", applies=_VQ)  # from the first batch
-    rule: str = _choice("ema", "minibatch", applies=_VQ)  # a moving average, or mini-batch k-means
-    decay: float = _number(0.9, 0.0, 1.0, applies=_VQ)  # of the moving averages
-    # Weight of an entry's old value, in units of the mean count.
-    smoothing: float = _number(1e-5, 0.0, 1.0, applies={**_VQ, "codec.rule": ("ema",)})
-    restart: float = _number(0.01, 0.0, 1.0, applies=_VQ)  # an entry used less than this share of the mean begins anew
-    samples: int = _number(8, 0, _MANY, applies=_VQ)  # vectors a code that an update looks at; 0: all of the batch
-    # Steps; 0: so that codebooks take under a tenth of the codes' bytes.
-    codebook_every: int = _number(0, 0, _MANY, applies=_VQ)
-    # With the codebook a packet was encoded with when it entered the ring, or the newest.
-    decode: str = _choice("sent", "latest", applies={**_VQ, **_ASYNCHRONOUS})
+    name: str = kind_of(registry.CODECS, "identity")
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
-    every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
-    keep: int = _number(2, 1, _MANY)  # the newest few; the best on validation is kept besides
+class CheckpointSettings(Group):
+    """When the run is saved."""
+
+    every: int = number(0, 0, MANY, free=True)  # steps; 0: once an epoch
+    keep: int = number(2, 1, MANY, free=True)  # the newest few; the best on validation is kept besides
     # Steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact.
-    replay_every: int = _number(1, 0, _MANY, applies=_ASYNCHRONOUS)
+    replay_every: int = number(1, 0, MANY, free=True, applies={"engine.asynchronous": (True,)})
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    every: int = _number(0, 0, _MANY)  # steps; 0: once an epoch
+class EvalSettings(Group):
+    """When the run is evaluated on the validation images, and how."""
+
+    every: int = number(0, 0, MANY, free=True)  # steps; 0: once an epoch
     # Between modules as in training, with the published codebooks; false: activations as they are.
-    codec: bool = _option(True, _LOSSY)
+    codec: bool = option(True, free=True, applies={"codec.lossless": (False,)})
 
 
 @dataclass(frozen=True)
-class LogSettings:
-    every: int = _number(50, 0, _MANY)  # steps; 0: once an epoch
-    tensorboard: bool = False
+class LogSettings(Group):
+    """When training metrics are written, and where to."""
+
+    every: int = number(50, 0, MANY, free=True)  # steps; 0: once an epoch
+    tensorboard: bool = option(False, free=True)
+
+
+_GROUPS: dict[str, type[Group]] = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "method": MethodSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "train": TrainSettings,
+    "engine": EngineSettings,
+    "replay": ReplaySettings,
+    "codec": CodecSettings,
+    "checkpoint": CheckpointSettings,
+    "eval": EvalSettings,
+    "log": LogSettings,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    seed: int = _number(0, 0, 2**31 - 1)
-    data: DataSettings = field(default_factory=DataSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    replay: ReplaySettings = field(default_factory=ReplaySettings)
-    codec: CodecSettings = field(default_factory=CodecSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
-    log: LogSettings = field(default_factory=LogSettings)
+    """A whole configuration. Groups with kinds hold the options of the chosen one.
+
+    Attributes:
+      ignored: by dotted name, a line for each field that was set, to another value than its default, and decides nothing here.
+      unused: by dotted name, the values that were set of options of other kinds.
+    """
+
+    seed: int = number(0, 0, 2**31 - 1)
+    plugins: tuple[str, ...] = option((), free=True)  # modules to import first: they register kinds of their own
+    data: DataSettings = field(default_factory=lambda: options("data"))
+    model: ModelSettings = field(default_factory=lambda: options("model"))
+    method: MethodSettings = field(default_factory=lambda: options("method"))
+    optimizer: OptimizerSettings = field(default_factory=lambda: options("optimizer"))
+    schedule: ScheduleSettings = field(default_factory=lambda: options("schedule"))
+    train: TrainSettings = field(default_factory=lambda: options("train"))
+    engine: EngineSettings = field(default_factory=lambda: options("engine"))
+    replay: ReplaySettings = field(default_factory=lambda: options("replay"))
+    codec: CodecSettings = field(default_factory=lambda: options("codec"))
+    checkpoint: CheckpointSettings = field(default_factory=lambda: options("checkpoint"))
+    eval: EvalSettings = field(default_factory=lambda: options("eval"))
+    log: LogSettings = field(default_factory=lambda: options("log"))
+    ignored: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    unused: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dicts, lists and numbers, as `config.json` holds them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Returns nested plain dicts, lists and numbers, as `config.json` holds them."""
+        return {
+            f.name: json.loads(json.dumps(_plain(value)))
+            for f in dataclasses.fields(self)
+            if f.compare
+            for value in (getattr(self, f.name),)
+        }
 
     def hash(self) -> str:
-        """Twelve hexadecimal digits that two runs share when every field is equal."""
+        """Returns twelve hexadecimal digits that two runs share if every field is equal."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def default_config() -> "ConfigDict":
-    """A ConfigDict of every field with its default: where each file in `configs/` starts."""
+_ALONE = tuple(f for f in dataclasses.fields(Settings) if f.compare and f.name not in _GROUPS)
 
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if isinstance(value, Group) else value  # type: ignore[call-overload]
+
+
+def default_config(plugins: Sequence[str] = ()) -> "ConfigDict":
+    """Returns a ConfigDict of every field with its default, those of all kinds among them: where each file in `configs/` starts.
+
+    Args:
+      plugins: modules to import first, whose kinds may have fields of their own; kept as `config.plugins`.
+    """
     from ml_collections import ConfigDict
 
-    def unwrap(cls: type) -> dict[str, Any]:
-        values = {}
-        for f in dataclasses.fields(cls):
-            values[f.name] = unwrap(_type(f)) if dataclasses.is_dataclass(_type(f)) else f.default
-        return values
+    import_plugins(plugins)
+    values: dict[str, Any] = {f.name: f.default for f in _ALONE} | {"plugins": tuple(plugins)}
+    return ConfigDict(values | {group: {f.name: f.default for f in fields_of(group).values()} for group in _GROUPS})
 
-    return ConfigDict(unwrap(Settings))
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Imports modules that register kinds.
+
+    Raises:
+      UserError: one is not there, or cannot be imported.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(f"config.plugins={name!r}: no such module; install it, or put its folder on PYTHONPATH") from error
 
 
 def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[str] = ()) -> Settings:
@@ -252,46 +288,37 @@ def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[st
     Raises:
       UserError: a field is unknown (with the nearest names), of the wrong type, out of its range, or was given and does not apply.
     """
-    settings = _build(Settings, config, "")
-    for name, reason in not_applicable(settings).items():
+    for name in config:
+        if name not in _GROUPS and name not in {f.name for f in _ALONE}:
+            raise UserError(f"config.{name}: no such field; {nearest(name, field_names())}")
+    plugins = next(f for f in _ALONE if f.name == "plugins")
+    import_plugins(_check(plugins, config.get("plugins", ()), "config.plugins"))
+    values: dict[str, Any] = {f.name: _check(f, config[f.name], f"config.{f.name}") for f in _ALONE if f.name in config}
+    unused: dict[str, Any] = {}
+    for group in _GROUPS:
+        values[group] = _build(group, config.get(group, {}), unused)
+    settings = Settings(**values)
+    settings = dataclasses.replace(settings, ignored=_ignored(settings, unused), unused=unused)
+    for name, reason in settings.ignored.items():
         if name in given or name.split(".")[0] in given:
             raise UserError(reason)
-    schedule = settings.schedule
-    if list(schedule.boundaries) != sorted(set(schedule.boundaries)) or any(not 0 < b <= 1e6 for b in schedule.boundaries):
-        raise UserError(
-            f"config.schedule.boundaries={schedule.boundaries}: epochs must be positive and increasing, and below a million"
-        )
-    if len(settings.data.mean) != len(settings.data.std):
-        raise UserError(f"config.data.mean has {len(settings.data.mean)} values and config.data.std {len(settings.data.std)}")
-    if any(s <= 0 for s in settings.data.std):
-        raise UserError(f"config.data.std={settings.data.std}: every value must be above 0")
-    slowdown = settings.engine.slowdown
-    if slowdown and (len(slowdown) != settings.model.modules or min(slowdown) < 1):
-        raise UserError(f"config.engine.slowdown={slowdown}: one factor of at least 1 for each of {settings.model.modules} modules")
-    if any(n < 1 for n in settings.engine.group_sizes):
-        raise UserError(f"config.engine.group_sizes={settings.engine.group_sizes}: every module needs at least one device")
+    for group in _GROUPS:
+        getattr(settings, group).check(settings)
     return settings
 
 
-def not_applicable(settings: Settings) -> dict[str, str]:
-    """Returns the fields that are set, to another value than their default, and that nothing chosen here has a use for.
+def options(group: str, **fields: Any) -> Any:
+    """Returns one group of a configuration, checked: `options("codec", name="vq", codes=16)`.
 
-    Returns:
-      By dotted name, one line each: the value, and what the field applies to.
+    Raises:
+      UserError: see `make_settings`; or a field is another kind's.
     """
-    values, defaults = (dict(_flatten(dataclasses.asdict(s))) for s in (settings, Settings()))
-    return {
-        name: f"config.{name}={value!r}: applies to config.{unmet[0]}={' or '.join(unmet[1])}, not to {values[unmet[0]]}"
-        for name, value in values.items()
-        if value != defaults[name] and (unmet := _unmet(name, values))
-    }
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """' Did you mean a, b?' for a mistyped name, or the whole list where nothing is near."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+    unused: dict[str, Any] = {}
+    made = _build(group, fields, unused)
+    if unused:
+        name, value = next(iter(unused.items()))
+        raise UserError(f"config.{name}={value!r}: does not apply to config.{group}.name={made.name}")
+    return made
 
 
 def check_name(name: str) -> None:
@@ -301,70 +328,100 @@ def check_name(name: str) -> None:
         raise UserError(f"--config.{name}: no such field; {nearest(name, names)}")
 
 
-def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
+def differences(old: Settings, new: Settings) -> list[str]:
     """Returns the fields whose change forbids resuming, each as 'config.a.b (was X, is now Y)'.
 
     A field may change where one of the two configurations has no use for it: there it decides nothing.
     """
-    before, after = dict(_flatten(old)), dict(_flatten(new.to_dict()))
-    # A field that the older run did not know had its default then.
-    before = dict(_flatten(Settings().to_dict())) | before
     changed = []
-    for name in sorted(before.keys() | after.keys()):
-        was, now = before.get(name), after.get(name)
-        free = name in FREE_ON_RESUME or (f"{name.split('.')[0]}.*" in FREE_ON_RESUME and name not in FIXED_ON_RESUME)
-        swapped = name == "engine.name" and {was, now} <= set(INTERCHANGEABLE_ENGINES)
-        used = all(_unmet(name, values) is None for values in (before, after))
-        if was != now and used and not free and not swapped:
-            changed.append(f"config.{name} (was {was!r}, is now {now!r})")
+    for name in field_names():
+        group, _, leaf = name.rpartition(".")
+        f = fields_of(group)[leaf] if group else next(f for f in _ALONE if f.name == leaf)
+        sides = [getattr(settings, group) if group else settings for settings in (old, new)]
+        if f.metadata["free"] or not all(hasattr(side, leaf) for side in sides):
+            continue
+        was, now = (getattr(side, leaf) for side in sides)
+        if was == now or any(_unmet(name, settings) for settings in (old, new)):
+            continue
+        kinds = f.metadata.get("kinds")
+        if kinds is not None and (family := getattr(kinds[was], "family", None)) and family == getattr(kinds[now], "family", None):
+            continue  # one form of checkpoint, the same numbers
+        changed.append(f"config.{name} (was {_shown(was)}, is now {_shown(now)})")
     return changed
 
 
 def field_names() -> list[str]:
-    """Returns every dotted field name, such as 'optimizer.learning_rate'."""
-    return [name for name, _ in _leaves()]
+    """Returns every dotted field name, such as 'optimizer.learning_rate', those of all kinds among them."""
+    return [f.name for f in _ALONE] + [f"{group}.{name}" for group in _GROUPS for name in fields_of(group)]
 
 
-def _leaves(cls: type = Settings, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(_type(f)):
-            yield from _leaves(_type(f), f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, f
+def fields_of(group: str) -> dict[str, dataclasses.Field]:
+    """Returns the fields of a group by name: the common ones, then those of its kinds."""
+    common = {f.name: f for f in dataclasses.fields(_GROUPS[group])}  # type: ignore[arg-type]
+    kinds = _kinds(group)
+    options = [kind.options for _, kind in kinds.items() if kind.options] if kinds is not None else []
+    return common | {f.name: f for cls in options for f in dataclasses.fields(cls) if f.name not in common}
 
 
-def _unmet(name: str, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """Returns the first condition that keeps a field from applying to flat `values`: a field and its fitting choices."""
-    for kind, fitting in _CONDITIONS.get(name, {}).items():
-        if values[kind] not in fitting and _unmet(kind, values) is None:
-            return kind, fitting
+def _kinds(group: str) -> Registry | None:
+    """Returns the registry of the kinds that a group's `name` chooses from."""
+    f = next((f for f in dataclasses.fields(_GROUPS[group]) if f.name == "name"), None)  # type: ignore[arg-type]
+    return f.metadata["kinds"] if f else None
+
+
+def _unmet(name: str, settings: Settings) -> tuple[str, list[str]] | None:
+    """Returns the first condition that keeps a field of the chosen kinds from applying: a field, and its fitting choices."""
+    group, _, leaf = name.rpartition(".")
+    f = fields_of(group)[leaf] if group else None
+    for other, fitting in (f.metadata["applies"] if f else _ALWAYS).items():
+        of, _, trait = other.partition(".")
+        chosen = getattr(settings, of)
+        if trait in fields_of(of):
+            if getattr(chosen, trait, fitting[0]) not in fitting and _unmet(other, settings) is None:
+                return other, list(fitting)
+        elif getattr(_kinds(of)[chosen.name], trait) not in fitting:  # type: ignore[index]
+            return f"{of}.name", [n for n, kind in _kinds(of).items() if getattr(kind, trait) in fitting]  # type: ignore[union-attr]
     return None
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _ignored(settings: Settings, unused: Mapping[str, Any]) -> dict[str, str]:
+    """Words what is set and decides nothing: options of other kinds, and fields whose conditions do not hold."""
+    lines = {}
+    for group in _GROUPS:
+        for leaf, f in fields_of(group).items():
+            name = f"{group}.{leaf}"
+            value = unused[name] if name in unused else getattr(getattr(settings, group), leaf, f.default)
+            unmet = None
+            if value != f.default:
+                unmet = (f"{group}.name", _having(group, leaf)) if name in unused else _unmet(name, settings)
+            if unmet:
+                of, _, which = unmet[0].partition(".")
+                chosen = getattr(getattr(settings, of), which)
+                lines[name] = f"config.{name}={value!r}: applies to config.{unmet[0]}={' or '.join(unmet[1])}, not to {chosen}"
+    return lines
 
 
-def _build(cls: type, config: Any, prefix: str) -> Any:
+def _having(group: str, leaf: str) -> list[str]:
+    """Returns the kinds of a group that have an option of this name."""
+    kinds: Any = _kinds(group)
+    return [name for name, kind in kinds.items() if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}]
+
+
+def _build(group: str, config: Any, unused: dict[str, Any]) -> Any:
+    """Checks a group and freezes what the chosen kind has a use for; the rest goes to `unused`, checked as well."""
     if not isinstance(config, Mapping) and not hasattr(config, "items"):  # a ConfigDict is no Mapping
-        raise UserError(f"config.{prefix[:-1]}={config!r}: a group of fields, not a value")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+        raise UserError(f"config.{group}={config!r}: a group of fields, not a value")
+    fields, cls, values = fields_of(group), _GROUPS[group], {}
     for name in config:
         if name not in fields:
-            near = nearest(prefix + name, field_names())
-            raise UserError(f"config.{prefix}{name}: no such field; {near}")
-    values = {}
-    for name, f in fields.items():
-        if name not in config:
-            continue
-        if dataclasses.is_dataclass(_type(f)):
-            values[name] = _build(_type(f), config[name], f"{prefix}{name}.")
-        else:
-            values[name] = _check(f, config[name], f"config.{prefix}{name}")
+            raise UserError(f"config.{group}.{name}: no such field; {nearest(f'{group}.{name}', field_names())}")
+        values[name] = _check(fields[name], config[name], f"config.{group}.{name}")
+    kinds = _kinds(group)
+    if kinds is not None:
+        chosen = values.get("name", fields["name"].default)
+        cls = kinds[chosen].options or cls
+        used = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unused |= {f"{group}.{name}": values.pop(name) for name in [*values] if name not in used}
     return cls(**values)
 
 
@@ -372,6 +429,11 @@ def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
     wanted = _type(f)
     if typing.get_origin(wanted) is tuple:
         element = typing.get_args(wanted)[0]
+        if element is str:
+            value = tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise UserError(f"{name}={value!r}: a tuple of names, such as ('one','other')")
+            return tuple(value)
         if not isinstance(value, list | tuple) or not all(_is_number(v, element) for v in value):
             raise UserError(f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})")
         return tuple(element(v) for v in value)
@@ -384,6 +446,8 @@ def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
     choices = f.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: no such name; {nearest(value, choices)}")
+    if "kinds" in f.metadata:
+        f.metadata["kinds"][value]  # raises where there is none
     if "range" in f.metadata:
         low, high, exclusive = f.metadata["range"]
         if not (low < value < high if exclusive else low <= value <= high):
@@ -392,7 +456,18 @@ def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
     return value
 
 
-_CONDITIONS: dict[str, Applies] = {name: f.metadata.get("applies", _ALWAYS) for name, f in _leaves()}
+def _type(f: dataclasses.Field) -> Any:
+    """Returns the type itself, of a user's dataclass whose annotations are strings as well."""
+    return _evaluated(f.type) if isinstance(f.type, str) else f.type
+
+
+@cache
+def _evaluated(annotation: str) -> Any:
+    return eval(annotation, {"Any": Any})  # int, float, bool, str, or a tuple of them
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 def _is_number(value: Any, wanted: type) -> bool:

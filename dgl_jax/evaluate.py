@@ -23,7 +23,7 @@ def evaluate_run(
       UserError: there is no such run, checkpoint or split, `settings` are another run's, or the data are others.
     """
     stored = read_settings(Path(workdir))
-    if settings is not None and (changed := differences(stored.to_dict(), settings)):  # before anything is restored
+    if settings is not None and (changed := differences(stored, settings)):  # before anything is restored
         raise UserError(f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}")
     trained = load_trained(Path(workdir), checkpoint)
     settings = settings or stored

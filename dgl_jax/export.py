@@ -87,9 +87,9 @@ def load_exported(folder: str | Path) -> Exported:
     Raises:
       UserError: the folder holds no export.
     """
-    described = read_json(Path(folder) / "config.json", "dataset", "config")
+    described = read_json(Path(folder) / "config.json", "dataset", "config", "first_blocks")
     info = DatasetInfo.from_dict(described["dataset"])
-    spec = make_spec(make_settings(described["config"]), info, first_blocks=described.get("first_blocks", ()))
+    spec = make_spec(make_settings(described["config"]), info, described["first_blocks"])
     tensors = load_file(Path(folder) / "model.safetensors")
     variables = []
     for module, state in zip(spec.modules, spec.abstract_states()):

@@ -81,6 +81,7 @@ class TrainSpec:
 
     Attributes:
       modules: the cut network with its heads.
+      method: the training rule.
       optimizer: one for all; each module holds a state of its own.
       preprocess: makes network inputs of stored images.
       codec: what crosses between modules.
@@ -94,6 +95,7 @@ class TrainSpec:
     """
 
     modules: tuple[LocalModule, ...]
+    method: Any  # a `methods.Method`, which this file comes before
     optimizer: optax.GradientTransformation
     preprocess: Preprocess
     codec: Codec
@@ -152,6 +154,8 @@ class TrainSpec:
 
     def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
         """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""
+        if not self.method.sends:
+            return Traffic((), (), ())
         targets, size = nbytes(self.targets()), self.batch_size
         raw, packets, codebooks = [], [], []
         for hop in self.hops:

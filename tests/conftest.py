@@ -34,19 +34,20 @@ import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
 
 from dgl_jax.codecs import make_codec  # noqa: E402
-from dgl_jax.config import CodecSettings  # noqa: E402
+from dgl_jax.config import CodecSettings, options  # noqa: E402
 from dgl_jax.core.kept import forget  # noqa: E402
 from dgl_jax.core.module import ModuleState, make_modules  # noqa: E402
-from dgl_jax.data import Preprocess, synthetic  # noqa: E402
+from dgl_jax.data import synthetic  # noqa: E402
 from dgl_jax.data.memory import ArraySource  # noqa: E402
 from dgl_jax.engines import Engine, EngineState, FusedEngine, PipelineEngine  # noqa: E402
 from dgl_jax.engines.placement import assign, one_group  # noqa: E402
-from dgl_jax.methods.backprop import backprop_step  # noqa: E402
-from dgl_jax.methods.dgl import fused_step  # noqa: E402
+from dgl_jax.methods.backprop import Backprop  # noqa: E402
+from dgl_jax.methods.dgl import Dgl  # noqa: E402
 from dgl_jax.models.blocks import ConvBlock  # noqa: E402
 from dgl_jax.models.heads import LinearHead  # noqa: E402
 from dgl_jax.schedule import never  # noqa: E402
 from dgl_jax.spec import TrainSpec  # noqa: E402
+from dgl_jax.tasks.image_classification import Preprocess  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -221,10 +222,11 @@ class Tiny:
                 {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[modules],
                 [LinearHead(10, dtype) if heads or k == last else None for k in range(modules)],
             ),
+            method=Dgl() if heads else Backprop(),
             optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
             preprocess=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
-            codec=make_codec(CodecSettings(codec) if isinstance(codec, str) else codec, dtype),
-            decode=codec.decode if isinstance(codec, CodecSettings) else "sent",
+            codec=make_codec(options("codec", name=codec) if isinstance(codec, str) else codec, dtype),
+            decode=getattr(codec, "decode", "sent"),
             seed=0,
             batch_size=self.batch_size,
             image_shape=self.source.image_shape,
@@ -236,7 +238,7 @@ class Tiny:
         placement = assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
         if name == "pipeline":
             return PipelineEngine(spec, placement)
-        return FusedEngine(spec, placement, make_step=backprop_step if name == "backprop" else fused_step)
+        return FusedEngine(spec, placement)
 
     def init(self, spec: TrainSpec) -> tuple[ModuleState, ...]:
         """States on the host, drawn by NumPy: nothing to compile. A block's values do not depend on where the network is cut."""

@@ -17,13 +17,13 @@ import numpy as np
 from conftest import Tiny, host
 
 from dgl_jax import vq
-from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
-from dgl_jax.engines import EngineState, SimulatedEngine, ThreadsEngine
+from dgl_jax.config import ReplaySettings, options
+from dgl_jax.engines import EngineState, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.run.checkpoint import Checkpoints
 
 STEPS = 3
-VQ = CodecSettings("vq", codes=8, dims=2, stages=2, codebook_every=2)
+VQ = options("codec", name="vq", codes=8, dims=2, stages=2, codebook_every=2)
 
 
 def leaves(tree: Any) -> dict[str, np.ndarray]:
@@ -61,9 +61,9 @@ def engines(tiny: Tiny) -> dict[str, Any]:
         "fused": tiny.new_engine("fused", (), spec(VQ)),
         "pipeline": tiny.new_engine("pipeline", (1, 2), spec(VQ)),
         "simulated": SimulatedEngine(
-            spec(CodecSettings("int8", dims=2)), one_group(devices[:1], 2), STEPS, EngineSettings("simulated"), replay
+            spec(options("codec", name="int8", dims=2)), one_group(devices[:1], 2), STEPS, SimulatedOptions("simulated"), replay
         ),
-        "threads": ThreadsEngine(spec("bf16"), assign(devices, 2, (2, 1)), EngineSettings("threads"), replay),
+        "threads": ThreadsEngine(spec("bf16"), assign(devices, 2, (2, 1)), ThreadsOptions("threads"), replay),
         "backprop": tiny.new_engine("backprop", (), spec("identity", heads=False)),
     }
 

@@ -8,9 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dgl_jax.config import default_config
+from dgl_jax.config import Settings, default_config
 from dgl_jax.replay import Ring
+from dgl_jax.run.build import choose_cuts, make_blocks, make_spec
 from dgl_jax.run.restore import load_trained
+from dgl_jax.run.stored import DatasetInfo
+from dgl_jax.spec import TrainSpec
 
 # The same run on the command line.
 FIELDS: dict[str, Any] = {
@@ -32,12 +35,19 @@ FIELDS: dict[str, Any] = {
 
 
 def small_config(**fields: Any) -> ConfigDict:
-    """The small run; `fields` with `__` for the dot."""
+    """The small run; `fields` with `__` for the dot. The engine `backprop` is back-propagation under `fused`."""
     config = default_config()
+    if fields.get("engine__name") == "backprop":
+        fields |= {"engine__name": "fused", "method__name": "backprop"}
     for name, value in (FIELDS | {k.replace("__", "."): v for k, v in fields.items()}).items():
         group, _, leaf = name.rpartition(".")
         setattr(config[group] if group else config, leaf, value)
     return config
+
+
+def spec_of(settings: Settings, info: DatasetInfo, schedule: Any = None) -> TrainSpec:
+    """What the settings train, cut as they say."""
+    return make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)), schedule)
 
 
 def arrays(workdir: Path) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ RUNS: dict[str, dict[str, object]] = {
     "pipeline, vq": {"engine.name": "pipeline", **VQ},
     "simulated": {"engine.name": "simulated", "replay.size": 3},
     "simulated, slowed, vq": {"engine.name": "simulated", "engine.slowdown": "(1,1,2,1)", "replay.size": 3, **VQ},
-    "backprop": {"engine.name": "backprop"},
+    "backprop": {"method.name": "backprop"},
     "resumed": {"engine.name": "pipeline"},  # from step 30
 }
 
@@ -52,6 +52,10 @@ def parameters(tree: Path, name: str, workdir: Path) -> dict[str, np.ndarray]:
     """Trains one of `RUNS` and returns what it exports."""
     for steps in (30, 60) if name == "resumed" else (60,):
         fields = SHARED | RUNS[name] | {"train.steps": steps}
+        if "method.name" in fields:
+            del fields["model.head"]  # which back-propagation has no use for
+        if "method.name" in fields and not (tree / "dgl_jax" / "registry.py").exists():
+            fields["engine.name"] = fields.pop("method.name")  # where back-propagation was an engine
         launch(tree, "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items()))
     return load_file(Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1]) / "model.safetensors")
 

@@ -20,8 +20,9 @@ from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.profile import flops
+from dgl_jax.registry import NETWORKS
 from dgl_jax.run import plots
-from dgl_jax.run.build import every_block, known_info
+from dgl_jax.run.build import known_info, make_blocks
 from dgl_jax.tools.bench import bench
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run
@@ -46,8 +47,10 @@ def config(engine, **fields):
 @pytest.fixture(autouse=True)
 def _two_blocks(monkeypatch, traced_anew):
     """Less to compile; with pooling."""
-    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    models.register("two", lambda width, _, dtype: [ConvBlock(width, dtype=dtype), ConvBlock(2 * width, pool=True, dtype=dtype)])
+    monkeypatch.setattr(NETWORKS, "_kinds", dict(NETWORKS._kinds))
+    models.register_network(
+        "two", lambda width, _, dtype: [ConvBlock(width, dtype=dtype), ConvBlock(2 * width, pool=True, dtype=dtype)]
+    )
 
 
 @pytest.fixture(params=ANSWERS)
@@ -96,14 +99,14 @@ def test_plans(plugin):
 
 def test_operations_are_the_same_as_anywhere(monkeypatch):
     settings = make_settings(config("fused"))
-    every = every_block(settings, known_info(settings.data))
-    before = flops.module_flops(every)
-    assert min(body for body, _ in before) > 0
+    network = make_blocks(settings, known_info(settings.data))
+    before = flops.block_flops(network)
+    assert min(before.inner) > 0
     for answer in ANSWERS:
         with monkeypatch.context() as patch:
             behave(patch, answer)
             flops.forward_flops.cache_clear()
-            assert flops.module_flops(every) == before
+            assert flops.block_flops(network) == before
     flops.forward_flops.cache_clear()
 
 

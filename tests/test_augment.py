@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.data import Preprocess, augment_key
-from dgl_jax.tasks.image_classification import draw_crop_flip
+from dgl_jax.tasks.image_classification import Preprocess, augment_key, draw_crop_flip
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.2, 0.5, 1.0)
 CROP_FLIP = Preprocess("crop_flip", MEAN, STD)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dgl_jax.codecs import CODECS, Bf16, Identity, make_codec, relative_error
-from dgl_jax.config import CodecSettings
+from dgl_jax.config import options
 from dgl_jax.types import nbytes
 
 
@@ -23,7 +23,7 @@ def bits(x):
 def test_identity_changes_no_bit(dtype):
     values = [0.0, -0.0, 1e-40, -1.17549435e-38, 3.4e38, np.inf, -np.inf, np.nan, 1 / 3]
     x = jnp.asarray(np.array(values, np.float32)).astype(dtype)
-    codec = make_codec(CodecSettings("identity"), dtype)
+    codec = make_codec(options("codec", name="identity"), dtype)
     assert codec.lossless
     np.testing.assert_array_equal(bits(through(codec, x)), bits(x))
     np.testing.assert_array_equal(bits(jax.jit(lambda x: through(codec, x))(x)), bits(x))
@@ -55,14 +55,15 @@ def test_bf16_rounds_to_the_nearest():
 
 
 def test_make_codec_gives_back_the_dtype_of_the_activations():
-    assert make_codec(CodecSettings("bf16"), "float32") == Bf16("float32")
-    assert make_codec(CodecSettings("identity"), "bfloat16") == Identity("bfloat16")
+    assert make_codec(options("codec", name="bf16"), "float32") == Bf16("float32")
+    assert make_codec(options("codec", name="identity"), "bfloat16") == Identity("bfloat16")
     for name, dtype in [(name, dtype) for name in CODECS for dtype in ("float32", "bfloat16")]:
-        codec = make_codec(CodecSettings(name, dims=2), dtype)
+        dims = {} if name in ("identity", "bf16") else {"dims": 2}
+        codec = make_codec(options("codec", name=name, **dims), dtype)
         x = jnp.ones((2, 2), dtype)
         book = codec.codebook(codec.publish(codec.init(x), jax.random.key(0), x, jnp.zeros((), jnp.int32)))
         assert codec.decode(book, codec.encode(book, x)).dtype == dtype
-        assert hash(codec) == hash(make_codec(CodecSettings(name, dims=2), dtype))
+        assert hash(codec) == hash(make_codec(options("codec", name=name, **dims), dtype))
 
 
 def test_relative_error_by_hand():

@@ -14,8 +14,8 @@ from test_resume import interrupted
 
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
-from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
-from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, ThreadsEngine
+from dgl_jax.config import ReplaySettings, options
+from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.replay import Form, Ring
@@ -25,7 +25,7 @@ from dgl_jax.run.plots import plot
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header, Targets
 
-VQ = CodecSettings("vq", codes=8, dims=2, codebook_every=3)
+VQ = options("codec", name="vq", codes=8, dims=2, codebook_every=3)
 STEPS = 7
 FIELDS = {"codec__name": "vq", "codec__codes": 16, "codec__dims": 2, "codec__codebook_every": 5}
 
@@ -178,7 +178,7 @@ def test_codebooks_come_back_with_the_ring():
 
 def simulated(tiny, devices, codec, replay=None, **settings) -> SimulatedEngine:
     spec = tiny.spec(codec=codec)
-    return SimulatedEngine(spec, one_group(devices[:1], 3), STEPS, EngineSettings(**settings), replay or ReplaySettings(4))
+    return SimulatedEngine(spec, one_group(devices[:1], 3), STEPS, SimulatedOptions(**settings), replay or ReplaySettings(4))
 
 
 def run(tiny, made):
@@ -204,10 +204,10 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, to_
 @pytest.mark.slow
 def test_only_the_newest_codebook_drifts(tiny, devices):
     uniform = ReplaySettings(4, "uniform")
-    every = CodecSettings("vq", codes=8, dims=2, codebook_every=1)
+    every = options("codec", name="vq", codes=8, dims=2, codebook_every=1)
     sent, _ = run(tiny, simulated(tiny, devices, every, uniform))
     assert not any("codec_drift" in metrics for metrics in sent[0] + sent[1] + sent[2])
-    latest = CodecSettings("vq", codes=8, dims=2, codebook_every=1, decode="latest")
+    latest = options("codec", name="vq", codes=8, dims=2, codebook_every=1, decode="latest")
     newest, _ = run(tiny, simulated(tiny, devices, latest, uniform))
     drift = [metrics["codec_drift"] for metrics in newest[1] + newest[2]]
     assert max(drift) > 1e-3
@@ -218,8 +218,8 @@ def test_only_the_newest_codebook_drifts(tiny, devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", ["sent", "latest"])
 def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
-    codec = CodecSettings("vq", codes=8, dims=2, codebook_every=2, decode=decode)
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
+    codec = options("codec", name="vq", codes=8, dims=2, codebook_every=2, decode=decode)
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4))
     _, state = run(tiny, made)
     assert [int(m.updates) for m in state.modules] == [STEPS] * 3
     traffic = made.traffic()

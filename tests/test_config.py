@@ -7,15 +7,13 @@ import typing
 
 import jax
 import pytest
-from runs import small_config
+from runs import small_config, spec_of
 
-from dgl_jax.codecs import CODECS
-from dgl_jax.config import FREE_ON_RESUME, Settings, default_config, differences, field_names, make_settings, not_applicable
-from dgl_jax.data import SETS
-from dgl_jax.engines import Engine
+from dgl_jax.config import Settings, default_config, differences, field_names, fields_of, make_settings
+from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
-from dgl_jax.models import HEADS
-from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment, make_spec
+from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
+from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment
 
 
 def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
@@ -26,18 +24,19 @@ def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
 
 
 def find(name: str) -> dataclasses.Field:
-    cls: typing.Any = Settings
-    for part in name.split("."):
-        field = next(f for f in dataclasses.fields(cls) if f.name == part)
-        cls = field.type
-    return field
+    group, _, leaf = name.rpartition(".")
+    return fields_of(group)[leaf] if group else next(f for f in dataclasses.fields(Settings) if f.name == leaf)
 
 
 def other(name: str) -> typing.Any:
     """A valid value that is not the default."""
     field = find(name)
+    if "kinds" in field.metadata:
+        return [kind for kind in field.metadata["kinds"] if kind != field.default][-1]
     if "choices" in field.metadata:
         return field.metadata["choices"][-1]
+    if name == "plugins":
+        return ["json"]  # any module
     if name == "engine.slowdown":  # a factor a module
         return [1.0, 1.5, 1.0, 1.0]
     if typing.get_origin(field.type) is tuple:
@@ -49,10 +48,34 @@ def other(name: str) -> typing.Any:
     return field.default + 1 if field.type is int else field.default / 2 + 0.01
 
 
+def kinds_for(name: str) -> dict[str, typing.Any]:
+    """The choices that have a use for a field, nested."""
+    group, _, leaf = name.rpartition(".")
+    config: dict[str, typing.Any] = {}
+    for condition, fitting in find(name).metadata["applies"].items():
+        of, trait = condition.split(".")
+        if trait in fields_of(of):
+            config.setdefault(of, {})[trait] = fitting[0]
+        elif trait != "continuous":  # with `asynchronous`: the first of those
+            kinds = fields_of(of)["name"].metadata["kinds"]
+            config.setdefault(of, {})["name"] = next(n for n, kind in kinds.items() if getattr(kind, trait) in fitting)
+    if group and "name" in fields_of(group) and leaf != "name":
+        kinds = fields_of(group)["name"].metadata["kinds"]
+        having = [n for n, kind in kinds.items() if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}]
+        if leaf not in {
+            f.name for f in dataclasses.fields(type(Settings.__dataclass_fields__[group].default_factory()).__mro__[0])
+        }:
+            config.setdefault(group, {}).setdefault("name", having[0])
+    return config
+
+
 def changed(name: str) -> Settings:
-    config = nest(name, other(name))
+    config = kinds_for(name)
+    value = nest(name, other(name))
     if name in ("data.mean", "data.std"):  # they must come together
-        config = {"data": {"mean": [1.0], "std": [1.0]}}
+        value = {"data": {"mean": [1.0], "std": [1.0]}}
+    for group, fields in value.items():
+        config[group] = config.get(group, {}) | fields if isinstance(fields, dict) else fields
     return make_settings(config)
 
 
@@ -63,7 +86,7 @@ MISTAKES = [
         ["config.optimizer.learning_rat", "no such field", "did you mean", "optimizer.learning_rate"],
     ),
     (("optimiser", {}), ["config.optimiser", "no such field", "did you mean", "optimizer.name"]),
-    (("xyzzy", 1), ["config.xyzzy", "no such field", "there are: seed, data.name", "log.tensorboard"]),
+    (("xyzzy", 1), ["config.xyzzy", "no such field", "there are: seed, plugins, data.name", "log.tensorboard"]),
     (("train.accumulate", 0), ["config.train.accumulate=0", "between 1 and 2147483647"]),
     (("train.ema", 1.0), ["config.train.ema=1.0", "between 0.0 and 0.999999"]),
     (("train.label_smoothing", 1.5), ["config.train.label_smoothing=1.5", "between 0.0 and 1.0"]),
@@ -101,8 +124,11 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=[f"{name}={value}" for (name, value), _ in MISTAKES])
 def test_mistakes_are_named(mistake, words):
+    config = nest(*mistake)
+    if "boundaries" in mistake[0]:
+        config["schedule"]["name"] = "step"
     with pytest.raises(UserError) as error:
-        make_settings(nest(*mistake))
+        make_settings(config)
     assert [word for word in words if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
 
@@ -139,48 +165,31 @@ def test_hash_ignores_the_order_of_keys():
     assert len(Settings().hash()) == 12
 
 
-def test_hash_changes_with_every_field():
-    hashes = {name: changed(name).hash() for name in field_names()} | {"": Settings().hash()}
-    pair = hashes.pop("data.std"), hashes["data.mean"]
-    assert pair[0] == pair[1]
-    assert len(set(hashes.values())) == len(hashes)
-
-
-def test_free_fields_are_fields():
-    groups = {name.split(".")[0] + ".*" for name in field_names()}
-    assert set(FREE_ON_RESUME) <= groups | set(field_names())
-
-
-def kinds_for(name: str) -> dict[str, typing.Any]:
-    """The choices that have a use for a field, nested."""
-    config: dict[str, typing.Any] = {}
-    for kind, fitting in find(name).metadata.get("applies", {}).items():
-        group, leaf = kind.split(".")
-        config.setdefault(group, {})[leaf] = fitting[0]
-    return config
+@pytest.mark.parametrize("name", field_names())
+def test_hash_changes_with_every_field(name):
+    assert changed(name).hash() != make_settings(kinds_for(name)).hash()
 
 
 @pytest.mark.parametrize("name", field_names())
 def test_what_a_resumed_run_may_change(name):
-    kinds = kinds_for(name)
-    old, new = make_settings(kinds).to_dict(), changed(name).to_dict()
-    for group, chosen in kinds.items():
-        new[group] |= {leaf: value for leaf, value in chosen.items() if f"{group}.{leaf}" != name}
-    found = differences(old, make_settings(new))
+    old, new = make_settings(kinds_for(name)), changed(name)
+    found = differences(old, new)
     free = (
         name.startswith(
             ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
         )
-        or name in ("data.dir", "data.manual_dir", "data.workers", "model.remat")
+        or name in ("plugins", "data.dir", "data.manual_dir", "data.workers", "model.remat")
     ) and name != "train.ema"
     if free:
         assert found == []
     elif name in ("data.mean", "data.std"):
         assert len(found) == 2
     else:
+        was = old.to_dict()
         for part in name.split("."):
-            old = old[part]
-        assert found == [f"config.{name} (was {old!r}, is now {other(name)!r})"]
+            was = was[part]
+        assert f"config.{name} (was {was!r}, is now {other(name)!r})" in found
+        assert found[1:] == [] or name.endswith(".name")
 
 
 # Options that do not apply
@@ -209,7 +218,7 @@ NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
     [
         ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
         ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
-        ("engine.name", "backprop", RINGS | OF_THREADS | OF_SIMULATED | {"model.head"}),
+        ("method.name", "backprop", NOT_SIMULATED | {"model.head"}),
         ("engine.name", "simulated", NOT_SIMULATED),
         ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight"}),
         ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
@@ -228,25 +237,21 @@ NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
     ],
 )
 def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
-    base = Settings().to_dict()
+    base: dict[str, typing.Any] = {}
     for group, leaves in (RICH | {kind.split(".")[0]: RICH.get(kind.split(".")[0], {})}).items():
-        base[group] |= leaves
+        base[group] = dict(leaves)
     base[kind.split(".")[0]][kind.split(".")[1]] = chosen
-    choosing = {kind for name in field_names() for kind in find(name).metadata.get("applies", {})}
     found = set()
-    for name in {*field_names()} - (choosing - {"engine.order", "codec.rule"}) - {kind}:
+    for name in {name for name in field_names() if "." in name and not name.endswith(".name")} - {kind}:
         group, _, leaf = name.rpartition(".")
-        value = other("engine.slowdown") if name == "engine.slowdown" else other(name)
         partner = {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
-        config = base | {group: base[group] | {leaf: value} | partner} if group else base | {leaf: value}
+        config = base | {group: base.get(group, {}) | {leaf: other(name)} | partner}
         settings = make_settings(config)
-        reasons = not_applicable(settings)
-        found |= {name} & set(reasons)
-        if name in reasons:
-            with pytest.raises(UserError, match=re.escape(reasons[name])):
+        found |= {name} & set(settings.ignored)
+        if name in settings.ignored:
+            with pytest.raises(UserError, match=re.escape(settings.ignored[name])):
                 make_settings(config, given=[name])
-            unlike = differences(base, settings)
-            assert unlike == [], "what decided nothing may change"
+            assert differences(make_settings(base), settings) == [], "what decided nothing may change"
         else:
             make_settings(config, given=[name])
     assert found == without_use
@@ -255,7 +260,7 @@ def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
 def test_an_option_without_use_is_named_with_what_it_applies_to():
     config = {"engine": {"slowdown": (2, 1, 1, 1)}}
     reason = "config.engine.slowdown=(2.0, 1.0, 1.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
-    assert not_applicable(make_settings(config)) == {"engine.slowdown": reason}
+    assert make_settings(config).ignored == {"engine.slowdown": reason}
     for given in ("engine.slowdown", "engine"):
         with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
             make_settings(config, given=[given])
@@ -278,19 +283,27 @@ def test_a_file_with_options_without_use_gets_one_line_of_the_log(caplog):
     [
         ("fused", "pipeline", True),
         ("pipeline", "fused", True),
-        ("fused", "backprop", False),
-        ("backprop", "pipeline", False),
-        ("backprop", "backprop", True),
+        ("fused", "simulated", False),
+        ("simulated", "pipeline", False),
+        ("threads", "simulated", False),
+        ("threads", "threads", True),
     ],
 )
 def test_engines_that_share_checkpoints(was, now, allowed):
     old, new = (make_settings({"engine": {"name": name}}) for name in (was, now))
-    assert differences(old.to_dict(), new) == ([] if allowed else [f"config.engine.name (was {was!r}, is now {now!r})"])
+    found = differences(old, new)
+    assert found[:1] == ([] if allowed else [f"config.engine.name (was {was!r}, is now {now!r})"])
+
+
+def test_another_method_is_another_run():
+    old, new = (make_settings({"method": {"name": name}}) for name in ("dgl", "backprop"))
+    assert differences(old, new) == ["config.method.name (was 'dgl', is now 'backprop')"]
 
 
 def test_a_field_that_an_older_run_did_not_know_had_its_default():
-    old = Settings().to_dict()
-    del old["codec"], old["model"]["dtype"]
+    values = Settings().to_dict()
+    del values["codec"], values["model"]["dtype"]
+    old = make_settings(values)
     assert differences(old, Settings()) == []
     new = make_settings({"codec": {"name": "bf16"}})
     assert differences(old, new) == ["config.codec.name (was 'identity', is now 'bf16')"]
@@ -298,42 +311,37 @@ def test_a_field_that_an_older_run_did_not_know_had_its_default():
 
 def test_tuples_equal_their_json_lists():
     settings = make_settings({"schedule": {"boundaries": (1.0, 2.5)}})
-    assert differences(json.loads(json.dumps(settings.to_dict())), settings) == []
+    assert differences(make_settings(json.loads(json.dumps(settings.to_dict()))), settings) == []
 
 
 # Choices and registries
 
 
-def choices(name: str) -> set[str]:
-    return set(find(name).metadata["choices"])
+def test_names_choose_from_the_registries():
+    chosen = {"data.name": DATA_SETS, "model.name": NETWORKS, "model.head": HEADS, "engine.name": ENGINES, "codec.name": CODECS}
+    assert all(find(name).metadata["kinds"] is kinds for name, kinds in chosen.items())
+    assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
+    assert [*METHODS] == ["backprop", "dgl"]
 
 
-def test_choices_are_the_registries():
-    assert choices("model.head") == set(HEADS)
-    assert choices("codec.name") == set(CODECS)
-    assert choices("data.name") == set(SETS)
-
-
-def engine_of(name: str) -> Engine:
-    settings = make_settings({"engine": {"name": name}, "model": {"width": 4, "modules": 2}, "data": {"batch_size": 8}})
+def engine_of(name: str, method: str = "dgl") -> Engine:
+    settings = make_settings(
+        {"engine": {"name": name}, "method": {"name": method}, "model": {"width": 4, "modules": 2}, "data": {"batch_size": 8}}
+    )
     info = DatasetInfo("synthetic", ("a", "b"), (8, 8, 3), (0.5,) * 3, (0.2,) * 3)
-    return make_engine(settings, make_spec(settings, info), jax.devices(), 10)
+    return make_engine(settings, spec_of(settings, info), jax.devices(), 10)
 
 
 def test_every_engine_name_has_an_engine_of_its_own():
-    made = {}
-    for name in choices("engine.name"):
-        engine = engine_of(name)
-        step = getattr(engine, "step", None)
-        made[name] = (type(engine).__name__, step and step.__wrapped__.__qualname__.split(".")[0])
-        assert [module.head is None for module in engine.spec.modules] == [name == "backprop", False]
-    assert made == {
-        "fused": ("FusedEngine", "fused_step"),
-        "pipeline": ("PipelineEngine", None),
-        "simulated": ("SimulatedEngine", None),
-        "threads": ("ThreadsEngine", None),
-        "backprop": ("FusedEngine", "backprop_step"),
-    }
+    engines = [FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine]
+    assert [type(engine_of(name)) for name in ENGINES] == engines
+
+
+def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
+    for method in METHODS:
+        assert [module.head is None for module in engine_of("fused", method).spec.modules] == [method == "backprop", False]
+    with pytest.raises(UserError, match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$"):
+        engine_of("pipeline", "backprop")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

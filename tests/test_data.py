@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgl_jax.config import DataSettings
-from dgl_jax.data import DataSet, Shard, cache, folder, make_preprocess, make_source, synthetic
+from dgl_jax.config import options
+from dgl_jax.data import DataSet, Shard, cache, folder, make_source, synthetic
 from dgl_jax.data.memory import ArraySource, channel_statistics
 from dgl_jax.data.source import Examples, stratified
 from dgl_jax.errors import UserError
@@ -213,7 +213,7 @@ def test_statistics_by_hand():
 
 
 def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
-    s = make_source(DataSettings(name="synthetic", image_size=8), seed=0)
+    s = make_source(options("data", name="synthetic", image_size=8), seed=0)
     assert s.image_shape == (8, 8, 3)
     assert [s.examples(split) for split in ("train", "validation", "test")] == [1843, 205, 128]
     data = synthetic.make(500, 200, 8)
@@ -224,15 +224,14 @@ def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
 
 
 def test_settings_override_mean_and_std():
-    settings = DataSettings(name="synthetic", image_size=8, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), augment="crop_flip")
-    preprocess = make_preprocess(settings, make_source(settings, 0))
-    assert (preprocess.mean, preprocess.std, preprocess.augment) == (settings.mean, settings.std, "crop_flip")
-    hash(preprocess)
+    settings = options("data", name="synthetic", image_size=8, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), augment="crop_flip")
+    source = make_source(settings, 0)
+    assert (source.mean, source.std) == (settings.mean, settings.std)
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match=r"config.data.name='cifar': no such name; did you mean cifar10"):
-        make_source(DataSettings(name="cifar"), 0)
+        make_source(options("data", name="cifar"), 0)
 
 
 # Folders
@@ -253,7 +252,7 @@ def write_folder(root, size=(6, 5), per_class=3):
 
 
 def settings_of(root, **kwargs):
-    return DataSettings(name="folder", dir=str(root), batch_size=2, validation_fraction=0.0, **kwargs)
+    return options("data", name="folder", dir=str(root), batch_size=2, validation_fraction=0.0, **kwargs)
 
 
 @pytest.fixture
@@ -334,7 +333,7 @@ def test_folder_errors(images, what, message):
 
 def test_folder_needs_a_directory():
     with pytest.raises(UserError, match=r"config.data.dir is empty"):
-        make_source(DataSettings(name="folder"), 0)
+        make_source(options("data", name="folder"), 0)
 
 
 # The cache of decoded images

@@ -14,12 +14,17 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dgl_jax.config import DataSettings
+from dgl_jax.config import options
 from dgl_jax.data import cache, folder, make_source, tfds_sets
-from dgl_jax.data.tfds_sets import builder_class, load, reachable
+from dgl_jax.data.tfds_sets import builder_class, reachable
 from dgl_jax.errors import UserError
+from dgl_jax.registry import DATA_SETS
 
 LABELS = {"cifar10": ("label",), "cifar100": ("coarse_label", "label")}
+
+
+def load(settings):
+    return DATA_SETS[settings.name].make(settings)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +36,7 @@ def cache_directory(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def digits_directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits")
-    load(DataSettings(name="digits", dir=str(root)))
+    load(options("data", name="digits", dir=str(root)))
     return root
 
 
@@ -39,7 +44,7 @@ def digits_directory(tmp_path_factory):
 
 
 def test_digits_are_scikit_learns(digits_directory):
-    data = load(DataSettings(name="digits", dir=str(digits_directory)))
+    data = load(options("data", name="digits", dir=str(digits_directory)))
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     assert data.class_names == tuple("0123456789")
@@ -60,7 +65,7 @@ def test_digits_are_scikit_learns(digits_directory):
 
 
 def test_digits_source_in_the_default_directory(cache_directory):
-    source = make_source(DataSettings(), 0)
+    source = make_source(options("data"), 0)
     assert (cache_directory / "tfds" / "optical_digits" / "1.0.0" / "dataset_info.json").exists()
     assert source.image_shape == (8, 8, 1)
     assert [source.examples(split) for split in ("train", "validation", "test")] == [1294, 144, 359]
@@ -71,25 +76,25 @@ def test_digits_source_in_the_default_directory(cache_directory):
 
 
 def test_image_size_resizes(digits_directory):
-    data = load(DataSettings(name="digits", dir=str(digits_directory), image_size=16))
+    data = load(options("data", name="digits", dir=str(digits_directory), image_size=16))
     assert data.train.images.shape == (1438, 16, 16, 1)
 
 
 def test_folder_and_tfds_hold_the_same(digits_directory, tmp_path):
-    data = load(DataSettings(name="digits", dir=str(digits_directory)))
+    data = load(options("data", name="digits", dir=str(digits_directory)))
     for split, stored in (("train", data.train), ("test", data.test)):
         for i, (image, label) in enumerate(zip(stored.images[:40], stored.labels[:40], strict=True)):
             path = tmp_path / "images" / split / str(label) / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[..., 0]).save(path)
-    other = folder.load(DataSettings(name="folder", dir=str(tmp_path / "images")))
+    other = folder.load(options("data", name="folder", dir=str(tmp_path / "images")))
     order = np.argsort(data.train.labels[:40], kind="stable")
     np.testing.assert_array_equal(other.train.images, data.train.images[:40][order])
     np.testing.assert_array_equal(other.train.labels, data.train.labels[:40][order])
 
 
 def test_whoever_comes_second_waits_and_prepares_nothing(digits_directory, tmp_path, monkeypatch):
-    settings = DataSettings(name="digits", dir=str(tmp_path))
+    settings = options("data", name="digits", dir=str(tmp_path))
 
     def fail(*args):
         raise AssertionError("prepared a second time")
@@ -154,7 +159,7 @@ def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monk
     stored = write_archive(name, archive)
     expect(name, archive, monkeypatch)
     monkeypatch.setattr(tfds_sets, "reachable", no_network)
-    settings = DataSettings(name=name, dir=str(tmp_path))
+    settings = options("data", name=name, dir=str(tmp_path))
     data = load(settings)
     for split in ("train", "test"):
         images, labels = stored[split]
@@ -170,7 +175,7 @@ def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monk
     archive.unlink()
     np.testing.assert_array_equal(load(settings).train.images, data.train.images)
     assert "tensorflow" not in sys.modules
-    source = make_source(DataSettings(name=name, dir=str(tmp_path), batch_size=4), 0)
+    source = make_source(options("data", name=name, dir=str(tmp_path), batch_size=4), 0)
     assert source.mean == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
 
 
@@ -180,7 +185,7 @@ def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     write_archive("cifar10", archive)
     expect("cifar10", archive, monkeypatch)
-    data = load(DataSettings(name="cifar10", dir=str(tmp_path)))
+    data = load(options("data", name="cifar10", dir=str(tmp_path)))
     stock = tfds.data_source("cifar10", split="train", data_dir=tmp_path, download=False)
     assert [r["label"] for r in stock] == data.train.labels.tolist()
     np.testing.assert_array_equal(np.stack([r["image"] for r in stock]), data.train.images)
@@ -191,13 +196,13 @@ def test_an_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     write_archive("cifar10", archive)
     with pytest.raises(UserError, match=rf"{archive} has {archive.stat().st_size} bytes and the archive 170052171"):
-        load(DataSettings(name="cifar10", dir=str(tmp_path)))
+        load(options("data", name="cifar10", dir=str(tmp_path)))
     expect("cifar10", archive, monkeypatch)
     content = bytearray(archive.read_bytes())
     content[len(content) // 2] ^= 1
     archive.write_bytes(content)
     with pytest.raises(UserError, match=rf"{archive} has the wrong checksum \(sha256 [0-9a-f]{{64}}, not"):
-        load(DataSettings(name="cifar10", dir=str(tmp_path)))
+        load(options("data", name="cifar10", dir=str(tmp_path)))
     assert not list(tmp_path.glob("cifar10/*/dataset_info.json"))
 
 
@@ -206,17 +211,17 @@ def test_archives_may_lie_elsewhere(tmp_path, monkeypatch):
     write_archive("cifar10", archive)
     expect("cifar10", archive, monkeypatch)
     monkeypatch.setattr(tfds_sets, "reachable", no_network)
-    data = load(DataSettings(name="cifar10", manual_dir=str(tmp_path / "elsewhere")))
+    data = load(options("data", name="cifar10", manual_dir=str(tmp_path / "elsewhere")))
     assert len(data.train.labels) == 30
     with pytest.raises(UserError, match=r"config.data.manual_dir=.*nowhere: no such directory"):
-        load(DataSettings(name="cifar10", manual_dir=str(tmp_path / "nowhere")))
+        load(options("data", name="cifar10", manual_dir=str(tmp_path / "nowhere")))
 
 
 def test_no_network_is_said_at_once(cache_directory, monkeypatch):
     monkeypatch.setattr(tfds_sets, "reachable", no_network)
     start = time.monotonic()
     with pytest.raises(UserError) as error:
-        load(DataSettings(name="cifar100"))
+        load(options("data", name="cifar100"))
     archive = "put cifar-100-binary.tar.gz (from https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz)"
     assert f"{archive} into {cache_directory}/tfds/downloads/manual/" in str(error.value)
     assert "config.data.name=folder" in str(error.value)
@@ -257,7 +262,7 @@ def test_a_server_that_never_answers_costs_no_more_than_the_patience(monkeypatch
 def test_missing_directory(tmp_path):
     for name in ("digits", "cifar10"):
         with pytest.raises(UserError, match=r"config.data.dir=.*nowhere: no such directory"):
-            load(DataSettings(name=name, dir=str(tmp_path / "nowhere")))
+            load(options("data", name=name, dir=str(tmp_path / "nowhere")))
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -267,17 +272,17 @@ def test_another_file_format(digits_directory, tmp_path):
     target.parent.mkdir(parents=True)
     target.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match=r"written as tfrecord, which only TensorFlow reads: choose another config.data.dir"):
-        load(DataSettings(name="digits", dir=str(tmp_path)))
+        load(options("data", name="digits", dir=str(tmp_path)))
 
 
 def test_a_directory_that_cannot_be_written(cache_directory):
     cache_directory.write_text("a file, where a directory should be")
     with pytest.raises(UserError, match=r"does not hold optical_digits and cannot be written .*set config.data.dir"):
-        load(DataSettings(name="digits"))
+        load(options("data", name="digits"))
 
 
 def test_preparing_says_nothing(tmp_path, capfd):
-    load(DataSettings(name="digits", dir=str(tmp_path)))
+    load(options("data", name="digits", dir=str(tmp_path)))
     out, err = capfd.readouterr()
     assert out == ""
     assert "Generating" not in err
@@ -286,7 +291,7 @@ def test_preparing_says_nothing(tmp_path, capfd):
 
 def test_a_large_set_is_decoded_once(digits_directory, cache_directory, monkeypatch):
     monkeypatch.setattr(cache, "LARGE", 1)
-    settings = DataSettings(name="digits", dir=str(digits_directory))
+    settings = options("data", name="digits", dir=str(digits_directory))
     first = load(settings)
     assert len(list(cache_directory.glob("decoded/*/images.npy"))) == 2
 
@@ -296,4 +301,4 @@ def test_a_large_set_is_decoded_once(digits_directory, cache_directory, monkeypa
     monkeypatch.setattr(tfds_sets, "decode_images", fail)
     np.testing.assert_array_equal(load(settings).test.images, first.test.images)
     with pytest.raises(AssertionError, match="decoded again"):
-        load(DataSettings(name="digits", dir=str(digits_directory), image_size=9))
+        load(options("data", name="digits", dir=str(digits_directory), image_size=9))

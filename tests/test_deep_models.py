@@ -12,7 +12,7 @@ from numpy_layers import check_forward, max_pool, max_pool_3x3
 from test_models import image, trace, walk
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import HEADS, MODELS, cuts, make_head, make_network, resnet, vgg
+from dgl_jax.models import HEADS, NETWORKS, cuts, make_head, make_network, resnet, vgg
 from dgl_jax.models.resnet import BasicBlock, Bottleneck, Stem
 from dgl_jax.models.vgg import VGGClassifier
 
@@ -260,4 +260,4 @@ def test_linear_layers_of_vgg_begin_normal():
 
 
 def test_every_deep_network_is_here():
-    assert set(MODELS) >= {*PUBLISHED, *CIFAR_RESNETS, "cnn4", "cnn6", "cnn6_replay", "resnet18_cifar"}
+    assert set(NETWORKS) >= {*PUBLISHED, *CIFAR_RESNETS, "cnn4", "cnn6", "cnn6_replay", "resnet18_cifar"}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dgl_jax.config import CodecSettings
+from dgl_jax.config import options
 from dgl_jax.engines import EngineState, pipeline
 from dgl_jax.engines.base import updates_of
 from dgl_jax.ops import conv
@@ -18,7 +18,7 @@ from dgl_jax.types import Batch
 pytestmark = pytest.mark.full_compile
 
 STEPS = 4
-VQ = CodecSettings("vq", codes=8, dims=2, codebook_every=3)
+VQ = options("codec", name="vq", codes=8, dims=2, codebook_every=3)
 ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}
 
 
@@ -68,7 +68,7 @@ def fused(tiny):
         (ONE_EACH[2], {"modules": 2, "augment": "crop_flip", "codec": "bf16"}),
         (ONE_EACH[3], {"codec": VQ}),
         ((), {"codec": VQ}),
-        (ONE_EACH[3], {"codec": CodecSettings("int8", dims=2)}),
+        (ONE_EACH[3], {"codec": options("codec", name="int8", dims=2)}),
     ],
     ids=["two", "three", "one device", "bfloat16", "augmented, bf16", "vq", "vq, one device", "int8"],
 )

@@ -10,14 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import small_config
+from runs import small_config, spec_of
 
 from dgl_jax.config import make_settings
 from dgl_jax.core import rngs
 from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.engines import EngineState
-from dgl_jax.methods.dgl import fused_step
-from dgl_jax.run.build import DatasetInfo, make_spec
+from dgl_jax.run.build import DatasetInfo
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.types import Batch, Targets
 
@@ -80,9 +79,9 @@ def test_no_array_of_a_step_is_wide(name):
             ("bfloat16", {"optimizer__name": "adam"}),
         ):
             settings = make_settings(small_config(model__name=name, model__dtype=dtype, **fields, **more))
-            spec = make_spec(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
+            spec = spec_of(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
             states = spec.abstract_states()
-            new, metrics = jax.eval_shape(fused_step(spec), states, batch)
+            new, metrics = jax.eval_shape(spec.method.fused(spec), states, batch)
             for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
                 if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                     assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)

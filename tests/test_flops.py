@@ -9,8 +9,8 @@ from dgl_jax.config import default_config, make_settings
 from dgl_jax.ops import conv as convolution
 from dgl_jax.ops import pooling
 from dgl_jax.profile import flops
-from dgl_jax.profile.flops import module_flops
-from dgl_jax.run.build import DatasetInfo, every_block
+from dgl_jax.profile.flops import block_flops
+from dgl_jax.run.build import DatasetInfo, make_blocks
 
 W = jax.ShapeDtypeStruct((8, 8), "float32")
 X = jax.ShapeDtypeStruct((4, 8), "float32")
@@ -167,7 +167,7 @@ def test_networks_have_the_published_multiply_adds(name):
     config = default_config()
     config.data.name, config.data.batch_size, config.model.name, config.model.modules = "imagenet", 2, name, 1
     info = DatasetInfo("imagenet", tuple(map(str, range(1000))), (224, 224, 3), (0.5,) * 3, (0.5,) * 3)
-    parts = module_flops(every_block(make_settings(config), info))
-    macs = (sum(body for body, _ in parts) + parts[-1][1]) / (2 * 2)
+    parts = block_flops(make_blocks(make_settings(config), info))
+    macs = (sum(parts.inner) + parts.head[-1]) / (2 * 2)
     assert macs == BY_HAND[name]
     assert round(macs / 1e9, 2) == PUBLISHED[name]

@@ -10,7 +10,7 @@ import pytest
 from runs import small_config
 
 from dgl_jax import __version__, errors
-from dgl_jax.config import DataSettings
+from dgl_jax.config import options
 from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
 from dgl_jax.run import summary
@@ -121,7 +121,7 @@ def test_a_run_says_what_is_missing_before_it_begins(tmp_path, monkeypatch, miss
 def test_digits_are_made_with_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match="digits needs scikit-learn, "):
-        make_source(DataSettings(name="digits", dir=str(tmp_path)), seed=0)
+        make_source(options("data", name="digits", dir=str(tmp_path)), seed=0)
     assert not list(tmp_path.iterdir())
 
 

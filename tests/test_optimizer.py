@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax.config import OptimizerSettings, ScheduleSettings
+from dgl_jax.config import options
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 
 STEPS = 10  # an epoch
 
 
 def rate(count, total=100, learning_rate=0.1, **settings):
-    return float(make_schedule(ScheduleSettings(**settings), learning_rate, STEPS, total)(count))
+    return float(make_schedule(options("schedule", **settings), learning_rate, STEPS, total)(count))
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def three_updates(settings, schedule, params, gradients):
 def test_sgd_against_numpy(momentum, nesterov, decay):
     random = np.random.default_rng(0)
     params, gradients = random.normal(size=(4, 3)), random.normal(size=(3, 4, 3))
-    schedule = make_schedule(ScheduleSettings("step", boundaries=(0.2,), factor=0.5), 0.1, STEPS, 100)
-    settings = OptimizerSettings("sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    schedule = make_schedule(options("schedule", name="step", boundaries=(0.2,), factor=0.5), 0.1, STEPS, 100)
+    settings = options("optimizer", name="sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
     found = three_updates(settings, schedule, params, gradients)
     np.testing.assert_allclose(found, sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay, nesterov), rtol=1e-6, atol=1e-7)
     for broken in (
@@ -81,7 +81,7 @@ def test_sgd_against_numpy(momentum, nesterov, decay):
 def test_first_update_of_adam_by_hand():
     # The first update of Adam is the sign of the gradient: g' / (|g'| + 1e-8), with g' = g + decay p.
     params, gradient = np.array([1.0, -2.0, 0.5]), np.array([0.5, 0.1, -0.3])
-    settings = OptimizerSettings("adam", learning_rate=0.01, weight_decay=0.1)
+    settings = options("optimizer", name="adam", learning_rate=0.01, weight_decay=0.1)
     found = three_updates(settings, lambda count: 0.01, params, [gradient])
     decayed = gradient + 0.1 * params
     assert np.sign(decayed).tolist() != np.sign(gradient).tolist()
@@ -89,6 +89,6 @@ def test_first_update_of_adam_by_hand():
 
 
 def test_boundaries_that_round_to_one_step_both_count():
-    schedule = make_schedule(ScheduleSettings(name="step", boundaries=(1.0, 1.01), factor=0.1), 1.0, 10, 100)
+    schedule = make_schedule(options("schedule", name="step", boundaries=(1.0, 1.01), factor=0.1), 1.0, 10, 100)
     assert float(schedule(9)) == pytest.approx(1.0)
     assert float(schedule(10)) == pytest.approx(0.01)

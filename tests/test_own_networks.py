@@ -9,12 +9,12 @@ import pytest
 from runs import FIELDS, small_config
 from test_launch import fails, launch
 
-from dgl_jax import models
 from dgl_jax.config import make_settings
 from dgl_jax.engines import counts
 from dgl_jax.errors import UserError
-from dgl_jax.models import Network, make_network, register
+from dgl_jax.models import Network, make_network, register_network
 from dgl_jax.models.heads import LinearHead
+from dgl_jax.registry import NETWORKS
 from dgl_jax.run import build
 from dgl_jax.run.build import make_experiment
 
@@ -37,8 +37,7 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(monkeypatch):
-    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    monkeypatch.setattr(models, "_OWN", set(models._OWN))
+    monkeypatch.setattr(NETWORKS, "_kinds", dict(NETWORKS._kinds))
 
 
 def of_tokens(width, num_classes, dtype):
@@ -46,9 +45,9 @@ def of_tokens(width, num_classes, dtype):
 
 
 def test_a_list_of_blocks_is_a_network():
-    register("own", of_tokens)
+    register_network("own", of_tokens)
     assert make_network("own", 6, 3, (8, 8, 3)) == Network((Tokens(), Block(6), Block(6)), LinearHead(3))
-    register("own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype)))
+    register_network("own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype)))
     assert make_network("own", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(7, np.dtype("bfloat16"))
 
 
@@ -58,7 +57,7 @@ ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_it(engine):
-    register("own", of_tokens)
+    register_network("own", of_tokens)
     config = small_config(model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2)
     config.engine.group_sizes, config.data.batch_size = (1, 1, 1), 12
     made = make_experiment(make_settings(config))
@@ -75,14 +74,14 @@ def test_every_engine_trains_it(engine):
 
 
 def test_names_of_the_package_are_taken():
-    with pytest.raises(UserError, match=r"register\('cnn4', ...\): the package has a network of this name"):
-        register("cnn4", of_tokens)
+    with pytest.raises(UserError, match=r"config\.model\.name='cnn4': the package has one of this name"):
+        register_network("cnn4", of_tokens)
 
 
 def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
-    register("transformer", of_tokens)
+    register_network("transformer", of_tokens)
     monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data first"))
-    with pytest.raises(UserError, match=r"config.model.name='transfomer': .*--config\); did you mean transformer"):
+    with pytest.raises(UserError, match=r"config.model.name='transfomer': no such name; did you mean transformer"):
         make_experiment(make_settings(small_config(model__name="transfomer")))
 
 
@@ -96,14 +95,14 @@ def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
     ],
 )
 def test_blocks_that_are_none(blocks, words):
-    register("own", lambda *_: blocks)
+    register_network("own", lambda *_: blocks)
     with pytest.raises(UserError, match=rf"config\.model\.name='own': {words}"):
         make_network("own", 6, 3, (8, 8, 3))
 
 
 CONFIG = """
 from flax import linen as nn
-from dgl_jax.models import register
+from dgl_jax.models import register_network
 from dgl_jax.config import default_config
 
 class Block(nn.Module):
@@ -111,7 +110,7 @@ class Block(nn.Module):
     def __call__(self, x, train):
         return nn.relu(nn.Dense(8)(x))
 
-register("mine", lambda width, num_classes, dtype: [Block(), Block()])
+register_network("mine", lambda width, num_classes, dtype: [Block(), Block()])
 
 def get_config():
     return default_config()

@@ -7,16 +7,16 @@ import re
 
 import pytest
 from matplotlib import image
-from runs import small_config
+from runs import small_config, spec_of
 
 from dgl_jax import system
 from dgl_jax.codecs import CODECS
 from dgl_jax.config import DataSettings, make_settings
-from dgl_jax.data import SHAPES, make_source
+from dgl_jax.data import DATA_SETS, make_source
 from dgl_jax.errors import UserError
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
-from dgl_jax.run.build import every_block, known_info, make_spec
+from dgl_jax.run.build import known_info, make_blocks
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.plan import plan, plan_run
 from dgl_jax.tools.timeline import Work
@@ -78,7 +78,7 @@ def test_three_devices_by_hand(stated):
     assert identity["megabytes_per_second"] == pytest.approx([BATCH * b / 3e-3 / 1e6 for b in BYTES])
     assert found["codecs"]["bf16"]["bytes_per_image"] == [(b - 8) / 2 + 8 for b in BYTES]
     assert found["codecs"]["int8"] is None, "groups of 8 do not divide 4 channels"
-    assert found["codecs"].keys() == CODECS.keys()
+    assert [*found["codecs"]] == [*CODECS]
 
 
 def test_links_that_are_the_slowest_part(stated):
@@ -147,7 +147,7 @@ def test_memory_by_hand(stated):
 
 def test_a_plain_list_gives_heads_their_share_by_operations():
     settings = small()
-    flops = block_flops(every_block(settings, known_info(settings.data)))
+    flops = block_flops(make_blocks(settings, known_info(settings.data)))
     found, _ = plan(settings, stated="1,2,3,4")
     per_operation = 10 / sum(flops.inner)
     assert found["block_milliseconds"]["inner"] == found["block_milliseconds"]["first"] == pytest.approx([1, 2, 3, 4])
@@ -219,7 +219,7 @@ def test_what_it_prints(stated, tmp_path):
     assert image.imread(picture).shape[1] > 1000
     found = json.loads(plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png")))
     assert (tmp_path / "own.png").exists()
-    spec = make_spec(small(), known_info(small().data))
+    spec = spec_of(small(), known_info(small().data))
     assert [m["name"] for m in found["modules"]] == [m.name for m in spec.modules]
     assert [m["body_parameters"] for m in found["modules"]] == [3 * 36 + 12, 4 * 72 + 24, 8 * 72 + 24 + 8 * 144 + 48]
     assert json.loads(plan_run(small(), stated=stated, as_json=True))["timeline"] is None
@@ -228,7 +228,7 @@ def test_what_it_prints(stated, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "arguments", "words"),
     [
-        ({"engine__name": "backprop"}, {}, ["config.engine.name=backprop", "needs pipeline"]),
+        ({"method__name": "backprop"}, {}, ["config.method.name=backprop", "cannot work at once"]),
         ({"data__name": "folder"}, {}, ["config.data.name=folder", "known once it is read", "cifar10"]),
         ({}, {"stated": "1,2"}, ["--block_times=1,2", "4 blocks, so 4 times"]),
         ({}, {"stated": "1,2,3,0"}, ["--block_times=1,2,3,0", "above 0"]),
@@ -274,7 +274,8 @@ def test_files_that_hold_no_times(tmp_path, text):
 
 def test_what_is_known_of_data_sets():
     (name,) = [field for field in dataclasses.fields(DataSettings) if field.name == "name"]
-    assert set(SHAPES) == set(name.metadata["choices"]) - {"folder"}
+    assert name.metadata["kinds"] is DATA_SETS
+    assert {name for name, kind in DATA_SETS.items() if kind.shape} == set(DATA_SETS) - {"folder"}
     for name in ("digits", "synthetic"):
         settings = small(data__name=name, data__image_size=0).data
         source, known = make_source(settings, 0), known_info(settings)

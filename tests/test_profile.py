@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import small_config
+from runs import small_config, spec_of
 from test_resume import interrupted
 
 from dgl_jax import system, train
@@ -23,7 +23,7 @@ from dgl_jax.models import BlockCosts
 from dgl_jax.profile import flops, memory, table
 from dgl_jax.profile import timing as costs
 from dgl_jax.run import build
-from dgl_jax.run.build import DatasetInfo, choose_cuts, every_block, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Targets, nbytes
@@ -42,7 +42,7 @@ CNN6 = [(32, 3, 128), (16, 128, 256), (16, 256, 256), (8, 256, 512), (8, 512, 51
 
 
 def test_operations_by_hand():
-    spec = make_spec(small(model__name="cnn6", model__width=128, model__modules=2, model__head="linear", data__batch_size=2), INFO)
+    spec = spec_of(small(model__name="cnn6", model__width=128, model__modules=2, model__head="linear", data__batch_size=2), INFO)
     convolutions = [2 * 9 * i * o * h**2 for h, i, o in CNN6]
     (first, of_head), (second, classifier) = flops.module_flops(spec)
     assert first / 2 == sum(convolutions[:3])
@@ -54,35 +54,35 @@ def test_operations_by_hand():
 @pytest.mark.parametrize("starts", [(0, 1, 2, 3), (0, 2), (0, 3), (0,)])
 def test_modules_cost_what_their_blocks_do(starts):
     settings = small(model__head="mlp")
-    blocks = flops.block_flops(every_block(settings, SMALL))
-    spec = make_spec(settings, SMALL, first_blocks=starts)
+    blocks = flops.block_flops(make_blocks(settings, SMALL))
+    spec = make_spec(settings, SMALL, starts)
     modules = [blocks.module(a, b) for a, b in itertools.pairwise([*starts, 4])]
     assert [body + head for body, head in flops.module_flops(spec)] == pytest.approx(modules, rel=1e-12)
 
 
 def test_heads_that_are_not_trained_cost_nothing():
-    blocks = flops.block_flops(every_block(small(engine__name="backprop"), SMALL))
+    blocks = flops.block_flops(make_blocks(small(method__name="backprop"), SMALL))
     assert blocks.head[:3] == (0, 0, 0)
     assert blocks.head[3] > 0
 
 
 def slowest(settings, starts):
-    return max(body + head for body, head in flops.module_flops(make_spec(settings, SMALL, first_blocks=starts)))
+    return max(body + head for body, head in flops.module_flops(make_spec(settings, SMALL, starts)))
 
 
 @pytest.mark.parametrize(("head", "modules"), [("linear", 2), ("cnn", 2), ("cnn", 3)])
 def test_a_split_by_flops_has_the_fastest_slowest_module(head, modules):
     settings = small(model__head=head, model__modules=modules, model__split="flops")
-    chosen = choose_cuts(settings, SMALL)
+    chosen = choose_cuts(settings, make_blocks(settings, SMALL))
     every = [(0, *others) for others in itertools.combinations(range(1, 4), modules - 1)]
     assert slowest(settings, chosen) == min(slowest(settings, starts) for starts in every)
-    assert [module.first for module in make_spec(settings, SMALL).modules] == list(chosen)
+    assert [module.first for module in spec_of(settings, SMALL).modules] == list(chosen)
     assert slowest(settings, chosen) < max(slowest(settings, starts) for starts in every)
 
 
 def test_codecs_need_not_fit_where_nobody_cuts():
     settings = small(codec__name="int8", codec__dims=8, model__split="flops")  # the first block has 4 channels
-    assert choose_cuts(settings, SMALL) in [(0, 2), (0, 3)]
+    assert choose_cuts(settings, make_blocks(settings, SMALL)) in [(0, 2), (0, 3)]
 
 
 # Time
@@ -139,8 +139,8 @@ def stopwatch(monkeypatch):
 def test_equal_layers_are_measured_once(stopwatch, tiny):
     plain = tiny.spec()
     block, head = plain.modules[0].blocks[0], plain.modules[0].head
-    modules = [LocalModule(f"module_{k}", k, (block,), head) for k in range(4)]  # 3, then 4, 4, 4 channels
-    times = costs.block_times(dataclasses.replace(plain, modules=tuple(modules)), jax.devices()[0])
+    network = flops.Blocks((block,) * 4, (head,) * 4, plain.inputs())  # 3, then 4, 4, 4 channels
+    times = costs.block_times(network, plain.optimizer, jax.devices()[0])
     assert stopwatch == [
         ((8, 4, 4, 3), "first"),
         ((8, 4, 4, 4), "inner"),  # the head
@@ -152,21 +152,20 @@ def test_equal_layers_are_measured_once(stopwatch, tiny):
 
 
 def test_what_needs_more_memory_than_is_free_is_not_run(stopwatch, tiny, monkeypatch):
-    spec = tiny.spec()
-    spec = dataclasses.replace(spec, modules=spec.modules[:1])
-    needed = []
+    spec, needed = tiny.spec(), []
+    network = flops.Blocks(spec.modules[0].blocks, (spec.modules[0].head,), spec.inputs())
     monkeypatch.setattr(costs, "_needed", lambda *args, of=costs._needed: needed.append(of(*args)) or needed[-1])
-    costs.block_times(spec, jax.devices()[0])
+    costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert len(stopwatch) == 2
     monkeypatch.setattr(system, "free_memory", lambda: max(needed))
-    costs.block_times(spec, jax.devices()[0])
+    costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert len(stopwatch) == 4
     monkeypatch.setattr(system, "free_memory", lambda: needed[0] - 1)
     with pytest.raises(UserError, match=r"config.data.batch_size=8: to measure a ConvBlock on inputs of 8 x 4 x 4 x 3 would take"):
-        costs.block_times(spec, jax.devices()[0])
+        costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert len(stopwatch) == 4
     monkeypatch.setattr(system, "free_memory", lambda: None)  # nobody knows, so nobody forbids
-    costs.block_times(spec, jax.devices()[0])
+    costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert len(stopwatch) == 6
 
 
@@ -182,11 +181,11 @@ def test_memory_of_programs_in_company():
 def test_a_split_by_time_follows_the_clock(stopwatch, caplog):
     settings = small(model__modules=2, model__split="time", model__head="linear")
     with caplog.at_level("INFO", logger="dgl_jax"):
-        chosen = choose_cuts(settings, SMALL)
+        chosen = choose_cuts(settings, make_blocks(settings, SMALL))
     assert re.search(r"config\.model\.split=time: measuring every block and head on \S+ 0", caplog.text)
     assert f"the modules begin at blocks {','.join(map(str, chosen))}" in caplog.text
     stopwatch.clear()
-    seconds = costs.block_times(every_block(settings, SMALL), jax.devices()[0]).seconds
+    seconds = costs.block_times(make_blocks(settings, SMALL), optax.sgd(0.1, momentum=0.9), jax.devices()[0]).seconds
     assert max(seconds.module(0, chosen[1]), seconds.module(chosen[1], 4)) == min(
         max(seconds.module(0, cut), seconds.module(cut, 4)) for cut in (1, 2, 3)
     )
@@ -270,7 +269,7 @@ def test_twin_measuring_again_is_noticed(times, tmp_path, monkeypatch):
 @pytest.mark.full_compile
 @pytest.mark.slow
 def test_memory_of_programs():
-    spec = make_spec(small(data__batch_size=16), SMALL)
+    spec = spec_of(small(data__batch_size=16), SMALL)
     first, second = memory.module_memory(spec)
     for k, (program, state) in enumerate(zip((first, second), spec.abstract_states())):
         held = nbytes((state.params, state.opt_state, state.batch_stats))
@@ -284,7 +283,7 @@ def test_memory_of_programs():
 
 def test_the_table(monkeypatch):
     monkeypatch.setattr(table, "module_flops", lambda spec: [(30e9, 10e9), (60e9, 20e9)])
-    spec = make_spec(small(model__split="0,3", data__batch_size=10, codec__name="bf16"), SMALL)
+    spec = spec_of(small(model__split="0,3", data__batch_size=10, codec__name="bf16"), SMALL)
     rows = table.module_costs(spec)
     body = [3 * 9 * 4 + 3 * 4 + 4 * 9 * 8 + 3 * 8 + 8 * 9 * 8 + 3 * 8, 8 * 9 * 16 + 3 * 16]  # weights, biases, batch norm
     hidden = 2 * (64 * 64 + 64 + 2 * 64) + 64 * 10 + 10

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgl_jax.config import DataSettings
+from dgl_jax.config import options
 from dgl_jax.data import RecordSource, Shard, Source, archives, cache, make_source, streaming, tfds_sets
 from dgl_jax.data.tfds_sets import Records, builder_class, prepared
 from dgl_jax.errors import UserError
@@ -99,13 +99,13 @@ def imagenet(tmp_path_factory):
     stored = write_imagenet(root / "archives")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives"))
-        prepared(DataSettings(name="imagenet", dir=str(root), manual_dir=str(root / "archives")))
+        prepared(options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")), "imagenet2012")
     return root, *stored
 
 
 def settings_of(imagenet, **kwargs):
     fields = {"batch_size": 8, "validation_fraction": 0.0, "augment": "inception_crop", "image_size": SIZE}
-    return DataSettings(**{"name": "imagenet", "dir": str(imagenet[0])} | fields | kwargs)
+    return options("data", **{"name": "imagenet", "dir": str(imagenet[0])} | fields | kwargs)
 
 
 def source_of(imagenet, seed=0, **kwargs):
@@ -179,29 +179,29 @@ def test_missing_archives(tmp_path, monkeypatch):
         r"ILSVRC2012_img_val.tar \(from https://image-net.org/download-images, after registering\) into .*/downloads/manual/"
     )
     with pytest.raises(UserError, match=message):
-        make_source(DataSettings(name="imagenet"), 0)
+        make_source(options("data", name="imagenet"), 0)
     monkeypatch.setattr(tfds_sets, "reachable", lambda url: False)
     with pytest.raises(
         UserError, match=r"s3.amazonaws.com cannot be reached: put imagenette2-320.tgz \(from https://s3.*320.tgz\)"
     ):
-        make_source(DataSettings(name="imagenette"), 0)
+        make_source(options("data", name="imagenette"), 0)
     write_imagenet(tmp_path / "archives")
     (tmp_path / "archives" / "ILSVRC2012_img_val.tar").unlink()
     with pytest.raises(UserError, match=r"put ILSVRC2012_img_val.tar \(from"):
-        make_source(DataSettings(name="imagenet", manual_dir=str(tmp_path / "archives")), 0)
+        make_source(options("data", name="imagenet", manual_dir=str(tmp_path / "archives")), 0)
 
 
 def test_archives_that_are_not_the_published_ones(tmp_path, monkeypatch):
     directory = tmp_path / "archives"
     write_imagenet(directory)
-    settings = DataSettings(name="imagenet", manual_dir=str(directory))
+    settings = options("data", name="imagenet", manual_dir=str(directory))
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar has \d+ bytes and the archive 147897477120: fetch it again"):
-        prepared(settings)
+        prepared(settings, "imagenet2012")
     monkeypatch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", directory))
     path = directory / "ILSVRC2012_img_val.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar has the wrong checksum"):
-        prepared(settings)
+        prepared(settings, "imagenet2012")
 
 
 # Batches
@@ -287,7 +287,7 @@ def test_what_does_not_fit(imagenet):
         source_of(imagenet, mean=(0.5,), std=(0.5,))
     assert source_of(imagenet, image_size=0).image_shape == (224, 224, 3)
     with pytest.raises(UserError, match=r"config.data.augment=inception_crop: .* synthetic is kept in memory"):
-        make_source(DataSettings(name="synthetic", augment="inception_crop"), 0)
+        make_source(options("data", name="synthetic", augment="inception_crop"), 0)
 
 
 # Workers, and images that cannot be read
@@ -300,7 +300,7 @@ def damaged(tmp_path_factory):
     train, validation = write_imagenet(root / "archives", damaged=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives"))
-        prepared(DataSettings(name="imagenet", dir=str(root), manual_dir=str(root / "archives")))
+        prepared(options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")), "imagenet2012")
     return root, train, validation
 
 
@@ -332,4 +332,4 @@ def test_a_set_prepared_without_some_images(imagenet, monkeypatch):
 
     monkeypatch.setattr(tfds_sets, "open_set", lambda directory: Other)
     with pytest.raises(UserError, match=r"5.1.0 was prepared without validation images"):
-        streaming.load(replace(settings_of(imagenet), dir=str(Path(imagenet[0]))))
+        streaming.load(replace(settings_of(imagenet), dir=str(Path(imagenet[0]))), "imagenet2012")

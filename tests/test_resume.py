@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_backprop_sends_nothing_between_modules(tmp_path):
-    with pytest.raises(UserError, match=r"config\.codec\.name=bf16: config\.engine\.name=backprop sends nothing between modules"):
+    with pytest.raises(UserError, match=r"config\.codec\.name=bf16: config\.method\.name=backprop sends nothing between modules"):
         train_and_evaluate(small_config(engine__name="backprop", codec__name="bf16"), tmp_path)
     summary = train_and_evaluate(small_config(engine__name="backprop", train__steps=1), tmp_path)
     assert summary.raw_bytes_per_image == summary.wire_bytes_per_image == summary.codec_error == []

@@ -9,8 +9,8 @@ import pytest
 from runs import records, same_run, small_config, watch_labels
 from test_resume import interrupted
 
-from dgl_jax.config import EngineSettings, ReplaySettings
-from dgl_jax.engines import SimulatedEngine
+from dgl_jax.config import ReplaySettings
+from dgl_jax.engines import SimulatedEngine, SimulatedOptions
 from dgl_jax.engines.placement import one_group
 from dgl_jax.replay import Ring
 from dgl_jax.train import train_and_evaluate
@@ -22,7 +22,7 @@ TOTAL = 8
 
 def engine(tiny, devices, total=TOTAL, replay=None, **settings) -> SimulatedEngine:
     """Three modules on one device."""
-    return SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), total, EngineSettings(**settings), replay or ReplaySettings(3))
+    return SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), total, SimulatedOptions(**settings), replay or ReplaySettings(3))
 
 
 def begin(tiny, made: SimulatedEngine):

@@ -13,8 +13,8 @@ import pytest
 from runs import arrays, records, small_config, watch_labels
 from test_resume import interrupted
 
-from dgl_jax.config import EngineSettings, ReplaySettings
-from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
+from dgl_jax.config import ReplaySettings
+from dgl_jax.engines import EngineState, ThreadsEngine, ThreadsOptions, counts, threads
 from dgl_jax.engines.asynchronous import flight_of
 from dgl_jax.engines.placement import assign
 from dgl_jax.errors import UserError
@@ -27,7 +27,7 @@ TOTAL = 12
 
 def engine(tiny, devices, replay=None, **settings) -> ThreadsEngine:
     """Three modules on three devices."""
-    return ThreadsEngine(tiny.spec(), assign(devices[:3], 3), EngineSettings(**settings), replay or ReplaySettings(3))
+    return ThreadsEngine(tiny.spec(), assign(devices[:3], 3), ThreadsOptions(**settings), replay or ReplaySettings(3))
 
 
 def begin(tiny, made: ThreadsEngine) -> EngineState:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
-from dgl_jax.engines import SimulatedEngine, ThreadsEngine
+from dgl_jax.config import ReplaySettings, options
+from dgl_jax.engines import SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.run.throughput import Throughput
 
@@ -70,7 +70,7 @@ def trained(tiny, made, clock):
 
 @pytest.mark.parametrize("order", ["ordered", "random"])
 def test_simulated_by_hand(tiny, devices, clock, order):
-    made = SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), TOTAL, EngineSettings(order=order), ReplaySettings(3))
+    made = SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), TOTAL, SimulatedOptions(order=order), ReplaySettings(3))
     clock.timed(made.programs)
     clock.timed(made.feeds)
     found, _ = trained(tiny, made, clock)
@@ -84,7 +84,7 @@ def test_simulated_by_hand(tiny, devices, clock, order):
     assert found.rate() == round(TOTAL * BATCH / (clock.calls - 1), 2)
 
 
-VQ = CodecSettings("vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)
+VQ = options("codec", name="vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)
 CASES = {
     "a device each": ((1, 1, 1), "identity"),
     "two devices, sent codebooks": ((2, 1, 1), VQ),
@@ -96,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_threads_compile_nothing_once_they_work(tiny, devices, clock, case):
     groups, codec = CASES[case]
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, groups), EngineSettings(), ReplaySettings(3))
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, groups), ThreadsOptions(), ReplaySettings(3))
     made.clock, made.watchdog_seconds = clock, 0.0
     fed, last = threading.Event(), iter(range(1, TOTAL + 1))
     # The last update waits for a module that is done and only feeds.

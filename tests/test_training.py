@@ -16,17 +16,26 @@ from runs import arrays, same_run, small_config
 from test_resume import interrupted
 
 from dgl_jax import system
-from dgl_jax.config import EngineSettings, ReplaySettings, make_settings
+from dgl_jax.config import ReplaySettings, make_settings
 from dgl_jax.core import ema, step
 from dgl_jax.core.module import init_states, make_modules
 from dgl_jax.core.step import feed_step, local_step
-from dgl_jax.engines import EngineState, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine, counts
+from dgl_jax.engines import (
+    EngineState,
+    FusedEngine,
+    PipelineEngine,
+    SimulatedEngine,
+    SimulatedOptions,
+    ThreadsEngine,
+    ThreadsOptions,
+    counts,
+)
 from dgl_jax.engines.placement import assign, check_batch, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.methods.backprop import backprop_step
-from dgl_jax.models import register
+from dgl_jax.methods.backprop import Backprop
+from dgl_jax.models import register_network
 from dgl_jax.ops import remat
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.evaluator import Evaluator
@@ -313,7 +322,7 @@ def test_twin_without_an_option_it_is_not(tiny, devices, spec, fused, option):
 
 
 def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spec, fused, to_host):
-    made = SimulatedEngine(spec(), one_group(devices[:1], 2), STEPS, EngineSettings(order="ordered"), ReplaySettings(1))
+    made = SimulatedEngine(spec(), one_group(devices[:1], 2), STEPS, SimulatedOptions(order="ordered"), ReplaySettings(1))
     state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
     for report in made.run(state, tiny.source, STEPS):
         state = report.snapshot()
@@ -323,7 +332,7 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spe
 @pytest.mark.slow
 def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, spec):
     placement = one_group(devices[:1], 1)
-    found = tiny.run(FusedEngine(spec(1), placement, make_step=backprop_step), STEPS)
+    found = tiny.run(FusedEngine(dataclasses.replace(spec(1), method=Backprop()), placement), STEPS)
     assert same(found, tiny.run(FusedEngine(spec(1), placement), STEPS))
 
 
@@ -334,7 +343,7 @@ def test_two_devices_are_one_within_rounding(tiny, devices, spec):
 
 
 def test_threads_keep_an_average_too(tiny, devices, spec, to_host):
-    made = ThreadsEngine(spec(), assign(devices, 2, (1, 1)), EngineSettings(), ReplaySettings(2))
+    made = ThreadsEngine(spec(), assign(devices, 2, (1, 1)), ThreadsOptions(), ReplaySettings(2))
     *_, last = made.run(made.resume(tiny.place(made, tiny.init(made.spec)), None), tiny.source, STEPS)
     state = last.snapshot()
     assert counts(state) == [STEPS] * 2
@@ -395,7 +404,7 @@ def test_evaluation_takes_the_average(tiny, history):
     assert averaged != pytest.approx(losses(bare), rel=1e-4)
 
 
-register("dense", lambda width, num_classes, dtype: [Dense(), Normal(), Dense(0.5), Normal()])
+register_network("dense", lambda width, num_classes, dtype: [Dense(), Normal(), Dense(0.5), Normal()])
 RUN = {
     "model__name": "dense",
     "train__ema": 0.9,

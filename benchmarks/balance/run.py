@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
+
+from dgl_jax.core.optimizer import make_optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax.config import Settings
-from dgl_jax.data import SHAPES
+from dgl_jax.data import DATA_SETS
 from dgl_jax.models import BlockCosts, cuts
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.run.build import every_block, known_info, make_experiment
+from dgl_jax.run.build import known_info, make_blocks, make_experiment
 from dgl_jax.tools.bench import module_times
 
 SPLITS = ("count", "flops", "time")
@@ -59,10 +62,11 @@ def programs(network: str, starts: tuple[int, ...], args: argparse.Namespace) ->
 def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
     """All cuts of one network; prints its table."""
     one = settings(network, 1, "count", args)
-    every = every_block(one, known_info(one.data))
-    count = len(every.modules)
+    blocks = make_blocks(one, known_info(one.data))
+    count = len(blocks.blocks)
+    optimizer = make_optimizer(one.optimizer, optax.constant_schedule(0.0))
     print(f"{network}: measuring {count} blocks and their heads", flush=True)
-    costs = {"flops": block_flops(every), "time": block_times(every, jax.devices()[0], args.calls).seconds}
+    costs = {"flops": block_flops(blocks), "time": block_times(blocks, optimizer, jax.devices()[0], args.calls).seconds}
     seconds: BlockCosts = costs["time"]
     rows, results = [], []
     for modules in args.modules:
@@ -93,7 +97,9 @@ def main() -> None:
     flags.add_argument("--calls", type=int, default=7, help="of each block or program")
     flags.add_argument("--programs", action="store_true")
     args = flags.parse_args()
-    print(f"{args.image_size} px, {SHAPES['synthetic'][2]} classes, batch {args.batch_size}, width {args.width}", flush=True)
+    print(
+        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, batch {args.batch_size}, width {args.width}", flush=True
+    )
     results = {network: compare(network, args) for network in args.networks}
     chosen = {key: value for key, value in vars(args).items() if key != "write"}
     harness.finish(__file__, {"settings": chosen, "networks": results}, args.write)

@@ -20,12 +20,13 @@ import numpy as np
 from absl import app, flags
 
 from dgl_jax import system
-from dgl_jax.config import DataSettings
-from dgl_jax.data import Preprocess, augment_key, synthetic
+from dgl_jax.config import options
+from dgl_jax.data import synthetic
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
 from dgl_jax.engines.placement import put
+from dgl_jax.tasks.image_classification import Preprocess, augment_key
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", "", "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.")
@@ -105,7 +106,7 @@ def host_only(source: ArraySource) -> Callable[[int, int], None]:
 
 def main(_: list[str]) -> None:
     if FLAGS.data_dir:
-        data, name = load(DataSettings(name="cifar10", dir=FLAGS.data_dir)), "cifar10 (as prepared in --data_dir)"
+        data, name = load(options("data", name="cifar10", dir=FLAGS.data_dir)), "cifar10 (as prepared in --data_dir)"
     else:
         data, name = synthetic.make(50_000, 100, 32), "synthetic, 50,000 images of 32x32x3"
     source = ArraySource(data, batch_size=FLAGS.batch_size, seed=SEED, mean=MEAN, std=STD)

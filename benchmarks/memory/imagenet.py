@@ -8,7 +8,7 @@ import harness
 import jax
 from measure import Compiled, holdings, measure, pipeline_peak
 
-from dgl_jax.run.build import DatasetInfo, make_engine, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_engine, make_spec
 from dgl_jax.types import Batch, Coded, nbytes
 
 DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used
@@ -44,10 +44,11 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
         model__modules=split.count(",") + 1,
         model__split=split or "count",
         model__head="mlp_sr",
-        engine__name="pipeline" if split else "backprop",
+        engine__name="pipeline" if split else "fused",
+        method__name="dgl" if split else "backprop",
     )
     info = DatasetInfo("made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3)
-    spec = make_spec(settings, info)
+    spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
     engine: Any = make_engine(settings, spec, jax.devices()[:1], 1)
     targets, states = spec.targets(), spec.abstract_states()
     images: Any = jax.ShapeDtypeStruct((batch_size, SIZE, SIZE, 3), "uint8")

@@ -20,7 +20,7 @@ import harness
 from dgl_jax import system
 from dgl_jax.engines import EngineState
 from dgl_jax.profile.timing import BlockTimes, block_times
-from dgl_jax.run.build import Experiment, every_block, make_experiment
+from dgl_jax.run.build import Experiment, make_blocks, make_experiment
 from dgl_jax.tools.bench import module_times
 from dgl_jax.tools.plan import make_pipeline
 
@@ -105,11 +105,11 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", max(MODULES))
     made = {k: experiment(k, split, args) for k, split in zip(MODULES, args.splits)}
     some = made[MODULES[0]]
-    every = every_block(some.settings, some.info)
+    network, optimizer = make_blocks(some.settings, some.info), some.spec.optimizer
     running = {k: Running(each) for k, each in made.items()}
     blocks, predictions, runs = ({k: list[float]() for k in MODULES} for _ in range(3))
     for repeat in range(args.repeats):
-        times = block_times(every, jax.devices()[0], company=company(some, args))
+        times = block_times(network, optimizer, jax.devices()[0], company=company(some, args))
         for k in MODULES:
             blocks[k].append(of_blocks(made[k], times, args))
             predictions[k].append(of_modules(made[k], args))

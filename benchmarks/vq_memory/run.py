@@ -20,7 +20,7 @@ import harness
 
 from dgl_jax.engines import ring_forms
 from dgl_jax.replay import Ring
-from dgl_jax.run.build import DatasetInfo, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
 from dgl_jax.types import Header, Targets
 
 PACKETS, BATCH = 50, 128
@@ -55,7 +55,7 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
         **options,
     )
     info = DatasetInfo("cifar10", tuple(map(str, range(10))), (32, 32, 3), (0.5,) * 3, (0.25,) * 3)
-    spec = make_spec(settings, info)
+    spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
     forms, rings = ring_forms(spec), []
     targets = Targets(np.zeros(BATCH, np.int32), np.arange(BATCH, dtype=np.int32))
     gc.collect()

@@ -29,7 +29,6 @@ from sklearn.cluster import MiniBatchKMeans  # noqa: E402
 
 from dgl_jax import vq  # noqa: E402
 from dgl_jax.engines.placement import put  # noqa: E402
-from dgl_jax.methods.dgl import compose  # noqa: E402
 from dgl_jax.run.build import make_experiment  # noqa: E402
 
 LIMIT = 2.0  # encode over the bare matrix product
@@ -156,7 +155,7 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
         states, batch = made.spec.init(), made.engine.placement.put_batch(made.source.batch(0), 0)
         incoming, steps = batch, []
         for k, state in enumerate(states):
-            step = jax.jit(compose(made.spec, k))
+            step = jax.jit(made.spec.method.program(made.spec, k))
             arguments = (put(state, made.engine.placement.replicated(0)), incoming, batch.targets)
             steps.append((step, arguments))
             incoming = jax.block_until_ready(step(*arguments))[1]

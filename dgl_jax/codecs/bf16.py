@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float
 
-from dgl_jax.codecs.stateless import Stateless
+from dgl_jax.codecs.base import CodecKind, Stateless
+from dgl_jax.registry import CODECS
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,6 @@ class Bf16(Stateless):
     def decode(self, codebook: Any, payload: BFloat16[Array, "B ..."]) -> Float[Array, "B ..."]:
         """Exact."""
         return payload.astype(self.dtype)
+
+
+CODECS.ship(bf16=CodecKind(lambda options, dtype: Bf16(dtype)))

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from dgl_jax.codecs.groups import check_dims
-from dgl_jax.codecs.stateless import Stateless
+from dgl_jax.codecs.base import CodecKind, GroupOptions, Stateless, check_dims
+from dgl_jax.registry import CODECS
 
 
 class Levels(NamedTuple):
@@ -51,3 +51,6 @@ class Int8(Stateless):
 
     def _grouped(self, x: Float[Array, "B ..."]) -> Float[Array, "B P G D"]:
         return x.reshape(x.shape[0], -1, x.shape[-1] // self.dims, self.dims)
+
+
+CODECS.ship(int8=CodecKind(lambda options, dtype: Int8(options.dims, dtype), GroupOptions))

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from dgl_jax.codecs import vq
+from dgl_jax.codecs.base import CodecKind, GroupOptions
 from dgl_jax.codecs.vq import Codebook
+from dgl_jax.config import MANY, choice, number
 from dgl_jax.core import rngs
+from dgl_jax.registry import CODECS
 
 _STARTED_FROM = 8  # vectors a code, from which the start of a later stage is drawn
 
@@ -59,6 +62,25 @@ def _left_over(entries: Float[Array, "G N D"], x: Float[Array, "..."]) -> Float[
 
 def _stacked(books: Sequence[Codebook]) -> Codebook:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *books)
+
+
+@dataclass(frozen=True)
+class VqOptions(GroupOptions):
+    """Online vector quantisation; see `init` and `update`."""
+
+    codes: int = number(256, 1, 65536)  # entries of a group's codebook
+    stages: int = number(1, 1, 64)  # each codes what the ones before left over, with as many bits again
+    start: str = choice("kmeans++", "sample")  # from the first batch
+    rule: str = choice("ema", "minibatch")  # a moving average, or mini-batch k-means
+    decay: float = number(0.9, 0.0, 1.0)  # of the moving averages
+    # Weight of an entry's old value, in units of the mean count.
+    smoothing: float = number(1e-5, 0.0, 1.0, applies={"codec.rule": ("ema",)})
+    restart: float = number(0.01, 0.0, 1.0)  # an entry used less than this share of the mean begins anew
+    samples: int = number(8, 0, MANY)  # vectors a code that an update looks at; 0: all of the batch
+    # Steps; 0: so that codebooks take under a tenth of the codes' bytes.
+    codebook_every: int = number(0, 0, MANY)
+    # With the codebook a packet was encoded with when it entered the ring, or the newest.
+    decode: str = choice("sent", "latest", applies={"engine.asynchronous": (True,)})
 
 
 @dataclass(frozen=True)
@@ -130,3 +152,11 @@ class Vq:
     def decode(self, codebook: Float[Array, "S G N D"], payload: UInt[Array, "B ..."]) -> Float[Array, "B ..."]:
         """Entries."""
         return vq.decode(codebook, payload, jnp.dtype(self.dtype))
+
+
+def _make(options: VqOptions, dtype: str) -> Vq:
+    shared = {name: getattr(options, name) for name in ("codes", "dims", "stages", "start", "rule", "decay", "smoothing")}
+    return Vq(**shared, restart=options.restart, samples=options.samples, every=options.codebook_every, dtype=dtype)
+
+
+CODECS.ship(vq=CodecKind(_make, VqOptions))

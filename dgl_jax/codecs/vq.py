@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
-from dgl_jax.codecs.groups import check_dims
+from dgl_jax.codecs.base import check_dims
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 

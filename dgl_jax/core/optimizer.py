@@ -1,47 +1,103 @@
 """Optimizers and learning-rate schedules; each module holds an optimizer state of its own and counts its own updates."""
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 import optax
 
-from dgl_jax.config import OptimizerSettings, ScheduleSettings
+from dgl_jax.config import OptimizerSettings, ScheduleSettings, number, option
 from dgl_jax.core.kept import kept
+from dgl_jax.errors import UserError
+from dgl_jax.registry import OPTIMIZERS, SCHEDULES, Kind
 
 
-def make_schedule(settings: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates made so far.
+@dataclass(frozen=True)
+class OptimizerKind(Kind):
+    """An optimizer: `make(options, schedule)` returns an `optax.GradientTransformation`; weight decay is added in front of it."""
 
-    `step` multiplies by `factor` from the first update after each boundary on; `cosine` falls to 0 at `total_steps`; a warm-up
-    rises linearly over its epochs and reaches the full rate at its last update.
+
+@dataclass(frozen=True)
+class SgdOptions(OptimizerSettings):
+    """Stochastic gradient descent."""
+
+    momentum: float = number(0.9, 0.0, 1.0)
+    nesterov: bool = option(False)
+
+
+@dataclass(frozen=True)
+class ScheduleKind(Kind):
+    """A schedule: `make(options, learning_rate, steps_per_epoch, steps)` returns an `optax.Schedule` over `steps` updates.
+
+    Attributes:
+      whole: it looks at the length of the whole run, so that a longer run is another one from its first update on.
     """
-    return _schedule(settings, learning_rate, steps_per_epoch, total_steps if settings.name == "cosine" else 0)
+
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class StepOptions(ScheduleSettings):
+    """A piecewise constant rate."""
+
+    boundaries: tuple[float, ...] = option((15.0, 30.0, 45.0))  # epochs after which the rate is multiplied by `factor`
+    factor: float = number(0.2, 0.0, 1.0)
+
+    def check(self, settings: object) -> None:
+        """Raises UserError if the boundaries are not positive and increasing."""
+        if list(self.boundaries) != sorted(set(self.boundaries)) or any(not 0 < b <= 1e6 for b in self.boundaries):
+            raise UserError(
+                f"config.schedule.boundaries={self.boundaries}: epochs must be positive and increasing, and below a million"
+            )
+
+
+def make_schedule(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made so far.
+
+    A warm-up rises linearly over its epochs and reaches the full rate at its last update.
+    """
+    return _schedule(options, learning_rate, steps_per_epoch, total_steps if SCHEDULES[options.name].whole else 0)
 
 
 @kept(32)
-def _schedule(settings: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
-    if settings.name == "constant":
-        main = optax.constant_schedule(learning_rate)
-    elif settings.name == "step":
-        boundaries: dict[int, float] = {}
-        for epoch in settings.boundaries:  # two that round to one step count twice
-            step = round(epoch * steps_per_epoch)
-            boundaries[step] = boundaries.get(step, 1.0) * settings.factor
-        main = optax.piecewise_constant_schedule(learning_rate, boundaries)
-    else:
-        cosine = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup))
-
-        def main(count):
-            return cosine(jnp.maximum(count - warmup, 0))
-
+def _schedule(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    kind = SCHEDULES[options.name]
+    main = kind.make(options, learning_rate, steps_per_epoch, total_steps - warmup)
     if not warmup:
         return main
-    return lambda count: main(count) * jnp.minimum((count + 1) / warmup, 1.0)
+    begin = warmup if kind.whole else 0
+    return lambda count: main(jnp.maximum(count - begin, 0)) * jnp.minimum((count + 1) / warmup, 1.0)
 
 
 @kept(32)
-def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum (also Nesterov's), or Adam; weight decay is added to the gradient of every parameter, as in the paper."""
-    decay = optax.add_decayed_weights(settings.weight_decay) if settings.weight_decay else optax.identity()
-    if settings.name == "adam":
-        return optax.chain(decay, optax.adam(schedule))
-    return optax.chain(decay, optax.sgd(schedule, momentum=settings.momentum or None, nesterov=settings.nesterov))
+def make_optimizer(options: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimizer; weight decay is added to the gradient of every parameter, as in the paper."""
+    decay = optax.add_decayed_weights(options.weight_decay) if options.weight_decay else optax.identity()
+    return optax.chain(decay, OPTIMIZERS[options.name].make(options, schedule))
+
+
+def _constant(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(learning_rate)
+
+
+def _step(options: StepOptions, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+    """Multiplies by `factor` from the first update after each boundary on."""
+    boundaries: dict[int, float] = {}
+    for epoch in options.boundaries:  # two that round to one step count twice
+        step = round(epoch * steps_per_epoch)
+        boundaries[step] = boundaries.get(step, 1.0) * options.factor
+    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+
+
+def _cosine(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+    """Falls to 0 at the end of the run; begins behind the warm-up."""
+    return optax.cosine_decay_schedule(learning_rate, max(1, steps))
+
+
+def _sgd(options: SgdOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.sgd(schedule, momentum=options.momentum or None, nesterov=options.nesterov)
+
+
+SCHEDULES.ship(constant=ScheduleKind(_constant), step=ScheduleKind(_step, StepOptions), cosine=ScheduleKind(_cosine, whole=True))
+OPTIMIZERS.ship(sgd=OptimizerKind(_sgd, SgdOptions), adam=OptimizerKind(lambda options, schedule: optax.adam(schedule)))
+register_schedule, register_optimizer = SCHEDULES.register, OPTIMIZERS.register

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dgl_jax.config import DataSettings, expand
+from dgl_jax.config import expand
 from dgl_jax.data import cache
 from dgl_jax.data.decode import ALPHA, FRAMES, GREY, decode_images, image_kinds
-from dgl_jax.data.source import DataSet, Examples
+from dgl_jax.data.source import DataKind, DataSet, Examples, StoredOptions
 from dgl_jax.errors import UserError
+from dgl_jax.registry import DATA_SETS
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 _MANY = 5000  # files from which looking at their headers takes a second, so that what was found is kept
 
 
-def load(settings: DataSettings) -> DataSet:
+def load(settings: StoredOptions) -> DataSet:
     """Reads an image folder.
 
     Classes are the directories of `train`, sorted; images are sorted by name within a class. They become grey if all of them are,
@@ -120,3 +121,6 @@ def _read(
 
 def _pixels(examples: Examples) -> str:
     return f"{examples.images.shape[2]}x{examples.images.shape[1]}"
+
+
+DATA_SETS.ship(folder=DataKind(load, StoredOptions))

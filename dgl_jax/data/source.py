@@ -7,8 +7,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from dgl_jax.config import DataSettings, option
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
+from dgl_jax.registry import Kind
 from dgl_jax.types import PADDING, Batch, Targets
 
 SPLITS = ("train", "validation", "test")
@@ -53,6 +55,29 @@ class DataSet:
     class_names: tuple[str, ...]
     train: Examples
     test: Examples
+
+
+@dataclass(frozen=True)
+class DataKind(Kind):
+    """A data set: `make(options)` returns a `DataSet` (in memory) or a `RecordSet` (decoded as needed).
+
+    Attributes:
+      shape: pixels a side (as stored, or as published work crops them), channels and classes, where known before it is read.
+      mean, std: of each channel as published work uses them; else they are computed from the training images.
+      photographs: images are cut from photographs of any proportions: of these a network sees the middle.
+    """
+
+    shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    photographs: bool = False
+
+
+@dataclass(frozen=True)
+class StoredOptions(DataSettings):
+    """Of sets that lie on the disk."""
+
+    dir: str = option("", free=True)  # empty: the project's own cache
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,13 +12,14 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from dgl_jax import system
-from dgl_jax.config import DataSettings
+from dgl_jax.config import number
 from dgl_jax.core import rngs
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
-from dgl_jax.data.source import Order, Shard, check_channels, padded
+from dgl_jax.data.source import DataKind, Order, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError, require
+from dgl_jax.registry import DATA_SETS
 from dgl_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)
@@ -47,14 +49,21 @@ class RecordSet:
     random_crop: bool
 
 
-def load(settings: DataSettings) -> RecordSet:
+@dataclass(frozen=True)
+class DecodedOptions(tfds_sets.FetchedOptions):
+    """Of sets that are decoded as a batch needs them."""
+
+    workers: int = number(0, 0, 1024, free=True)  # processes that decode images; 0: threads of this one
+
+
+def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
     """Finds a set, after preparing it where that has not been done; the published validation images are our test images.
 
     Raises:
       UserError: see `tfds_sets.prepared`, or training or validation images are missing.
     """
     require(f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2")  # before hours of preparing
-    directory = tfds_sets.prepared(settings)
+    directory = tfds_sets.prepared(settings, tfds_name)
     info = tfds_sets.open_set(directory).info
     missing = {"train", "validation"} - set(info.splits)
     if missing:
@@ -244,3 +253,14 @@ def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
         return np.array([record.label for part in parts for record in part], np.int32)
 
     return cache.labels((records.directory.name, records.split), map(Path, records.files), read)
+
+
+_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+DATA_SETS.ship(
+    **{
+        name: DataKind(
+            partial(load, tfds_name=tfds_name), DecodedOptions, (_DEFAULT_SIZE, 3, classes), **_STATISTICS, photographs=True
+        )
+        for name, tfds_name, classes in (("imagenet", "imagenet2012", 1000), ("imagenette", "imagenette/320px-v2", 10))
+    }
+)

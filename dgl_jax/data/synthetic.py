@@ -3,7 +3,8 @@
 import numpy as np
 
 from dgl_jax.config import DataSettings
-from dgl_jax.data.source import DataSet, Examples
+from dgl_jax.data.source import DataKind, DataSet, Examples
+from dgl_jax.registry import DATA_SETS
 
 _CLASSES = 10
 _DEFAULT_SIZE = 32
@@ -36,3 +37,6 @@ def _draw(random: np.random.Generator, patterns: np.ndarray, count: int) -> Exam
         noise = random.standard_normal((len(labels[part]), *patterns.shape[1:]), np.float32)
         images[part] = np.clip(127.5 + 40 * (patterns[labels[part]] + noise), 0, 255)
     return Examples(images, labels)
+
+
+DATA_SETS.ship(synthetic=DataKind(load, shape=(_DEFAULT_SIZE, 3, _CLASSES)))

@@ -17,36 +17,50 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dgl_jax.config import DataSettings, expand
+from dgl_jax.config import expand, option
 from dgl_jax.data import cache
 from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
-from dgl_jax.data.source import DataSet, Examples
+from dgl_jax.data.source import DataKind, DataSet, Examples, StoredOptions
 from dgl_jax.errors import UserError, require
+from dgl_jax.registry import DATA_SETS
 
 _LOG = logging.getLogger(__name__)
 
-# By TFDS's name, with the variant behind a slash; the others are called the same here and there.
-_TFDS_NAMES = {"digits": "optical_digits", "imagenet": "imagenet2012", "imagenette": "imagenette/320px-v2"}
 _PATIENCE = 3.0  # seconds in which a server must answer
 
 
-def load(settings: DataSettings) -> DataSet:
+@dataclass(frozen=True)
+class FetchedOptions(StoredOptions):
+    """Of sets whose archives are fetched from their publishers."""
+
+    manual_dir: str = option("", free=True)  # archives fetched by hand; empty: <dir>/downloads/manual
+
+
+def load(settings: StoredOptions, tfds_name: str = "") -> DataSet:
     """Reads a whole set into memory, after preparing it where that has not been done.
+
+    Args:
+      tfds_name: what TFDS calls it; the same by default.
 
     Raises:
       UserError: see `prepared`.
     """
-    return _read(settings, prepared(settings))
+    return _read(settings, prepared(settings, tfds_name or settings.name))
 
 
-def prepared(settings: DataSettings) -> Path:
+def prepared(settings: StoredOptions, name: str) -> Path:
     """The directory of a set, after preparing it where that has not been done.
+
+    Args:
+      name: of TFDS, with the variant behind a slash.
 
     Raises:
       UserError: `config.data.dir` is missing or cannot be written, was written by TFDS in another file format, or an
@@ -54,20 +68,18 @@ def prepared(settings: DataSettings) -> Path:
     """
     require(f"config.data.name={settings.name}", "tensorflow_datasets", "array_record", "PIL")
     root = Path(expand(settings.dir, "config.data.dir")) if settings.dir else cache.cache_dir() / "tfds"
-    manual = Path(expand(settings.manual_dir, "config.data.manual_dir")) if settings.manual_dir else root / "downloads" / "manual"
+    by_hand = getattr(settings, "manual_dir", "")
+    manual = Path(expand(by_hand, "config.data.manual_dir")) if by_hand else root / "downloads" / "manual"
     if settings.dir and not root.is_dir():
         raise UserError(
             f"config.data.dir={settings.dir}: no such directory; create it, or leave config.data.dir empty "
             f"for {cache.cache_dir() / 'tfds'}"
         )
-    if settings.manual_dir and not manual.is_dir():
-        raise UserError(
-            f"config.data.manual_dir={settings.manual_dir}: no such directory; it holds archives as they were published"
-        )
-    name = _TFDS_NAMES.get(settings.name, settings.name)
+    if by_hand and not manual.is_dir():
+        raise UserError(f"config.data.manual_dir={by_hand}: no such directory; it holds archives as they were published")
     directory = _prepared(root, name)
     if directory is None:
-        if settings.name == "digits":
+        if name == "optical_digits":
             require("config.data.name=digits", "sklearn")
         _check_archives(root, manual, name)  # first of all: nothing is left in a directory that cannot be used
         with _locked(root, name):
@@ -241,7 +253,7 @@ def open_set(directory: Path) -> Any:
         return tfds.builder_from_directory(directory)
 
 
-def _read(settings: DataSettings, directory: Path) -> DataSet:
+def _read(settings: StoredOptions, directory: Path) -> DataSet:
     features = open_set(directory).info.features
 
     def split(name: str) -> Examples:
@@ -277,3 +289,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         absl_logging.set_verbosity(verbosity)
+
+
+DATA_SETS.ship(
+    digits=DataKind(partial(load, tfds_name="optical_digits"), StoredOptions, (8, 1, 10)),
+    cifar10=DataKind(load, FetchedOptions, (32, 3, 10), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    cifar100=DataKind(load, FetchedOptions, (32, 3, 100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+)

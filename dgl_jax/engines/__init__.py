@@ -1,26 +1,43 @@
-"""Engines decide which module works when, and where; a new one is one new file and one line in experiment.py."""
+"""Engines decide which module works when, and where."""
 
-from dgl_jax.engines.asynchronous import ring_forms
-from dgl_jax.engines.base import Engine, EngineState, Report, counts, updates_of
+from dgl_jax.engines.asynchronous import AsynchronousOptions, ring_forms
+from dgl_jax.engines.base import (
+    Engine,
+    EngineInputs,
+    EngineKind,
+    EngineState,
+    PlacedOptions,
+    Report,
+    SynchronousOptions,
+    counts,
+    updates_of,
+)
 from dgl_jax.engines.fused import FusedEngine
 from dgl_jax.engines.pipeline import PipelineEngine
-from dgl_jax.engines.simulated import SimulatedEngine
-from dgl_jax.engines.threads import ThreadsEngine
-from dgl_jax.methods.dgl import fused_step
-from dgl_jax.spec import Traffic, TrainSpec
+from dgl_jax.engines.simulated import SimulatedEngine, SimulatedOptions
+from dgl_jax.engines.threads import ThreadsEngine, ThreadsOptions
+from dgl_jax.registry import ENGINES
+
+register_engine = ENGINES.register
 
 __all__ = [
+    "ENGINES",
+    "AsynchronousOptions",
     "Engine",
+    "EngineInputs",
+    "EngineKind",
     "EngineState",
     "FusedEngine",
     "PipelineEngine",
+    "PlacedOptions",
     "Report",
     "SimulatedEngine",
+    "SimulatedOptions",
+    "SynchronousOptions",
     "ThreadsEngine",
-    "Traffic",
-    "TrainSpec",
+    "ThreadsOptions",
     "counts",
-    "fused_step",
+    "register_engine",
     "ring_forms",
     "updates_of",
 ]

@@ -1,21 +1,27 @@
 """What is under way in an asynchronous run: a ring of packets before every module but the first, and who worked when."""
 
+import logging
 import threading
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.config import EngineSettings, ReplaySettings, choice, option
 from dgl_jax.core import rngs
-from dgl_jax.engines.base import EngineState, counts, place_modules
+from dgl_jax.core.module import ModuleState
+from dgl_jax.engines.base import EngineInputs, EngineState, counts, place_modules
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
-from dgl_jax.replay import Form, Ring, Sample
+from dgl_jax.errors import UserError
+from dgl_jax.replay import Form, Ring, Sample, check_memory
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Coded, Header, Packet, Targets
 
+_LOG = logging.getLogger(__name__)
 _TURNS = 64  # the newest, kept for the timeline
 
 
@@ -131,8 +137,9 @@ class Asynchronous:
     """What asynchronous engines have in common: rings in flight, a program a module, and one that only feeds."""
 
     unit: str
+    recover: Callable[[int], ModuleState | None] | None = None
 
-    def __init__(self, spec: TrainSpec, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+    def __init__(self, spec: TrainSpec, placement: Placement, engine: "AsynchronousOptions", replay: ReplaySettings):
         self.spec, self.placement, self.replay, self.hops = spec, placement, replay, spec.hops
         modules = range(len(spec.modules))
         self.programs = [jitted(spec, k, placement) for k in modules]
@@ -239,3 +246,26 @@ def _shapes(tree: Any, sharding: Any) -> Any:
 def ring_forms(spec: TrainSpec) -> list[Form]:
     """What each ring holds."""
     return [Form((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]
+
+
+@dataclass(frozen=True)
+class AsynchronousOptions(EngineSettings):
+    """Of engines whose modules read packets from rings."""
+
+    # Of each module, at least 1: its share of the turns, or its time.
+    slowdown: tuple[float, ...] = option((), applies={"engine.order": ("random",)})
+    finished: str = choice("train", "eval")  # batch norm of a module that is done and only feeds
+
+    def check(self, settings: Any) -> None:
+        """Raises UserError if there is not one factor of at least 1 for each module."""
+        modules = settings.model.modules
+        if self.slowdown and (len(self.slowdown) != modules or min(self.slowdown) < 1):
+            raise UserError(f"config.engine.slowdown={self.slowdown}: one factor of at least 1 for each of {modules} modules")
+
+
+def check_rings(run: EngineInputs) -> None:
+    """Raises UserError if the rings take more memory than is free; logs what they will take."""
+    size, forms = run.replay.size, ring_forms(run.spec)
+    sizes = ", ".join(f"{form.nbytes(size) / 2**20:.1f}" for form in forms)
+    _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
+    check_memory(forms, size)

@@ -7,12 +7,77 @@ from typing import Any, Protocol
 
 import jax
 
+from dgl_jax.config import EngineSettings, ReplaySettings, number, option
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.placement import Placement, assign, check_batch
+from dgl_jax.errors import UserError
+from dgl_jax.profile.flops import module_flops
+from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import Traffic, TrainSpec
+
+
+@dataclass(frozen=True)
+class EngineInputs:
+    """What every engine is made of.
+
+    Attributes:
+      devices: those to use.
+      replay: of the rings of asynchronous engines.
+      total_steps: updates every module will have at the end.
+    """
+
+    spec: TrainSpec
+    devices: Sequence[jax.Device]
+    replay: ReplaySettings
+    total_steps: int
+
+    def checked(self, placement: Placement) -> Placement:
+        """Returns the placement; raises UserError if its device groups do not divide the batch."""
+        check_batch(self.spec.batch_size, placement.sizes(), self.spec.accumulate)
+        return placement
+
+    def placed(self, group_sizes: Sequence[int]) -> Placement:
+        """Returns a device group for each module; raises UserError if the sizes or the batch do not fit."""
+        modules = len(self.spec.modules)
+        costs = [body + head for body, head in module_flops(self.spec)] if not group_sizes and len(self.devices) < modules else ()
+        return self.checked(assign(self.devices, modules, group_sizes, costs))
+
+
+@dataclass(frozen=True)
+class EngineKind(Kind):
+    """An engine: `make(inputs, options)` returns an `Engine`; `inputs` are `EngineInputs`.
+
+    Attributes:
+      asynchronous: modules read packets from rings, which may be stale.
+      continuous: see `Engine`.
+      family: engines of one family give the same numbers and read each other's checkpoints; "": on its own.
+    """
+
+    asynchronous: bool = False
+    continuous: bool = False
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class PlacedOptions(EngineSettings):
+    """Of engines whose modules have devices of their own, or that use as many together."""
+
+    group_sizes: tuple[int, ...] = option((), free=True)  # devices of each module; empty: as equal as the devices allow
+
+    def check(self, settings: Any) -> None:
+        """Raises UserError if a module has no device."""
+        if any(n < 1 for n in self.group_sizes):
+            raise UserError(f"config.engine.group_sizes={self.group_sizes}: every module needs at least one device")
+
+
+@dataclass(frozen=True)
+class SynchronousOptions(PlacedOptions):
+    """Of engines in which all modules advance together."""
+
+    ticks_in_flight: int = number(2, 1, 64, free=True)  # how far the host runs ahead of the devices
 
 
 class Flight(Protocol):
@@ -70,11 +135,14 @@ class Engine(Protocol):
     Attributes:
       continuous: its modules go on while its reports are read, so that one `run` lasts until the end of training, whatever is done
         with snapshots in between.
+      recover: gives a module's state from the newest checkpoint, and None if there is none: for engines that go on without a module
+        that has failed.
     """
 
     spec: TrainSpec
     placement: Placement
     continuous: bool
+    recover: Callable[[int], ModuleState | None] | None
 
     def traffic(self) -> Traffic:
         """What the packets weigh."""
@@ -102,6 +170,7 @@ class Synchronous:
     """What synchronous engines have in common: nothing is under way when they rest."""
 
     continuous = False
+    recover: Callable[[int], ModuleState | None] | None = None
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """The state itself."""

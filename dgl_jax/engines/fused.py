@@ -8,37 +8,41 @@ import jax
 from dgl_jax.core.kept import kept
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.base import EngineState, Report, Synchronous, place_modules, run_ticks, updates_of
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.base import (
+    EngineInputs,
+    EngineKind,
+    EngineState,
+    Report,
+    Synchronous,
+    SynchronousOptions,
+    place_modules,
+    run_ticks,
+    updates_of,
+)
+from dgl_jax.engines.placement import Placement, assign, one_group, put
 from dgl_jax.methods.base import TrainStep
-from dgl_jax.methods.dgl import fused_step
+from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, fused, never
 from dgl_jax.spec import Traffic, TrainSpec
 
 
 @kept(16)
-def _jitted(make_step: Callable[[TrainSpec], TrainStep], spec: TrainSpec) -> TrainStep:
-    return jax.jit(make_step(spec), donate_argnums=0)
+def _jitted(spec: TrainSpec) -> TrainStep:
+    return jax.jit(spec.method.fused(spec), donate_argnums=0)
 
 
 class FusedEngine(Synchronous):
-    """Runs one jitted training step for all modules; `make_step` lets a baseline bring a step of its own."""
+    """Runs one jitted training step for all modules."""
 
-    def __init__(
-        self,
-        spec: TrainSpec,
-        placement: Placement,
-        ticks_in_flight: int = 2,
-        make_step: Callable[[TrainSpec], TrainStep] = fused_step,
-    ):
+    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2):
         self.spec = spec
         self.placement = placement
         self.ticks_in_flight = ticks_in_flight
-        self.step = _jitted(make_step, spec)
+        self.step = _jitted(spec)
 
     def traffic(self) -> Traffic:
-        """Nothing crosses devices here: what the encoded arrays weigh. No hop where all modules have one loss."""
-        return self.spec.traffic() if all(module.head for module in self.spec.modules) else Traffic((), (), ())
+        """Returns what the encoded arrays weigh: nothing crosses devices here."""
+        return self.spec.traffic()
 
     def init(self) -> EngineState:
         """Fresh state on its devices."""
@@ -62,3 +66,13 @@ class FusedEngine(Synchronous):
 
         ticks = fused(modules, start, until, stop)
         yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, lambda flight=True: EngineState(states))
+
+
+def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
+    """Builds the engine on one group: as many devices as the groups of a pipeline would have together."""
+    modules = len(run.spec.modules)
+    count = assign(run.devices, modules, options.group_sizes).count() if options.group_sizes else len(run.devices)
+    return FusedEngine(run.spec, run.checked(one_group(run.devices[:count], modules)), options.ticks_in_flight)
+
+
+ENGINES.ship(fused=EngineKind(_make, SynchronousOptions, family="synchronous"))

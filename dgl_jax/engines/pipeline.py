@@ -9,9 +9,20 @@ from typing import Any
 
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.base import EngineState, Report, Synchronous, place_modules, run_ticks, updates_of
+from dgl_jax.engines.base import (
+    EngineInputs,
+    EngineKind,
+    EngineState,
+    Report,
+    Synchronous,
+    SynchronousOptions,
+    place_modules,
+    run_ticks,
+    updates_of,
+)
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted
+from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, Turn, fused, never, pipelined
 from dgl_jax.spec import Meter, Traffic, TrainSpec
 from dgl_jax.types import Batch, Coded, Header, Packet
@@ -84,3 +95,10 @@ class PipelineEngine(Synchronous):
             fresh = self.published[module] = put(packet.codebook, self.placement.replicated(module))
         self.meters[module - 1].count(payload, targets, fresh)
         return Packet(payload, targets, packet.header, self.published[module])
+
+
+def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:
+    return PipelineEngine(run.spec, run.placed(options.group_sizes), options.ticks_in_flight)
+
+
+ENGINES.ship(pipeline=EngineKind(_make, SynchronousOptions, family="synchronous"))

@@ -6,20 +6,29 @@ on feeding its successor. Nothing here says how fast a real asynchronous run wou
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.config import ReplaySettings, choice
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, Rings, flight_of
-from dgl_jax.engines.base import EngineState, Report, counts
-from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Rings, check_rings, flight_of
+from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Report, counts
+from dgl_jax.engines.placement import Placement, one_group
+from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import drawn, in_order, never
 from dgl_jax.spec import Traffic, TrainSpec
 from dgl_jax.types import Header
+
+
+@dataclass(frozen=True)
+class SimulatedOptions(AsynchronousOptions):
+    """Of one module at a time."""
+
+    order: str = choice("random", "ordered")  # drawn in proportion to 1 / slowdown, or one after the other
 
 
 class SimulatedEngine(Asynchronous):
@@ -28,7 +37,7 @@ class SimulatedEngine(Asynchronous):
     continuous = False
     unit = "turns"
 
-    def __init__(self, spec: TrainSpec, placement: Placement, total: int, engine: EngineSettings, replay: ReplaySettings):
+    def __init__(self, spec: TrainSpec, placement: Placement, total: int, engine: SimulatedOptions, replay: ReplaySettings):
         super().__init__(spec, placement, engine, replay)
         self.total, modules = total, len(spec.modules)
         if engine.order == "ordered":  # all modules end in the same round: none of them ever only feeds
@@ -104,3 +113,12 @@ class SimulatedEngine(Asynchronous):
             flight.add(k, payload, targets, Header(sequence, updates[k]), codebook)
         flight.turns.append((k, flight.turn - 1, flight.turn))
         return metrics
+
+
+def _make(run: EngineInputs, options: SimulatedOptions) -> SimulatedEngine:
+    check_rings(run)
+    placement = run.checked(one_group(run.devices[:1], len(run.spec.modules)))
+    return SimulatedEngine(run.spec, placement, run.total_steps, options, run.replay)
+
+
+ENGINES.ship(simulated=EngineKind(_make, SimulatedOptions, asynchronous=True))

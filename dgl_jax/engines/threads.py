@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.config import ReplaySettings, number, option
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, Rings, Still, flight_of
-from dgl_jax.engines.base import EngineState, Report, counts
+from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Rings, Still, check_rings, flight_of
+from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, PlacedOptions, Report, counts
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.errors import UserError, explain
+from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
 from dgl_jax.types import Header
@@ -44,6 +45,19 @@ class _Failure:
     trace: str
 
 
+@dataclass(frozen=True)
+class ThreadsOptions(AsynchronousOptions, PlacedOptions):
+    """Of a worker thread a module."""
+
+    restart_workers: bool = option(False, free=True)  # a module that fails goes on from its newest checkpoint
+    watchdog_seconds: float = number(600.0, 0.0, 1e9, free=True)  # without progress, then it is reported; 0: never
+
+    def check(self, settings: Any) -> None:
+        """Raises UserError if slowdowns or group sizes do not fit."""
+        AsynchronousOptions.check(self, settings)
+        PlacedOptions.check(self, settings)
+
+
 class ThreadsEngine(Asynchronous):
     """A worker thread a module.
 
@@ -56,7 +70,7 @@ class ThreadsEngine(Asynchronous):
     continuous = True
     unit = "seconds"
 
-    def __init__(self, spec: TrainSpec, placement: Placement, engine: EngineSettings, replay: ReplaySettings):
+    def __init__(self, spec: TrainSpec, placement: Placement, engine: ThreadsOptions, replay: ReplaySettings):
         super().__init__(spec, placement, engine, replay)
         modules = range(len(spec.modules))
         self.slowdown = engine.slowdown or (1.0,) * len(modules)
@@ -360,3 +374,11 @@ class _Run:
         for ring in self.flight.rings:
             with ring.changed:
                 ring.changed.notify_all()
+
+
+def _make(run: EngineInputs, options: ThreadsOptions) -> ThreadsEngine:
+    check_rings(run)
+    return ThreadsEngine(run.spec, run.placed(options.group_sizes), options, run.replay)
+
+
+ENGINES.ship(threads=EngineKind(_make, ThreadsOptions, asynchronous=True, continuous=True))

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 
@@ -10,12 +11,13 @@ from dgl_jax.codecs import relative_error
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, feed_step, local_step
-from dgl_jax.methods.base import Program, States, TrainStep, entrance
+from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
+from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Coded, Targets
 
 
-def compose(spec: TrainSpec, k: int) -> Program:
+def module_program(spec: TrainSpec, k: int) -> Program:
     """The pure function of module k, ready for `jax.jit` (donate the state).
 
     The first module takes a Batch, the others what a packet brings; the last one hands nothing on.
@@ -46,7 +48,7 @@ def compose(spec: TrainSpec, k: int) -> Program:
     return program
 
 
-def feed(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
     """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
 
     `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
@@ -89,7 +91,7 @@ def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: j
 
 def fused_step(spec: TrainSpec) -> TrainStep:
     """The local steps of all modules on one batch, one after the other, as one pure function."""
-    programs = [compose(spec, k) for k in range(len(spec.modules))]
+    programs = [module_program(spec, k) for k in range(len(spec.modules))]
 
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
         new, metrics = [], []
@@ -103,3 +105,26 @@ def fused_step(spec: TrainSpec) -> TrainStep:
         return tuple(new), tuple(metrics)
 
     return step
+
+
+@dataclass(frozen=True)
+class Dgl:
+    """Decoupled Greedy Learning: every module updates on its own loss and hands its activations on, detached."""
+
+    local: ClassVar[bool] = True
+    sends: ClassVar[bool] = True
+
+    def fused(self, spec: TrainSpec) -> TrainStep:
+        """See `fused_step`."""
+        return fused_step(spec)
+
+    def program(self, spec: TrainSpec, k: int) -> Program:
+        """See `module_program`."""
+        return module_program(spec, k)
+
+    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+        """See `feed_program`."""
+        return feed_program(spec, k, train)
+
+
+METHODS.ship(dgl=MethodKind(Dgl))

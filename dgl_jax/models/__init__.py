@@ -2,65 +2,72 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from dgl_jax.config import nearest
 from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
-from dgl_jax.models.heads import HEADS, make_head
+from dgl_jax.models.heads import HeadKind, make_head
 from dgl_jax.models.network import Network
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
+from dgl_jax.registry import HEADS, NETWORKS, Kind
 
-__all__ = ["BALANCED", "HEADS", "MODELS", "BlockCosts", "Network", "check_network", "cuts", "make_head", "make_network", "register"]
+__all__ = [
+    "BALANCED",
+    "HEADS",
+    "NETWORKS",
+    "BlockCosts",
+    "HeadKind",
+    "Network",
+    "NetworkKind",
+    "cuts",
+    "make_head",
+    "make_network",
+    "register_head",
+    "register_network",
+]
 
-# (width, number of classes, dtype of the arithmetic) -> the network
-MakeNetwork = Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]]
 
-MODELS: dict[str, MakeNetwork] = {
-    "cnn4": cnn4,
-    "cnn6": cnn6,
-    "cnn6_replay": cnn6_replay,
-    **{f"vgg{depth}": partial(vgg_bn, depth) for depth in (11, 13, 16, 19)},
-    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
-    **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50, 101, 152)},
-    "resnet18_cifar": resnet18_cifar,
-}
-_OWN: set[str] = set()
+@dataclass(frozen=True)
+class NetworkKind(Kind):
+    """A network: `make(width, num_classes, dtype)` returns a `Network`, or the list of its blocks.
+
+    Behind a list, the `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images
+    (B, H, W, C) to features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them.
+    """
 
 
-def register(name: str, make: MakeNetwork) -> None:
-    """Adds an own network: from here on `config.model.name=<name>` selects it. Registering a name again replaces the own network.
+NETWORKS.ship(
+    cnn4=NetworkKind(cnn4),
+    cnn6=NetworkKind(cnn6),
+    cnn6_replay=NetworkKind(cnn6_replay),
+    **{f"vgg{depth}": NetworkKind(partial(vgg_bn, depth)) for depth in (11, 13, 16, 19)},
+    **{f"resnet{depth}": NetworkKind(partial(cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": NetworkKind(partial(imagenet_resnet, depth)) for depth in (18, 34, 50, 101, 152)},
+    resnet18_cifar=NetworkKind(resnet18_cifar),
+)
+register_head = HEADS.register
 
-    A run reads its network by this name whenever it is resumed, evaluated, used or exported: register it where the module is
-    imported, and import that module in the script or in the file given as --config.
+
+def register_network(name: str, make: Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]] | NetworkKind) -> None:
+    """Adds a network: from here on `config.model.name=<name>` selects it.
+
+    A run reads its network by this name whenever it is resumed, evaluated, used or exported: name the module that registers it in
+    `config.plugins`.
 
     Args:
-      make: called as `make(width, num_classes, dtype)`, gives a `Network`, or just the list of its blocks, behind which the
-        `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images (B, H, W, C) to
-        features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them.
+      make: the factory, or a kind with options of its own; see `NetworkKind`.
 
     Raises:
-      UserError: the name is one of the package's own.
+      UserError: the package has a network of this name.
     """
-    if name in MODELS and name not in _OWN:
-        raise UserError(f"register({name!r}, ...): the package has a network of this name; choose another")
-    MODELS[name] = make
-    _OWN.add(name)
-
-
-def check_network(name: str) -> None:
-    """Raises UserError where there is no network of this name; gives the nearest names."""
-    if name not in MODELS:
-        raise UserError(
-            f"config.model.name={name!r}: no such network (an own one is registered where it is defined: import that in the file "
-            f"given as --config); {nearest(name, MODELS)}"
-        )
+    NETWORKS.register(name, make if isinstance(make, NetworkKind) else NetworkKind(make))
 
 
 def make_network(
@@ -69,7 +76,7 @@ def make_network(
     """The network of that name.
 
     Args:
-      name: a key of `MODELS`.
+      name: a registered one.
       width: channels of the first block.
       num_classes: classes the classifier tells apart.
       image_shape: height, width and channels of the images it is for.
@@ -78,10 +85,9 @@ def make_network(
     Raises:
       UserError: there is no such network, or the images cannot be halved as often as it pools.
     """
-    check_network(name)
-    made = MODELS[name](width, num_classes, jnp.dtype(dtype))
+    made = NETWORKS[name].make(width, num_classes, jnp.dtype(dtype))
     network = made if isinstance(made, Network) else Network(tuple(made), make_head("linear", num_classes, dtype))
-    if name in _OWN:
+    if not NETWORKS.is_shipped(name):
         _check_own(name, network)
     step = 2**network.halvings
     height, across, _ = image_shape

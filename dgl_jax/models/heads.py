@@ -4,7 +4,7 @@ Heads read the number of channels C and the map's size from their input. Logits 
 Tokens (B, T, C) have no map that could be reduced to a smaller one: their one average is over all T.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from flax import linen as nn
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import batch_norm, conv_norm, linear
 from dgl_jax.ops.pooling import adaptive_avg_pool
+from dgl_jax.registry import HEADS, Kind
 
 
 class MLPHead(nn.Module):
@@ -75,17 +76,17 @@ class LinearHead(nn.Module):
         return linear(adaptive_avg_pool(x, (1, 1))[:, 0, 0], self.num_classes, dtype="float32")
 
 
-HEADS: dict[str, Callable[..., nn.Module]] = {
-    "mlp_sr": partial(MLPHead, convs=3),
-    "mlp": MLPHead,
-    "cnn": CNNHead,
-    "linear": LinearHead,
-}
+@dataclass(frozen=True)
+class HeadKind(Kind):
+    """A head: `make(num_classes, dtype=dtype)` returns a Flax Linen module called as `head(x, train)` that gives logits."""
+
+
+HEADS.ship(mlp_sr=HeadKind(partial(MLPHead, convs=3)), mlp=HeadKind(MLPHead), cnn=HeadKind(CNNHead), linear=HeadKind(LinearHead))
 
 
 def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32") -> nn.Module:
     """The head of that name: its `apply` takes a map (B, H, W, C) or tokens (B, T, C) and `train`, and gives (B, num_classes)."""
-    return HEADS[name](num_classes, dtype=dtype)
+    return HEADS[name].make(num_classes, dtype=dtype)
 
 
 def _as_map(x: Array) -> tuple[Array, bool]:

@@ -9,7 +9,7 @@ choice by platform the `default` counts, which every accelerator takes.
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -92,10 +92,28 @@ def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
     return found
 
 
-def block_flops(spec: TrainSpec) -> BlockCosts:
-    """Counts those of a spec with one block a module: they do not depend on where a block is."""
-    body, head = zip(*module_flops(spec))
-    return BlockCosts(body, body, head)
+class Blocks(NamedTuple):
+    """A network before it is cut.
+
+    Attributes:
+      blocks: in their order.
+      heads: of each block the head that a module ending there would have, None if it would have none; the last is the classifier.
+      inputs: shape and dtype of a batch of network inputs.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    heads: tuple[nn.Module | None, ...]
+    inputs: jax.ShapeDtypeStruct
+
+
+def block_flops(network: Blocks) -> BlockCosts:
+    """Counts the floating-point operations of each block and head: they do not depend on where a network is cut."""
+    body, head, x = [], [], network.inputs
+    for block, end in zip(network.blocks, network.heads, strict=True):
+        operations, x = forward_flops(block, x.shape, x.dtype)
+        body.append(operations)
+        head.append(0.0 if end is None else forward_flops(end, x.shape, x.dtype)[0])
+    return BlockCosts(tuple(body), tuple(body), tuple(head))
 
 
 @lru_cache(maxsize=1024)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.methods.dgl import compose
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Coded, nbytes
 
@@ -37,7 +36,7 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     for k, state in enumerate(spec.abstract_states()):
         if k:
             incoming = Coded(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
-        lowered = jax.jit(compose(spec, k), donate_argnums=0).lower(state, incoming, spec.targets())
+        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, incoming, spec.targets())
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None

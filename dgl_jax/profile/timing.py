@@ -22,8 +22,7 @@ from dgl_jax.core.step import apply_gradient
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.objectives import classifier
-from dgl_jax.profile.flops import forward_flops
-from dgl_jax.spec import TrainSpec
+from dgl_jax.profile.flops import Blocks, forward_flops
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,8 +92,10 @@ def _crowded(program: Callable[..., tuple[Any, ...]], state: Any, inputs: Sequen
         return (time.process_time() - before) / (calls * company)
 
 
-def block_times(spec: TrainSpec, device: jax.Device, repeats: int = 7, company: int = 1) -> BlockTimes:
-    """Measures, for a spec with one block a module, every block's part of a local step and every head's, by itself.
+def block_times(
+    network: Blocks, optimizer: optax.GradientTransformation, device: jax.Device, repeats: int = 7, company: int = 1
+) -> BlockTimes:
+    """Measures every block's part of a local step and every head's, by itself.
 
     A block: forward, backward and update of its parameters, with or (as the first of a module) without the gradient of its inputs.
     A head: the same, with the loss. Equal layers on equal shapes are measured once. Compiling takes most of the time.
@@ -113,11 +114,11 @@ def block_times(spec: TrainSpec, device: jax.Device, repeats: int = 7, company: 
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            program, shapes = _alone(layer, is_head, x, inner, spec.optimizer)
+            program, shapes = _alone(layer, is_head, x, inner, optimizer)
             needed = _needed(program, company)
             if free is not None and needed is not None and needed > free:
                 raise UserError(
-                    f"config.data.batch_size={spec.batch_size}: to measure a {type(layer).__name__} on inputs of "
+                    f"config.data.batch_size={network.inputs.shape[0]}: to measure a {type(layer).__name__} on inputs of "
                     f"{' x '.join(map(str, x.shape))} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
                     "a smaller batch may fit, and --mode=plan takes --block_times that were measured elsewhere"
                 )
@@ -125,17 +126,16 @@ def block_times(spec: TrainSpec, device: jax.Device, repeats: int = 7, company: 
             measured[key], _ = clocked(program, *jax.device_put(_drawn(shapes), device), repeats=repeats, company=company)
         return measured[key]
 
-    first, inner, head, x = [], [], [], spec.inputs()
-    for number, module in enumerate(spec.modules):
-        (block,) = module.blocks
+    first, inner, head, x = [], [], [], network.inputs
+    for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
         known = len(measured)
         first.append(once(block, False, x, inner=False))
-        inner.append(once(block, False, x) if module.first else first[0])  # nothing is in front of the first block
+        inner.append(once(block, False, x) if number else first[0])  # nothing is in front of the first block
         _, x = forward_flops(block, x.shape, x.dtype)
-        head.append(once(module.head, True, x))
+        head.append(once(end, True, x))
         if len(measured) > known:
             body, with_head = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
-            _LOG.info("block %d of %d: %.4g ms, its head %.4g ms", number, len(spec.modules), body, with_head)
+            _LOG.info("block %d of %d: %.4g ms, its head %.4g ms", number, len(network.blocks), body, with_head)
     rows = first, inner, head
     return BlockTimes(*(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2)))
 
@@ -205,9 +205,3 @@ def _head_step(
 
     (loss, stats), (gradient, of_inputs) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(state.params, inputs)
     return apply_gradient(optimizer, state, gradient, {"body": {}, "head": stats}), loss, of_inputs
-
-
-# Memory
-
-
-# The table

@@ -15,7 +15,8 @@ import numpy as np
 
 from dgl_jax import system
 from dgl_jax.errors import UserError
-from dgl_jax.replay.rules import ANY_NUMBER, RULES, limit_of
+from dgl_jax.registry import RULES
+from dgl_jax.replay.rules import ANY_NUMBER, limit_of
 from dgl_jax.types import Header, Packet, Targets, nbytes
 
 
@@ -86,7 +87,7 @@ class Ring:
         # Reads of the packet in slot s, at -s % size and again at `size` more: the packets lie in a row, newest first, wherever the
         # newest is.
         self._reads = np.zeros(2 * size, np.int64)
-        self._rule, self._limit = RULES[rule], limit_of(rule, size, max_reuse)
+        self._rule, self._limit = RULES[rule].make, limit_of(rule, size, max_reuse)
         self._books: dict[int, Any] = {}  # codebooks by version, 1, 2, ...
         self._book_form: Any = jax.tree.structure(codebook)
         self.tally = Tally()

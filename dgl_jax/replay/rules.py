@@ -1,9 +1,12 @@
 """The rules that choose what is read next from a ring."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
+
+from dgl_jax.registry import RULES, Kind
 
 # (uses of the packets, newest first; slot of the newest; slots of the ring; uses allowed; seed) -> age of the packet to read
 Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, ...]], int]
@@ -34,7 +37,23 @@ def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[i
     return size - 1 if len(uses) == size and uses[-1] == uses[age] else age
 
 
-RULES: dict[str, Rule] = {"least_used_latest": least_used_latest, "fifo": fifo, "uniform": uniform, "released": released}
+@dataclass(frozen=True)
+class RuleKind(Kind):
+    """A rule: `make` is the `Rule` itself.
+
+    Attributes:
+      counts_from_one: a packet counts as used once when it is written; see `limit_of`.
+    """
+
+    counts_from_one: bool = False
+
+
+RULES.ship(
+    least_used_latest=RuleKind(least_used_latest),
+    fifo=RuleKind(fifo),
+    uniform=RuleKind(uniform),
+    released=RuleKind(released, counts_from_one=True),
+)
 
 
 ANY_NUMBER = np.iinfo(np.int64).max
@@ -42,6 +61,6 @@ ANY_NUMBER = np.iinfo(np.int64).max
 
 def limit_of(rule: str, size: int, max_reuse: int) -> int:
     """Reads a packet allows."""
-    if rule == "released" and max_reuse:  # counts from 1; a ring of one packet stays there
+    if RULES[rule].counts_from_one and max_reuse:  # counts from 1; a ring of one packet stays there
         return max_reuse - 1 if size > 1 or max_reuse == 1 else ANY_NUMBER
     return max_reuse or ANY_NUMBER

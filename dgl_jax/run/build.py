@@ -1,6 +1,5 @@
 """From settings to all that trains or answers: data, modules, devices, engine. Writes nothing to disk."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -11,39 +10,37 @@ import optax
 
 from dgl_jax import system
 from dgl_jax.codecs import make_codec
-from dgl_jax.config import CodecSettings, DataSettings, Settings, not_applicable
+from dgl_jax.config import DataSettings, Settings
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
-from dgl_jax.data import SHAPES, Preprocess, Source, make_source
-from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine, ring_forms
-from dgl_jax.engines.placement import assign, check_batch, one_group
+from dgl_jax.data import Source, make_source
+from dgl_jax.engines import Engine
+from dgl_jax.engines.base import EngineInputs
 from dgl_jax.errors import UserError
-from dgl_jax.methods.backprop import backprop_step
-from dgl_jax.models import BALANCED, BlockCosts, Network, check_network, cuts, make_head, make_network
-from dgl_jax.profile.flops import block_flops, module_flops
+from dgl_jax.models import BALANCED, BlockCosts, cuts, make_head, make_network
+from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.replay import check_memory
+from dgl_jax.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.spec import TrainSpec
+from dgl_jax.tasks.image_classification import Preprocess
 
 _LOG = logging.getLogger(__name__)
 
-# Engines that train no head but the last module's.
-ONE_LOSS = ("backprop",)
-
 
 def known_info(settings: DataSettings) -> DatasetInfo:
-    """What is known of a data set before anything is read or downloaded; normalised as if it lay around 0.
+    """Returns what is known of a data set before anything is read or downloaded; normalised as if it lay around 0.
 
     Raises:
       UserError: the set is of the user's own making.
     """
-    if settings.name not in SHAPES:
+    shape = DATA_SETS[settings.name].shape
+    if shape is None:
         raise UserError(
             f"config.data.name={settings.name}: what it holds is known once it is read; plan with one of "
-            f"{', '.join(SHAPES)} and config.data.image_size"
+            f"{', '.join(name for name, kind in DATA_SETS.items() if kind.shape)} and config.data.image_size"
         )
-    size, channels, classes = SHAPES[settings.name]
+    size, channels, classes = shape
     size = settings.image_size or size
     names = tuple(map(str, range(classes)))
     return DatasetInfo(settings.name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels)
@@ -83,10 +80,8 @@ def make_experiment(
     Raises:
       UserError: the data is missing, broken or another than `info` says, or data, network and devices do not fit.
     """
-    if unused := not_applicable(settings):
-        _LOG.info("set, and ignored here: %s", "; ".join(unused.values()))
-    # Both before the data, which may take long to come.
-    check_network(settings.model.name)
+    if settings.ignored:
+        _LOG.info("set, and ignored here: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
@@ -94,66 +89,36 @@ def make_experiment(
     if not 1 <= total_steps < 2**31:
         what = "less than one step" if total_steps < 1 else f"{total_steps} steps, more than can be counted,"
         raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
-    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
     found = DatasetInfo.of(source)
     if info is not None:
         info.check(found, settings.data)
     info = info or found
-    first_blocks = first_blocks or choose_cuts(settings, info, device=devices[0])
-    spec = make_spec(settings, info, schedule, first_blocks)
+    network = make_blocks(settings, info)
+    first_blocks = first_blocks or choose_cuts(settings, network, device=devices[0])
+    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
+    spec = make_spec(settings, info, first_blocks, schedule)
     engine = make_engine(settings, spec, devices, total_steps)
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
 
 
-def make_spec(
-    settings: Settings, info: DatasetInfo, schedule: optax.Schedule | None = None, first_blocks: Sequence[int] = ()
-) -> TrainSpec:
-    """What is learnt; without a schedule the spec can restore and evaluate, not train.
+def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
+    """Returns the network with the head that may stand behind each block, before it is cut.
 
-    `first_blocks` of each module are those that were chosen when the run began; without them they are chosen here.
+    Raises:
+      UserError: there is no such network, or it does not fit the images.
     """
-    model, network = settings.model, _network(settings, info)
-    starts = first_blocks or choose_cuts(settings, info)
-    trained = settings.engine.name not in ONE_LOSS
-    if not trained and settings.codec.name != "identity":
-        raise UserError(
-            f"config.codec.name={settings.codec.name}: config.engine.name={settings.engine.name} sends nothing between modules; "
-            "use identity"
-        )
-    heads = [make_head(model.head, len(info.class_names), model.dtype) if trained else None for _ in starts[:-1]]
-    return TrainSpec(
-        modules=make_modules(network.blocks, starts, [*heads, network.classifier], model.remat),
-        optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
-        preprocess=Preprocess(settings.data.augment, info.mean, info.std),
-        codec=make_codec(settings.codec, model.dtype),
-        seed=settings.seed,
-        batch_size=settings.data.batch_size,
-        image_shape=info.image_shape,
-        decode=settings.codec.decode,
-        accumulate=settings.train.accumulate,
-        label_smoothing=settings.train.label_smoothing,
-        ema=settings.train.ema,
-    )
-
-
-def _network(settings: Settings, info: DatasetInfo) -> Network:
-    model = settings.model
-    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
-
-
-def every_block(settings: Settings, info: DatasetInfo) -> TrainSpec:
-    """The spec with one block a module: what the costs of blocks are counted and measured on. Packets go as they are."""
-    identity = dataclasses.replace(settings, codec=CodecSettings())  # others may not fit where nobody cuts
-    return make_spec(identity, info, first_blocks=range(len(_network(settings, info).blocks)))
+    model, classes = settings.model, len(info.class_names)
+    network = make_network(model.name, model.width, classes, info.image_shape, model.dtype)
+    head = make_head(model.head, classes, model.dtype) if METHODS[settings.method.name].local else None
+    heads = [head] * (len(network.blocks) - 1)
+    inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.image_shape), "float32")
+    return Blocks(network.blocks, (*heads, network.classifier), inputs)
 
 
 def choose_cuts(
-    settings: Settings,
-    info: DatasetInfo,
-    times: Callable[[], BlockCosts] | None = None,
-    device: jax.Device | None = None,
+    settings: Settings, network: Blocks, times: Callable[[], BlockCosts] | None = None, device: jax.Device | None = None
 ) -> tuple[int, ...]:
-    """The first block of each module, by `config.model.split`.
+    """Returns the first block of each module, by `config.model.split`.
 
     Args:
       times: what blocks take, where that is known; else a split by time measures it.
@@ -166,45 +131,65 @@ def choose_cuts(
 
     def costs() -> BlockCosts:
         if model.split == "flops":
-            return block_flops(every_block(settings, info))
+            return block_flops(network)
         if times is not None:
             return times()
         where = device or jax.devices()[0]
         _LOG.info("config.model.split=time: measuring every block and head on %s %d", system.device_kind(where), where.id)
-        return block_times(every_block(settings, info), where).seconds
+        return block_times(network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), where).seconds
 
-    starts = cuts(model.split, len(_network(settings, info).blocks), model.modules, costs)
+    starts = cuts(model.split, len(network.blocks), model.modules, costs)
     if model.split in BALANCED:
         _LOG.info("config.model.split=%s: the modules begin at blocks %s", model.split, ",".join(map(str, starts)))
     return starts
 
 
+def make_spec(
+    settings: Settings, info: DatasetInfo, first_blocks: Sequence[int], schedule: optax.Schedule | None = None
+) -> TrainSpec:
+    """Returns what is trained, and how.
+
+    Args:
+      first_blocks: of each module, see `choose_cuts`.
+      schedule: of the learning rate; without one the spec can restore and evaluate, not train.
+
+    Raises:
+      UserError: the method sends nothing that a codec could encode.
+    """
+    model, network = settings.model, make_blocks(settings, info)
+    method = METHODS[settings.method.name].make()
+    if not method.sends and settings.codec.name != "identity":
+        raise UserError(
+            f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} sends nothing between modules; "
+            "use identity"
+        )
+    ends = [*first_blocks[1:], len(network.blocks)]
+    return TrainSpec(
+        modules=make_modules(network.blocks, first_blocks, [network.heads[end - 1] for end in ends], model.remat),
+        method=method,
+        optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
+        preprocess=Preprocess(settings.data.augment, info.mean, info.std),
+        codec=make_codec(settings.codec, model.dtype),
+        seed=settings.seed,
+        batch_size=settings.data.batch_size,
+        image_shape=info.image_shape,
+        decode=getattr(settings.codec, "decode", "sent"),
+        accumulate=settings.train.accumulate,
+        label_smoothing=settings.train.label_smoothing,
+        ema=settings.train.ema,
+    )
+
+
 def make_engine(settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int) -> Engine:
-    """The configured engine on these devices: a new one is one new file and one line here."""
-    chosen, modules = settings.engine, len(spec.modules)
-    if chosen.name in ("simulated", "threads"):
-        size, forms = settings.replay.size, ring_forms(spec)
-        sizes = ", ".join(f"{form.nbytes(size) / 2**20:.1f}" for form in forms)
-        _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
-        check_memory(forms, size)
-        if chosen.name == "simulated":
-            placement = one_group(devices[:1], modules)
-            check_batch(spec.batch_size, placement.sizes(), spec.accumulate)
-            return SimulatedEngine(spec, placement, total_steps, chosen, settings.replay)
-    if chosen.name in ("pipeline", "threads"):
-        costs = [body + head for body, head in module_flops(spec)] if not chosen.group_sizes and len(devices) < modules else ()
-        placement = assign(devices, modules, chosen.group_sizes, costs)
-        check_batch(spec.batch_size, placement.sizes(), spec.accumulate)
-        if chosen.name == "threads":
-            return ThreadsEngine(spec, placement, chosen, settings.replay)
-        return PipelineEngine(spec, placement, chosen.ticks_in_flight)
-    # One group: as many devices as the groups of a pipeline would have together.
-    count = assign(devices, modules, chosen.group_sizes).count() if chosen.group_sizes else len(devices)
-    placement = one_group(devices[:count], modules)
-    check_batch(spec.batch_size, placement.sizes(), spec.accumulate)
-    if chosen.name == "backprop":
-        return FusedEngine(spec, placement, chosen.ticks_in_flight, backprop_step)
-    return FusedEngine(spec, placement, chosen.ticks_in_flight)
+    """Returns the configured engine on these devices.
+
+    Raises:
+      UserError: it does not run the method, or the devices do not fit.
+    """
+    name, engines = settings.engine.name, METHODS[settings.method.name].engines
+    if engines is not None and name not in engines:
+        raise UserError(f"config.engine.name={name}: config.method.name={settings.method.name} runs under {' or '.join(engines)}")
+    return ENGINES[name].make(EngineInputs(spec, devices, settings.replay, total_steps), settings.engine)
 
 
 def remarks(experiment: Experiment) -> list[str]:

@@ -13,10 +13,11 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.core.module import ModuleState, count_parameters
-from dgl_jax.engines import EngineState, Report, ThreadsEngine, counts
+from dgl_jax.engines import EngineState, Report, counts
 from dgl_jax.engines.placement import Placement
 from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
+from dgl_jax.registry import SCHEDULES
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints, all_finite
 from dgl_jax.run.evaluator import Evaluator
@@ -44,7 +45,7 @@ class Run:
         self.interruption = interruption
         self.evaluator = Evaluator(experiment.spec, self.engine.placement, self.settings.eval.codec)
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.settings.checkpoint.keep)
-        if isinstance(self.engine, ThreadsEngine) and self.settings.engine.restart_workers:
+        if getattr(self.settings.engine, "restart_workers", False):
             self.engine.recover = self._recover
         self.window = Window()
         self.throughput = Throughput(experiment.spec.batch_size)
@@ -103,7 +104,7 @@ class Run:
             self.wall_before = restored.meta["wall_seconds"]
             _LOG.info("going on from step %d", self.step)
             planned = restored.meta["total_steps"]
-            if self.settings.schedule.name == "cosine" and planned != self.experiment.total_steps:
+            if SCHEDULES[self.settings.schedule.name].whole and planned != self.experiment.total_steps:
                 _LOG.warning(
                     "the cosine now ends at step %d, not %d: this is not what one run of that length would have done",
                     self.experiment.total_steps,

@@ -68,7 +68,7 @@ def load_trained(
 
     def prepare(meta: dict[str, Any]) -> tuple[Sequence[ModuleState], Placement]:
         info = DatasetInfo.from_dict(meta["dataset"])
-        spec = make_spec(settings, info, first_blocks=meta.get("first_blocks", ()))
+        spec = make_spec(settings, info, meta["first_blocks"])
         placement = one_group((devices or jax.devices())[:1], len(spec.modules))
         made.update(info=info, spec=spec, placement=placement)
         return spec.abstract_states(), placement

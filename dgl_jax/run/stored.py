@@ -55,7 +55,8 @@ class DatasetInfo:
         if self.image_shape != found.image_shape:
             told.append(f"the run takes images of {self.shape}, the data are of {found.shape} (height, width, channels)")
         if told:
-            place = f"config.data.dir={settings.dir}" if settings.dir else f"config.data.name={settings.name}"
+            folder = getattr(settings, "dir", "")
+            place = f"config.data.dir={folder}" if folder else f"config.data.name={settings.name}"
             raise UserError(
                 f"{place}: these are not the data of this run: {'; '.join(told)}; "
                 "put its data back, or train on these in another --workdir"

@@ -99,7 +99,7 @@ def check(workdir: Path, settings: Settings) -> None:
     check_path(workdir / "checkpoints")
     if not holds_checkpoint(workdir):  # nothing would be lost
         return
-    changed = differences(load_settings(workdir / "config.json").to_dict(), settings)
+    changed = differences(load_settings(workdir / "config.json"), settings)
     if changed:
         raise UserError(
             f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}; "

@@ -9,9 +9,9 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.config import Settings, make_settings
-from dgl_jax.engines import EngineState, PipelineEngine
+from dgl_jax.engines import EngineState
 from dgl_jax.engines.placement import put
-from dgl_jax.methods.dgl import compose
+from dgl_jax.engines.program import jitted
 from dgl_jax.profile.timing import Elapsed, clocked
 from dgl_jax.run.build import Experiment, make_experiment
 
@@ -65,14 +65,13 @@ def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, 
     `company`: see `clocked`; of modules on a device each.
     """
     spec, placement = experiment.spec, experiment.engine.placement
-    own = experiment.engine.programs if isinstance(experiment.engine, PipelineEngine) else None
-    if experiment.settings.engine.name == "backprop":
+    if not spec.method.sends:
         return []  # one program that cannot be taken apart
     batch = placement.put_batch(experiment.source.batch(0), 0)
     incoming: Any = batch
     times = []
     for k, module in enumerate(state.modules):
-        program = own[k] if own else jax.jit(compose(spec, k), donate_argnums=0)
+        program = jitted(spec, k, placement)
         targets = put(batch.targets, placement.split(k))
         if k:
             incoming = put(incoming, placement.coded(k))

@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from dgl_jax import system
-from dgl_jax.codecs import CODECS, make_codec
-from dgl_jax.config import Settings
+from dgl_jax.codecs import make_codec
+from dgl_jax.config import CodecSettings, Settings, options
+from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.errors import UserError, require
 from dgl_jax.models import BlockCosts
-from dgl_jax.profile.flops import module_flops
+from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import module_memory
 from dgl_jax.profile.table import ModuleCost, aligned, module_costs, table
 from dgl_jax.profile.timing import BlockTimes, block_times
-from dgl_jax.run.build import ONE_LOSS, choose_cuts, every_block, known_info, make_spec
+from dgl_jax.registry import CODECS, METHODS
+from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
 from dgl_jax.run.writers import check_writable
 from dgl_jax.schedule import fused, pipelined
 from dgl_jax.spec import TrainSpec
@@ -94,28 +97,31 @@ def plan(
     Raises:
       UserError: the data set must be read to be known, or a value does not fit.
     """
-    if settings.engine.name in ONE_LOSS:
-        raise UserError(f"config.engine.name={settings.engine.name}: its modules cannot work at once; --mode=plan needs pipeline")
+    if METHODS[settings.method.name].engines is not None:
+        raise UserError(f"config.method.name={settings.method.name}: its modules cannot work at once, which --mode=plan is about")
     for flag, value in (("bandwidth", bandwidth), ("cores", cores)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
     info, device = known_info(settings.data), jax.devices()[0]
-    every = every_block(settings, info)
+    network = make_blocks(settings, info)
     company = 1
     if not stated and device.platform == "cpu":
         usable = system.cpu_count()
-        cores, company = cores or usable, min(usable or 1, devices or sum(settings.engine.group_sizes) or settings.model.modules)
+        cores, company = cores or usable, min(usable or 1, devices or sum(_group_sizes(settings)) or settings.model.modules)
     alike = [1.0] * settings.model.modules
     make_pipeline(settings, alike, alike, devices)  # refuses what does not fit, before anything is measured
 
     @cache
     def measured() -> BlockTimes:
-        return _stated(stated, every) if stated else block_times(every, device, company=company)
+        if stated:
+            return _stated(stated, network)
+        optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(0.0))
+        return block_times(network, optimizer, device, company=company)
 
-    spec = make_spec(settings, info, first_blocks=choose_cuts(settings, info, lambda: measured().seconds))
+    spec = make_spec(settings, info, choose_cuts(settings, network, lambda: measured().seconds))
     times = measured()
     starts = [module.first for module in spec.modules]
-    ends = [*starts[1:], len(every.modules)]
+    ends = [*starts[1:], len(network.blocks)]
     seconds, processor = ([of.module(first, end) for first, end in zip(starts, ends)] for of in times)
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, bandwidth, cores)
     count = devices or groups[-1][-1] + 1
@@ -133,7 +139,7 @@ def plan(
         "cores": cores,
         "bandwidth": bandwidth,
         "codec": settings.codec.name,
-        "codec_sizes": {name: getattr(settings.codec, name) for name in ("dims", "codes", "stages")},
+        "codec_sizes": {name: getattr(_codec_options(settings, "vq"), name) for name in ("dims", "codes", "stages")},
         "block_times": "stated" if stated else f"measured on {system.device_kind(device)}",
         "batch_size": spec.batch_size,
         "ticks_per_second": rate,
@@ -143,7 +149,7 @@ def plan(
         "idle_share": sum(idle) / count,
         "modules": rows,
         "codecs": codecs,
-        "peak_memory_bytes": _memory(spec, groups, spans, settings.engine.ticks_in_flight, count),
+        "peak_memory_bytes": _memory(spec, groups, spans, pipeline.ticks_in_flight, count),
         "memory_compiled_for": device.platform,
         "block_milliseconds": {name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()},
     }
@@ -164,12 +170,12 @@ def make_pipeline(
       seconds, processor: of each module's turn on one device, by the wall and of the host's processors.
       devices, bandwidth, cores: see `plan`.
     """
-    modules, sizes = len(seconds), settings.engine.group_sizes
+    modules, sizes = len(seconds), _group_sizes(settings)
     groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
     check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
     works = [Work(g[0], s / len(g), cores=len(g) * used / s) for g, s, used in zip(groups, seconds, processor)]
     limits = bandwidth or math.inf, cores or math.inf
-    return Pipeline(tuple(works), settings.data.batch_size, *limits, settings.engine.ticks_in_flight), groups
+    return Pipeline(tuple(works), settings.data.batch_size, *limits, getattr(settings.engine, "ticks_in_flight", 2)), groups
 
 
 @dataclass(frozen=True)
@@ -219,11 +225,22 @@ class Pipeline:
         return sum(s * max(1.0, work.cores * work.seconds / s / self.cores) for s, work in zip(seconds, self.works))
 
 
+def _group_sizes(settings: Settings) -> tuple[int, ...]:
+    return getattr(settings.engine, "group_sizes", ())
+
+
+def _codec_options(settings: Settings, name: str) -> CodecSettings:
+    """Returns the options of a codec as they are configured, whatever codec is."""
+    given = vars(settings.codec) | {n.removeprefix("codec."): v for n, v in settings.unused.items() if n.startswith("codec.")}
+    having = {f.name for f in dataclasses.fields(CODECS[name].options or CodecSettings)} - {"name"}
+    return options("codec", name=name, **{n: v for n, v in given.items() if n in having})
+
+
 def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str, Any]:
     """What each codec with the configured sizes sends, hop by hop, and the speed with it; None where it does not fit."""
     found: dict[str, Any] = {}
     for name in CODECS:
-        codec = make_codec(dataclasses.replace(settings.codec, name=name), settings.model.dtype)
+        codec = make_codec(_codec_options(settings, name), settings.model.dtype)
         try:
             traffic = dataclasses.replace(spec, codec=codec).traffic()
         except UserError:  # groups of so many channels do not divide them
@@ -263,9 +280,9 @@ def _memory(
     return [a + b for a, b in zip(held, largest)]
 
 
-def _stated(text: str, every: TrainSpec) -> BlockTimes:
+def _stated(text: str, network: Blocks) -> BlockTimes:
     """The times of `--block_times`."""
-    where, count = f"--block_times={text}", len(every.modules)
+    where, count = f"--block_times={text}", len(network.blocks)
     try:
         if Path(text).suffix == ".json":
             given = json.loads(Path(text).read_text(encoding="utf-8"))
@@ -281,9 +298,9 @@ def _stated(text: str, every: TrainSpec) -> BlockTimes:
         times = "" if wrong == "all" else f" of {wrong!r}"
         raise UserError(f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed")
     if "all" in rows:
-        operations = module_flops(every)
-        per_operation = sum(rows["all"]) / (sum(body for body, _ in operations) or 1.0)
-        rows = {"first": rows["all"], "inner": rows["all"], "head": [per_operation * head for _, head in operations]}
+        operations = block_flops(network)
+        per_operation = sum(rows["all"]) / (sum(operations.inner) or 1.0)
+        rows = {"first": rows["all"], "inner": rows["all"], "head": [per_operation * head for head in operations.head]}
     seconds = BlockCosts(**{name: tuple(row) for name, row in rows.items()})
     return BlockTimes(seconds, seconds)
 

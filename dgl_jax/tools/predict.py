@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dgl_jax.data import PHOTOGRAPHS
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.folder import SUFFIXES
 from dgl_jax.errors import UserError
+from dgl_jax.registry import DATA_SETS
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import Trained, load_trained
@@ -55,7 +55,7 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
         check_writable(Path(output), f"--output={output}")
     files = find_images(patterns)
     trained = load_trained(Path(workdir), checkpoint)
-    images = _read(files, trained.info.image_shape, trained.info.name in PHOTOGRAPHS)
+    images = _read(files, trained.info.image_shape, DATA_SETS[trained.settings.data.name].photographs)
     names = trained.info.class_names
     rows = []
     for file, last, together in zip(files, *predict_probabilities(trained, images)):

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax import UserError
-from dgl_jax.models import Network, register
+from dgl_jax.models import Network, register_network
 
 PATCH = 2  # pixels a side
 DEPTH = 4  # encoder blocks
@@ -67,4 +67,4 @@ def vit(width: int, num_classes: int, dtype: DTypeLike) -> Network:
     return Network((PatchEmbedding(width, PATCH, dtype), *[EncoderBlock(HEADS, dtype)] * DEPTH), Classifier(num_classes, dtype))
 
 
-register("vit", vit)
+register_network("vit", vit)
