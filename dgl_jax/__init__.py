@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from dgl_jax.core.step import apply_gradient, eval_step, local_step
     from dgl_jax.errors import UserError
     from dgl_jax.models import cuts, make_head, make_network, register_network
-    from dgl_jax.objectives.classifier import accuracy, cross_entropy
+    from dgl_jax.objectives import Classifier, Objective, accuracy, cross_entropy, means
     from dgl_jax.types import Batch, Packet, Targets
 
 __all__ = [
     "Batch",
+    "Classifier",
     "LocalModule",
     "ModuleState",
+    "Objective",
     "Packet",
     "Targets",
     "UserError",
@@ -35,6 +37,7 @@ __all__ = [
     "make_head",
     "make_modules",
     "make_network",
+    "means",
     "register_network",
     "vq",
 ]
@@ -45,7 +48,7 @@ _ROOMS = {
     "core.step": ("apply_gradient", "eval_step", "local_step"),
     "errors": ("UserError",),
     "models": ("cuts", "make_head", "make_network", "register_network"),
-    "objectives.classifier": ("accuracy", "cross_entropy"),
+    "objectives": ("Classifier", "Objective", "accuracy", "cross_entropy", "means"),
     "types": ("Batch", "Packet", "Targets"),
 }
 

@@ -163,24 +163,38 @@ def _start() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     with reported():
-        for argument in argv[1:]:
-            if override := re.match(r"--?config\.([^=]+)", argument):
-                configuration.check_name(override[1])
+        argv = _with_plugins(argv)
         try:
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:
                 _CONFIG.value.data  # noqa: B018 (a file that could not be read says so at the first look inside)
         except UserError:
             raise
-        except flags.Error as error:
-            raise UserError(str(error)) from error
         except Exception as error:
+            for argument in argv[1:]:
+                if override := re.match(r"--?config\.([^=]+)", argument):
+                    configuration.check_name(override[1])  # now that the kinds of all plugins are known
+            if isinstance(error, flags.Error):
+                raise UserError(str(error)) from error
             raise UserError(f"--config: {explain(error) or where(error)}") from error
         return rest
 
 
+def _with_plugins(argv: list[str]) -> list[str]:
+    """Imports what `--config.plugins` names, whose kinds may have fields that the line sets; returns the line with a tuple."""
+    line = list(argv)
+    for place, argument in enumerate(argv):
+        if given := re.match(r"(--?config\.plugins=)(.*)", argument):
+            names = tuple(re.findall(r"[\w.]+", given[2]))
+            configuration.import_plugins(names)
+            line[place] = f"{given[1]}{names!r}"
+    return line
+
+
 def main() -> None:
     """Runs the command line on `sys.argv`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # plugins may lie where the command is run
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # else --help leaves them to --helpfull
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(_dispatch, flags_parser=_parse)

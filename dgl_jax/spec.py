@@ -87,7 +87,6 @@ class TrainSpec:
       codec: what crosses between modules.
       decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
       accumulate: micro-batches that a batch is split into.
-      label_smoothing: of the training loss.
       ema: decay of the moving average of parameters that is evaluated; 0: none is kept.
       seed: of the parameters and of the augmentation.
       batch_size: examples of the whole batch, over all devices.
@@ -104,7 +103,6 @@ class TrainSpec:
     image_shape: tuple[int, int, int]
     decode: str = "sent"
     accumulate: int = 1
-    label_smoothing: float = 0.0
     ema: float = 0.0
 
     def inputs(self) -> jax.ShapeDtypeStruct:

@@ -247,7 +247,7 @@ class Tiny:
             name = jax.tree_util.keystr(path)
             if "opt_state" in name or "updates" in name:
                 return np.zeros(leaf.shape, leaf.dtype)
-            random = np.random.default_rng(list(name.split(".", 1)[1].encode()))
+            random = np.random.default_rng(list(name.split(".", 1)[1].replace("objective", "head").encode()))
             if name.endswith(("['scale']", "['var']")):
                 return np.ones(leaf.shape, leaf.dtype)
             return random.normal(0, 0.3, leaf.shape).astype(leaf.dtype)

@@ -339,7 +339,7 @@ def test_every_engine_name_has_an_engine_of_its_own():
 
 def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
     for method in METHODS:
-        assert [module.head is None for module in engine_of("fused", method).spec.modules] == [method == "backprop", False]
+        assert [module.objective is None for module in engine_of("fused", method).spec.modules] == [method == "backprop", False]
     with pytest.raises(UserError, match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$"):
         engine_of("pipeline", "backprop")
 

@@ -204,10 +204,10 @@ def test_backprop_does_not_depend_on_the_cut(tiny, fused):
         return {name: block for state in states for name, block in state.params["body"].items()}
 
     assert furthest(body(three), body(one)) < 1e-6
-    assert furthest(three[-1].params["head"], one[-1].params["head"]) < 1e-6
+    assert furthest(three[-1].params["objective"], one[-1].params["objective"]) < 1e-6
     assert [r[:-1] for r in reports_three] == [({}, {})] * STEPS
     assert furthest([r[-1] for r in reports_three], [r[-1] for r in reports_one]) < 1e-6
-    assert all("head" not in state.params for state in three[:-1])
+    assert all("objective" not in state.params for state in three[:-1])
     decoupled, _ = fused()
     assert furthest(body(decoupled), body(one)) > 1e-3  # local losses are another method
 
@@ -328,11 +328,11 @@ def test_waits_and_reads_are_few(tiny, monkeypatch, name):
         window.add(report)
         if report.updates[-1] % log_every == 0:
             window.close()
-    # One wait a tick, for the two scalars of each module that worked in it, and one read a log record.
+    # One wait a tick, for sum and count of the two metrics of each module that worked in it, and one read a log record.
     ticks = steps + (modules - 1 if name == "pipeline" else 0)
     assert len(waits) == ticks
-    assert max(waits) == 2 * modules
-    assert sum(waits) == 2 * modules * steps
+    assert max(waits) == 4 * modules
+    assert sum(waits) == 4 * modules * steps
     assert reads == [log_every] * (steps // log_every)
 
 

@@ -22,8 +22,8 @@ def state(tiny):
     """Heads sharpened and drawn so that modules disagree and right answers happen."""
     modules, random = [], np.random.default_rng(SEED)
     for module in tiny.init(tiny.spec()):
-        head = jax.tree.map(lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)), module.params["head"])
-        modules.append(module.replace(params=module.params | {"head": head}, rng=jax.random.key(0)))
+        head = jax.tree.map(lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)), module.params["objective"])
+        modules.append(module.replace(params=module.params | {"objective": head}, rng=jax.random.key(0)))
     return EngineState(tuple(modules))
 
 

@@ -55,7 +55,7 @@ ONLY = {
     "types": set(),
     "ops": set(),
     "models": {"errors", "ops", "registry"},
-    "objectives": {"types"},
+    "objectives": {"registry", "types"},
     "core": {"config", "errors", "objectives", "ops", "registry", "types"},
     "tasks": {"core", "types"},
     "codecs": {"config", "core", "errors", "registry"},

@@ -36,18 +36,18 @@ LIBRARY = """
 from functools import partial
 import jax, optax
 import numpy as np
-from dgl_jax import Targets, cuts, init_states, local_step, make_head, make_modules, make_network, vq
+from dgl_jax import cuts, init_states, local_step, make_head, make_modules, make_network, vq
 import dgl_jax.data, dgl_jax.engines, dgl_jax.engines.placement, dgl_jax.replay, dgl_jax.tools.timeline
 
 network = make_network("cnn4", width=4, num_classes=10, image_shape=(8, 8, 1))
 modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
 optimizer = optax.sgd(0.1)
 states = list(init_states(modules, optimizer, jax.random.key(0), jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")))
-x, targets = np.ones((8, 8, 8, 1), np.float32), Targets(np.arange(8) % 10, np.arange(8))
+x, targets = np.ones((8, 8, 8, 1), np.float32), {"label": np.arange(8) % 10}
 for k, module in enumerate(modules):
     states[k], x, metrics = jax.jit(partial(local_step, module, optimizer))(states[k], x, targets)
 assert int(states[0].updates) == 1
-assert float(metrics["loss"]) > 0
+assert float(metrics["loss"][0]) > 0
 x = np.repeat(np.arange(4.0, dtype=np.float32), 8).reshape(4, 8)
 book = vq.init(jax.random.key(0), x, codes=4, dims=8)
 assert np.array_equal(vq.decode(book.entries, vq.encode(book.entries, x)), x)

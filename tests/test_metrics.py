@@ -68,7 +68,7 @@ def test_values_survive_json():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_loss_that_is_not_finite_names_module_and_step(bad, resumed):
-    window = Window([[[10, 10], [{"loss": 1.0}, {"loss": 1.0}]]]) if resumed else Window()
+    window = Window([[[10, 10], [{"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}]]]) if resumed else Window()
     step = 11 if resumed else 1
     window.add(report(step, 1.0, 2.0))
     window.add(report(step + 1, 1.0, bad))

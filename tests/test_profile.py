@@ -26,7 +26,7 @@ from dgl_jax.run import build
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
-from dgl_jax.types import Targets, nbytes
+from dgl_jax.types import nbytes
 
 INFO = DatasetInfo("cifar10", tuple("0123456789"), (32, 32, 3), (0.5,) * 3, (0.5,) * 3)
 SMALL = DatasetInfo("synthetic", tuple("0123456789"), (8, 8, 3), (0.5,) * 3, (0.5,) * 3)
@@ -92,7 +92,7 @@ def test_codecs_need_not_fit_where_nobody_cuts():
 @pytest.mark.slow
 def test_the_parts_of_a_step_are_the_step(tiny):
     """Head and body, one after the other, do what a local step does."""
-    block, head = tiny.spec().modules[1].blocks[0], tiny.spec().modules[1].head
+    block, head = tiny.spec().modules[1].blocks[0], tiny.spec().modules[1].objective
     optimizer, x = optax.sgd(0.1), jax.random.normal(jax.random.key(1), (8, 4, 4, 4))
     whole, body, end = (
         LocalModule("m", 0, blocks, of_module) for blocks, of_module in (((block,), head), ((block,), None), ((), head))
@@ -108,12 +108,12 @@ def test_the_parts_of_a_step_are_the_step(tiny):
     @jax.jit
     def parts(scale):
         outputs, _ = whole.apply_body(state.params, state.batch_stats, x, train=True)
-        of_head, _, cotangent = costs._head_step(end, optimizer, part("head", {}), outputs, label)
+        of_head, _, cotangent = costs._objective_step(end, optimizer, part("objective", {}), outputs, label)
         of_body, handed_on, _ = costs._body_step(body, optimizer, part("body", None), x, scale * cotangent)
-        return of_body.params["body"], of_head.params["head"], of_body.batch_stats["body"], handed_on
+        return of_body.params["body"], of_head.params["objective"], of_body.batch_stats["body"], handed_on
 
-    expected, outputs, _ = jax.jit(lambda s: local_step(whole, optimizer, s, x, Targets(label, label)))(state)
-    wanted = expected.params["body"], expected.params["head"], expected.batch_stats["body"], outputs
+    expected, outputs, _ = jax.jit(lambda s: local_step(whole, optimizer, s, x, {"label": label}))(state)
+    wanted = expected.params["body"], expected.params["objective"], expected.batch_stats["body"], outputs
     close = lambda found: jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted))  # noqa: E731
     assert close(parts(1.0))
     assert not close(parts(0.0)), "a gradient that never reaches the body went unnoticed"
@@ -138,7 +138,7 @@ def stopwatch(monkeypatch):
 
 def test_equal_layers_are_measured_once(stopwatch, tiny):
     plain = tiny.spec()
-    block, head = plain.modules[0].blocks[0], plain.modules[0].head
+    block, head = plain.modules[0].blocks[0], plain.modules[0].objective
     network = flops.Blocks((block,) * 4, (head,) * 4, plain.inputs())  # 3, then 4, 4, 4 channels
     times = costs.block_times(network, plain.optimizer, jax.devices()[0])
     assert stopwatch == [
@@ -153,7 +153,7 @@ def test_equal_layers_are_measured_once(stopwatch, tiny):
 
 def test_what_needs_more_memory_than_is_free_is_not_run(stopwatch, tiny, monkeypatch):
     spec, needed = tiny.spec(), []
-    network = flops.Blocks(spec.modules[0].blocks, (spec.modules[0].head,), spec.inputs())
+    network = flops.Blocks(spec.modules[0].blocks, (spec.modules[0].objective,), spec.inputs())
     monkeypatch.setattr(costs, "_needed", lambda *args, of=costs._needed: needed.append(of(*args)) or needed[-1])
     costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert len(stopwatch) == 2

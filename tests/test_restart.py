@@ -50,7 +50,7 @@ def test_a_snapshot_waits_for_the_restart_of_a_module_that_lost_its_state(tiny, 
             assert fault.happened.wait(120)  # nobody has heard of the failure yet
             copies.append(report.snapshot())
             assert asked == [1]
-    assert np.isfinite(to_host(copies[0].modules[1]).params["head"]["Dense_0"]["kernel"]).all()
+    assert np.isfinite(to_host(copies[0].modules[1]).params["objective"]["Dense_0"]["kernel"]).all()
     assert counts(report.snapshot()) == [TOTAL] * 3
     # What was said before the failure was heard is not lost, and comes first.
     assert [r.updates[1] for r in seen if r.metrics[1]] == [1, 2, 3, 4, *range(1, TOTAL + 1)]

@@ -18,13 +18,12 @@ from dgl_jax.core.module import LocalModule, init_states, make_modules
 from dgl_jax.core.step import eval_step, local_step
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import HEADS, make_head
-from dgl_jax.objectives import classifier
-from dgl_jax.types import Targets
+from dgl_jax.objectives import classifier, means
 
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 OPTIMIZER = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
 LABEL = np.array([0, 2, 1, 0], np.int32)
-TARGETS = Targets(jnp.asarray(LABEL), jnp.arange(4))
+TARGETS = {"label": jnp.asarray(LABEL), "id": jnp.arange(4)}
 
 
 def flat(tree):
@@ -72,16 +71,16 @@ def test_one_update_equals_an_independent_one(head):
     def loss(params):
         body = {"params": params["body"]["block_0"], "batch_stats": state.batch_stats["body"]["block_0"]}
         x, block = module.blocks[0].apply(body, images, train=True, mutable=["batch_stats"])
-        own = {"params": params["head"], "batch_stats": state.batch_stats["head"]}
-        logits, head = module.head.apply(own, x, train=True, mutable=["batch_stats"])
+        own = {"params": params["objective"], "batch_stats": state.batch_stats["objective"]}
+        logits, head = module.objective.head.apply(own, x, train=True, mutable=["batch_stats"])
         exp = jnp.exp(logits)
         chosen = (exp / exp.sum(1, keepdims=True))[np.arange(4), LABEL]
-        statistics = {"body": {"block_0": block["batch_stats"]}, "head": head.get("batch_stats", {})}
+        statistics = {"body": {"block_0": block["batch_stats"]}, "objective": head.get("batch_stats", {})}
         return -jnp.log(chosen).sum() / 4, (x, logits, statistics)
 
     (expected, (x, logits, statistics)), gradient = jax.jit(loss)(state.params)
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    assert float(metrics["accuracy"]) == np.mean(np.argmax(logits, 1) == LABEL)
+    np.testing.assert_allclose(means(metrics)["loss"], expected, rtol=1e-5)
+    assert float(means(metrics)["accuracy"]) == np.mean(np.argmax(logits, 1) == LABEL)
     np.testing.assert_allclose(outputs, x, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(flat(new.batch_stats), flat(statistics), rtol=1e-5, atol=1e-6)
     velocity = MOMENTUM * flat(state.opt_state) + flat(gradient) + DECAY * flat(state.params)
@@ -92,7 +91,7 @@ def test_one_update_equals_an_independent_one(head):
 
     # The same numbers a year from now.
     after, before = flat(new.params).astype(np.float64), flat(state.params)
-    found = [float(metrics["loss"]), np.abs(after).sum(), np.abs(after - before).sum()]
+    found = [float(means(metrics)["loss"]), np.abs(after).sum(), np.abs(after - before).sum()]
     np.testing.assert_allclose(found, GOLDEN[head], rtol=1e-5)
 
     # What is handed down is of the forward pass before the update.
@@ -141,7 +140,7 @@ def losses_of(params, states):
     x, found = INPUTS, []
     for module, state, p in zip(MODULES, states, params, strict=True):
         _, x, metrics = local_step(module, OPTIMIZER, state.replace(params=p), x, TARGETS)
-        found.append(metrics["loss"])
+        found.append(means(metrics)["loss"])
     return jnp.stack(found)
 
 
@@ -221,14 +220,14 @@ def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
     bodies = [{name: block for state in states for name, block in state.params["body"].items()} for states in found]
     assert bodies[0].keys() == {"block_0", "block_1", "block_2"}
     assert same(bodies[1], bodies[0])
-    assert same(found[1][-1].params["head"], found[0][-1].params["head"])
-    assert not same(found[0][0].params["head"], found[0][1].params["head"])
+    assert same(found[1][-1].params["objective"], found[0][-1].params["objective"])
+    assert not same(found[0][0].params["objective"], found[0][1].params["objective"])
 
 
 def test_a_head_without_blocks_can_be_initialised():
     (module,) = make_modules([], (0,), [Head()])
-    params, _ = module.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"))
-    assert set(params) == {"body", "head"}
+    params, _ = module.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"), {"label": jax.ShapeDtypeStruct((2,), "int32")})
+    assert set(params) == {"body", "objective"}
 
 
 # Shapes in the signatures
@@ -240,14 +239,14 @@ WRONG = (BeartypeException, TypeCheckError)
 def test_annotations_are_true(states):
     checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, TARGETS)
     checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS)
-    checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label)
-    checked(classifier.accuracy)(jnp.zeros((4, 3), jnp.bfloat16), TARGETS.label)
+    checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS["label"])
+    checked(classifier.accuracy)(jnp.zeros((4, 3), jnp.bfloat16), TARGETS["label"])
     for wrong in (
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS.astype(int), TARGETS),
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, LABEL),
         lambda: checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS.astype(int)),
-        lambda: checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS.label[:3]),
-        lambda: checked(classifier.cross_entropy)(jnp.zeros(4), TARGETS.label),
+        lambda: checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS["label"][:3]),
+        lambda: checked(classifier.cross_entropy)(jnp.zeros(4), TARGETS["label"]),
         lambda: checked(classifier.accuracy)(jnp.zeros((4, 3)), jnp.zeros(4)),
     ):
         with pytest.raises(WRONG):

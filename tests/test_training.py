@@ -36,18 +36,18 @@ from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.methods.backprop import Backprop
 from dgl_jax.models import register_network
+from dgl_jax.objectives import Classifier
 from dgl_jax.ops import remat
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.restore import borrow_weights, load_trained
 from dgl_jax.train import train_and_evaluate
-from dgl_jax.types import Targets
 
 pytestmark = pytest.mark.full_compile
 
 BATCH = 8
 OPTIMIZER = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-TARGETS = Targets(jnp.arange(BATCH) % 3, jnp.arange(BATCH))
+TARGETS = {"label": jnp.arange(BATCH) % 3}
 
 
 class Dense(nn.Module):
@@ -289,9 +289,10 @@ OPTIONS = {"accumulate": 2, "label_smoothing": 0.1, "ema": 0.5}
 def spec(tiny):
     """Of `modules` modules with every option on, and no convolution."""
 
-    def make(modules=2, **changes):
-        own = make_modules([Dense(), Normal(), Dense(0.5)], (0, 2)[:modules], [Logits()] * modules, remat=True)
-        return dataclasses.replace(tiny.spec(modules), modules=own, **(OPTIONS | changes))
+    def make(modules=2, label_smoothing=OPTIONS["label_smoothing"], **changes):
+        heads = [Classifier(Logits(), label_smoothing)] * modules
+        own = make_modules([Dense(), Normal(), Dense(0.5)], (0, 2)[:modules], heads, remat=True)
+        return dataclasses.replace(tiny.spec(modules), modules=own, **({"accumulate": 2, "ema": 0.5} | changes))
 
     return make
 

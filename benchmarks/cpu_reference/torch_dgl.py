@@ -129,7 +129,7 @@ def translated(modules: Sequence[Module], params: Sequence[Mapping[str, Any]]) -
     found = []
     for module, of_module in zip(modules, params, strict=True):
         blocks = sorted(of_module["body"].items(), key=lambda item: int(item[0].removeprefix("block_")))
-        for part, own in [*zip(module.blocks, (p for _, p in blocks), strict=True), (module.head, of_module["head"])]:
+        for part, own in [*zip(module.blocks, (p for _, p in blocks), strict=True), (module.head, of_module["objective"])]:
             found += _part(part, own)
     return found
 

@@ -1,6 +1,6 @@
-"""A module of the network: its slice of the blocks (the body), its head, and the state that training changes."""
+"""A module of the network: its slice of the blocks (the body), its objective, and the state that training changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
+from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 from dgl_jax.ops import remat
 
 PyTree = Any
@@ -22,7 +23,7 @@ class ModuleState:
     """All that an update of one module reads and replaces; a plain pytree.
 
     Attributes:
-      params: {"body": {"block_0": ..., ...}, "head": ...}; blocks keep their number in the whole network.
+      params: {"body": {"block_0": ..., ...}, "objective": ...}; blocks keep their number in the whole network.
       batch_stats: running averages of batch norm, same keys; empty dicts where a block has none.
       opt_state: the optimizer's.
       rng: key of random operations inside the module (dropout) and of its codec; see `rngs.module`.
@@ -41,13 +42,13 @@ class ModuleState:
 
 @dataclass(frozen=True)
 class LocalModule:
-    """Consecutive blocks of the network and the head that gives them a loss of their own. Holds no arrays; hashable.
+    """Consecutive blocks of the network and the objective that gives them a loss of their own. Holds no arrays; hashable.
 
     Attributes:
       name: "module_0" and so on, the name in metrics and checkpoints.
       first: number of the first block in the whole network.
       blocks: Flax Linen modules called as `block(x, train)`.
-      head: Flax Linen module called as `head(x, train)` that gives logits; None where a baseline trains none.
+      objective: see `objectives.Objective`; None under a method that gives this module none.
       remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
         forward pass of the body more.
     """
@@ -55,11 +56,13 @@ class LocalModule:
     name: str
     first: int
     blocks: tuple[nn.Module, ...]
-    head: nn.Module | None
+    objective: Objective | None
     remat: bool = False
 
-    def init(self, key: jax.Array, inputs: jax.ShapeDtypeStruct) -> tuple[PyTree, PyTree]:
-        """Fresh (params, batch_stats) for inputs of this shape.
+    def init(
+        self, key: jax.Array, inputs: jax.ShapeDtypeStruct, context: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[PyTree, PyTree]:
+        """Returns fresh (params, batch_stats) for inputs, and a context, of these shapes.
 
         A block's values depend on `key` and on its number in the network alone: however the network is cut, they are the same.
         """
@@ -71,10 +74,10 @@ class LocalModule:
             params["body"][f"block_{number}"] = variables.get("params", {})
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
             x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
-        if self.head is not None:
-            below = self.first + len(self.blocks)
-            variables = self.head.lazy_init(rngs.head_params(key, below), x, train=False)
-            params["head"], batch_stats["head"] = variables["params"], variables.get("batch_stats", {})
+        if self.objective is not None:
+            key = rngs.head_params(key, self.first + len(self.blocks))
+            variables = self.objective.lazy_init(key, x, context, {}, train=False)
+            params["objective"], batch_stats["objective"] = variables.get("params", {}), variables.get("batch_stats", {})
         return params, batch_stats
 
     def apply_body(
@@ -87,7 +90,7 @@ class LocalModule:
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`)."""
-        apply = _apply_again if self.remat and train else _apply
+        apply = _apply_again if self.remat and train else _apply_block
         x, stats = inputs, {}
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
@@ -95,42 +98,46 @@ class LocalModule:
             x, stats[name] = apply(block, params["body"][name], batch_stats["body"][name], x, train, key)
         return x, stats
 
-    def apply_head(
+    def apply_objective(
         self,
         params: PyTree,
         batch_stats: PyTree,
-        activations: Float[Array, "B ..."],
+        features: Float[Array, "B ..."],
+        context: Context,
         *,
         train: bool,
         rng: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B C"], PyTree]:
-        """Activations to logits; also the new batch_stats of the head."""
-        assert self.head is not None, f"{self.name} has no head"
+    ) -> tuple[LocalLoss, PyTree]:
+        """Activations to the loss of this module; also the new batch_stats of the objective."""
+        assert self.objective is not None, f"{self.name} has no objective"
         key = None if rng is None else rngs.head(rng)
-        return _apply(self.head, params["head"], batch_stats["head"], activations, train, key)
+        arguments: Any = (features, context, {})
+        return _apply(self.objective, params["objective"], batch_stats["objective"], arguments, train, key)
 
-    def apply(
-        self,
-        params: PyTree,
-        batch_stats: PyTree,
-        inputs: Float[Array, "B ..."],
-        *,
-        train: bool,
-        rng: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B ..."], Float[Array, "B C"], PyTree]:
-        """Inputs to (activations for the next module, logits of the own head, new batch_stats)."""
-        outputs, body = self.apply_body(params, batch_stats, inputs, train=train, rng=rng)
-        logits, head = self.apply_head(params, batch_stats, outputs, train=train, rng=rng)
-        return outputs, logits, {"body": body, "head": head}
+    def predict(self, params: PyTree, batch_stats: PyTree, features: Float[Array, "B ..."]) -> Array | None:
+        """Activations to what the module answers in evaluation; None without an objective, or if it answers nothing."""
+        if self.objective is None:
+            return None
+        variables = {"params": params["objective"], "batch_stats": batch_stats["objective"]}
+        answer: Any = self.objective.apply(variables, features, train=False, method="predict")
+        return answer
 
 
-def _apply(block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree]:
+def _apply(
+    layer: nn.Module, params: PyTree, stats: PyTree, arguments: tuple[Any, ...], train: bool, key: jax.Array | None
+) -> tuple[Any, PyTree]:
     variables = {"params": params, "batch_stats": stats}
     if not train:
-        return block.apply(variables, x, train=False), stats
+        return layer.apply(variables, *arguments, train=False), stats
     rngs = None if key is None else {"dropout": key}
-    x, updated = block.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
-    return x, updated.get("batch_stats", {})
+    result, updated = layer.apply(variables, *arguments, train=True, mutable=["batch_stats"], rngs=rngs)
+    return result, updated.get("batch_stats", {})
+
+
+def _apply_block(
+    block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
+) -> tuple[Any, PyTree]:
+    return _apply(block, params, stats, (x,), train, key)
 
 
 def _apply_again(
@@ -138,7 +145,7 @@ def _apply_again(
 ) -> tuple[Any, PyTree]:
     def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
         stats, key = others
-        return _apply(block, params, stats, x, train, key)
+        return _apply(block, params, stats, (x,), train, key)
 
     return remat.recomputed(function)(params, x, (stats, key))
 
@@ -146,11 +153,17 @@ def _apply_again(
 def make_modules(
     blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False
 ) -> tuple[LocalModule, ...]:
-    """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`."""
+    """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`.
+
+    Args:
+      heads: of each module its objective; or a head, Flax module called as `head(x, train)` that gives logits, whose cross entropy
+        is the objective; or None.
+    """
     ends = [*cuts[1:], len(blocks)]
+    objectives = [head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads]
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), head, remat)
-        for k, (first, end, head) in enumerate(zip(cuts, ends, heads, strict=True))
+        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat)
+        for k, (first, end, objective) in enumerate(zip(cuts, ends, objectives, strict=True))
     )
 
 
@@ -159,15 +172,19 @@ def init_states(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     inputs: jax.ShapeDtypeStruct,
+    context: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> tuple[ModuleState, ...]:
-    """Fresh states of all modules, each shaped by the activations of the one before.
+    """Returns fresh states of all modules, each shaped by the activations of the one before.
 
     Args:
       inputs: shape and dtype of a batch of network inputs.
+      context: shapes and dtypes of what objectives read besides; by default a class label an example, and the inputs as `image`.
     """
+    integers = jax.ShapeDtypeStruct(inputs.shape[:1], "int32")
+    context = {"label": integers, "id": integers, "image": inputs} if context is None else context
     states = []
     for k, module in enumerate(modules):
-        params, batch_stats = module.init(key, inputs)
+        params, batch_stats = module.init(key, inputs, context)
         states.append(
             ModuleState(
                 params=params,
@@ -188,5 +205,5 @@ def output_shape(module: LocalModule, params: PyTree, batch_stats: PyTree, input
 
 
 def count_parameters(state: ModuleState) -> int:
-    """Trainable numbers of a module, head included."""
+    """Returns how many trainable numbers a module has, its objective's included."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))

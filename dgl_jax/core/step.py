@@ -12,14 +12,14 @@ from jaxtyping import Array, Float
 
 from dgl_jax.core import rngs
 from dgl_jax.core.module import LocalModule, ModuleState
-from dgl_jax.objectives import classifier
+from dgl_jax.objectives import Context
 from dgl_jax.ops import remat
-from dgl_jax.types import Targets
 
 PyTree = Any
-Metrics = dict[str, Array]
-# (params, batch_stats, inputs, targets, keys) -> (loss, (new batch_stats, outputs, logits))
-Objective = Callable[[PyTree, PyTree, Array, Targets, PyTree], tuple[Array, tuple[PyTree, PyTree, Array]]]
+# By name a scalar, or (sum, count) over a batch.
+Metrics = dict[str, Any]
+# (params, batch_stats, inputs, context, keys) -> (loss, (new batch_stats, outputs, metrics))
+LossFunction = Callable[[PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, Metrics]]]
 
 
 def local_step(
@@ -27,69 +27,69 @@ def local_step(
     optimizer: optax.GradientTransformation,
     state: ModuleState,
     inputs: Float[Array, "B ..."],
-    targets: Targets,
+    context: Context,
     *,
     accumulate: int = 1,
-    label_smoothing: float = 0.0,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
-    """One update of a module on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
+    """Updates a module once on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
 
     Args:
-      module, optimizer, accumulate, label_smoothing: static; bind them with `functools.partial` before `jax.jit`.
+      module, optimizer, accumulate: static; bind them with `functools.partial` before `jax.jit`.
       state: the module's state.
       inputs: activations of the module below, or the images; no gradient leaves through them.
-      targets: labels of the same examples.
+      context: what the objective reads of the same examples, such as `{"label": label}`.
       accumulate: see `mean_gradient`.
-      label_smoothing: see `classifier.cross_entropy`.
 
     Returns:
-      The new state; the activations for the next module, of the forward pass before the update, detached; and the batch's
-      `loss` (nats, smoothed as it is minimised) and `accuracy` (fraction) as device scalars.
+      The new state; the activations for the next module, of the forward pass before the update, detached; and the objective's
+      metrics of the batch, each as (sum, count), device scalars: of a classifier `loss` (nats, smoothed as it is minimised) and
+      `accuracy`.
     """
     inputs = lax.stop_gradient(inputs)
     rng = rngs.update(state.rng, state.updates)
 
-    def objective(params, batch_stats, inputs, targets, rng):
-        outputs, logits, batch_stats = module.apply(params, batch_stats, inputs, train=True, rng=rng)
-        return classifier.cross_entropy(logits, targets.label, label_smoothing), (batch_stats, outputs, logits)
+    def loss_function(params, batch_stats, inputs, context, rng):
+        outputs, body = module.apply_body(params, batch_stats, inputs, train=True, rng=rng)
+        local, own = module.apply_objective(params, batch_stats, outputs, context, train=True, rng=rng)
+        return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
 
     gradient, batch_stats, outputs, metrics = mean_gradient(
-        objective, state.params, state.batch_stats, inputs, targets, rng, accumulate
+        loss_function, state.params, state.batch_stats, inputs, context, rng, accumulate
     )
     return apply_gradient(optimizer, state, gradient, batch_stats), lax.stop_gradient(outputs), metrics
 
 
 def mean_gradient(
-    objective: Objective,
+    loss_function: LossFunction,
     params: PyTree,
     batch_stats: PyTree,
     inputs: Float[Array, "B ..."],
-    targets: Targets,
+    context: Context,
     keys: PyTree,
     accumulate: int = 1,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-    """Gradient of a batch's loss, worked out on `accumulate` micro-batches one after the other, each in the memory of its own size.
+    """Computes the gradient of a batch's loss on `accumulate` micro-batches, one after the other in the memory of one.
 
     Without batch norm it is the gradient of the whole batch. Batch norm takes each micro-batch by itself, and the running averages
     see one after the other. Micro-batch i of n has examples i, i + n, i + 2n, ...: where devices share a batch, n must divide the
     share of each, and no example moves.
 
     Returns:
-      The gradient; the new batch_stats; the objective's outputs for all examples, in their order; and the `loss` and `accuracy`.
+      The gradient; the new batch_stats; the outputs for all examples, in their order; and the metrics, summed.
     """
-    differentiate = jax.value_and_grad(objective, has_aux=True)
+    differentiate = jax.value_and_grad(loss_function, has_aux=True)
     gradient, outputs, metrics = None, [], []
-    for (x, of_x), own in zip(_split((inputs, targets), accumulate), _keys(keys, accumulate), strict=True):
+    for (x, of_x), own in zip(_split((inputs, context), accumulate), _keys(keys, accumulate), strict=True):
         # In any other order what one leaves for its backward pass would wait beside what the next one does.
         at = params if gradient is None else remat.after(params, gradient)
-        (loss, (batch_stats, y, logits)), found = differentiate(at, batch_stats, x, of_x, own)
+        (_, (batch_stats, y, of_loss)), found = differentiate(at, batch_stats, x, of_x, own)
         gradient = found if gradient is None else jax.tree.map(jnp.add, gradient, found)
         outputs.append(y)
-        metrics.append({"loss": loss, "accuracy": classifier.accuracy(logits, of_x.label)})
+        metrics.append(of_loss)
     if accumulate == 1:
         return gradient, batch_stats, outputs[0], metrics[0]
-    gradient, mean = jax.tree.map(lambda x: x / accumulate, (gradient, jax.tree.map(lambda *x: sum(x), *metrics)))
-    return gradient, batch_stats, _join(outputs), mean
+    gradient = jax.tree.map(lambda x: x / accumulate, gradient)
+    return gradient, batch_stats, _join(outputs), jax.tree.map(lambda *x: sum(x), *metrics)
 
 
 def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any) -> ModuleState:
@@ -115,13 +115,10 @@ def feed_step(
 
 def eval_step(
     module: LocalModule, params: Any, batch_stats: Any, inputs: Float[Array, "B ..."]
-) -> tuple[Float[Array, "B ..."], Float[Array, "B C"] | None]:
-    """Activations for the next module and logits of the own head (None without one), with running batch statistics."""
+) -> tuple[Float[Array, "B ..."], Array | None]:
+    """Returns activations for the next module and what this one answers (None without an answer), with running statistics."""
     outputs, _ = module.apply_body(params, batch_stats, inputs, train=False)
-    if module.head is None:
-        return outputs, None
-    logits, _ = module.apply_head(params, batch_stats, outputs, train=False)
-    return outputs, logits
+    return outputs, module.predict(params, batch_stats, outputs)
 
 
 def _split(tree: PyTree, parts: int) -> list[PyTree]:

@@ -12,7 +12,6 @@ from dgl_jax.core import ema, rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, apply_gradient, mean_gradient
 from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
-from dgl_jax.objectives import classifier
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Coded
@@ -22,19 +21,20 @@ def backprop_step(spec: TrainSpec) -> TrainStep:
     """One update of all modules on the last one's loss, as one pure function."""
     modules = spec.modules
 
-    def objective(params, batch_stats, inputs, targets, keys):
+    def loss_function(params, batch_stats, inputs, context, keys):
         x, new = inputs, []
         for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
             x, body = module.apply_body(p, stats, x, train=True, rng=key)
             new.append({"body": body})
-        logits, new[-1]["head"] = modules[-1].apply_head(params[-1], batch_stats[-1], x, train=True, rng=keys[-1])
-        return classifier.cross_entropy(logits, targets.label, spec.label_smoothing), (new, (), logits)
+        last = modules[-1]
+        local, new[-1]["objective"] = last.apply_objective(params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1])
+        return local.loss, (new, (), local.metrics)
 
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
         params, stats = [state.params for state in states], [state.batch_stats for state in states]
         keys = [rngs.update(state.rng, state.updates) for state in states]
         gradients, stats, _, of_last = mean_gradient(
-            objective, params, stats, entrance(spec, batch), batch.targets, keys, spec.accumulate
+            loss_function, params, stats, entrance(spec, batch), batch.targets._asdict(), keys, spec.accumulate
         )
         new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
         if spec.ema:

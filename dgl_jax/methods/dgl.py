@@ -32,9 +32,8 @@ def module_program(spec: TrainSpec, k: int) -> Program:
             spec.optimizer,
             state,
             inputs,
-            targets,
+            targets._asdict(),
             accumulate=spec.accumulate,
-            label_smoothing=spec.label_smoothing,
         )
         if spec.ema:
             state = ema.advance(state, spec.ema)

@@ -1,1 +1,21 @@
-"""What modules minimise."""
+"""What modules minimise: one Flax module of loss, metrics and predictions an objective."""
+
+from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, means
+from dgl_jax.objectives.classifier import Classifier, accuracy, cross_entropy
+from dgl_jax.registry import OBJECTIVES
+
+register_objective = OBJECTIVES.register
+
+__all__ = [
+    "OBJECTIVES",
+    "Classifier",
+    "Context",
+    "LocalLoss",
+    "Objective",
+    "ObjectiveInputs",
+    "ObjectiveKind",
+    "accuracy",
+    "cross_entropy",
+    "means",
+    "register_objective",
+]

@@ -1,15 +1,49 @@
-"""The local loss: every module minimises the cross entropy of its own head (Belilovsky et al. 2020, section 3)."""
+"""The usual local loss: every module minimises the cross entropy of its own head (Belilovsky et al. 2020, section 3)."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
+from dgl_jax.registry import OBJECTIVES
 from dgl_jax.types import AnyArray
 
 
-def cross_entropy(logits: Float[Array, "B C"], label: Int[AnyArray, " B"], smoothing: float = 0.0) -> Float[Array, ""]:
-    """Mean over the batch, in nats, computed in float32.
+class Classifier(Objective):
+    """A head and the cross entropy of its logits; its parameters are the head's.
+
+    Attributes:
+      head: Flax module called as `head(x, train)` that gives logits (B, classes), or (B, T, classes) for a label a token.
+      label_smoothing: see `cross_entropy`.
+    """
+
+    head: nn.Module
+    label_smoothing: float = 0.0
+
+    def setup(self) -> None:
+        """Gives the head this module's own scope: no name stands between them."""
+        nn.share_scope(self, self.head)
+
+    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+        """See `Objective`; needs `label`, int (B,) or (B, T); gives `loss` (nats) and `accuracy`."""
+        logits, label = self.head(features, train), context["label"]
+        loss = cross_entropy(logits, label, self.label_smoothing)
+        count = jnp.float32(label.size)
+        right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
+        return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
+
+    def predict(self, features: Float[Array, "B ..."], train: bool) -> Array:
+        """Returns the logits."""
+        return self.head(features, train)
+
+
+def cross_entropy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0) -> Float[Array, ""]:
+    """Returns the mean over the batch, in nats, computed in float32.
 
     Args:
       smoothing: share of each target that is spread evenly over all C classes, its own included (Szegedy et al. 2016, section 7).
@@ -21,6 +55,13 @@ def cross_entropy(logits: Float[Array, "B C"], label: Int[AnyArray, " B"], smoot
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def accuracy(logits: Float[Array, "B C"], label: Int[AnyArray, " B"]) -> Float[Array, ""]:
-    """Fraction of the batch whose largest logit is the label's, from 0 to 1."""
+def accuracy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"]) -> Float[Array, ""]:
+    """Returns the fraction of the batch whose largest logit is the label's, from 0 to 1."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == label)
+
+
+def _make(options: Any, inputs: ObjectiveInputs) -> Classifier:
+    return Classifier(inputs.head, inputs.label_smoothing)
+
+
+OBJECTIVES.ship(classifier=ObjectiveKind(_make))

@@ -16,6 +16,7 @@ import jax
 
 from dgl_jax.core import rngs
 from dgl_jax.models.partition import BlockCosts
+from dgl_jax.objectives import Objective
 from dgl_jax.spec import TrainSpec
 
 
@@ -80,7 +81,7 @@ def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
     """Counts the floating-point operations of each module's forward pass on a batch; see `flops.py`.
 
     Returns:
-      Of each module: those of its body, and of its head (0 without one).
+      Of each module: those of its body, and of its objective (0 without one).
     """
     found, x = [], spec.inputs()
     for module in spec.modules:
@@ -88,7 +89,7 @@ def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
         for block in module.blocks:
             operations, x = forward_flops(block, x.shape, x.dtype)
             body += operations
-        found.append((body, 0.0 if module.head is None else forward_flops(module.head, x.shape, x.dtype)[0]))
+        found.append((body, 0.0 if module.objective is None else forward_flops(module.objective, x.shape, x.dtype)[0]))
     return found
 
 
@@ -118,8 +119,9 @@ def block_flops(network: Blocks) -> BlockCosts:
 
 @lru_cache(maxsize=1024)
 def forward_flops(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
-    """Counts the operations of a block or head; also the shape of what it returns."""
+    """Counts the operations of a block, or of what an objective answers; also the shape of what it returns."""
     x = jax.ShapeDtypeStruct(shape, dtype)
-    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, train=False))
-    operations, out = count(lambda v, x: layer.apply(v, x, train=False), variables, x)
+    how: dict[str, Any] = {"train": False} | ({"method": "predict"} if isinstance(layer, Objective) else {})
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, **how))
+    operations, out = count(lambda v, x: layer.apply(v, x, **how), variables, x)
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)

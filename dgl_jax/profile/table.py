@@ -41,7 +41,7 @@ def module_costs(spec: TrainSpec, seconds: Sequence[float] = ()) -> list[ModuleC
     turns = seconds or [body + head for body, head in operations]
     if not any(turns):
         turns = [1.0] * len(turns)  # a network without convolutions and products
-    traffic = spec.traffic() if spec.modules[0].head else None  # with one loss for all nothing is sent
+    traffic = spec.traffic() if spec.method.sends else None
     rows = []
     for k, (module, state, (body, head)) in enumerate(zip(spec.modules, spec.abstract_states(), operations)):
         sends = traffic is not None and k + 1 < len(spec.modules)

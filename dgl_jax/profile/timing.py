@@ -17,11 +17,10 @@ from jaxtyping import Array, Float
 
 from dgl_jax import system
 from dgl_jax.core import rngs
-from dgl_jax.core.module import LocalModule, ModuleState, init_states
+from dgl_jax.core.module import LocalModule, ModuleState, init_states, make_modules
 from dgl_jax.core.step import apply_gradient
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
-from dgl_jax.objectives import classifier
 from dgl_jax.profile.flops import Blocks, forward_flops
 
 _LOG = logging.getLogger(__name__)
@@ -144,10 +143,10 @@ def _alone(
     layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation
 ) -> tuple[Any, tuple[Any, ...]]:
     """The compiled program of a block or head by itself, and the shapes of what it takes: state, inputs, and what it is given."""
-    module = LocalModule("alone", 0, () if is_head else (layer,), layer if is_head else None)
+    (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x))
     given = jax.ShapeDtypeStruct(x.shape[:1], "int32") if is_head else forward_flops(layer, x.shape, x.dtype)[1]
-    step = _head_step if is_head else _body_step
+    step = _objective_step if is_head else _body_step
 
     def program(state: ModuleState, inputs: Array, given: Array) -> tuple[Any, ...]:
         state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
@@ -195,13 +194,13 @@ def _body_step(
     return apply_gradient(optimizer, state, gradient, {"body": stats}), outputs, of_inputs
 
 
-def _head_step(
+def _objective_step(
     module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], label: Array
 ) -> tuple[ModuleState, Array, Array]:
-    def objective(params, x):
+    def loss_function(params, x):
         rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
-        logits, stats = module.apply_head(params, state.batch_stats, x, train=True, rng=rng)
-        return classifier.cross_entropy(logits, label), stats
+        local, stats = module.apply_objective(params, state.batch_stats, x, {"label": label}, train=True, rng=rng)
+        return local.loss, stats
 
-    (loss, stats), (gradient, of_inputs) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(state.params, inputs)
-    return apply_gradient(optimizer, state, gradient, {"body": {}, "head": stats}), loss, of_inputs
+    (loss, stats), (gradient, of_inputs) = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)(state.params, inputs)
+    return apply_gradient(optimizer, state, gradient, {"body": {}, "objective": stats}), loss, of_inputs

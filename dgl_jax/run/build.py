@@ -18,6 +18,7 @@ from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.errors import UserError
 from dgl_jax.models import BALANCED, BlockCosts, cuts, make_head, make_network
+from dgl_jax.objectives import Classifier
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.registry import DATA_SETS, ENGINES, METHODS
@@ -109,10 +110,11 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     """
     model, classes = settings.model, len(info.class_names)
     network = make_network(model.name, model.width, classes, info.image_shape, model.dtype)
-    head = make_head(model.head, classes, model.dtype) if METHODS[settings.method.name].local else None
+    local, smoothing = METHODS[settings.method.name].local, settings.train.label_smoothing
+    head = Classifier(make_head(model.head, classes, model.dtype), smoothing) if local else None
     heads = [head] * (len(network.blocks) - 1)
     inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.image_shape), "float32")
-    return Blocks(network.blocks, (*heads, network.classifier), inputs)
+    return Blocks(network.blocks, (*heads, Classifier(network.classifier, smoothing)), inputs)
 
 
 def choose_cuts(
@@ -175,7 +177,6 @@ def make_spec(
         image_shape=info.image_shape,
         decode=getattr(settings.codec, "decode", "sent"),
         accumulate=settings.train.accumulate,
-        label_smoothing=settings.train.label_smoothing,
         ema=settings.train.ema,
     )
 

@@ -30,30 +30,36 @@ class Window:
         self._unread.append((list(report.updates), report.metrics))
 
     def values(self) -> list[Any]:
-        """[updates, metrics] of every report in the window, oldest first, as JSON values, read in one go.
+        """[updates, metrics as [sum, count]] of every report in the window, oldest first, as JSON values, read in one go.
 
         Raises:
           UserError: a loss is not finite; names the module and the step.
         """
         metrics = read([of_modules for _, of_modules in self._unread])
         for (updates, _), of_modules in zip(self._unread, metrics):
-            self._values.append([updates, [{name: float(v) for name, v in of_module.items()} for of_module in of_modules]])
+            self._values.append([updates, [{name: _pair(v) for name, v in of_module.items()} for of_module in of_modules]])
         self._unread = []
         for updates, of_modules in self._values:
             for k, of_module in enumerate(of_modules):
-                if not math.isfinite(of_module.get("loss", 0.0)):
-                    raise diverged(f"the loss of module_{k} is {of_module['loss']} at step {updates[k]}")
+                total, count = of_module.get("loss", (0.0, 1.0))
+                if not math.isfinite(total):
+                    raise diverged(f"the loss of module_{k} is {total / count} at step {updates[k]}")
         return self._values
 
     def close(self) -> dict[str, float]:
         """Means over the window as `train/module_0/loss` and so on; empties it."""
-        sums: dict[str, list[float]] = {}
+        pairs: dict[str, list[tuple[float, float]]] = {}
         for _, of_modules in self.values():
             for k, of_module in enumerate(of_modules):
                 for name, value in of_module.items():
-                    sums.setdefault(f"train/module_{k}/{name}", []).append(value)
+                    pairs.setdefault(f"train/module_{k}/{name}", []).append(value)
         self._values = []
-        return {name: math.fsum(found) / len(found) for name, found in sums.items()}
+        return {name: math.fsum(s for s, _ in found) / math.fsum(n for _, n in found) for name, found in pairs.items()}
+
+
+def _pair(value: Any) -> list[float]:
+    """Returns [sum, count] of a metric, which is such a pair or a scalar."""
+    return [float(v) for v in value] if isinstance(value, tuple | list) else [float(value), 1.0]
 
 
 def diverged(what: str) -> UserError:

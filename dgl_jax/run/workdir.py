@@ -1,6 +1,5 @@
 """The folder of a run: its lock, and what it says of its configuration and its end."""
 
-import dataclasses
 import fcntl
 import logging
 import re
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgl_jax.config import Settings, differences, expand
+from dgl_jax.config import Settings, default_config, differences, expand
 from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
 from dgl_jax.run.stored import load_settings
 from dgl_jax.run.summary import Summary, read_summary
@@ -22,9 +21,14 @@ _LOG = logging.getLogger(__name__)
 
 def get_config(workdir: str) -> "ConfigDict":
     """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/workdir.py:runs/digits`."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(dataclasses.asdict(load_settings(Path(workdir) / "config.json")))
+    settings = load_settings(Path(workdir) / "config.json")
+    config = default_config(settings.plugins)
+    for name, value in settings.to_dict().items():
+        if isinstance(value, dict):
+            config[name].update({leaf: tuple(of) if isinstance(of, list) else of for leaf, of in value.items()})
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def with_own_config(argv: list[str]) -> list[str]:
