@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from dgl_jax import system
-from dgl_jax.codecs import vq
+from dgl_jax.codecs import kmeans
 from dgl_jax.ops import pooling, remat
 from dgl_jax.ops.cpu import chunks, im2col, winograd
 
@@ -28,7 +28,7 @@ FOR_CPUS = {
     remat: ("_plus_nothing",),
     chunks: ("part", "total", "joined"),
     pooling: ("_max_of_four", "_max_of_three", "_windows"),
-    vq: ("_running_minimum",),
+    kmeans: ("_running_minimum",),
     winograd: ("convolve", "input_gradient", "kernel_gradient"),
 }
 

@@ -226,7 +226,9 @@ def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
 
 def test_a_head_without_blocks_can_be_initialised():
     (module,) = make_modules([], (0,), [Head()])
-    params, _ = module.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"), {"label": jax.ShapeDtypeStruct((2,), "int32")})
+    params, _ = module.init(
+        jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"), {"label": jax.ShapeDtypeStruct((2,), "int32")}
+    )
     assert set(params) == {"body", "objective"}
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgl_jax import UserError, system, vq
-from dgl_jax.codecs import relative_error, residual
+from dgl_jax.codecs import kmeans, relative_error, residual
 
 KEY = jax.random.key(0)
 _HOW = ("rule", "decay", "smoothing", "restart", "samples")
@@ -82,13 +82,13 @@ def test_ties_go_to_the_lowest_number():
     # As near to 0 as to 5 and 7; to 5 and those like it; to 7.
     x = np.array([[0, 0], [0.5, 3], [0.75, 0], [-0.5, 1]], np.float32)
     assert unpacked(vq.encode(entries, x), entries).ravel().tolist() == [0, 0, 5, 0]
-    found = vq._all_distances(jnp.asarray(x.T[None]), jnp.asarray(entries))
+    found = kmeans._all_distances(jnp.asarray(x.T[None]), jnp.asarray(entries))
     assert found.ravel().tolist() == [0, 0, 5, 0]
 
 
 SEARCHES = {
-    "running": jax.jit(vq._running_minimum),
-    "at once": jax.jit(vq._all_distances),
+    "running": jax.jit(kmeans._running_minimum),
+    "at once": jax.jit(kmeans._all_distances),
     "product": jax.jit(  # as it is usually written: the twin
         lambda v, e: jnp.argmin(jnp.square(e).sum(-1)[..., None] - 2 * jnp.einsum("gnd,gdb->gnb", e, v), axis=1)
     ),
@@ -158,10 +158,10 @@ def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
 def test_chunks_change_nothing(shape, monkeypatch):
     x, entries = normal(shape), normal((2, 9, 2))
     whole = np.asarray(vq.encode(entries, x))
-    monkeypatch.setattr(vq, "_CACHED", 24)
+    monkeypatch.setattr(kmeans, "_CACHED", 24)
     np.testing.assert_array_equal(vq.encode(entries, x), whole)
     vq_rows = vq.rows_of(jnp.asarray(x))
-    by_product = vq._chunked(vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), vq._all_distances)
+    by_product = kmeans._chunked(vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), kmeans._all_distances)
     np.testing.assert_array_equal(by_product.reshape(*shape[:-1], 2), unpacked(whole, entries))
 
 
@@ -315,7 +315,8 @@ def test_rounding_restarts_nothing(monkeypatch):
     np.testing.assert_array_equal(update(book, KEY, x)[0].entries[:, 2:], entries[:, 2:])
     far = update(book, KEY, jnp.concatenate([x, x + 0.01]))[0].entries[:, 2:]  # far beyond rounding
     assert (far != 5.0).any()
-    monkeypatch.setattr(vq, "_ROUNDING", 0.0)
+    monkeypatch.setattr(kmeans, "ROUNDING", 0.0)
+    monkeypatch.setattr(vq, "ROUNDING", 0.0)
     assert (jax.jit(lambda *how: vq.update(*how))(book, KEY, x)[0].entries[:, 2:] != 5.0).any()
 
 
@@ -432,7 +433,7 @@ def test_a_pick_never_has_weight_0(monkeypatch):
     weights[1, [5, 700]] = np.inf, 1.0
     for uniform in (jnp.zeros, jnp.ones, lambda shape, dtype: jnp.full(shape, 1 - 2.0**-24, dtype)):
         monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype, uniform=uniform: uniform(shape, dtype))
-        found = np.asarray(vq._pick(KEY, jnp.asarray(weights), 4))
+        found = np.asarray(kmeans._pick(KEY, jnp.asarray(weights), 4))
         assert (weights[np.arange(2)[:, None], found[:2]] > 0).all()
         assert not found[2].any()
 
@@ -486,7 +487,7 @@ def test_temporary_memory_stays_under_twice_the_packet(shape, codes, dims):
     assert temporary(vq.update, book, KEY, x) < 2
 
     def at_once(entries, x):  # all distances at the same time
-        vectors = vq._vectors(vq.rows_of(x), dims)
+        vectors = kmeans._vectors(kmeans.rows_of(x), dims)
         return jnp.argmin(jnp.einsum("gnd,gdb->gnb", entries, vectors), axis=1)
 
     assert temporary(at_once, book.entries, x) > 2
