@@ -16,6 +16,7 @@ from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
 from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, ThreadsEngine
+from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.replay import Form, Ring
@@ -132,6 +133,30 @@ def test_int8_is_affine_for_each_example_and_group():
 
 
 # Rings
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "sent"),
+    [
+        (False, [0, 1, 2, 3, 4, 6], [0, 3, 6]),
+        (False, [1, 2, 3], [1, 3]),  # the first one, whatever the schedule says
+        (True, [1, 2, 3], [3]),
+        (True, [None, 6, None, 7], [6]),  # a module that only feeds publishes nothing
+        (False, [None, None], [None]),
+        (True, [1, "forget", 2, 4], [2]),
+    ],
+)
+def test_a_codebook_goes_along_where_the_reader_lacks_it(tiny, known, asked, sent):
+    hop = tiny.spec(codec=VQ).hops[0]
+    publisher, found = Publisher(hop, known), []
+    for updates in asked:
+        if updates == "forget":
+            publisher.forget()
+        elif publisher.fresh("codebook", updates) is not None:
+            found.append(updates)
+    assert found == sent
+    without = Publisher(hop._replace(period=0))
+    assert [without.fresh((), updates) for updates in (0, 1, None)] == [None] * 3
 
 
 def entry(n):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.base import EngineState, Report, Synchronous, place_modules, run_ticks, updates_of
+from dgl_jax.engines.base import EngineState, Publisher, Report, Synchronous, place_modules, run_ticks, updates_of
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted
 from dgl_jax.schedule import Tick, Turn, fused, never, pipelined
@@ -24,6 +24,7 @@ class PipelineEngine(Synchronous):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
         self.meters = [Meter() for _ in spec.modules[1:]]  # of what crossed each hop
+        self.publishers: list[Publisher] = []  # of each hop, while a run lasts
         self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight = ticks_in_flight
         self.programs = [jitted(spec, k, placement) for k in range(len(spec.modules))]
@@ -46,7 +47,8 @@ class PipelineEngine(Synchronous):
         modules = len(self.spec.modules)
         batches = source.batches(start)
         registers: list[Packet | None] = [None] * modules
-        self.published = [None] * modules
+        self.publishers = [Publisher(hop) for hop in self.hops]
+        self.published = [()] * modules
 
         def receive(turn: Turn) -> tuple[Any, Any]:
             if turn.module == 0:
@@ -79,8 +81,8 @@ class PipelineEngine(Synchronous):
         if not self.placement.crosses(module - 1):
             return packet
         payload, targets = put((packet.payload, packet.targets), self.placement.split(module))
-        fresh: Any = ()
-        if self.published[module] is None or self.hops[module - 1].publishes(packet.header.sequence):
-            fresh = self.published[module] = put(packet.codebook, self.placement.replicated(module))
+        fresh = self.publishers[module - 1].fresh(packet.codebook, packet.header.sequence)
+        if fresh is not None:
+            fresh = self.published[module] = put(fresh, self.placement.replicated(module))
         self.meters[module - 1].count(payload, targets, fresh)
         return Packet(payload, targets, packet.header, self.published[module])

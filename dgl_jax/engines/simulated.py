@@ -15,7 +15,7 @@ from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.asynchronous import Asynchronous, Rings, flight_of
-from dgl_jax.engines.base import EngineState, Report, counts
+from dgl_jax.engines.base import EngineState, Publisher, Report, counts
 from dgl_jax.engines.placement import Placement
 from dgl_jax.schedule import drawn, in_order, never
 from dgl_jax.spec import Traffic, TrainSpec
@@ -45,6 +45,8 @@ class SimulatedEngine(Asynchronous):
         rings = flight_of(state)
         states, updates = list(state.modules), counts(state)
         batches = source.batches(rings.batches)
+        # A ring that came out of a checkpoint holds the newest codebook already.
+        publishers = [Publisher(hop, known=bool(ring.newest_codebook[0])) for hop, ring in zip(self.hops, rings.rings, strict=True)]
 
         def snapshot(flight: bool = True) -> EngineState:
             return EngineState(tuple(states), rings if flight else None)
@@ -54,7 +56,7 @@ class SimulatedEngine(Asynchronous):
             if k is None:
                 continue
             with jax.transfer_guard("disallow"):
-                metrics = self._work(k, states, updates, rings, batches)
+                metrics = self._work(k, states, updates, rings, batches, publishers)
             if metrics is not None:
                 brought: list[Metrics] = [{} for _ in states]
                 brought[k] = jax.block_until_ready(metrics)
@@ -76,7 +78,9 @@ class SimulatedEngine(Asynchronous):
             flight.skipped[k] += 1
         return None
 
-    def _work(self, k: int, states: list[Any], updates: list[int], flight: Rings, batches: Iterator[Any]) -> Metrics | None:
+    def _work(
+        self, k: int, states: list[Any], updates: list[int], flight: Rings, batches: Iterator[Any], publishers: list[Publisher]
+    ) -> Metrics | None:
         """One turn of module k; None where it is done and only feeds the next one (or has none to feed)."""
         done, last = updates[k] >= self.total, len(states) - 1
         if done and k == last:
@@ -98,9 +102,8 @@ class SimulatedEngine(Asynchronous):
             states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
             updates[k] += 1
         if k < last:
-            hop, has_one = self.hops[k], flight.ring(k + 1).newest_codebook[0]
-            fresh = bool(hop.period) and (not has_one or (not done and hop.publishes(before)))
-            payload, targets, codebook = jax.device_get((coded.payload, targets, coded.codebook if fresh else None))
+            fresh = publishers[k].fresh(coded.codebook, None if done else before)
+            payload, targets, codebook = jax.device_get((coded.payload, targets, fresh))
             flight.add(k, payload, targets, Header(sequence, updates[k]), codebook)
         flight.turns.append((k, flight.turn - 1, flight.turn))
         return metrics

@@ -24,7 +24,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.asynchronous import Asynchronous, Rings, Still, flight_of
-from dgl_jax.engines.base import EngineState, Report, counts
+from dgl_jax.engines.base import EngineState, Publisher, Report, counts
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.errors import UserError, explain
 from dgl_jax.schedule import never
@@ -158,8 +158,7 @@ class _Run:
         self.heard: deque[Report] = deque()
         # A state is donated to the next step, so whoever copies it holds its lock. None: the module is down.
         self.locks = [threading.Lock() for _ in self.states]
-        # Modules whose newest codebook may not be the one in the next ring, whatever the schedule says.
-        self.unpublished = {k for k, hop in enumerate(engine.hops) if hop.period}
+        self.publishers = [Publisher(hop) for hop in engine.hops]
         self.began = engine.clock()
         for pace in engine._paces:
             pace.begin(self.began)
@@ -255,8 +254,8 @@ class _Run:
         self.failures[k] = (self.updates[k], int(jax.device_get(state.updates)), times)
         with self.counting:
             self.updates[k] = self.failures[k][1]
-        if k + 1 < len(self.states) and self.engine.hops[k].period:
-            self.unpublished.add(k)
+        if k + 1 < len(self.states):
+            self.publishers[k].forget()
         _LOG.warning("module_%d goes on from its newest checkpoint, with %d updates; the others never stopped", k, self.updates[k])
         self._launch(k)
 
@@ -311,7 +310,7 @@ class _Run:
         started = clock()
         engine.waited[k] += started - begin
         metrics: Metrics | None = None
-        fresh = k in self.unpublished or (k < last and not done and engine.hops[k].publishes(self.updates[k]))
+        before = None if done else self.updates[k]
         with self.locks[k]:
             if done:
                 coded = engine.feeds[k](self.states[k], incoming)
@@ -320,7 +319,7 @@ class _Run:
                 state, self.states[k] = self.states[k], None
                 state, coded, metrics = engine.programs[k](state, incoming, targets)
             payload, targets, codebook = jax.device_get(
-                (coded.payload, targets, coded.codebook if fresh else None) if k < last else (None,) * 3
+                (coded.payload, targets, self.publishers[k].fresh(coded.codebook, before)) if k < last else (None,) * 3
             )
             jax.block_until_ready(metrics)
             if not done:
@@ -334,7 +333,6 @@ class _Run:
             self._count(k, metrics, ended)
         if k < last:
             engine.meters[k].count(payload, targets, codebook)
-            self.unpublished.discard(k)
             self.flight.add(k, payload, targets, Header(sequence, self.updates[k]), codebook)
         self.flight.turns.append((k, started - self.began, ended - self.began))
         self.progress[k] = ended
