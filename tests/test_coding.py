@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs import records, same_run, small_config
 from test_resume import interrupted
+from test_threads import Fault
 
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
@@ -253,6 +254,17 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
         payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # a byte for two codes, and the targets
         assert meter.packets == payload * meter.images
         assert meter.codebooks == 2 * 8 * 2 * 4 * 4  # at updates 0, 2, 4 and 6
+
+
+@pytest.mark.slow
+def test_a_restarted_module_sends_its_codebook_again(tiny, devices):
+    codec = CodecSettings("vq", codes=8, dims=2, codebook_every=100)
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
+    Fault(made, 1, call=3)
+    made.recover = lambda k: tiny.place(made, tiny.init(made.spec)).modules[k]
+    run(tiny, made)
+    book = 2 * 8 * 2 * 4
+    assert [meter.codebooks for meter in made.meters] == [book, 2 * book]
 
 
 # Whole runs
