@@ -20,7 +20,7 @@ from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, Thread
 from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.replay import Form, Ring
+from dgl_jax.replay import Ring, RingSpec
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.plots import plot
@@ -187,7 +187,7 @@ def test_a_ring_keeps_a_codebook_as_long_as_a_packet_refers_to_it():
             packet = ring.sample().packet
             n = packet.header.sequence
             np.testing.assert_array_equal(packet.codebook, n - n % 2)  # the one of that packet or of the one before it
-    assert Form(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
+    assert RingSpec(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
 
 
 def test_codebooks_come_back_with_the_ring():

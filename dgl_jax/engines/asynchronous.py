@@ -16,9 +16,9 @@ from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineState, Publisher, counts, place_modules
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
-from dgl_jax.replay import Form, Ring, Sample
+from dgl_jax.replay import Ring, RingSpec, Sample
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded, Header, Packet, Targets
+from dgl_jax.types import Batch, Header, Message, Packet, Targets
 
 _TURNS = 64  # the newest, kept for the timeline
 
@@ -188,7 +188,7 @@ class Asynchronous:
         hop = self.hops[k - 1]
         book = _shapes(hop.codebook, everywhere)
         newest = book if hop.period and self.spec.decode == "latest" else None
-        return Coded(_shapes(hop.payload, split), book, newest), targets
+        return Message(_shapes(hop.payload, split), book, newest), targets
 
     def init(self) -> EngineState:
         """Fresh modules, empty rings."""
@@ -206,11 +206,11 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
-    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Coded, Targets]:
+    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Message, Targets]:
         """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
         payload, targets = put((packet.payload, packet.targets), self.placement.split(k))
         if not packet.header.codebook:
-            return Coded(payload), targets
+            return Message(payload), targets
         newest, latest = ring.newest_codebook
         wanted = {packet.header.codebook: packet.codebook}
         if self.spec.decode == "latest":
@@ -222,7 +222,7 @@ class Asynchronous:
                 here[version] = put(book, self.placement.replicated(k))
         self.codebooks[k] = here
         codebook = here[packet.header.codebook]
-        return Coded(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
+        return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
@@ -251,7 +251,7 @@ class Intake(NamedTuple):
     """What a turn reads, on the devices of its module.
 
     Attributes:
-      incoming: a Batch for the first module, a Coded for the others.
+      incoming: a Batch for the first module, a Message for the others.
       targets: of its examples.
       sequence: number of the batch that it comes from.
     """
@@ -349,6 +349,6 @@ def _shapes(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def ring_forms(spec: TrainSpec) -> list[Form]:
+def ring_forms(spec: TrainSpec) -> list[RingSpec]:
     """What each ring holds."""
-    return [Form((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]
+    return [RingSpec((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]

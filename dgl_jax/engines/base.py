@@ -12,7 +12,7 @@ from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.placement import Placement
 from dgl_jax.schedule import Tick, Turn, never
-from dgl_jax.spec import Hop, Traffic, TrainSpec
+from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
 
 
 class Flight(Protocol):
@@ -120,7 +120,7 @@ class Publisher:
       known: the reader already has the newest codebook.
     """
 
-    def __init__(self, hop: Hop, known: bool = False):
+    def __init__(self, hop: MessageSpec, known: bool = False):
         self._hop, self._known = hop, known
 
     def fresh(self, codebook: Any, updates: int | None) -> Any:

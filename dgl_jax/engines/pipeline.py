@@ -14,7 +14,7 @@ from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted
 from dgl_jax.schedule import Tick, Turn, fused, never, pipelined
 from dgl_jax.spec import Meter, Traffic, TrainSpec
-from dgl_jax.types import Batch, Coded, Header, Packet
+from dgl_jax.types import Batch, Header, Message, Packet
 
 
 class PipelineEngine(Synchronous):
@@ -56,7 +56,7 @@ class PipelineEngine(Synchronous):
                 return batch, batch.targets
             packet, registers[turn.module] = registers[turn.module], None
             assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
-            return Coded(packet.payload, packet.codebook), packet.targets
+            return Message(packet.payload, packet.codebook), packet.targets
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             results = []

@@ -12,7 +12,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, feed_step, local_step
 from dgl_jax.methods.base import Program, States, TrainStep, entrance
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded, Targets
+from dgl_jax.types import Batch, Message, Targets
 
 
 def compose(spec: TrainSpec, k: int) -> Program:
@@ -22,7 +22,7 @@ def compose(spec: TrainSpec, k: int) -> Program:
     """
     module, last = spec.modules[k], len(spec.modules) - 1
 
-    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Coded | None, Metrics]:
+    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Message | None, Metrics]:
         inputs, drift = _receive(spec, k, incoming)
         updates = state.updates
         state, outputs, metrics = local_step(
@@ -46,18 +46,18 @@ def compose(spec: TrainSpec, k: int) -> Program:
     return program
 
 
-def feed(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+def feed(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
     """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
 
     `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
     """
     module = spec.modules[k]
 
-    def program(state: ModuleState, incoming: Any) -> Coded:
+    def program(state: ModuleState, incoming: Any) -> Message:
         inputs, _ = _receive(spec, k, incoming)
         outputs = feed_step(module, state, inputs, train=train, accumulate=spec.accumulate)
         codebook = spec.codebook(state)
-        return Coded(spec.codec.encode(codebook, outputs), codebook)
+        return Message(spec.codec.encode(codebook, outputs), codebook)
 
     return program
 
@@ -73,13 +73,13 @@ def _receive(spec: TrainSpec, k: int, incoming: Any) -> tuple[jax.Array, Metrics
     return drifted, {"codec_drift": relative_error(inputs, drifted)}
 
 
-def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Coded, Metrics]:
+def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Message, Metrics]:
     """Encodes with the published codebook, and learns from what was encoded."""
     codec = spec.codec
     key = rngs.codec(state.rng, updates)
     learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
     codebook = codec.codebook(learnt)
-    coded = Coded(codec.encode(codebook, outputs), codebook)
+    coded = Message(codec.encode(codebook, outputs), codebook)
     metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(codebook, coded.payload))}
     learnt, health = codec.update(learnt, key, outputs)
     if "codec" in state.extras:

@@ -1,6 +1,6 @@
 """The ring of packets at a module's entrance, and the rules that choose what is read next."""
 
-from dgl_jax.replay.ring import Form, Ring, Sample, Tally, check_memory
+from dgl_jax.replay.ring import Ring, RingSpec, Sample, Tally, check_memory
 from dgl_jax.replay.rules import RULES, Rule
 
-__all__ = ["RULES", "Form", "Ring", "Rule", "Sample", "Tally", "check_memory"]
+__all__ = ["RULES", "Ring", "RingSpec", "Rule", "Sample", "Tally", "check_memory"]
