@@ -58,7 +58,7 @@ class Meter:
         self.images += len(targets.label)
 
 
-class Hop(NamedTuple):
+class MessageSpec(NamedTuple):
     """What crosses from a module to the next, as shapes and dtypes.
 
     Attributes:
@@ -136,13 +136,13 @@ class TrainSpec:
         return self.codec.codebook(state.extras["codec"]) if "codec" in state.extras else ()
 
     @cached_property
-    def hops(self) -> tuple[Hop, ...]:
+    def hops(self) -> tuple[MessageSpec, ...]:
         """What crosses from each module to the next."""
         states, hops = self.abstract_states(), []
         for state, activations in zip(states, self._activations(states)):
             codebook = jax.eval_shape(self.codebook, state)
             payload = jax.eval_shape(self.codec.encode, codebook, activations)
-            hops.append(Hop(activations, payload, codebook, self.codec.period(activations)))
+            hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations)))
         return tuple(hops)
 
     def targets(self) -> Targets:

@@ -36,7 +36,7 @@ class Header:
     codebook: int = 0  # which publication of the producer's codebook it was encoded with, where the codec has one
 
 
-class Coded(NamedTuple):
+class Message(NamedTuple):
     """Activations as they cross a hop; goes into and out of jitted functions."""
 
     payload: Any  # a pytree of arrays, as the codec made it

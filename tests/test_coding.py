@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from runs import records, same_run, small_config
 from test_resume import interrupted
+from test_threads import Fault
 
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
-from dgl_jax.config import ReplaySettings, options
+from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings, options
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
+from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.replay import Form, Ring
+from dgl_jax.replay import Ring, RingSpec
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.plots import plot
@@ -134,6 +136,30 @@ def test_int8_is_affine_for_each_example_and_group():
 # Rings
 
 
+@pytest.mark.parametrize(
+    ("known", "asked", "sent"),
+    [
+        (False, [0, 1, 2, 3, 4, 6], [0, 3, 6]),
+        (False, [1, 2, 3], [1, 3]),  # the first one, whatever the schedule says
+        (True, [1, 2, 3], [3]),
+        (True, [None, 6, None, 7], [6]),  # a module that only feeds publishes nothing
+        (False, [None, None], [None]),
+        (True, [1, "forget", 2, 4], [2]),
+    ],
+)
+def test_a_codebook_goes_along_where_the_reader_lacks_it(tiny, known, asked, sent):
+    hop = tiny.spec(codec=VQ).hops[0]
+    publisher, found = Publisher(hop, known), []
+    for updates in asked:
+        if updates == "forget":
+            publisher.forget()
+        elif publisher.fresh("codebook", updates) is not None:
+            found.append(updates)
+    assert found == sent
+    without = Publisher(hop._replace(period=0))
+    assert [without.fresh((), updates) for updates in (0, 1, None)] == [None] * 3
+
+
 def entry(n):
     """Packet n."""
     return np.full((2, 3), n, np.uint8), Targets(np.full(2, n, np.int32), np.full(2, n, np.int32)), Header(n, n)
@@ -161,7 +187,7 @@ def test_a_ring_keeps_a_codebook_as_long_as_a_packet_refers_to_it():
             packet = ring.sample().packet
             n = packet.header.sequence
             np.testing.assert_array_equal(packet.codebook, n - n % 2)  # the one of that packet or of the one before it
-    assert Form(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
+    assert RingSpec(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
 
 
 def test_codebooks_come_back_with_the_ring():
@@ -228,6 +254,17 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
         payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # a byte for two codes, and the targets
         assert meter.packets == payload * meter.images
         assert meter.codebooks == 2 * 8 * 2 * 4 * 4  # at updates 0, 2, 4 and 6
+
+
+@pytest.mark.slow
+def test_a_restarted_module_sends_its_codebook_again(tiny, devices):
+    codec = CodecSettings("vq", codes=8, dims=2, codebook_every=100)
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
+    Fault(made, 1, call=3)
+    made.recover = lambda k: tiny.place(made, tiny.init(made.spec)).modules[k]
+    run(tiny, made)
+    book = 2 * 8 * 2 * 4
+    assert [meter.codebooks for meter in made.meters] == [book, 2 * book]
 
 
 # Whole runs

@@ -43,7 +43,14 @@ LEVELS = {
     "ops": (("cpu",), ("remat", "pooling", "batch_norm", "conv")),
     "core": (("rngs", "kept"), ("module", "optimizer"), ("ema", "step")),
     "methods": (("base",), ("dgl", "backprop")),
-    "engines": (("placement",), ("base",), ("program",), ("fused", "pipeline", "asynchronous"), ("simulated", "threads")),
+    "engines": (
+        ("placement",),
+        ("base",),
+        ("program",),
+        ("fused", "pipeline", "asynchronous"),
+        ("simulated", "worker"),
+        ("threads",),
+    ),
     "profile": (("flops",), ("timing", "memory", "table")),
 }
 # Narrower than the order alone: all that these rooms may know of the package.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgl_jax.errors import UserError
-from dgl_jax.replay import Form, Ring, check_memory
+from dgl_jax.replay import Ring, RingSpec, check_memory
 from dgl_jax.replay.rules import RULES
 from dgl_jax.types import Header, Targets
 
@@ -250,7 +250,7 @@ def test_two_threads_never_see_a_half_written_packet():
 
 def test_memory_is_refused_with_the_size_that_fits():
     one = 2 * 3 * 4 + 2 * 2 * 4
-    form = Form(EXAMPLE)
+    form = RingSpec(EXAMPLE)
     assert form.nbytes(5) == 5 * one
     assert Ring(EXAMPLE, 5).nbytes == 5 * one
     check_memory([form, form], 5, available=10 * one)

@@ -156,7 +156,7 @@ def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(t
 @pytest.mark.slow
 def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypatch):
     """The failure happens when a checkpoint is due at step 12, and is heard only when the copy for it is made."""
-    made, snapshot, save = ThreadsEngine.__init__, threads._Run.snapshot, Checkpoints.save
+    made, snapshot, save = ThreadsEngine.__init__, threads.Supervisor.snapshot, Checkpoints.save
     faults, restored, saved = [], [], {}
 
     def faulty(self, *args):
@@ -164,7 +164,7 @@ def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypa
         faults.append(Lost(self, 1, call=14))
 
     def late(self, **options):
-        if self.updates[1] >= 12 and not restored:
+        if self.workers[1].updates >= 12 and not restored:
             assert faults[0].happened.wait(120)
         return snapshot(self, **options)
 
@@ -180,7 +180,7 @@ def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypa
     monkeypatch.setattr(Checkpoints, "restore_module", of_one)
     monkeypatch.setattr(Checkpoints, "save", keep)
     monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
-    monkeypatch.setattr(threads._Run, "snapshot", late)
+    monkeypatch.setattr(threads.Supervisor, "snapshot", late)
     summary = train_and_evaluate(threaded(engine__restart_workers=True, engine__slowdown=(1.0, 20.0)), tmp_path)
     assert restored == [1]
     assert [m["updates"] for m in summary.modules] == [24, 24]

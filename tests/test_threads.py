@@ -394,7 +394,7 @@ def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
     made, gates = ThreadsEngine.__init__, []
     there, heard, calls = threading.Event(), threading.Event(), signals.Interruption.__call__
     method = "watch" if meanwhile == "watching" else "snapshot"
-    original = getattr(threads._Run, method)
+    original = getattr(threads.Supervisor, method)
 
     def held(self, *args):
         made(self, *args)
@@ -402,7 +402,7 @@ def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
 
     def arrived(self, **options):
         """The main thread has come to what it does meanwhile, and module 1 to its gate."""
-        if self.updates[1] == 4 and gates[0].entered.wait(60):
+        if self.workers[1].updates == 4 and gates[0].entered.wait(60):
             there.set()
         return original(self, **options)
 
@@ -416,7 +416,7 @@ def test_a_second_signal_quits_at_once(meanwhile, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(ThreadsEngine, "__init__", held)
-    monkeypatch.setattr(threads._Run, method, arrived)
+    monkeypatch.setattr(threads.Supervisor, method, arrived)
     monkeypatch.setattr(signals.Interruption, "__call__", hear)
     user = threading.Thread(target=twice)
     user.start()

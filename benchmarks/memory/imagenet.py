@@ -9,7 +9,7 @@ import jax
 from measure import Compiled, holdings, measure, pipeline_peak
 
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_engine, make_spec
-from dgl_jax.types import Batch, Coded, nbytes
+from dgl_jax.types import Batch, Message, nbytes
 
 DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used
 SIZE, CLASSES = 224, 1000
@@ -58,7 +58,7 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
         return [measure(engine.step, states, batch)]
     found = []
     for k, (program, state) in enumerate(zip(engine.programs, states, strict=True)):
-        incoming = Coded(spec.hops[k - 1].payload) if k else batch
+        incoming = Message(spec.hops[k - 1].payload) if k else batch
         found.append(measure(program, state, incoming, targets))
         found[k].packet = nbytes((spec.hops[k].payload, targets)) if k < len(spec.hops) else 0
     return found

@@ -22,7 +22,7 @@ from measure import Compiled, holdings, measure, pipeline_peak
 
 from dgl_jax.models import cuts
 from dgl_jax.run.build import Experiment, make_experiment
-from dgl_jax.types import Batch, Coded, nbytes
+from dgl_jax.types import Batch, Message, nbytes
 
 BLOCKS = 6
 LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}
@@ -50,7 +50,7 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     starts = sorted({0, first, end} - {BLOCKS})
     made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
     k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
-    incoming = Coded(hops[k - 1].payload) if k else batch
+    incoming = Message(hops[k - 1].payload) if k else batch
     found = measure(made.engine.programs[k], made.spec.abstract_states()[k], incoming, batch.targets)
     found.packet = nbytes((hops[k].payload, batch.targets)) if k < len(hops) else 0
     return found

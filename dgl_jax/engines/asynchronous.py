@@ -1,11 +1,11 @@
-"""What is under way in an asynchronous run: a ring of packets before every module but the first, and who worked when."""
+"""What asynchronous engines share: the rings of packets between modules, and the turn of a module that reads and fills them."""
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,13 +13,15 @@ import numpy as np
 from dgl_jax.config import EngineSettings, ReplaySettings, choice, option
 from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
-from dgl_jax.engines.base import EngineInputs, EngineState, counts, place_modules
+from dgl_jax.core.step import Metrics
+from dgl_jax.data import Source
+from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
-from dgl_jax.replay import Form, Ring, Sample, check_memory
+from dgl_jax.replay import Ring, RingSpec, Sample, check_memory
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded, Header, Packet, Targets
+from dgl_jax.types import Batch, Header, Message, Packet, Targets
 
 _LOG = logging.getLogger(__name__)
 _TURNS = 64  # the newest, kept for the timeline
@@ -30,7 +32,7 @@ class Rings:
 
     Attributes:
       rings: those of modules 1, 2, ...
-      batches: batches the first module has read.
+      batches: batches that the first module has read, up to its last whole turn.
       turn: turns drawn so far, where they are drawn.
       waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
       skipped: of each module, turns lost for want of a packet.
@@ -61,9 +63,9 @@ class Rings:
             self.ages[module, sample.age.bit_length()] += 1
         return sample
 
-    def add(self, producer: int, payload: Any, targets: Targets, header: Header, codebook: Any = None) -> None:
-        """A packet (host arrays) from one module to the next, with its codebook where that is new."""
-        self.ring(producer + 1).add(payload, targets, header, codebook)
+    def add(self, producer: int, packet: Packet) -> None:
+        """Copies a packet (host arrays; codebook None: the same as before) from one module to the ring of the next."""
+        self.ring(producer + 1).add(packet.payload, packet.targets, packet.header, packet.codebook)
 
     def gauges(self) -> dict[str, float]:
         """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
@@ -191,7 +193,7 @@ class Asynchronous:
         hop = self.hops[k - 1]
         book = _shapes(hop.codebook, everywhere)
         newest = book if hop.period and self.spec.decode == "latest" else None
-        return Coded(_shapes(hop.payload, split), book, newest), targets
+        return Message(_shapes(hop.payload, split), book, newest), targets
 
     def init(self) -> EngineState:
         """Fresh modules, empty rings."""
@@ -209,11 +211,11 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
-    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Coded, Targets]:
+    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Message, Targets]:
         """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
         payload, targets = put((packet.payload, packet.targets), self.placement.split(k))
         if not packet.header.codebook:
-            return Coded(payload), targets
+            return Message(payload), targets
         newest, latest = ring.newest_codebook
         wanted = {packet.header.codebook: packet.codebook}
         if self.spec.decode == "latest":
@@ -225,12 +227,121 @@ class Asynchronous:
                 here[version] = put(book, self.placement.replicated(k))
         self.codebooks[k] = here
         codebook = here[packet.header.codebook]
-        return Coded(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
+        return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
         assert isinstance(state.flight, Rings | Still), "a snapshot without its flight has none"
         return state.flight.gauges()
+
+
+@dataclass(eq=False)
+class RunningModule:
+    """A module during a run.
+
+    Attributes:
+      number: k.
+      state: None while an update is under way and after one that failed: the program takes the state over (donates it).
+      updates: made so far.
+      publisher: of what the module hands on; None for the last one.
+    """
+
+    number: int
+    state: ModuleState | None
+    updates: int
+    publisher: Publisher | None
+
+
+class Intake(NamedTuple):
+    """What a turn reads, on the devices of its module.
+
+    Attributes:
+      incoming: a Batch for the first module, a Message for the others.
+      targets: of its examples.
+      sequence: number of the batch that it comes from.
+    """
+
+    incoming: Any
+    targets: Targets
+    sequence: int
+
+
+class Outcome(NamedTuple):
+    """What a turn made.
+
+    Attributes:
+      metrics: of the update, already computed; None if the module only fed the next one.
+      packet: host arrays for the next module, with codebook None if its ring has it; None for the last module.
+    """
+
+    metrics: Metrics | None
+    packet: Packet | None
+
+
+class Turns:
+    """The turn of a module in three phases: `take` what it reads, `run` its program, `hand_on` what it made.
+
+    The engine decides who works when. It counts the update between `run` and `hand_on`, so that no packet is newer than the
+    count of its producer, and if other threads look at the module, it holds a lock over `run`.
+
+    Args:
+      engine: has the programs, and moves packets to devices.
+      rings: of the run.
+      source: of the first module's batches.
+      until: updates after which a module only feeds the next one.
+    """
+
+    def __init__(self, engine: Asynchronous, rings: Rings, source: Source, until: int):
+        self.rings, self.until = rings, until
+        self._engine = engine
+        self._batches = source.batches(rings.batches)
+        self._taken = rings.batches  # ahead of `rings.batches` while a batch is worked on
+
+    def finished(self, module: RunningModule) -> bool:
+        """Returns whether the module has made all its updates and only feeds the next one."""
+        return module.updates >= self.until
+
+    def take(self, k: int) -> Intake | None:
+        """Reads the next batch (k = 0) or a packet and moves it to the devices of module k; None if no packet may be read."""
+        if k == 0:
+            batch = self._engine.placement.put_batch(next(self._batches), 0)
+            self._taken += 1
+            return Intake(batch, batch.targets, self._taken - 1)
+        sample = self.rings.sample(k)
+        if sample is None:
+            return None
+        incoming, targets = self._engine.fetch(k, self.rings.ring(k), sample.packet)
+        return Intake(incoming, targets, sample.packet.header.sequence)
+
+    def run(self, module: RunningModule, intake: Intake) -> Outcome:
+        """Updates the module (or only feeds, once it is finished), and copies what goes to the next one to the host.
+
+        Waits until all is computed. Leaves `module.updates` as it is.
+        """
+        k, state, done = module.number, module.state, self.finished(module)
+        metrics: Metrics | None = None
+        if done:
+            coded = self._engine.feeds[k](state, intake.incoming)
+        else:
+            # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
+            module.state = None
+            state, coded, metrics = self._engine.programs[k](state, intake.incoming, intake.targets)
+        packet = None
+        if module.publisher is not None:
+            fresh = module.publisher.fresh(coded.codebook, None if done else module.updates)
+            payload, targets, codebook = jax.device_get((coded.payload, intake.targets, fresh))
+            packet = Packet(payload, targets, Header(intake.sequence, module.updates + (not done)), codebook)
+        jax.block_until_ready(metrics)
+        module.state = state
+        if k == 0:
+            self.rings.batches = intake.sequence + 1
+        return Outcome(metrics, packet)
+
+    def hand_on(self, k: int, packet: Packet | None, begin: float, end: float) -> None:
+        """Adds a packet to the ring of the next module and notes the turn of module k, which lasted from `begin` to `end`."""
+        if packet is not None:
+            self.rings.add(k, packet)
+        self.rings.turns.append((k, begin, end))
 
 
 def flight_of(state: EngineState) -> Rings:
@@ -243,9 +354,9 @@ def _shapes(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def ring_forms(spec: TrainSpec) -> list[Form]:
+def ring_forms(spec: TrainSpec) -> list[RingSpec]:
     """What each ring holds."""
-    return [Form((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]
+    return [RingSpec((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, Turn, never
-from dgl_jax.spec import Traffic, TrainSpec
+from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,37 @@ class Synchronous:
     def gauges(self, state: EngineState) -> dict[str, float]:
         """None."""
         return {}
+
+
+class Publisher:
+    """Decides which packets of a hop bring their codebook along: the reader keeps it for the packets that follow.
+
+    Args:
+      hop: what crosses.
+      known: the reader already has the newest codebook.
+    """
+
+    def __init__(self, hop: MessageSpec, known: bool = False):
+        self._hop, self._known = hop, known
+
+    def fresh(self, codebook: Any, updates: int | None) -> Any:
+        """Returns what goes along with a packet: its codebook if the reader lacks it, else None.
+
+        The reader counts as having the codebook from then on, so every packet must be asked about once, in order.
+
+        Args:
+          codebook: the one that the packet is encoded with.
+          updates: the producer's count before the update that made the packet; None if it only feeds, which publishes nothing.
+        """
+        publishes = updates is not None and self._hop.publishes(updates)
+        if not self._hop.period or (self._known and not publishes):
+            return None
+        self._known = True
+        return codebook
+
+    def forget(self) -> None:
+        """Sends the codebook with the next packet: the producer was restarted, or a packet was lost."""
+        self._known = False
 
 
 def run_ticks(

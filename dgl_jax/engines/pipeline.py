@@ -13,6 +13,7 @@ from dgl_jax.engines.base import (
     EngineInputs,
     EngineKind,
     EngineState,
+    Publisher,
     Report,
     Synchronous,
     SynchronousOptions,
@@ -25,7 +26,7 @@ from dgl_jax.engines.program import jitted
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, Turn, fused, never, pipelined
 from dgl_jax.spec import Meter, Traffic, TrainSpec
-from dgl_jax.types import Batch, Coded, Header, Packet
+from dgl_jax.types import Batch, Header, Message, Packet
 
 
 class PipelineEngine(Synchronous):
@@ -35,6 +36,7 @@ class PipelineEngine(Synchronous):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
         self.meters = [Meter() for _ in spec.modules[1:]]  # of what crossed each hop
+        self.publishers: list[Publisher] = []  # of each hop, while a run lasts
         self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight = ticks_in_flight
         self.programs = [jitted(spec, k, placement) for k in range(len(spec.modules))]
@@ -57,7 +59,8 @@ class PipelineEngine(Synchronous):
         modules = len(self.spec.modules)
         batches = source.batches(start)
         registers: list[Packet | None] = [None] * modules
-        self.published = [None] * modules
+        self.publishers = [Publisher(hop) for hop in self.hops]
+        self.published = [()] * modules
 
         def receive(turn: Turn) -> tuple[Any, Any]:
             if turn.module == 0:
@@ -65,7 +68,7 @@ class PipelineEngine(Synchronous):
                 return batch, batch.targets
             packet, registers[turn.module] = registers[turn.module], None
             assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
-            return Coded(packet.payload, packet.codebook), packet.targets
+            return Message(packet.payload, packet.codebook), packet.targets
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             results = []
@@ -90,9 +93,9 @@ class PipelineEngine(Synchronous):
         if not self.placement.crosses(module - 1):
             return packet
         payload, targets = put((packet.payload, packet.targets), self.placement.split(module))
-        fresh: Any = ()
-        if self.published[module] is None or self.hops[module - 1].publishes(packet.header.sequence):
-            fresh = self.published[module] = put(packet.codebook, self.placement.replicated(module))
+        fresh = self.publishers[module - 1].fresh(packet.codebook, packet.header.sequence)
+        if fresh is not None:
+            fresh = self.published[module] = put(fresh, self.placement.replicated(module))
         self.meters[module - 1].count(payload, targets, fresh)
         return Packet(payload, targets, packet.header, self.published[module])
 

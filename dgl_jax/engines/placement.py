@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.models.partition import balanced
-from dgl_jax.types import Batch, Coded, Targets
+from dgl_jax.types import Batch, Message, Targets
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Placement:
         """The leading (batch) axis cut over the devices of the module's group."""
         return NamedSharding(self.groups[module], PartitionSpec("batch"))
 
-    def coded(self, module: int) -> Coded:
+    def coded(self, module: int) -> Message:
         """Where the parts of a packet are to be on the devices of the module that reads it: its codebook whole on each."""
-        return Coded(self.split(module), self.replicated(module))
+        return Message(self.split(module), self.replicated(module))
 
     def crosses(self, hop: int) -> bool:
         """Whether what module `hop` hands to module `hop + 1` changes devices."""

@@ -7,7 +7,6 @@ on feeding its successor. Nothing here says how fast a real asynchronous run wou
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,13 +14,12 @@ import numpy as np
 from dgl_jax.config import ReplaySettings, choice
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Rings, check_rings, flight_of
-from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Report, counts
+from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Rings, RunningModule, Turns, check_rings, flight_of
+from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Publisher, Report, counts
 from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import drawn, in_order, never
 from dgl_jax.spec import Traffic, TrainSpec
-from dgl_jax.types import Header
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,26 @@ class SimulatedEngine(Asynchronous):
         """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot, good until the next."""
         self.prepare()
         rings = flight_of(state)
-        states, updates = list(state.modules), counts(state)
-        batches = source.batches(rings.batches)
+        # A ring that came out of a checkpoint already holds the newest codebook.
+        publishers = [Publisher(hop, known=bool(ring.newest_codebook[0])) for hop, ring in zip(self.hops, rings.rings, strict=True)]
+        parts = zip(state.modules, counts(state), [*publishers, None], strict=True)
+        modules = [RunningModule(k, *part) for k, part in enumerate(parts)]
+        turns = Turns(self, rings, source, self.total)
 
         def snapshot(flight: bool = True) -> EngineState:
-            return EngineState(tuple(states), rings if flight else None)
+            # Between turns every state is there.
+            return EngineState(tuple(module.state for module in modules), rings if flight else None)  # type: ignore[misc]
 
-        while min(updates) < until and not stop():
+        while min(module.updates for module in modules) < until and not stop():
             k = self._next(rings)
             if k is None:
                 continue
             with jax.transfer_guard("disallow"):
-                metrics = self._work(k, states, updates, rings, batches)
+                metrics = self._turn(modules[k], turns)
             if metrics is not None:
-                brought: list[Metrics] = [{} for _ in states]
-                brought[k] = jax.block_until_ready(metrics)
-                yield Report(tuple(updates), tuple(brought), snapshot)
+                brought: list[Metrics] = [{} for _ in modules]
+                brought[k] = metrics
+                yield Report(tuple(module.updates for module in modules), tuple(brought), snapshot)
 
     def _next(self, flight: Rings) -> int | None:
         """The module that works now, which then has a packet to read; None where a turn is lost."""
@@ -85,33 +87,15 @@ class SimulatedEngine(Asynchronous):
             flight.skipped[k] += 1
         return None
 
-    def _work(self, k: int, states: list[Any], updates: list[int], flight: Rings, batches: Iterator[Any]) -> Metrics | None:
-        """One turn of module k; None where it is done and only feeds the next one (or has none to feed)."""
-        done, last = updates[k] >= self.total, len(states) - 1
-        if done and k == last:
+    def _turn(self, module: RunningModule, turns: Turns) -> Metrics | None:
+        """Gives a module its turn and returns the metrics of its update; None if it is done and only feeds the next one."""
+        if turns.finished(module) and module.publisher is None:  # the last one has nobody to feed
             return None
-        if k == 0:
-            incoming: Any = self.placement.put_batch(next(batches), 0)
-            targets, sequence = incoming.targets, flight.batches
-            flight.batches += 1
-        else:
-            sample = flight.sample(k)
-            assert sample is not None, "a turn is given to modules that have something to read"
-            sequence = sample.packet.header.sequence
-            incoming, targets = self.fetch(k, flight.ring(k), sample.packet)
-        metrics: Metrics | None = None
-        before = updates[k]
-        if done:
-            coded = self.feeds[k](states[k], incoming)
-        else:
-            states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
-            updates[k] += 1
-        if k < last:
-            hop, has_one = self.hops[k], flight.ring(k + 1).newest_codebook[0]
-            fresh = bool(hop.period) and (not has_one or (not done and hop.publishes(before)))
-            payload, targets, codebook = jax.device_get((coded.payload, targets, coded.codebook if fresh else None))
-            flight.add(k, payload, targets, Header(sequence, updates[k]), codebook)
-        flight.turns.append((k, flight.turn - 1, flight.turn))
+        intake = turns.take(module.number)
+        assert intake is not None, "a turn is given to modules that have something to read"
+        metrics, packet = turns.run(module, intake)
+        module.updates += metrics is not None
+        turns.hand_on(module.number, packet, turns.rings.turn - 1, turns.rings.turn)
         return metrics
 
 

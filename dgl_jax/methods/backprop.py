@@ -14,7 +14,7 @@ from dgl_jax.core.step import Metrics, apply_gradient, mean_gradient
 from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded
+from dgl_jax.types import Batch, Message
 
 
 def backprop_step(spec: TrainSpec) -> TrainStep:
@@ -61,7 +61,7 @@ class Backprop:
         """Raises NotImplementedError: one loss cannot be taken apart."""
         raise NotImplementedError("back-propagation is one program")
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
         """Raises NotImplementedError: modules are never done before others."""
         raise NotImplementedError("back-propagation is one program")
 

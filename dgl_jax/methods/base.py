@@ -11,10 +11,10 @@ from dgl_jax.core.step import Metrics
 from dgl_jax.registry import Kind
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import augment_key
-from dgl_jax.types import Batch, Coded, Targets
+from dgl_jax.types import Batch, Message, Targets
 
-# (state, what came in: a Batch or a Coded, its targets) -> (state, what goes to the next module: a Coded or None, metrics)
-Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Coded | None, Metrics]]
+# (state, what came in: a Batch or a Message, its targets) -> (state, what goes to the next module: a Message or None, metrics)
+Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Message | None, Metrics]]
 
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
@@ -46,7 +46,7 @@ class Method(Protocol):
     def program(self, spec: TrainSpec, k: int) -> Program:
         """Returns one update of module k on what comes in, for `jax.jit` (donate the state)."""
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
         """Returns what a module that is done does: it hands on, and updates nothing."""
 
 

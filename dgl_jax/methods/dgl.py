@@ -14,7 +14,7 @@ from dgl_jax.core.step import Metrics, feed_step, local_step
 from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded, Targets
+from dgl_jax.types import Batch, Message, Targets
 
 
 def module_program(spec: TrainSpec, k: int) -> Program:
@@ -24,7 +24,7 @@ def module_program(spec: TrainSpec, k: int) -> Program:
     """
     module, last = spec.modules[k], len(spec.modules) - 1
 
-    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Coded | None, Metrics]:
+    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Message | None, Metrics]:
         inputs, drift = _receive(spec, k, incoming)
         updates = state.updates
         state, outputs, metrics = local_step(
@@ -47,18 +47,18 @@ def module_program(spec: TrainSpec, k: int) -> Program:
     return program
 
 
-def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
     """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
 
     `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
     """
     module = spec.modules[k]
 
-    def program(state: ModuleState, incoming: Any) -> Coded:
+    def program(state: ModuleState, incoming: Any) -> Message:
         inputs, _ = _receive(spec, k, incoming)
         outputs = feed_step(module, state, inputs, train=train, accumulate=spec.accumulate)
         codebook = spec.codebook(state)
-        return Coded(spec.codec.encode(codebook, outputs), codebook)
+        return Message(spec.codec.encode(codebook, outputs), codebook)
 
     return program
 
@@ -74,13 +74,13 @@ def _receive(spec: TrainSpec, k: int, incoming: Any) -> tuple[jax.Array, Metrics
     return drifted, {"codec_drift": relative_error(inputs, drifted)}
 
 
-def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Coded, Metrics]:
+def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Message, Metrics]:
     """Encodes with the published codebook, and learns from what was encoded."""
     codec = spec.codec
     key = rngs.codec(state.rng, updates)
     learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
     codebook = codec.codebook(learnt)
-    coded = Coded(codec.encode(codebook, outputs), codebook)
+    coded = Message(codec.encode(codebook, outputs), codebook)
     metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(codebook, coded.payload))}
     learnt, health = codec.update(learnt, key, outputs)
     if "codec" in state.extras:
@@ -121,7 +121,7 @@ class Dgl:
         """See `module_program`."""
         return module_program(spec, k)
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Coded]:
+    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
         """See `feed_program`."""
         return feed_program(spec, k, train)
 

@@ -7,7 +7,7 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Coded, nbytes
+from dgl_jax.types import Batch, Message, nbytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     found = []
     for k, state in enumerate(spec.abstract_states()):
         if k:
-            incoming = Coded(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
+            incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
         lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, incoming, spec.targets())
         plan = system.program_plan(lowered.compile())
         if plan is None:

@@ -1,9 +1,9 @@
 """The ring of packets at a module's entrance, and the rules that choose what is read next."""
 
 from dgl_jax.registry import RULES
-from dgl_jax.replay.ring import Form, Ring, Sample, Tally, check_memory
+from dgl_jax.replay.ring import Ring, RingSpec, Sample, Tally, check_memory
 from dgl_jax.replay.rules import Rule, RuleKind
 
 register_rule = RULES.register
 
-__all__ = ["RULES", "Form", "Ring", "Rule", "RuleKind", "Sample", "Tally", "check_memory", "register_rule"]
+__all__ = ["RULES", "Ring", "RingSpec", "Rule", "RuleKind", "Sample", "Tally", "check_memory", "register_rule"]

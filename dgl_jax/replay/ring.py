@@ -217,7 +217,7 @@ class Ring:
         return (newest - self._rule(uses, newest, self.size, self._limit, (*self._seed, self.tally.read))) % self.size
 
 
-class Form(NamedTuple):
+class RingSpec(NamedTuple):
     """What a ring holds, as shapes: a packet (payload, targets), a codebook, and the updates from one codebook to the next."""
 
     packet: tuple[Any, Targets]
@@ -230,7 +230,7 @@ class Form(NamedTuple):
         return size * nbytes(self.packet) + books * nbytes(self.codebook)
 
 
-def check_memory(forms: Sequence[Form], size: int, available: int | None = None) -> None:
+def check_memory(forms: Sequence[RingSpec], size: int, available: int | None = None) -> None:
     """Raises UserError where the rings would take more than the free memory, with the size that fits."""
     available = system.free_memory() if available is None else available
     needed = sum(form.nbytes(size) for form in forms)

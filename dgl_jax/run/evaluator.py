@@ -20,7 +20,7 @@ from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import PADDING, Batch, Coded, Targets
+from dgl_jax.types import PADDING, Batch, Message, Targets
 
 
 class Evaluator:
@@ -47,7 +47,7 @@ class Evaluator:
         for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
             if k:
                 payload = put(incoming, self.placement.split(k))
-                incoming = Coded(payload, put(books[k - 1], self.placement.replicated(k)))
+                incoming = Message(payload, put(books[k - 1], self.placement.replicated(k)))
             incoming, probabilities = forward(*ema.evaluated(state), books[k], incoming)
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
