@@ -108,6 +108,7 @@ class ModelSettings:
     head: str = _choice("mlp_sr", "mlp", "cnn", "linear", applies=_LOCAL)  # of every module but the last
     dtype: str = _choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
+    ops: str = _choice("auto", "xla")  # the fastest of each platform, or XLA's alone, which have all derivatives
 
 
 @dataclass(frozen=True)

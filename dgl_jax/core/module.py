@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
-from dgl_jax.ops import remat
+from dgl_jax.ops import recomputed
 
 PyTree = Any
 
@@ -50,6 +51,7 @@ class LocalModule:
       head: Flax Linen module called as `head(x, train)` that gives logits; None where a baseline trains none.
       remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
         forward pass of the body more.
+      ops: how `remat` recomputes, see `dgl_jax.ops`; blocks and head have a field of their own.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LocalModule:
     blocks: tuple[nn.Module, ...]
     head: nn.Module | None
     remat: bool = False
+    ops: str = "auto"
 
     def init(self, key: jax.Array, inputs: jax.ShapeDtypeStruct) -> tuple[PyTree, PyTree]:
         """Fresh (params, batch_stats) for inputs of this shape.
@@ -87,7 +90,7 @@ class LocalModule:
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`)."""
-        apply = _apply_again if self.remat and train else _apply
+        apply = partial(_apply_again, self.ops) if self.remat and train else _apply
         x, stats = inputs, {}
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
@@ -134,22 +137,22 @@ def _apply(block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: boo
 
 
 def _apply_again(
-    block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
+    ops: str, block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
 ) -> tuple[Any, PyTree]:
     def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
         stats, key = others
         return _apply(block, params, stats, x, train, key)
 
-    return remat.recomputed(function)(params, x, (stats, key))
+    return recomputed(function, ops=ops)(params, x, (stats, key))
 
 
 def make_modules(
-    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False
+    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False, ops: str = "auto"
 ) -> tuple[LocalModule, ...]:
     """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`."""
     ends = [*cuts[1:], len(blocks)]
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), head, remat)
+        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), head, remat, ops)
         for k, (first, end, head) in enumerate(zip(cuts, ends, heads, strict=True))
     )
 

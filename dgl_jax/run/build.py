@@ -120,9 +120,9 @@ def make_spec(
             f"config.codec.name={settings.codec.name}: config.engine.name={settings.engine.name} sends nothing between modules; "
             "use identity"
         )
-    heads = [make_head(model.head, len(info.class_names), model.dtype) if trained else None for _ in starts[:-1]]
+    heads = [make_head(model.head, len(info.class_names), model.dtype, model.ops) if trained else None for _ in starts[:-1]]
     return TrainSpec(
-        modules=make_modules(network.blocks, starts, [*heads, network.classifier], model.remat),
+        modules=make_modules(network.blocks, starts, [*heads, network.classifier], model.remat, model.ops),
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),
         codec=make_codec(settings.codec, model.dtype),
@@ -138,7 +138,7 @@ def make_spec(
 
 def _network(settings: Settings, info: DatasetInfo) -> Network:
     model = settings.model
-    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype)
+    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype, model.ops)
 
 
 def every_block(settings: Settings, info: DatasetInfo) -> TrainSpec:
