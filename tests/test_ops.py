@@ -13,11 +13,10 @@ from numpy_layers import random_variables
 from runs import small_config
 from traced import equations
 
-from dgl_jax import models
 from dgl_jax.config import ModelSettings, make_settings
 from dgl_jax.core.module import LocalModule, ModuleState
 from dgl_jax.core.step import local_step
-from dgl_jax.models import HEADS, make_head, make_network, register
+from dgl_jax.models import HEADS, make_head, make_network
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import MLPHead
 from dgl_jax.models.network import with_ops
@@ -267,16 +266,13 @@ class Several(nn.Module):
         return x
 
 
-def test_blocks_of_the_users_own_follow_the_setting(monkeypatch):
-    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    monkeypatch.setattr(models, "_OWN", set(models._OWN))
-    register("own", lambda width, classes, dtype: [Several((ConvBlock(width), ConvBlock(width))), ConvBlock(width, ops="xla")])
-    several, block = make_network("own", 4, CLASSES, (8, 8, 3), ops="xla").blocks
-    assert several == Several((ConvBlock(4, ops="xla"), ConvBlock(4, ops="xla")))
-    assert several.ops == 3
-    several, block = make_network("own", 4, CLASSES, (8, 8, 3)).blocks
-    assert several == Several((ConvBlock(4), ConvBlock(4)))
-    assert block.ops == "xla"  # as the user wrote it
+def test_blocks_of_the_users_own_follow_the_setting():
+    several = Several((ConvBlock(4), ConvBlock(4)))
+    found = with_ops(several, "xla")
+    assert found == Several((ConvBlock(4, ops="xla"), ConvBlock(4, ops="xla")))
+    assert found.ops == 3
+    assert with_ops(several, "auto") == several
+    assert with_ops(ConvBlock(4, ops="xla"), "auto").ops == "xla"  # as the user wrote it
 
 
 def test_there_are_two():
