@@ -97,6 +97,7 @@ class ModelSettings(Group):
     head: str = kind_of(registry.HEADS, "mlp_sr", applies={"method.local": (True,)})  # of every module but the last
     dtype: str = choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
     remat: bool = option(False, free=True)  # recompute each block in the backward pass instead of keeping what is inside it
+    ops: str = choice("auto", "xla")  # the fastest of each platform, or XLA's alone, which have all derivatives
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ import pytest
 
 from dgl_jax import system
 from dgl_jax.codecs import kmeans
-from dgl_jax.ops import pooling, remat
-from dgl_jax.ops.cpu import chunks, im2col, winograd
+from dgl_jax.ops import remat
+from dgl_jax.ops.cpu import chunks, im2col, pooling, winograd
 
 ANSWERS = ("none", "error")
 # Formulations for a CPU; a new name here is one more thing that nobody may trace elsewhere.
 FOR_CPUS = {
     im2col: ("convolve", "kernel_gradient"),
     remat: ("_plus_nothing",),
-    chunks: ("part", "total", "joined"),
-    pooling: ("_max_of_four", "_max_of_three", "_windows"),
+    chunks: ("chunk", "sum_chunks", "map_chunks"),
+    pooling: ("max_of_four", "max_of_three", "windows"),
     kmeans: ("_running_minimum",),
     winograd: ("convolve", "input_gradient", "kernel_gradient"),
 }

@@ -33,19 +33,22 @@ def test_forward(block, pool, train):
 
 
 def other(**changed):
-    def batch_norm(x, train, *, relu, offset, dtype):
-        x = x if offset is None else x + offset
-        options = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-5}
-        return nn.relu(nn.BatchNorm(**options | changed)(x))
+    def make(dtype, ops):
+        def batch_norm(x, train, *, relu, offset):
+            x = x if offset is None else x + offset
+            options = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-5}
+            return nn.relu(nn.BatchNorm(**options | changed)(x))
 
-    return batch_norm
+        return batch_norm
+
+    return make
 
 
 @pytest.mark.parametrize("changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str)
 def test_other_batch_norms_are_noticed(changed, monkeypatch, traced_anew):
-    monkeypatch.setattr(blocks, "batch_norm", other())
+    monkeypatch.setattr(blocks, "BatchNorm", other())
     test_forward(ConvBlock(5), False, True)
-    monkeypatch.setattr(blocks, "batch_norm", other(**changed))
+    monkeypatch.setattr(blocks, "BatchNorm", other(**changed))
     with pytest.raises(AssertionError):
         test_forward(ConvBlock(5), False, True)
 
@@ -62,8 +65,8 @@ def check_initial(values, fan_in):
 class Both(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x, _ = blocks.Conv(2048, kernel=1)(x)
-        x, _ = blocks.Conv(512)(x[..., :16])
+        x = blocks.Conv(2048, kernel=1)(x)
+        x = blocks.Conv(512)(x[..., :16])
         return blocks.linear(x[:, 0, 0, :9], 2048, dtype="float32")
 
 
@@ -77,3 +80,12 @@ def test_initial_values():
     check_initial(np.asarray(params["Dense_0"]["bias"]), 9)
     with pytest.raises(AssertionError):  # flax's own default
         check_initial(np.asarray(nn.initializers.lecun_normal()(jax.random.key(0), (1, 1, 7, 2048))), 7)
+
+
+def test_a_convolution_adds_its_bias_unless_told_not_to():
+    x, conv = jnp.ones((2, 4, 4, 3)), blocks.Conv(5)
+    variables = conv.init(jax.random.key(0), x)
+    without, bias = conv.apply(variables, x, add_bias=False), variables["params"]["bias"]
+    assert np.all(bias != 0)
+    np.testing.assert_array_equal(conv.apply(variables, x), without + bias)
+    assert "bias" not in blocks.Conv(5, bias=False).init(jax.random.key(0), x)["params"]

@@ -1,4 +1,4 @@
-"""Passes hold every image of a batch once, and give back what one pass over all of it gives."""
+"""Chunks hold every image of a batch once, and together give what one function of the whole batch gives."""
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,25 @@ pytestmark = pytest.mark.full_compile
 
 
 @pytest.mark.parametrize(("batch", "least", "size"), [(24, 8, 8), (20, 8, 10), (23, 8, 23), (4, 8, 4), (6, 0, 1), (6, 6, 6)])
-def test_images_of_a_pass(batch, least, size):
-    assert chunks.images(batch, least) == size
+def test_images_of_a_chunk(batch, least, size):
+    assert chunks.chunk_size(batch, least) == size
 
 
-def test_parts_hold_every_image_once_from_all_over_the_batch():
-    parts = [chunks.part(jnp.arange(24)[:, None], 8, i)[:, 0] for i in range(3)]
+def test_chunks_hold_every_image_once_from_all_over_the_batch():
+    parts = [chunks.chunk(jnp.arange(24)[:, None], 8, i)[:, 0] for i in range(3)]
     np.testing.assert_array_equal(parts, [range(i, 24, 3) for i in range(3)])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_total_and_joined(size):
+def test_sum_and_map(size):
     x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
-    np.testing.assert_array_equal(jax.jit(lambda x, y: chunks.total(lambda x, y: y @ x, size, x, y))(x, y), y @ x)
-    squares = jax.jit(lambda x: chunks.joined(lambda x: (x**2).sum(1), size, x))(x)
+    np.testing.assert_array_equal(jax.jit(lambda x, y: chunks.sum_chunks(lambda x, y: y @ x, size, x, y))(x, y), y @ x)
+    squares = jax.jit(lambda x: chunks.map_chunks(lambda x: (x**2).sum(1), size, x))(x)
     np.testing.assert_array_equal(squares, [1, 13, 41, 85, 145, 221])
 
 
 def temporary(total):
-    """Bytes that a sum over passes of an array takes that is computed elementwise from another temporary one; in units of it."""
+    """Bytes that a sum over chunks of an array takes that is computed elementwise from another temporary one; in units of it."""
 
     def step(x):
         first = jnp.sort(x, 1)
@@ -41,7 +41,7 @@ def temporary(total):
 
 
 def test_an_array_takes_the_place_of_what_it_was_computed_from():
-    assert temporary(chunks.total) < 1.5
+    assert temporary(chunks.sum_chunks) < 1.5
 
 
 def test_an_array_grouped_in_front_of_the_loop_does_not():

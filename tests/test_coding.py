@@ -15,7 +15,7 @@ from test_threads import Fault
 
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
-from dgl_jax.config import CodecSettings, EngineSettings, ReplaySettings, options
+from dgl_jax.config import CodecSettings, ReplaySettings, options
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
@@ -259,7 +259,7 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
 @pytest.mark.slow
 def test_a_restarted_module_sends_its_codebook_again(tiny, devices):
     codec = CodecSettings("vq", codes=8, dims=2, codebook_every=100)
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), EngineSettings(), ReplaySettings(4))
+    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4))
     Fault(made, 1, call=3)
     made.recover = lambda k: tiny.place(made, tiny.init(made.spec)).modules[k]
     run(tiny, made)

@@ -53,20 +53,20 @@ def test_gradients_are_the_librarys(case):
     assert furthest(case) < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 7, 23, 20])  # fewer than a part, just fewer, a prime number, two parts of ten
+@pytest.mark.parametrize("batch", [1, 7, 23, 20])  # fewer than a chunk, just fewer, a prime number, two chunks of ten
 def test_any_batch(batch):
     assert furthest("3x3", batch=batch) < 1e-5
 
 
-def test_a_lost_part_is_noticed(monkeypatch, traced_anew):
-    part = chunks.part
-    monkeypatch.setattr(chunks, "part", lambda x, size, i: part(x, size, max(i, 1)))
+def test_a_lost_chunk_is_noticed(monkeypatch, traced_anew):
+    chunk = chunks.chunk
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, max(i, 1)))
     assert furthest("3x3") > 1e-2
 
 
-def test_other_images_in_a_part_are_noticed(monkeypatch, traced_anew):
-    part = chunks.part
-    monkeypatch.setattr(chunks, "part", lambda x, size, i: part(x if x.shape[-1] == 6 else x[::-1], size, i))
+def test_other_images_in_a_chunk_are_noticed(monkeypatch, traced_anew):
+    chunk = chunks.chunk
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i))
     assert furthest("3x3") > 1e-2
 
 
@@ -140,12 +140,12 @@ def test_images_stay_on_their_devices(devices):
 
 
 def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
-    monkeypatch.setattr(chunks, "part", lambda x, size, i: x[i * size : (i + 1) * size])
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 
-def test_parts_are_summed_in_float32(monkeypatch, traced_anew):
-    """In bfloat16 the sum of many parts would lose what each adds."""
+def test_chunks_are_summed_in_float32(monkeypatch, traced_anew):
+    """In bfloat16 the sum of many chunks would lose what each adds."""
 
     def error():
         found, exact = (
@@ -155,5 +155,5 @@ def test_parts_are_summed_in_float32(monkeypatch, traced_anew):
         return float(jnp.linalg.norm(found.astype("float32") - exact) / jnp.linalg.norm(exact))
 
     in_float32 = error()
-    monkeypatch.setattr(conv, "_SUM", "bfloat16")
+    monkeypatch.setattr(conv, "_SUM_DTYPE", "bfloat16")
     assert error() > 1.2 * in_float32

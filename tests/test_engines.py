@@ -84,7 +84,7 @@ def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, spec):
 def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monkeypatch):
     monkeypatch.setattr(im2col, "_CHANNELS", 0)  # of so few channels they are one product
     plain = tiny.run(tiny.new_engine("fused", (), tiny.spec(modules=2)), STEPS)
-    monkeypatch.setattr(conv, "PART", 2)  # four parts a batch
+    monkeypatch.setattr(conv, "CHUNK", 2)  # four parts a batch
     spec = tiny.spec(modules=2)
     found = [tiny.run(tiny.new_engine(name, groups, spec), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
     assert unequal(*found) == []

@@ -12,6 +12,7 @@ from dgl_jax.config import ModelSettings
 from dgl_jax.errors import UserError
 from dgl_jax.models import HEADS, blocks, heads, make_head
 from dgl_jax.models.heads import MLPHead
+from dgl_jax.ops import BatchNorm
 
 
 def numpy_mlp(layers, x, convs=0, hidden=3):
@@ -102,7 +103,7 @@ def test_forward_of_tokens(name, train):
 
 @pytest.mark.parametrize("name", TOKEN_ORACLES)
 def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, traced_anew):
-    monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out: x[:, :1, :1])
+    monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out, ops: x[:, :1, :1])
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), False)
 
@@ -122,7 +123,7 @@ def test_features_that_a_head_cannot_take(name, shape, words):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_wrong_average_is_noticed(name, monkeypatch, traced_anew):
-    def corner(x, out):
+    def corner(x, out, ops):
         return x[:, : out[0], : out[1]]
 
     monkeypatch.setattr(heads, "adaptive_avg_pool", corner)
@@ -132,9 +133,11 @@ def test_a_wrong_average_is_noticed(name, monkeypatch, traced_anew):
 
 @pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
 def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
-    original = blocks.batch_norm
-    for room in (heads, blocks):
-        monkeypatch.setattr(room, "batch_norm", lambda x, train, **kwargs: original(x, not train, **kwargs))
+    original = BatchNorm
+    for file in (heads, blocks):
+        monkeypatch.setattr(
+            file, "BatchNorm", lambda *fields: lambda x, train, **options: original(*fields)(x, not train, **options)
+        )
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), ORACLES[name], images(12), False)
 

@@ -32,18 +32,18 @@ def test_it_is_the_direct_convolution_and_its_gradient(shape):
 
 
 def test_neighbours_in_another_order_are_noticed(monkeypatch, traced_anew):
-    both = im2col._for_both
-    monkeypatch.setattr(im2col, "_for_both", lambda kernel: both(kernel[:, ::-1]))
+    both = im2col._pair_kernel
+    monkeypatch.setattr(im2col, "_pair_kernel", lambda kernel: both(kernel[:, ::-1]))
     assert furthest(SHAPES[0]) > 1e-2
 
 
-def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
+def test_one_chunk_and_many_are_the_same(monkeypatch, traced_anew):
     x, _, cotangent = arrays(12, 8, 8, 3, 5)
     one = im2col.kernel_gradient(x, cotangent)
-    monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images a pass
+    monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images a chunk
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() < 1e-5 * np.abs(one).max()
-    part = chunks.part
-    monkeypatch.setattr(chunks, "part", lambda x, size, i: part(x, size, 0))  # the same images in every pass
+    chunk = chunks.chunk
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, 0))  # the same images in every chunk
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() > 1e-2 * np.abs(one).max()
 
 

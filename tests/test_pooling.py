@@ -12,8 +12,8 @@ from numpy_layers import adaptive_avg_pool as numpy_adaptive
 from numpy_layers import close
 from numpy_layers import max_pool_3x3 as numpy_max_3x3
 
-from dgl_jax.ops import pooling
-from dgl_jax.ops.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
+from dgl_jax.ops import adaptive_avg_pool, max_pool_2x2, max_pool_3x3, pooling
+from dgl_jax.ops.cpu import pooling as on_cpu
 
 pytestmark = pytest.mark.full_compile
 
@@ -51,14 +51,14 @@ def check_same(pool, library, x):
 def test_values_and_gradients_are_the_librarys(pool, library, monkeypatch, traced_anew):
     x = generic(3, 6, 8, 5)
     check_same(pool, library, x)
-    monkeypatch.setattr(pooling, "_by_platform", lambda x, *, cpu, elsewhere: elsewhere(x))
+    monkeypatch.setattr(pooling, "_by_platform", lambda x, ops, *, cpu, elsewhere: elsewhere(x))
     check_same(lambda x: pool(x), library, x)
 
 
 @pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
 def test_broken_windows_are_noticed(pool, library, monkeypatch, traced_anew):
-    windows = pooling._windows
-    monkeypatch.setattr(pooling, "_windows", lambda x, *size: windows(jnp.roll(x, 1, axis=1), *size))
+    windows = on_cpu.windows
+    monkeypatch.setattr(on_cpu, "windows", lambda x, *size: windows(jnp.roll(x, 1, axis=1), *size))
     with pytest.raises(AssertionError):
         check_same(lambda x: pool(x), library, generic(3, 6, 8, 5))
 
@@ -76,7 +76,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
     x = np.random.default_rng(0).integers(0, 3, (3, 6, 8, 5)).astype(np.float32)
     check_same(max_pool_2x2, library_max, x)
     with pytest.raises(AssertionError):  # shared among them
-        check_same(lambda x: pooling._windows(x, 2, 2).max((2, 4)), library_max, x)
+        check_same(lambda x: on_cpu.windows(x, 2, 2).max((2, 4)), library_max, x)
     one = jax.grad(lambda x: max_pool_2x2(x).sum())(jnp.ones((1, 2, 2, 1)))
     assert one.ravel().tolist() == [1, 0, 0, 0]
 
@@ -88,13 +88,13 @@ def test_overlapping_windows(size, monkeypatch, traced_anew):
     close(max_pool_3x3(x), numpy_max_3x3(x))
     check_same(max_pool_3x3, library_max_3x3, x)
     check_same(relu_between(max_pool_3x3), relu_between(library_max_3x3), x)
-    monkeypatch.setattr(pooling, "_by_platform", lambda x, *, cpu, elsewhere: elsewhere(x))
+    monkeypatch.setattr(pooling, "_by_platform", lambda x, ops, *, cpu, elsewhere: elsewhere(x))
     check_same(lambda x: max_pool_3x3(x), library_max_3x3, x)
 
 
 def test_windows_of_other_neighbours_are_noticed(monkeypatch, traced_anew):
-    of_three = pooling._max_of_three
-    monkeypatch.setattr(pooling, "_max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis))
+    of_three = on_cpu.max_of_three
+    monkeypatch.setattr(on_cpu, "max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis))
     with pytest.raises(AssertionError):
         check_same(lambda x: max_pool_3x3(x), library_max_3x3, generic(3, 6, 8, 5))
 

@@ -68,7 +68,7 @@ def test_a_wrong_matrix_is_noticed(name, monkeypatch, traced_anew):
     assert min(furthest(SHAPES[0])) > 1e-3
 
 
-def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
+def test_one_chunk_and_many_are_the_same(monkeypatch, traced_anew):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
 
     def both():
@@ -76,20 +76,20 @@ def test_one_pass_and_many_are_the_same(monkeypatch, traced_anew):
         return jax.jit(traced_anew)(x, kernel, cotangent)
 
     one = both()
-    monkeypatch.setattr(winograd, "_TILES", 8)  # two images a pass
+    monkeypatch.setattr(winograd, "_TILES", 8)  # two images a chunk
     many = both()
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-    part = chunks.part
-    monkeypatch.setattr(chunks, "part", lambda x, size, i: part(x, size, i)[::-1])  # images in another order
+    chunk = chunks.chunk
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, i)[::-1])  # images in another order
     assert np.abs(both()[0] - one[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
     ("shape", "images"), [((128, 8, 8), 32), ((128, 16, 16), 8), ((37, 8, 8), 37), ((50, 7, 9), 25), ((6, 224, 224), 1)]
 )
-def test_images_of_a_pass(shape, images):
-    assert winograd._images(jnp.empty((*shape, 1))) == images
+def test_images_of_a_chunk(shape, images):
+    assert winograd._chunk_size(jnp.empty((*shape, 1))) == images
 
 
 def test_matrices_of_the_paper():
@@ -175,7 +175,7 @@ def test_images_stay_on_their_devices(devices):
 @pytest.mark.slow
 def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
     with monkeypatch.context() as patched:
-        patched.setattr(chunks, "part", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
+        patched.setattr(chunks, "chunk", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size))
         jax.clear_caches()  # a branch of a choice by platform is traced once
         sent = collectives(devices)[1]
     jax.clear_caches()

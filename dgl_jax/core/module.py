@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
-from dgl_jax.ops import remat
+from dgl_jax.ops import recomputed
 
 PyTree = Any
 
@@ -51,6 +52,7 @@ class LocalModule:
       objective: see `objectives.Objective`; None under a method that gives this module none.
       remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
         forward pass of the body more.
+      ops: how `remat` recomputes, see `dgl_jax.ops`; blocks and head have a field of their own.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LocalModule:
     blocks: tuple[nn.Module, ...]
     objective: Objective | None
     remat: bool = False
+    ops: str = "auto"
 
     def init(
         self, key: jax.Array, inputs: jax.ShapeDtypeStruct, context: Mapping[str, jax.ShapeDtypeStruct]
@@ -90,7 +93,7 @@ class LocalModule:
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`)."""
-        apply = _apply_again if self.remat and train else _apply_block
+        apply = partial(_apply_again, self.ops) if self.remat and train else _apply_block
         x, stats = inputs, {}
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
@@ -141,17 +144,17 @@ def _apply_block(
 
 
 def _apply_again(
-    block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
+    ops: str, block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
 ) -> tuple[Any, PyTree]:
     def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
         stats, key = others
         return _apply(block, params, stats, (x,), train, key)
 
-    return remat.recomputed(function)(params, x, (stats, key))
+    return recomputed(function, ops=ops)(params, x, (stats, key))
 
 
 def make_modules(
-    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False
+    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False, ops: str = "auto"
 ) -> tuple[LocalModule, ...]:
     """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`.
 
@@ -162,7 +165,7 @@ def make_modules(
     ends = [*cuts[1:], len(blocks)]
     objectives = [head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads]
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat)
+        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops)
         for k, (first, end, objective) in enumerate(zip(cuts, ends, objectives, strict=True))
     )
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from dgl_jax.core import rngs
 from dgl_jax.core.module import LocalModule, ModuleState
 from dgl_jax.objectives import Context
-from dgl_jax.ops import remat
+from dgl_jax.ops import after
 
 PyTree = Any
 # By name a scalar, or (sum, count) over a batch.
@@ -81,7 +81,7 @@ def mean_gradient(
     gradient, outputs, metrics = None, [], []
     for (x, of_x), own in zip(_split((inputs, context), accumulate), _keys(keys, accumulate), strict=True):
         # In any other order what one leaves for its backward pass would wait beside what the next one does.
-        at = params if gradient is None else remat.after(params, gradient)
+        at = params if gradient is None else after(params, gradient)
         (_, (batch_stats, y, of_loss)), found = differentiate(at, batch_stats, x, of_x, own)
         gradient = found if gradient is None else jax.tree.map(jnp.add, gradient, found)
         outputs.append(y)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HeadKind, make_head
-from dgl_jax.models.network import Network
+from dgl_jax.models.network import Network, with_ops
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
@@ -39,7 +39,8 @@ class NetworkKind(Kind):
     """A network: `make(width, num_classes, dtype)` returns a `Network`, or the list of its blocks.
 
     Behind a list, the `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images
-    (B, H, W, C) to features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them.
+    (B, H, W, C) to features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them. A field
+    `ops` of a block is set to `config.model.ops`, for the layers of this package in it.
     """
 
 
@@ -71,9 +72,14 @@ def register_network(name: str, make: Callable[[int, int, DTypeLike], Network | 
 
 
 def make_network(
-    name: str, width: int, num_classes: int, image_shape: tuple[int, int, int], dtype: DTypeLike = "float32"
+    name: str,
+    width: int,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    dtype: DTypeLike = "float32",
+    ops: str = "auto",
 ) -> Network:
-    """The network of that name.
+    """Makes the network of that name.
 
     Args:
       name: a registered one.
@@ -81,6 +87,8 @@ def make_network(
       num_classes: classes the classifier tells apart.
       image_shape: height, width and channels of the images it is for.
       dtype: of the arithmetic; parameters and batch statistics stay float32, logits are float32.
+      ops: `auto` for the fastest operations of each platform, whose gradients are of first order; `xla` for those of XLA alone,
+        with forward mode and higher derivatives.
 
     Raises:
       UserError: there is no such network, or the images cannot be halved as often as it pools.
@@ -89,6 +97,7 @@ def make_network(
     network = made if isinstance(made, Network) else Network(tuple(made), make_head("linear", num_classes, dtype))
     if not NETWORKS.is_shipped(name):
         _check_own(name, network)
+    network = Network(tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops))
     step = 2**network.halvings
     height, across, _ = image_shape
     if height % step or across % step or not height or not across:

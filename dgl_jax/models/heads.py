@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax.errors import UserError
-from dgl_jax.models.blocks import batch_norm, conv_norm, linear
-from dgl_jax.ops.pooling import adaptive_avg_pool
+from dgl_jax.models.blocks import conv_norm, linear
+from dgl_jax.models.network import with_ops
+from dgl_jax.ops import BatchNorm, adaptive_avg_pool
 from dgl_jax.registry import HEADS, Kind
 
 
@@ -32,17 +33,19 @@ class MLPHead(nn.Module):
     convs: int = 0
     hidden: int = 3
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
         x, tokens = _as_map(x)
         if not tokens:
-            x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])))
+            x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])), ops=self.ops)
         for _ in range(self.convs):
-            x = conv_norm(x, train, x.shape[-1], relu=True, kernel=1, bias=False, dtype=self.dtype)
-        x = _flatten(adaptive_avg_pool(x, (1, 1)) if tokens else _pool_2x2(x))
+            x = conv_norm(x, train, x.shape[-1], relu=True, kernel=1, bias=False, dtype=self.dtype, ops=self.ops)
+        x = _flatten(adaptive_avg_pool(x, (1, 1), ops=self.ops) if tokens else _pool_2x2(x, self.ops))
         for _ in range(self.hidden):
-            x = batch_norm(linear(x, x.shape[-1], dtype=self.dtype), train, relu=True, dtype=self.dtype)
+            x = linear(x, x.shape[-1], dtype=self.dtype)
+            x = BatchNorm(self.dtype, self.ops)(x, train, relu=True)
         return linear(x, self.num_classes, dtype="float32")
 
 
@@ -51,6 +54,7 @@ class CNNHead(nn.Module):
 
     num_classes: int
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
@@ -59,21 +63,22 @@ class CNNHead(nn.Module):
                 f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; of tokens linear, mlp and mlp_sr work"
             )
         for _ in range(2):
-            x = conv_norm(x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype)
-        x = batch_norm(_pool_2x2(x), train, dtype=self.dtype)
+            x = conv_norm(x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype, ops=self.ops)
+        x = BatchNorm(self.dtype, self.ops)(_pool_2x2(x, self.ops), train)
         return linear(_flatten(x), self.num_classes, dtype="float32")
 
 
 class LinearHead(nn.Module):
-    """Average over the map, or over all tokens, and Linear: the smallest head."""
+    """Applies an average over the map, or over all tokens, and Linear: the smallest head."""
 
     num_classes: int
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
         x, _ = _as_map(x)
-        return linear(adaptive_avg_pool(x, (1, 1))[:, 0, 0], self.num_classes, dtype="float32")
+        return linear(adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0], self.num_classes, dtype="float32")
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,23 @@ class HeadKind(Kind):
 HEADS.ship(mlp_sr=HeadKind(partial(MLPHead, convs=3)), mlp=HeadKind(MLPHead), cnn=HeadKind(CNNHead), linear=HeadKind(LinearHead))
 
 
-def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32") -> nn.Module:
-    """The head of that name: its `apply` takes a map (B, H, W, C) or tokens (B, T, C) and `train`, and gives (B, num_classes)."""
-    return HEADS[name].make(num_classes, dtype=dtype)
+def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32", ops: str = "auto") -> nn.Module:
+    """Makes the head of that name.
+
+    Args:
+      name: a registered one.
+      num_classes: classes it tells apart.
+      dtype: of the arithmetic; logits are float32.
+      ops: see `make_network`.
+
+    Returns:
+      A linen module called as `head(x, train)` with a map (B, H, W, C) or tokens (B, T, C), which gives (B, num_classes).
+    """
+    return with_ops(HEADS[name].make(num_classes, dtype=dtype), ops)
 
 
 def _as_map(x: Array) -> tuple[Array, bool]:
-    """Features as (B, H, W, C), tokens as (B, T, 1, C); and whether they are tokens."""
+    """Returns maps as they are and tokens as (B, T, 1, C); and whether they are tokens."""
     if x.ndim not in (3, 4):
         raise UserError(f"config.model.head: needs maps (B, H, W, C) or tokens (B, T, C), not {_shape(x)}")
     return (x[:, :, None], True) if x.ndim == 3 else (x, False)
@@ -104,8 +119,8 @@ def _staged(size: int) -> int:
     return max(-(-size // 4), min(2, size))
 
 
-def _pool_2x2(x: Array) -> Array:
-    return adaptive_avg_pool(x, (min(2, x.shape[1]), min(2, x.shape[2])))
+def _pool_2x2(x: Array, ops: str) -> Array:
+    return adaptive_avg_pool(x, (min(2, x.shape[1]), min(2, x.shape[2])), ops=ops)
 
 
 def _flatten(x: Array) -> Array:

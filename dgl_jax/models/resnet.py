@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, conv_norm
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.models.network import Network
-from dgl_jax.ops.pooling import max_pool_3x3
+from dgl_jax.ops import max_pool_3x3
 
 # Residual blocks of each of the four stages of the ImageNet networks.
 _BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -24,21 +24,23 @@ _conv_norm = partial(conv_norm, bias=False, kernel_init=KAIMING_FAN_OUT)
 
 
 class Stem(nn.Module):
-    """7x7 convolution with stride 2 - batch norm - ReLU - 3x3 max pooling with stride 2: what precedes residual blocks."""
+    """Applies a 7x7 convolution with stride 2, batch norm, ReLU and 3x3 max pooling with stride 2, in front of residual blocks."""
 
     features: int
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
-        """h, w: a quarter of H, W, rounded up."""
-        return max_pool_3x3(_conv_norm(x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype))
+        """Returns maps of a quarter of the height and width, rounded up."""
+        x = _conv_norm(x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype, ops=self.ops)
+        return max_pool_3x3(x, ops=self.ops)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, the first with the stride, beside a shortcut.
+    """Applies two 3x3 convolutions, the first with the stride, beside a shortcut.
 
-    Where the shape changes the shortcut is a projection: 1x1 convolution and batch norm. With `padded` it has no parameters:
+    If the shape changes the shortcut is a projection: 1x1 convolution and batch norm. With `padded` it has no parameters:
     every `stride`-th row and column, and channels of zeros behind the input's.
     """
 
@@ -46,35 +48,37 @@ class BasicBlock(nn.Module):
     stride: int = 1
     padded: bool = False
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
-        """h, w: H / stride, W / stride, rounded up."""
-        y = _conv_norm(x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype)
-        y = _conv_norm(y, train, self.features, relu=False, dtype=self.dtype)
+        """Returns maps whose h and w are H / stride and W / stride, rounded up."""
+        y = _conv_norm(x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops)
+        y = _conv_norm(y, train, self.features, relu=False, dtype=self.dtype, ops=self.ops)
         if self.padded:
             return nn.relu(y + _padded(x, y.shape[-1], self.stride))
-        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
+        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype, self.ops))
 
 
 class Bottleneck(nn.Module):
-    """1x1 convolution to `features`, 3x3 with the stride, 1x1 to four times as many, beside a projection where shapes differ."""
+    """Applies 1x1, 3x3 (with the stride) and 1x1 convolutions, the last to 4 x `features`, beside a projection if shapes differ."""
 
     features: int
     stride: int = 1
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w 4*F"]:
-        """h, w: H / stride, W / stride, rounded up."""
-        y = _conv_norm(x, train, self.features, relu=True, kernel=1, dtype=self.dtype)
-        y = _conv_norm(y, train, self.features, relu=True, stride=self.stride, dtype=self.dtype)
-        y = _conv_norm(y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype)
-        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype))
+        """Returns maps whose h and w are H / stride and W / stride, rounded up."""
+        y = _conv_norm(x, train, self.features, relu=True, kernel=1, dtype=self.dtype, ops=self.ops)
+        y = _conv_norm(y, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops)
+        y = _conv_norm(y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype, ops=self.ops)
+        return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype, self.ops))
 
 
 def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """For small images: a 3x3 convolution, then three stages of basic blocks with padded shortcuts.
+    """Makes the network for small images: a 3x3 convolution, then three stages of basic blocks with padded shortcuts.
 
     Args:
       depth: 6 n + 2 for n blocks a stage: 20, 32, 44, 56 and 110 are published.
@@ -88,7 +92,7 @@ def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> 
 
 
 def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """For ImageNet.
+    """Makes the network for ImageNet.
 
     Args:
       depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
@@ -99,7 +103,7 @@ def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) 
 
 
 def resnet18_cifar(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """ResNet-18 for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
+    """Makes ResNet-18 for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
     blocks = (_small_stem(width, dtype), *_stages(BasicBlock, _BASIC[18], width, dtype))
     return Network(blocks, LinearHead(num_classes, dtype=dtype))
 
@@ -109,7 +113,7 @@ def _small_stem(width: int, dtype: DTypeLike) -> nn.Module:
 
 
 def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list[nn.Module]:
-    """Twice the channels and half the size from stage to stage, by the stride of the stage's first block."""
+    """Makes the blocks: twice the channels and, by the stride of a stage's first block, half the size from stage to stage."""
     return [
         make(width * 2**stage, stride=2 if stage > 0 and n == 0 else 1, dtype=dtype)
         for stage, count in enumerate(counts)
@@ -117,10 +121,10 @@ def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list
     ]
 
 
-def _projected(x: Array, features: int, stride: int, train: bool, dtype: DTypeLike) -> Array:
+def _projected(x: Array, features: int, stride: int, train: bool, dtype: DTypeLike, ops: str) -> Array:
     if x.shape[-1] == features and stride == 1:
         return x
-    return _conv_norm(x, train, features, relu=False, kernel=1, stride=stride, dtype=dtype)
+    return _conv_norm(x, train, features, relu=False, kernel=1, stride=stride, dtype=dtype, ops=ops)
 
 
 def _padded(x: Array, features: int, stride: int) -> Array:

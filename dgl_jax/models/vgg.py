@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear
 from dgl_jax.models.network import Network
-from dgl_jax.ops.pooling import max_pool_2x2
+from dgl_jax.ops import max_pool_2x2
 
 # Convolutions between two poolings. The depth counts three Linear layers besides.
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -16,17 +16,18 @@ _NORMAL = normal(0.01)
 
 
 class VGGClassifier(nn.Module):
-    """2x2 max pooling, 2 x (Linear to `hidden`, ReLU), Linear. Without dropout, as DGL has it."""
+    """Applies 2x2 max pooling, 2 x (Linear to `hidden`, ReLU), Linear: without dropout, as DGL has it."""
 
     num_classes: int
     hidden: int
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     pool = True  # for Network.halvings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
-        x = max_pool_2x2(x)
+        x = max_pool_2x2(x, ops=self.ops)
         x = x.reshape(x.shape[0], -1)
         for _ in range(2):
             x = nn.relu(linear(x, self.hidden, kernel_init=_NORMAL, dtype=self.dtype))
@@ -34,7 +35,7 @@ class VGGClassifier(nn.Module):
 
 
 def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """A block a convolution; a pooling belongs to the block behind it, the last one to the classifier.
+    """Makes a block of each convolution; a pooling belongs to the block behind it, the last one to the classifier.
 
     Args:
       depth: 11, 13, 16 or 19.

@@ -1,8 +1,8 @@
-"""Batch normalisation, with the ReLU behind it if there is one, in as few passes over the maps as it can be done.
+"""Batch normalisation, fused with the ReLU behind it, in as few passes over memory as it can be done.
 
 In training XLA's CPU compiler makes a pass over memory of nearly every operation that flax's layer and its gradient consist of, and
-they were a third of a step of the six-layer CNN (benchmarks/cpu_reference). Written as one function with a gradient of its own
-it is two sums and one pass forward, one pass, two sums and a pass back, and nothing is kept but the input.
+they were a third of a step of the six-layer CNN (benchmarks/cpu_reference). Written as one function with a custom gradient it is
+two sums and one pass forward, one pass, two sums and a pass back, and nothing is kept but the input.
 """
 
 from typing import Any
@@ -14,27 +14,41 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-MOMENTUM = 0.9  # what the running averages keep at each batch
+from dgl_jax.ops.choice import only_xla
+
+MOMENTUM = 0.9  # share of the running averages that a batch leaves
 EPSILON = 1e-5  # added to the variance
 
 
 class BatchNorm(nn.Module):
-    """Over all axes but the last, as `flax.linen.BatchNorm` with the same names of parameters and statistics.
+    """Normalises over all axes but the last, as `flax.linen.BatchNorm` with the same names of parameters and statistics.
 
-    Gradients are of first order, in reverse mode only.
+    In training the batch's mean and variance normalise, and the running averages (collection `batch_stats`) move a tenth of
+    the way to them; in evaluation the running averages normalise.
+
+    Attributes:
+      dtype: of the result; statistics are computed in float32.
+      ops: see `dgl_jax.ops`.
     """
 
     dtype: DTypeLike = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B *S C"], train: bool, *, relu: bool = False, offset: Float[Array, " C"] | None = None
     ) -> Float[Array, "B *S C"]:
-        """Normalises x + offset, followed by a ReLU where asked to.
+        """Normalises x + offset and applies a ReLU if `relu`.
 
         Args:
-          offset: the bias of the layer in front. In training it is not added, for the mean that is subtracted would hold it
-            too: it moves the running mean, and its gradient is exactly 0.
+          x: features or maps.
+          train: normalise with the batch's statistics and update the running averages.
+          relu: apply a ReLU to the result.
+          offset: bias of the layer in front, which must not have added it. In training it only moves the running mean, for the
+            mean that is subtracted would contain it too; its gradient is exactly 0.
+
+        Returns:
+          The normalised values in `dtype`.
         """
         features = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
@@ -45,21 +59,30 @@ class BatchNorm(nn.Module):
         if not train:
             y = _affine(x, mean.value - shift, lax.rsqrt(var.value + EPSILON), scale, bias)
             return (nn.relu(y) if relu else y).astype(self.dtype)
-        y, of_batch, spread = normalize(x, scale, bias, relu)
+        y, batch_mean, batch_var = normalize(x, scale, bias, relu, self.ops)
         if not self.is_initializing():
-            for running, new in ((mean, of_batch + shift), (var, spread)):
+            for running, new in ((mean, batch_mean + shift), (var, batch_var)):
                 running.value = MOMENTUM * running.value + (1 - MOMENTUM) * lax.stop_gradient(new)
         return y.astype(self.dtype)
 
 
 def normalize(
-    x: Float[Array, "B *S C"], scale: Float[Array, " C"], bias: Float[Array, " C"], relu: bool
+    x: Float[Array, "B *S C"], scale: Float[Array, " C"], bias: Float[Array, " C"], relu: bool, ops: str = "auto"
 ) -> tuple[Float[Array, "B *S C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Normalises by the batch's own mean and (biased) variance; worked out in float32, the result has the type of `x`.
+    """Normalises by the mean and the (biased) variance of the batch, computed in float32.
+
+    Args:
+      x: features or maps.
+      scale, bias: applied after the normalisation.
+      relu: apply a ReLU to the result.
+      ops: see `dgl_jax.ops`.
 
     Returns:
-      The result, the mean and the variance; no gradient goes through the last two.
+      The normalised values in the type of `x`, the mean and the variance. No gradient flows through the last two.
     """
+    if only_xla(ops):
+        y, mean, var = _forward(relu, x, scale, bias)[0]
+        return y, lax.stop_gradient(mean), lax.stop_gradient(var)
     return _normalize(relu, x, scale, bias)
 
 
@@ -78,17 +101,17 @@ def _backward(relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]) ->
     if relu:
         cotangent = jnp.where(_affine(wide, mean, inverse, scale, bias) > 0, cotangent, 0.0)
     count = x.size // x.shape[-1]
-    of_bias = cotangent.sum(axes)
-    of_scale = ((cotangent * wide).sum(axes) - mean * of_bias) * inverse
-    # What moves all values alike moves the mean, and what spreads them the variance: neither shows in the result.
-    slope = inverse * of_scale / count
+    bias_gradient = cotangent.sum(axes)
+    scale_gradient = ((cotangent * wide).sum(axes) - mean * bias_gradient) * inverse
+    # A change that shifts all values alike moves the mean, one that spreads them the variance: neither shows in the result.
+    slope = inverse * scale_gradient / count
     factor = inverse * scale
-    of_x = factor * cotangent + (-factor * slope) * wide + factor * (mean * slope - of_bias / count)
-    return of_x.astype(x.dtype), of_scale, of_bias
+    x_gradient = factor * cotangent + (-factor * slope) * wide + factor * (mean * slope - bias_gradient / count)
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
 def _affine(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> Array:
-    # Not x - mean first: the compiler would keep that for several uses, a map of its own, instead of computing it again.
+    # Not x - mean first: the compiler would store that map for its several uses instead of computing it again.
     factor = inverse * scale
     return x * factor + (bias - mean * factor)
 

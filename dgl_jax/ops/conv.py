@@ -1,9 +1,9 @@
 """Convolution that is fast on the CPU too. The one place that picks its formulation by platform.
 
-On GPU and TPU the library's is used. On the CPU, XLA's 3x3 convolution of 8x8 maps, 128 to 128 channels and a batch of 128 takes
-18 ms, `winograd.py` 10; and their weight gradients, which XLA computes as a convolution that sums over the whole batch, more than
-60, and 11 (benchmarks/cpu_reference). Of few channels that gradient is one matrix product, and the outputs sometimes
-(`im2col.py`). Where neither fits, it is the library's over parts of eight images.
+On GPU and TPU XLA's convolution is used. On the CPU, XLA's 3x3 convolution of 8x8 maps, 128 to 128 channels and a batch of 128
+takes 18 ms, `cpu/winograd.py` 10; and the weight gradients, which XLA computes as a convolution that sums over the whole batch,
+more than 60, and 11 (benchmarks/cpu_reference). With few channels that gradient is one matrix product, and sometimes so are the
+outputs (`cpu/im2col.py`). Elsewhere the gradient is XLA's over chunks of eight images.
 """
 
 from functools import reduce
@@ -14,37 +14,51 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dgl_jax.ops.choice import only_xla
 from dgl_jax.ops.cpu import chunks, im2col, winograd
 
 _AXES = ("NHWC", "HWIO", "NHWC")
-PART = 8  # images, or the next larger number that divides the batch
-_SUM = "float32"  # what the parts are summed in, whatever the arithmetic
+CHUNK = 8  # images, or the next larger number that divides the batch
+_SUM_DTYPE = "float32"  # of the sum over chunks, whatever the type of the kernel
 
 
 def conv_general_dilated(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, **options: Any
+    x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, *, ops: str = "auto", **options: Any
 ) -> Float[Array, "B h w F"]:
-    """As `lax.conv_general_dilated` with examples along the first axis; gradients are of first order, in reverse mode only."""
-    plain = _is_plain_3x3(x, kernel, strides, padding, **options)
-    transformed, few = (plain and way.fits(x, kernel) for way in (winograd, im2col))
-    few_outputs = plain and im2col.fits_outputs(x, kernel)
+    """Convolves as `lax.conv_general_dilated` does.
+
+    Args:
+      x: maps, with examples along the first axis.
+      kernel: weights.
+      strides, padding, options: as `lax.conv_general_dilated` takes them.
+      ops: see `dgl_jax.ops`.
+
+    Returns:
+      The outputs, without a bias.
+    """
 
     def library(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    def of_x(kernel: Array, cotangent: Array) -> Array:
+    if only_xla(ops):
+        return library(x, kernel)
+    plain = _is_plain_3x3(x, kernel, strides, padding, **options)
+    use_winograd, use_im2col = (plain and formulation.fits(x, kernel) for formulation in (winograd, im2col))
+    use_im2col_outputs = plain and im2col.fits_outputs(x, kernel)
+
+    def x_gradient(kernel: Array, cotangent: Array) -> Array:
         return jax.linear_transpose(lambda x: library(x, kernel), x)(cotangent)[0]
 
-    def of_kernel(x: Array, cotangent: Array) -> Array:
+    def kernel_gradient(x: Array, cotangent: Array) -> Array:
         return jax.linear_transpose(lambda kernel: library(x, kernel), kernel)(cotangent)[0]
 
-    def in_parts(x: Array, cotangent: Array) -> Array:
-        size = chunks.images(len(x), PART)
-        parts = [[chunks.part(a, size, i) for a in (x, cotangent)] for i in range(len(x) // size)]
-        return reduce(jnp.add, (of_kernel(*part).astype(_SUM) for part in parts)).astype(kernel.dtype)
+    def in_chunks(x: Array, cotangent: Array) -> Array:
+        size = chunks.chunk_size(len(x), CHUNK)
+        parts = [[chunks.chunk(a, size, i) for a in (x, cotangent)] for i in range(len(x) // size)]
+        return reduce(jnp.add, (kernel_gradient(*part).astype(_SUM_DTYPE) for part in parts)).astype(kernel.dtype)
 
     def outputs(x: Array, kernel: Array) -> Array:
-        fast = winograd.convolve if transformed else im2col.convolve if few_outputs else library
+        fast = winograd.convolve if use_winograd else im2col.convolve if use_im2col_outputs else library
         return _by_platform(x, kernel, cpu=fast, elsewhere=library)
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -52,14 +66,14 @@ def conv_general_dilated(
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        own = of_kernel if kernel.shape[:2] == (1, 1) else in_parts  # a 1x1 kernel's gradient is one matrix product
+        direct = kernel_gradient if kernel.shape[:2] == (1, 1) else in_chunks  # a 1x1 kernel's gradient is one matrix product
         return (
-            _by_platform(kernel, cotangent, cpu=winograd.input_gradient if transformed else of_x, elsewhere=of_x),
+            _by_platform(kernel, cotangent, cpu=winograd.input_gradient if use_winograd else x_gradient, elsewhere=x_gradient),
             _by_platform(
                 x,
                 cotangent,
-                cpu=winograd.kernel_gradient if transformed else im2col.kernel_gradient if few else own,
-                elsewhere=of_kernel,
+                cpu=winograd.kernel_gradient if use_winograd else im2col.kernel_gradient if use_im2col else direct,
+                elsewhere=kernel_gradient,
             ),
         )
 
@@ -74,12 +88,12 @@ def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
 
 
 def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether these arguments of `lax.conv_general_dilated` are of a 3x3 convolution in float32 that keeps the map's size."""
+    """Returns whether these arguments describe a 3x3 convolution in float32 that keeps the size of the map."""
     plain = all(options.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation", "feature_group_count"))
-    axes, own = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
+    given, usual = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
     same = padding == "SAME" or (not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)])
     return (
-        (plain and axes == own and same and kernel.shape[:2] == (3, 3))
+        (plain and given == usual and same and kernel.shape[:2] == (3, 3))
         and tuple(strides) == (1, 1)
         and x.dtype == kernel.dtype == jnp.float32
     )

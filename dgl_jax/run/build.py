@@ -109,9 +109,9 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
       UserError: there is no such network, or it does not fit the images.
     """
     model, classes = settings.model, len(info.class_names)
-    network = make_network(model.name, model.width, classes, info.image_shape, model.dtype)
+    network = make_network(model.name, model.width, classes, info.image_shape, model.dtype, model.ops)
     local, smoothing = METHODS[settings.method.name].local, settings.train.label_smoothing
-    head = Classifier(make_head(model.head, classes, model.dtype), smoothing) if local else None
+    head = Classifier(make_head(model.head, classes, model.dtype, model.ops), smoothing) if local else None
     heads = [head] * (len(network.blocks) - 1)
     inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.image_shape), "float32")
     return Blocks(network.blocks, (*heads, Classifier(network.classifier, smoothing)), inputs)
@@ -167,7 +167,7 @@ def make_spec(
         )
     ends = [*first_blocks[1:], len(network.blocks)]
     return TrainSpec(
-        modules=make_modules(network.blocks, first_blocks, [network.heads[end - 1] for end in ends], model.remat),
+        modules=make_modules(network.blocks, first_blocks, [network.heads[end - 1] for end in ends], model.remat, model.ops),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),

@@ -1,1 +1,1 @@
-"""Formulations of convolutions that are fast on a CPU; chosen in `ops/conv.py`."""
+"""Formulations that are fast on a CPU, chosen by the files of `dgl_jax.ops` and used by nobody else."""

@@ -1,4 +1,4 @@
-"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3) (Lavin and Gray 2016), for a CPU.
+"""Computes 3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3) (Lavin and Gray 2016), for a CPU.
 
 The map is cut into overlapping tiles of 6x6, the kernel and each tile are transformed, and 36 matrix products of
 transformed tiles with transformed kernels give transformed tiles of 4x4. Rounding errors are about six times those of the
@@ -17,20 +17,20 @@ from jaxtyping import Array, Float
 from dgl_jax.ops.cpu import chunks
 
 _OUT, _IN = 4, 6  # side of a tile of the result and of the input
-_TILES = 128  # tiles of one pass, which stay in a core's cache
+_TILES = 128  # tiles of one chunk, which stay in a core's cache
 _CHANNELS = 32
 Matrix = Sequence[Sequence[float]]
 
 
 def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
-    """Of the input, the kernel and the output, for those points and infinity (Toom and Cook).
+    """Returns the transforms of input, kernel and output for these points and infinity (Toom and Cook).
 
-    A row (of the output a column) a point: both factors of a product of polynomials are evaluated there, and Lagrange's
-    polynomials make the product of their values.
+    Each row (of the output's: each column) belongs to a point. Both factors of a product of polynomials are evaluated there, and
+    Lagrange's polynomials make the product from its values.
     """
 
     def from_roots(roots: Sequence[Fraction]) -> list[Fraction]:
-        """Coefficients, the constant one first, of the product of all x - root."""
+        """Returns the coefficients, the constant one first, of the product of all x - root."""
         product = [Fraction(1)]
         for root in roots:
             product = [a - root * b for a, b in zip([Fraction(0), *product], [*product, Fraction(0)])]
@@ -48,46 +48,46 @@ _INPUT, _KERNEL, _OUTPUT = _matrices([Fraction(0), Fraction(2, 3), Fraction(-2, 
 
 
 def fits(x: Array, kernel: Array) -> bool:
-    """Whether it pays for a 3x3 convolution of stride 1 in float32: few channels or tiles do not."""
+    """Returns whether this pays for a 3x3 convolution of stride 1 in float32, which takes enough channels and tiles."""
     if min(kernel.shape[2:]) < _CHANNELS or min(x.shape[1:3]) < _OUT:
         return False
-    return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES  # it is not a number where a program is for any batch
+    return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES  # a program for any batch has no number there
 
 
 def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
-    """Convolution (as networks call it: no flip) of stride 1 with one row and column of zeros beyond each edge."""
+    """Convolves with stride 1, without a flip, with one row and column of zeros beyond each edge."""
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
     weights = _both(_KERNEL, kernel, 0).reshape(-1, channels, features)
 
-    def some(x: Array) -> Array:
+    def one(x: Array) -> Array:
         tiles = _input_tiles(x)
         products = _product(tiles.reshape(_IN * _IN, -1, channels), weights, 2, 1)
         return _joined(products.reshape(*tiles.shape[:-1], features))[:, :height, :width]
 
-    return chunks.joined(some, _images(x), x)
+    return chunks.map_chunks(one, _chunk_size(x), x)
 
 
 def input_gradient(kernel: Float[Array, "3 3 C F"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "B H W C"]:
-    """Of `convolve`: the convolution with the kernel turned around."""
+    """Computes the gradient of `convolve` by its input: the convolution with the kernel turned around."""
     return convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
 def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "3 3 C F"]:
-    """Of `convolve`."""
+    """Computes the gradient of `convolve` by its kernel."""
     channels, features = x.shape[-1], cotangent.shape[-1]
 
-    def some(x: Array, cotangent: Array) -> Array:
+    def one(x: Array, cotangent: Array) -> Array:
         tiles = _input_tiles(x).reshape(_IN * _IN, -1, channels)
         products = _product(tiles, _output_tiles(cotangent).reshape(_IN * _IN, -1, features), 1, 1)
         return _both(_transposed(_KERNEL), products.reshape(_IN, _IN, channels, features), 0)
 
-    return chunks.total(some, _images(x), x, cotangent)
+    return chunks.sum_chunks(one, _chunk_size(x), x, cotangent)
 
 
-def _images(x: Array) -> int:
-    """Of one pass: as few as have enough tiles."""
-    return chunks.images(len(x), -(-_TILES // _tiles(x)))
+def _chunk_size(x: Array) -> int:
+    """Returns the smallest number of images that have enough tiles."""
+    return chunks.chunk_size(len(x), -(-_TILES // _tiles(x)))
 
 
 def _tiles(x: Array) -> int:
@@ -103,7 +103,7 @@ def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
 
 
 def _output_tiles(y: Float[Array, "B H W F"]) -> Float[Array, "6 6 B h w F"]:
-    """The adjoint of `_joined`."""
+    """Computes the adjoint of `_joined`."""
     height, width = (-(-size // _OUT) for size in y.shape[1:3])
     padded = jnp.pad(y, [(0, 0), *((0, _OUT * n - size) for n, size in zip((height, width), y.shape[1:3])), (0, 0)])
     rows = _stacked(_transposed(_OUTPUT), _strided(padded, 1, _OUT, height), 0)
@@ -119,13 +119,13 @@ def _joined(tiles: Float[Array, "6 6 B h w F"]) -> Float[Array, "B H W F"]:
 
 
 def _both(matrix: Matrix, x: Array, axis: int) -> Array:
-    """The matrix applied to `axis` and to the one behind it."""
+    """Applies the matrix to `axis` and to the one behind it."""
     rows = _stacked(matrix, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis)
     return _stacked(matrix, [lax.index_in_dim(rows, i, axis + 1, keepdims=False) for i in range(x.shape[axis + 1])], axis + 1)
 
 
 def _strided(x: Array, axis: int, count: int, tiles: int) -> list[Array]:
-    """Places 0, 1, ... of each tile along an axis."""
+    """Returns places 0, 1, ... of each tile along an axis."""
     return [lax.slice_in_dim(x, i, i + _OUT * (tiles - 1) + 1, _OUT, axis) for i in range(count)]
 
 
@@ -134,7 +134,7 @@ def _stacked(matrix: Matrix, parts: Sequence[Array], axis: int) -> Array:
 
 
 def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """The matrix times the parts, without the terms that are 0: sums of a few arrays are faster than a product with 6x6."""
+    """Multiplies the matrix with the parts, leaving out terms that are 0: sums of a few arrays are faster than a 6x6 product."""
     return [reduce(jnp.add, (p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c)) for row in matrix]
 
 
