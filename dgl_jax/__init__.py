@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from dgl_jax.errors import UserError
     from dgl_jax.models import cuts, make_head, make_network, register_network
     from dgl_jax.objectives import Classifier, Objective, accuracy, cross_entropy, means
-    from dgl_jax.types import Batch, Packet, Targets
+    from dgl_jax.types import Batch, Context, Packet
 
 __all__ = [
     "Batch",
     "Classifier",
+    "Context",
     "LocalModule",
     "ModuleState",
     "Objective",
     "Packet",
-    "Targets",
     "UserError",
     "accuracy",
     "apply_gradient",
@@ -49,7 +49,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "models": ("cuts", "make_head", "make_network", "register_network"),
     "objectives": ("Classifier", "Objective", "accuracy", "cross_entropy", "means"),
-    "types": ("Batch", "Packet", "Targets"),
+    "types": ("Batch", "Context", "Packet"),
 }
 
 

@@ -94,10 +94,19 @@ class ModelSettings(Group):
     width: int = number(64, 1, 65536)  # channels of the first block
     modules: int = number(4, 1, 4096)
     split: str = option("count")  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
-    head: str = kind_of(registry.HEADS, "mlp_sr", applies={"method.local": (True,)})  # of every module but the last
+    head: str = kind_of(
+        registry.HEADS, "mlp_sr", applies={"method.local": (True,), "objective.heads": (True,)}
+    )  # of every module but the last
     dtype: str = choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
     remat: bool = option(False, free=True)  # recompute each block in the backward pass instead of keeping what is inside it
     ops: str = choice("auto", "xla")  # the fastest of each platform, or XLA's alone, which have all derivatives
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings(Group):
+    """What every module minimises."""
+
+    name: str = kind_of(registry.OBJECTIVES, "classifier")
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,7 @@ class LogSettings(Group):
 _GROUPS: dict[str, type[Group]] = {
     "data": DataSettings,
     "model": ModelSettings,
+    "objective": ObjectiveSettings,
     "method": MethodSettings,
     "optimizer": OptimizerSettings,
     "schedule": ScheduleSettings,
@@ -217,6 +227,7 @@ class Settings:
     plugins: tuple[str, ...] = option((), free=True)  # modules to import first: they register kinds of their own
     data: DataSettings = field(default_factory=lambda: options("data"))
     model: ModelSettings = field(default_factory=lambda: options("model"))
+    objective: ObjectiveSettings = field(default_factory=lambda: options("objective"))
     method: MethodSettings = field(default_factory=lambda: options("method"))
     optimizer: OptimizerSettings = field(default_factory=lambda: options("optimizer"))
     schedule: ScheduleSettings = field(default_factory=lambda: options("schedule"))

@@ -14,7 +14,7 @@ from dgl_jax.core import ema, rngs
 from dgl_jax.core.kept import kept
 from dgl_jax.core.module import LocalModule, ModuleState, init_states, output_shape
 from dgl_jax.tasks.image_classification import Preprocess
-from dgl_jax.types import Targets, nbytes
+from dgl_jax.types import Context, nbytes
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Traffic:
 class Meter:
     """Counts what crosses a hop."""
 
-    packets: int = 0  # bytes of payloads and targets
+    packets: int = 0  # bytes of payloads and their context
     codebooks: int = 0  # bytes
     images: int = 0
 
-    def count(self, payload: Any, targets: Targets, codebook: Any = ()) -> None:
+    def count(self, payload: Any, context: Context, codebook: Any = ()) -> None:
         """One packet, and the codebook that went with it, if one did."""
-        self.packets += nbytes((payload, targets))
+        self.packets += nbytes((payload, context))
         self.codebooks += nbytes(codebook)
-        self.images += len(targets.label)
+        self.images += len(context["id"])
 
 
 class MessageSpec(NamedTuple):
@@ -145,20 +145,32 @@ class TrainSpec:
             hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations)))
         return tuple(hops)
 
-    def targets(self) -> Targets:
-        """Shapes and dtypes of a batch's targets."""
-        integers: Any = jax.ShapeDtypeStruct((self.batch_size,), "int32")
-        return Targets(integers, integers)
+    def needs(self, k: int) -> tuple[str, ...]:
+        """Returns the names of the context that reaches module k: what its objective and those above read, and `id`."""
+        objectives = [module.objective for module in self.modules[k:] if module.objective is not None]
+        return tuple(sorted({"id", *(name for objective in objectives for name in objective.needs)}))
+
+    def carried(self, k: int, context: Context, added: Context | None = None) -> Context:
+        """Returns what of a module's context, and of what it has added, goes on to module k."""
+        whole = context | dict(added or {})
+        return {name: whole[name] for name in self.needs(k)}
+
+    def context(self, k: int) -> Any:
+        """Returns shapes and dtypes of the context that reaches module k; to the first comes what the source yields."""
+        integers = jax.ShapeDtypeStruct((self.batch_size,), "int32")
+        known = {"id": integers, "label": integers}
+        return known if k == 0 else {name: (known | {"image": self.inputs()})[name] for name in self.needs(k)}
 
     def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
         """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""
         if not self.method.sends:
             return Traffic((), (), ())
-        targets, size = nbytes(self.targets()), self.batch_size
+        size = self.batch_size
         raw, packets, codebooks = [], [], []
-        for hop in self.hops:
-            raw.append((nbytes(hop.activations) + targets) / size)
-            packets.append((nbytes(hop.payload) + targets) / size)
+        for k, hop in enumerate(self.hops, 1):
+            context = nbytes(self.context(k))
+            raw.append((nbytes(hop.activations) + context) / size)
+            packets.append((nbytes(hop.payload) + context) / size)
             codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:

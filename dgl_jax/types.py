@@ -12,18 +12,16 @@ PADDING = -1  # label and id of an example that only fills up a batch of an eval
 AnyArray = jax.Array | np.ndarray
 
 
-class Targets(NamedTuple):
-    """What belongs to each example and travels with its activations."""
-
-    label: Int[AnyArray, " B"]
-    id: Int[AnyArray, " B"]  # the example's index in its split: follows the activations end to end
+# What belongs to each example and travels with its activations: by name, arrays with a row for each. `id` is always there (the
+# example's index in its split, which follows the activations end to end), `label` and others only as far as an objective asks.
+Context = dict[str, AnyArray]
 
 
 class Batch(NamedTuple):
     """B examples as the source yields them: host arrays, images as stored (uint8, channels last)."""
 
     images: UInt8[AnyArray, "B H W C"]
-    targets: Targets
+    context: Context
     step: Int[AnyArray, ""]  # which batch of the run this is; the augmentation is drawn from it
 
 
@@ -42,6 +40,7 @@ class Message(NamedTuple):
     payload: Any  # a pytree of arrays, as the codec made it
     codebook: Any = ()  # the one it was encoded with; travels when a new one is published, not with every packet
     newest: Any = None  # the newest one, where that is to decode instead
+    context: Any = ()  # what the producer adds to the context of its examples: a dict, where it adds something
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Packet:
     """Encoded activations of one batch on their way to the next module."""
 
     payload: Any  # a pytree of arrays, as the codec made it
-    targets: Targets
+    context: Context
     header: Header
     codebook: Any = ()  # the one the payload was encoded with
 

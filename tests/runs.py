@@ -65,7 +65,7 @@ def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
         found = sample(self)
         if found is not None:
             batch = source.batch(found.packet.header.sequence)
-            right.append(all(np.array_equal(a, b) for a, b in zip(found.packet.targets, batch.targets)))
+            right.append(all(np.array_equal(rows, batch.context[name]) for name, rows in found.packet.context.items()))
         return found
 
     monkeypatch.setattr(Ring, "sample", spy)

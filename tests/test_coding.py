@@ -25,7 +25,7 @@ from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.plots import plot
 from dgl_jax.train import train_and_evaluate
-from dgl_jax.types import Header, Targets
+from dgl_jax.types import Header
 
 VQ = options("codec", name="vq", codes=8, dims=2, codebook_every=3)
 STEPS = 7
@@ -62,10 +62,10 @@ def test_codes_cross_and_codebooks_on_their_schedule(tiny, crossed):
     packets = [tree for tree in crossed if isinstance(tree, tuple)]
     assert [(book.shape, book.dtype) for book in books] == [((1, 2, 8, 2), jnp.float32)] * 3  # one stage, at updates 0, 3 and 6
     assert len(packets) == STEPS
-    for payload, targets in packets:
+    for payload, context in packets:
         # eight codes: four bits each, two groups a byte
         assert (payload.shape, payload.dtype) == ((8, 2, 2, 1), jnp.uint8)
-        assert (targets.label.shape, targets.id.shape) == ((8,), (8,))
+        assert (context["label"].shape, context["id"].shape) == ((8,), (8,))
     wire = sum(leaf.nbytes for tree in crossed for leaf in jax.tree.leaves(tree))
     traffic = made.traffic()
     assert traffic.measured
@@ -81,15 +81,15 @@ def test_a_packet_is_decoded_with_the_codebook_it_was_encoded_with(tiny):
     made = pipeline(tiny, VQ, modules=2)
     program, seen = made.programs[1], []
 
-    def look(state, incoming, targets):
+    def look(state, incoming, context):
         seen.append(np.asarray(incoming.codebook))
-        return program(state, incoming, targets)
+        return program(state, incoming, context)
 
     made.programs = [made.programs[0], look]
     first, encoded = made.programs[0], []
 
-    def send(state, incoming, targets):
-        state, coded, metrics = first(state, incoming, targets)
+    def send(state, incoming, context):
+        state, coded, metrics = first(state, incoming, context)
         encoded.append(np.asarray(coded.codebook))
         return state, coded, metrics
 
@@ -162,12 +162,12 @@ def test_a_codebook_goes_along_where_the_reader_lacks_it(tiny, known, asked, sen
 
 def entry(n):
     """Packet n."""
-    return np.full((2, 3), n, np.uint8), Targets(np.full(2, n, np.int32), np.full(2, n, np.int32)), Header(n, n)
+    return np.full((2, 3), n, np.uint8), {"label": np.full(2, n, np.int32), "id": np.full(2, n, np.int32)}, Header(n, n)
 
 
 def coded_ring(size=3) -> Ring:
-    payload, targets, _ = entry(0)
-    return Ring((payload, targets), size, codebook=np.zeros(2, np.float32))
+    payload, context, _ = entry(0)
+    return Ring((payload, context), size, codebook=np.zeros(2, np.float32))
 
 
 def filled(count, every=2, size=3) -> Ring:
@@ -251,7 +251,7 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
     traffic = made.traffic()
     assert traffic.measured
     for k, meter in enumerate(made.meters):
-        payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # a byte for two codes, and the targets
+        payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # a byte for two codes, and the context
         assert meter.packets == payload * meter.images
         assert meter.codebooks == 2 * 8 * 2 * 4 * 4  # at updates 0, 2, 4 and 6
 

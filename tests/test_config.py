@@ -165,12 +165,16 @@ def test_hash_ignores_the_order_of_keys():
     assert len(Settings().hash()) == 12
 
 
-@pytest.mark.parametrize("name", field_names())
+# The package has a single objective.
+CHANGEABLE = [name for name in field_names() if name != "objective.name"]
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
 def test_hash_changes_with_every_field(name):
     assert changed(name).hash() != make_settings(kinds_for(name)).hash()
 
 
-@pytest.mark.parametrize("name", field_names())
+@pytest.mark.parametrize("name", CHANGEABLE)
 def test_what_a_resumed_run_may_change(name):
     old, new = make_settings(kinds_for(name)), changed(name)
     found = differences(old, new)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,11 +39,11 @@ def source(batch_size=8, seed=0, **kwargs):
 
 
 def ids_of(batches):
-    return np.concatenate([b.targets.id for b in batches])
+    return np.concatenate([b.context["id"] for b in batches])
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip((a.images, *a.targets, a.step), (b.images, *b.targets, b.step), strict=True))
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def is_permutation(ids, expected):
@@ -81,9 +82,9 @@ def test_an_epoch_of_whole_batches_visits_every_example_exactly_once():
 
 def test_images_labels_and_ids_belong_together():
     for batch in islice(source(validation_fraction=0.2).batches(0), 10):
-        np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.targets.id)
-        np.testing.assert_array_equal(batch.targets.label, batch.targets.id % 3)
-        assert batch.targets.id.dtype == batch.targets.label.dtype == np.int32
+        np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.context["id"])
+        np.testing.assert_array_equal(batch.context["label"], batch.context["id"] % 3)
+        assert batch.context["id"].dtype == batch.context["label"].dtype == np.int32
         assert batch.images.dtype == np.uint8
 
 
@@ -99,7 +100,7 @@ def test_a_batch_may_be_overwritten():
     before = s.batch(0)
     changed = s.batch(0)
     changed.images[:] = 255
-    changed.targets.label[:] = 77
+    changed.context["label"][:] = 77
     assert same(before, s.batch(0))
 
 
@@ -112,8 +113,8 @@ def test_shards_are_disjoint_and_together_the_global_batch():
     parts = [s.batch(9, Shard(i, 4)) for i in range(4)]
     assert [len(p.images) for p in parts] == [2] * 4
     np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), whole.images)
-    np.testing.assert_array_equal(ids_of(parts), whole.targets.id)
-    assert ids_of(parts[::-1]).tolist() != whole.targets.id.tolist()
+    np.testing.assert_array_equal(ids_of(parts), whole.context["id"])
+    assert ids_of(parts[::-1]).tolist() != whole.context["id"].tolist()
 
 
 def test_shards_of_an_evaluation_cover_it_with_padding_at_the_end():
@@ -121,7 +122,7 @@ def test_shards_of_an_evaluation_cover_it_with_padding_at_the_end():
     whole = list(s.evaluation("test"))
     parts = [list(s.evaluation("test", Shard(i, 4))) for i in range(4)]
     for step, batch in enumerate(whole):
-        np.testing.assert_array_equal(ids_of(p[step] for p in parts), batch.targets.id)
+        np.testing.assert_array_equal(ids_of(p[step] for p in parts), batch.context["id"])
 
 
 def test_hosts_that_do_not_divide_the_batch():
@@ -147,9 +148,9 @@ def test_evaluation_counts_every_example_once(split, count):
     assert len(ids) == -(-count // 8) * 8
     padding = -count % 8
     last = batches[-1]
-    assert (last.targets.label[8 - padding :] == PADDING).all()
+    assert (last.context["label"][8 - padding :] == PADDING).all()
     assert (last.images[8 - padding :] == 0).all()
-    assert (last.targets.label[: 8 - padding] != PADDING).all()
+    assert (last.context["label"][: 8 - padding] != PADDING).all()
 
 
 def test_training_and_validation_share_no_image_and_leave_none_out():
@@ -180,8 +181,8 @@ def test_a_subset_is_taken_from_what_validation_left():
     whole, part = source(validation_fraction=0.15), source(validation_fraction=0.15, train_examples=15)
     held = [[i for i in ids_of(s.evaluation("validation")).tolist() if i >= 0] for s in (whole, part)]
     assert held[0] == held[1]
-    kept = [b.targets for b in part.evaluation("train")]
-    labels = np.concatenate([t.label for t in kept])
+    kept = [b.context for b in part.evaluation("train")]
+    labels = np.concatenate([t["label"] for t in kept])
     assert np.bincount(labels[labels >= 0]).tolist() == [5, 5, 5]
     assert part.examples("train") == 15
     assert part.steps_per_epoch == 1

@@ -71,7 +71,7 @@ def test_digits_source_in_the_default_directory(cache_directory):
     assert [source.examples(split) for split in ("train", "validation", "test")] == [1294, 144, 359]
     assert source.batch(0).images.shape == (128, 8, 8, 1)
     # 0.1 of each of about 144 images a class
-    labels = np.concatenate([b.targets.label for b in source.evaluation("validation")])
+    labels = np.concatenate([b.context["label"] for b in source.evaluation("validation")])
     assert set(np.bincount(labels[labels >= 0]).tolist()) <= {14, 15}
 
 

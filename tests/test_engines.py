@@ -108,20 +108,20 @@ def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
     programs = list(run.programs)
     previous = []
 
-    def late(state, incoming, targets):
+    def late(state, incoming, context):
         """Module 1 works on the packet of the tick before."""
-        previous.append((incoming, targets))
+        previous.append((incoming, context))
         return programs[1](state, *previous[max(0, len(previous) - 2)])
 
-    def relabelled(state, incoming, targets):
+    def relabelled(state, incoming, context):
         """Module 1 learns the labels of the batch before."""
-        previous.append(targets)
+        previous.append(context)
         return programs[1](state, incoming, previous[max(0, len(previous) - 2)])
 
-    def updated_first(state, incoming, targets):
+    def updated_first(state, incoming, context):
         """Module 1 hands on what it makes of the batch after its update."""
-        state, _, of_step = programs[1](state, incoming, targets)
-        return state, programs[1](jax.tree.map(lambda x: x.copy(), state), incoming, targets)[1], of_step
+        state, _, of_step = programs[1](state, incoming, context)
+        return state, programs[1](jax.tree.map(lambda x: x.copy(), state), incoming, context)[1], of_step
 
     replacement = {"late batch": late, "other labels": relabelled, "order of updates": updated_first}[broken]
     monkeypatch.setattr(run, "programs", [programs[0], replacement, programs[2]])
@@ -220,11 +220,11 @@ def watched(run, monkeypatch):
     seen = [[] for _ in run.programs]
 
     def watch(k, program):
-        def call(state, incoming, targets):
-            seen[k].append(jax.device_get(targets.id))
+        def call(state, incoming, context):
+            seen[k].append(jax.device_get(context["id"]))
             if isinstance(incoming, Batch):
-                assert incoming.targets is targets
-            return program(state, incoming, targets)
+                assert incoming.context is context
+            return program(state, incoming, context)
 
         return call
 
@@ -238,18 +238,18 @@ def test_ids_follow_activations(tiny, monkeypatch, groups):
     seen = watched(run, monkeypatch)
     tiny.run(run, STEPS)
     for of_module in seen:
-        assert [ids.tolist() for ids in of_module] == [tiny.source.batch(t).targets.id.tolist() for t in range(STEPS)]
+        assert [ids.tolist() for ids in of_module] == [tiny.source.batch(t).context["id"].tolist() for t in range(STEPS)]
 
 
 def test_swapped_registers_are_noticed(tiny, monkeypatch):
     class Swapped(pipeline.Packet):
-        """Pairs a payload with the targets of the packet made before it."""
+        """Pairs a payload with the context of the packet made before it."""
 
         last = None
 
-        def __init__(self, payload, targets, *rest):
-            Swapped.last, before = targets, Swapped.last
-            super().__init__(payload, before or targets, *rest)
+        def __init__(self, payload, context, *rest):
+            Swapped.last, before = context, Swapped.last
+            super().__init__(payload, before or context, *rest)
 
     monkeypatch.setattr(pipeline, "Packet", Swapped)
     with pytest.raises(AssertionError, match=r"assert \[\["):
@@ -279,7 +279,7 @@ def test_each_program_is_traced_once(tiny, name):
     if name == "fused":
         run.step(state.modules, moved)
     else:
-        run.programs[0](state.modules[0], moved, moved.targets)
+        run.programs[0](state.modules[0], moved, moved.context)
     assert traces(run)[0] == 2
 
 

@@ -87,9 +87,9 @@ def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
 def test_every_example_once(tiny, state, one):
     ids, padding = [], 0
     for batch in tiny.source.evaluation("test"):
-        *_, targets = one.probabilities(place(state, one.placement).modules, batch)
-        real = np.asarray(targets.label) != PADDING
-        ids += np.asarray(targets.id)[real].tolist()
+        *_, context = one.probabilities(place(state, one.placement).modules, batch)
+        real = np.asarray(context["label"]) != PADDING
+        ids += np.asarray(context["id"])[real].tolist()
         padding += int((~real).sum())
     assert sorted(ids) == list(range(20))
     assert padding == 4

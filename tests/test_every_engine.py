@@ -18,7 +18,7 @@ from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.engines import EngineState
 from dgl_jax.run.build import DatasetInfo
 from dgl_jax.run.checkpoint import Checkpoints
-from dgl_jax.types import Batch, Targets
+from dgl_jax.types import Batch
 
 SCRIPT = Path(__file__).parent / "every_engine.py"
 DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
@@ -71,7 +71,9 @@ def test_no_array_of_a_step_is_wide(name):
     """Shapes alone, nothing is compiled: parameters, statistics, optimizer state, average, codebooks and metrics."""
     info = DatasetInfo("two", ("a", "b"), (32, 32, 3), (0.0,) * 3, (1.0,) * 3)
     integers = jax.ShapeDtypeStruct((8,), np.int32)
-    batch = Batch(jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), Targets(integers, integers), jax.ShapeDtypeStruct((), np.int32))
+    batch = Batch(
+        jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), {"label": integers, "id": integers}, jax.ShapeDtypeStruct((), np.int32)
+    )
     fields = {"codec__name": "vq", "codec__dims": 1, "codec__codes": 4, "train__ema": 0.5, "train__accumulate": 2}
     with jax.enable_x64(True):
         for dtype, more in (

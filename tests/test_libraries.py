@@ -43,9 +43,9 @@ network = make_network("cnn4", width=4, num_classes=10, image_shape=(8, 8, 1))
 modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
 optimizer = optax.sgd(0.1)
 states = list(init_states(modules, optimizer, jax.random.key(0), jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")))
-x, targets = np.ones((8, 8, 8, 1), np.float32), {"label": np.arange(8) % 10}
+x, context = np.ones((8, 8, 8, 1), np.float32), {"label": np.arange(8) % 10}
 for k, module in enumerate(modules):
-    states[k], x, metrics = jax.jit(partial(local_step, module, optimizer))(states[k], x, targets)
+    states[k], x, metrics = jax.jit(partial(local_step, module, optimizer))(states[k], x, context)
 assert int(states[0].updates) == 1
 assert float(metrics["loss"][0]) > 0
 x = np.repeat(np.arange(4.0, dtype=np.float32), 8).reshape(4, 8)

@@ -21,10 +21,10 @@ from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import MLPHead
 from dgl_jax.models.network import with_ops
 from dgl_jax.models.resnet import BasicBlock, Bottleneck, Stem
+from dgl_jax.objectives import Classifier
 from dgl_jax.ops import OPS, BatchNorm, adaptive_avg_pool, conv_general_dilated, max_pool_2x2, max_pool_3x3, recomputed
 from dgl_jax.ops.batch_norm import normalize
 from dgl_jax.run.build import make_experiment
-from dgl_jax.types import Targets
 
 pytestmark = pytest.mark.full_compile
 
@@ -44,14 +44,18 @@ CASES = [*((name, False) for name in BODIES), ("cnn", True)]
 
 def module(name, ops, remat=False):
     *blocks, head = (with_ops(part, ops) for part in (*BODIES[name], MLPHead(CLASSES, convs=1, hidden=1)))
-    return LocalModule("module_0", 0, tuple(blocks), head, remat, ops)
+    return LocalModule("module_0", 0, tuple(blocks), Classifier(head), remat, ops)
 
 
 @cache
 def drawn(name):
     """Parameters, batch statistics, inputs, labels, and a direction in the space of the parameters."""
     random, own = np.random.default_rng(0), module(name, "auto")
-    params, stats = jax.eval_shape(lambda: own.init(jax.random.key(0), jax.ShapeDtypeStruct(SHAPE, "float32")))
+    params, stats = jax.eval_shape(
+        lambda: own.init(
+            jax.random.key(0), jax.ShapeDtypeStruct(SHAPE, "float32"), {"label": jax.ShapeDtypeStruct(SHAPE[:1], "int32")}
+        )
+    )
     params, direction = (jax.tree.map(lambda p: random.normal(0, 0.4, p.shape).astype(p.dtype), params) for _ in range(2))
     stats = jax.tree.map(lambda s: random.uniform(0.5, 1.5, s.shape).astype(s.dtype), stats)
     x = random.normal(size=SHAPE).astype(np.float32)
@@ -64,8 +68,8 @@ def loss_of(own, name, some=np.s_[:]):
     x, labels = x[some], labels[some]
 
     def loss(params):
-        _, logits, _ = own.apply(params, stats, x, train=True)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        outputs, _ = own.apply_body(params, stats, x, train=True)
+        return own.apply_objective(params, stats, outputs, {"label": labels}, train=True)[0].loss
 
     return loss
 
@@ -170,7 +174,7 @@ def test_a_step_in_micro_batches_has_a_tangent():
 
     def after_one(params):
         state = ModuleState(params, stats, optimizer.init(params), key, jnp.int32(0))
-        new, _, _ = local_step(own, optimizer, state, x, Targets(label=labels, id=jnp.arange(SHAPE[0])), accumulate=2)
+        new, _, _ = local_step(own, optimizer, state, x, {"label": labels}, accumulate=2)
         return new.params
 
     tangent = jax.jit(lambda p, d: jax.jvp(after_one, (p,), (d,))[1])(params, direction)
@@ -291,7 +295,7 @@ def test_a_run_learns_the_same():
         config = small_config(model__ops=ops, engine__name="fused", train__steps=3, data__augment="none")
         made = make_experiment(make_settings(config))
         for own in made.spec.modules:
-            assert {part.ops for part in (own, *own.blocks, own.head)} == {ops}
+            assert {part.ops for part in (own, *own.blocks, own.objective.head)} == {ops}
         reports = list(made.engine.run(made.engine.init(), made.source, 3))
         return [np.asarray(leaf) for each in reports[-1].snapshot().modules for leaf in jax.tree.leaves(each.params)]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -113,11 +114,11 @@ def source_of(imagenet, seed=0, **kwargs):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip((a.images, *a.targets, a.step), (b.images, *b.targets, b.step), strict=True))
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def ids_of(batches):
-    return np.concatenate([batch.targets.id for batch in batches])
+    return np.concatenate([batch.context["id"] for batch in batches])
 
 
 # Preparing
@@ -167,10 +168,10 @@ def test_imagenette(tmp_path, monkeypatch):
     assert source.mean == (0.485, 0.456, 0.406)
     assert len(source.class_names) == 10
     (batch,) = source.evaluation("train")
-    assert dict(zip(numbers(batch.images).tolist(), batch.targets.label.tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
+    assert dict(zip(numbers(batch.images).tolist(), batch.context["label"].tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
     assert source.class_names[:2] == ("n01440764", "n02102040")
     (batch,) = source.evaluation("test")
-    assert batch.targets.label.tolist() == [1, PADDING, PADDING]
+    assert batch.context["label"].tolist() == [1, PADDING, PADDING]
 
 
 def test_missing_archives(tmp_path, monkeypatch):
@@ -238,7 +239,7 @@ def test_random_access_equals_iteration(imagenet, augment):
         assert batch.images.dtype == np.uint8
     assert not same(source.batch(3), source_of(imagenet, seed=1, augment=augment).batch(3))
     # The same image an epoch later: cut elsewhere, or not.
-    first, later = ({i: image for b in whole[s : s + 4] for i, image in zip(b.targets.id.tolist(), b.images)} for s in (0, 5))
+    first, later = ({i: image for b in whole[s : s + 4] for i, image in zip(b.context["id"].tolist(), b.images)} for s in (0, 5))
     both = sorted(first.keys() & later.keys())
     equal = [np.array_equal(first[i], later[i]) for i in both]
     assert both
@@ -251,23 +252,23 @@ def test_shards_are_disjoint_and_together_the_global_batch(imagenet):
         whole, parts = source.batch(step), [source.batch(step, Shard(host, 2)) for host in range(2)]
         assert [len(part.images) for part in parts] == [4, 4]
         np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), whole.images)
-        np.testing.assert_array_equal(ids_of(parts), whole.targets.id)
+        np.testing.assert_array_equal(ids_of(parts), whole.context["id"])
     hosts = [ids_of(islice(source.batches(0, Shard(host, 2)), 5)) for host in range(2)]
     assert sorted(np.concatenate(hosts).tolist()) == list(range(40))
     whole = list(source.evaluation("test"))
     parts = [list(source.evaluation("test", Shard(host, 2))) for host in range(2)]
     for step, batch in enumerate(whole):
-        np.testing.assert_array_equal(ids_of(p[step] for p in parts), batch.targets.id)
+        np.testing.assert_array_equal(ids_of(p[step] for p in parts), batch.context["id"])
     assert [i for i in ids_of(whole).tolist() if i != PADDING] == list(range(VALIDATION))
 
 
 def test_held_out_images(imagenet, cache_directory, monkeypatch):
     source = source_of(imagenet, validation_fraction=0.25)
     assert [source.examples(split) for split in ("train", "validation", "test")] == [30, 10, VALIDATION]
-    held, kept = ([b.targets for b in source.evaluation(split)] for split in ("validation", "train"))
-    labels = np.concatenate([t.label for t in held])
+    held, kept = ([b.context for b in source.evaluation(split)] for split in ("validation", "train"))
+    labels = np.concatenate([t["label"] for t in held])
     assert sorted(np.bincount(labels[labels != PADDING])[np.unique(labels[labels != PADDING])].tolist()) == [2, 3, 5]
-    ids = [{i for t in targets for i in t.id.tolist() if i != PADDING} for targets in (held, kept)]
+    ids = [{i for t in context for i in t["id"].tolist() if i != PADDING} for context in (held, kept)]
     assert ids[0] | ids[1] == set(range(40))
     assert len(ids[0]) + len(ids[1]) == 40
     # Labels are read once, and not at all where nothing is to be stratified.

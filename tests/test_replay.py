@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from dgl_jax.errors import UserError
 from dgl_jax.replay import Ring, RingSpec, check_memory
 from dgl_jax.replay.rules import RULES
-from dgl_jax.types import Header, Targets
+from dgl_jax.types import Header
 
-EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), Targets(*[jax.ShapeDtypeStruct((2,), np.int32)] * 2))
+EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), {name: jax.ShapeDtypeStruct((2,), np.int32) for name in ("label", "id")})
 
 
 def packet(n: int):
     """Packet n: every number in it says so."""
-    return np.full((2, 3), n, np.float32), Targets(np.full(2, n, np.int32), np.full(2, 100 + n, np.int32)), Header(n, n + 1)
+    return np.full((2, 3), n, np.float32), {"label": np.full(2, n, np.int32), "id": np.full(2, 100 + n, np.int32)}, Header(n, n + 1)
 
 
 def read(ring: Ring):
@@ -28,8 +28,8 @@ def read(ring: Ring):
         return None
     n = sample.packet.header.sequence
     np.testing.assert_array_equal(sample.packet.payload, np.full((2, 3), n))
-    np.testing.assert_array_equal(sample.packet.targets.label, [n, n])
-    np.testing.assert_array_equal(sample.packet.targets.id, [100 + n, 100 + n])
+    np.testing.assert_array_equal(sample.packet.context["label"], [n, n])
+    np.testing.assert_array_equal(sample.packet.context["id"], [100 + n, 100 + n])
     return n, sample.age, sample.use
 
 
@@ -201,7 +201,7 @@ def test_a_payload_of_several_arrays():
         assert found.payload.keys() == {"codes", "scale"}
         np.testing.assert_array_equal(found.payload["codes"], np.full((2, 4), n))
         np.testing.assert_array_equal(found.payload["scale"], [n / 2, n / 2])
-        np.testing.assert_array_equal(found.targets.id, [100 + n, 100 + n])
+        np.testing.assert_array_equal(found.context["id"], [100 + n, 100 + n])
     with pytest.raises((TypeError, ValueError)):
         ring.add(packet(3)[0], *packet(3)[1:])
     with pytest.raises((TypeError, ValueError)):
@@ -243,7 +243,7 @@ def test_two_threads_never_see_a_half_written_packet():
         found = ring.sample().packet
         n = found.header.sequence
         assert (found.payload == n).all()
-        assert (found.targets.id == 100 + n).all()
+        assert (found.context["id"] == 100 + n).all()
         last = max(last, n)
     writer.join()
 

@@ -114,9 +114,9 @@ def test_labels_stay_with_their_activations(tiny, devices, monkeypatch):
 def test_twin_labels_of_another_packet_are_noticed(tiny, devices, monkeypatch):
     add, earlier = Ring.add, {}
 
-    def mixed(self, payload, targets, *rest):
-        add(self, payload, earlier.get(id(self), targets), *rest)
-        earlier[id(self)] = targets
+    def mixed(self, payload, context, *rest):
+        add(self, payload, earlier.get(id(self), context), *rest)
+        earlier[id(self)] = context
 
     monkeypatch.setattr(Ring, "add", mixed)
     assert not all(seen_by_programs(tiny, engine(tiny, devices), monkeypatch))

@@ -264,11 +264,11 @@ def test_losses_by_hand():
 
 
 def test_a_smoothed_loss_by_hand():
-    # Of a share of 0.3 each of three classes gets 0.1: targets are 0.8, 0.1, 0.1.
+    # Of a share of 0.3 each of three classes gets 0.1: context are 0.8, 0.1, 0.1.
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25]]))
     found = classifier.cross_entropy(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(found, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6)
     assert classifier.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype == jnp.float32
-    # The gradient is the probabilities less the targets.
+    # The gradient is the probabilities less the context.
     gradient = jax.grad(classifier.cross_entropy)(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(gradient, [[0.5 - 0.1, 0.25 - 0.8, 0.25 - 0.1]], rtol=1e-5)

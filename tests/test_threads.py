@@ -149,9 +149,9 @@ def test_labels_stay_with_their_activations(tiny, devices, monkeypatch):
 def test_twin_labels_of_another_packet_are_noticed(tiny, devices, monkeypatch):
     add, last = Ring.add, {}
 
-    def late(self, payload, targets, *rest):
-        add(self, payload, last.get(id(self), targets), *rest)
-        last[id(self)] = targets
+    def late(self, payload, context, *rest):
+        add(self, payload, last.get(id(self), context), *rest)
+        last[id(self)] = context
 
     monkeypatch.setattr(Ring, "add", late)
     assert not all(labels_are_right(tiny, engine(tiny, devices), monkeypatch))

@@ -50,17 +50,17 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
     info = DatasetInfo("made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3)
     spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
     engine: Any = make_engine(settings, spec, jax.devices()[:1], 1)
-    targets, states = spec.targets(), spec.abstract_states()
+    context, states = spec.context(0), spec.abstract_states()
     images: Any = jax.ShapeDtypeStruct((batch_size, SIZE, SIZE, 3), "uint8")
     step: Any = jax.ShapeDtypeStruct((), "int32")
-    batch = Batch(images, targets, step)
+    batch = Batch(images, context, step)
     if not split:
         return [measure(engine.step, states, batch)]
     found = []
     for k, (program, state) in enumerate(zip(engine.programs, states, strict=True)):
         incoming = Message(spec.hops[k - 1].payload) if k else batch
-        found.append(measure(program, state, incoming, targets))
-        found[k].packet = nbytes((spec.hops[k].payload, targets)) if k < len(spec.hops) else 0
+        found.append(measure(program, state, incoming, context))
+        found[k].packet = nbytes((spec.hops[k].payload, context)) if k < len(spec.hops) else 0
     return found
 
 

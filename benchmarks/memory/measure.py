@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dgl_jax import system
 from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.run.build import make_experiment
-from dgl_jax.types import Message, Targets
+from dgl_jax.types import Context, Message
 
 
 @dataclass
@@ -79,7 +79,7 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
     seen = []
 
     def program(k: int) -> Any:
-        def run(state: Blank, incoming: Any, targets: Targets) -> tuple[Blank, Message | None, dict]:
+        def run(state: Blank, incoming: Any, context: Context) -> tuple[Blank, Message | None, dict]:
             seen.append((k, sorted(token.hop for token in alive)))
             if k + 1 == modules:
                 return state, None, {}

@@ -51,8 +51,8 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
     k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
     incoming = Message(hops[k - 1].payload) if k else batch
-    found = measure(made.engine.programs[k], made.spec.abstract_states()[k], incoming, batch.targets)
-    found.packet = nbytes((hops[k].payload, batch.targets)) if k < len(hops) else 0
+    found = measure(made.engine.programs[k], made.spec.abstract_states()[k], incoming, batch.context)
+    found.packet = nbytes((hops[k].payload, batch.context)) if k < len(hops) else 0
     return found
 
 

@@ -48,8 +48,8 @@ def ceiling(made: Experiment) -> Variant:
     assert isinstance(engine, PipelineEngine)
     states = list(engine.init().modules)
     batch = engine.placement.put_batch(made.source.batch(0), 0)
-    states[0], payload, _ = engine.programs[0](states[0], batch, batch.targets)
-    inputs = [(batch, batch.targets), put((payload, batch.targets), engine.placement.split(1))]
+    states[0], payload, _ = engine.programs[0](states[0], batch, batch.context)
+    inputs = [(batch, batch.context), put((payload, batch.context), engine.placement.split(1))]
 
     def work(steps: int) -> list[Any]:
         waiting: deque[list[Any]] = deque()
@@ -73,7 +73,7 @@ def alone(engine: Engine, made: Experiment, repeats: int) -> list[float]:
     assert isinstance(engine, PipelineEngine)
     states, found = list(engine.init().modules), []
     batch = engine.placement.put_batch(made.source.batch(0), 0)
-    incoming: Any = (batch, batch.targets)
+    incoming: Any = (batch, batch.context)
     for k, program in enumerate(engine.programs):
         incoming = incoming if k == 0 else put(incoming, engine.placement.split(k))
         taken = []
@@ -81,7 +81,7 @@ def alone(engine: Engine, made: Experiment, repeats: int) -> list[float]:
             begin = time.perf_counter()
             states[k], payload, _ = jax.block_until_ready(program(states[k], *incoming))
             taken.append(1e3 * (time.perf_counter() - begin))
-        incoming = (payload, batch.targets)
+        incoming = (payload, batch.context)
         found.append(round(statistics.median(taken[2:]), 2))
     return found
 

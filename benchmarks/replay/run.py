@@ -19,7 +19,7 @@ import harness
 
 from dgl_jax import system
 from dgl_jax.replay import Ring
-from dgl_jax.types import Header, Targets
+from dgl_jax.types import Context, Header
 
 TARGET = 0.8  # of the plain copy
 BATCH = 128
@@ -30,13 +30,13 @@ CASES = [(64 * KIB, 50, 50, 401), (64 * KIB, 4096, 64, 401), (2 * MIB, 50, 4, 20
 Way = Callable[[int], tuple[float, float]]  # packets -> (seconds of adding them, seconds of sampling as many)
 
 
-def packet(size: int) -> tuple[np.ndarray, Targets]:
+def packet(size: int) -> tuple[np.ndarray, Context]:
     """Float32 payload, label and id of a batch: `size` bytes in all."""
     width = (size - 2 * 4 * BATCH) // (4 * BATCH)
     numbers = np.arange(BATCH, dtype=np.int32)
     payload = np.random.default_rng(0).random((BATCH, width), np.float32)
     assert payload.nbytes + 2 * numbers.nbytes == size
-    return payload, Targets(numbers, numbers + 1)
+    return payload, {"label": numbers, "id": numbers + 1}
 
 
 def timed(add: Callable[[int], Any], sample: Callable[[int], Any]) -> Way:
@@ -52,13 +52,13 @@ def timed(add: Callable[[int], Any], sample: Callable[[int], Any]) -> Way:
     return go
 
 
-def ring_way(payload: np.ndarray, targets: Targets, size: int) -> Way:
+def ring_way(payload: np.ndarray, context: Context, size: int) -> Way:
     """`Ring.add` and `Ring.sample` with the default rule, which reads the packets of a block newest first."""
-    ring, header = Ring((payload, targets), size), Header(0, 0)
+    ring, header = Ring((payload, context), size), Header(0, 0)
 
     def add(count: int) -> None:
         for _ in range(count):
-            ring.add(payload, targets, header)
+            ring.add(payload, context, header)
 
     def sample(count: int) -> None:
         for _ in range(count):
@@ -108,13 +108,13 @@ def numpy_way(arrays: list[np.ndarray], size: int, reuse: bool = False) -> Way:
     return timed(add, sample)
 
 
-def flashbax_way(payload: np.ndarray, targets: Targets, size: int) -> Way:
+def flashbax_way(payload: np.ndarray, context: Context, size: int) -> Way:
     """flashbax's item buffer, jitted, its state donated; packets are JAX arrays already, the choice is uniform."""
     import flashbax
 
     buffer = flashbax.make_item_buffer(max_length=size, min_length=1, sample_batch_size=1)
     # Copies: on the CPU a JAX array may be a view of a NumPy one.
-    item = jax.block_until_ready(jax.tree.map(lambda x: jax.numpy.array(x, copy=True), (payload, targets)))
+    item = jax.block_until_ready(jax.tree.map(lambda x: jax.numpy.array(x, copy=True), (payload, context)))
     add_jit, sample_jit = jax.jit(buffer.add, donate_argnums=0), jax.jit(buffer.sample)
     state = buffer.init(item)
     keys = list(jax.random.split(jax.random.key(0), 1024))
@@ -135,16 +135,16 @@ def flashbax_way(payload: np.ndarray, targets: Targets, size: int) -> Way:
 
 def case(size: int, slots: int, count: int, repeats: int) -> dict[str, Any]:
     """All ways on packets of one size, interleaved."""
-    payload, targets = packet(size)
-    flat = np.concatenate([array.view(np.uint8).ravel() for array in (payload, *targets)])
+    payload, context = packet(size)
+    flat = np.concatenate([array.view(np.uint8).ravel() for array in (payload, *context.values())])
     ways = {
-        "ring": ring_way(payload, targets, slots),
+        "ring": ring_way(payload, context, slots),
         "numpy": numpy_way([flat], slots),
-        "numpy, array by array": numpy_way([payload, *targets], slots),
+        "numpy, array by array": numpy_way([payload, *context.values()], slots),
         "numpy, output reused": numpy_way([flat], slots, reuse=True),
     }
     if importlib.util.find_spec("flashbax"):
-        ways["flashbax"] = flashbax_way(payload, targets, slots)
+        ways["flashbax"] = flashbax_way(payload, context, slots)
     for go in ways.values():
         for _ in range(-(-slots // count) + 1):  # compiles, fills the ring
             go(count)

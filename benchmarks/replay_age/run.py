@@ -15,7 +15,7 @@ import harness
 
 from dgl_jax.replay import Ring
 from dgl_jax.schedule import drawn
-from dgl_jax.types import Header, Targets
+from dgl_jax.types import Header
 
 MODULES, SLOWED, UPDATES = 6, 3, 51 * 390
 # (ring size, slowdown of module 3): mean age of the packets module 3 reads (of all modules where none is slowed), for the released
@@ -32,7 +32,7 @@ PUBLISHED: dict[tuple[int, float], tuple[float, float]] = {
 
 def simulate(size: int, slowdown: float, rule: str, seed: int) -> list[Ring]:
     """The turns of a whole run on packets of one number each; the rings afterwards."""
-    example: Any = (np.zeros(1, np.int8), Targets(np.zeros(1, np.int8), np.zeros(1, np.int8)))
+    example: Any = (np.zeros(1, np.int8), {"label": np.zeros(1, np.int8), "id": np.zeros(1, np.int8)})
     rings = [Ring(example, size, rule, seed=seed) for _ in range(MODULES - 1)]
     slowdowns = [slowdown if k == SLOWED else 1.0 for k in range(MODULES)]
     module_of, updates, turn = drawn(MODULES, slowdowns, seed), [0] * MODULES, 0

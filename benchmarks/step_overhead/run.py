@@ -71,12 +71,12 @@ class Case:
                 states_of_all, _ = jax.block_until_ready(engine.step(states_of_all, batch))
             states = list(states_of_all)
         else:
-            inputs, incoming = [], (batch, batch.targets)
+            inputs, incoming = [], (batch, batch.context)
             for k, program in enumerate(engine.programs):
                 inputs.append(incoming)
                 states[k], payload, _ = program(states[k], *incoming)
                 if k + 1 < len(engine.programs):
-                    incoming = jax.device_put((payload, batch.targets), engine.placement.split(k + 1))
+                    incoming = jax.device_put((payload, batch.context), engine.placement.split(k + 1))
             jax.block_until_ready(states)
             begin = time.thread_time()
             for _ in range(steps):

@@ -64,7 +64,7 @@ def pipeline(slowdown: float, args: Any) -> float:
     program = engine.programs[SLOWED]
     own: list[tuple[Any, float]] = []  # its newest step: metrics, and when it began
 
-    def slow(state: Any, incoming: Any, targets: Any) -> Any:
+    def slow(state: Any, incoming: Any, context: Any) -> Any:
         # A device that takes S times as long: the next step begins only then, whatever else was dispatched meanwhile.
         if own:
             metrics, start = own.pop()
@@ -72,7 +72,7 @@ def pipeline(slowdown: float, args: Any) -> float:
             time.sleep((slowdown - 1) * (time.perf_counter() - start))
         jax.block_until_ready(incoming)
         start = time.perf_counter()
-        result = program(state, incoming, targets)
+        result = program(state, incoming, context)
         own.append((result[2], start))
         return result
 

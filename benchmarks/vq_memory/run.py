@@ -21,7 +21,7 @@ import harness
 from dgl_jax.engines import ring_forms
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
-from dgl_jax.types import Header, Targets
+from dgl_jax.types import Header
 
 PACKETS, BATCH = 50, 128
 GIB = 2**30
@@ -57,7 +57,7 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
     info = DatasetInfo("cifar10", tuple(map(str, range(10))), (32, 32, 3), (0.5,) * 3, (0.25,) * 3)
     spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
     forms, rings = ring_forms(spec), []
-    targets = Targets(np.zeros(BATCH, np.int32), np.arange(BATCH, dtype=np.int32))
+    context = {"label": np.zeros(BATCH, np.int32), "id": np.arange(BATCH, dtype=np.int32)}
     gc.collect()
     before = resident()
     for form, hop in zip(forms, spec.hops, strict=True):
@@ -68,7 +68,7 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
         payload = jax.tree.map(np.asarray, jax.jit(spec.codec.encode)(codebook, x))
         for n in range(2 * held):  # written over once: as many codebooks as there ever are
             fresh = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
-            ring.add(payload, targets, Header(n, n), fresh)
+            ring.add(payload, context, Header(n, n), fresh)
         del x, payload
         rings.append(ring)
     gc.collect()

@@ -156,7 +156,7 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
         incoming, steps = batch, []
         for k, state in enumerate(states):
             step = jax.jit(made.spec.method.program(made.spec, k))
-            arguments = (put(state, made.engine.placement.replicated(0)), incoming, batch.targets)
+            arguments = (put(state, made.engine.placement.replicated(0)), incoming, batch.context)
             steps.append((step, arguments))
             incoming = jax.block_until_ready(step(*arguments))[1]
         ready[name] = steps

@@ -11,7 +11,7 @@ from dgl_jax.config import DataSettings, option
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.registry import Kind
-from dgl_jax.types import PADDING, Batch, Targets
+from dgl_jax.types import PADDING, Batch
 
 SPLITS = ("train", "validation", "test")
 
@@ -221,4 +221,4 @@ def padded(
         images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
         labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
         ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
-    return Batch(images, Targets(labels, ids), np.asarray(step, np.int32))
+    return Batch(images, {"label": labels, "id": ids}, np.asarray(step, np.int32))

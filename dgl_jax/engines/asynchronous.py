@@ -21,7 +21,7 @@ from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
 from dgl_jax.replay import Ring, RingSpec, Sample, check_memory
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Header, Message, Packet, Targets
+from dgl_jax.types import Batch, Context, Header, Message, Packet
 
 _LOG = logging.getLogger(__name__)
 _TURNS = 64  # the newest, kept for the timeline
@@ -65,7 +65,7 @@ class Rings:
 
     def add(self, producer: int, packet: Packet) -> None:
         """Copies a packet (host arrays; codebook None: the same as before) from one module to the ring of the next."""
-        self.ring(producer + 1).add(packet.payload, packet.targets, packet.header, packet.codebook)
+        self.ring(producer + 1).add(packet.payload, packet.context, packet.header, packet.codebook)
 
     def gauges(self) -> dict[str, float]:
         """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
@@ -164,8 +164,8 @@ class Asynchronous:
         def compile_all(k: int) -> None:
             try:
                 state = _shapes(states[k], self.placement.replicated(k))
-                incoming, targets = self._entering(k)
-                self._steps[k].lower(state, incoming, targets).compile()
+                incoming, context = self._entering(k)
+                self._steps[k].lower(state, incoming, context).compile()
                 if k < len(self._feeding):
                     self._feeding[k].lower(state, incoming).compile()
                 for program in self.of_states:
@@ -183,17 +183,17 @@ class Asynchronous:
             raise failed[0]
         self._prepared = True
 
-    def _entering(self, k: int) -> tuple[Any, Targets]:
+    def _entering(self, k: int) -> tuple[Any, Context]:
         """Returns shapes of what a turn of module k takes in, where it will lie."""
         split, everywhere = self.placement.split(k), self.placement.replicated(k)
-        targets: Any = _shapes(self.spec.targets(), split)
+        context: Any = _shapes(self.spec.context(k), split)
         if k == 0:
             images = jax.ShapeDtypeStruct(self.spec.inputs().shape, "uint8", sharding=split)
-            return Batch(images, targets, jax.ShapeDtypeStruct((), "int32", sharding=everywhere)), targets  # type: ignore[arg-type]
+            return Batch(images, context, jax.ShapeDtypeStruct((), "int32", sharding=everywhere)), context  # type: ignore[arg-type]
         hop = self.hops[k - 1]
         book = _shapes(hop.codebook, everywhere)
         newest = book if hop.period and self.spec.decode == "latest" else None
-        return Message(_shapes(hop.payload, split), book, newest), targets
+        return Message(_shapes(hop.payload, split), book, newest), context
 
     def init(self) -> EngineState:
         """Fresh modules, empty rings."""
@@ -211,11 +211,11 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
-    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Message, Targets]:
+    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Message, Context]:
         """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
-        payload, targets = put((packet.payload, packet.targets), self.placement.split(k))
+        payload, context = put((packet.payload, packet.context), self.placement.split(k))
         if not packet.header.codebook:
-            return Message(payload), targets
+            return Message(payload), context
         newest, latest = ring.newest_codebook
         wanted = {packet.header.codebook: packet.codebook}
         if self.spec.decode == "latest":
@@ -227,7 +227,7 @@ class Asynchronous:
                 here[version] = put(book, self.placement.replicated(k))
         self.codebooks[k] = here
         codebook = here[packet.header.codebook]
-        return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), targets
+        return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), context
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
@@ -257,12 +257,12 @@ class Intake(NamedTuple):
 
     Attributes:
       incoming: a Batch for the first module, a Message for the others.
-      targets: of its examples.
+      context: of its examples.
       sequence: number of the batch that it comes from.
     """
 
     incoming: Any
-    targets: Targets
+    context: Context
     sequence: int
 
 
@@ -306,12 +306,12 @@ class Turns:
         if k == 0:
             batch = self._engine.placement.put_batch(next(self._batches), 0)
             self._taken += 1
-            return Intake(batch, batch.targets, self._taken - 1)
+            return Intake(batch, batch.context, self._taken - 1)
         sample = self.rings.sample(k)
         if sample is None:
             return None
-        incoming, targets = self._engine.fetch(k, self.rings.ring(k), sample.packet)
-        return Intake(incoming, targets, sample.packet.header.sequence)
+        incoming, context = self._engine.fetch(k, self.rings.ring(k), sample.packet)
+        return Intake(incoming, context, sample.packet.header.sequence)
 
     def run(self, module: RunningModule, intake: Intake) -> Outcome:
         """Updates the module (or only feeds, once it is finished), and copies what goes to the next one to the host.
@@ -325,12 +325,14 @@ class Turns:
         else:
             # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
             module.state = None
-            state, coded, metrics = self._engine.programs[k](state, intake.incoming, intake.targets)
+            state, coded, metrics = self._engine.programs[k](state, intake.incoming, intake.context)
         packet = None
         if module.publisher is not None:
             fresh = module.publisher.fresh(coded.codebook, None if done else module.updates)
-            payload, targets, codebook = jax.device_get((coded.payload, intake.targets, fresh))
-            packet = Packet(payload, targets, Header(intake.sequence, module.updates + (not done)), codebook)
+            payload, context, codebook = jax.device_get(
+                (coded.payload, self._engine.spec.carried(k + 1, intake.context, coded.context), fresh)
+            )
+            packet = Packet(payload, context, Header(intake.sequence, module.updates + (not done)), codebook)
         jax.block_until_ready(metrics)
         module.state = state
         if k == 0:
@@ -356,7 +358,7 @@ def _shapes(tree: Any, sharding: Any) -> Any:
 
 def ring_forms(spec: TrainSpec) -> list[RingSpec]:
     """What each ring holds."""
-    return [RingSpec((hop.payload, spec.targets()), hop.codebook, hop.period) for hop in spec.hops]
+    return [RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period) for k, hop in enumerate(spec.hops, 1)]
 
 
 @dataclass(frozen=True)

@@ -65,19 +65,20 @@ class PipelineEngine(Synchronous):
         def receive(turn: Turn) -> tuple[Any, Any]:
             if turn.module == 0:
                 batch: Batch = self.placement.put_batch(next(batches), 0)
-                return batch, batch.targets
+                return batch, batch.context
             packet, registers[turn.module] = registers[turn.module], None
             assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
-            return Message(packet.payload, packet.codebook), packet.targets
+            return Message(packet.payload, packet.codebook), packet.context
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             results = []
             for turn in tick:
                 k = turn.module
-                incoming, targets = receive(turn)
-                states[k], coded, metrics = self.programs[k](states[k], incoming, targets)
+                incoming, context = receive(turn)
+                states[k], coded, metrics = self.programs[k](states[k], incoming, context)
                 if k + 1 < modules:
-                    packet = Packet(coded.payload, targets, Header(turn.batch, turn.batch + 1), coded.codebook)
+                    carried = self.spec.carried(k + 1, context, coded.context)
+                    packet = Packet(coded.payload, carried, Header(turn.batch, turn.batch + 1), coded.codebook)
                     registers[k + 1] = self._move(packet, k + 1)
                 results.append((turn, metrics))
             return results
@@ -92,12 +93,12 @@ class PipelineEngine(Synchronous):
         """To the devices of a module, with a codebook that was just published; nothing to do where they are the same."""
         if not self.placement.crosses(module - 1):
             return packet
-        payload, targets = put((packet.payload, packet.targets), self.placement.split(module))
+        payload, context = put((packet.payload, packet.context), self.placement.split(module))
         fresh = self.publishers[module - 1].fresh(packet.codebook, packet.header.sequence)
         if fresh is not None:
             fresh = self.published[module] = put(fresh, self.placement.replicated(module))
-        self.meters[module - 1].count(payload, targets, fresh)
-        return Packet(payload, targets, packet.header, self.published[module])
+        self.meters[module - 1].count(payload, context, fresh)
+        return Packet(payload, context, packet.header, self.published[module])
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:

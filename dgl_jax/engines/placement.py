@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.models.partition import balanced
-from dgl_jax.types import Batch, Message, Targets
+from dgl_jax.types import Batch, Message
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Placement:
 
     def coded(self, module: int) -> Message:
         """Where the parts of a packet are to be on the devices of the module that reads it: its codebook whole on each."""
-        return Message(self.split(module), self.replicated(module))
+        return Message(self.split(module), self.replicated(module), context=self.split(module))
 
     def crosses(self, hop: int) -> bool:
         """Whether what module `hop` hands to module `hop + 1` changes devices."""
@@ -51,7 +51,7 @@ class Placement:
         split: Any = self.split(module)
         everywhere: Any = self.replicated(module)
         # In one call: a call costs more than an array does.
-        return put(batch, Batch(split, Targets(split, split), everywhere))
+        return put(batch, Batch(split, split, everywhere))
 
     def describe(self) -> str:
         """One line for the log: which devices each module has."""

@@ -194,7 +194,7 @@ class Worker(RunningModule):
         if metrics is not None:
             self._count(crew, metrics, ended)
         if packet is not None and self._meter is not None:
-            self._meter.count(packet.payload, packet.targets, packet.codebook)
+            self._meter.count(packet.payload, packet.context, packet.codebook)
         turns.hand_on(self.number, packet, started - crew.began, ended - crew.began)
         self.progress = ended
 

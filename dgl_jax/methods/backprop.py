@@ -34,7 +34,7 @@ def backprop_step(spec: TrainSpec) -> TrainStep:
         params, stats = [state.params for state in states], [state.batch_stats for state in states]
         keys = [rngs.update(state.rng, state.updates) for state in states]
         gradients, stats, _, of_last = mean_gradient(
-            loss_function, params, stats, entrance(spec, batch), batch.targets._asdict(), keys, spec.accumulate
+            loss_function, params, stats, entrance(spec, batch), batch.context, keys, spec.accumulate
         )
         new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
         if spec.ema:

@@ -11,10 +11,10 @@ from dgl_jax.core.step import Metrics
 from dgl_jax.registry import Kind
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import augment_key
-from dgl_jax.types import Batch, Message, Targets
+from dgl_jax.types import Batch, Context, Message
 
-# (state, what came in: a Batch or a Message, its targets) -> (state, what goes to the next module: a Message or None, metrics)
-Program = Callable[[ModuleState, Any, Targets], tuple[ModuleState, Message | None, Metrics]]
+# (state, what came in: a Batch or a Message, the context of its examples) -> (state, a Message to the next module or None, metrics)
+Program = Callable[[ModuleState, Any, Context], tuple[ModuleState, Message | None, Metrics]]
 
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:

@@ -14,7 +14,7 @@ from dgl_jax.core.step import Metrics, feed_step, local_step
 from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Message, Targets
+from dgl_jax.types import Batch, Context, Message
 
 
 def module_program(spec: TrainSpec, k: int) -> Program:
@@ -24,15 +24,16 @@ def module_program(spec: TrainSpec, k: int) -> Program:
     """
     module, last = spec.modules[k], len(spec.modules) - 1
 
-    def program(state: ModuleState, incoming: Any, targets: Targets) -> tuple[ModuleState, Message | None, Metrics]:
+    def program(state: ModuleState, incoming: Any, context: Context) -> tuple[ModuleState, Message | None, Metrics]:
         inputs, drift = _receive(spec, k, incoming)
+        whole = context | _added(spec, k, inputs)
         updates = state.updates
         state, outputs, metrics = local_step(
             module,
             spec.optimizer,
             state,
             inputs,
-            targets._asdict(),
+            whole,
             accumulate=spec.accumulate,
         )
         if spec.ema:
@@ -41,7 +42,7 @@ def module_program(spec: TrainSpec, k: int) -> Program:
         if k == last:
             return state, None, metrics
         state, coded, of_codec = _hand_on(spec, state, outputs, updates)
-        return state, coded, metrics | of_codec
+        return state, coded._replace(context=_added(spec, k, inputs, above=True)), metrics | of_codec
 
     program.__name__ = module.name
     return program
@@ -58,9 +59,18 @@ def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState,
         inputs, _ = _receive(spec, k, incoming)
         outputs = feed_step(module, state, inputs, train=train, accumulate=spec.accumulate)
         codebook = spec.codebook(state)
-        return Message(spec.codec.encode(codebook, outputs), codebook)
+        return Message(spec.codec.encode(codebook, outputs), codebook, context=_added(spec, k, inputs, above=True))
 
     return program
+
+
+def _added(spec: TrainSpec, k: int, inputs: jax.Array, above: bool = False) -> Context:
+    """Returns what module k adds to the context: the first one the image, as the network sees it, if an objective asks.
+
+    Args:
+      above: only what an objective of another module asks for.
+    """
+    return {"image": inputs} if k == 0 and "image" in spec.needs(int(above)) else {}
 
 
 def _receive(spec: TrainSpec, k: int, incoming: Any) -> tuple[jax.Array, Metrics]:
@@ -95,10 +105,13 @@ def fused_step(spec: TrainSpec) -> TrainStep:
     def step(states: States, batch: Batch) -> tuple[States, tuple[Metrics, ...]]:
         new, metrics = [], []
         incoming: Any = batch
-        for program, state in zip(programs, states, strict=True):
-            state, incoming, of_module = program(state, incoming, batch.targets)
+        context = batch.context
+        for k, (program, state) in enumerate(zip(programs, states, strict=True), 1):
+            state, incoming, of_module = program(state, incoming, context)
             # Each module is compiled as it would be alone, which keeps every bit equal to the pipeline's.
             state, incoming, of_module = jax.lax.optimization_barrier((state, incoming, of_module))
+            if incoming is not None:
+                context = spec.carried(k, context, incoming.context)
             new.append(state)
             metrics.append(of_module)
         return tuple(new), tuple(metrics)

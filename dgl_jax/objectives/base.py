@@ -8,8 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dgl_jax.registry import Kind
-
-Context = Mapping[str, Array]  # arrays with a row for each example, by name: `label`, `id`, and what objectives ask for besides
+from dgl_jax.types import Context
 
 
 class LocalLoss(NamedTuple):
@@ -61,10 +60,10 @@ class ObjectiveInputs:
     """What the factory of an objective is told.
 
     Attributes:
-      k: number of the module.
-      modules: how many there are.
+      k: number of the module; None while it is not decided where the network is cut, and what a module would cost is asked.
+      modules: how many there are; None as well.
       blocks: all blocks of the network.
-      end: number of the first block that is no longer in the module.
+      end: number of the first block behind the module: `blocks[end:]` follow, and the module is the last one where none do.
       classes: of the data set.
       head: makes a fresh head of the configured kind, a Flax module called as `head(x, train)`; the network's classifier for the
         last module.
@@ -72,8 +71,8 @@ class ObjectiveInputs:
       label_smoothing: share of each target that is spread over all classes.
     """
 
-    k: int
-    modules: int
+    k: int | None
+    modules: int | None
     blocks: Sequence[nn.Module]
     end: int
     classes: int

@@ -31,15 +31,15 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     """Compiles the program of each module for the default device; runs nothing. None where XLA does not tell its plans."""
     images: Any = jax.ShapeDtypeStruct((spec.batch_size, *spec.image_shape), "uint8")
     step: Any = jax.ShapeDtypeStruct((), "int32")
-    incoming: Any = Batch(images, spec.targets(), step)
+    incoming: Any = Batch(images, spec.context(0), step)
     found = []
     for k, state in enumerate(spec.abstract_states()):
         if k:
             incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
-        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, incoming, spec.targets())
+        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, incoming, spec.context(k))
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None
-        packet = nbytes((incoming.payload if k else incoming.images, spec.targets()))
+        packet = nbytes((incoming.payload if k else incoming.images, spec.context(k)))
         found.append(ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet))
     return found

@@ -17,7 +17,7 @@ from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.registry import RULES
 from dgl_jax.replay.rules import ANY_NUMBER, limit_of
-from dgl_jax.types import Header, Packet, Targets, nbytes
+from dgl_jax.types import Context, Header, Packet, nbytes
 
 
 class Sample(NamedTuple):
@@ -57,7 +57,7 @@ class Ring:
     """M packets in arrays taken once: one copy in, one copy out. Safe to write and read from two threads.
 
     Args:
-      example: a packet of shapes and dtypes, as `jax.eval_shape` gives them: (payload, targets).
+      example: a packet of shapes and dtypes, as `jax.eval_shape` gives them: (payload, context).
       size: M.
       rule: a name in `RULES`.
       max_reuse: reads a packet allows; 0: any number. Under the rule `released` a packet counts as used once when it is written,
@@ -69,7 +69,7 @@ class Ring:
 
     def __init__(
         self,
-        example: tuple[Any, Targets],
+        example: tuple[Any, Context],
         size: int,
         rule: str = "least_used_latest",
         max_reuse: int = 0,
@@ -80,6 +80,7 @@ class Ring:
         self._seed = (seed,) if isinstance(seed, int) else seed
         self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
+        self._names = sorted(example[1])  # in the order of the leaves
         self._one_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(example[0]))  # the usual payload needs no walk
         # full, not zeros: the memory is taken here and now, not at the first write.
         self._slots = [np.full((size, *leaf.shape), 0, leaf.dtype) for leaf in leaves]
@@ -111,13 +112,15 @@ class Ring:
         with self._lock:
             return set(self._books)
 
-    def add(self, payload: Any, targets: Targets, header: Header, codebook: Any = None) -> None:
+    def add(self, payload: Any, context: Context, header: Header, codebook: Any = None) -> None:
         """Copies a packet (host arrays) over the oldest one.
 
         Args:
           codebook: what the payload was encoded with, where it is a new one; else it was the one before. Not copied.
         """
-        leaves = (payload, *targets) if self._one_array else self._form.flatten_up_to((payload, targets))
+        leaves = (
+            (payload, *(context[name] for name in self._names)) if self._one_array else self._form.flatten_up_to((payload, context))
+        )
         with self._lock:
             tally, size = self.tally, self.size
             slot = tally.written % size
@@ -164,9 +167,9 @@ class Ring:
             assert header is not None
             codebook = self._books.get(header.codebook, ())
         if self._one_array:
-            return Sample(Packet(leaves[0], Targets(leaves[1], leaves[2]), header, codebook), age, use)
-        payload, targets = self._form.unflatten(leaves)
-        return Sample(Packet(payload, targets, header, codebook), age, use)
+            return Sample(Packet(leaves[0], dict(zip(self._names, leaves[1:])), header, codebook), age, use)
+        payload, context = self._form.unflatten(leaves)
+        return Sample(Packet(payload, context, header, codebook), age, use)
 
     def ready(self) -> bool:
         """Whether `sample` would give a packet."""
@@ -218,9 +221,9 @@ class Ring:
 
 
 class RingSpec(NamedTuple):
-    """What a ring holds, as shapes: a packet (payload, targets), a codebook, and the updates from one codebook to the next."""
+    """What a ring holds, as shapes: a packet (payload, context), a codebook, and the updates from one codebook to the next."""
 
-    packet: tuple[Any, Targets]
+    packet: tuple[Any, Context]
     codebook: Any = ()
     period: int = 0
 

@@ -17,11 +17,11 @@ from dgl_jax.data import Source, make_source
 from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.errors import UserError
-from dgl_jax.models import BALANCED, BlockCosts, cuts, make_head, make_network
-from dgl_jax.objectives import Classifier
+from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
+from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.registry import DATA_SETS, ENGINES, METHODS
+from dgl_jax.registry import DATA_SETS, ENGINES, METHODS, OBJECTIVES
 from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import Preprocess
@@ -103,18 +103,33 @@ def make_experiment(
 
 
 def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
-    """Returns the network with the head that may stand behind each block, before it is cut.
+    """Returns the network with the objective that may stand behind each block, before it is cut.
 
     Raises:
       UserError: there is no such network, or it does not fit the images.
     """
-    model, classes = settings.model, len(info.class_names)
-    network = make_network(model.name, model.width, classes, info.image_shape, model.dtype, model.ops)
-    local, smoothing = METHODS[settings.method.name].local, settings.train.label_smoothing
-    head = Classifier(make_head(model.head, classes, model.dtype, model.ops), smoothing) if local else None
-    heads = [head] * (len(network.blocks) - 1)
+    network = _network(settings, info)
+    objectives = [_objective(settings, network, end, len(info.class_names)) for end in range(1, len(network.blocks) + 1)]
     inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.image_shape), "float32")
-    return Blocks(network.blocks, (*heads, Classifier(network.classifier, smoothing)), inputs)
+    return Blocks(network.blocks, tuple(objectives), inputs)
+
+
+def _network(settings: Settings, info: DatasetInfo) -> Network:
+    model = settings.model
+    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype, model.ops)
+
+
+def _objective(
+    settings: Settings, network: Network, end: int, classes: int, k: int | None = None, modules: int | None = None
+) -> Objective | None:
+    """Returns the objective of a module that ends in front of block `end`; None under a method that gives it none."""
+    model, last = settings.model, end == len(network.blocks)
+    if not last and not METHODS[settings.method.name].local:
+        return None
+    # The classifier of the network is the head of the last module.
+    head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
+    inputs = ObjectiveInputs(k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing)
+    return OBJECTIVES[settings.objective.name].make(settings.objective, inputs)
 
 
 def choose_cuts(
@@ -158,16 +173,17 @@ def make_spec(
     Raises:
       UserError: the method sends nothing that a codec could encode.
     """
-    model, network = settings.model, make_blocks(settings, info)
+    model, network = settings.model, _network(settings, info)
     method = METHODS[settings.method.name].make()
     if not method.sends and settings.codec.name != "identity":
         raise UserError(
             f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} sends nothing between modules; "
             "use identity"
         )
-    ends = [*first_blocks[1:], len(network.blocks)]
+    ends, classes, count = [*first_blocks[1:], len(network.blocks)], len(info.class_names), len(first_blocks)
+    objectives = [_objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)]
     return TrainSpec(
-        modules=make_modules(network.blocks, first_blocks, [network.heads[end - 1] for end in ends], model.remat, model.ops),
+        modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),

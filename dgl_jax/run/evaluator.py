@@ -20,7 +20,7 @@ from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import PADDING, Batch, Message, Targets
+from dgl_jax.types import PADDING, Batch, Context, Message
 
 
 class Evaluator:
@@ -39,8 +39,8 @@ class Evaluator:
 
     def probabilities(
         self, states: Sequence[ModuleState], batch: Batch
-    ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Targets]:
-        """Class probabilities of each head (None without one), of the ensemble, and the targets beside the latter."""
+    ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Context]:
+        """Class probabilities of each head (None without one), of the ensemble, and the context beside the latter."""
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).images
         books = [self.spec.codebook(state) for state in states]
@@ -52,7 +52,7 @@ class Evaluator:
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
-        return heads, _ensemble(gathered), put(batch.targets, end)
+        return heads, _ensemble(gathered), put(batch.context, end)
 
     def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
         """`<split>/module_0/accuracy` (fraction), `<split>/module_0/loss` (nats), ..., `<split>/ensemble/accuracy`.
@@ -62,10 +62,10 @@ class Evaluator:
         counts = []
         with jax.transfer_guard("disallow"):
             for batch in source.evaluation(split):
-                heads, ensemble, targets = self.probabilities(state.modules, batch)
+                heads, ensemble, context = self.probabilities(state.modules, batch)
                 end = self.placement.split(len(heads) - 1)
                 named = {m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None}
-                counts.append({name: _count(p, targets.label) for name, p in (named | {"ensemble": ensemble}).items()})
+                counts.append({name: _count(p, context["label"]) for name, p in (named | {"ensemble": ensemble}).items()})
         return _summarise(read(counts), split)
 
 

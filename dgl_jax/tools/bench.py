@@ -69,13 +69,13 @@ def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, 
         return []  # one program that cannot be taken apart
     batch = placement.put_batch(experiment.source.batch(0), 0)
     incoming: Any = batch
-    times = []
+    context, times = batch.context, []
     for k, module in enumerate(state.modules):
         program = jitted(spec, k, placement)
-        targets = put(batch.targets, placement.split(k))
         if k:
-            incoming = put(incoming, placement.coded(k))
-        elapsed, (_, incoming, _) = clocked(program, module, incoming, targets, repeats=repeats, company=company)
+            context = put(spec.carried(k, context, incoming.context), placement.split(k))
+            incoming = put(incoming._replace(context=()), placement.coded(k))
+        elapsed, (_, incoming, _) = clocked(program, module, incoming, context, repeats=repeats, company=company)
         times.append(elapsed)
     return times
 

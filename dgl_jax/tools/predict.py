@@ -20,7 +20,7 @@ from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import Trained, load_trained
 from dgl_jax.run.writers import check_writable, write_stdout, write_text, writing
-from dgl_jax.types import PADDING, Batch, Targets
+from dgl_jax.types import PADDING, Batch
 
 
 def predict_probabilities(
@@ -122,7 +122,7 @@ def _batches(images: UInt8[np.ndarray, "N H W C"], size: int) -> Iterator[tuple[
         padded = np.zeros((size, *part.shape[1:]), np.uint8)
         padded[: len(part)] = part
         none = np.full(size, PADDING, np.int32)
-        yield Batch(padded, Targets(none, none), np.zeros((), np.int32)), len(part)
+        yield Batch(padded, {"label": none, "id": none}, np.zeros((), np.int32)), len(part)
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:
