@@ -16,10 +16,11 @@ from dgl_jax.config import make_settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import eval_step
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.run.build import make_spec
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import load_trained
-from dgl_jax.run.stored import DatasetInfo, read_json
+from dgl_jax.run.workdir import read_json
 from dgl_jax.run.writers import check_writable, write_atomically, writing
 from dgl_jax.spec import TrainSpec
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import Settings, make_settings
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.errors import require
 from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import make_experiment, remarks
@@ -13,7 +14,6 @@ from dgl_jax.run.checkpoint import newest_meta
 from dgl_jax.run.loop import Run
 from dgl_jax.run.restore import check_weights, load_trained
 from dgl_jax.run.signals import interrupted_by_signals
-from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.run.summary import Summary
 from dgl_jax.run.workdir import check, finished, holds_checkpoint, lock, reporting
 from dgl_jax.run.writers import check_writable

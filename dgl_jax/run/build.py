@@ -15,6 +15,7 @@ from dgl_jax.config import CodecSettings, DataSettings, Settings, not_applicable
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 from dgl_jax.data import SHAPES, Preprocess, Source, make_source
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine, ring_forms
 from dgl_jax.engines.placement import assign, check_batch, one_group
 from dgl_jax.errors import UserError
@@ -23,7 +24,6 @@ from dgl_jax.models import BALANCED, BlockCosts, Network, check_network, cuts, m
 from dgl_jax.profile.flops import block_flops, module_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.replay import check_memory
-from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.spec import TrainSpec
 
 _LOG = logging.getLogger(__name__)
