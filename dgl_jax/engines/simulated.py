@@ -58,7 +58,7 @@ class SimulatedEngine(Asynchronous):
             if metrics is not None:
                 brought: list[Metrics] = [{} for _ in states]
                 brought[k] = jax.block_until_ready(metrics)
-                yield Report(tuple(updates), tuple(brought), snapshot)
+                yield Report(tuple(updates), tuple(brought), snapshot, step=min(updates))
 
     def _next(self, flight: Rings) -> int | None:
         """The module that works now, which then has a packet to read; None where a turn is lost."""

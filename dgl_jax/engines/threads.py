@@ -352,7 +352,7 @@ class _Run:
         with self.counting:
             self.updates[k] += 1
             self.engine._paces[k].updates += 1
-            self.events.put(Report(tuple(self.updates), tuple(brought), self.snapshot, at))
+            self.events.put(Report(tuple(self.updates), tuple(brought), self.snapshot, at, step=min(self.updates)))
         if self.updates[k] == self.until:  # a module below that only feeds may be needed no longer
             self._wake()
 
