@@ -11,7 +11,7 @@ from dgl_jax.errors import require
 from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import make_experiment, remarks
 from dgl_jax.run.checkpoint import newest_meta
-from dgl_jax.run.loop import Run
+from dgl_jax.run.loop import train_loop
 from dgl_jax.run.restore import check_weights, load_trained
 from dgl_jax.run.signals import interrupted_by_signals
 from dgl_jax.run.summary import Summary
@@ -60,11 +60,7 @@ def train_and_evaluate(
         if other:
             check_weights(experiment, other)
         with lock(workdir), interrupted_by_signals() as interruption:
-            run = Run(experiment, workdir, interruption)
-            try:
-                return run.run(other)
-            finally:
-                run.close()
+            return train_loop(experiment, workdir, interruption, other)
 
 
 def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
