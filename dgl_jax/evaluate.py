@@ -4,10 +4,10 @@ from pathlib import Path
 
 from dgl_jax.config import Settings, differences
 from dgl_jax.data import make_source
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.errors import UserError
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.restore import load_trained, read_settings
-from dgl_jax.run.stored import DatasetInfo
 
 
 def evaluate_run(

@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save
 from dgl_jax.config import make_settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
-from dgl_jax.core.step import eval_step
+from dgl_jax.data.info import DatasetInfo
+from dgl_jax.methods.base import evaluate
 from dgl_jax.run.build import make_spec
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import load_trained
-from dgl_jax.run.stored import DatasetInfo, read_json
+from dgl_jax.run.workdir import read_json
 from dgl_jax.run.writers import check_writable, write_atomically, writing
 from dgl_jax.spec import TrainSpec
 
@@ -38,12 +39,10 @@ class Exported:
 
     def logits(self, images: UInt8[Array | np.ndarray, "B H W C"]) -> list[Float[Array, "B classes"] | None]:
         """Logits of each module's head (None without one; the last are the network's) for images as stored, 0 to 255."""
-        x, results = self.spec.preprocess.evaluate(images), []
-        for k, (module, variables) in enumerate(zip(self.spec.modules, self.variables)):
-            if k:
-                codebook = self.variables[k - 1]["codebook"]
-                x = self.spec.codec.decode(codebook, self.spec.codec.encode(codebook, x))
-            x, logits = eval_step(module, variables["params"], variables["batch_stats"], x)
+        incoming: Any = images
+        results = []
+        for k, variables in enumerate(self.variables):
+            incoming, logits = evaluate(self.spec, k, **variables, incoming=incoming)
             results.append(logits)
         return results
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import Settings, make_settings
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.errors import require
 from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import make_experiment, remarks
 from dgl_jax.run.checkpoint import newest_meta
-from dgl_jax.run.loop import Run
+from dgl_jax.run.loop import train_loop
 from dgl_jax.run.restore import check_weights, load_trained
 from dgl_jax.run.signals import interrupted_by_signals
-from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.run.summary import Summary
 from dgl_jax.run.workdir import check, finished, holds_checkpoint, lock, reporting
 from dgl_jax.run.writers import check_writable
@@ -60,11 +60,7 @@ def train_and_evaluate(
         if other:
             check_weights(experiment, other)
         with lock(workdir), interrupted_by_signals() as interruption:
-            run = Run(experiment, workdir, interruption)
-            try:
-                return run.run(other)
-            finally:
-                run.close()
+            return train_loop(experiment, workdir, interruption, other)
 
 
 def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:

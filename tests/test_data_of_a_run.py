@@ -15,6 +15,7 @@ from runs import arrays, records, small_config
 from dgl_jax import train
 from dgl_jax.config import make_settings
 from dgl_jax.data import folder
+from dgl_jax.data.info import DatasetInfo, listed
 from dgl_jax.data.memory import channel_statistics
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
@@ -23,7 +24,6 @@ from dgl_jax.run import build, restore
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.checkpoint import newest_meta
 from dgl_jax.run.restore import load_trained
-from dgl_jax.run.stored import DatasetInfo, listed
 from dgl_jax.tools import predict
 from dgl_jax.tools.predict import predict_probabilities, predict_run
 from dgl_jax.train import train_and_evaluate

@@ -289,6 +289,7 @@ def test_reports(tiny, name):
     state = tiny.place(run, tiny.init(run.spec))
     reports = list(run.run(state, tiny.source, STEPS))
     assert [report.updates for report in reports] == [(step,) * 3 for step in range(1, STEPS + 1)]
+    assert [report.step for report in reports] == list(range(1, STEPS + 1))
     assert all(set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics)
     for report in reports[:-1]:
         with pytest.raises(RuntimeError, match="in the pipe"):

@@ -15,7 +15,7 @@ from dgl_jax.run.metrics import Window, diverged, read
 def report(step, *losses):
     """Device scalars, as engines give them; module k's accuracy is k / 10 + step / 100."""
     of_modules = tuple({"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)} for k, loss in enumerate(losses))
-    return Report((step,) * len(losses), of_modules, lambda: None)
+    return Report((step,) * len(losses), of_modules, lambda: None, step=step)
 
 
 def filled(window=None, start=1):
@@ -41,7 +41,7 @@ def test_means_by_hand():
 
 def test_modules_without_metrics_have_no_entries():
     window = Window()
-    window.add(Report((1, 1), ({}, {"loss": jnp.float32(2)}), lambda: None))
+    window.add(Report((1, 1), ({}, {"loss": jnp.float32(2)}), lambda: None, step=1))
     assert window.close() == {"train/module_1/loss": 2.0}
 
 

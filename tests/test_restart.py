@@ -1,10 +1,12 @@
 """Snapshots while workers go on, and modules that fail between, in and after their updates."""
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1
 from runs import records
 from test_threads import TOTAL, Fault, begin, engine, run, threaded, workers
 
@@ -12,6 +14,7 @@ from dgl_jax.engines import EngineState, ThreadsEngine, counts, threads
 from dgl_jax.engines.asynchronous import flight_of
 from dgl_jax.errors import UserError
 from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.saver import Saver
 from dgl_jax.train import train_and_evaluate
 
 
@@ -150,6 +153,23 @@ def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(t
     found = checkpoints.restore_module(1, prepare)
     assert same(to_host(found), to_host(state.modules[1]))
     assert {device for leaf in jax.tree.leaves(found) for device in leaf.devices()} == {devices[1]}
+    checkpoints.close()
+
+
+def test_a_recovery_reads_the_arrays_of_one_module(tiny, devices, tmp_path, to_host, monkeypatch):
+    made, read = engine(tiny, devices), []
+    checkpoints, begun = Checkpoints(tmp_path / "checkpoints"), SimpleNamespace(step=0, flight=False)
+    saver = Saver(SimpleNamespace(spec=made.spec, engine=made), checkpoints, None, begun)
+    assert saver.recover(1) is None
+    state, _ = run(tiny, made, until=2)
+    checkpoints.save(2, state, {}, flight=state.flight.snapshot())
+    load = v1.load_checkpointables
+    monkeypatch.setattr(v1, "load_checkpointables", lambda path, wanted: read.append(set(wanted)) or load(path, wanted))
+    assert same(to_host(saver.recover(1)), to_host(state.modules[1]))
+    assert read == [{"module_1"}]
+    # Twin: a whole restoring reads all of them.
+    checkpoints.restore(lambda _: (made.spec.abstract_states(), made.placement))
+    assert read[1:] == [{"module_0", "module_1", "module_2", "flight"}]
     checkpoints.close()
 
 

@@ -17,10 +17,12 @@ from dgl_jax.engines import EngineState
 from dgl_jax.errors import UserError
 from dgl_jax.run import loop
 from dgl_jax.run.checkpoint import Checkpoints, checkpoint_steps
+from dgl_jax.run.due import Due
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.restore import load_trained
 from dgl_jax.run.signals import Interrupted
+from dgl_jax.run.writers import JsonLinesWriter
 from dgl_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.full_compile  # engines and numbers of devices are compared
@@ -58,14 +60,14 @@ def interrupted(workdir: Path, step: int, config=None, signum: int = signal.SIGT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [(Evaluator, "evaluate"), (loop.Run, "_next_event")])
+@pytest.mark.parametrize("place", [(Evaluator, "evaluate"), (Due, "next_event")])
 def test_a_signal_between_steps_is_followed_by_a_checkpoint(place, tmp_path, monkeypatch):
     """At step 6 an evaluation is due and a checkpoint is not: the signal comes meanwhile, or as the next steps are to begin."""
     function, calls = getattr(*place), []
 
     def signalled(*args):
         calls.append(args)
-        if len(calls) == {"evaluate": 1, "_next_event": 3}[place[1]]:  # steps up to 4, 6 and 8
+        if len(calls) == {"evaluate": 1, "next_event": 3}[place[1]]:  # steps up to 4, 6 and 8
             signal.raise_signal(signal.SIGTERM)
         return function(*args)
 
@@ -226,13 +228,13 @@ def test_extending_a_cosine_says_that_the_schedule_changes(tmp_path, caplog):
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        begin = loop.Run._begin
+        begin = loop.begin
 
-        def signalled(self, other):
+        def signalled(*args):
             signal.raise_signal(signal.SIGTERM)
-            return begin(self, other)
+            return begin(*args)
 
-        patch.setattr(loop.Run, "_begin", signalled)
+        patch.setattr(loop, "begin", signalled)
         with pytest.raises(Interrupted, match="stopped at step 0"):
             train_and_evaluate(small_config(), tmp_path)
     assert records(tmp_path) == []
@@ -294,7 +296,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop.JsonLinesWriter, "write_scalars", no_space)
+    monkeypatch.setattr(JsonLinesWriter, "write_scalars", no_space)
     with pytest.raises(UserError, match="the disk is full; free some space and run the same line again"):
         train_and_evaluate(small_config(), tmp_path)
 

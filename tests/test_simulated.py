@@ -34,6 +34,7 @@ def run(tiny, made: SimulatedEngine, state, until=TOTAL, to_host=None):
     """State at the end and every report's updates and metrics."""
     reports = []
     for report in made.run(state, tiny.source, until):
+        assert report.step == min(report.updates)
         reports.append((report.updates, to_host(report.metrics)))
         state = report.snapshot()
     return state, reports

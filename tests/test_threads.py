@@ -301,6 +301,7 @@ def test_soak_with_random_delays_and_a_failure(tiny, devices, monkeypatch):
     made.recover = lambda k: saved[k]
     seen: list[tuple[int, int, int]] = []  # at intervals: workers, arrays alive, their bytes
     for report in made.run(begin(tiny, made), tiny.source, until):
+        assert report.step == min(report.updates)
         if report.metrics[2] and report.updates[2] % 40 == 0:
             alive = jax.live_arrays()
             seen.append((len(workers()), len(alive), sum(a.nbytes for a in alive)))

@@ -17,7 +17,7 @@ from dgl_jax import export, train
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.run import checkpoint, stored, workdir, writers
+from dgl_jax.run import checkpoint, workdir, writers
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.plots import plot
 from dgl_jax.run.restore import load_trained
@@ -294,7 +294,7 @@ def test_a_summary_that_cannot_be_read_counts_as_none(copy, content, caplog):
     (copy / "summary.json").write_bytes(content)
     assert [path.name for path in plot(copy)] == ["accuracy.png", "loss.png"]
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        assert workdir.finished(copy, stored.load_settings(copy / "config.json")) is None
+        assert workdir.finished(copy, workdir.load_settings(copy / "config.json")) is None
     assert "summary.json cannot be read" in caplog.text
     if content == b"{}":
         before = records(copy)
@@ -333,9 +333,9 @@ def test_output_that_cannot_be_written_is_said_before_the_work(run, image, stray
             export_run(run, output=output)
     monkeypatch.setattr(plan, "plan", unwanted)
     with pytest.raises(UserError, match=f"^--output={stray}/a.png: cannot write there"):
-        plan.plan_run(stored.load_settings(run / "config.json"), output=f"{stray}/a.png")
+        plan.plan_run(workdir.load_settings(run / "config.json"), output=f"{stray}/a.png")
     with pytest.raises(UserError, match=f"^{stray}/plots/plan.png: cannot write there"):
-        plan.plan_run(stored.load_settings(run / "config.json"), workdir=str(stray))
+        plan.plan_run(workdir.load_settings(run / "config.json"), workdir=str(stray))
     assert stray.read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.csv"]
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -120,12 +120,14 @@ class Report:
       metrics: of each module for its newest update, empty where this report brings none: device scalars, already computed.
       snapshot: gives the EngineState. Of a synchronous engine only the last report of a run has one: before it, batches are in
         the pipe.
+      step: the step that the run has reached: the updates that every module has made. Falls back with a restarted module.
       at: seconds of a monotonic clock at which the update was done, if reports may be read later than they are made.
     """
 
     updates: tuple[int, ...]
     metrics: tuple[Metrics, ...]
     snapshot: Snapshot
+    step: int = field(kw_only=True)
     at: float | None = None
 
 
@@ -234,7 +236,7 @@ def run_ticks(
         for turn, metrics in sorted(results, key=lambda result: result[0]):
             collected.setdefault(turn.batch, []).append(metrics)
         for batch in sorted(b for b, found in collected.items() if len(found) == modules):
-            yield Report((batch + 1,) * modules, tuple(collected.pop(batch)), _in_flight)
+            yield Report((batch + 1,) * modules, tuple(collected.pop(batch)), _in_flight, step=batch + 1)
 
     def reports() -> Iterator[Report]:
         for tick in ticks:

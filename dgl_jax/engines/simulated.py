@@ -69,7 +69,9 @@ class SimulatedEngine(Asynchronous):
             if metrics is not None:
                 brought: list[Metrics] = [{} for _ in modules]
                 brought[k] = metrics
-                yield Report(tuple(module.updates for module in modules), tuple(brought), snapshot)
+                yield Report(
+                    tuple(module.updates for module in modules), tuple(brought), snapshot, step=min(m.updates for m in modules)
+                )
 
     def _next(self, flight: Rings) -> int | None:
         """The module that works now, which then has a packet to read; None where a turn is lost."""

@@ -231,7 +231,7 @@ class Supervisor:
             return event
         brought: list[Metrics] = [{} for _ in self.workers]
         brought[event.module] = event.metrics
-        return Report(event.counts, tuple(brought), self.snapshot, event.at)
+        return Report(event.counts, tuple(brought), self.snapshot, event.at, step=min(event.counts))
 
     def _copy(self, worker: Worker) -> tuple[ModuleState, int]:
         """Returns a copy of a module, and the batches read when it was made."""

@@ -11,22 +11,22 @@ from dgl_jax.codecs import relative_error
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, feed_step, local_step
-from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
+from dgl_jax.methods.base import MethodKind, Ports, Program, States, TrainStep
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Context, Message
 
 
 def module_program(spec: TrainSpec, k: int) -> Program:
-    """The pure function of module k, ready for `jax.jit` (donate the state).
+    """Returns the pure function of module k, ready for `jax.jit` (donate the state).
 
     The first module takes a Batch, the others what a packet brings; the last one hands nothing on.
     """
-    module, last = spec.modules[k], len(spec.modules) - 1
+    module, ports = spec.modules[k], Ports(spec, k)
 
     def program(state: ModuleState, incoming: Any, context: Context) -> tuple[ModuleState, Message | None, Metrics]:
-        inputs, drift = _receive(spec, k, incoming)
-        whole = context | _added(spec, k, inputs)
+        inputs, of_input = ports.receive(incoming)
+        whole = context | ports.added(inputs)
         updates = state.updates
         state, outputs, metrics = local_step(
             module,
@@ -38,64 +38,44 @@ def module_program(spec: TrainSpec, k: int) -> Program:
         )
         if spec.ema:
             state = ema.advance(state, spec.ema)
-        metrics |= drift
-        if k == last:
+        metrics |= of_input
+        if k == len(spec.modules) - 1:
             return state, None, metrics
-        state, coded, of_codec = _hand_on(spec, state, outputs, updates)
-        return state, coded._replace(context=_added(spec, k, inputs, above=True)), metrics | of_codec
+        key = rngs.codec(state.rng, updates)
+        published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
+        coded = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
+        state, of_codec = _learn(spec, state, published, key, outputs, coded)
+        return state, coded, metrics | of_codec
 
     program.__name__ = module.name
     return program
 
 
+def _learn(
+    spec: TrainSpec, state: ModuleState, published: Any, key: jax.Array, outputs: jax.Array, coded: Any
+) -> tuple[ModuleState, Metrics]:
+    """Lets the codec, in the state `published`, learn from what was encoded; returns the module's new state, and metrics."""
+    codec = spec.codec
+    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(coded.codebook, coded.payload))}
+    learnt, health = codec.update(published, key, outputs)
+    if "codec" in state.extras:
+        state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
+    return state, metrics | health
+
+
 def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
-    """The pure function of a module that is done: what comes in, to what goes to the next one; nothing is updated.
+    """Returns the pure function of a module that is done: from what comes in to what goes on; nothing is updated.
 
     `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
     """
-    module = spec.modules[k]
+    module, ports = spec.modules[k], Ports(spec, k)
 
     def program(state: ModuleState, incoming: Any) -> Message:
-        inputs, _ = _receive(spec, k, incoming)
+        inputs, _ = ports.receive(incoming)
         outputs = feed_step(module, state, inputs, train=train, accumulate=spec.accumulate)
-        codebook = spec.codebook(state)
-        return Message(spec.codec.encode(codebook, outputs), codebook, context=_added(spec, k, inputs, above=True))
+        return ports.hand_on(outputs, spec.codebook(state), inputs)
 
     return program
-
-
-def _added(spec: TrainSpec, k: int, inputs: jax.Array, above: bool = False) -> Context:
-    """Returns what module k adds to the context: the first one the image, as the network sees it, if an objective asks.
-
-    Args:
-      above: only what an objective of another module asks for.
-    """
-    return {"image": inputs} if k == 0 and "image" in spec.needs(int(above)) else {}
-
-
-def _receive(spec: TrainSpec, k: int, incoming: Any) -> tuple[jax.Array, Metrics]:
-    """Inputs of a module, and how far they are from what was sent, where the newest codebook decodes."""
-    if k == 0:
-        return entrance(spec, incoming), {}
-    inputs = spec.codec.decode(incoming.codebook, incoming.payload)
-    if incoming.newest is None:
-        return inputs, {}
-    drifted = spec.codec.decode(incoming.newest, incoming.payload)
-    return drifted, {"codec_drift": relative_error(inputs, drifted)}
-
-
-def _hand_on(spec: TrainSpec, state: ModuleState, outputs: jax.Array, updates: jax.Array) -> tuple[ModuleState, Message, Metrics]:
-    """Encodes with the published codebook, and learns from what was encoded."""
-    codec = spec.codec
-    key = rngs.codec(state.rng, updates)
-    learnt = codec.publish(state.extras.get("codec"), key, outputs, updates)
-    codebook = codec.codebook(learnt)
-    coded = Message(codec.encode(codebook, outputs), codebook)
-    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(codebook, coded.payload))}
-    learnt, health = codec.update(learnt, key, outputs)
-    if "codec" in state.extras:
-        state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
-    return state, coded, metrics | health
 
 
 def fused_step(spec: TrainSpec) -> TrainStep:

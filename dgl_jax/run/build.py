@@ -14,6 +14,7 @@ from dgl_jax.config import DataSettings, Settings
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 from dgl_jax.data import Source, make_source
+from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.errors import UserError
@@ -22,7 +23,6 @@ from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.registry import DATA_SETS, ENGINES, METHODS, OBJECTIVES
-from dgl_jax.run.stored import DatasetInfo
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import Preprocess
 

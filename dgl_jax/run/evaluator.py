@@ -14,10 +14,10 @@ from dgl_jax.codecs.identity import Identity
 from dgl_jax.core import ema
 from dgl_jax.core.kept import kept
 from dgl_jax.core.module import ModuleState
-from dgl_jax.core.step import eval_step
 from dgl_jax.data.source import Source
 from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, put
+from dgl_jax.methods.base import evaluate
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import PADDING, Batch, Context, Message
@@ -75,9 +75,9 @@ def _jitted(spec: TrainSpec, k: int) -> Any:
 
 
 def _forward(spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Any) -> tuple[Any, Any]:
-    inputs = spec.preprocess.evaluate(incoming) if k == 0 else spec.codec.decode(incoming.codebook, incoming.payload)
-    outputs, logits = eval_step(spec.modules[k], params, batch_stats, inputs)
-    payload = None if k == len(spec.modules) - 1 else spec.codec.encode(codebook, outputs)
+    coded, logits = evaluate(spec, k, params, batch_stats, codebook, incoming)
+    # Without the codebook, which is here already: a result of the jit would be a copy.
+    payload = None if coded is None else coded.payload
     return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
 
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from dgl_jax.config import Settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
+from dgl_jax.data.info import DatasetInfo, listed
 from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.run.build import Experiment, make_spec
 from dgl_jax.run.checkpoint import Checkpoints, Restored, check_path
-from dgl_jax.run.stored import DatasetInfo, listed, load_settings
+from dgl_jax.run.workdir import load_settings
 from dgl_jax.spec import TrainSpec
 
 _LOG = logging.getLogger(__name__)

@@ -23,11 +23,27 @@ class Interruption:
 
     signum: int | None = None
 
+    def came(self) -> bool:
+        """Tells whether to stop."""
+        return self.signum is not None
+
     def __call__(self, signum: int, frame: Any) -> None:
         if self.signum is not None:  # a second one quits at once
             raise KeyboardInterrupt
         self.signum = signum
         _LOG.info("%s: finishing the step and writing a checkpoint; again to quit at once", signal.Signals(signum).name)
+
+
+@contextmanager
+def interruptible(reports: Any) -> Iterator[Any]:
+    """Closes an engine's reports behind the block, however it ends."""
+    try:
+        yield reports
+    except KeyboardInterrupt as interrupt:
+        reports.throw(interrupt)  # just closed, the engine would wait for its workers, and one may never end
+        raise
+    finally:
+        reports.close()
 
 
 @contextmanager

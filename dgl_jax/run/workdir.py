@@ -1,22 +1,58 @@
-"""The folder of a run: its lock, and what it says of its configuration and its end."""
+"""The folder of a run: its lock, its configuration, and whether it is finished.
+
+Imports no JAX, which the command line does without until its flags are read.
+"""
 
 import fcntl
+import json
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dgl_jax.config import Settings, default_config, differences, expand
+from dgl_jax.config import Settings, default_config, differences, expand, make_settings
 from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
-from dgl_jax.run.stored import load_settings
 from dgl_jax.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _LOG = logging.getLogger(__name__)
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object, with at least these keys.
+
+    Raises:
+      UserError: it is missing, or holds something else; names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        reason = "" if isinstance(values, dict) else f"it holds {type(values).__name__} and not an object"
+        missing = [key for key in keys if not reason and key not in values]
+        reason = reason or (f"it lacks {missing[0]}" if missing else "")
+    except FileNotFoundError:
+        reason = "no such file"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise UserError(f"{path}: cannot be read ({reason}); restore the file")
+    return values
+
+
+def load_settings(path: Path) -> Settings:
+    """Reads the configuration of a run from its `config.json`.
+
+    Raises:
+      UserError: see `read_json`, or it is no configuration; names the file.
+    """
+    values = read_json(path)
+    try:
+        return make_settings(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def get_config(workdir: str) -> "ConfigDict":

@@ -1,21 +1,23 @@
-"""What a run keeps of itself: its configuration and its data set, read back and compared."""
+"""What a run remembers of its data set, and how it tells that the data are others."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dgl_jax.config import DataSettings, Settings, make_settings
+from dgl_jax.config import DataSettings
+from dgl_jax.data.source import Source
 from dgl_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from dgl_jax.data import Source  # brings JAX, which the command line does without until its flags are read
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a trained network must know of its data set; part of every checkpoint, so that it can answer without the data."""
+    """Describes a data set to a trained network; part of every checkpoint, so that it can answer without the data.
+
+    Attributes:
+      class_names: by label.
+      image_shape: (height, width, channels) of a stored image.
+      mean, std: of each channel, of images scaled to 0 ... 1.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -25,18 +27,18 @@ class DatasetInfo:
 
     @property
     def shape(self) -> str:
-        """The image shape, for a message."""
+        """Returns the image shape as text, for a message."""
         return "x".join(map(str, self.image_shape))
 
     @classmethod
-    def of(cls, source: "Source") -> "DatasetInfo":
-        """Of a data source."""
+    def of(cls, source: Source) -> "DatasetInfo":
+        """Describes a data source."""
         mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
         return cls(source.name, tuple(source.class_names), source.image_shape, mean, std)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        """Of its JSON form."""
+        """Reads the JSON form, as `dataclasses.asdict` makes it."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
 
@@ -75,36 +77,3 @@ def listed(one: Sequence[str], other: Sequence[str], most: int = 12) -> tuple[st
         return f"{len(names)} classes ({', '.join([*dots[0], *short, *dots[1]])})"
 
     return shown(one), shown(other)
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Reads a JSON file that holds an object, with at least these keys.
-
-    Raises:
-      UserError: it is missing, or holds something else; names the file.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        reason = "" if isinstance(values, dict) else f"it holds {type(values).__name__} and not an object"
-        missing = [key for key in keys if not reason and key not in values]
-        reason = reason or (f"it lacks {missing[0]}" if missing else "")
-    except FileNotFoundError:
-        reason = "no such file"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise UserError(f"{path}: cannot be read ({reason}); restore the file")
-    return values
-
-
-def load_settings(path: Path) -> Settings:
-    """Reads the configuration of a run from its `config.json`.
-
-    Raises:
-      UserError: see `read_json`, or it is no configuration; names the file.
-    """
-    values = read_json(path)
-    try:
-        return make_settings(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
