@@ -346,7 +346,7 @@ def differences(old: Settings, new: Settings) -> list[str]:
     A field may change where one of the two configurations has no use for it: there it decides nothing.
     """
     changed = []
-    for name in field_names():
+    for name in sorted(field_names()):
         group, _, leaf = name.rpartition(".")
         f = fields_of(group)[leaf] if group else next(f for f in _ALONE if f.name == leaf)
         sides = [getattr(settings, group) if group else settings for settings in (old, new)]

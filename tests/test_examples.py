@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from dgl_jax.core.module import init_states, make_modules
+from dgl_jax.core.step import eval_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import make_network
 from dgl_jax.train import train_and_evaluate
@@ -44,7 +45,7 @@ def test_tokens_between_blocks():
     states = jax.eval_shape(lambda key: init_states(modules, optax.identity(), key, images), jax.random.key(0))
     x = images
     for module, state in zip(modules, states):
-        x, logits, _ = jax.eval_shape(lambda s, x, m=module: m.apply(s.params, s.batch_stats, x, train=True), state, x)
+        x, logits = jax.eval_shape(lambda s, x, m=module: eval_step(m, s.params, s.batch_stats, x), state, x)
         assert (x.shape, logits.shape) == ((2, 16, 8), (2, 10))  # 4x4 patches
 
 

@@ -28,6 +28,7 @@ class Summary:
     """What `summary.json` holds; accuracies are fractions, null for heads that were not trained."""
 
     engine: str
+    method: str
     config_hash: str
     seed: int
     epochs: float
@@ -80,6 +81,7 @@ def summarise(
     traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
     return Summary(
         engine=settings.engine.name,
+        method=settings.method.name,
         config_hash=settings.hash(),
         seed=settings.seed,
         epochs=round(step / experiment.source.steps_per_epoch, 3),
