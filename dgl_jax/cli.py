@@ -8,8 +8,8 @@ import sys
 
 from dgl_jax import config as configuration
 from dgl_jax import system
-from dgl_jax.config import expand
 from dgl_jax.errors import UserError, explain, needed, reported, where
+from dgl_jax.fields import expand
 from dgl_jax.run import workdir
 from dgl_jax.tools import config_files
 

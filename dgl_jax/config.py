@@ -9,53 +9,17 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import math
-import os
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax import registry
 from dgl_jax.errors import UserError
+from dgl_jax.fields import ALWAYS, MANY, check_value, choice, kind_of, number, option
 from dgl_jax.registry import Registry, nearest
 
 if TYPE_CHECKING:  # a library's user, who has no use for configuration files, needs no ml_collections
     from ml_collections import ConfigDict
-
-MANY = 2**31 - 1  # update counts are int32 on the devices
-
-# What an option applies to: other fields (`schedule.name`) or traits of the chosen kinds (`engine.asynchronous`), each with the
-# values that have a use for the option. All must hold, but for a field that the chosen kind does not have.
-Applies = Mapping[str, tuple[Any, ...]]
-_ALWAYS: Applies = MappingProxyType({})
-
-
-def option(default: Any, applies: Applies = _ALWAYS, free: bool = False, **metadata: Any) -> Any:
-    """Declares a field of the configuration.
-
-    Args:
-      applies: see `Applies`; always by default. An option of a kind applies wherever that kind is chosen.
-      free: it may differ between a run and its resumption, as it changes nothing of what was learnt before.
-    """
-    return field(default=default, metadata={"applies": applies, "free": free, **metadata})
-
-
-def choice(default: str, *others: str, **metadata: Any) -> Any:
-    """Declares a field that holds one of a few names; see `option`."""
-    return option(default, choices=(default, *others), **metadata)
-
-
-def kind_of(kinds: Registry, default: str, **metadata: Any) -> Any:
-    """Declares a field that names a registered kind; see `option`."""
-    return option(default, kinds=kinds, **metadata)
-
-
-def number(default: float, minimum: float, maximum: float, exclusive: bool = False, **metadata: Any) -> Any:
-    """Declares a number in [minimum, maximum], or in (minimum, maximum) if `exclusive`; see `option`."""
-    return option(default, range=(minimum, maximum, exclusive), **metadata)
 
 
 class Group:
@@ -244,7 +208,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dicts, lists and numbers, as `config.json` holds them."""
         return {
-            f.name: json.loads(json.dumps(_plain(value)))
+            f.name: json.loads(json.dumps(dataclasses.asdict(value) if isinstance(value, Group) else value))  # type: ignore[call-overload]
             for f in dataclasses.fields(self)
             if f.compare
             for value in (getattr(self, f.name),)
@@ -256,10 +220,6 @@ class Settings:
 
 
 _ALONE = tuple(f for f in dataclasses.fields(Settings) if f.compare and f.name not in _GROUPS)
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, Group) else value  # type: ignore[call-overload]
 
 
 def default_config(plugins: Sequence[str] = ()) -> "ConfigDict":
@@ -304,8 +264,8 @@ def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[st
         if name not in _GROUPS and name not in {f.name for f in _ALONE}:
             raise UserError(f"config.{name}: no such field; {nearest(name, field_names())}")
     plugins = next(f for f in _ALONE if f.name == "plugins")
-    import_plugins(_check(plugins, config.get("plugins", ()), "config.plugins"))
-    values: dict[str, Any] = {f.name: _check(f, config[f.name], f"config.{f.name}") for f in _ALONE if f.name in config}
+    import_plugins(check_value(plugins, config.get("plugins", ()), "config.plugins"))
+    values: dict[str, Any] = {f.name: check_value(f, config[f.name], f"config.{f.name}") for f in _ALONE if f.name in config}
     unused: dict[str, Any] = {}
     for group in _GROUPS:
         values[group] = _build(group, config.get(group, {}), unused)
@@ -358,7 +318,8 @@ def differences(old: Settings, new: Settings) -> list[str]:
         kinds = f.metadata.get("kinds")
         if kinds is not None and (family := getattr(kinds[was], "family", None)) and family == getattr(kinds[now], "family", None):
             continue  # one form of checkpoint, the same numbers
-        changed.append(f"config.{name} (was {_shown(was)}, is now {_shown(now)})")
+        was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
+        changed.append(f"config.{name} (was {was!r}, is now {now!r})")
     return changed
 
 
@@ -385,7 +346,7 @@ def _unmet(name: str, settings: Settings) -> tuple[str, list[str]] | None:
     """Returns the first condition that keeps a field of the chosen kinds from applying: a field, and its fitting choices."""
     group, _, leaf = name.rpartition(".")
     f = fields_of(group)[leaf] if group else None
-    for other, fitting in (f.metadata["applies"] if f else _ALWAYS).items():
+    for other, fitting in (f.metadata["applies"] if f else ALWAYS).items():
         of, _, trait = other.partition(".")
         chosen = getattr(settings, of)
         if trait in fields_of(of):
@@ -427,7 +388,7 @@ def _build(group: str, config: Any, unused: dict[str, Any]) -> Any:
     for name in config:
         if name not in fields:
             raise UserError(f"config.{group}.{name}: no such field; {nearest(f'{group}.{name}', field_names())}")
-        values[name] = _check(fields[name], config[name], f"config.{group}.{name}")
+        values[name] = check_value(fields[name], config[name], f"config.{group}.{name}")
     kinds = _kinds(group)
     if kinds is not None:
         chosen = values.get("name", fields["name"].default)
@@ -435,73 +396,3 @@ def _build(group: str, config: Any, unused: dict[str, Any]) -> Any:
         used = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unused |= {f"{group}.{name}": values.pop(name) for name in [*values] if name not in used}
     return cls(**values)
-
-
-def _check(f: dataclasses.Field, value: Any, name: str) -> Any:
-    wanted = _type(f)
-    if typing.get_origin(wanted) is tuple:
-        element = typing.get_args(wanted)[0]
-        if element is str:
-            value = tuple(filter(None, value.split(","))) if isinstance(value, str) else value
-            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-                raise UserError(f"{name}={value!r}: a tuple of names, such as ('one','other')")
-            return tuple(value)
-        if not isinstance(value, list | tuple) or not all(_is_number(v, element) for v in value):
-            raise UserError(f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})")
-        return tuple(element(v) for v in value)
-    if wanted in (int, float):
-        if not _is_number(value, wanted):
-            raise UserError(f"{name}={value!r}: {'a whole number' if wanted is int else 'a number'} is needed")
-        value = wanted(value)
-    elif not isinstance(value, wanted):
-        raise UserError(f"{name}={value!r}: a {wanted.__name__} is needed, not a {type(value).__name__}")
-    choices = f.metadata.get("choices")
-    if choices and value not in choices:
-        raise UserError(f"{name}={value!r}: no such name; {nearest(value, choices)}")
-    if "kinds" in f.metadata:
-        f.metadata["kinds"][value]  # raises where there is none
-    if "range" in f.metadata:
-        low, high, exclusive = f.metadata["range"]
-        if not (low < value < high if exclusive else low <= value <= high):
-            kind = f"above {low:g} and below {high:g}" if exclusive else f"between {low} and {high}"
-            raise UserError(f"{name}={value!r}: must be {kind}")
-    return value
-
-
-def _type(f: dataclasses.Field) -> Any:
-    """Returns the type itself, of a user's dataclass whose annotations are strings as well."""
-    return _evaluated(f.type) if isinstance(f.type, str) else f.type
-
-
-@cache
-def _evaluated(annotation: str) -> Any:
-    return eval(annotation, {"Any": Any})  # int, float, bool, str, or a tuple of them
-
-
-def _shown(value: Any) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
-
-
-def _is_number(value: Any, wanted: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and (wanted is float or float(value).is_integer())
-
-
-def expand(path: str, name: str) -> str:
-    """Returns a path whose leading `~` or `~user` has become the home directory.
-
-    A shell does that only where a word begins: `--workdir=~/runs` comes as it is written.
-
-    Args:
-      path: as the user wrote it.
-      name: the flag or field that holds it.
-
-    Raises:
-      UserError: no such home is known here.
-    """
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~") and not os.path.exists(expanded):
-        home = expanded.partition("/")[0]
-        raise UserError(f"{name}={path}: the home directory {home} is not known here; write the path in full, or ./{home}")
-    return expanded

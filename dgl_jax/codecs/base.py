@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dgl_jax.config import CodecSettings, number
+from dgl_jax.config import CodecSettings
 from dgl_jax.errors import UserError
+from dgl_jax.fields import number
 from dgl_jax.registry import CODECS, Kind
 
 

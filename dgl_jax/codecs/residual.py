@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, UInt
 from dgl_jax.codecs import vq
 from dgl_jax.codecs.base import CodecKind, GroupOptions
 from dgl_jax.codecs.kmeans import Codebook
-from dgl_jax.config import MANY, choice, number
 from dgl_jax.core import rngs
+from dgl_jax.fields import MANY, choice, number
 from dgl_jax.registry import CODECS
 
 _STARTED_FROM = 8  # vectors a code, from which the start of a later stage is drawn

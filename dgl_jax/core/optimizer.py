@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from dgl_jax.config import OptimizerSettings, ScheduleSettings, number, option
+from dgl_jax.config import OptimizerSettings, ScheduleSettings
 from dgl_jax.core.kept import kept
 from dgl_jax.errors import UserError
+from dgl_jax.fields import number, option
 from dgl_jax.registry import OPTIMIZERS, SCHEDULES, Kind
 
 

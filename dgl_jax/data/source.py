@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dgl_jax.config import DataSettings, option
+from dgl_jax.config import DataSettings
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
+from dgl_jax.fields import option
 from dgl_jax.registry import Kind
 from dgl_jax.types import PADDING, Batch
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dgl_jax.config import EngineSettings, ReplaySettings, choice, option
+from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
@@ -19,6 +19,7 @@ from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, p
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
+from dgl_jax.fields import choice, option
 from dgl_jax.replay import Ring, RingSpec, Sample, check_memory
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Context, Header, Message, Packet

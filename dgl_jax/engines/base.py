@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import jax
 
-from dgl_jax.config import EngineSettings, ReplaySettings, number, option
+from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.placement import Placement, assign, check_batch
 from dgl_jax.errors import UserError
+from dgl_jax.fields import number, option
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, Turn, never

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dgl_jax.config import ReplaySettings, number, option
+from dgl_jax.config import ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -26,6 +26,7 @@ from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, PlacedOp
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
+from dgl_jax.fields import number, option
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
