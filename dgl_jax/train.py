@@ -30,7 +30,7 @@ def train_and_evaluate(
     """Trains the configured run in `workdir`, or goes on with the one that is there, and tests it at the end.
 
     Args:
-      config: see `settings.py`.
+      config: see `config.py`.
       workdir: made where missing; afterwards holds config.json, metrics.jsonl, summary.json, checkpoints/ and plots/.
       init_from: workdir of another run of the same network, whose newest weights this one starts from.
 
@@ -64,7 +64,7 @@ def train_and_evaluate(
 
 
 def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
-    """What the run in a workdir chose and found when it began, for `make_experiment`; empty if there is none."""
+    """Reads what the run in a workdir chose and found when it began, for `make_experiment`; {} if there is none."""
     meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
     stored: dict[str, Any] = {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
     if settings.model.split in BALANCED:
