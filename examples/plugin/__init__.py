@@ -1,0 +1,9 @@
+"""Parts that dgl_jax does not have, each one file and one registration: import this module by `config.plugins`.
+
+python launch.py --config=configs/digits.py --workdir=runs/plugin --config.plugins=examples.plugin \\
+    --config.objective.name=reconstruction
+"""
+
+from examples.plugin import lookahead, maximum, newest_half, reconstruction, serial, signs, strided, stripes
+
+__all__ = ["lookahead", "maximum", "newest_half", "reconstruction", "serial", "signs", "strided", "stripes"]

@@ -1,0 +1,43 @@
+"""An objective that is built from the following blocks: the head of a module looks at what the next block would make of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dgl_jax.config import ObjectiveSettings
+from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, cross_entropy, register_objective
+from dgl_jax.types import Context
+
+
+class Lookahead(Objective):
+    """Cross entropy of a head behind a copy of the next block, which trains with the head and goes nowhere else.
+
+    Attributes:
+      following: the next block of the network; None of the last module.
+    """
+
+    head: nn.Module
+    following: nn.Module | None
+
+    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+        """See `Objective`."""
+        logits, label = self.predict(features, train), context["label"]
+        loss, count = cross_entropy(logits, label), jnp.float32(label.size)
+        right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
+        return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
+
+    def predict(self, features: Float[Array, "B ..."], train: bool) -> Array:
+        """Returns the logits."""
+        return self.head(features if self.following is None else self.following(features, train), train)
+
+
+def make(options: ObjectiveSettings, inputs: ObjectiveInputs) -> Lookahead:
+    """Returns the objective of one module."""
+    following = inputs.blocks[inputs.end] if inputs.end < len(inputs.blocks) else None
+    return Lookahead(inputs.head, following)
+
+
+register_objective("lookahead", ObjectiveKind(make))

@@ -1,0 +1,28 @@
+"""A network: convolutions of stride 2 in place of pooling, without batch norm."""
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dgl_jax.models import register_network
+
+
+class Strided(nn.Module):
+    """3x3 convolution and GELU."""
+
+    features: int
+    stride: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
+        """Returns the features."""
+        return nn.gelu(nn.Conv(self.features, (3, 3), self.stride, dtype=self.dtype)(x))
+
+
+def make(width: int, num_classes: int, dtype: DTypeLike) -> list[nn.Module]:
+    """Returns four blocks."""
+    return [Strided(width * scale, stride, dtype) for scale, stride in ((1, 1), (2, 2), (2, 1), (4, 2))]
+
+
+register_network("strided", make)

@@ -1,0 +1,28 @@
+"""A data set: stripes of eight directions under noise, drawn when it is asked for."""
+
+import numpy as np
+
+from dgl_jax.config import DataSettings
+from dgl_jax.data import DataKind, DataSet, Examples, register_data_set
+
+CLASSES = 8
+
+
+def draw(count: int, size: int, seed: int) -> Examples:
+    """Returns grey images and the number of each one's direction."""
+    random, labels = np.random.default_rng(seed), (np.arange(count) % CLASSES).astype(np.int32)
+    rows, columns = np.mgrid[:size, :size]
+    angles = np.pi * labels[:, None, None] / CLASSES
+    phase = random.uniform(0, 2 * np.pi, (count, 1, 1))
+    waves = np.sin(2.0 * (rows * np.sin(angles) + columns * np.cos(angles)) + phase)
+    noisy = 127.5 + 60 * waves + 30 * random.standard_normal(waves.shape)
+    return Examples(np.clip(noisy, 0, 255).astype(np.uint8)[..., None], labels)
+
+
+def load(settings: DataSettings) -> DataSet:
+    """Returns 512 training and 128 test images of `config.data.image_size` (default 8) pixels."""
+    size = settings.image_size or 8
+    return DataSet("stripes", tuple(f"direction {k}" for k in range(CLASSES)), draw(512, size, 0), draw(128, size, 1))
+
+
+register_data_set("stripes", DataKind(load, shape=(8, 1, CLASSES)))

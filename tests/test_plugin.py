@@ -1,0 +1,210 @@
+"""Parts of a user's own (`examples/plugin`): each is one file and one registration, and runs wherever its traits allow."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from runs import arrays, records, same_run, small_config
+
+import examples.plugin
+from dgl_jax.config import make_settings, options
+from dgl_jax.core import rngs
+from dgl_jax.errors import UserError
+from dgl_jax.evaluate import evaluate_run
+from dgl_jax.export import export_run, load_exported
+from dgl_jax.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES
+from dgl_jax.replay import Ring
+from dgl_jax.run.build import make_experiment
+from dgl_jax.tools.plan import plan
+from dgl_jax.train import train_and_evaluate
+from dgl_jax.types import Header
+from examples.plugin.signs import Signs
+
+pytestmark = pytest.mark.full_compile  # engines are compared
+
+PLUGIN = {"plugins": (examples.plugin.__name__,), "data__name": "stripes", "data__train_examples": 48, "data__augment": "none"}
+IMAGE = {"objective__name": "reconstruction"}
+OWN = {"model__name": "strided", "model__head": "maximum", "codec__name": "signs", "model__width": 8}
+
+
+def config(**fields: Any) -> Any:
+    """The small run, with the parts of the plugin."""
+    from dgl_jax.config import default_config
+
+    made = default_config(PLUGIN["plugins"])
+    made.update(
+        small_config(**{name: value for name, value in PLUGIN.items() if name != "plugins"}).to_dict() | {"plugins": made.plugins}
+    )
+    for name, value in fields.items():
+        group, _, leaf = name.partition("__")
+        setattr(made[group], leaf, value)
+    return made
+
+
+def final(workdir, **fields):
+    train_and_evaluate(config(**fields), workdir)
+    return arrays(workdir)
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# An objective that reads the image
+
+
+def by_hand(steps: int, weight: float):
+    """Two modules that minimise cross entropy and the error of a drawn image, in plain JAX."""
+    made = make_experiment(make_settings(config(objective__name="reconstruction", objective__weight=weight)), jax.devices()[:1])
+    spec, states = made.spec, made.spec.init()
+    params, stats = ([getattr(state, name) for state in states] for name in ("params", "batch_stats"))
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9))
+    kept = [optimizer.init(p) for p in params]
+
+    def loss_of(p, module, s, x, image, label, key):
+        features, body = module.apply_body(p, s, x, train=True, rng=key)
+        head = module.objective.head
+        variables = {"params": p["objective"]["head"], "batch_stats": s["objective"].get("head", {})}
+        logits, new = head.apply(variables, features, train=True, mutable=["batch_stats"])
+        drawn = features @ p["objective"]["draw"]["kernel"] + p["objective"]["draw"]["bias"]
+        error = jnp.square(drawn - jax.image.resize(image, drawn.shape, "linear", antialias=True)).mean()
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1).mean()
+        own = {"head": new["batch_stats"]} if new else {}
+        return nats + weight * error, (features, {"body": body, "objective": own})
+
+    step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
+    for number in range(steps):
+        batch = made.source.batch(number)
+        x = image = spec.preprocess.evaluate(batch.images)
+        for k, module in enumerate(spec.modules):
+            key = rngs.micro_batch(rngs.update(states[k].rng, number), 0)
+            (_, (x, stats[k])), gradient = step(params[k], module, stats[k], x, image, batch.context["label"], key)
+            updates, kept[k] = optimizer.update(gradient, kept[k], params[k])
+            params[k] = optax.apply_updates(params[k], updates)
+    return params
+
+
+def trained(steps: int, **fields):
+    made = make_experiment(make_settings(config(**fields)), jax.devices())
+    *_, last = made.engine.run(made.engine.init(), made.source, steps)
+    return [jax.device_get(module.params) for module in last.snapshot().modules]
+
+
+def furthest(one, other):
+    return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.mark.parametrize("engine", ["fused", "pipeline"])
+def test_a_reconstruction_is_the_hand_written_loop(engine):
+    expected = by_hand(3, 0.5)
+    assert furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
+    assert furthest(trained(3, objective__weight=0.4, engine__name=engine, **IMAGE), expected) > 1e-4, "the image went unnoticed"
+
+
+def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire():
+    plain, image = (make_experiment(make_settings(config(**fields)), jax.devices()[:1]).spec for fields in ({}, IMAGE))
+    assert plain.needs(1) == ("id", "label")
+    assert image.needs(1) == ("id", "image", "label")
+    assert image.traffic().wire[0] - plain.traffic().wire[0] == 8 * 8 * 4  # one channel of float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reconstruction", "lookahead"])
+def test_synchronous_engines_agree_to_the_bit(objective, tmp_path):
+    engines = {"fused": {}, "pipeline": {"engine__group_sizes": (1, 1)}, "serial": {}}
+    found = {
+        name: final(tmp_path / name, objective__name=objective, engine__name=name, **fields) for name, fields in engines.items()
+    }
+    assert equal(found["fused"], found["pipeline"])
+    assert equal(found["fused"], found["serial"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["simulated", "threads"])
+def test_asynchronous_engines_carry_the_image_through_rings(engine, tmp_path):
+    summary = train_and_evaluate(config(engine__name=engine, replay__rule="newest_half", replay__size=3, **IMAGE), tmp_path)
+    assert [module["updates"] for module in summary.modules] == [12, 12]
+    assert all(np.isfinite(record.get("train/module_1/reconstruction", 0.0)) for record in records(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_of_parts_of_ones_own_resumes_exactly_evaluates_and_exports(tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train_and_evaluate(config(**OWN, **IMAGE), whole)
+    train_and_evaluate(config(**OWN, **IMAGE, train__steps=4), part)
+    train_and_evaluate(config(**OWN, **IMAGE, engine__name="serial"), part)  # of the same family
+    assert same_run(whole, part)
+    evaluated = evaluate_run(whole)
+    exported = load_exported(export_run(whole))
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert [logits.shape for logits in exported.logits(images)] == [(2, 8), (2, 8)]
+    assert evaluated["step"] == 12
+
+
+# Parts alone
+
+
+def test_signs_by_hand():
+    codec, x = CODECS["signs"].make(options("codec", name="signs"), "float32"), jnp.array([[1.0, -2, 3, -4, 5, -6, 7, -8]])
+    assert codec == Signs("float32")
+    payload = codec.encode((), x)
+    assert payload["bits"].tolist() == [[0b10101010]]
+    np.testing.assert_allclose(codec.decode((), payload), [[4.5, -4.5] * 4], rtol=1e-6)
+
+
+def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
+    ring = Ring(
+        (jax.ShapeDtypeStruct((1,), np.float32), {"id": jax.ShapeDtypeStruct((1,), np.int32)}), 4, "newest_half", max_reuse=2
+    )
+    for number in range(4):
+        ring.add(np.float32([number]), {"id": np.int32([number])}, Header(number, number))
+    ages = [ring.sample().age for _ in range(8)]
+    assert sorted(ages[:4]) == [0, 0, 1, 1]
+    assert ages[4:] == [2, 2, 3, 3]
+
+
+def test_a_plan_knows_the_extra_operations():
+    settings = [make_settings(config(model__modules=2, **fields)) for fields in ({}, {"objective__name": "lookahead"})]
+    plain, ahead = (plan(s, stated="1,1,1,1")[0]["modules"][0]["head_gflops"] for s in settings)
+    assert ahead > plain
+
+
+def test_all_parts_are_registered():
+    parts = {
+        "signs": CODECS,
+        "serial": ENGINES,
+        "maximum": HEADS,
+        "strided": NETWORKS,
+        "lookahead": OBJECTIVES,
+        "newest_half": RULES,
+    }
+    assert all(name in list(kinds) for name, kinds in parts.items())
+
+
+def test_a_missing_plugin_is_one_line():
+    with pytest.raises(
+        UserError, match=r"^config\.plugins='nowhere\.at_all': no such module; install it, or put its folder on PYTHONPATH$"
+    ):
+        make_settings({"plugins": ("nowhere.at_all",)})
+
+
+def test_an_option_of_another_type_is_refused():
+    from dataclasses import dataclass
+
+    from dgl_jax.codecs import CodecKind, register_codec
+    from dgl_jax.config import CodecSettings
+    from dgl_jax.fields import option
+
+    @dataclass(frozen=True)
+    class Wrong(CodecSettings):
+        dims: float = option(8.0)
+
+    with pytest.raises(
+        UserError, match=r"config\.codec\.name='wrong': its option config\.codec\.dims is .*choose another name for it"
+    ):
+        register_codec("wrong", CodecKind(lambda options, dtype: None, Wrong))
+    with pytest.raises(UserError, match=r"config\.codec\.name='vq': the package has one of this name"):
+        register_codec("vq", CodecKind(lambda options, dtype: None))
