@@ -343,8 +343,8 @@ def test_an_ascii_locale_changes_neither_names_nor_bytes(run, tmp_path):
     os.rename(tmp_path / "a.png", path)
     script = (
         "import sys, json\n"
-        "from dgl_jax import evaluate\nfrom dgl_jax.run import writers\nfrom dgl_jax.tools import predict\n"
-        "writers.log_to_stderr()\n"
+        "from dgl_jax import evaluate\nfrom dgl_jax.run import progress\nfrom dgl_jax.tools import predict\n"
+        "progress.log_to_stderr()\n"
         "assert sys.getfilesystemencoding() == 'ascii', sys.getfilesystemencoding()\n"
         "print(json.dumps(evaluate.evaluate_run(sys.argv[1])))\n"
         "predict.predict_run(sys.argv[1], 'newest', sys.argv[2:], None)\n"
