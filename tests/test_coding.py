@@ -15,11 +15,12 @@ from test_threads import Fault
 
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
-from dgl_jax.config import CodecSettings, ReplaySettings, options
+from dgl_jax.config import ReplaySettings, options
 from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
+from dgl_jax.objectives import means
 from dgl_jax.replay import Ring, RingSpec
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.evaluator import Evaluator
@@ -214,7 +215,7 @@ def run(tiny, made):
     for report in made.run(state, tiny.source, STEPS):
         for k, metrics in enumerate(report.metrics):
             if metrics:
-                found[k].append({name: float(value) for name, value in metrics.items()})
+                found[k].append({name: float(value) for name, value in means(metrics).items()})
     return found, report.snapshot()
 
 
@@ -258,7 +259,7 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
 
 @pytest.mark.slow
 def test_a_restarted_module_sends_its_codebook_again(tiny, devices):
-    codec = CodecSettings("vq", codes=8, dims=2, codebook_every=100)
+    codec = options("codec", name="vq", codes=8, dims=2, codebook_every=100)
     made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4))
     Fault(made, 1, call=3)
     made.recover = lambda k: tiny.place(made, tiny.init(made.spec)).modules[k]

@@ -231,7 +231,7 @@ def times(monkeypatch):
     """Stands for measuring on a machine whose mood changes: the times of the next measurement, or None where there may be none."""
     mood = {"head": (0.0, 9.0, 9.0, 0.0)}  # so that cutting behind block 0 is best
 
-    def block_times(spec, device):
+    def block_times(network, optimizer, device):
         assert mood["head"] is not None, "measured again"
         ones = (1.0,) * 4
         return costs.BlockTimes(BlockCosts(ones, ones, mood["head"]), BlockCosts(ones, ones, ones))

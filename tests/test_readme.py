@@ -28,12 +28,12 @@ def test_two_modules_in_a_plain_loop():
     code = snippet("local_step")
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(lines) <= 12
-    first: dict = {"batches": [(images, labels, jnp.arange(64))]}
+    first: dict = {"batches": [(images, labels)]}
     exec(code, first)
     assert [int(state.updates) for state in first["states"]] == [1, 1]
-    again: dict = {"batches": [(images, labels, jnp.arange(64))] * 30}
+    again: dict = {"batches": [(images, labels)] * 30}
     exec(code, again)
-    assert float(again["metrics"]["loss"]) < 0.5 * float(first["metrics"]["loss"])  # it learns the batch
+    assert again["metrics"]["loss"][0] < 0.5 * first["metrics"]["loss"][0]  # it learns the batch
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 from interleaved import Process, Timing, Variant, in_turns, serve, timed, training
 
-from dgl_jax import system
+from dgl_jax import means, system
 from dgl_jax.run.build import Experiment, make_experiment
 
 CORES = {"one core": 1, "two cores": 2}
@@ -116,7 +116,7 @@ def check(way: Way, args: argparse.Namespace) -> dict[str, Any]:
         (report,) = made.engine.run(state, made.source, step + 1)
         state = report.snapshot()
         params.append([jax.device_get(module.params) for module in state.modules])
-        losses.append([float(of_module["loss"]) for of_module in report.metrics])
+        losses.append([float(means(of_module)["loss"]) for of_module in report.metrics])
 
     def apart(**changed: float) -> dict[str, Any]:
         network = torch_network(made, args.memory_format, **changed)
