@@ -41,7 +41,7 @@ def numbers(tree, seed):
 
 def conv_module(head):
     """A module of the paper's kind, its state, and images."""
-    module = LocalModule("module_0", 0, (ConvBlock(3),), make_head(head, 3))
+    module = LocalModule("module_0", 0, (ConvBlock(3),), classifier.Classifier(make_head(head, 3)))
     images = jax.ShapeDtypeStruct((4, 6, 6, 2), "float32")
     (state,) = jax.eval_shape(lambda key: init_states([module], OPTIMIZER, key, images), jax.random.key(0))
     statistics = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), state.batch_stats)

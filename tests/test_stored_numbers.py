@@ -1,4 +1,4 @@
-"""Three steps of every engine and codec give the numbers that are stored here: a change of code that is none of numbers keeps them."""
+"""Three steps of every engine and codec give the numbers that are stored here, which a change of structure keeps."""
 
 import jax
 import numpy as np
