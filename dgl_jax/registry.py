@@ -84,7 +84,9 @@ class Registry(Generic[AnyKind]):
         """
         self._load()
         if name not in self._kinds:
-            raise UserError(f"config.{self.field}={name!r}: no such name; {nearest(name, self._kinds)}")
+            near = nearest(name, self._kinds)
+            own = "" if near.startswith("did") else " (one of your own is registered by a module that config.plugins names)"
+            raise UserError(f"config.{self.field}={name!r}: no such name{own}; {near}")
         return self._kinds[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -57,7 +57,9 @@ def parameters(tree: Path, name: str, workdir: Path) -> dict[str, np.ndarray]:
         if "method.name" in fields and not (tree / "dgl_jax" / "registry.py").exists():
             fields["engine.name"] = fields.pop("method.name")  # where back-propagation was an engine
         launch(tree, "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items()))
-    return load_file(Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1]) / "model.safetensors")
+    found = load_file(Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1]) / "model.safetensors")
+    # The objective of a module was its head once, and had that name.
+    return {name.replace("/head/", "/objective/"): array for name, array in found.items()}
 
 
 def unequal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:

@@ -74,7 +74,7 @@ def test_two_ticks(path, tiny):
     experiment = make_experiment(settings, jax.devices()[:1])
     states, reports = tiny.run(experiment.engine, 2, source=experiment.source)
     assert [int(state.updates) for state in states] == [2] * settings.model.modules
-    losses = [float(of_module["loss"]) for report in reports for of_module in report if of_module]
+    losses = [float(of_module["loss"][0]) for report in reports for of_module in report if of_module]
     assert len(losses) == 2 * settings.model.modules
     assert all(math.isfinite(loss) for loss in losses)
 

@@ -20,7 +20,10 @@ def accuracies(tmp_path_factory):
     def run(engine: str, seed: int = 0, **train: float) -> list[float]:
         config = digits.get_config()
         config.seed = seed
-        config.engine.name = engine
+        if engine == "backprop":
+            config.method.name = engine
+        else:
+            config.engine.name = engine
         config.train.update(train or {"epochs": 8.0})
         config.eval.every = config.checkpoint.every = 10_000  # at the end
         every = jax.devices()

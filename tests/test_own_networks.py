@@ -126,5 +126,5 @@ def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 2
     # Without the file nobody knows the name.
-    assert "config.model.name='mine': no such network (an own one is registered" in fails("--mode=export", f"--workdir={workdir}")
+    assert "config.model.name='mine': no such name (one of your own is registered" in fails("--mode=export", f"--workdir={workdir}")
     assert launch("--mode=export", f"--workdir={workdir}", f"--config={file}").returncode == 0

@@ -171,17 +171,17 @@ def test_a_split_by_time_uses_the_stated_times(times, starts):
 
 @pytest.mark.slow
 def test_times_are_measured_where_none_are_stated(monkeypatch):
-    specs, companies = [], []
+    networks, companies = [], []
 
-    def block_times(spec, device, company):
-        specs.append(spec)
+    def block_times(network, optimizer, device, company):
+        networks.append(network)
         companies.append(company)
-        return planning._stated("1,2,3,4", spec)
+        return planning._stated("1,2,3,4", network)
 
     monkeypatch.setattr(planning, "block_times", block_times)
     found, _ = plan(small(model__split="time"))
-    assert len(specs) == 1  # for the split and for the plan
-    assert len(specs[0].modules) == 4
+    assert len(networks) == 1  # for the split and for the plan
+    assert len(networks[0].blocks) == 4
     assert found["cores"] == system.cpu_count()
     assert found["block_times"] == "measured on cpu"
     monkeypatch.setattr(system, "cpu_count", lambda: 3)

@@ -31,7 +31,7 @@ def main() -> None:
         config = cifar10.get_config()
         config.data.dir = args.data_dir
         config.model.width = 32
-        config.engine.name = engine
+        config.method.name = "backprop" if engine == "backprop" else "dgl"
         config.schedule.name = "cosine"
         config.train.epochs = args.epochs
         workdir = Path(args.workdir) / engine

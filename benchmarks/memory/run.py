@@ -39,7 +39,8 @@ def experiment(engine: str, modules: int, split: str, args: argparse.Namespace) 
         model__modules=modules,
         model__split=split,
         model__head="mlp_sr",
-        engine__name=engine,
+        engine__name="fused" if engine == "backprop" else engine,
+        method__name="backprop" if engine == "backprop" else "dgl",
         train__steps=1,
     )
     return make_experiment(settings, jax.devices()[:1])
