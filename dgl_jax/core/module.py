@@ -29,7 +29,7 @@ class ModuleState:
       opt_state: the optimizer's.
       rng: key of random operations inside the module (dropout) and of its codec; see `rngs.module`.
       updates: how many updates this module has made.
-      extras: what others keep with the module by name, such as the codec's codebooks or the moving average of `average.py`; an
+      extras: what others keep with the module by name, such as the codec's codebooks or the moving average of `ema.py`; an
         update of the module leaves it alone.
     """
 

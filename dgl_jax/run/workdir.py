@@ -1,6 +1,6 @@
 """The folder of a run: its lock, its configuration, and whether it is finished.
 
-Imports no JAX, which the command line does without until its flags are read.
+Starts no device: the command line says how many there are after it has read a configuration.
 """
 
 import fcntl
@@ -57,7 +57,7 @@ def load_settings(path: Path) -> Settings:
 
 
 def get_config(workdir: str) -> "ConfigDict":
-    """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/workdir.py:runs/digits`."""
+    """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/run/workdir.py:runs/digits`."""
     settings = load_settings(Path(workdir) / "config.json")
     config = default_config(settings.plugins)
     for name, value in settings.to_dict().items():

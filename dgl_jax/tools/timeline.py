@@ -53,7 +53,7 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
     """Every turn of a schedule in time, in the order in which they end.
 
     Args:
-      ticks: of `turns.py`; every batch passes all the modules in order.
+      ticks: of `schedule.py`; every batch passes all the modules in order.
       works: one a module.
       cores: processors that all devices share.
       ticks_in_flight: tick t is dispatched once tick t - 1 - `ticks_in_flight` is done, as `run_ticks` does.
