@@ -40,6 +40,7 @@ ROOMS = (
     "evaluate",
     "export",
     "tools",
+    "testing",
     "cli",
 )
 # The same inside a folder; files on one line do not know each other.

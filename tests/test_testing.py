@@ -1,0 +1,91 @@
+"""The checks for users' own parts: the package's parts and those of `examples/plugin` pass, and broken ones do not."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import pytest
+from test_plugin import _registered  # noqa: F401 (the kinds of the plugin are there in these tests)
+
+from dgl_jax import testing
+from dgl_jax.codecs import CodecKind, Stateless
+from dgl_jax.config import options
+from dgl_jax.engines import EngineKind, fused
+from dgl_jax.objectives import Classifier, ObjectiveKind
+from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
+
+pytestmark = pytest.mark.full_compile  # engines are compared
+
+CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
+
+
+@pytest.mark.parametrize("name", ["identity", "bf16", "int8", "vq", "signs"])
+def test_codecs(name):
+    testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
+
+
+@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead"])
+def test_objectives(name):
+    testing.check_objective(objective={"name": name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "devices", "replay"), [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})]
+)
+def test_engines(name, devices, replay):
+    testing.check_engine(name, devices, replay=replay)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dgl", "backprop"])
+def test_methods(name):
+    testing.check_method(name)
+
+
+# Twins
+
+
+@dataclass(frozen=True)
+class Rounded(Stateless):
+    lossless: ClassVar[bool] = True
+
+    def encode(self, codebook, activations):
+        return activations.astype(jnp.bfloat16)
+
+    def decode(self, codebook, payload):
+        return payload.astype(jnp.float32)
+
+
+def test_a_codec_that_calls_itself_lossless_is_noticed(monkeypatch):
+    monkeypatch.setitem(CODECS._kinds, "rounded", CodecKind(lambda options, dtype: Rounded(), lossless=True))
+    with pytest.raises(AssertionError, match="calls itself lossless"):
+        testing.check_codec("rounded", options("codec", name="rounded"))
+
+
+class Blind(Classifier):
+    """Never looks at the features."""
+
+    def __call__(self, features, context, published, train):
+        return super().__call__(0.0 * features, context, published, train)
+
+
+def test_an_objective_without_a_gradient_is_noticed(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES._kinds, "blind", ObjectiveKind(lambda options, inputs: Blind(inputs.head)))
+    with pytest.raises(AssertionError, match="no gradient reaches the body"):
+        testing.check_objective(objective={"name": "blind"})
+
+
+@pytest.mark.slow
+def test_an_engine_that_skips_a_batch_is_noticed(monkeypatch):
+    class Skipping(fused.FusedEngine):
+        def run(self, state, source, until, stop=lambda: False):
+            later = type("Later", (), {"batches": staticmethod(lambda start: source.batches(start + 1))})
+            yield from super().run(state, later, until, stop)
+
+    def make(inputs, options):
+        return Skipping(inputs.spec, fused.one_group(inputs.devices[:1], 2))
+
+    monkeypatch.setitem(ENGINES._kinds, "skipping", EngineKind(make, family="synchronous"))
+    with pytest.raises(AssertionError, match="gives other numbers"):
+        testing.check_engine("skipping")
