@@ -52,6 +52,7 @@ def check_objective(**groups: Any) -> None:
     assert hash(spec.modules) == hash(again.modules) and spec.modules == again.modules, "equal settings make unequal objectives"  # noqa: PT018
     (state, *_), (module, *_) = spec.init(), spec.modules
     inputs, shapes = jnp.ones(spec.inputs().shape) * 0.5, {"image": spec.inputs(), **spec.context(0)}
+    assert module.objective is not None, "the method gives modules no objective"
     context: Any = {name: jnp.ones(shapes[name].shape, shapes[name].dtype) for name in ("id", *module.objective.needs)}
 
     def loss_of(params: Any, inputs: jax.Array) -> Any:
