@@ -21,18 +21,20 @@ RUNS = {
     "simulated": {"engine__name": "simulated", "replay__size": 3},
     "backprop": {"engine__name": "backprop"},
 }
+# Larger than the other tests' run: where batch norm sees few values that are all but equal, rounding decides.
+WELL_CONDITIONED = {"data__batch_size": 32, "data__train_examples": 96, "model__width": 8, "optimizer__learning_rate": 0.01}
 # Of each module a weighted sum of all its parameters.
 STORED: dict[str, list[float]] = {
-    "fused": [1.296446, 0.069032],
-    "bf16": [1.296446, 0.031332],
-    "int8": [1.296446, -0.007192],
-    "vq": [1.296446, 0.25719],
-    "vq in two stages": [1.296446, -1.216548],
-    "average": [1.296446, 0.069032],
-    "micro-batches": [1.326311, 0.245642],
-    "pipeline": [1.296446, 0.069032],
-    "simulated": [1.296446, 0.237407],
-    "backprop": [0.188472, 0.477519],
+    "fused": [-1.489301, 4.01527],
+    "bf16": [-1.489301, 4.03471],
+    "int8": [-1.489301, 4.002263],
+    "vq": [-1.489301, 4.021527],
+    "vq in two stages": [-1.489301, 4.122954],
+    "average": [-1.489301, 4.01527],
+    "micro-batches": [-1.48935, 4.014859],
+    "pipeline": [-1.489301, 4.01527],
+    "simulated": [-1.489301, 4.128522],
+    "backprop": [0.718994, 3.994202],
 }
 
 
@@ -46,7 +48,7 @@ def sums(modules) -> list[float]:
 
 
 def after_three_steps(**fields) -> list[float]:
-    made = make_experiment(make_settings(small_config(**fields)), jax.devices()[:2])
+    made = make_experiment(make_settings(small_config(**WELL_CONDITIONED | fields)), jax.devices()[:2])
     for last in made.engine.run(made.engine.init(), made.source, 3):
         snapshot = last.snapshot
     return sums(snapshot().modules)
@@ -58,4 +60,4 @@ def test_numbers_are_those_stored(name):
 
 
 def test_other_numbers_are_noticed():
-    assert after_three_steps(**RUNS["fused"], optimizer__learning_rate=0.0501) != pytest.approx(STORED["fused"], rel=1e-4)
+    assert after_three_steps(**RUNS["fused"], optimizer__learning_rate=0.0103) != pytest.approx(STORED["fused"], rel=1e-4)
