@@ -180,6 +180,14 @@ def test_a_plan_knows_the_extra_operations():
     assert ahead > plain
 
 
+@pytest.mark.slow
+def test_a_split_by_time_measures_an_objective_that_reads_the_image():
+    settings = make_settings(config(model__split="time", **IMAGE))
+    spec = make_experiment(settings, jax.devices()[:1]).spec
+    assert spec.modules[0].first == 0
+    assert len(spec.modules) == 2
+
+
 def test_all_parts_are_registered():
     parts = {
         "signs": CODECS,

@@ -108,7 +108,7 @@ def test_the_parts_of_a_step_are_the_step(tiny):
     @jax.jit
     def parts(scale):
         outputs, _ = whole.apply_body(state.params, state.batch_stats, x, train=True)
-        of_head, _, cotangent = costs._objective_step(end, optimizer, part("objective", {}), outputs, label)
+        of_head, _, cotangent = costs._objective_step(end, optimizer, part("objective", {}), outputs, {"label": label})
         of_body, handed_on, _ = costs._body_step(body, optimizer, part("body", None), x, scale * cotangent)
         return of_body.params["body"], of_head.params["objective"], of_body.batch_stats["body"], handed_on
 

@@ -22,6 +22,7 @@ from dgl_jax.core.step import apply_gradient
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import Blocks, forward_flops
+from dgl_jax.types import Context
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def block_times(
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            program, shapes = _alone(layer, is_head, x, inner, optimizer)
+            program, shapes = _alone(layer, is_head, x, inner, optimizer, network.inputs)
             needed = _needed(program, company)
             if free is not None and needed is not None and needed > free:
                 raise UserError(
@@ -140,15 +141,26 @@ def block_times(
 
 
 def _alone(
-    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation
+    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, image: Any
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The compiled program of a block or head by itself, and the shapes of what it takes: state, inputs, and what it is given."""
+    """Compiles the program of a block or objective by itself.
+
+    Args:
+      image: shape and dtype of the network's inputs, which an objective may read.
+
+    Returns:
+      The program, and the shapes of what it takes: state, inputs, and a cotangent or the context.
+    """
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
-    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x))
-    given = jax.ShapeDtypeStruct(x.shape[:1], "int32") if is_head else forward_flops(layer, x.shape, x.dtype)[1]
+    integers = jax.ShapeDtypeStruct(x.shape[:1], "int32")
+    context = {"id": integers, "label": integers, "image": image}
+    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
+    given: Any = forward_flops(layer, x.shape, x.dtype)[1]
+    if module.objective is not None:
+        given = {name: context[name] for name in module.objective.needs}
     step = _objective_step if is_head else _body_step
 
-    def program(state: ModuleState, inputs: Array, given: Array) -> tuple[Any, ...]:
+    def program(state: ModuleState, inputs: Array, given: Any) -> tuple[Any, ...]:
         state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
         return state, outputs, of_inputs if inner else None
 
@@ -173,7 +185,7 @@ def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
     without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), without_key)
     state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=rngs.root(0))
-    return state, draw(inputs), draw(given)
+    return state, draw(inputs), jax.tree.map(draw, given)
 
 
 def _needed(program: Any, company: int) -> int | None:
@@ -195,11 +207,11 @@ def _body_step(
 
 
 def _objective_step(
-    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], label: Array
+    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], context: Context
 ) -> tuple[ModuleState, Array, Array]:
     def loss_function(params, x):
         rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
-        local, stats = module.apply_objective(params, state.batch_stats, x, {"label": label}, train=True, rng=rng)
+        local, stats = module.apply_objective(params, state.batch_stats, x, context, train=True, rng=rng)
         return local.loss, stats
 
     (loss, stats), (gradient, of_inputs) = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)(state.params, inputs)
