@@ -11,7 +11,7 @@ from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.placement import Placement, assign, check_batch
+from dgl_jax.engines.placement import Placement, assign, check_batch, put
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
 from dgl_jax.profile.flops import module_flops
@@ -172,8 +172,22 @@ class Engine(Protocol):
 class Synchronous:
     """What synchronous engines have in common: nothing is under way when they rest."""
 
+    spec: TrainSpec
+    placement: Placement
     continuous = False
     recover: Callable[[int], ModuleState | None] | None = None
+
+    def traffic(self) -> Traffic:
+        """Returns what the encoded arrays weigh, as if they crossed devices."""
+        return self.spec.traffic()
+
+    def init(self) -> EngineState:
+        """Returns a fresh state, each module on its devices."""
+        return self.place(EngineState(self.spec.init()))
+
+    def place(self, state: EngineState) -> EngineState:
+        """Returns a state on this engine's devices."""
+        return place_modules(state.modules, self.placement, put)
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """The state itself."""

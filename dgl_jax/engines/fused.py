@@ -15,15 +15,14 @@ from dgl_jax.engines.base import (
     Report,
     Synchronous,
     SynchronousOptions,
-    place_modules,
     run_ticks,
     updates_of,
 )
-from dgl_jax.engines.placement import Placement, assign, one_group, put
+from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, fused, never
-from dgl_jax.spec import Traffic, TrainSpec
+from dgl_jax.spec import TrainSpec
 
 
 @kept(16)
@@ -39,18 +38,6 @@ class FusedEngine(Synchronous):
         self.placement = placement
         self.ticks_in_flight = ticks_in_flight
         self.step = _jitted(spec)
-
-    def traffic(self) -> Traffic:
-        """Returns what the encoded arrays weigh: nothing crosses devices here."""
-        return self.spec.traffic()
-
-    def init(self) -> EngineState:
-        """Fresh state on its devices."""
-        return self.place(EngineState(self.spec.init()))
-
-    def place(self, state: EngineState) -> EngineState:
-        """A state on this engine's devices."""
-        return place_modules(state.modules, self.placement, put)
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""

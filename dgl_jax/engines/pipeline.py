@@ -17,7 +17,6 @@ from dgl_jax.engines.base import (
     Report,
     Synchronous,
     SynchronousOptions,
-    place_modules,
     run_ticks,
     updates_of,
 )
@@ -44,14 +43,6 @@ class PipelineEngine(Synchronous):
     def traffic(self) -> Traffic:
         """Counted from the packets that crossed devices; by shape where modules share a device."""
         return self.spec.traffic(self.meters)
-
-    def init(self) -> EngineState:
-        """Fresh state, each module on its devices."""
-        return self.place(EngineState(self.spec.init()))
-
-    def place(self, state: EngineState) -> EngineState:
-        """A state on this engine's devices."""
-        return place_modules(state.modules, self.placement, put)
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""

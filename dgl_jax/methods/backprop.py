@@ -4,17 +4,15 @@ Same blocks, data, optimizer and loop as the decoupled engines; one loss, at the
 through all modules. The heads of the other modules do not exist.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dgl_jax.core import ema, rngs
-from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, apply_gradient, mean_gradient
-from dgl_jax.methods.base import MethodKind, Program, States, TrainStep, entrance
+from dgl_jax.methods.base import MethodKind, States, TrainStep, entrance
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Message
+from dgl_jax.types import Batch
 
 
 def backprop_step(spec: TrainSpec) -> TrainStep:
@@ -56,14 +54,6 @@ class Backprop:
     def fused(self, spec: TrainSpec) -> TrainStep:
         """See `backprop_step`."""
         return backprop_step(spec)
-
-    def program(self, spec: TrainSpec, k: int) -> Program:
-        """Raises NotImplementedError: one loss cannot be taken apart."""
-        raise NotImplementedError("back-propagation is one program")
-
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
-        """Raises NotImplementedError: modules are never done before others."""
-        raise NotImplementedError("back-propagation is one program")
 
 
 METHODS.ship(backprop=MethodKind(Backprop, local=False, engines=("fused",)))

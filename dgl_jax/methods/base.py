@@ -110,7 +110,10 @@ class Method(Protocol):
         """Returns one update of all modules on one batch."""
 
     def program(self, spec: TrainSpec, k: int) -> Program:
-        """Returns one update of module k on what comes in, for `jax.jit` (donate the state)."""
+        """Returns one update of module k on what comes in, for `jax.jit` (donate the state).
+
+        Like `feed`, not asked of a method whose kind leaves `fused` as the only engine.
+        """
 
     def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
         """Returns what a module that is done does: it hands on, and updates nothing."""

@@ -7,11 +7,11 @@ from dgl_jax.config import EngineSettings
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines import EngineInputs, EngineKind, EngineState, Report, register_engine, updates_of
-from dgl_jax.engines.base import Synchronous, place_modules, run_ticks
-from dgl_jax.engines.placement import Placement, one_group, put
+from dgl_jax.engines.base import Synchronous, run_ticks
+from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.engines.program import jitted
 from dgl_jax.schedule import Tick, fused, never
-from dgl_jax.spec import Traffic, TrainSpec
+from dgl_jax.spec import TrainSpec
 
 
 class SerialEngine(Synchronous):
@@ -20,18 +20,6 @@ class SerialEngine(Synchronous):
     def __init__(self, spec: TrainSpec, placement: Placement):
         self.spec, self.placement = spec, placement
         self.programs = [jitted(spec, k, placement) for k in range(len(spec.modules))]
-
-    def traffic(self) -> Traffic:
-        """Returns what the encoded arrays weigh: nothing crosses devices here."""
-        return self.spec.traffic()
-
-    def init(self) -> EngineState:
-        """Returns a fresh state on the device."""
-        return self.place(EngineState(self.spec.init()))
-
-    def place(self, state: EngineState) -> EngineState:
-        """Returns a state on the device."""
-        return place_modules(state.modules, self.placement, put)
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
