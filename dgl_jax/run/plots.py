@@ -268,7 +268,7 @@ def _records(workdir: Path) -> list[dict[str, Any]]:
 
 def _title(workdir: Path) -> tuple[str, str]:
     """The run's name, and what summary.json knows of it: absent while the run still goes on, or if it cannot be read."""
-    forms = {"engine": "{}", "modules": "modules: {}", "steps": "steps: {:,}", "seed": "seed: {}"}
+    forms = {"method": "{}", "engine": "{}", "modules": "modules: {}", "steps": "steps: {:,}", "seed": "seed: {}"}
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         modules = {"modules": len(summary["modules"])} if "modules" in summary else {}

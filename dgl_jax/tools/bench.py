@@ -46,6 +46,7 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     state = state_of()
     jax.block_until_ready(state.modules)
     return {
+        "method": settings.method.name,
         "engine": settings.engine.name,
         "images_per_second": round(steps * settings.data.batch_size / wall, 1),
         "tick_milliseconds": round(1e3 * wall / steps, 3),
