@@ -61,6 +61,7 @@ class ModelSettings(Group):
     head: str = kind_of(
         registry.HEADS, "mlp_sr", applies={"method.local": (True,), "objective.heads": (True,)}
     )  # of every module but the last
+    adapter: str = kind_of(registry.ADAPTERS, "none")  # in front of every module
     dtype: str = choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
     remat: bool = option(False, free=True)  # recompute each block in the backward pass instead of keeping what is inside it
     ops: str = choice("auto", "xla")  # the fastest of each platform, or XLA's alone, which have all derivatives

@@ -30,7 +30,8 @@ class Exported:
     """A network read back from an export.
 
     Attributes:
-      variables: of each module {"params": ..., "batch_stats": ..., "codebook": ...}, host arrays; `()` where the codec has none.
+      variables: of each module {"params": ..., "batch_stats": ..., "codebook": ..., "published": ...}, host arrays: the codebook is
+        `()` where the codec has none, and what is published {} where the objective reads nothing.
     """
 
     spec: TrainSpec
@@ -100,7 +101,8 @@ def load_exported(folder: str | Path) -> Exported:
 
 def _variables(spec: TrainSpec, state: ModuleState) -> dict[str, Any]:
     params, batch_stats = ema.evaluated(state)
-    return {"params": params, "batch_stats": batch_stats, "codebook": spec.codebook(state)}
+    published = state.extras.get("published", {})
+    return {"params": params, "batch_stats": batch_stats, "codebook": spec.codebook(state), "published": published}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -119,6 +119,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 DATA_SETS: Registry[Any] = Registry("data.name", "dgl_jax.data")
 NETWORKS: Registry[Any] = Registry("model.name", "dgl_jax.models")
 HEADS: Registry[Any] = Registry("model.head", "dgl_jax.models")
+ADAPTERS: Registry[Any] = Registry("model.adapter", "dgl_jax.models")
 OPTIMIZERS: Registry[Any] = Registry("optimizer.name", "dgl_jax.core.optimizer")
 SCHEDULES: Registry[Any] = Registry("schedule.name", "dgl_jax.core.optimizer")
 OBJECTIVES: Registry[Any] = Registry("objective.name", "dgl_jax.objectives")

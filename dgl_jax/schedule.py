@@ -21,10 +21,19 @@ from typing import NamedTuple
 
 
 class Turn(NamedTuple):
-    """Module `module` works on batch `batch`."""
+    """Module `module` works on batch `batch`.
+
+    Attributes:
+      kind: `step` (forward pass and update), `forward`, or `backward` (an update by a gradient from above).
+    """
 
     module: int
     batch: int
+    kind: str = "step"
+
+    def updates(self) -> bool:
+        """Returns whether the module makes an update of it."""
+        return self.kind != "forward"
 
 
 Tick = tuple[Turn, ...]
@@ -54,6 +63,17 @@ def pipelined(modules: int, start: int, until: int, stop: Callable[[], bool] = n
             return
         yield turns
         tick += 1
+
+
+def aligned(counts: Sequence[int], until: int, stop: Callable[[], bool] = never, overlap: bool = False) -> Iterator[Tick]:
+    """Goes on with modules that have made equally many updates: `pipelined` if they work at once (`overlap`), else `fused`.
+
+    Raises:
+      ValueError: they have not.
+    """
+    if len(set(counts)) != 1:
+        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}")
+    return (pipelined if overlap else fused)(len(counts), counts[0], until, stop)
 
 
 def in_order(modules: int) -> Callable[[int], int]:

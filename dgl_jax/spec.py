@@ -1,7 +1,7 @@
 """What is trained, and how: all that engines share, without a word on devices; and what crosses between modules."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from dgl_jax.types import Context, nbytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes an image takes across each hop (activations or their codes, label and id), one entry a hop.
+    """Bytes an image takes across each hop, up (activations or their codes, and context) and down, one entry a hop.
 
     Attributes:
       raw: without a codec.
@@ -52,10 +52,14 @@ class Meter:
     images: int = 0
 
     def count(self, payload: Any, context: Context, codebook: Any = ()) -> None:
-        """One packet, and the codebook that went with it, if one did."""
+        """Counts one packet, and the codebook that went with it, if one did."""
         self.packets += nbytes((payload, context))
         self.codebooks += nbytes(codebook)
         self.images += len(context["id"])
+
+    def came_down(self, message: Any) -> None:
+        """Counts a message from the module above."""
+        self.packets += nbytes(message)
 
 
 class MessageSpec(NamedTuple):
@@ -119,17 +123,20 @@ class TrainSpec:
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
         states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
-        for k, activations in enumerate(self._activations(states)):
+        for k, activations in enumerate(self.shapes(states)[1:]):
             of_codec = self.codec.init(activations)
             if jax.tree.leaves(of_codec):
                 states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
+        for k, state in enumerate(states):
+            states[k] = dataclasses.replace(state, extras=state.extras | self.method.extras(self, k, states))
         return tuple(map(ema.begin, states)) if self.ema else tuple(states)
 
-    def _activations(self, states: Sequence[ModuleState]) -> Iterator[jax.ShapeDtypeStruct]:
-        inputs = self.inputs()
+    def shapes(self, states: Sequence[ModuleState]) -> list[jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of a batch of what each module reads, after decoding; `states` may be shapes too."""
+        found = [self.inputs()]
         for module, state in zip(self.modules[:-1], states):
-            inputs = output_shape(module, state.params, state.batch_stats, inputs)
-            yield inputs
+            found.append(output_shape(module, state.params, state.batch_stats, found[-1]))
+        return found
 
     def codebook(self, state: ModuleState) -> Any:
         """What decodes the packets that a module hands on; `()` where the codec has no codebook, or nothing is handed on."""
@@ -139,16 +146,28 @@ class TrainSpec:
     def hops(self) -> tuple[MessageSpec, ...]:
         """What crosses from each module to the next."""
         states, hops = self.abstract_states(), []
-        for state, activations in zip(states, self._activations(states)):
+        for state, activations in zip(states, self.shapes(states)[1:]):
             codebook = jax.eval_shape(self.codebook, state)
             payload = jax.eval_shape(self.codec.encode, codebook, activations)
             hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations)))
         return tuple(hops)
 
-    def needs(self, k: int) -> tuple[str, ...]:
-        """Returns the names of the context that reaches module k: what its objective and those above read, and `id`."""
-        objectives = [module.objective for module in self.modules[k:] if module.objective is not None]
-        return tuple(sorted({"id", *(name for objective in objectives for name in objective.needs)}))
+    def needs(self, k: int, answering: bool = False) -> tuple[str, ...]:
+        """Returns the names of the context that reaches module k: what its objective, its adapter and those above read, and `id`.
+
+        Args:
+          answering: of an evaluation, in which objectives read nothing and nobody looks at an `id`.
+        """
+        readers: list[Any] = [module.adapter for module in self.modules[k:]]
+        if not answering:
+            readers += [module.objective for module in self.modules[k:]]
+        named = {name for reader in readers if reader is not None for name in reader.needs}
+        return tuple(sorted(named if answering else {"id", *named}))
+
+    def reads(self, k: int) -> tuple[str, ...]:
+        """Returns the names of the publications that the objective of module k reads; none without a module above it."""
+        objective = self.modules[k].objective if 0 <= k < len(self.modules) - 1 else None
+        return () if objective is None else objective.reads
 
     def carried(self, k: int, context: Context, added: Context | None = None) -> Context:
         """Returns what of a module's context, and of what it has added, goes on to module k."""
@@ -169,8 +188,9 @@ class TrainSpec:
         raw, packets, codebooks = [], [], []
         for k, hop in enumerate(self.hops, 1):
             context = nbytes(self.context(k))
-            raw.append((nbytes(hop.activations) + context) / size)
-            packets.append((nbytes(hop.payload) + context) / size)
+            down = nbytes(self.abstract_states()[k - 1].extras.get("above", ((),))[0])
+            raw.append((nbytes(hop.activations) + context + down) / size)
+            packets.append((nbytes(hop.payload) + context + down) / size)
             codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:

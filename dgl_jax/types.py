@@ -1,4 +1,4 @@
-"""The vocabulary: what the source yields (Batch) and what crosses from module k to module k + 1 (Packet)."""
+"""The vocabulary: what the source yields (Batch) and what crosses between neighbouring modules (Message, Packet)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,12 +35,27 @@ class Header:
 
 
 class Message(NamedTuple):
-    """Activations as they cross a hop; goes into and out of jitted functions."""
+    """What crosses a hop, up (activations) or down (gradients, parameters); goes into and out of jitted functions."""
 
-    payload: Any  # a pytree of arrays, as the codec made it
+    payload: Any = ()  # a pytree of arrays with a row for each example, on the way up as the codec made it
     codebook: Any = ()  # the one it was encoded with; travels when a new one is published, not with every packet
     newest: Any = None  # the newest one, where that is to decode instead
     context: Any = ()  # what the producer adds to the context of its examples: a dict, where it adds something
+    published: Any = ()  # what belongs to no example, such as parameters: a pytree of arrays
+
+
+class Inbox(NamedTuple):
+    """What a turn of a module reads, by where it comes from; None: nothing."""
+
+    below: Batch | Message | None = None
+    above: Message | None = None
+
+
+class Outbox(NamedTuple):
+    """What a turn of a module sends, by where it goes; None: nothing."""
+
+    above: Message | None = None
+    below: Message | None = None
 
 
 @dataclass(frozen=True)

@@ -80,21 +80,21 @@ def test_codes_cross_and_codebooks_on_their_schedule(tiny, crossed):
 
 def test_a_packet_is_decoded_with_the_codebook_it_was_encoded_with(tiny):
     made = pipeline(tiny, VQ, modules=2)
-    program, seen = made.programs[1], []
+    program, seen = made.programs[1, "step"], []
 
-    def look(state, incoming, context):
-        seen.append(np.asarray(incoming.codebook))
-        return program(state, incoming, context)
+    def look(state, inbox, context):
+        seen.append(np.asarray(inbox.below.codebook))
+        return program(state, inbox, context)
 
-    made.programs = [made.programs[0], look]
-    first, encoded = made.programs[0], []
+    made.programs[1, "step"] = look
+    first, encoded = made.programs[0, "step"], []
 
-    def send(state, incoming, context):
-        state, coded, metrics = first(state, incoming, context)
-        encoded.append(np.asarray(coded.codebook))
-        return state, coded, metrics
+    def send(state, inbox, context):
+        state, sent, metrics = first(state, inbox, context)
+        encoded.append(np.asarray(sent.above.codebook))
+        return state, sent, metrics
 
-    made.programs[0] = send
+    made.programs[0, "step"] = send
     for _ in made.run(tiny.place(made, tiny.init(made.spec)), tiny.source, STEPS):
         pass
     for a, b in zip(encoded, seen, strict=True):

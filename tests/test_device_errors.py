@@ -169,7 +169,12 @@ def full_after(monkeypatch):
         def make(*args, **options):
             experiment = make_experiment(*args, **options)
             engine, left = experiment.engine, [calls]
-            program = engine.step if isinstance(engine, FusedEngine) else engine.programs[-1]
+            last = len(experiment.spec.modules) - 1
+            if isinstance(engine, FusedEngine):
+                programs, turn = engine.steps, tuple((k, "step") for k in range(last + 1))
+            else:
+                programs, turn = engine.programs, last if isinstance(engine.programs, list) else (last, "step")
+            program = programs[turn]
 
             def limited(*arguments):
                 left[0] -= 1
@@ -177,10 +182,7 @@ def full_after(monkeypatch):
                     raise jax.errors.JaxRuntimeError(FULL)
                 return program(*arguments)
 
-            if isinstance(engine, FusedEngine):
-                engine.step = limited
-            else:
-                engine.programs[-1] = limited
+            programs[turn] = limited
             if engine.continuous:  # fails once a checkpoint is on disk, which is written beside the worker
                 saved, save, fetch = threading.Event(), Checkpoints.save, engine.fetch
 

@@ -8,12 +8,12 @@ import pytest
 
 from dgl_jax.config import options
 from dgl_jax.engines import EngineState, pipeline
-from dgl_jax.engines.base import updates_of
+from dgl_jax.engines.base import counts
 from dgl_jax.ops import conv
 from dgl_jax.ops.cpu import im2col, winograd
 from dgl_jax.run import metrics
 from dgl_jax.run.metrics import Window
-from dgl_jax.types import Batch
+from dgl_jax.types import Batch, Inbox
 
 pytestmark = pytest.mark.full_compile
 
@@ -105,26 +105,26 @@ def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, m
 @pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])
 def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
     run = tiny.engine("pipeline", ONE_EACH[3])
-    programs = list(run.programs)
+    broken_one = run.programs[1, "step"]
     previous = []
 
     def late(state, incoming, context):
         """Module 1 works on the packet of the tick before."""
         previous.append((incoming, context))
-        return programs[1](state, *previous[max(0, len(previous) - 2)])
+        return broken_one(state, *previous[max(0, len(previous) - 2)])
 
     def relabelled(state, incoming, context):
         """Module 1 learns the labels of the batch before."""
         previous.append(context)
-        return programs[1](state, incoming, previous[max(0, len(previous) - 2)])
+        return broken_one(state, incoming, previous[max(0, len(previous) - 2)])
 
     def updated_first(state, incoming, context):
         """Module 1 hands on what it makes of the batch after its update."""
-        state, _, of_step = programs[1](state, incoming, context)
-        return state, programs[1](jax.tree.map(lambda x: x.copy(), state), incoming, context)[1], of_step
+        state, _, of_step = broken_one(state, incoming, context)
+        return state, broken_one(jax.tree.map(lambda x: x.copy(), state), incoming, context)[1], of_step
 
     replacement = {"late batch": late, "other labels": relabelled, "order of updates": updated_first}[broken]
-    monkeypatch.setattr(run, "programs", [programs[0], replacement, programs[2]])
+    monkeypatch.setitem(run.programs, (1, "step"), replacement)
     states, _ = tiny.run(run, STEPS)
     expected, _ = fused()
     assert unequal(states[0], expected[0]) == []
@@ -217,18 +217,20 @@ def test_backprop_does_not_depend_on_the_cut(tiny, fused):
 
 def watched(run, monkeypatch):
     """The example ids that each program received, in order, and the first module's batch numbers."""
-    seen = [[] for _ in run.programs]
+    modules = range(len(run.spec.modules))
+    seen = [[] for _ in modules]
 
     def watch(k, program):
-        def call(state, incoming, context):
+        def call(state, inbox, context):
             seen[k].append(jax.device_get(context["id"]))
-            if isinstance(incoming, Batch):
-                assert incoming.context is context
-            return program(state, incoming, context)
+            if isinstance(inbox.below, Batch):
+                assert inbox.below.context is context
+            return program(state, inbox, context)
 
         return call
 
-    monkeypatch.setattr(run, "programs", [watch(k, program) for k, program in enumerate(run.programs)])
+    for k in modules:
+        monkeypatch.setitem(run.programs, (k, "step"), watch(k, run.programs[k, "step"]))
     return seen
 
 
@@ -259,14 +261,19 @@ def test_swapped_registers_are_noticed(tiny, monkeypatch):
 # One trace, few waits, reports
 
 
+def programs_of(run):
+    steps = [(k, "step") for k in range(len(run.spec.modules))]
+    return [run.programs[step] for step in steps] if hasattr(run, "programs") else [run.steps[tuple(steps)]]
+
+
 def traces(run):
-    return [p._cache_size() for p in (run.programs if hasattr(run, "programs") else [run.step])]
+    return [program._cache_size() for program in programs_of(run)]
 
 
 @pytest.mark.parametrize("name", ["fused", "pipeline"])
 def test_each_program_is_traced_once(tiny, name):
     run = tiny.engine(name, modules=1) if name == "fused" else tiny.engine(name, ONE_EACH[3])
-    for program in run.programs if name == "pipeline" else [run.step]:
+    for program in programs_of(run):
         program.clear_cache()
     state = tiny.place(run, tiny.init(run.spec))
     for until in (2, 3, 5):  # segments, as between evaluations
@@ -277,9 +284,9 @@ def test_each_program_is_traced_once(tiny, name):
     batch = jax.tree.map(lambda x: x[:4] if x.ndim else x, tiny.source.batch(0))
     moved = run.placement.put_batch(batch, 0)
     if name == "fused":
-        run.step(state.modules, moved)
+        programs_of(run)[0](state.modules, moved)
     else:
-        run.programs[0](state.modules[0], moved, moved.context)
+        programs_of(run)[0](state.modules[0], Inbox(moved), moved.context)
     assert traces(run)[0] == 2
 
 
@@ -296,10 +303,10 @@ def test_reports(tiny, name):
             report.snapshot()
     state = reports[-1].snapshot()
     assert isinstance(state, EngineState)
-    assert updates_of(state) == STEPS
+    assert set(counts(state)) == {STEPS}
     assert list(run.run(state, tiny.source, STEPS)) == []
     assert list(run.run(state, tiny.source, STEPS + 1, stop=lambda: True)) == []
-    assert updates_of(state) == STEPS  # and not given away
+    assert set(counts(state)) == {STEPS}  # and not given away
 
 
 @pytest.mark.parametrize("name", ["fused", "pipeline"])
@@ -339,8 +346,9 @@ def test_waits_and_reads_are_few(tiny, monkeypatch, name):
 
 def test_the_host_runs_ahead_by_no_more_than_asked(tiny, monkeypatch):
     run = tiny.engine("fused")
-    events, step, block = [], run.step, jax.block_until_ready
-    monkeypatch.setattr(run, "step", lambda *args: events.append("dispatch") or step(*args))
+    events, (step,), block = [], programs_of(run), jax.block_until_ready
+    turns = tuple((k, "step") for k in range(len(run.spec.modules)))
+    monkeypatch.setitem(run.steps, turns, lambda *args: events.append("dispatch") or step(*args))
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: events.append("wait") or block(tree))
     tiny.run(run, 5)
     assert run.ticks_in_flight == 2

@@ -83,7 +83,7 @@ def test_no_array_of_a_step_is_wide(name):
             settings = make_settings(small_config(model__name=name, model__dtype=dtype, **fields, **more))
             spec = spec_of(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
             states = spec.abstract_states()
-            new, metrics = jax.eval_shape(spec.method.fused(spec), states, batch)
+            new, metrics = jax.eval_shape(spec.method.fused(spec, [(k, "step") for k in range(len(states))]), states, batch)
             for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
                 if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                     assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)

@@ -49,7 +49,7 @@ LEVELS = {
     "core": (("rngs", "kept"), ("module", "optimizer"), ("ema", "step")),
     "methods": (("base",), ("dgl", "backprop")),
     "engines": (
-        ("placement",),
+        ("placement", "flight"),
         ("base",),
         ("program",),
         ("fused", "pipeline", "asynchronous"),
@@ -67,14 +67,14 @@ ONLY = {
     "config": {"errors", "fields", "registry"},
     "types": set(),
     "ops": set(),
-    "models": {"errors", "ops", "registry"},
+    "models": {"errors", "ops", "registry", "types"},
     "objectives": {"registry", "types"},
     "core": {"config", "fields", "errors", "objectives", "ops", "registry", "types"},
     "tasks": {"core", "types"},
     "codecs": {"config", "core", "errors", "fields", "registry"},
     "replay": {"errors", "registry", "system", "types"},
     "schedule": set(),
-    "methods": {"codecs", "core", "objectives", "registry", "spec", "tasks", "types"},
+    "methods": {"codecs", "core", "objectives", "registry", "schedule", "spec", "tasks", "types"},
 }
 # All that other rooms may import from these.
 DOORS = {"ops": ops.__all__}

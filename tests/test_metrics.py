@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax.engines import EngineState, Report, updates_of
+from dgl_jax.engines import EngineState, Report, counts
 from dgl_jax.errors import UserError
 from dgl_jax.run import metrics
 from dgl_jax.run.metrics import Window, diverged, read
+from dgl_jax.schedule import aligned
 
 
 def report(step, *losses):
@@ -91,4 +92,4 @@ def test_read_gives_host_values():
 def test_updates_of_unequal_modules(tiny):
     first, *others = tiny.init(tiny.spec(2))
     with pytest.raises(ValueError, match=r"unequal update counts: \[0, 1\]"):
-        updates_of(EngineState((first.replace(updates=np.int32(1)), *others)))
+        aligned(counts(EngineState((first.replace(updates=np.int32(1)), *others))), 2)

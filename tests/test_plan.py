@@ -14,6 +14,7 @@ from dgl_jax.codecs import CODECS
 from dgl_jax.config import DataSettings, make_settings
 from dgl_jax.data import DATA_SETS, make_source
 from dgl_jax.errors import UserError
+from dgl_jax.methods.dgl import Dgl
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.run.build import known_info, make_blocks
@@ -127,11 +128,11 @@ def test_a_module_hardly_faster_than_the_slowest_is_idle_for_the_difference():
     """However many ticks it runs ahead before it has to wait."""
     works = Work(0, 0.0275), Work(1, 0.028)
     for ticks_in_flight in (1, 4, 1000):
-        rate, busy, _ = planning.Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight).steady([0.0])
+        rate, busy, _ = planning.Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl()).steady([0.0])
         assert rate == pytest.approx(1 / 0.028)
         assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
     halves = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)  # one core for both
-    rate, busy, _ = planning.Pipeline(halves, BATCH, math.inf, 1.0, 2).steady([0.0])
+    rate, busy, _ = planning.Pipeline(halves, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
     assert rate == pytest.approx(1 / 0.0555, rel=0.02)
     assert 0.9 < busy[0] <= 1.0
 

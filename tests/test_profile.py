@@ -16,7 +16,7 @@ from test_resume import interrupted
 from dgl_jax import system, train
 from dgl_jax.config import make_settings
 from dgl_jax.core.module import LocalModule, init_states
-from dgl_jax.core.step import local_step
+from dgl_jax.core.step import backward_step, local_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import BlockCosts
@@ -108,8 +108,8 @@ def test_the_parts_of_a_step_are_the_step(tiny):
     @jax.jit
     def parts(scale):
         outputs, _ = whole.apply_body(state.params, state.batch_stats, x, train=True)
-        of_head, _, cotangent = costs._objective_step(end, optimizer, part("objective", {}), outputs, {"label": label})
-        of_body, handed_on, _ = costs._body_step(body, optimizer, part("body", None), x, scale * cotangent)
+        of_head, cotangent, _ = loss_step(end, optimizer, part("objective", {}), outputs, {"label": label})
+        of_body, handed_on, _ = backward_step(body, optimizer, part("body", None), x, scale * cotangent)
         return of_body.params["body"], of_head.params["objective"], of_body.batch_stats["body"], handed_on
 
     expected, outputs, _ = jax.jit(lambda s: local_step(whole, optimizer, s, x, {"label": label}))(state)

@@ -78,13 +78,13 @@ def recurrence(works, batches, ticks_in_flight):
     spans = set()
     for tick in pipelined(len(works), 0, batches):
         t = len(done) - 1 - ticks_in_flight
-        for k, batch in tick:
+        for k, batch, _ in tick:
             begin = max(end.get((k, batch - 1), 0.0), arrival.get((k, batch), 0.0), done[t] if t >= 0 else 0.0)
             end[k, batch] = begin + works[k].seconds
             sent = max(end[k, batch], arrival.get((k + 1, batch - 1), 0.0))
             arrival[k + 1, batch] = sent + works[k].transfer
             spans.add(Span(k, batch, begin, end[k, batch]))
-        done.append(max([end[turn] for turn in tick] + done[-1:]))
+        done.append(max([end[turn[:2]] for turn in tick] + done[-1:]))
     return spans
 
 

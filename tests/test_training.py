@@ -20,7 +20,7 @@ from dgl_jax.config import ReplaySettings, make_settings
 from dgl_jax.core import ema, step
 from dgl_jax.core import module as local_module
 from dgl_jax.core.module import init_states, make_modules
-from dgl_jax.core.step import feed_step, local_step
+from dgl_jax.core.step import forward_step, local_step
 from dgl_jax.engines import (
     EngineState,
     FusedEngine,
@@ -202,7 +202,7 @@ def test_every_micro_batch_draws_its_own_dropout():
 
 def test_feeding_hands_on_what_an_update_would():
     module, state, inputs = one_module(Normal(), Dense(0.5))
-    whole, halves = (jax.jit(partial(feed_step, module, train=True, accumulate=n))(state, inputs) for n in (1, 2))
+    whole, halves = (jax.jit(partial(forward_step, module, train=True, accumulate=n))(state, inputs)[0] for n in (1, 2))
     np.testing.assert_allclose(halves, updated(module, state, inputs, accumulate=2)[1], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(whole, plain(Normal(), Dense(0.5))[1], rtol=1e-6, atol=1e-6)
     assert not np.allclose(whole, halves, rtol=1e-3)
@@ -459,7 +459,7 @@ def test_another_decay_is_refused_by_name(whole):
 def test_what_is_exported_borrowed_and_measured_is_the_average(whole, tmp_path):
     trained = load_trained(whole)
     exported = load_exported(export_run(whole, output=tmp_path))
-    borrowed = borrow_weights(trained.restored.state, trained)
+    borrowed = borrow_weights(trained.spec, trained.restored.state, trained)
     for module, variables, mine in zip(trained.restored.state.modules, exported.variables, borrowed.modules):
         kept = {name: module.extras["ema"][name] for name in ("params", "batch_stats")}
         assert same({name: variables[name] for name in kept}, kept)

@@ -1,5 +1,6 @@
 """A module of the network: its slice of the blocks (the body), its objective, and the state that training changes."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 from dgl_jax.ops import recomputed
 
 PyTree = Any
+NOTHING: dict[str, Any] = {}  # the default of what is only read
 
 
 @struct.dataclass
@@ -24,7 +26,8 @@ class ModuleState:
     """All that an update of one module reads and replaces; a plain pytree.
 
     Attributes:
-      params: {"body": {"block_0": ..., ...}, "objective": ...}; blocks keep their number in the whole network.
+      params: {"body": {"block_0": ..., ...}, "objective": ...}; blocks keep their number in the whole network. The body of a module
+        with an adapter has "adapter" besides.
       batch_stats: running averages of batch norm, same keys; empty dicts where a block has none.
       opt_state: the optimizer's.
       rng: key of random operations inside the module (dropout) and of its codec; see `rngs.module`.
@@ -50,6 +53,7 @@ class LocalModule:
       first: number of the first block in the whole network.
       blocks: Flax Linen modules called as `block(x, train)`.
       objective: see `objectives.Objective`; None under a method that gives this module none.
+      adapter: in front of the blocks, a Flax module called as `adapter(inputs, context, train)` that keeps the shape; None: none.
       remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
         forward pass of the body more.
       ops: how `remat` recomputes, see `dgl_jax.ops`; blocks and head have a field of their own.
@@ -61,25 +65,52 @@ class LocalModule:
     objective: Objective | None
     remat: bool = False
     ops: str = "auto"
+    adapter: nn.Module | None = None
 
     def init(
-        self, key: jax.Array, inputs: jax.ShapeDtypeStruct, context: Mapping[str, jax.ShapeDtypeStruct]
+        self,
+        key: jax.Array,
+        inputs: jax.ShapeDtypeStruct,
+        context: Mapping[str, jax.ShapeDtypeStruct],
+        following: nn.Module | None = None,
     ) -> tuple[PyTree, PyTree]:
         """Returns fresh (params, batch_stats) for inputs, and a context, of these shapes.
 
         A block's values depend on `key` and on its number in the network alone: however the network is cut, they are the same.
+
+        Args:
+          following: the first block of the next module, where the objective may read its variables.
+
+        Raises:
+          ValueError: the adapter changes the shape or the type of its inputs.
         """
         params: PyTree = {"body": {}}
         batch_stats: PyTree = {"body": {}}
         x = inputs
+        if self.adapter is not None:
+            variables = self.adapter.lazy_init(rngs.adapter_params(key, self.first), x, context, train=False)
+            adapted = jax.eval_shape(lambda v, x, c: self.adapter.apply(v, x, c, train=False), variables, x, dict(context))  # type: ignore[union-attr]
+            if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
+                raise ValueError(
+                    f"{self.name}: its adapter makes {adapted.dtype}{list(adapted.shape)} of {x.dtype}{list(x.shape)}; "
+                    "it must keep both"
+                )
+            params["body"]["adapter"] = variables.get("params", {})
+            batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
             params["body"][f"block_{number}"] = variables.get("params", {})
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
             x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
         if self.objective is not None:
-            key = rngs.head_params(key, self.first + len(self.blocks))
-            variables = self.objective.lazy_init(key, x, context, {}, train=False)
+            end = self.first + len(self.blocks)
+            published = {}
+            if following is not None and "next_block" in self.objective.reads:
+                published["next_block"] = jax.eval_shape(
+                    lambda: _collected(following.lazy_init(rngs.block_params(key, end), x, train=False))
+                )
+            key = rngs.head_params(key, end)
+            variables = self.objective.lazy_init(key, x, context, published, train=False)
             params["objective"], batch_stats["objective"] = variables.get("params", {}), variables.get("batch_stats", {})
         return params, batch_stats
 
@@ -88,13 +119,22 @@ class LocalModule:
         params: PyTree,
         batch_stats: PyTree,
         inputs: Float[Array, "B ..."],
+        context: Context = NOTHING,
         *,
         train: bool,
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`)."""
+        """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`).
+
+        Args:
+          context: what the adapter reads of the same examples; without one, nothing is read.
+        """
         apply = partial(_apply_again, self.ops) if self.remat and train else _apply_block
         x, stats = inputs, {}
+        if self.adapter is not None:
+            key = None if rng is None else rngs.adapter(rng)
+            of_adapter, running = params["body"]["adapter"], batch_stats["body"]["adapter"]
+            x, stats["adapter"] = _apply(self.adapter, of_adapter, running, (x, context), train, key)
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
             key = None if rng is None else rngs.block(rng, number)
@@ -107,6 +147,7 @@ class LocalModule:
         batch_stats: PyTree,
         features: Float[Array, "B ..."],
         context: Context,
+        published: Mapping[str, Any] = NOTHING,
         *,
         train: bool,
         rng: jax.Array | None = None,
@@ -114,16 +155,22 @@ class LocalModule:
         """Activations to the loss of this module; also the new batch_stats of the objective."""
         assert self.objective is not None, f"{self.name} has no objective"
         key = None if rng is None else rngs.head(rng)
-        arguments: Any = (features, context, {})
+        arguments: Any = (features, context, published)
         return _apply(self.objective, params["objective"], batch_stats["objective"], arguments, train, key)
 
-    def predict(self, params: PyTree, batch_stats: PyTree, features: Float[Array, "B ..."]) -> Array | None:
+    def predict(
+        self, params: PyTree, batch_stats: PyTree, features: Float[Array, "B ..."], published: Mapping[str, Any] = NOTHING
+    ) -> Array | None:
         """Activations to what the module answers in evaluation; None without an objective, or if it answers nothing."""
         if self.objective is None:
             return None
         variables = {"params": params["objective"], "batch_stats": batch_stats["objective"]}
-        answer: Any = self.objective.apply(variables, features, train=False, method="predict")
+        answer: Any = self.objective.apply(variables, features, published, train=False, method="predict")
         return answer
+
+
+def _collected(variables: Any) -> dict[str, PyTree]:
+    return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
 
 
 def _apply(
@@ -154,19 +201,27 @@ def _apply_again(
 
 
 def make_modules(
-    blocks: Sequence[nn.Module], cuts: Sequence[int], heads: Sequence[nn.Module | None], remat: bool = False, ops: str = "auto"
+    blocks: Sequence[nn.Module],
+    cuts: Sequence[int],
+    heads: Sequence[nn.Module | None],
+    remat: bool = False,
+    ops: str = "auto",
+    adapters: Sequence[nn.Module | None] = (),
 ) -> tuple[LocalModule, ...]:
     """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`.
 
     Args:
       heads: of each module its objective; or a head, Flax module called as `head(x, train)` that gives logits, whose cross entropy
         is the objective; or None.
+      adapters: of each module, see `LocalModule`; by default none has one.
     """
     ends = [*cuts[1:], len(blocks)]
     objectives = [head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads]
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops)
-        for k, (first, end, objective) in enumerate(zip(cuts, ends, objectives, strict=True))
+        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops, adapter)
+        for k, (first, end, objective, adapter) in enumerate(
+            zip(cuts, ends, objectives, adapters or [None] * len(objectives), strict=True)
+        )
     )
 
 
@@ -187,7 +242,8 @@ def init_states(
     context = {"label": integers, "id": integers, "image": inputs} if context is None else context
     states = []
     for k, module in enumerate(modules):
-        params, batch_stats = module.init(key, inputs, context)
+        following = modules[k + 1].blocks[0] if k + 1 < len(modules) else None
+        params, batch_stats = module.init(key, inputs, context, following)
         states.append(
             ModuleState(
                 params=params,
@@ -203,7 +259,8 @@ def init_states(
 
 def output_shape(module: LocalModule, params: PyTree, batch_stats: PyTree, inputs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the activations that a module hands on."""
-    outputs, _ = jax.eval_shape(lambda p, s, x: module.apply_body(p, s, x, train=False), params, batch_stats, inputs)
+    bare = dataclasses.replace(module, adapter=None)
+    outputs, _ = jax.eval_shape(lambda p, s, x: bare.apply_body(p, s, x, train=False), params, batch_stats, inputs)
     return outputs
 
 

@@ -7,11 +7,12 @@ does not matter in which order numbers are folded in.)
 
     root(seed)
         block_params(n), head_params(n)        initial values of block n, and of the head behind n blocks
+        adapter_params(n)                      and of the adapter in front of block n
         augmentation(step)                     of training batch `step`
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
                 micro_batch(i)
-                    block(n), head()
+                    block(n), head(), adapter()
             codec(t)                           of what module k hands on at its update t
                 stage(s)                       stages after the first; below it the same as here
                     pool(), first(), entry(n)  the start of a codebook
@@ -52,6 +53,8 @@ class _Stream(enum.IntEnum):
     RESTART_POOL = 15
     RESTART = 16
     REST = 17
+    ADAPTER_PARAMS = 18
+    ADAPTER = 19
 
 
 # Streams of the host, the first number after the seed in `bits` and `ring`.
@@ -74,6 +77,11 @@ def block_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
 def head_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
     """Returns the key of the initial values of the head that has this number of blocks in front of it."""
     return _derived(key, _Stream.HEAD_PARAMS, number)
+
+
+def adapter_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
+    """Returns the key of the initial values of the adapter in front of a block."""
+    return _derived(key, _Stream.ADAPTER_PARAMS, number)
 
 
 def augmentation(key: Key[Array, ""], step: Number) -> Key[Array, ""]:
@@ -104,6 +112,11 @@ def block(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
 def head(key: Key[Array, ""]) -> Key[Array, ""]:
     """Returns the key of the random operations of a module's head in one forward pass."""
     return _derived(key, _Stream.HEAD)
+
+
+def adapter(key: Key[Array, ""]) -> Key[Array, ""]:
+    """Returns the key of the random operations of a module's adapter in one forward pass."""
+    return _derived(key, _Stream.ADAPTER)
 
 
 def codec(key: Key[Array, ""], updates: Number) -> Key[Array, ""]:

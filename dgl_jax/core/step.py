@@ -1,17 +1,17 @@
 """One update of one module (and its evaluation) as pure functions of state and arrays; no device, engine or codec in sight."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
-from dgl_jax.core.module import LocalModule, ModuleState
+from dgl_jax.core.module import NOTHING, LocalModule, ModuleState
 from dgl_jax.objectives import Context
 from dgl_jax.ops import after
 
@@ -29,6 +29,7 @@ def local_step(
     inputs: Float[Array, "B ..."],
     context: Context,
     *,
+    published: Mapping[str, Any] = NOTHING,
     accumulate: int = 1,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
     """Updates a module once on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
@@ -37,7 +38,8 @@ def local_step(
       module, optimizer, accumulate: static; bind them with `functools.partial` before `jax.jit`.
       state: the module's state.
       inputs: activations of the module below, or the images; no gradient leaves through them.
-      context: what the objective reads of the same examples, such as `{"label": label}`.
+      context: what the objective and the adapter read of the same examples, such as `{"label": label}`.
+      published: what the objective reads of other modules, by name.
       accumulate: see `mean_gradient`.
 
     Returns:
@@ -49,8 +51,8 @@ def local_step(
     rng = rngs.update(state.rng, state.updates)
 
     def loss_function(params, batch_stats, inputs, context, rng):
-        outputs, body = module.apply_body(params, batch_stats, inputs, train=True, rng=rng)
-        local, own = module.apply_objective(params, batch_stats, outputs, context, train=True, rng=rng)
+        outputs, body = module.apply_body(params, batch_stats, inputs, context, train=True, rng=rng)
+        local, own = module.apply_objective(params, batch_stats, outputs, context, published, train=True, rng=rng)
         return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
 
     gradient, batch_stats, outputs, metrics = mean_gradient(
@@ -104,21 +106,109 @@ def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, 
     )
 
 
-def feed_step(
-    module: LocalModule, state: ModuleState, inputs: Float[Array, "B ..."], *, train: bool, accumulate: int = 1
-) -> Float[Array, "B ..."]:
-    """Activations for the next module from one that learns no more: as its next update would hand on, or in evaluation's way."""
-    rng = rngs.update(state.rng, state.updates)
-    parts = zip(_split(inputs, accumulate), _keys(rng, accumulate), strict=True)
-    return _join([module.apply_body(state.params, state.batch_stats, x, train=train, rng=own)[0] for x, own in parts])
+def loss_step(
+    module: LocalModule,
+    optimizer: optax.GradientTransformation,
+    state: ModuleState,
+    inputs: Float[Array, "B ..."],
+    context: Context,
+    *,
+    published: Mapping[str, Any] = NOTHING,
+) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
+    """Updates a module once on its own loss, and gives the gradient of its inputs: where a gradient that goes down begins.
+
+    Args:
+      module, optimizer, state, inputs, context, published: see `local_step`.
+
+    Returns:
+      The new state; the gradient of the loss with respect to the inputs; and the objective's metrics.
+    """
+    rng = _whole_batch(state)
+
+    def loss_function(params, inputs):
+        outputs, body = module.apply_body(params, state.batch_stats, inputs, context, train=True, rng=rng)
+        local, own = module.apply_objective(params, state.batch_stats, outputs, context, published, train=True, rng=rng)
+        return local.loss, ({"body": body, "objective": own}, local.metrics)
+
+    found, (gradient, of_inputs) = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)(state.params, inputs)
+    _, (batch_stats, metrics) = found
+    return apply_gradient(optimizer, state, gradient, batch_stats), of_inputs, metrics
+
+
+def backward_step(
+    module: LocalModule,
+    optimizer: optax.GradientTransformation,
+    state: ModuleState,
+    inputs: Float[Array, "B ..."],
+    cotangent: Float[Array, "B ..."],
+    context: Context = NOTHING,
+) -> tuple[ModuleState, Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """Updates the body of a module once by a gradient from above; the forward pass is made here, with the parameters of now.
+
+    Args:
+      module, optimizer, state, inputs: see `local_step`.
+      cotangent: the gradient of the loss above with respect to the module's outputs.
+      context: what the adapter reads.
+
+    Returns:
+      The new state, in which the objective has had a gradient of 0; the outputs; and the gradient with respect to the inputs.
+    """
+    rng = _whole_batch(state)
+
+    def forward(params, inputs):
+        return module.apply_body(params, state.batch_stats, inputs, context, train=True, rng=rng)
+
+    outputs, pull, body = jax.vjp(forward, state.params, inputs, has_aux=True)
+    gradient, of_inputs = pull(cotangent)
+    return apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body}), outputs, of_inputs
+
+
+def forward_step(
+    module: LocalModule,
+    state: ModuleState,
+    inputs: Float[Array, "B ..."],
+    context: Context = NOTHING,
+    *,
+    train: bool,
+    accumulate: int = 1,
+    number: Int[Any, ""] | None = None,
+) -> tuple[Float[Array, "B ..."], PyTree]:
+    """Makes a module's activations without an update.
+
+    Args:
+      context: what the adapter reads.
+      train: as an update would make them; else in evaluation's way.
+      accumulate: see `mean_gradient`.
+      number: of the update that will learn from them, for its random operations; by default the next one.
+
+    Returns:
+      The activations, and the module's batch_stats after them.
+    """
+    rng = rngs.update(state.rng, state.updates if number is None else number)
+    batch_stats, parts = state.batch_stats, []
+    for (x, of_x), own in zip(_split((inputs, context), accumulate), _keys(rng, accumulate), strict=True):
+        y, body = module.apply_body(state.params, batch_stats, x, of_x, train=train, rng=own)
+        batch_stats = {**batch_stats, "body": body}
+        parts.append(y)
+    return _join(parts), batch_stats
 
 
 def eval_step(
-    module: LocalModule, params: Any, batch_stats: Any, inputs: Float[Array, "B ..."]
+    module: LocalModule,
+    params: Any,
+    batch_stats: Any,
+    inputs: Float[Array, "B ..."],
+    context: Context = NOTHING,
+    published: Mapping[str, Any] = NOTHING,
 ) -> tuple[Float[Array, "B ..."], Array | None]:
     """Returns activations for the next module and what this one answers (None without an answer), with running statistics."""
-    outputs, _ = module.apply_body(params, batch_stats, inputs, train=False)
-    return outputs, module.predict(params, batch_stats, outputs)
+    outputs, _ = module.apply_body(params, batch_stats, inputs, context, train=False)
+    return outputs, module.predict(params, batch_stats, outputs, published)
+
+
+def _whole_batch(state: ModuleState) -> jax.Array:
+    """Returns the key of the next update, of a batch that is not split."""
+    return rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
 
 
 def _split(tree: PyTree, parts: int) -> list[PyTree]:

@@ -1,6 +1,6 @@
 """Engines decide which module works when, and where."""
 
-from dgl_jax.engines.asynchronous import AsynchronousOptions, ring_forms
+from dgl_jax.engines.asynchronous import AsynchronousOptions
 from dgl_jax.engines.base import (
     Engine,
     EngineInputs,
@@ -10,8 +10,8 @@ from dgl_jax.engines.base import (
     Report,
     SynchronousOptions,
     counts,
-    updates_of,
 )
+from dgl_jax.engines.flight import ring_forms
 from dgl_jax.engines.fused import FusedEngine
 from dgl_jax.engines.pipeline import PipelineEngine
 from dgl_jax.engines.simulated import SimulatedEngine, SimulatedOptions
@@ -39,5 +39,4 @@ __all__ = [
     "counts",
     "register_engine",
     "ring_forms",
-    "updates_of",
 ]

@@ -1,139 +1,29 @@
-"""What asynchronous engines share: the rings of packets between modules, and the turn of a module that reads and fills them."""
+"""What asynchronous engines share: the turn of a module that reads and fills the rings of packets between modules."""
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dgl_jax.config import EngineSettings, ReplaySettings
-from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
+from dgl_jax.engines.flight import Rings, Still, ring_forms
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
 from dgl_jax.fields import choice, option
-from dgl_jax.replay import Ring, RingSpec, Sample, check_memory
+from dgl_jax.methods.base import Mail, closed, delivered, oldest, opened
+from dgl_jax.replay import Ring, check_memory
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Context, Header, Message, Packet
+from dgl_jax.types import Batch, Context, Header, Inbox, Message, Packet
 
 _LOG = logging.getLogger(__name__)
-_TURNS = 64  # the newest, kept for the timeline
-
-
-class Rings:
-    """The flight of an asynchronous state.
-
-    Attributes:
-      rings: those of modules 1, 2, ...
-      batches: batches that the first module has read, up to its last whole turn.
-      turn: turns drawn so far, where they are drawn.
-      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
-      skipped: of each module, turns lost for want of a packet.
-      turns: the newest of all modules as (module, begin, end).
-      unit: of begin and end: turns drawn, or seconds since the run began.
-    """
-
-    def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
-        self.rings = [
-            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, rngs.ring(spec.seed, k), form.codebook)
-            for k, form in enumerate(ring_forms(spec), 1)
-        ]
-        self.turn, self.batches, self.unit = 0, batches, unit
-        modules = len(self.rings) + 1
-        self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
-        self.turns: deque[tuple[int, float, float]] = deque(maxlen=_TURNS)
-        # How often module k read a packet of age 0, 1, 2 or 3, 4 to 7 and so on.
-        self.ages = np.zeros((modules, (replay.size - 1).bit_length() + 1), np.int64)
-
-    def ring(self, module: int) -> Ring:
-        """The one that module reads."""
-        return self.rings[module - 1]
-
-    def sample(self, module: int) -> Sample | None:
-        """What the module reads next; None where no packet may be read."""
-        sample = self.ring(module).sample()
-        if sample is not None:
-            self.ages[module, sample.age.bit_length()] += 1
-        return sample
-
-    def add(self, producer: int, packet: Packet) -> None:
-        """Copies a packet (host arrays; codebook None: the same as before) from one module to the ring of the next."""
-        self.ring(producer + 1).add(packet.payload, packet.context, packet.header, packet.codebook)
-
-    def gauges(self) -> dict[str, float]:
-        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
-        found: dict[str, float] = {}
-        for k, ring in enumerate(self.rings, 1):
-            tally = ring.tally
-            values = {
-                "age": tally.mean_age(),
-                "oldest": tally.oldest,
-                "reuse": tally.reuse(),
-                "never_used": tally.never_used,
-                "bytes": ring.nbytes,
-                "skipped": self.skipped[k],
-            }
-            values |= {f"ages_from_{2**i // 2}": n for i, n in enumerate(self.ages[k])}
-            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
-        return found
-
-    def recent(self) -> list[tuple[int, float, float]]:
-        """The newest turns, oldest first."""
-        return list(self.turns)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Host arrays, copied."""
-        rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
-        turns = np.array(self.recent(), np.float64).reshape(-1, 3)
-        return rings | {
-            "counts": np.array([self.turn, self.batches], np.int64),
-            "waiting": self.waiting.copy(),
-            "skipped": self.skipped.copy(),
-            "ages": self.ages.copy(),
-            "turns": np.concatenate([turns, np.full((_TURNS - len(turns), 3), -1.0)]),
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from a snapshot."""
-        self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
-        self.waiting[:], self.skipped[:], self.ages[:] = saved["waiting"], saved["skipped"], saved["ages"]
-        self.turns.extend((int(k), float(a), float(b)) for k, a, b in np.asarray(saved["turns"]) if k >= 0)
-        for k, ring in enumerate(self.rings, 1):
-            ring.restore(saved[f"ring_{k}"])
-
-
-class Still:
-    """The rings as they were when a snapshot was taken, for a checkpoint that is written while the workers go on.
-
-    Each ring is copied under its lock. The rings are copied before the modules: no packet is newer than its producer.
-    """
-
-    def __init__(self, rings: Rings):
-        self.unit, self._turns, self._gauges, self._saved = rings.unit, rings.recent(), rings.gauges(), rings.snapshot()
-
-    def begin_at(self, batches: int) -> None:
-        """Takes the count of batches that goes with the copy of the first module."""
-        self._saved["counts"][1] = batches
-
-    def gauges(self) -> dict[str, float]:
-        """Returns those of the rings."""
-        return self._gauges
-
-    def recent(self) -> list[tuple[int, float, float]]:
-        """Returns the newest turns, oldest first."""
-        return self._turns
-
-    def snapshot(self) -> dict[str, Any]:
-        """Returns the copy itself."""
-        return self._saved
 
 
 class Asynchronous:
@@ -164,11 +54,11 @@ class Asynchronous:
 
         def compile_all(k: int) -> None:
             try:
-                state = _shapes(states[k], self.placement.replicated(k))
+                state, mail = opened(_shapes(states[k], self.placement.replicated(k)))
                 incoming, context = self._entering(k)
-                self._steps[k].lower(state, incoming, context).compile()
+                self._steps[k].lower(state, Inbox(incoming, oldest(mail)), context).compile()
                 if k < len(self._feeding):
-                    self._feeding[k].lower(state, incoming).compile()
+                    self._feeding[k].lower(state, incoming, context).compile()
                 for program in self.of_states:
                     program.lower(state).compile()
             except Exception as error:
@@ -245,12 +135,22 @@ class RunningModule:
       state: None while an update is under way and after one that failed: the program takes the state over (donates it).
       updates: made so far.
       publisher: of what the module hands on; None for the last one.
+      mail: what waits from the module above, which replaces it.
     """
 
     number: int
     state: ModuleState | None
     updates: int
     publisher: Publisher | None
+    mail: Mail = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.state is not None:
+            self.state, self.mail = opened(self.state)
+
+    def whole(self, state: ModuleState) -> ModuleState:
+        """Returns a state of the module, or a copy of it, with the messages that wait."""
+        return closed(state, self.mail)
 
 
 class Intake(NamedTuple):
@@ -273,10 +173,12 @@ class Outcome(NamedTuple):
     Attributes:
       metrics: of the update, already computed; None if the module only fed the next one.
       packet: host arrays for the next module, with codebook None if its ring has it; None for the last module.
+      below: a message for the module below, on its devices; None if there is none.
     """
 
     metrics: Metrics | None
     packet: Packet | None
+    below: Message | None = None
 
 
 class Turns:
@@ -321,12 +223,16 @@ class Turns:
         """
         k, state, done = module.number, module.state, self.finished(module)
         metrics: Metrics | None = None
+        below: Message | None = None
         if done:
-            coded = self._engine.feeds[k](state, intake.incoming)
+            coded = self._engine.feeds[k](state, intake.incoming, intake.context)
         else:
             # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
             module.state = None
-            state, coded, metrics = self._engine.programs[k](state, intake.incoming, intake.context)
+            inbox = Inbox(intake.incoming, oldest(module.mail))
+            state, (coded, below), metrics = self._engine.programs[k](state, inbox, intake.context)
+            if below is not None:
+                below = put(below, self._engine.placement.message(k - 1))
         packet = None
         if module.publisher is not None:
             fresh = module.publisher.fresh(coded.codebook, None if done else module.updates)
@@ -338,12 +244,14 @@ class Turns:
         module.state = state
         if k == 0:
             self.rings.batches = intake.sequence + 1
-        return Outcome(metrics, packet)
+        return Outcome(metrics, packet, below)
 
-    def hand_on(self, k: int, packet: Packet | None, begin: float, end: float) -> None:
-        """Adds a packet to the ring of the next module and notes the turn of module k, which lasted from `begin` to `end`."""
-        if packet is not None:
-            self.rings.add(k, packet)
+    def hand_on(self, modules: Sequence[RunningModule], k: int, made: Outcome, begin: float, end: float) -> None:
+        """Sends what module k made to its neighbours and notes its turn, which lasted from `begin` to `end`."""
+        if made.packet is not None:
+            self.rings.add(k, made.packet)
+        if made.below is not None:
+            modules[k - 1].mail = delivered(modules[k - 1].mail, "above", made.below)
         self.rings.turns.append((k, begin, end))
 
 
@@ -355,11 +263,6 @@ def flight_of(state: EngineState) -> Rings:
 
 def _shapes(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def ring_forms(spec: TrainSpec) -> list[RingSpec]:
-    """What each ring holds."""
-    return [RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period) for k, hop in enumerate(spec.hops, 1)]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from dgl_jax.data import Source
 from dgl_jax.engines.placement import Placement, assign, check_batch, put
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
+from dgl_jax.methods.base import closed, opened
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
+from dgl_jax.types import Batch
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,8 @@ class Synchronous:
         return place_modules(state.modules, self.placement, put)
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
-        """The state itself."""
-        return state
+        """Returns the state, with messages that wait where a turn reads them; there is nothing else."""
+        return self.place(state)
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """None."""
@@ -233,25 +235,34 @@ def run_ticks(
     ticks: Iterator[Tick],
     dispatch: Callable[[Tick], list[tuple[Turn, Metrics]]],
     in_flight: int,
-    modules: int,
+    counts: Sequence[int],
     snapshot: Snapshot,
 ) -> Iterator[Report]:
     """Dispatches ticks without waiting for their results, at most `in_flight` ahead, and reports each finished batch.
 
-    A report comes once all modules have trained on its batch and their metrics are computed, so reading them never stalls the
-    devices. The last report alone can give a snapshot.
+    A report comes once all modules have made their update on its batch and their metrics are computed, so reading them never stalls
+    the devices. The last report alone can give a snapshot.
+
+    Args:
+      ticks: of the method's schedule.
+      dispatch: starts the turns of a tick; returns their metrics.
+      in_flight: ticks.
+      counts: updates that the modules have made before; a report brings no metrics of those.
+      snapshot: see `Report`.
     """
     waiting: deque[list[tuple[Turn, Metrics]]] = deque()
-    collected: dict[int, list[Metrics]] = {}
+    collected: dict[int, dict[int, Metrics]] = {}
     late: Report | None = None
 
     def finished(results: list[tuple[Turn, Metrics]]) -> Iterator[Report]:
         jax.block_until_ready([metrics for _, metrics in results])
-        # The first module comes first in every batch's list: it works on a batch before, or is listed before, all others.
-        for turn, metrics in sorted(results, key=lambda result: result[0]):
-            collected.setdefault(turn.batch, []).append(metrics)
-        for batch in sorted(b for b, found in collected.items() if len(found) == modules):
-            yield Report((batch + 1,) * modules, tuple(collected.pop(batch)), _in_flight, step=batch + 1)
+        for turn, metrics in results:
+            if turn.updates():
+                collected.setdefault(turn.batch, {})[turn.module] = metrics
+        for batch in sorted(b for b, found in collected.items() if len(found) == sum(count <= b for count in counts)):
+            found = collected.pop(batch)
+            metrics_of = tuple(found.get(k, {}) for k in range(len(counts)))
+            yield Report((batch + 1,) * len(counts), metrics_of, _in_flight, step=batch + 1)
 
     def reports() -> Iterator[Report]:
         for tick in ticks:
@@ -272,6 +283,18 @@ def run_ticks(
         yield late
 
 
+def reader(source: Source) -> Callable[[int], Batch]:
+    """Returns what gives batch after batch, from the first one that is asked for."""
+    batches: Iterator[Batch] | None = None
+
+    def read(number: int) -> Batch:
+        nonlocal batches
+        batches = source.batches(number) if batches is None else batches
+        return next(batches)
+
+    return read
+
+
 def _in_flight(flight: bool = True) -> EngineState:
     raise RuntimeError("batches are in the pipe: only the last report of a run gives a snapshot")
 
@@ -281,14 +304,12 @@ def counts(state: EngineState) -> list[int]:
     return [int(jax.device_get(module.updates)) for module in state.modules]
 
 
-def updates_of(state: EngineState) -> int:
-    """The update count that all modules of a synchronous state share."""
-    found = set(counts(state))
-    if len(found) != 1:
-        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(found)}")
-    return found.pop()
-
-
 def place_modules(states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]) -> EngineState:
-    """Each module's state, whole, on every device of its group."""
-    return EngineState(tuple(put(state, placement.replicated(k)) for k, state in enumerate(states)))
+    """Puts each module's state, whole, on every device of its group; of messages that wait, each device has its examples."""
+    placed = []
+    for k, waiting in enumerate(states):
+        state, mail = opened(waiting)
+        where = {"above": placement.message(k), "below": (placement.message(k), placement.split(k))}
+        moved = {port: tuple(put(message, where[port]) for message in messages) for port, messages in mail.items()}
+        placed.append(closed(put(state, placement.replicated(k)), moved))
+    return EngineState(tuple(placed))

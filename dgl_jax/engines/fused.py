@@ -1,7 +1,6 @@
 """All modules in ONE jitted function on one device group: the oracle, and the least dispatch."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
@@ -15,51 +14,53 @@ from dgl_jax.engines.base import (
     Report,
     Synchronous,
     SynchronousOptions,
+    counts,
+    reader,
     run_ticks,
-    updates_of,
 )
 from dgl_jax.engines.placement import Placement, assign, one_group
+from dgl_jax.engines.program import Programs
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
-from dgl_jax.schedule import Tick, fused, never
+from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import TrainSpec
 
 
-@kept(16)
-def _jitted(spec: TrainSpec) -> TrainStep:
-    return jax.jit(spec.method.fused(spec), donate_argnums=0)
+@kept(64)
+def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
+    return jax.jit(spec.method.fused(spec, turns), donate_argnums=0)
 
 
 class FusedEngine(Synchronous):
-    """Runs one jitted training step for all modules."""
+    """Runs one jitted function for all turns of a tick."""
 
-    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2):
+    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0):
         self.spec = spec
         self.placement = placement
-        self.ticks_in_flight = ticks_in_flight
-        self.step = _jitted(spec)
+        self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
+        self.steps = Programs(lambda turns: _jitted(spec, turns))  # by the (module, kind) of a tick's turns
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
-        states, start = state.modules, updates_of(state)
-        batches = source.batches(start)
-        modules = len(self.spec.modules)
+        states, read = state.modules, reader(source)
 
-        def dispatch(tick: Tick) -> list[tuple[Any, Metrics]]:
+        def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             nonlocal states
-            batch = self.placement.put_batch(next(batches), 0)
-            states, metrics = self.step(states, batch)
+            first = next((turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None)
+            batch = None if first is None else self.placement.put_batch(read(first.batch), 0)
+            states, metrics = self.steps[tuple((turn.module, turn.kind) for turn in tick)](states, batch)
             return list(zip(tick, metrics, strict=True))
 
-        ticks = fused(modules, start, until, stop)
-        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, modules, lambda flight=True: EngineState(states))
+        made = counts(state)
+        ticks = self.spec.method.schedule(made, until, max(until, self.total_steps), stop)
+        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, made, lambda flight=True: EngineState(states))
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
     """Builds the engine on one group: as many devices as the groups of a pipeline would have together."""
     modules = len(run.spec.modules)
     count = assign(run.devices, modules, options.group_sizes).count() if options.group_sizes else len(run.devices)
-    return FusedEngine(run.spec, run.checked(one_group(run.devices[:count], modules)), options.ticks_in_flight)
+    return FusedEngine(run.spec, run.checked(one_group(run.devices[:count], modules)), options.ticks_in_flight, run.total_steps)
 
 
 ENGINES.ship(fused=EngineKind(_make, SynchronousOptions, family="synchronous"))

@@ -30,9 +30,10 @@ class Placement:
         """The leading (batch) axis cut over the devices of the module's group."""
         return NamedSharding(self.groups[module], PartitionSpec("batch"))
 
-    def coded(self, module: int) -> Message:
-        """Where the parts of a packet are to be on the devices of the module that reads it: its codebook whole on each."""
-        return Message(self.split(module), self.replicated(module), context=self.split(module))
+    def message(self, module: int) -> Message:
+        """Where the parts of a message are to be on the devices of a module: what belongs to no example is whole on each."""
+        split, whole = self.split(module), self.replicated(module)
+        return Message(split, whole, whole, split, whole)
 
     def crosses(self, hop: int) -> bool:
         """Whether what module `hop` hands to module `hop + 1` changes devices."""

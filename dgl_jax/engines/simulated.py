@@ -5,7 +5,7 @@ updates, and writes the packet it made to the ring of the next. Every module mak
 on feeding its successor. Nothing here says how fast a real asynchronous run would be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,8 +14,9 @@ import numpy as np
 from dgl_jax.config import ReplaySettings
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Rings, RunningModule, Turns, check_rings, flight_of
+from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, RunningModule, Turns, check_rings, flight_of
 from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Publisher, Report, counts
+from dgl_jax.engines.flight import Rings
 from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.fields import choice
 from dgl_jax.registry import ENGINES
@@ -59,14 +60,14 @@ class SimulatedEngine(Asynchronous):
 
         def snapshot(flight: bool = True) -> EngineState:
             # Between turns every state is there.
-            return EngineState(tuple(module.state for module in modules), rings if flight else None)  # type: ignore[misc]
+            return EngineState(tuple(module.whole(module.state) for module in modules), rings if flight else None)  # type: ignore[arg-type]
 
         while min(module.updates for module in modules) < until and not stop():
             k = self._next(rings)
             if k is None:
                 continue
             with jax.transfer_guard("disallow"):
-                metrics = self._turn(modules[k], turns)
+                metrics = self._turn(modules, k, turns)
             if metrics is not None:
                 brought: list[Metrics] = [{} for _ in modules]
                 brought[k] = metrics
@@ -90,16 +91,17 @@ class SimulatedEngine(Asynchronous):
             flight.skipped[k] += 1
         return None
 
-    def _turn(self, module: RunningModule, turns: Turns) -> Metrics | None:
-        """Gives a module its turn and returns the metrics of its update; None if it is done and only feeds the next one."""
+    def _turn(self, modules: Sequence[RunningModule], k: int, turns: Turns) -> Metrics | None:
+        """Gives module k its turn and returns the metrics of its update; None if it is done and only feeds the next one."""
+        module = modules[k]
         if turns.finished(module) and module.publisher is None:  # the last one has nobody to feed
             return None
-        intake = turns.take(module.number)
+        intake = turns.take(k)
         assert intake is not None, "a turn is given to modules that have something to read"
-        metrics, packet = turns.run(module, intake)
-        module.updates += metrics is not None
-        turns.hand_on(module.number, packet, turns.rings.turn - 1, turns.rings.turn)
-        return metrics
+        made = turns.run(module, intake)
+        module.updates += made.metrics is not None
+        turns.hand_on(modules, k, made, turns.rings.turn - 1, turns.rings.turn)
+        return made.metrics
 
 
 def _make(run: EngineInputs, options: SimulatedOptions) -> SimulatedEngine:

@@ -21,12 +21,14 @@ from dgl_jax.config import ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Still, Turns, check_rings, flight_of
+from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Turns, check_rings, flight_of
 from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, PlacedOptions, Publisher, Report, counts
+from dgl_jax.engines.flight import Still
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
 from dgl_jax.fields import number, option
+from dgl_jax.methods.base import opened
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
@@ -202,7 +204,7 @@ class Supervisor:
                 f"module_{k} failed{in_a_row} after {updates} updates: {why}; the others have "
                 "stopped, the last checkpoint is good (the log has the traceback)"
             ) from error
-        worker.state = put(state, self.engine.placement.replicated(k))
+        worker.state, worker.mail = opened(put(state, self.engine.placement.replicated(k)))
         worker.failures = Failures(updates, int(jax.device_get(state.updates)), times)
         with self.crew.counting:
             worker.updates = worker.failures.since
@@ -239,7 +241,7 @@ class Supervisor:
         while True:
             with worker.lock:
                 if (state := worker.state) is not None:
-                    return self.engine.copy(state), self.rings.batches
+                    return worker.whole(self.engine.copy(state)), self.rings.batches
             while worker.state is None:  # its failure is on its way
                 event = self._listen()
                 if isinstance(event, Failure):

@@ -187,15 +187,15 @@ class Worker(RunningModule):
         started = clock()
         self._pace.waited += started - begin
         with self.lock:
-            metrics, packet = turns.run(self, intake)
+            made = turns.run(self, intake)
         if self._slowdown > 1:
             crew.stopping.wait((self._slowdown - 1) * (clock() - started))
         ended = clock()
-        if metrics is not None:
-            self._count(crew, metrics, ended)
-        if packet is not None and self._meter is not None:
+        if made.metrics is not None:
+            self._count(crew, made.metrics, ended)
+        if (packet := made.packet) is not None and self._meter is not None:
             self._meter.count(packet.payload, packet.context, packet.codebook)
-        turns.hand_on(self.number, packet, started - crew.began, ended - crew.began)
+        turns.hand_on(crew.workers, self.number, made, started - crew.began, ended - crew.began)
         self.progress = ended
 
     def _has_input(self, crew: Crew) -> bool:

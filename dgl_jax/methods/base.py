@@ -1,7 +1,7 @@
-"""What training rules share: the way of a batch through a module, and the types of their programs."""
+"""What training rules share: the way of a batch through a module, the programs of turns, and how they make up a step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -10,18 +10,19 @@ from dgl_jax.codecs import relative_error
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
+from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import augment_key
-from dgl_jax.types import Batch, Context, Message
+from dgl_jax.types import Batch, Context, Inbox, Message, Outbox
 
-# (state, what came in: a Batch or a Message, the context of its examples) -> (state, a Message to the next module or None, metrics)
-Program = Callable[[ModuleState, Any, Context], tuple[ModuleState, Message | None, Metrics]]
+# (state, what came in, the context of its examples) -> (state, what goes out, metrics)
+Program = Callable[[ModuleState, Inbox, Context], tuple[ModuleState, Outbox, Metrics]]
 
 
 States = tuple[ModuleState, ...]
 
-# (states of all modules, batch) -> (states, metrics of each module)
-TrainStep = Callable[[States, Batch], tuple[States, tuple[Metrics, ...]]]
+# (states of all modules, batch, or None if no turn reads one) -> (states, metrics of each turn)
+TrainStep = Callable[[States, Batch | None], tuple[States, tuple[Metrics, ...]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Ports:
     spec: TrainSpec
     k: int
 
-    def receive(self, incoming: Batch | Message | jax.Array) -> tuple[jax.Array, Metrics]:
+    def receive(self, incoming: Batch | Message | jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Makes the module's inputs of what comes in.
 
         Args:
@@ -43,6 +44,7 @@ class Ports:
         Returns:
           The inputs; and, if the newest codebook decodes, `codec_drift`: how far they are from what was sent.
         """
+        assert incoming is not None, "a turn that reads what comes from below was given nothing"
         if isinstance(incoming, Batch):
             return entrance(self.spec, incoming), {}
         if not isinstance(incoming, Message):
@@ -53,32 +55,46 @@ class Ports:
         drifted = self.spec.codec.decode(incoming.newest, incoming.payload)
         return drifted, {"codec_drift": relative_error(inputs, drifted)}
 
-    def added(self, inputs: jax.Array, above: bool = False) -> Context:
-        """Returns what the module adds to the context: the first one the image, as the network sees it, if an objective asks.
+    def whole(self, inputs: jax.Array, context: Context, answering: bool = False) -> Context:
+        """Returns the context with what the module adds: the first one the image, as the network sees it, if somebody reads it.
 
         Args:
-          above: only what an objective of another module asks for.
+          answering: of an evaluation, in which objectives read nothing.
         """
-        return {"image": inputs} if self.k == 0 and "image" in self.spec.needs(int(above)) else {}
+        return context | self._added(inputs, self.spec.needs(0, answering))
 
-    def hand_on(self, outputs: jax.Array, codebook: Any, inputs: jax.Array | None = None) -> Message:
+    def hand_on(self, outputs: jax.Array, codebook: Any, inputs: jax.Array, answering: Context | None = None) -> Message:
         """Encodes the module's outputs for the next one.
 
         Args:
           codebook: of the codec; `()` if it has none.
-          inputs: the module's, of which the context may need something above; None in evaluation.
+          inputs: the module's, of which the context may need something above.
+          answering: in an evaluation, the whole context of this module.
         """
-        added = {} if inputs is None else self.added(inputs, above=True)
+        if answering is None:
+            added = self._added(inputs, self.spec.needs(1))
+        else:
+            added = {name: answering[name] for name in self.spec.needs(self.k + 1, answering=True)}
         return Message(self.spec.codec.encode(codebook, outputs), codebook, context=added)
+
+    def _added(self, inputs: jax.Array, needs: Sequence[str]) -> Context:
+        return {"image": inputs} if self.k == 0 and "image" in needs else {}
 
 
 def evaluate(
-    spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Message | jax.Array
+    spec: TrainSpec,
+    k: int,
+    params: Any,
+    batch_stats: Any,
+    codebook: Any,
+    published: Mapping[str, Any],
+    incoming: Message | jax.Array,
 ) -> tuple[Message | None, jax.Array | None]:
     """Evaluates module k.
 
     Args:
       codebook: the published one of this module; `()` if the codec has none.
+      published: what the module's objective reads of others; {} if nothing.
       incoming: stored images for the first module, else what the module below handed on.
 
     Returns:
@@ -86,8 +102,10 @@ def evaluate(
     """
     ports = Ports(spec, k)
     inputs, _ = ports.receive(incoming)
-    outputs, logits = eval_step(spec.modules[k], params, batch_stats, inputs)
-    return None if k == len(spec.modules) - 1 else ports.hand_on(outputs, codebook), logits
+    carried: Context = dict(incoming.context or {}) if isinstance(incoming, Message) else {}
+    context = ports.whole(inputs, carried, answering=True)
+    outputs, answer = eval_step(spec.modules[k], params, batch_stats, inputs, context, published)
+    return None if k == len(spec.modules) - 1 else ports.hand_on(outputs, codebook, inputs, context), answer
 
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
@@ -106,22 +124,40 @@ class Method(Protocol):
     local: bool
     sends: bool
 
-    def fused(self, spec: TrainSpec) -> TrainStep:
-        """Returns one update of all modules on one batch."""
+    def schedule(
+        self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
+    ) -> Iterator[Tick]:
+        """Yields the ticks after which every module has `until` updates; ends early once `stop()`, after at least one update each.
 
-    def program(self, spec: TrainSpec, k: int) -> Program:
-        """Returns one update of module k on what comes in, for `jax.jit` (donate the state).
-
-        Like `feed`, not asked of a method whose kind leaves `fused` as the only engine.
+        Args:
+          counts: updates that the modules have now.
+          total: updates that every module will have at the end of training: those that run ahead stop there.
+          overlap: modules have devices of their own and work at once.
         """
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any], Message]:
-        """Returns what a module that is done does: it hands on, and updates nothing."""
+    def ports(self, spec: TrainSpec, k: int, kind: str) -> tuple[Inbox, Outbox]:
+        """Returns what a turn reads and sends: None for what it does not, any other value for what it does."""
+
+    def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
+        """Returns what a turn of module k does, for `jax.jit` (donate the state)."""
+
+    def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
+        """Returns the turns (module, kind) of a tick as one function; usually `composed`."""
+
+    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any, Context], Message]:
+        """Returns what a module that is done does in asynchronous engines: it hands on, and updates nothing."""
+
+    def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
+        """Returns what the method keeps with the fresh state of module k, by name; checkpoints hold it.
+
+        Messages that wait between ticks are kept under `above` and `below`, by where they come from: a tuple, the oldest first. A
+        turn reads the oldest; a new one comes in behind, and the oldest goes.
+        """
 
 
 @dataclass(frozen=True)
 class MethodKind(Kind):
-    """A training rule: `make()` returns a `Method`.
+    """A training rule: `make(options)` returns a `Method`.
 
     Attributes:
       local: every module carries an objective of its own; see `Method`.
@@ -130,3 +166,66 @@ class MethodKind(Kind):
 
     local: bool = True
     engines: tuple[str, ...] | None = None
+
+
+def steps_alone(spec: TrainSpec) -> bool:
+    """Returns whether every module's turns are updates on what comes from below, so that a module can be run by itself."""
+    first = next(spec.method.schedule([0] * len(spec.modules), 1, 1))
+    return spec.method.sends and all(turn.kind == "step" for turn in first)
+
+
+# Messages that wait at a module, by where they come from; see `Method.extras`.
+Mail = dict[str, tuple[Any, ...]]
+
+
+def opened(state: ModuleState) -> tuple[ModuleState, Mail]:
+    """Parts a state from the messages that wait in it."""
+    mail = {port: state.extras[port] for port in Inbox._fields if port in state.extras}
+    return replace(state, extras={name: value for name, value in state.extras.items() if name not in mail}), mail
+
+
+def closed(state: ModuleState, mail: Mail) -> ModuleState:
+    """Returns the state with its messages: undoes `opened`."""
+    return replace(state, extras=state.extras | mail) if mail else state
+
+
+def delivered(mail: Mail, port: str, message: Any) -> Mail:
+    """Returns the mail with a new message in place of the oldest from there."""
+    return mail | {port: (*mail[port][1:], message)}
+
+
+def oldest(mail: Mail) -> Message | None:
+    """Returns what a turn reads of the messages from above."""
+    return mail["above"][0] if "above" in mail else None
+
+
+def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
+    """Returns the turns of a tick, one after the other, as one pure function."""
+    method = spec.method
+    programs = [method.program(spec, *turn) for turn in turns]
+    reads = [method.ports(spec, *turn)[0] for turn in turns]
+
+    def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
+        new, mails = map(list, zip(*map(opened, states), strict=True))
+        below: dict[int, Any] = {0: (batch, {} if batch is None else batch.context)}
+        metrics = []
+        for (k, _), program, read in zip(turns, programs, reads, strict=True):
+            incoming, context = (None, {})
+            if read.below is not None:
+                incoming, context = mails[k]["below"][0] if "below" in mails[k] else below.pop(k)
+            above = None if read.above is None else mails[k]["above"][0]
+            made = program(new[k], Inbox(incoming, above), context)
+            # Each turn is compiled as it would be alone, which keeps every bit equal to the pipeline's.
+            new[k], sent, of_turn = jax.lax.optimization_barrier(made)
+            if sent.above is not None:
+                packet = sent.above, spec.carried(k + 1, context, sent.above.context)
+                if "below" in mails[k + 1]:
+                    mails[k + 1] = delivered(mails[k + 1], "below", packet)
+                else:
+                    below[k + 1] = packet
+            if sent.below is not None:
+                mails[k - 1] = delivered(mails[k - 1], "above", sent.below)
+            metrics.append(of_turn)
+        return tuple(map(closed, new, mails)), tuple(metrics)
+
+    return step

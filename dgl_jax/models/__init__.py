@@ -10,18 +10,22 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from dgl_jax.errors import UserError
+from dgl_jax.models.adapters import Adapter, AdapterKind
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HeadKind, make_head
 from dgl_jax.models.network import Network, with_ops
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
-from dgl_jax.registry import HEADS, NETWORKS, Kind
+from dgl_jax.registry import ADAPTERS, HEADS, NETWORKS, Kind
 
 __all__ = [
+    "ADAPTERS",
     "BALANCED",
     "HEADS",
     "NETWORKS",
+    "Adapter",
+    "AdapterKind",
     "BlockCosts",
     "HeadKind",
     "Network",
@@ -29,6 +33,7 @@ __all__ = [
     "cuts",
     "make_head",
     "make_network",
+    "register_adapter",
     "register_head",
     "register_network",
 ]
@@ -54,6 +59,7 @@ NETWORKS.ship(
     resnet18_cifar=NetworkKind(resnet18_cifar),
 )
 register_head = HEADS.register
+register_adapter = ADAPTERS.register
 
 
 def register_network(name: str, make: Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]] | NetworkKind) -> None:

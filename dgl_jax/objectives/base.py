@@ -30,9 +30,14 @@ class Objective(nn.Module):
 
     Attributes:
       needs: names of the context that `__call__` reads; they travel with the activations up to the last module that asks.
+      reads: names of the publications that it reads. There is `next_block`: {"params": ..., "batch_stats": ...} of the first block
+        of the next module, as it was two updates ago.
+      decay: of the moving average that is read in place of each publication; 0: the publication itself.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
+    reads: ClassVar[tuple[str, ...]] = ()
+    decay: ClassVar[float] = 0.0
 
     def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
         """Returns the loss of a batch.
@@ -40,12 +45,12 @@ class Objective(nn.Module):
         Args:
           features: the module's activations.
           context: see `Context`.
-          published: publications of other modules, by name.
+          published: publications of other modules, by name; none for the last module, and while the cost of a module is measured.
           train: whether batch norm uses the statistics of the batch, and dropout is on.
         """
         raise NotImplementedError
 
-    def predict(self, features: Float[Array, "B ..."], train: bool) -> Array | None:
+    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array | None:
         """Returns what the module answers, without a context; None if it answers nothing."""
         return None
 

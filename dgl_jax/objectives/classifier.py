@@ -37,7 +37,7 @@ class Classifier(Objective):
         right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
         return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
 
-    def predict(self, features: Float[Array, "B ..."], train: bool) -> Array:
+    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
         """Returns the logits."""
         return self.head(features, train)
 

@@ -121,7 +121,9 @@ def block_flops(network: Blocks) -> BlockCosts:
 def forward_flops(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
     """Counts the operations of a block, or of what an objective answers; also the shape of what it returns."""
     x = jax.ShapeDtypeStruct(shape, dtype)
-    how: dict[str, Any] = {"train": False} | ({"method": "predict"} if isinstance(layer, Objective) else {})
-    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, **how))
-    operations, out = count(lambda v, x: layer.apply(v, x, **how), variables, x)
+    answers = isinstance(layer, Objective)
+    arguments: tuple[Any, ...] = (x, {}) if answers else (x,)
+    how: dict[str, Any] = {"method": "predict"} if answers else {}
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **how))
+    operations, out = count(lambda v, *given: layer.apply(v, *given, train=False, **how), variables, *arguments)
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from dgl_jax import system
+from dgl_jax.methods.base import oldest, opened, steps_alone
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Message, nbytes
+from dgl_jax.types import Batch, Inbox, Message, nbytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class ProgramMemory:
 
 
 def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
-    """Compiles the program of each module for the default device; runs nothing. None where XLA does not tell its plans."""
+    """Compiles the program of each module for the default device; runs nothing.
+
+    None where XLA does not tell its plans, or modules cannot be run by themselves.
+    """
+    if not steps_alone(spec):
+        return None
     images: Any = jax.ShapeDtypeStruct((spec.batch_size, *spec.image_shape), "uint8")
     step: Any = jax.ShapeDtypeStruct((), "int32")
     incoming: Any = Batch(images, spec.context(0), step)
@@ -36,7 +42,9 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     for k, state in enumerate(spec.abstract_states()):
         if k:
             incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
-        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, incoming, spec.context(k))
+        state, mail = opened(state)
+        inbox = Inbox(incoming, oldest(mail))
+        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, inbox, spec.context(k))
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None

@@ -13,23 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dgl_jax import system
 from dgl_jax.core import rngs
-from dgl_jax.core.module import LocalModule, ModuleState, init_states, make_modules
-from dgl_jax.core.step import apply_gradient
+from dgl_jax.core.module import ModuleState, init_states, make_modules
+from dgl_jax.core.step import backward_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import Blocks, forward_flops
-from dgl_jax.types import Context
 
 _LOG = logging.getLogger(__name__)
-
-# Operations
-
-
-# Time
 
 
 class Elapsed(NamedTuple):
@@ -158,10 +152,12 @@ def _alone(
     given: Any = forward_flops(layer, x.shape, x.dtype)[1]
     if module.objective is not None:
         given = {name: context[name] for name in module.objective.needs}
-    step = _objective_step if is_head else _body_step
 
     def program(state: ModuleState, inputs: Array, given: Any) -> tuple[Any, ...]:
-        state, outputs, of_inputs = step(module, optimizer, state, inputs, given)
+        if is_head:
+            state, of_inputs, metrics = loss_step(module, optimizer, state, inputs, given)
+            return state, metrics, of_inputs
+        state, outputs, of_inputs = backward_step(module, optimizer, state, inputs, given)
         return state, outputs, of_inputs if inner else None
 
     shapes = state, x, given
@@ -192,27 +188,3 @@ def _needed(program: Any, company: int) -> int | None:
     """Returns the bytes that copies of a compiled program need, which share its arguments; None where unknown."""
     plan = system.program_plan(program)
     return None if plan is None else plan.arguments + company * (plan.temporary + plan.outputs)
-
-
-def _body_step(
-    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], cotangent: Float[Array, "B ..."]
-) -> tuple[ModuleState, Array, Array]:
-    def forward(params, x):
-        rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
-        return module.apply_body(params, state.batch_stats, x, train=True, rng=rng)
-
-    outputs, pull, stats = jax.vjp(forward, state.params, inputs, has_aux=True)
-    gradient, of_inputs = pull(cotangent)
-    return apply_gradient(optimizer, state, gradient, {"body": stats}), outputs, of_inputs
-
-
-def _objective_step(
-    module: LocalModule, optimizer: Any, state: ModuleState, inputs: Float[Array, "B ..."], context: Context
-) -> tuple[ModuleState, Array, Array]:
-    def loss_function(params, x):
-        rng = rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
-        local, stats = module.apply_objective(params, state.batch_stats, x, context, train=True, rng=rng)
-        return local.loss, stats
-
-    (loss, stats), (gradient, of_inputs) = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)(state.params, inputs)
-    return apply_gradient(optimizer, state, gradient, {"body": {}, "objective": stats}), loss, of_inputs

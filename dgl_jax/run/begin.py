@@ -62,7 +62,7 @@ def begin(experiment: Experiment, workdir: Path, checkpoints: Checkpoints, weigh
     else:
         state = experiment.engine.init()
         if weights is not None:
-            state = experiment.engine.place(borrow_weights(state, weights))
+            state = experiment.engine.place(borrow_weights(experiment.spec, state, weights))
     _tidy(workdir, step, recorded=bool(meta.get("latest")))
     write_text(workdir / "config.json", json.dumps(experiment.settings.to_dict(), indent=2) + "\n")
     cpu_threads = system.cpu_threads() if jax.default_backend() == "cpu" else None

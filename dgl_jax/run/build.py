@@ -22,7 +22,7 @@ from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_
 from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.registry import DATA_SETS, ENGINES, METHODS, OBJECTIVES
+from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks.image_classification import Preprocess
 
@@ -171,10 +171,10 @@ def make_spec(
       schedule: of the learning rate; without one the spec can restore and evaluate, not train.
 
     Raises:
-      UserError: the method sends nothing that a codec could encode.
+      UserError: the method sends nothing that a codec could encode, or the adapter asks for what is not there.
     """
     model, network = settings.model, _network(settings, info)
-    method = METHODS[settings.method.name].make()
+    method = METHODS[settings.method.name].make(settings.method)
     if not method.sends and settings.codec.name != "identity":
         raise UserError(
             f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} sends nothing between modules; "
@@ -182,8 +182,11 @@ def make_spec(
         )
     ends, classes, count = [*first_blocks[1:], len(network.blocks)], len(info.class_names), len(first_blocks)
     objectives = [_objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)]
+    adapters = [ADAPTERS[model.adapter].make(k, model.dtype) for k in range(count)]
+    if wrong := next((name for adapter in adapters if adapter for name in adapter.needs if name != "image"), None):
+        raise UserError(f"config.model.adapter={model.adapter}: needs {wrong!r}, and an evaluation has nothing but 'image'")
     return TrainSpec(
-        modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops),
+        modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops, adapters),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         preprocess=Preprocess(settings.data.augment, info.mean, info.std),

@@ -46,9 +46,9 @@ class Evaluator:
         books = [self.spec.codebook(state) for state in states]
         for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
             if k:
-                payload = put(incoming, self.placement.split(k))
-                incoming = Message(payload, put(books[k - 1], self.placement.replicated(k)))
-            incoming, probabilities = forward(*ema.evaluated(state), books[k], incoming)
+                payload, context = put(incoming, self.placement.split(k))
+                incoming = Message(payload, put(books[k - 1], self.placement.replicated(k)), context=context)
+            incoming, probabilities = forward(*ema.evaluated(state), books[k], state.extras.get("published", {}), incoming)
             heads.append(probabilities)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
@@ -74,11 +74,13 @@ def _jitted(spec: TrainSpec, k: int) -> Any:
     return jax.jit(partial(_forward, spec, k))
 
 
-def _forward(spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, incoming: Any) -> tuple[Any, Any]:
-    coded, logits = evaluate(spec, k, params, batch_stats, codebook, incoming)
+def _forward(
+    spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, published: Any, incoming: Any
+) -> tuple[Any, Any]:
+    coded, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
     # Without the codebook, which is here already: a result of the jit would be a copy.
-    payload = None if coded is None else coded.payload
-    return payload, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
+    handed_on = None if coded is None else (coded.payload, coded.context)
+    return handed_on, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
 
 
 @jax.jit

@@ -115,11 +115,14 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
         _LOG.warning("--init_from: that run knows %s, this one %s: the heads begin with weights of other classes", there, here)
 
 
-def borrow_weights(state: EngineState, other: Trained) -> EngineState:
+def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> EngineState:
     """Gives another run's parameters and batch statistics, as it is evaluated, a fresh optimizer state and count."""
     modules = []
     for mine, theirs in zip(state.modules, other.restored.state.modules, strict=True):
         # Through the host: the two runs may use different devices.
         params, batch_stats = jax.device_get(ema.evaluated(theirs))
         modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
+    # What modules know of each other begins with these weights too.
+    for k, module in enumerate(modules):
+        modules[k] = dataclasses.replace(module, extras=module.extras | spec.method.extras(spec, k, modules))
     return EngineState(tuple(modules), state.flight)

@@ -12,8 +12,10 @@ from dgl_jax.config import Settings, make_settings
 from dgl_jax.engines import EngineState
 from dgl_jax.engines.placement import put
 from dgl_jax.engines.program import jitted
+from dgl_jax.methods.base import oldest, opened, steps_alone
 from dgl_jax.profile.timing import Elapsed, clocked
 from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.types import Inbox
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -61,22 +63,23 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
 
 
 def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1) -> list[Elapsed]:
-    """What each module's program takes by itself, on its devices; `state` is used up. Empty where there is but one program.
+    """What each module's program takes by itself, on its devices; `state` is used up. Empty where modules cannot be taken apart.
 
     `company`: see `clocked`; of modules on a device each.
     """
     spec, placement = experiment.spec, experiment.engine.placement
-    if not spec.method.sends:
-        return []  # one program that cannot be taken apart
+    if not steps_alone(spec):
+        return []
     batch = placement.put_batch(experiment.source.batch(0), 0)
     incoming: Any = batch
     context, times = batch.context, []
-    for k, module in enumerate(state.modules):
+    for k, (module, mail) in enumerate(map(opened, state.modules)):
         program = jitted(spec, k, placement)
         if k:
             context = put(spec.carried(k, context, incoming.context), placement.split(k))
-            incoming = put(incoming._replace(context=()), placement.coded(k))
-        elapsed, (_, incoming, _) = clocked(program, module, incoming, context, repeats=repeats, company=company)
+            incoming = put(incoming._replace(context=()), placement.message(k))
+        inbox = Inbox(incoming, oldest(mail))
+        elapsed, (_, (incoming, _), _) = clocked(program, module, inbox, context, repeats=repeats, company=company)
         times.append(elapsed)
     return times
 

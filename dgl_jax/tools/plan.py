@@ -25,6 +25,7 @@ from dgl_jax.config import CodecSettings, Settings, options
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.errors import UserError, require
+from dgl_jax.methods import Method
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import module_memory
@@ -33,7 +34,6 @@ from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
 from dgl_jax.run.writers import check_writable
-from dgl_jax.schedule import fused, pipelined
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate, waiting
 
@@ -97,7 +97,8 @@ def plan(
     Raises:
       UserError: the data set must be read to be known, or a value does not fit.
     """
-    if METHODS[settings.method.name].engines is not None:
+    engines = METHODS[settings.method.name].engines
+    if engines is not None and "pipeline" not in engines:
         raise UserError(f"config.method.name={settings.method.name}: its modules cannot work at once, which --mode=plan is about")
     for flag, value in (("bandwidth", bandwidth), ("cores", cores)):
         if value is not None and not 0 < value < math.inf:
@@ -175,7 +176,8 @@ def make_pipeline(
     check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
     works = [Work(g[0], s / len(g), cores=len(g) * used / s) for g, s, used in zip(groups, seconds, processor)]
     limits = bandwidth or math.inf, cores or math.inf
-    return Pipeline(tuple(works), settings.data.batch_size, *limits, getattr(settings.engine, "ticks_in_flight", 2)), groups
+    ticks, method = getattr(settings.engine, "ticks_in_flight", 2), METHODS[settings.method.name].make(settings.method)
+    return Pipeline(tuple(works), settings.data.batch_size, *limits, ticks, method), groups
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class Pipeline:
       works: of each module; `transfer` is filled in by the bytes that a codec sends.
       bandwidth: of each hop's link, GB/s.
       cores: processors that all devices share.
+      method: whose schedule it is.
     """
 
     works: tuple[Work, ...]
@@ -193,6 +196,7 @@ class Pipeline:
     bandwidth: float
     cores: float
     ticks_in_flight: int
+    method: Method
 
     def crosses(self) -> list[bool]:
         """Of each hop whether it leads to another device."""
@@ -202,8 +206,8 @@ class Pipeline:
         """The turns of a run of so many batches, with the bytes an image that each hop sends."""
         packets = [bytes_ * self.batch_size / (1e9 * self.bandwidth) if c else 0.0 for bytes_, c in zip(wire, self.crosses())]
         works = [dataclasses.replace(work, transfer=t) for work, t in zip(self.works, [*packets, 0.0])]
-        make = pipelined if any(self.crosses()) else fused  # as the engine does
-        return simulate(make(len(works), 0, batches), works, self.cores, self.ticks_in_flight)
+        ticks = self.method.schedule([0] * len(works), batches, batches, overlap=any(self.crosses()))  # as the engine does
+        return simulate(ticks, works, self.cores, self.ticks_in_flight)
 
     def steady(self, wire: Sequence[float]) -> tuple[float, dict[int, float], list[Span]]:
         """Ticks a second and the busy share of each device while the pipe is full, in a long run; and its turns."""
@@ -217,7 +221,7 @@ class Pipeline:
         busy = {work.device: 0.0 for work in self.works}
         for k, work in enumerate(self.works):
             turns = [span.end - span.begin for span in spans if span.module == k and batches // 4 <= span.batch < 3 * batches // 4]
-            busy[work.device] += rate * sum(turns) / len(turns)
+            busy[work.device] += rate * sum(turns) / (3 * batches // 4 - batches // 4)
         return rate, {device: min(1.0, share) for device, share in busy.items()}, spans
 
     def alone(self, seconds: Sequence[float]) -> float:

@@ -21,7 +21,8 @@ class Work:
 
     Attributes:
       device: on which it works; modules may share one.
-      seconds: its turn, when nothing else runs.
+      seconds: its turn of kind `step`, when nothing else runs. A forward pass takes a third of it; a `backward` turn as long, since
+        it makes the forward pass again.
       transfer: seconds that its packet takes to the next module.
       cores: processors of the host that its turn keeps busy meanwhile; matters only where cores are limited.
     """
@@ -53,7 +54,7 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
     """Every turn of a schedule in time, in the order in which they end.
 
     Args:
-      ticks: of `schedule.py`; every batch passes all the modules in order.
+      ticks: of a method's schedule; every batch passes all the modules in order.
       works: one a module.
       cores: processors that all devices share.
       ticks_in_flight: tick t is dispatched once tick t - 1 - `ticks_in_flight` is done, as `run_ticks` does.
@@ -64,7 +65,7 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
         unfinished.append(len(tick))
         for turn in tick:
             queues[works[turn.module].device].append((number, turn))
-    arrival: dict[Turn, float] = {}  # of the packet that a turn needs
+    arrival: dict[tuple[int, int, bool], float] = {}  # of what a turn needs: module, batch, whether it comes from above
     link_free = [0.0] * len(works)
     running: dict[int, _Running] = {}
     now, done, spans = 0.0, 0, list[Span]()
@@ -74,10 +75,11 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
             if device in running or not queue or queue[0][0] > done + ticks_in_flight:
                 continue
             number, turn = queue[0]
-            ready = arrival.get(turn, math.inf) if turn.module else 0.0
+            above = turn.kind == "backward"
+            ready = arrival.get((turn.module, turn.batch, above), math.inf) if turn.module or above else 0.0
             if ready <= now:
                 queue.popleft()
-                running[device] = _Running(turn, number, now, works[turn.module].seconds)
+                running[device] = _Running(turn, number, now, works[turn.module].seconds / (1 if turn.updates() else 3))
             else:
                 waits.append(ready)
         speed = min(1.0, cores / max(sum(works[r.turn.module].cores for r in running.values()), 1e-12))
@@ -90,11 +92,14 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
                 found.left -= (then - now) * speed
                 continue
             del running[device]
-            k, batch = found.turn
+            k, batch, kind = found.turn
             spans.append(Span(k, batch, found.begin, end))
             unfinished[found.tick] -= 1
-            link_free[k] = max(link_free[k], end) + works[k].transfer
-            arrival[Turn(k + 1, batch)] = link_free[k]
+            if kind != "backward":
+                link_free[k] = max(link_free[k], end) + works[k].transfer
+                arrival[k + 1, batch, False] = link_free[k]
+            if kind != "forward" and k:
+                arrival[k - 1, batch, True] = end + works[k - 1].transfer
         while done < len(unfinished) and not unfinished[done]:
             done += 1
         now = then

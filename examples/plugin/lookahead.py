@@ -24,12 +24,12 @@ class Lookahead(Objective):
 
     def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
         """See `Objective`."""
-        logits, label = self.predict(features, train), context["label"]
+        logits, label = self.predict(features, published, train), context["label"]
         loss, count = cross_entropy(logits, label), jnp.float32(label.size)
         right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
         return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
 
-    def predict(self, features: Float[Array, "B ..."], train: bool) -> Array:
+    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
         """Returns the logits."""
         return self.head(features if self.following is None else self.following(features, train), train)
 

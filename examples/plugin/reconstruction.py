@@ -39,7 +39,7 @@ class Reconstruction(Objective):
         metrics = {"loss": loss * count, "accuracy": right, "reconstruction": error * count}
         return LocalLoss(loss, {name: (value, count) for name, value in metrics.items()}, logits)
 
-    def predict(self, features: Float[Array, "B H W C"], train: bool) -> Array:
+    def predict(self, features: Float[Array, "B H W C"], published: Mapping[str, Any], train: bool) -> Array:
         """Returns the logits."""
         return self.head(features, train)
 
