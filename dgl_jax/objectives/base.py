@@ -37,7 +37,7 @@ class Objective(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
     reads: ClassVar[tuple[str, ...]] = ()
-    decay: ClassVar[float] = 0.0
+    decay = 0.0  # without a type, so that a subclass may have a field of this name
 
     def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
         """Returns the loss of a batch.

@@ -24,7 +24,7 @@ class Mirror(Objective):
 
     head: nn.Module
     following: nn.Module | None
-    decay: float = 0.9  # type: ignore[misc]
+    decay: float = 0.9
 
     reads: ClassVar[tuple[str, ...]] = ("next_block",)
 

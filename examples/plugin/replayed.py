@@ -39,14 +39,15 @@ class Replayed:
         self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
     ) -> Iterator[Tick]:
         """Yields ticks until the first module, which is the last to learn, has `until` updates; nothing is drained."""
-        last = len(counts) - 1
-        tick = counts[0] + last if counts[0] else counts[-1]
-        ahead = tick + last  # by then every module has made an update
-        while tick < until + last and not (tick >= ahead and stop()):
-            learnt = [Turn(k, tick - (last - k), "backward") for k in range(last) if tick >= last - k]
-            made = [Turn(k, tick, "forward") for k in range(last)] + [Turn(last, tick)]
-            yield tuple(turn for turn in (*learnt, *(made if tick < total else ())) if turn.batch < total)
-            tick += 1
+        made, last, ahead = list(counts), len(counts) - 1, max(counts) + len(counts)
+        while made[0] < until and not (made[last] >= ahead and stop()):
+            # A gradient that was made in an earlier tick has arrived.
+            learnt = [Turn(k, made[k], "backward") for k in range(last) if made[k] < made[k + 1]]
+            new = made[last]
+            seen = [*(Turn(k, new, "forward") for k in range(last)), Turn(last, new)] if new < total else []
+            yield (*learnt, *seen)
+            for turn in (*learnt, *seen):
+                made[turn.module] += turn.updates()
 
     def ports(self, spec: TrainSpec, k: int, kind: str) -> tuple[Inbox, Outbox]:
         """Returns what a turn reads and sends."""
@@ -117,4 +118,6 @@ class ReplayedOptions(MethodSettings):
                 raise UserError(f"config.{field}={value}: config.method.name=replayed needs {fit}")
 
 
-register_method("replayed", MethodKind(lambda options: Replayed(), ReplayedOptions, local=False, engines=("fused", "pipeline")))
+register_method(
+    "replayed", MethodKind(lambda options: Replayed(), ReplayedOptions, local=False, engines=("fused", "pipeline", "serial"))
+)
