@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped
 
 from dgl_jax.config import DataSettings
 from dgl_jax.core import rngs
@@ -44,7 +44,7 @@ class Shard:
 class Examples:
     """One split as it is stored."""
 
-    images: UInt8[np.ndarray, "N H W C"]
+    inputs: Shaped[np.ndarray, "N ..."]
     labels: Int[np.ndarray, " N"]
 
 
@@ -213,13 +213,13 @@ def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitG
 
 
 def padded(
-    images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
+    inputs: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
 ) -> Batch:
-    """A batch of at least `size` examples: black images whose label and id are PADDING come last."""
+    """A batch of at least `size` examples: inputs of zeros whose label and id are PADDING come last."""
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)
     missing = max(0, size - len(ids))
     if missing:
-        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
+        inputs = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
         labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
         ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
-    return Batch(images, {"label": labels, "id": ids}, np.asarray(step, np.int32))
+    return Batch(inputs, {"label": labels, "id": ids}, np.asarray(step, np.int32))

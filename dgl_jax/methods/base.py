@@ -92,7 +92,7 @@ def evaluate(
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
     """Makes network inputs of a stored batch: the augmentation of step n is drawn from the seed and n alone."""
-    return spec.preprocess.train(augment_key(spec.seed, batch.step), batch.images)
+    return spec.preprocess.train(augment_key(spec.seed, batch.step), batch.inputs)
 
 
 class Method(Protocol):
