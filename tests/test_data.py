@@ -215,7 +215,7 @@ def test_statistics_by_hand():
 
 def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
     s = make_source(options("data", name="synthetic", image_size=8), seed=0)
-    assert s.image_shape == (8, 8, 3)
+    assert s.example_shape == (8, 8, 3)
     assert [s.examples(split) for split in ("train", "validation", "test")] == [1843, 205, 128]
     data = synthetic.make(500, 200, 8)
     means = np.stack([data.train.inputs[data.train.labels == k].mean(axis=0) for k in range(10)])

@@ -123,12 +123,12 @@ def test_more_images_keep_the_mean_and_deviation_of_the_run(run, other, tmp_path
     assert np.abs(np.subtract(found.mean, stored["mean"])).min() > 0.01
     train_and_evaluate(config_of(other, train__steps=8), copy)
     assert newest_meta(copy / "checkpoints")["dataset"] == stored
-    assert load_trained(copy).spec.preprocess.mean == tuple(stored["mean"])
+    assert load_trained(copy).spec.task.mean == tuple(stored["mean"])
     assert evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
     with pytest.MonkeyPatch.context() as patch:  # twin: what is computed anew is another normalisation
         patch.setattr(train, "_stored", lambda *_: {})
         made = make_experiment(make_settings(config_of(other, train__steps=9)), **train._stored(copy, None))
-    assert made.spec.preprocess.mean != tuple(stored["mean"])
+    assert made.spec.task.mean != tuple(stored["mean"])
 
 
 def test_the_same_data_elsewhere_change_nothing(run, other, tmp_path):
@@ -186,7 +186,7 @@ def test_pictures_of_any_size_are_predicted(run, tmp_path):
     trained = load_trained(run)
     large = pixels(3, (20, 12))
     large.save(tmp_path / "large.png")
-    (found,) = predict._read([tmp_path / "large.png"], trained.info.image_shape, False)
+    (found,) = predict._read([tmp_path / "large.png"], trained.info.example_shape, False)
     np.testing.assert_array_equal(found, np.asarray(large.resize((8, 8), Image.Resampling.BILINEAR)))
     predict_run(run, "newest", [str(tmp_path)], tmp_path / "out.csv")
     assert len((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()) == 2
@@ -228,7 +228,7 @@ def test_a_run_on_grey_pictures_has_one_channel_everywhere(tmp_path):
     logits = load_exported(export_run(tmp_path / "run")).logits(data.test.inputs)[-1]
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), probabilities, rtol=1e-4)
     pixels(5).save(tmp_path / "coloured.png")
-    (found,) = predict._read([tmp_path / "coloured.png"], trained.info.image_shape, False)
+    (found,) = predict._read([tmp_path / "coloured.png"], trained.info.example_shape, False)
     np.testing.assert_array_equal(found[:, :, 0], np.asarray(pixels(5).convert("L")))
 
 

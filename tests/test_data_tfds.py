@@ -67,7 +67,7 @@ def test_digits_are_scikit_learns(digits_directory):
 def test_digits_source_in_the_default_directory(cache_directory):
     source = make_source(options("data"), 0)
     assert (cache_directory / "tfds" / "optical_digits" / "1.0.0" / "dataset_info.json").exists()
-    assert source.image_shape == (8, 8, 1)
+    assert source.example_shape == (8, 8, 1)
     assert [source.examples(split) for split in ("train", "validation", "test")] == [1294, 144, 359]
     assert source.batch(0).inputs.shape == (128, 8, 8, 1)
     # 0.1 of each of about 144 images a class

@@ -286,7 +286,7 @@ def test_what_does_not_fit(imagenet):
         source_of(imagenet, batch_size=41)
     with pytest.raises(UserError, match=r"config.data.mean=\(0.5,\): one value a channel .* has 3"):
         source_of(imagenet, mean=(0.5,), std=(0.5,))
-    assert source_of(imagenet, image_size=0).image_shape == (224, 224, 3)
+    assert source_of(imagenet, image_size=0).example_shape == (224, 224, 3)
     with pytest.raises(UserError, match=r"config.data.augment=inception_crop: .* synthetic is kept in memory"):
         make_source(options("data", name="synthetic", augment="inception_crop"), 0)
 

@@ -69,7 +69,7 @@ def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any
     return DGL(
         made.settings.model.width,
         [module.first for module in made.spec.modules],
-        data.image_shape[0],
+        data.example_shape[0],
         data.num_classes,
         **update | changed,
         mean=data.mean,

@@ -50,7 +50,7 @@ def activations(trained: Trained, images: np.ndarray) -> list[jax.Array]:
 
     @jax.jit
     def forward(images: jax.Array) -> list[jax.Array]:
-        x, found = trained.spec.preprocess.evaluate(images), []
+        x, found = trained.spec.task.evaluate(images), []
         for module, state in zip(trained.spec.modules[:-1], trained.restored.state.modules):
             x, _ = eval_step(module, state.params, state.batch_stats, x)
             found.append(x)

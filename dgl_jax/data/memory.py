@@ -42,7 +42,7 @@ class ArraySource:
         self.class_names = data.class_names
         self.num_classes = len(data.class_names)
         height, width, channels = data.train.inputs.shape[1:]
-        self.image_shape = (height, width, channels)
+        self.example_shape = (height, width, channels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self._stored = {"train": data.train, "validation": data.train, "test": data.test}
         check_channels(data.name, channels, mean, std)

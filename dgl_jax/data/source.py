@@ -86,7 +86,7 @@ class Source(Protocol):
     """Batches by number.
 
     Attributes:
-      image_shape: (height, width, channels), after resizing.
+      example_shape: (height, width, channels), after resizing.
       steps_per_epoch: whole batches in the training images; what is left over waits for the next epoch's shuffle.
       mean, std: of each channel, of pixel values scaled to 0 ... 1.
     """
@@ -94,7 +94,7 @@ class Source(Protocol):
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    example_shape: tuple[int, int, int]
     steps_per_epoch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

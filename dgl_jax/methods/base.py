@@ -46,7 +46,7 @@ class Ports:
         if isinstance(incoming, Batch):
             return entrance(self.spec, incoming), {}
         if not isinstance(incoming, Message):
-            return self.spec.preprocess.evaluate(incoming), {}
+            return self.spec.task.evaluate(incoming), {}
         inputs = self.spec.codec.decode(incoming.codebook, incoming.payload)
         if incoming.newest is None:
             return inputs, {}
@@ -92,7 +92,7 @@ def evaluate(
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
     """Makes network inputs of a stored batch: the augmentation of step n is drawn from the seed and n alone."""
-    return spec.preprocess.train(augment_key(spec.seed, batch.step), batch.inputs)
+    return spec.task.train(augment_key(spec.seed, batch.step), batch.inputs)
 
 
 class Method(Protocol):
