@@ -87,7 +87,7 @@ class TrainSpec:
       modules: the cut network with its heads.
       method: the training rule.
       optimizer: one for all; each module holds a state of its own.
-      preprocess: makes network inputs of stored images.
+      task: makes network inputs of stored images.
       codec: what crosses between modules.
       decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
       accumulate: micro-batches that a batch is split into.
@@ -100,7 +100,7 @@ class TrainSpec:
     modules: tuple[LocalModule, ...]
     method: Any  # a `methods.Method`, which this file comes before
     optimizer: optax.GradientTransformation
-    preprocess: Preprocess
+    task: Preprocess
     codec: Codec
     seed: int
     batch_size: int

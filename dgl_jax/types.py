@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped
 
 PADDING = -1  # label and id of an example that only fills up a batch of an evaluation
 
@@ -18,9 +18,9 @@ Context = dict[str, AnyArray]
 
 
 class Batch(NamedTuple):
-    """B examples as the source yields them: host arrays, images as stored (uint8, channels last)."""
+    """B examples as the source yields them: host arrays, inputs as stored (of images uint8, channels last)."""
 
-    images: UInt8[AnyArray, "B H W C"]
+    inputs: Shaped[AnyArray, "B ..."]
     context: Context
     step: Int[AnyArray, ""]  # which batch of the run this is; the augmentation is drawn from it
 

@@ -224,12 +224,12 @@ class Tiny:
             ),
             method=Dgl() if heads else Backprop(),
             optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
-            preprocess=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
+            task=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
             codec=make_codec(options("codec", name=codec) if isinstance(codec, str) else codec, dtype),
             decode=getattr(codec, "decode", "sent"),
             seed=0,
             batch_size=self.batch_size,
-            image_shape=self.source.image_shape,
+            image_shape=self.source.example_shape,
         )
 
     def new_engine(self, name: str, groups: tuple[int, ...], spec: TrainSpec) -> Engine:

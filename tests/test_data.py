@@ -82,10 +82,10 @@ def test_an_epoch_of_whole_batches_visits_every_example_exactly_once():
 
 def test_images_labels_and_ids_belong_together():
     for batch in islice(source(validation_fraction=0.2).batches(0), 10):
-        np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.context["id"])
+        np.testing.assert_array_equal(batch.inputs[:, 0, 0, 0], batch.context["id"])
         np.testing.assert_array_equal(batch.context["label"], batch.context["id"] % 3)
         assert batch.context["id"].dtype == batch.context["label"].dtype == np.int32
-        assert batch.images.dtype == np.uint8
+        assert batch.inputs.dtype == np.uint8
 
 
 def test_the_seed_decides_order_and_split():
@@ -99,7 +99,7 @@ def test_a_batch_may_be_overwritten():
     s = source()
     before = s.batch(0)
     changed = s.batch(0)
-    changed.images[:] = 255
+    changed.inputs[:] = 255
     changed.context["label"][:] = 77
     assert same(before, s.batch(0))
 
@@ -111,8 +111,8 @@ def test_shards_are_disjoint_and_together_the_global_batch():
     s = source()
     whole = s.batch(9)
     parts = [s.batch(9, Shard(i, 4)) for i in range(4)]
-    assert [len(p.images) for p in parts] == [2] * 4
-    np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), whole.images)
+    assert [len(p.inputs) for p in parts] == [2] * 4
+    np.testing.assert_array_equal(np.concatenate([p.inputs for p in parts]), whole.inputs)
     np.testing.assert_array_equal(ids_of(parts), whole.context["id"])
     assert ids_of(parts[::-1]).tolist() != whole.context["id"].tolist()
 
@@ -140,7 +140,7 @@ def test_evaluation_counts_every_example_once(split, count):
     s = source(validation_fraction=0.15)
     assert s.examples(split) == count
     batches = list(s.evaluation(split))
-    assert all(b.images.shape == (8, 4, 4, 1) for b in batches)
+    assert all(b.inputs.shape == (8, 4, 4, 1) for b in batches)
     ids = ids_of(batches)
     real = ids[ids != PADDING]
     assert len(real) == count
@@ -149,7 +149,7 @@ def test_evaluation_counts_every_example_once(split, count):
     padding = -count % 8
     last = batches[-1]
     assert (last.context["label"][8 - padding :] == PADDING).all()
-    assert (last.images[8 - padding :] == 0).all()
+    assert (last.inputs[8 - padding :] == 0).all()
     assert (last.context["label"][: 8 - padding] != PADDING).all()
 
 
@@ -215,11 +215,11 @@ def test_statistics_by_hand():
 
 def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
     s = make_source(options("data", name="synthetic", image_size=8), seed=0)
-    assert s.image_shape == (8, 8, 3)
+    assert s.example_shape == (8, 8, 3)
     assert [s.examples(split) for split in ("train", "validation", "test")] == [1843, 205, 128]
     data = synthetic.make(500, 200, 8)
-    means = np.stack([data.train.images[data.train.labels == k].mean(axis=0) for k in range(10)])
-    distances = ((data.test.images[:, None].astype(float) - means) ** 2).sum(axis=(2, 3, 4))
+    means = np.stack([data.train.inputs[data.train.labels == k].mean(axis=0) for k in range(10)])
+    distances = ((data.test.inputs[:, None].astype(float) - means) ** 2).sum(axis=(2, 3, 4))
     assert (distances.argmin(axis=1) == data.test.labels).mean() > 0.9
     assert (distances.argmin(axis=1) == np.roll(data.test.labels, 1)).mean() < 0.3
 
@@ -270,8 +270,8 @@ def test_folder_holds_the_pixels_in_order(tmp_path):
     assert data.class_names == ("ape", "cat", "zebra")
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     expected = [stored[path] for path in sorted(stored) if "/train/" in str(path)]
-    np.testing.assert_array_equal(data.train.images, expected)
-    assert not np.array_equal(data.train.images, expected[::-1])
+    np.testing.assert_array_equal(data.train.inputs, expected)
+    assert not np.array_equal(data.train.inputs, expected[::-1])
     s = make_source(settings_of(tmp_path / "set"), 0)
     np.testing.assert_allclose(s.mean, np.mean(expected, axis=(0, 1, 2)) / 255)
     np.testing.assert_allclose(s.std, np.std(expected, axis=(0, 1, 2)) / 255)
@@ -280,8 +280,8 @@ def test_folder_holds_the_pixels_in_order(tmp_path):
 def test_folder_resizes_and_converts(images):
     Image.new("L", (40, 30), 128).save(images / "train" / "ape" / "9.jpeg")
     data = folder.load(settings_of(images, image_size=7))
-    assert data.train.images.shape == (10, 7, 7, 3)
-    np.testing.assert_allclose(data.train.images[3].astype(int), 128, atol=1)
+    assert data.train.inputs.shape == (10, 7, 7, 3)
+    np.testing.assert_allclose(data.train.inputs[3].astype(int), 128, atol=1)
 
 
 def broken(what):
@@ -352,9 +352,9 @@ def test_decoded_images_are_kept_and_found_again(images, cache_directory, monkey
 
     monkeypatch.setattr(folder, "decode_images", fail)
     again = folder.load(settings_of(images))
-    np.testing.assert_array_equal(again.train.images, small.train.images)
+    np.testing.assert_array_equal(again.train.inputs, small.train.inputs)
     np.testing.assert_array_equal(again.train.labels, small.train.labels)
-    assert not again.train.images.flags.writeable
+    assert not again.train.inputs.flags.writeable
     with pytest.raises(AssertionError, match="decoded again"):
         folder.load(replace(settings_of(images), image_size=9))
     Image.new("RGB", (6, 5)).save(images / "train" / "cat" / "1.png")
@@ -368,7 +368,7 @@ def test_a_damaged_entry_is_replaced(images, cache_directory, monkeypatch):
     for path in cache_directory.glob("decoded/*/images.npy"):
         path.write_bytes(path.read_bytes()[:-10])
     after = folder.load(settings_of(images))
-    np.testing.assert_array_equal(after.train.images, before.train.images)
+    np.testing.assert_array_equal(after.train.inputs, before.train.inputs)
     assert all(np.load(path).ndim == 4 for path in cache_directory.glob("decoded/*/images.npy"))
     assert len(list(cache_directory.glob("decoded/*"))) == 2
 
@@ -385,7 +385,7 @@ def test_an_entry_cut_short_is_replaced(images, cache_directory, monkeypatch, na
     for path in paths:
         os.truncate(path, size)
     after = folder.load(settings_of(images))
-    np.testing.assert_array_equal(after.train.images, before.train.images)
+    np.testing.assert_array_equal(after.train.inputs, before.train.inputs)
     np.testing.assert_array_equal(after.test.labels, before.test.labels)
     assert [path.stat().st_size for path in paths] == sizes
 

@@ -123,12 +123,12 @@ def test_more_images_keep_the_mean_and_deviation_of_the_run(run, other, tmp_path
     assert np.abs(np.subtract(found.mean, stored["mean"])).min() > 0.01
     train_and_evaluate(config_of(other, train__steps=8), copy)
     assert newest_meta(copy / "checkpoints")["dataset"] == stored
-    assert load_trained(copy).spec.preprocess.mean == tuple(stored["mean"])
+    assert load_trained(copy).spec.task.mean == tuple(stored["mean"])
     assert evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
     with pytest.MonkeyPatch.context() as patch:  # twin: what is computed anew is another normalisation
         patch.setattr(train, "_stored", lambda *_: {})
         made = make_experiment(make_settings(config_of(other, train__steps=9)), **train._stored(copy, None))
-    assert made.spec.preprocess.mean != tuple(stored["mean"])
+    assert made.spec.task.mean != tuple(stored["mean"])
 
 
 def test_the_same_data_elsewhere_change_nothing(run, other, tmp_path):
@@ -186,7 +186,7 @@ def test_pictures_of_any_size_are_predicted(run, tmp_path):
     trained = load_trained(run)
     large = pixels(3, (20, 12))
     large.save(tmp_path / "large.png")
-    (found,) = predict._read([tmp_path / "large.png"], trained.info.image_shape, False)
+    (found,) = predict._read([tmp_path / "large.png"], trained.info.example_shape, False)
     np.testing.assert_array_equal(found, np.asarray(large.resize((8, 8), Image.Resampling.BILINEAR)))
     predict_run(run, "newest", [str(tmp_path)], tmp_path / "out.csv")
     assert len((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()) == 2
@@ -211,9 +211,9 @@ def test_grey_pictures_keep_one_channel(tmp_path):
     pixels(0, mode="L").convert("LA").save(root / "train" / "ape" / "0.png")
     Image.fromarray(np.full((8, 8), 257 * 7, np.uint16)).save(root / "train" / "ape" / "1.png")
     data = folder.load(make_settings(config_of(root)).data)
-    assert data.train.images.shape == (27, 8, 8, 1)
-    np.testing.assert_array_equal(data.train.images[0, :, :, 0], np.asarray(pixels(0, mode="L")))
-    assert (data.train.images[1] == 7).all()
+    assert data.train.inputs.shape == (27, 8, 8, 1)
+    np.testing.assert_array_equal(data.train.inputs[0, :, :, 0], np.asarray(pixels(0, mode="L")))
+    assert (data.train.inputs[1] == 7).all()
 
 
 @pytest.mark.slow
@@ -222,13 +222,13 @@ def test_a_run_on_grey_pictures_has_one_channel_everywhere(tmp_path):
     data = folder.load(make_settings(config_of(root)).data)
     train_and_evaluate(config_of(root), tmp_path / "run")
     trained = load_trained(tmp_path / "run")
-    mean, std = channel_statistics(data.train.images, make_experiment(trained.settings).source._order.splits["train"])
+    mean, std = channel_statistics(data.train.inputs, make_experiment(trained.settings).source._order.splits["train"])
     assert trained.info == DatasetInfo("folder", CLASSES, (8, 8, 1), mean, std)
-    probabilities, _ = predict_probabilities(trained, data.test.images)
-    logits = load_exported(export_run(tmp_path / "run")).logits(data.test.images)[-1]
+    probabilities, _ = predict_probabilities(trained, data.test.inputs)
+    logits = load_exported(export_run(tmp_path / "run")).logits(data.test.inputs)[-1]
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), probabilities, rtol=1e-4)
     pixels(5).save(tmp_path / "coloured.png")
-    (found,) = predict._read([tmp_path / "coloured.png"], trained.info.image_shape, False)
+    (found,) = predict._read([tmp_path / "coloured.png"], trained.info.example_shape, False)
     np.testing.assert_array_equal(found[:, :, 0], np.asarray(pixels(5).convert("L")))
 
 
@@ -237,8 +237,8 @@ def test_one_coloured_picture_makes_three_channels_of_all(tmp_path, split):
     root = write(tmp_path / "set", mode="L")
     pixels(9).save(root / split / "cat" / "1.png")
     data = folder.load(make_settings(config_of(root)).data)
-    assert data.train.images.shape[-1] == data.test.images.shape[-1] == 3
-    np.testing.assert_array_equal(data.train.images[0], np.asarray(pixels(0, mode="L").convert("RGB")))
+    assert data.train.inputs.shape[-1] == data.test.inputs.shape[-1] == 3
+    np.testing.assert_array_equal(data.train.inputs[0], np.asarray(pixels(0, mode="L").convert("RGB")))
 
 
 def test_what_is_kept_decoded_has_its_channels(tmp_path, monkeypatch):
@@ -247,13 +247,13 @@ def test_what_is_kept_decoded_has_its_channels(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "_MANY", 1)
     root = write(tmp_path / "set", mode="L")
     settings = make_settings(config_of(root)).data
-    assert folder.load(settings).train.images.shape[-1] == 1
+    assert folder.load(settings).train.inputs.shape[-1] == 1
     pixels(9).save(root / "test" / "cat" / "1.png")  # the files of train are as they were
-    assert folder.load(settings).train.images.shape[-1] == 3
+    assert folder.load(settings).train.inputs.shape[-1] == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "image_kinds", lambda files: pytest.fail("looked at again"))
         patch.setattr(folder, "decode_images", lambda *args, **kwargs: pytest.fail("decoded again"))
-        assert folder.load(settings).test.images.shape[-1] == 3
+        assert folder.load(settings).test.inputs.shape[-1] == 3
 
 
 # One line for what surprises
@@ -281,7 +281,7 @@ def test_more_kinds_of_pictures_are_read(tmp_path, caplog):
         picture = Image.new("RGB", (8, 8), (0, 0, 255))
         picture.save(root / "test" / "ape" / f"9{n}.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        found = folder.load(make_settings(config_of(root)).data).test.images
+        found = folder.load(make_settings(config_of(root)).data).test.inputs
     assert (found[3:9] == (0, 0, 255)).all()
     assert caplog.messages == []
     Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "test" / "ape" / "99.tif")
@@ -302,7 +302,7 @@ def test_hidden_colour_and_frames_are_said(tmp_path, caplog):
         f"{root}: 2 of 37 images have transparent parts: transparency is ignored, and the colour stored under it is what counts",
         f"{root}: 1 of 37 images have several frames: the first is used",
     ]
-    assert (data.train.images[10] == (200, 0, 0)).all()
+    assert (data.train.inputs[10] == (200, 0, 0)).all()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_digits_are_scikit_learns(digits_directory):
     found = {}
     for split in ("train", "test"):
         stored = getattr(data, split)
-        found[split] = [number[image.tobytes()] for image in stored.images]
+        found[split] = [number[image.tobytes()] for image in stored.inputs]
         assert found[split] == sorted(found[split])
         np.testing.assert_array_equal(stored.labels, labels[found[split]])
         assert (stored.labels != labels[np.roll(found[split], 1)]).any()
@@ -67,9 +67,9 @@ def test_digits_are_scikit_learns(digits_directory):
 def test_digits_source_in_the_default_directory(cache_directory):
     source = make_source(options("data"), 0)
     assert (cache_directory / "tfds" / "optical_digits" / "1.0.0" / "dataset_info.json").exists()
-    assert source.image_shape == (8, 8, 1)
+    assert source.example_shape == (8, 8, 1)
     assert [source.examples(split) for split in ("train", "validation", "test")] == [1294, 144, 359]
-    assert source.batch(0).images.shape == (128, 8, 8, 1)
+    assert source.batch(0).inputs.shape == (128, 8, 8, 1)
     # 0.1 of each of about 144 images a class
     labels = np.concatenate([b.context["label"] for b in source.evaluation("validation")])
     assert set(np.bincount(labels[labels >= 0]).tolist()) <= {14, 15}
@@ -77,19 +77,19 @@ def test_digits_source_in_the_default_directory(cache_directory):
 
 def test_image_size_resizes(digits_directory):
     data = load(options("data", name="digits", dir=str(digits_directory), image_size=16))
-    assert data.train.images.shape == (1438, 16, 16, 1)
+    assert data.train.inputs.shape == (1438, 16, 16, 1)
 
 
 def test_folder_and_tfds_hold_the_same(digits_directory, tmp_path):
     data = load(options("data", name="digits", dir=str(digits_directory)))
     for split, stored in (("train", data.train), ("test", data.test)):
-        for i, (image, label) in enumerate(zip(stored.images[:40], stored.labels[:40], strict=True)):
+        for i, (image, label) in enumerate(zip(stored.inputs[:40], stored.labels[:40], strict=True)):
             path = tmp_path / "images" / split / str(label) / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[..., 0]).save(path)
     other = folder.load(options("data", name="folder", dir=str(tmp_path / "images")))
     order = np.argsort(data.train.labels[:40], kind="stable")
-    np.testing.assert_array_equal(other.train.images, data.train.images[:40][order])
+    np.testing.assert_array_equal(other.train.inputs, data.train.inputs[:40][order])
     np.testing.assert_array_equal(other.train.labels, data.train.labels[:40][order])
 
 
@@ -166,14 +166,14 @@ def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monk
         found = getattr(data, split)
         # TFDS stores a set in an order of its own.
         number = {image.tobytes(): i for i, image in enumerate(images)}
-        order = [number[image.tobytes()] for image in found.images]
+        order = [number[image.tobytes()] for image in found.inputs]
         assert sorted(order) == list(range(len(images)))
         np.testing.assert_array_equal(found.labels, labels[order, -1])
     assert len(data.class_names) == {"cifar10": 10, "cifar100": 100}[name]
     assert data.class_names[:3] == {"cifar10": ("b0", "b1", "b2"), "cifar100": ("f0", "f1", "f2")}[name]
     # Prepared once: the archive is needed no more.
     archive.unlink()
-    np.testing.assert_array_equal(load(settings).train.images, data.train.images)
+    np.testing.assert_array_equal(load(settings).train.inputs, data.train.inputs)
     assert "tensorflow" not in sys.modules
     source = make_source(options("data", name=name, dir=str(tmp_path), batch_size=4), 0)
     assert source.mean == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
@@ -188,7 +188,7 @@ def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
     data = load(options("data", name="cifar10", dir=str(tmp_path)))
     stock = tfds.data_source("cifar10", split="train", data_dir=tmp_path, download=False)
     assert [r["label"] for r in stock] == data.train.labels.tolist()
-    np.testing.assert_array_equal(np.stack([r["image"] for r in stock]), data.train.images)
+    np.testing.assert_array_equal(np.stack([r["image"] for r in stock]), data.train.inputs)
     assert {r["id"] for r in stock} == {b"train_%05d" % i for i in range(30)}
 
 
@@ -299,6 +299,6 @@ def test_a_large_set_is_decoded_once(digits_directory, cache_directory, monkeypa
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(tfds_sets, "decode_images", fail)
-    np.testing.assert_array_equal(load(settings).test.images, first.test.images)
+    np.testing.assert_array_equal(load(settings).test.inputs, first.test.inputs)
     with pytest.raises(AssertionError, match="decoded again"):
         load(options("data", name="digits", dir=str(digits_directory), image_size=9))

@@ -39,7 +39,7 @@ def softmax(logits):
 def oracle(spec, modules: tuple[ModuleState, ...], source, split):
     """One example at a time would be the same: (x / 255 - mean) / std, module by module, and the shares of right answers."""
     stored, ids = source._stored[split], source._order.splits[split]
-    x = (stored.images[ids] / 255 - 0.5) / 0.25
+    x = (stored.inputs[ids] / 255 - 0.5) / 0.25
     x, heads = np.float32(x), []
     for module, state in zip(spec.modules, modules, strict=True):
         x, logits = eval_step(module, state.params, state.batch_stats, x)

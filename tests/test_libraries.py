@@ -39,7 +39,7 @@ import numpy as np
 from dgl_jax import cuts, init_states, local_step, make_head, make_modules, make_network, vq
 import dgl_jax.data, dgl_jax.engines, dgl_jax.engines.placement, dgl_jax.replay, dgl_jax.tools.timeline
 
-network = make_network("cnn4", width=4, num_classes=10, image_shape=(8, 8, 1))
+network = make_network("cnn4", width=4, num_classes=10, input_shape=(8, 8, 1))
 modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
 optimizer = optax.sgd(0.1)
 states = list(init_states(modules, optimizer, jax.random.key(0), jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")))

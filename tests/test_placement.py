@@ -140,7 +140,7 @@ def test_put_batch_splits_examples(devices):
     batch = Batch(np.zeros((8, 2, 2, 3), np.uint8), {"label": np.arange(8), "id": np.arange(8) + 100}, np.int32(7))
     with jax.transfer_guard("disallow"):
         moved = assign(devices, 2).put_batch(batch, 1)
-    assert [s.data.shape for s in moved.images.addressable_shards] == [(4, 2, 2, 3)] * 2
+    assert [s.data.shape for s in moved.inputs.addressable_shards] == [(4, 2, 2, 3)] * 2
     assert [s.data.tolist() for s in moved.context["id"].addressable_shards] == [[100, 101, 102, 103], [104, 105, 106, 107]]
     assert [s.data.tolist() for s in moved.step.addressable_shards] == [7, 7]
 

@@ -280,6 +280,6 @@ def test_what_is_known_of_data_sets():
     for name in ("digits", "synthetic"):
         settings = small(data__name=name, data__image_size=0).data
         source, known = make_source(settings, 0), known_info(settings)
-        assert known.image_shape == source.image_shape
+        assert known.example_shape == source.example_shape
         assert len(known.class_names) == source.num_classes
-    assert known_info(small(data__name="cifar100", data__image_size=16).data).image_shape == (16, 16, 3)
+    assert known_info(small(data__name="cifar100", data__image_size=16).data).example_shape == (16, 16, 3)

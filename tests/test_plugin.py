@@ -87,7 +87,7 @@ def by_hand(steps: int, weight: float):
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
     for number in range(steps):
         batch = made.source.batch(number)
-        x = image = spec.preprocess.evaluate(batch.images)
+        x = image = spec.task.evaluate(batch.inputs)
         for k, module in enumerate(spec.modules):
             key = rngs.micro_batch(rngs.update(states[k].rng, number), 0)
             (_, (x, stats[k])), gradient = step(params[k], module, stats[k], x, image, batch.context["label"], key)

@@ -168,7 +168,7 @@ def test_imagenette(tmp_path, monkeypatch):
     assert source.mean == (0.485, 0.456, 0.406)
     assert len(source.class_names) == 10
     (batch,) = source.evaluation("train")
-    assert dict(zip(numbers(batch.images).tolist(), batch.context["label"].tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
+    assert dict(zip(numbers(batch.inputs).tolist(), batch.context["label"].tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
     assert source.class_names[:2] == ("n01440764", "n02102040")
     (batch,) = source.evaluation("test")
     assert batch.context["label"].tolist() == [1, PADDING, PADDING]
@@ -220,7 +220,7 @@ def test_every_image_is_seen_exactly_once_an_epoch(imagenet):
         batches = list(islice(source.batches(5 * epoch), 5))
         ids = ids_of(batches)
         assert sorted(ids.tolist()) == list(range(40))
-        images = np.concatenate([batch.images for batch in batches])
+        images = np.concatenate([batch.inputs for batch in batches])
         assert numbers(images).tolist() == [number_of[i] for i in ids.tolist()]
         orders.append(ids.tolist())
     assert orders[0] != orders[1]
@@ -236,10 +236,10 @@ def test_random_access_equals_iteration(imagenet, augment):
         assert same(batch, whole[step])
         assert same(batch, source.batch(step))
         assert batch.step == step
-        assert batch.images.dtype == np.uint8
+        assert batch.inputs.dtype == np.uint8
     assert not same(source.batch(3), source_of(imagenet, seed=1, augment=augment).batch(3))
     # The same image an epoch later: cut elsewhere, or not.
-    first, later = ({i: image for b in whole[s : s + 4] for i, image in zip(b.context["id"].tolist(), b.images)} for s in (0, 5))
+    first, later = ({i: image for b in whole[s : s + 4] for i, image in zip(b.context["id"].tolist(), b.inputs)} for s in (0, 5))
     both = sorted(first.keys() & later.keys())
     equal = [np.array_equal(first[i], later[i]) for i in both]
     assert both
@@ -250,8 +250,8 @@ def test_shards_are_disjoint_and_together_the_global_batch(imagenet):
     source = source_of(imagenet)
     for step in range(source.steps_per_epoch):
         whole, parts = source.batch(step), [source.batch(step, Shard(host, 2)) for host in range(2)]
-        assert [len(part.images) for part in parts] == [4, 4]
-        np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), whole.images)
+        assert [len(part.inputs) for part in parts] == [4, 4]
+        np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), whole.inputs)
         np.testing.assert_array_equal(ids_of(parts), whole.context["id"])
     hosts = [ids_of(islice(source.batches(0, Shard(host, 2)), 5)) for host in range(2)]
     assert sorted(np.concatenate(hosts).tolist()) == list(range(40))
@@ -286,7 +286,7 @@ def test_what_does_not_fit(imagenet):
         source_of(imagenet, batch_size=41)
     with pytest.raises(UserError, match=r"config.data.mean=\(0.5,\): one value a channel .* has 3"):
         source_of(imagenet, mean=(0.5,), std=(0.5,))
-    assert source_of(imagenet, image_size=0).image_shape == (224, 224, 3)
+    assert source_of(imagenet, image_size=0).example_shape == (224, 224, 3)
     with pytest.raises(UserError, match=r"config.data.augment=inception_crop: .* synthetic is kept in memory"):
         make_source(options("data", name="synthetic", augment="inception_crop"), 0)
 
@@ -322,7 +322,7 @@ def test_worker_processes_make_the_same_batches_and_name_a_damaged_image(damaged
     for step in range(3):
         batch = next(batches)
         assert same(batch, here.batch(step))
-        assert type(batch.images) is np.ndarray
+        assert type(batch.inputs) is np.ndarray
     with pytest.raises(UserError, match=message):
         next(batches)
 

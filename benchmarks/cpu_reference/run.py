@@ -69,7 +69,7 @@ def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any
     return DGL(
         made.settings.model.width,
         [module.first for module in made.spec.modules],
-        data.image_shape[0],
+        data.example_shape[0],
         data.num_classes,
         **update | changed,
         mean=data.mean,
@@ -89,7 +89,7 @@ def torch_training(made: Experiment, memory_format: str) -> Variant:
 
         def work() -> list[float]:
             for _, batch in zip(range(steps), batches):
-                losses = network.step(batch.images, batch.context["label"])
+                losses = network.step(batch.inputs, batch.context["label"])
             return [float(loss) for loss in losses]
 
         return timed(work, steps * made.spec.batch_size)
@@ -124,7 +124,7 @@ def check(way: Way, args: argparse.Namespace) -> dict[str, Any]:
         for step, (before, after, expected) in enumerate(zip(params, params[1:], losses, strict=False)):
             network.copy_from(before)
             batch = made.source.batch(step)
-            pairs = zip(network.step(batch.images, batch.context["label"]), expected, strict=True)
+            pairs = zip(network.step(batch.inputs, batch.context["label"]), expected, strict=True)
             found["losses"].append(max(abs(float(own) / other - 1) for own, other in pairs))
             found["update"].append(max(network.distances(before, after)))
         return found

@@ -49,7 +49,7 @@ def ours(source: ArraySource, preprocess: Preprocess) -> Way:
     def go(start: int, count: int) -> jax.Array:
         for batch in itertools.islice(source.batches(start), count):
             batch = put(batch, device)
-            images = train(batch.step, batch.images)
+            images = train(batch.step, batch.inputs)
         return images
 
     return go
@@ -62,8 +62,8 @@ def numpy_way(source: ArraySource) -> Way:
     def augmented(start: int, count: int) -> Iterator[np.ndarray]:
         for step, batch in enumerate(itertools.islice(source.batches(start), count), start):
             random = np.random.default_rng([SEED, step])
-            size, height, width, _ = batch.images.shape
-            padded = np.pad(batch.images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+            size, height, width, _ = batch.inputs.shape
+            padded = np.pad(batch.inputs, ((0, 0), (4, 4), (4, 4), (0, 0)))
             rows = random.integers(0, 9, (size, 1)) + np.arange(height)
             columns = random.integers(0, 9, (size, 1)) + np.arange(width)
             columns = np.where(random.random((size, 1)) < 0.5, columns[:, ::-1], columns)
@@ -80,7 +80,7 @@ def numpy_way(source: ArraySource) -> Way:
 
 def resident_way(data: DataSet, preprocess: Preprocess, batch_size: int) -> Way:
     """All training images on the device as uint8; a batch is gathered and augmented inside one jit, ids come from the host."""
-    everything = jnp.array(data.train.images)
+    everything = jnp.array(data.train.inputs)
     train = jax.jit(lambda everything, step, ids: preprocess.train(augment_key(SEED, step), everything[ids]))
     order = np.random.default_rng(SEED).permutation(len(data.train.labels)).astype(np.int32)
     steps = len(order) // batch_size

@@ -50,7 +50,7 @@ def activations(trained: Trained, images: np.ndarray) -> list[jax.Array]:
 
     @jax.jit
     def forward(images: jax.Array) -> list[jax.Array]:
-        x, found = trained.spec.preprocess.evaluate(images), []
+        x, found = trained.spec.task.evaluate(images), []
         for module, state in zip(trained.spec.modules[:-1], trained.restored.state.modules):
             x, _ = eval_step(module, state.params, state.batch_stats, x)
             found.append(x)
@@ -70,7 +70,7 @@ def learn(trained: Trained, source: Any, sizes: list[Size], **how: Any) -> dict[
     books: dict[Size, list[Any]] = {size: [] for size in sizes}
     update = jax.jit(partial(residual.update, **how))
     for step in range(source.steps_per_epoch):
-        for hop, x in enumerate(activations(trained, source.batch(step).images)):
+        for hop, x in enumerate(activations(trained, source.batch(step).inputs)):
             for codes, dims, stages in sizes:
                 found = books[codes, dims, stages]
                 if step == 0:
@@ -174,9 +174,9 @@ def main() -> None:
     args = flags.parse_args()
     trained = network(args)
     source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all there are
-    seen = source.steps_per_epoch * source.batch(0).images.shape[0]
-    train = collect(trained, (source.batch(n).images for n in range(source.steps_per_epoch)), 1 + VECTORS // seen)
-    tests = [batch.images for batch in source.evaluation("test")][:15]
+    seen = source.steps_per_epoch * source.batch(0).inputs.shape[0]
+    train = collect(trained, (source.batch(n).inputs for n in range(source.steps_per_epoch)), 1 + VECTORS // seen)
+    tests = [batch.inputs for batch in source.evaluation("test")][:15]
     test = collect(trained, tests, 20)
     books = learn(trained, source, SIZES)
     whole = [np.asarray(x) for x in activations(trained, tests[0])]

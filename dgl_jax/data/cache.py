@@ -38,7 +38,7 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
     except (OSError, ValueError, EOFError):  # none, cut short or empty
         pass
     examples = decode()
-    if examples.images.nbytes >= LARGE:
+    if examples.inputs.nbytes >= LARGE:
         try:
             _write(entry, examples)
         except OSError as error:
@@ -80,7 +80,7 @@ def _write(entry: Path, examples: Examples) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     try:
-        _save(scratch / "images.npy", examples.images)
+        _save(scratch / "images.npy", examples.inputs)
         _save(scratch / "labels.npy", examples.labels)
         shutil.rmtree(entry, ignore_errors=True)  # an entry that could not be read
         os.rename(scratch, entry)

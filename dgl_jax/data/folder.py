@@ -45,7 +45,7 @@ def load(settings: StoredOptions) -> DataSet:
     paths = {split: [path for name in class_names for path in files[split].get(name, ())] for split in files}
     channels = _channels(root, paths)
     train, test = (_read(split, paths[split], files[split], class_names, channels, settings.image_size) for split in files)
-    if train.images.shape[1:] != test.images.shape[1:]:
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
         raise UserError(
             f"{root}: images in train have {_pixels(train)} pixels and images in test {_pixels(test)}: "
             "set config.data.image_size to resize all of them"
@@ -120,7 +120,7 @@ def _read(
 
 
 def _pixels(examples: Examples) -> str:
-    return f"{examples.images.shape[2]}x{examples.images.shape[1]}"
+    return f"{examples.inputs.shape[2]}x{examples.inputs.shape[1]}"
 
 
 DATA_SETS.ship(folder=DataKind(load, StoredOptions))

@@ -15,26 +15,26 @@ class DatasetInfo:
 
     Attributes:
       class_names: by label.
-      image_shape: (height, width, channels) of a stored image.
+      example_shape: (height, width, channels) of a stored image.
       mean, std: of each channel, of images scaled to 0 ... 1.
     """
 
     name: str
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    example_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def shape(self) -> str:
         """Returns the image shape as text, for a message."""
-        return "x".join(map(str, self.image_shape))
+        return "x".join(map(str, self.example_shape))
 
     @classmethod
     def of(cls, source: Source) -> "DatasetInfo":
         """Describes a data source."""
         mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
-        return cls(source.name, tuple(source.class_names), source.image_shape, mean, std)
+        return cls(source.name, tuple(source.class_names), source.example_shape, mean, std)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
@@ -54,7 +54,7 @@ class DatasetInfo:
         if self.class_names != found.class_names:
             known, now = listed(self.class_names, found.class_names)
             told.append(f"the run knows {known}, the data have {now}")
-        if self.image_shape != found.image_shape:
+        if self.example_shape != found.example_shape:
             told.append(f"the run takes images of {self.shape}, the data are of {found.shape} (height, width, channels)")
         if told:
             folder = getattr(settings, "dir", "")

@@ -41,13 +41,13 @@ class ArraySource:
         self.name = data.name
         self.class_names = data.class_names
         self.num_classes = len(data.class_names)
-        height, width, channels = data.train.images.shape[1:]
-        self.image_shape = (height, width, channels)
+        height, width, channels = data.train.inputs.shape[1:]
+        self.example_shape = (height, width, channels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self._stored = {"train": data.train, "validation": data.train, "test": data.test}
         check_channels(data.name, channels, mean, std)
         if not (mean and std):
-            found = channel_statistics(data.train.images, self._order.splits["train"])
+            found = channel_statistics(data.train.inputs, self._order.splits["train"])
             mean, std = mean or found[0], std or found[1]
         self.mean, self.std = mean, std
 
@@ -99,4 +99,4 @@ def channel_statistics(
 
 
 def _gather(stored: Examples, ids: Int[np.ndarray, " n"], step: int, size: int = 0) -> Batch:
-    return padded(stored.images[ids], stored.labels[ids], ids, step, size)
+    return padded(stored.inputs[ids], stored.labels[ids], ids, step, size)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped
 
 from dgl_jax.config import DataSettings
 from dgl_jax.core import rngs
@@ -44,7 +44,7 @@ class Shard:
 class Examples:
     """One split as it is stored."""
 
-    images: UInt8[np.ndarray, "N H W C"]
+    inputs: Shaped[np.ndarray, "N ..."]
     labels: Int[np.ndarray, " N"]
 
 
@@ -86,7 +86,7 @@ class Source(Protocol):
     """Batches by number.
 
     Attributes:
-      image_shape: (height, width, channels), after resizing.
+      example_shape: (height, width, channels), after resizing.
       steps_per_epoch: whole batches in the training images; what is left over waits for the next epoch's shuffle.
       mean, std: of each channel, of pixel values scaled to 0 ... 1.
     """
@@ -94,7 +94,7 @@ class Source(Protocol):
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    example_shape: tuple[int, int, int]
     steps_per_epoch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -213,13 +213,13 @@ def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitG
 
 
 def padded(
-    images: UInt8[np.ndarray, "n H W C"], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
+    inputs: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
 ) -> Batch:
-    """A batch of at least `size` examples: black images whose label and id are PADDING come last."""
+    """A batch of at least `size` examples: inputs of zeros whose label and id are PADDING come last."""
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)
     missing = max(0, size - len(ids))
     if missing:
-        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
+        inputs = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
         labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
         ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
-    return Batch(images, {"label": labels, "id": ids}, np.asarray(step, np.int32))
+    return Batch(inputs, {"label": labels, "id": ids}, np.asarray(step, np.int32))

@@ -48,7 +48,7 @@ class Ports:
         if isinstance(incoming, Batch):
             return entrance(self.spec, incoming), {}
         if not isinstance(incoming, Message):
-            return self.spec.preprocess.evaluate(incoming), {}
+            return self.spec.task.evaluate(incoming), {}
         inputs = self.spec.codec.decode(incoming.codebook, incoming.payload)
         if incoming.newest is None:
             return inputs, {}
@@ -110,7 +110,7 @@ def evaluate(
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
     """Makes network inputs of a stored batch: the augmentation of step n is drawn from the seed and n alone."""
-    return spec.preprocess.train(augment_key(spec.seed, batch.step), batch.images)
+    return spec.task.train(augment_key(spec.seed, batch.step), batch.inputs)
 
 
 class Method(Protocol):

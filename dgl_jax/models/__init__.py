@@ -81,7 +81,7 @@ def make_network(
     name: str,
     width: int,
     num_classes: int,
-    image_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int],
     dtype: DTypeLike = "float32",
     ops: str = "auto",
 ) -> Network:
@@ -91,7 +91,7 @@ def make_network(
       name: a registered one.
       width: channels of the first block.
       num_classes: classes the classifier tells apart.
-      image_shape: height, width and channels of the images it is for.
+      input_shape: height, width and channels of the images it is for.
       dtype: of the arithmetic; parameters and batch statistics stay float32, logits are float32.
       ops: `auto` for the fastest operations of each platform, whose gradients are of first order; `xla` for those of XLA alone,
         with forward mode and higher derivatives.
@@ -105,7 +105,7 @@ def make_network(
         _check_own(name, network)
     network = Network(tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops))
     step = 2**network.halvings
-    height, across, _ = image_shape
+    height, across, _ = input_shape
     if height % step or across % step or not height or not across:
         near = {size // step * step for size in (height, height + step - 1, across, across + step - 1)} - {0}
         raise UserError(

@@ -48,6 +48,6 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None
-        packet = nbytes((incoming.payload if k else incoming.images, spec.context(k)))
+        packet = nbytes((incoming.payload if k else incoming.inputs, spec.context(k)))
         found.append(ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet))
     return found

@@ -110,13 +110,13 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     """
     network = _network(settings, info)
     objectives = [_objective(settings, network, end, len(info.class_names)) for end in range(1, len(network.blocks) + 1)]
-    inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.image_shape), "float32")
+    inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.example_shape), "float32")
     return Blocks(network.blocks, tuple(objectives), inputs)
 
 
 def _network(settings: Settings, info: DatasetInfo) -> Network:
     model = settings.model
-    return make_network(model.name, model.width, len(info.class_names), info.image_shape, model.dtype, model.ops)
+    return make_network(model.name, model.width, len(info.class_names), info.example_shape, model.dtype, model.ops)
 
 
 def _objective(
@@ -189,11 +189,11 @@ def make_spec(
         modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops, adapters),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
-        preprocess=Preprocess(settings.data.augment, info.mean, info.std),
+        task=Preprocess(settings.data.augment, info.mean, info.std),
         codec=make_codec(settings.codec, model.dtype),
         seed=settings.seed,
         batch_size=settings.data.batch_size,
-        image_shape=info.image_shape,
+        image_shape=info.example_shape,
         decode=getattr(settings.codec, "decode", "sent"),
         accumulate=settings.train.accumulate,
         ema=settings.train.ema,

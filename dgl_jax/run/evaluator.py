@@ -42,7 +42,7 @@ class Evaluator:
     ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Context]:
         """Class probabilities of each head (None without one), of the ensemble, and the context beside the latter."""
         heads: list[Any] = []
-        incoming: Any = self.placement.put_batch(batch, 0).images
+        incoming: Any = self.placement.put_batch(batch, 0).inputs
         books = [self.spec.codebook(state) for state in states]
         for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
             if k:

@@ -106,7 +106,7 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
                 for name, was in dataclasses.asdict(other.settings.model).items()
                 if was != (now := getattr(experiment.settings.model, name))
             ]
-            if mine.image_shape != theirs.image_shape:
+            if mine.example_shape != theirs.example_shape:
                 told.append(f"images are {theirs.shape} there and {mine.shape} here")
             why = "; ".join(told) or "the modules begin at other blocks"
             raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes: {why}")

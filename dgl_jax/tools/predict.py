@@ -55,7 +55,7 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
         check_writable(Path(output), f"--output={output}")
     files = find_images(patterns)
     trained = load_trained(Path(workdir), checkpoint)
-    images = _read(files, trained.info.image_shape, DATA_SETS[trained.settings.data.name].photographs)
+    images = _read(files, trained.info.example_shape, DATA_SETS[trained.settings.data.name].photographs)
     names = trained.info.class_names
     rows = []
     for file, last, together in zip(files, *predict_probabilities(trained, images)):
