@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from runs import arrays, records
-from test_plugin import config, equal, furthest, trained  # noqa: F401: the fixture
+from test_plugin import config, equal, furthest, trained  # noqa: F401
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings
@@ -45,7 +45,7 @@ class ByHand:
 
     def batch(self, number: int) -> tuple[Any, Any]:
         batch = self.made.source.batch(number)
-        return self.spec.preprocess.evaluate(batch.images), batch.context["label"]
+        return self.spec.task.evaluate(batch.inputs), batch.context["label"]
 
     def update(self, k: int, gradient: Any) -> None:
         updates, self.kept[k] = self.optimizer.update(gradient, self.kept[k], self.params[k])
@@ -100,7 +100,7 @@ def test_an_adapter_answers_in_evaluation_and_export(tmp_path):
         exported,
         spec=dataclasses.replace(exported.spec, modules=tuple(dataclasses.replace(m, adapter=None) for m in exported.spec.modules)),
     )
-    x = jnp.asarray(exported.spec.preprocess.evaluate(images))
+    x = jnp.asarray(exported.spec.task.evaluate(images))
     (first, second), variables = bare.spec.modules, exported.variables
     features, _ = first.apply_body(variables[0]["params"], variables[0]["batch_stats"], x, train=False)
     draw, pooled = variables[1]["params"]["body"]["adapter"]["draw"], (*features.shape[:-1], 1)
