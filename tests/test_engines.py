@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from dgl_jax.config import options
-from dgl_jax.engines import EngineState, pipeline
+from dgl_jax.engines import EngineState
 from dgl_jax.engines.base import counts
 from dgl_jax.ops import conv
 from dgl_jax.ops.cpu import im2col, winograd
 from dgl_jax.run import metrics
 from dgl_jax.run.metrics import Window
+from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch, Inbox
 
 pytestmark = pytest.mark.full_compile
@@ -243,17 +244,15 @@ def test_ids_follow_activations(tiny, monkeypatch, groups):
         assert [ids.tolist() for ids in of_module] == [tiny.source.batch(t).context["id"].tolist() for t in range(STEPS)]
 
 
-def test_swapped_registers_are_noticed(tiny, monkeypatch):
-    class Swapped(pipeline.Packet):
-        """Pairs a payload with the context of the packet made before it."""
+def test_swapped_contexts_are_noticed(tiny, monkeypatch):
+    carried, before = TrainSpec.carried, {}
 
-        last = None
+    def swapped(self, k, context, added=None):
+        """Pairs a message with the context of the one made before it."""
+        before[k], earlier = carried(self, k, context, added), before.get(k)
+        return earlier or before[k]
 
-        def __init__(self, payload, context, *rest):
-            Swapped.last, before = context, Swapped.last
-            super().__init__(payload, before or context, *rest)
-
-    monkeypatch.setattr(pipeline, "Packet", Swapped)
+    monkeypatch.setattr(TrainSpec, "carried", swapped)
     with pytest.raises(AssertionError, match=r"assert \[\["):
         test_ids_follow_activations(tiny, monkeypatch, ())
 

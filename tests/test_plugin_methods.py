@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from runs import arrays, records
-from test_plugin import config, equal, furthest, trained  # noqa: F401
+from test_plugin import config, equal, furthest, trained
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -14,12 +15,12 @@ from dgl_jax.data import Source
 from dgl_jax.engines.placement import Placement, assign, check_batch, put
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import closed, opened
+from dgl_jax.methods.base import Post, closed, opened
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
-from dgl_jax.types import Batch
+from dgl_jax.types import Batch, Message
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,41 @@ def run_ticks(
     if late is not None:
         late.snapshot = snapshot
         yield late
+
+
+def run_turns(
+    engine: Any,
+    state: EngineState,
+    source: Source,
+    until: int,
+    stop: Callable[[], bool],
+    move: Callable[..., tuple[Message, Any]] | None = None,
+    overlap: bool = False,
+) -> Iterator[Report]:
+    """Runs the schedule of the method with a program for each turn; see `Engine.run`.
+
+    Args:
+      engine: has `spec`, `placement`, `total_steps`, `ticks_in_flight`, and by (module, kind) `programs`.
+      move: moves messages to the devices of their reader, see `methods.base.Post`.
+      overlap: modules work at once.
+    """
+    post, read, made = Post(engine.spec, state.modules, move), reader(source), counts(state)
+
+    def batch(number: int) -> Batch:
+        return engine.placement.put_batch(read(number), 0)
+
+    def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
+        results = []
+        for turn in tick:
+            k, number, kind = turn
+            inbox, context = post.read(k, kind, partial(batch, number))
+            post.states[k], sent, metrics = engine.programs[k, kind](post.states[k], inbox, context)
+            post.send(k, number, context, sent)
+            results.append((turn, metrics))
+        return results
+
+    ticks = engine.spec.method.schedule(made, until, max(until, engine.total_steps), stop, overlap)
+    yield from run_ticks(ticks, dispatch, engine.ticks_in_flight, made, lambda flight=True: EngineState(post.closed()))
 
 
 def reader(source: Source) -> Callable[[int], Batch]:

@@ -1,13 +1,12 @@
 """Modules at the same time on their own devices: asynchronous dispatch from one thread fills the pipe.
 
-`registers[k]` is the packet that waits at module k's entrance, already on its devices. A tick of DGL dispatches the deepest module
-first: all it needs was made a tick ago, so the devices of all modules start at once.
+What waits at a module's entrance is already on its devices. A tick of DGL dispatches the deepest module first: all it needs was
+made a tick ago, so the devices of all modules start at once.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
     EngineInputs,
@@ -17,17 +16,14 @@ from dgl_jax.engines.base import (
     Report,
     Synchronous,
     SynchronousOptions,
-    counts,
-    reader,
-    run_ticks,
+    run_turns,
 )
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import Programs, jitted
-from dgl_jax.methods.base import closed, delivered, opened
 from dgl_jax.registry import ENGINES
-from dgl_jax.schedule import Tick, Turn, never
+from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
-from dgl_jax.types import Context, Header, Inbox, Message, Packet
+from dgl_jax.types import Context, Message
 
 
 class PipelineEngine(Synchronous):
@@ -48,70 +44,26 @@ class PipelineEngine(Synchronous):
 
     def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
-        method, modules, read = self.spec.method, len(self.spec.modules), reader(source)
-        states, mails = map(list, zip(*map(opened, state.modules), strict=True))
-        registers: list[Packet | None] = [None] * modules
         self.publishers = [Publisher(hop) for hop in self.hops]
-        self.published = [()] * modules
-
-        def receive(turn: Turn) -> tuple[Any, Context]:
-            k = turn.module
-            if k == 0:
-                batch = self.placement.put_batch(read(turn.batch), 0)
-                return batch, batch.context
-            if "below" in mails[k]:
-                return mails[k]["below"][0]
-            packet, registers[k] = registers[k], None
-            assert packet is not None, "the schedule gave a turn to a module whose entrance is empty"
-            return Message(packet.payload, packet.codebook), packet.context
-
-        def send_up(packet: Packet, k: int) -> None:
-            if "below" in mails[k]:
-                mails[k] = delivered(mails[k], "below", (Message(packet.payload, packet.codebook), packet.context))
-            else:
-                registers[k] = packet
-
-        def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
-            results = []
-            for turn in tick:
-                k = turn.module
-                reads, _ = method.ports(self.spec, k, turn.kind)
-                incoming, context = (None, {}) if reads.below is None else receive(turn)
-                inbox = Inbox(incoming, None if reads.above is None else mails[k]["above"][0])
-                states[k], sent, metrics = self.programs[k, turn.kind](states[k], inbox, context)
-                if sent.above is not None:
-                    carried = self.spec.carried(k + 1, context, sent.above.context)
-                    packet = Packet(sent.above.payload, carried, Header(turn.batch, turn.batch + 1), sent.above.codebook)
-                    send_up(self._move(packet, k + 1), k + 1)
-                if sent.below is not None:
-                    mails[k - 1] = delivered(mails[k - 1], "above", self._move_down(sent.below, k - 1))
-                results.append((turn, metrics))
-            return results
-
+        self.published = [()] * len(state.modules)
         # On one device nothing overlaps: each batch goes all the way through, so that a single packet waits at a time.
-        overlap = self.placement.count() > 1
-        made = counts(state)
-        ticks = method.schedule(made, until, max(until, self.total_steps), stop, overlap)
-        snapshot = lambda flight=True: EngineState(tuple(map(closed, states, mails)))  # noqa: E731
-        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, made, snapshot)
+        yield from run_turns(self, state, source, until, stop, self._move, overlap=self.placement.count() > 1)
 
-    def _move(self, packet: Packet, module: int) -> Packet:
-        """To the devices of a module, with a codebook that was just published; nothing to do where they are the same."""
-        if not self.placement.crosses(module - 1):
-            return packet
-        payload, context = put((packet.payload, packet.context), self.placement.split(module))
-        fresh = self.publishers[module - 1].fresh(packet.codebook, packet.header.sequence)
+    def _move(self, k: int, number: int, message: Message, context: Context | None) -> tuple[Message, Any]:
+        """To the devices of module k, with a codebook that was just published; nothing to do where they are the same."""
+        if context is None:  # from above
+            if self.placement.crosses(k):
+                self.meters[k].came_down(message)
+                message = put(message, self.placement.message(k))
+            return message, context
+        if not self.placement.crosses(k - 1):
+            return message, context
+        payload, context = put((message.payload, context), self.placement.split(k))
+        fresh = self.publishers[k - 1].fresh(message.codebook, number)
         if fresh is not None:
-            fresh = self.published[module] = put(fresh, self.placement.replicated(module))
-        self.meters[module - 1].count(payload, context, fresh)
-        return Packet(payload, context, packet.header, self.published[module])
-
-    def _move_down(self, message: Message, module: int) -> Message:
-        """Moves a message to the devices of the module below."""
-        if not self.placement.crosses(module):
-            return message
-        self.meters[module].came_down(message)
-        return put(message, self.placement.message(module))
+            fresh = self.published[k] = put(fresh, self.placement.replicated(k))
+        self.meters[k - 1].count(payload, context, fresh)
+        return Message(payload, self.published[k]), context
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:

@@ -199,33 +199,65 @@ def oldest(mail: Mail) -> Message | None:
     return mail["above"][0] if "above" in mail else None
 
 
+class Post:
+    """Carries what the turns of synchronous modules send to the turns that read it, inside a jit or outside.
+
+    Args:
+      states: of all modules, with the messages that wait in them.
+      move: `move(k, number, message, context)` returns a message and its context on the devices of module k, which reads them;
+        what comes from above has no context (None). By default nothing has to move.
+
+    Attributes:
+      states: of the modules, without messages.
+    """
+
+    def __init__(self, spec: TrainSpec, states: States, move: Callable[..., tuple[Message, Any]] | None = None):
+        self._spec, self._move = spec, move or (lambda k, number, message, context: (message, context))
+        self.states, self._mails = map(list, zip(*map(opened, states), strict=True))
+        self._below: dict[int, tuple[Message, Context]] = {}
+
+    def read(self, k: int, kind: str, batch: Callable[[], Batch]) -> tuple[Inbox, Context]:
+        """Returns what a turn of module k reads; asks for a batch where it reads one."""
+        reads, _ = self._spec.method.ports(self._spec, k, kind)
+        incoming: Batch | Message | None = None
+        context: Context = {}
+        if reads.below is not None and k == 0:
+            incoming = batch()
+            context = incoming.context
+        elif reads.below is not None:
+            incoming, context = self._mails[k]["below"][0] if "below" in self._mails[k] else self._below.pop(k)
+        return Inbox(incoming, oldest(self._mails[k]) if reads.above is not None else None), context
+
+    def send(self, k: int, number: int, context: Context, sent: Outbox) -> None:
+        """Takes what a turn of module k on batch `number` sends; `context` is what it has read."""
+        if sent.above is not None:
+            carried = self._spec.carried(k + 1, context, sent.above.context)
+            packet = self._move(k + 1, number, sent.above._replace(context=()), carried)
+            if "below" in self._mails[k + 1]:
+                self._mails[k + 1] = delivered(self._mails[k + 1], "below", packet)
+            else:
+                self._below[k + 1] = packet
+        if sent.below is not None:
+            message, _ = self._move(k - 1, number, sent.below, None)
+            self._mails[k - 1] = delivered(self._mails[k - 1], "above", message)
+
+    def closed(self) -> States:
+        """Returns the states with the messages that wait."""
+        return tuple(map(closed, self.states, self._mails))
+
+
 def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
     """Returns the turns of a tick, one after the other, as one pure function."""
-    method = spec.method
-    programs = [method.program(spec, *turn) for turn in turns]
-    reads = [method.ports(spec, *turn)[0] for turn in turns]
+    programs = [spec.method.program(spec, *turn) for turn in turns]
 
     def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
-        new, mails = map(list, zip(*map(opened, states), strict=True))
-        below: dict[int, Any] = {0: (batch, {} if batch is None else batch.context)}
-        metrics = []
-        for (k, _), program, read in zip(turns, programs, reads, strict=True):
-            incoming, context = (None, {})
-            if read.below is not None:
-                incoming, context = mails[k]["below"][0] if "below" in mails[k] else below.pop(k)
-            above = None if read.above is None else mails[k]["above"][0]
-            made = program(new[k], Inbox(incoming, above), context)
+        post, metrics = Post(spec, states), []
+        for (k, kind), program in zip(turns, programs, strict=True):
+            inbox, context = post.read(k, kind, lambda: batch)  # type: ignore[arg-type, return-value]
             # Each turn is compiled as it would be alone, which keeps every bit equal to the pipeline's.
-            new[k], sent, of_turn = jax.lax.optimization_barrier(made)
-            if sent.above is not None:
-                packet = sent.above, spec.carried(k + 1, context, sent.above.context)
-                if "below" in mails[k + 1]:
-                    mails[k + 1] = delivered(mails[k + 1], "below", packet)
-                else:
-                    below[k + 1] = packet
-            if sent.below is not None:
-                mails[k - 1] = delivered(mails[k - 1], "above", sent.below)
+            post.states[k], sent, of_turn = jax.lax.optimization_barrier(program(post.states[k], inbox, context))
+            post.send(k, 0, context, sent)
             metrics.append(of_turn)
-        return tuple(map(closed, new, mails)), tuple(metrics)
+        return post.closed(), tuple(metrics)
 
     return step
