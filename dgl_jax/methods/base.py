@@ -11,7 +11,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
 from dgl_jax.spec import TrainSpec
-from dgl_jax.tasks.image_classification import augment_key
+from dgl_jax.tasks import augment_key
 from dgl_jax.types import Batch, Context, Message
 
 # (state, what came in: a Batch or a Message, the context of its examples) -> (state, a Message to the next module or None, metrics)
@@ -38,7 +38,7 @@ class Ports:
         """Makes the module's inputs of what comes in.
 
         Args:
-          incoming: a Batch to learn from, which is augmented; stored images to answer about; or what the module below handed on.
+          incoming: a Batch to learn from, which is augmented; stored inputs to answer about; or what the module below handed on.
 
         Returns:
           The inputs; and, if the newest codebook decodes, `codec_drift`: how far they are from what was sent.
@@ -79,7 +79,7 @@ def evaluate(
 
     Args:
       codebook: the published one of this module; `()` if the codec has none.
-      incoming: stored images for the first module, else what the module below handed on.
+      incoming: stored inputs for the first module, else what the module below handed on.
 
     Returns:
       What goes to the next module (None from the last), and what this one answers (None without an answer).

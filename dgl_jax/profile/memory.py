@@ -7,7 +7,7 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Message, nbytes
+from dgl_jax.types import Message, nbytes
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class ProgramMemory:
 
 def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     """Compiles the program of each module for the default device; runs nothing. None where XLA does not tell its plans."""
-    images: Any = jax.ShapeDtypeStruct((spec.batch_size, *spec.image_shape), "uint8")
-    step: Any = jax.ShapeDtypeStruct((), "int32")
-    incoming: Any = Batch(images, spec.context(0), step)
+    incoming: Any = spec.batch()
     found = []
     for k, state in enumerate(spec.abstract_states()):
         if k:
