@@ -4,6 +4,6 @@ python launch.py --config=configs/digits.py --workdir=runs/plugin --config.plugi
     --config.objective.name=reconstruction
 """
 
-from examples.plugin import lookahead, maximum, newest_half, reconstruction, serial, signs, strided, stripes
+from examples.plugin import lookahead, maximum, newest_half, reconstruction, serial, signs, strided, stripes, tokens
 
-__all__ = ["lookahead", "maximum", "newest_half", "reconstruction", "serial", "signs", "strided", "stripes"]
+__all__ = ["lookahead", "maximum", "newest_half", "reconstruction", "serial", "signs", "strided", "stripes", "tokens"]
