@@ -22,7 +22,7 @@ from dgl_jax.profile.memory import module_memory
 from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.run.build import known_info, make_experiment
 from dgl_jax.run.plots import plot
-from dgl_jax.tasks import ImageClassification, Task, augment_key
+from dgl_jax.tasks import ImageClassification, Task, TaskInputs, augment_key
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
@@ -256,7 +256,7 @@ def test_examples_of_several_labels_are_held_out_by_a_plain_draw():
 
 
 def test_draws_of_a_task_are_of_the_seed_and_the_step():
-    task = TASKS["token_labels"].make(make_settings(config(task__hidden=0.5)).task, experiment_inputs())
+    task = TASKS["token_labels"].make(make_settings(config(task__hidden=0.5)).task, task_inputs())
     tokens = np.zeros((64, LENGTH), np.int32)
     one, again, later = (np.asarray(task.train(augment_key(0, step), tokens)) for step in (3, 3, 4))
     assert np.array_equal(one, again)
@@ -265,12 +265,9 @@ def test_draws_of_a_task_are_of_the_seed_and_the_step():
     assert np.array_equal(task.evaluate(tokens), tokens)
 
 
-def experiment_inputs(**changes: Any):
-    from dgl_jax.tasks import TaskInputs
-
+def task_inputs() -> TaskInputs:
     example = jax.ShapeDtypeStruct((LENGTH,), np.int32)
-    fields = {"name": "some", "example": example, "label": (LENGTH,), "classes": 8, "mean": (), "std": (), "augment": "none"}
-    return TaskInputs(**fields | changes)
+    return TaskInputs(name="some", example=example, label=(LENGTH,), classes=8, mean=(), std=(), augment="none")
 
 
 # What does not fit

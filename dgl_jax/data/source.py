@@ -87,7 +87,7 @@ class Source(Protocol):
     """Batches by number.
 
     Attributes:
-      example_shape, example_dtype: of an example as the network's task gets it; of images (height, width, channels), resized.
+      example_shape, example_dtype: of an example as a batch holds it; of images (height, width, channels), after resizing.
       label_shape: of the label of an example.
       steps_per_epoch: whole batches in the training examples; what is left over waits for the next epoch's shuffle.
       mean, std: of each channel, of pixel values scaled to 0 ... 1; empty unless the examples are images.

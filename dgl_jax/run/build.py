@@ -105,7 +105,7 @@ def make_experiment(
 
 
 def make_task(settings: Settings, info: DatasetInfo) -> Task:
-    """Returns what is asked about the examples of a data set.
+    """Returns the configured task, for a data set.
 
     Raises:
       UserError: the task is not one for this data set.

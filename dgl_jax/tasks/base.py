@@ -27,8 +27,8 @@ def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) ->
 class Task:
     """What the examples of a run are; a frozen, hashable dataclass of pure functions on whole batches, which are jitted.
 
-    As it is, it classifies: a network answers with logits for each label, be that one an example or one a token. A task of another
-    kind replaces what differs.
+    As it stands it classifies: a network answers with logits for each label, of which an example has one, or one for each token. A
+    task of another kind overrides what differs.
 
     Attributes:
       example: shape and dtype of an example as it is stored.
@@ -44,19 +44,19 @@ class Task:
         return jax.ShapeDtypeStruct(found.shape, found.dtype)
 
     def train(self, key: Key[Array, ""], inputs: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
-        """Makes network inputs of stored ones to learn from: augmented if the task does that, with draws from `key`."""
+        """Makes network inputs of stored ones to learn from, augmented with draws from `key`; by default as `evaluate` does."""
         return self.evaluate(inputs)
 
     def evaluate(self, inputs: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
-        """Makes network inputs of stored ones to answer about."""
+        """Makes network inputs of stored ones to answer about; by default they are the same."""
         return jnp.asarray(inputs)
 
     def answer(self, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        """Makes what is measured of what a head gives: class probabilities (float32)."""
+        """Turns what a head gives into what is measured: class probabilities (float32)."""
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     def ensemble(self, answers: Sequence[Float[Array, "*B C"] | None]) -> Float[Array, "*B C"]:
-        """Returns the mean of the modules' answers, that of module k with a weight proportional to 2^k; None counts as none."""
+        """Returns the mean of the modules' answers, module k with a weight proportional to 2^k; None is left out."""
         weights = [0.0 if a is None else 2.0**k for k, a in enumerate(answers)]
         return sum(w * a for w, a in zip(weights, answers) if a is not None) / sum(weights)  # type: ignore[return-value]
 
@@ -64,7 +64,7 @@ class Task:
         """Measures the answers to a batch.
 
         Args:
-          label: class numbers; whatever is labelled PADDING does not count.
+          label: class numbers; places labelled PADDING do not count.
 
         Returns:
           By name (sum, count) over the labels: `accuracy`, by which the best checkpoint is chosen, and `loss` in nats.
