@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgl_jax import registry
 from dgl_jax.errors import UserError
-from dgl_jax.fields import ALWAYS, MANY, check_value, choice, kind_of, number, option
+from dgl_jax.fields import ALWAYS, MANY, Applies, check_value, choice, kind_of, number, option
 from dgl_jax.registry import Registry, nearest
 
 if TYPE_CHECKING:  # a library's user, who has no use for configuration files, needs no ml_collections
@@ -29,18 +29,21 @@ class Group:
         """Raises UserError if the fields do not fit together, or not to the rest of the settings."""
 
 
+_IMAGES: Applies = {"task.images": (True,)}
+
+
 @dataclass(frozen=True)
 class DataSettings(Group):
-    """Where the images come from; `mean` and `std` empty: the data set's published ones."""
+    """Where the examples come from; `mean` and `std` empty: the data set's published ones."""
 
     name: str = kind_of(registry.DATA_SETS, "digits")
-    batch_size: int = number(128, 2, MANY)  # of one image batch norm has no variance
-    validation_fraction: float = number(0.1, 0.0, 0.9)  # of the training images, stratified; 0: none is held out
-    train_examples: int = number(0, 0, MANY)  # stratified subset of the training images; 0: all of them
-    augment: str = choice("none", "crop_flip", "inception_crop")
-    image_size: int = number(0, 0, 4096)  # pixels a side after resizing; 0: as stored, of ImageNet 224
-    mean: tuple[float, ...] = option(())
-    std: tuple[float, ...] = option(())
+    batch_size: int = number(128, 2, MANY)  # of one example batch norm has no variance
+    validation_fraction: float = number(0.1, 0.0, 0.9)  # of the training examples, stratified; 0: none is held out
+    train_examples: int = number(0, 0, MANY)  # stratified subset of the training examples; 0: all of them
+    augment: str = choice("none", "crop_flip", "inception_crop", applies=_IMAGES)
+    image_size: int = number(0, 0, 4096, applies=_IMAGES)  # pixels a side after resizing; 0: as stored, of ImageNet 224
+    mean: tuple[float, ...] = option((), _IMAGES)
+    std: tuple[float, ...] = option((), _IMAGES)
 
     def check(self, settings: "Settings") -> None:
         """Raises UserError if mean and deviation are not of as many channels, or a deviation is not above 0."""
@@ -48,6 +51,13 @@ class DataSettings(Group):
             raise UserError(f"config.data.mean has {len(self.mean)} values and config.data.std {len(self.std)}")
         if any(s <= 0 for s in self.std):
             raise UserError(f"config.data.std={self.std}: every value must be above 0")
+
+
+@dataclass(frozen=True)
+class TaskSettings(Group):
+    """What the examples are, and what is asked about them."""
+
+    name: str = kind_of(registry.TASKS, "image_classification")
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class CheckpointSettings(Group):
 
 @dataclass(frozen=True)
 class EvalSettings(Group):
-    """When the run is evaluated on the validation images, and how."""
+    """When the run is evaluated on the validation examples, and how."""
 
     every: int = number(0, 0, MANY, free=True)  # steps; 0: once an epoch
     # Between modules as in training, with the published codebooks; false: activations as they are.
@@ -162,23 +172,6 @@ class LogSettings(Group):
     tensorboard: bool = option(False, free=True)
 
 
-_GROUPS: dict[str, type[Group]] = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "objective": ObjectiveSettings,
-    "method": MethodSettings,
-    "optimizer": OptimizerSettings,
-    "schedule": ScheduleSettings,
-    "train": TrainSettings,
-    "engine": EngineSettings,
-    "replay": ReplaySettings,
-    "codec": CodecSettings,
-    "checkpoint": CheckpointSettings,
-    "eval": EvalSettings,
-    "log": LogSettings,
-}
-
-
 @dataclass(frozen=True)
 class Settings:
     """A whole configuration. Groups with kinds hold the options of the chosen one.
@@ -191,6 +184,7 @@ class Settings:
     seed: int = number(0, 0, 2**31 - 1)
     plugins: tuple[str, ...] = option((), free=True)  # modules to import first: they register kinds of their own
     data: DataSettings = field(default_factory=lambda: options("data"))
+    task: TaskSettings = field(default_factory=lambda: options("task"))
     model: ModelSettings = field(default_factory=lambda: options("model"))
     objective: ObjectiveSettings = field(default_factory=lambda: options("objective"))
     method: MethodSettings = field(default_factory=lambda: options("method"))
@@ -220,6 +214,9 @@ class Settings:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+_GROUPS: dict[str, type[Group]] = {
+    f.name: f.type for f in dataclasses.fields(Settings) if isinstance(f.type, type) and issubclass(f.type, Group)
+}
 _ALONE = tuple(f for f in dataclasses.fields(Settings) if f.compare and f.name not in _GROUPS)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of every module's head, and of all heads together, on a split: every example counts once."""
+"""Measures every module's head, and all heads together, on a split: every label counts once."""
 
 from pathlib import Path
 
@@ -30,6 +30,6 @@ def evaluate_run(
     source = make_source(settings.data, settings.seed)
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
-        raise UserError(f"--split={split}: {source.name} has no such images here")
+        raise UserError(f"--split={split}: {source.name} has no such examples here")
     result = Evaluator(trained.spec, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)
     return {"step": trained.restored.step} | result

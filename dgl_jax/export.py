@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped
 from safetensors.numpy import load_file, save
 
 from dgl_jax.config import make_settings
@@ -23,6 +23,7 @@ from dgl_jax.run.restore import load_trained
 from dgl_jax.run.workdir import read_json
 from dgl_jax.run.writers import check_writable, write_atomically, writing
 from dgl_jax.spec import TrainSpec
+from dgl_jax.types import AnyArray
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Exported:
     class_names: tuple[str, ...]
     variables: tuple[dict[str, Any], ...]
 
-    def logits(self, images: UInt8[Array | np.ndarray, "B H W C"]) -> list[Float[Array, "B classes"] | None]:
-        """Logits of each module's head (None without one; the last are the network's) for images as stored, 0 to 255."""
-        incoming: Any = images
+    def logits(self, inputs: Shaped[AnyArray, "B ..."]) -> list[Float[Array, "B *T classes"] | None]:
+        """Returns the logits of each module's head (None without one; the last are the network's) for inputs as stored."""
+        incoming: Any = inputs
         results = []
         for k, variables in enumerate(self.variables):
             incoming, logits = evaluate(self.spec, k, **variables, incoming=incoming)
@@ -51,8 +52,8 @@ class Exported:
 def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Path | None = None) -> Path:
     """Writes `model.safetensors` and `config.json` to `output` (default: `<workdir>/export`); gives the folder.
 
-    Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, image
-    shape and normalisation, the first block of each module, and the step.
+    Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, shapes
+    and normalisation, the first block of each module, and the step.
 
     Raises:
       UserError: `output` cannot be written; or see `load_trained`.

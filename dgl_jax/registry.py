@@ -117,6 +117,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 DATA_SETS: Registry[Any] = Registry("data.name", "dgl_jax.data")
+TASKS: Registry[Any] = Registry("task.name", "dgl_jax.tasks")
 NETWORKS: Registry[Any] = Registry("model.name", "dgl_jax.models")
 HEADS: Registry[Any] = Registry("model.head", "dgl_jax.models")
 ADAPTERS: Registry[Any] = Registry("model.adapter", "dgl_jax.models")

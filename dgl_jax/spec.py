@@ -13,8 +13,8 @@ from dgl_jax.codecs import Codec
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.kept import kept
 from dgl_jax.core.module import LocalModule, ModuleState, init_states, output_shape
-from dgl_jax.tasks.image_classification import Preprocess
-from dgl_jax.types import Context, nbytes
+from dgl_jax.tasks import Task
+from dgl_jax.types import Batch, Context, nbytes
 
 
 @dataclass(frozen=True)
@@ -87,31 +87,35 @@ class TrainSpec:
       modules: the cut network with its heads.
       method: the training rule.
       optimizer: one for all; each module holds a state of its own.
-      task: makes network inputs of stored images.
+      task: what the examples are; makes network inputs of stored ones.
       codec: what crosses between modules.
       decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
       accumulate: micro-batches that a batch is split into.
       ema: decay of the moving average of parameters that is evaluated; 0: none is kept.
       seed: of the parameters and of the augmentation.
       batch_size: examples of the whole batch, over all devices.
-      image_shape: (height, width, channels) of a stored image.
     """
 
     modules: tuple[LocalModule, ...]
     method: Any  # a `methods.Method`, which this file comes before
     optimizer: optax.GradientTransformation
-    task: Preprocess
+    task: Task
     codec: Codec
     seed: int
     batch_size: int
-    image_shape: tuple[int, int, int]
     decode: str = "sent"
     accumulate: int = 1
     ema: float = 0.0
 
     def inputs(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of network inputs."""
-        return jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), "float32")
+        return self.task.inputs(self.batch_size)
+
+    def batch(self) -> Batch:
+        """Returns shapes and dtypes of a batch of the source."""
+        example: Any = self.task.example
+        stored: Any = jax.ShapeDtypeStruct((self.batch_size, *example.shape), example.dtype)
+        return Batch(stored, self.context(0), jax.ShapeDtypeStruct((), "int32"))  # type: ignore[arg-type]
 
     def init(self) -> tuple[ModuleState, ...]:
         """Fresh states of all modules."""
@@ -122,7 +126,8 @@ class TrainSpec:
         return jax.eval_shape(_init_program(self), rngs.root(0))
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
-        states = list(init_states(self.modules, self.optimizer, key, self.inputs()))
+        context = {"image": self.inputs(), **self.context(0)}
+        states = list(init_states(self.modules, self.optimizer, key, self.inputs(), context))
         for k, activations in enumerate(self.shapes(states)[1:]):
             of_codec = self.codec.init(activations)
             if jax.tree.leaves(of_codec):
@@ -176,9 +181,12 @@ class TrainSpec:
 
     def context(self, k: int) -> Any:
         """Returns shapes and dtypes of the context that reaches module k; to the first comes what the source yields."""
-        integers = jax.ShapeDtypeStruct((self.batch_size,), "int32")
-        known = {"id": integers, "label": integers}
-        return known if k == 0 else {name: (known | {"image": self.inputs()})[name] for name in self.needs(k)}
+        shapes = {"id": (self.batch_size,), "label": (self.batch_size, *self.task.label)}
+        known = {name: jax.ShapeDtypeStruct(shape, "int32") for name, shape in shapes.items()}
+        if k:
+            known["image"] = self.inputs()
+            known = {name: known[name] for name in self.needs(k)}
+        return known
 
     def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
         """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""

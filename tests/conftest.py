@@ -47,7 +47,7 @@ from dgl_jax.models.blocks import ConvBlock  # noqa: E402
 from dgl_jax.models.heads import LinearHead  # noqa: E402
 from dgl_jax.schedule import never  # noqa: E402
 from dgl_jax.spec import TrainSpec  # noqa: E402
-from dgl_jax.tasks.image_classification import Preprocess  # noqa: E402
+from dgl_jax.tasks import ImageClassification  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -215,7 +215,7 @@ class Tiny:
 
     def _make_spec(self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str) -> TrainSpec:
         blocks = [ConvBlock(4, dtype=dtype), ConvBlock(4, pool=True, dtype=dtype), ConvBlock(6, dtype=dtype)]
-        last = modules - 1
+        last, example = modules - 1, jax.ShapeDtypeStruct(self.source.example_shape, "uint8")
         return TrainSpec(
             modules=make_modules(
                 blocks,
@@ -224,12 +224,11 @@ class Tiny:
             ),
             method=Dgl() if heads else Backprop(),
             optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
-            task=Preprocess(augment, (0.5,) * 3, (0.25,) * 3),
+            task=ImageClassification(example, augment=augment, mean=(0.5,) * 3, std=(0.25,) * 3),
             codec=make_codec(options("codec", name=codec) if isinstance(codec, str) else codec, dtype),
             decode=getattr(codec, "decode", "sent"),
             seed=0,
             batch_size=self.batch_size,
-            image_shape=self.source.example_shape,
         )
 
     def new_engine(self, name: str, groups: tuple[int, ...], spec: TrainSpec) -> Engine:

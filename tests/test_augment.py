@@ -1,15 +1,18 @@
 """Augmentation: against a plain NumPy loop over images, and normalisation by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.tasks.image_classification import Preprocess, augment_key, draw_crop_flip
+from dgl_jax.tasks import ImageClassification, augment_key
+from dgl_jax.tasks.image_classification import draw_crop_flip
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.2, 0.5, 1.0)
-CROP_FLIP = Preprocess("crop_flip", MEAN, STD)
+CROP_FLIP = ImageClassification(jax.ShapeDtypeStruct((12, 9, 3), "uint8"), augment="crop_flip", mean=MEAN, std=STD)
 
 
 def images(batch=16, height=12, width=9, seed=0):
@@ -41,7 +44,7 @@ def test_the_loop_tells_a_broken_crop_flip(broken):
 
 def test_of_images_cut_already_half_are_mirrored():
     key, x = augment_key(0, 7), images()
-    found = np.asarray(Preprocess("inception_crop", MEAN, STD).train(key, x))
+    found = np.asarray(replace(CROP_FLIP, augment="inception_crop").train(key, x))
     np.testing.assert_allclose(found, oracle(key, x, padding=0), atol=2e-6)
     assert np.abs(found - oracle(key, x, padding=0, flip=False)).max() > 1e-3
 
@@ -63,7 +66,7 @@ def test_normalisation_by_hand():
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
-    plain = Preprocess("none", MEAN, STD)
+    plain = replace(CROP_FLIP, augment="none")
     np.testing.assert_array_equal(plain.train(augment_key(0, 0), images()), plain.evaluate(images()))
     assert np.abs(CROP_FLIP.train(augment_key(0, 0), images()) - plain.evaluate(images())).max() > 1
 
@@ -78,9 +81,9 @@ def test_the_key_is_a_function_of_seed_and_step_traced_or_not():
 
 
 def test_grey_images_and_a_static_argument():
-    grey = Preprocess("crop_flip", (0.0,), (1.0,))
+    grey = replace(CROP_FLIP, mean=(0.0,), std=(1.0,))
     x = images()[..., :1]
-    train = jax.jit(Preprocess.train, static_argnums=0)
+    train = jax.jit(ImageClassification.train, static_argnums=0)
     offsets, flips = (np.asarray(a) for a in draw_crop_flip(augment_key(1, 1), len(x), 4))
     padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))[0, offsets[0, 0] : offsets[0, 0] + 12, offsets[0, 1] :][:, :9]
     first = padded[:, ::-1] if flips[0] else padded

@@ -323,13 +323,13 @@ def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
     states, _ = tiny.run(made, STEPS)
     placed = tiny.place(made, states)
     batch = next(tiny.source.evaluation("test"))
-    coded, _, _ = Evaluator(made.spec, made.placement).probabilities(placed.modules, batch)
-    plain, _, _ = Evaluator(made.spec, made.placement, codec=False).probabilities(placed.modules, batch)
+    coded, _, _ = Evaluator(made.spec, made.placement).answers(placed.modules, batch)
+    plain, _, _ = Evaluator(made.spec, made.placement, codec=False).answers(placed.modules, batch)
     np.testing.assert_array_equal(coded[0], plain[0])  # nothing has crossed yet
     assert np.abs(np.asarray(coded[1]) - np.asarray(plain[1])).max() > 1e-4
     # The published one: what has been learnt since plays no part.
     learnt = [s.replace(extras={"codec": s.extras["codec"] | {"learnt": None}}) if s.extras else s for s in placed.modules]
-    again, _, _ = Evaluator(made.spec, made.placement).probabilities(learnt, batch)
+    again, _, _ = Evaluator(made.spec, made.placement).answers(learnt, batch)
     np.testing.assert_array_equal(again[1], coded[1])
 
 
@@ -339,7 +339,7 @@ def test_an_export_contains_the_codebooks(trained):
     network = load_exported(export_run(workdir))
     assert network.variables[0]["codebook"].shape[2:] == (16, 2)
     assert network.variables[1]["codebook"] == ()
-    images = np.random.default_rng(0).integers(0, 256, (5, *network.spec.image_shape), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, *network.spec.task.example.shape), np.uint8)
     with_codec = network.logits(images)[1]
     broken = load_exported(workdir / "export")
     broken.variables[0]["codebook"] = np.zeros_like(broken.variables[0]["codebook"])

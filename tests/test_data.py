@@ -189,7 +189,7 @@ def test_a_subset_is_taken_from_what_validation_left():
 
 
 def test_what_does_not_fit():
-    with pytest.raises(UserError, match=r"config.data.batch_size=54: there are only 53 training images"):
+    with pytest.raises(UserError, match=r"config.data.batch_size=54: there are only 53 training examples"):
         source(batch_size=54)
     assert source(batch_size=53).steps_per_epoch == 1
     with pytest.raises(UserError, match=r"config.data.train_examples=54: numbered has 53"):

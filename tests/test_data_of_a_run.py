@@ -92,10 +92,10 @@ CHANGES = {
         lambda root: rename(root, "ape", "dog"),
         r"the run knows 3 classes \(ape, cat, ñandú\), the data have 3 classes \(cat, dog, ñandú\)",
     ),
-    "size": (resize, r"the run takes images of 8x8x3, the data are of 8x9x3 \(height, width, channels\)"),
+    "size": (resize, r"the run takes examples of 8x8x3 uint8, the data are of 8x9x3 uint8"),
     "grey": (
         lambda root: [pixels(0, mode="L").save(path) for path in root.glob("*/*/*.png")],
-        r"the run takes images of 8x8x3, the data are of 8x8x1",
+        r"the run takes examples of 8x8x3 uint8, the data are of 8x8x1 uint8",
     ),
 }
 
@@ -166,7 +166,7 @@ def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     with pytest.raises(UserError, match=r"parameters of other shapes: config.model.width is 4 there and 8 here$"):
         train_and_evaluate(config_of(images, model__width=8), tmp_path / "new", init_from=run)
     grey = write(tmp_path / "grey", mode="L")
-    with pytest.raises(UserError, match=r"parameters of other shapes: images are 8x8x3 there and 8x8x1 here$"):
+    with pytest.raises(UserError, match=r"parameters of other shapes: examples are 8x8x3 uint8 there and 8x8x1 uint8 here$"):
         train_and_evaluate(config_of(grey), tmp_path / "new", init_from=run)
     with pytest.raises(UserError, match=r"^--init_from: that run has 2 modules, this one 3$"):
         train_and_evaluate(config_of(images, model__modules=3), tmp_path / "new", init_from=run)
@@ -313,7 +313,7 @@ def test_hidden_colour_and_frames_are_said(tmp_path, caplog):
         ({"checkpoint__every": 4, "eval__every": 2, "train__steps": 12}, ""),
         ({"checkpoint__every": 12, "eval__every": 5, "train__steps": 12}, ""),  # there is but one checkpoint
         ({"checkpoint__every": 0, "eval__every": 0, "train__steps": 12}, ""),
-        ({"data__validation_fraction": 0.0}, "no images are held out for validation"),
+        ({"data__validation_fraction": 0.0}, "no examples are held out for validation"),
     ],
 )
 def test_a_best_checkpoint_that_can_never_be_is_said(images, fields, said):

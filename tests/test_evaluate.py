@@ -11,6 +11,7 @@ from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.run import evaluator as evaluation
 from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.tasks import base
 from dgl_jax.tools.predict import find_images
 from dgl_jax.types import PADDING
 
@@ -75,11 +76,9 @@ def test_every_head_against_numpy(tiny, state, one, expected, split):
 
 
 def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
-    monkeypatch.setattr(evaluation, "PADDING", -2)  # of another value than the source's
-    count = evaluation._count.__wrapped__
-    monkeypatch.setattr(evaluation, "_count", jax.jit(lambda *args: count(*args)))  # traced anew
+    monkeypatch.setattr(base, "PADDING", -2)  # of another value than the source's
     broken = Evaluator(tiny.spec(), one.placement)
-    broken.forward = one.forward
+    broken.forward, broken.metrics = one.forward, jax.jit(lambda *args: broken.spec.task.metrics(*args))  # traced anew
     found = broken.evaluate(place(state, one.placement), tiny.source, "test")
     assert found != pytest.approx(expected["test"], rel=1e-5)
 
@@ -87,7 +86,7 @@ def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
 def test_every_example_once(tiny, state, one):
     ids, padding = [], 0
     for batch in tiny.source.evaluation("test"):
-        *_, context = one.probabilities(place(state, one.placement).modules, batch)
+        *_, context = one.answers(place(state, one.placement).modules, batch)
         real = np.asarray(context["label"]) != PADDING
         ids += np.asarray(context["id"])[real].tolist()
         padding += int((~real).sum())
@@ -95,12 +94,13 @@ def test_every_example_once(tiny, state, one):
     assert padding == 4
 
 
-def test_weights_of_the_ensemble():
+def test_weights_of_the_ensemble(tiny):
     # 1 : 2 : 4, and without the middle head 1 : 4
+    ensemble = tiny.spec().task.ensemble
     heads = [np.float32([[1, 0]]), np.float32([[0, 1]]), np.float32([[0.5, 0.5]])]
-    np.testing.assert_allclose(evaluation._ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
-    np.testing.assert_allclose(evaluation._ensemble([heads[0], None, heads[1]]), [[1 / 5, 4 / 5]], rtol=1e-6)
-    np.testing.assert_allclose(evaluation._ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
+    np.testing.assert_allclose(ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(ensemble([heads[0], None, heads[1]]), [[1 / 5, 4 / 5]], rtol=1e-6)
+    np.testing.assert_allclose(ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
 
 
 def test_heads_that_were_not_trained_are_absent(tiny, devices, expected):

@@ -15,7 +15,7 @@ from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES
+from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.plan import plan
@@ -24,7 +24,7 @@ from dgl_jax.types import Header
 
 pytestmark = pytest.mark.full_compile  # engines are compared
 
-KINDS = (CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES)
+KINDS = (CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,6 +196,7 @@ def test_all_parts_are_registered():
         "strided": NETWORKS,
         "lookahead": OBJECTIVES,
         "newest_half": RULES,
+        "token_labels": TASKS,
     }
     assert all(name in list(kinds) for name, kinds in parts.items())
 

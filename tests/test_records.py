@@ -282,7 +282,7 @@ def test_held_out_images(imagenet, cache_directory, monkeypatch):
 
 
 def test_what_does_not_fit(imagenet):
-    with pytest.raises(UserError, match=r"config.data.batch_size=41: there are only 40 training images"):
+    with pytest.raises(UserError, match=r"config.data.batch_size=41: there are only 40 training examples"):
         source_of(imagenet, batch_size=41)
     with pytest.raises(UserError, match=r"config.data.mean=\(0.5,\): one value a channel .* has 3"):
         source_of(imagenet, mean=(0.5,), std=(0.5,))

@@ -26,7 +26,7 @@ from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
 from dgl_jax.engines.placement import put
-from dgl_jax.tasks.image_classification import Preprocess, augment_key
+from dgl_jax.tasks import ImageClassification, Task, augment_key
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", "", "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.")
@@ -41,9 +41,9 @@ SEED = 0
 Way = Callable[[int, int], jax.Array]
 
 
-def ours(source: ArraySource, preprocess: Preprocess) -> Way:
+def ours(source: ArraySource, task: Task) -> Way:
     """The package's own: batches gathered on the host, put on the device as uint8, augmented there."""
-    train = jax.jit(lambda step, images: preprocess.train(augment_key(SEED, step), images))
+    train = jax.jit(lambda step, images: task.train(augment_key(SEED, step), images))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def go(start: int, count: int) -> jax.Array:
@@ -78,10 +78,10 @@ def numpy_way(source: ArraySource) -> Way:
     return go
 
 
-def resident_way(data: DataSet, preprocess: Preprocess, batch_size: int) -> Way:
+def resident_way(data: DataSet, task: Task, batch_size: int) -> Way:
     """All training images on the device as uint8; a batch is gathered and augmented inside one jit, ids come from the host."""
     everything = jnp.array(data.train.inputs)
-    train = jax.jit(lambda everything, step, ids: preprocess.train(augment_key(SEED, step), everything[ids]))
+    train = jax.jit(lambda everything, step, ids: task.train(augment_key(SEED, step), everything[ids]))
     order = np.random.default_rng(SEED).permutation(len(data.train.labels)).astype(np.int32)
     steps = len(order) // batch_size
 
@@ -110,11 +110,11 @@ def main(_: list[str]) -> None:
     else:
         data, name = synthetic.make(50_000, 100, 32), "synthetic, 50,000 images of 32x32x3"
     source = ArraySource(data, batch_size=FLAGS.batch_size, seed=SEED, mean=MEAN, std=STD)
-    preprocess = Preprocess("crop_flip", MEAN, STD)
+    task = ImageClassification(jax.ShapeDtypeStruct(source.example_shape, "uint8"), augment="crop_flip", mean=MEAN, std=STD)
     ways: dict[str, Callable] = {
-        "dgl_jax": ours(source, preprocess),
+        "dgl_jax": ours(source, task),
         "numpy on the host": numpy_way(source),
-        "whole set on the device": resident_way(data, preprocess, FLAGS.batch_size),
+        "whole set on the device": resident_way(data, task, FLAGS.batch_size),
         "dgl_jax, host part alone": host_only(source),
     }
     for go in ways.values():

@@ -15,26 +15,31 @@ class DatasetInfo:
 
     Attributes:
       class_names: by label.
-      example_shape: (height, width, channels) of a stored image.
-      mean, std: of each channel, of images scaled to 0 ... 1.
+      example_shape, example_dtype: of a stored example, of images (height, width, channels) and uint8.
+      label_shape: of the label of an example.
+      mean, std: of each channel, of images scaled to 0 ... 1; empty unless the examples are images.
     """
 
     name: str
     class_names: tuple[str, ...]
-    example_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    example_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    example_dtype: str = "uint8"
+    label_shape: tuple[int, ...] = ()
 
     @property
     def shape(self) -> str:
-        """Returns the image shape as text, for a message."""
-        return "x".join(map(str, self.example_shape))
+        """Returns shape and type of an example, and the shape of its label, as text for a message."""
+        example, label = ("x".join(map(str, shape)) for shape in (self.example_shape, self.label_shape))
+        return f"{example} {self.example_dtype}" + (f" with {label} labels" if label else "")
 
     @classmethod
     def of(cls, source: Source) -> "DatasetInfo":
         """Describes a data source."""
         mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
-        return cls(source.name, tuple(source.class_names), source.example_shape, mean, std)
+        shapes = source.example_shape, mean, std, source.example_dtype, source.label_shape
+        return cls(source.name, tuple(source.class_names), *shapes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
@@ -54,8 +59,8 @@ class DatasetInfo:
         if self.class_names != found.class_names:
             known, now = listed(self.class_names, found.class_names)
             told.append(f"the run knows {known}, the data have {now}")
-        if self.example_shape != found.example_shape:
-            told.append(f"the run takes images of {self.shape}, the data are of {found.shape} (height, width, channels)")
+        if self.shape != found.shape:
+            told.append(f"the run takes examples of {self.shape}, the data are of {found.shape}")
         if told:
             folder = getattr(settings, "dir", "")
             place = f"config.data.dir={folder}" if folder else f"config.data.name={settings.name}"

@@ -10,7 +10,7 @@ from dgl_jax.types import Batch
 
 
 class ArraySource:
-    """A data set held in arrays, with validation images held out of the training split as `Order` says."""
+    """A data set held in arrays, with validation examples held out of the training split as `Order` says."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class ArraySource:
         mean: tuple[float, ...] = (),
         std: tuple[float, ...] = (),
     ):
-        """Splits; `mean` and `std` empty: those of the images trained on.
+        """Splits; `mean` and `std` empty: those of the images trained on, if the examples are images.
 
         Raises:
           UserError: see `Order`; or a mean does not fit the channels.
@@ -41,14 +41,15 @@ class ArraySource:
         self.name = data.name
         self.class_names = data.class_names
         self.num_classes = len(data.class_names)
-        height, width, channels = data.train.inputs.shape[1:]
-        self.example_shape = (height, width, channels)
+        self.example_shape, self.example_dtype = data.train.inputs.shape[1:], data.train.inputs.dtype.name
+        self.label_shape = data.train.labels.shape[1:]
         self.steps_per_epoch = self._order.steps_per_epoch
         self._stored = {"train": data.train, "validation": data.train, "test": data.test}
-        check_channels(data.name, channels, mean, std)
-        if not (mean and std):
-            found = channel_statistics(data.train.inputs, self._order.splits["train"])
-            mean, std = mean or found[0], std or found[1]
+        if len(self.example_shape) == 3 and self.example_dtype == "uint8":
+            check_channels(data.name, self.example_shape[-1], mean, std)
+            if not (mean and std):
+                found = channel_statistics(data.train.inputs, self._order.splits["train"])
+                mean, std = mean or found[0], std or found[1]
         self.mean, self.std = mean, std
 
     def batch(self, step: int, shard: Shard = Shard()) -> Batch:
@@ -61,7 +62,7 @@ class ArraySource:
         return _gather(self._stored["train"], ids[shard.slice(self._order.batch_size)], step)
 
     def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
-        """See `Source.batches`. No thread reads ahead: a batch of small images takes 0.1 ms to make."""
+        """See `Source.batches`. No thread reads ahead: a batch of small examples takes 0.1 ms to make."""
         step = int(start)
         while True:
             yield self.batch(step, shard)

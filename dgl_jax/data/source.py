@@ -42,15 +42,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Examples:
-    """One split as it is stored."""
+    """One split as it is stored: class numbers are the labels, one an example, or a row such as (T,) of them."""
 
     inputs: Shaped[np.ndarray, "N ..."]
-    labels: Int[np.ndarray, " N"]
+    labels: Int[np.ndarray, "N ..."]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as it is stored, before validation images are held out."""
+    """A data set as it is stored, before validation examples are held out."""
 
     name: str
     class_names: tuple[str, ...]
@@ -63,8 +63,9 @@ class DataKind(Kind):
     """A data set: `make(options)` returns a `DataSet` (in memory) or a `RecordSet` (decoded as needed).
 
     Attributes:
-      shape: pixels a side (as stored, or as published work crops them), channels and classes, where known before it is read.
-      mean, std: of each channel as published work uses them; else they are computed from the training images.
+      shape: of images with one label each, where known before they are read: pixels a side (as stored, or as published work crops
+        them), channels and classes.
+      mean, std: of each channel as published work uses them; else those of the training images.
       photographs: images are cut from photographs of any proportions: of these a network sees the middle.
     """
 
@@ -86,15 +87,18 @@ class Source(Protocol):
     """Batches by number.
 
     Attributes:
-      example_shape: (height, width, channels), after resizing.
-      steps_per_epoch: whole batches in the training images; what is left over waits for the next epoch's shuffle.
-      mean, std: of each channel, of pixel values scaled to 0 ... 1.
+      example_shape, example_dtype: of an example as a batch holds it; of images (height, width, channels), after resizing.
+      label_shape: of the label of an example.
+      steps_per_epoch: whole batches in the training examples; what is left over waits for the next epoch's shuffle.
+      mean, std: of each channel, of pixel values scaled to 0 ... 1; empty unless the examples are images.
     """
 
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    example_shape: tuple[int, int, int]
+    example_shape: tuple[int, ...]
+    example_dtype: str
+    label_shape: tuple[int, ...]
     steps_per_epoch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -115,9 +119,9 @@ class Source(Protocol):
 class Order:
     """Which examples each batch holds: a function of the seed.
 
-    Of each class the same share is held out (to a whole image), chosen by the seed; `train_examples` then keeps a
-    stratified part of what is left. An example's id is its index in the split as stored, so validation ids are indices
-    into the training split.
+    Of each class the same share is held out (to a whole example), chosen by the seed; `train_examples` then keeps a
+    stratified part of what is left. Examples of several labels are drawn without regard to them. An example's id is its
+    index in the split as stored, so validation ids are indices into the training split.
 
     Attributes:
       splits: the ids of each of `SPLITS`, in increasing order.
@@ -128,7 +132,7 @@ class Order:
         name: str,
         train: int,
         test: int,
-        labels: Callable[[], Int[np.ndarray, " N"]],
+        labels: Callable[[], Int[np.ndarray, "N ..."]],
         *,
         batch_size: int,
         seed: int,
@@ -143,7 +147,7 @@ class Order:
           labels: those of the training examples; called only where something has to be stratified.
 
         Raises:
-          UserError: the training images are fewer than `train_examples` or than a batch.
+          UserError: the training examples are fewer than `train_examples` or than a batch.
         """
         held_out = np.array([], np.int64)
         if validation_fraction:
@@ -151,13 +155,13 @@ class Order:
         kept = np.setdiff1d(np.arange(train), held_out)
         if train_examples > len(kept):
             raise UserError(
-                f"config.data.train_examples={train_examples}: {name} has {len(kept)} training images "
-                "besides the validation images; 0 takes them all"
+                f"config.data.train_examples={train_examples}: {name} has {len(kept)} training examples "
+                "besides those of the validation; 0 takes them all"
             )
         if train_examples:
             kept = kept[stratified(labels()[kept], train_examples, rngs.bits(seed, rngs.SUBSET))]
         if batch_size > len(kept):
-            raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training images; at most that")
+            raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training examples; at most that")
         self.splits = {"train": kept, "validation": held_out, "test": np.arange(test)}
         self.steps_per_epoch = len(kept) // batch_size
         self.batch_size = batch_size
@@ -197,12 +201,14 @@ def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple
             raise UserError(f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}")
 
 
-def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, " count"]:
+def stratified(labels: Int[np.ndarray, "N ..."], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, " count"]:
     """Indices, in increasing order, of `count` examples in which every class has its share to a whole example.
 
     The examples left over by rounding down go to the classes that lost most, the first of them where they lost the
-    same.
+    same. Examples with several labels count as one class.
     """
+    if labels.ndim > 1:
+        labels = np.zeros(len(labels), np.int32)
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * count // len(labels)
     lost = sizes * count % len(labels)  # in whole numbers: equal classes must tie exactly
@@ -213,13 +219,13 @@ def stratified(labels: Int[np.ndarray, " N"], count: int, random: np.random.BitG
 
 
 def padded(
-    inputs: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], step: int, size: int = 0
+    inputs: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, "n ..."], ids: Int[np.ndarray, " n"], step: int, size: int = 0
 ) -> Batch:
-    """A batch of at least `size` examples: inputs of zeros whose label and id are PADDING come last."""
+    """A batch of at least `size` examples: inputs of zeros whose labels and id are PADDING come last."""
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)
     missing = max(0, size - len(ids))
     if missing:
         inputs = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
-        labels = np.concatenate([labels, np.full(missing, PADDING, np.int32)])
+        labels = np.concatenate([labels, np.full((missing, *labels.shape[1:]), PADDING, np.int32)])
         ids = np.concatenate([ids, np.full(missing, PADDING, np.int32)])
     return Batch(inputs, {"label": labels, "id": ids}, np.asarray(step, np.int32))

@@ -121,7 +121,9 @@ class RecordSource:
         self.name = data.name
         self.class_names = data.class_names
         self.num_classes = len(data.class_names)
-        self.example_shape = (data.image_size, data.image_size, 3)
+        self.example_shape: tuple[int, ...] = (data.image_size, data.image_size, 3)
+        self.label_shape: tuple[int, ...] = ()
+        self.example_dtype = "uint8"
         self.steps_per_epoch = self._order.steps_per_epoch
         self.mean, self.std = mean, std
 

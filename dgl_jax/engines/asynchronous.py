@@ -79,8 +79,8 @@ class Asynchronous:
         split, everywhere = self.placement.split(k), self.placement.replicated(k)
         context: Any = _shapes(self.spec.context(k), split)
         if k == 0:
-            images = jax.ShapeDtypeStruct(self.spec.inputs().shape, "uint8", sharding=split)
-            return Batch(images, context, jax.ShapeDtypeStruct((), "int32", sharding=everywhere)), context  # type: ignore[arg-type]
+            batch = self.spec.batch()
+            return Batch(_shapes(batch.inputs, split), context, _shapes(batch.step, everywhere)), context
         hop = self.hops[k - 1]
         book = _shapes(hop.codebook, everywhere)
         newest = book if hop.period and self.spec.decode == "latest" else None

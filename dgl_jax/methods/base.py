@@ -12,7 +12,7 @@ from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
-from dgl_jax.tasks.image_classification import augment_key
+from dgl_jax.tasks import augment_key
 from dgl_jax.types import Batch, Context, Inbox, Message, Outbox
 
 # (state, what came in, the context of its examples) -> (state, what goes out, metrics)
@@ -39,7 +39,7 @@ class Ports:
         """Makes the module's inputs of what comes in.
 
         Args:
-          incoming: a Batch to learn from, which is augmented; stored images to answer about; or what the module below handed on.
+          incoming: a Batch to learn from, which is augmented; stored inputs to answer about; or what the module below handed on.
 
         Returns:
           The inputs; and, if the newest codebook decodes, `codec_drift`: how far they are from what was sent.
@@ -95,7 +95,7 @@ def evaluate(
     Args:
       codebook: the published one of this module; `()` if the codec has none.
       published: what the module's objective reads of others; {} if nothing.
-      incoming: stored images for the first module, else what the module below handed on.
+      incoming: stored inputs for the first module, else what the module below handed on.
 
     Returns:
       What goes to the next module (None from the last), and what this one answers (None without an answer).

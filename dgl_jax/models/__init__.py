@@ -44,8 +44,8 @@ class NetworkKind(Kind):
     """A network: `make(width, num_classes, dtype)` returns a `Network`, or the list of its blocks.
 
     Behind a list, the `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images
-    (B, H, W, C) to features that the heads take, (B, H, W, C) or (B, T, C). The network may be cut between any two of them. A field
-    `ops` of a block is set to `config.model.ops`, for the layers of this package in it.
+    (B, H, W, C), or other inputs that a task makes, to features that the heads take, (B, H, W, C) or (B, T, C). The network may be
+    cut between any two of them. A field `ops` of a block is set to `config.model.ops`, for the layers of this package in it.
     """
 
 
@@ -81,7 +81,7 @@ def make_network(
     name: str,
     width: int,
     num_classes: int,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     dtype: DTypeLike = "float32",
     ops: str = "auto",
 ) -> Network:
@@ -91,13 +91,13 @@ def make_network(
       name: a registered one.
       width: channels of the first block.
       num_classes: classes the classifier tells apart.
-      input_shape: height, width and channels of the images it is for.
+      input_shape: of an example, as the network reads it; of images height, width and channels.
       dtype: of the arithmetic; parameters and batch statistics stay float32, logits are float32.
       ops: `auto` for the fastest operations of each platform, whose gradients are of first order; `xla` for those of XLA alone,
         with forward mode and higher derivatives.
 
     Raises:
-      UserError: there is no such network, or the images cannot be halved as often as it pools.
+      UserError: there is no such network, it reads images and the examples are none, or they cannot be halved as often as it pools.
     """
     made = NETWORKS[name].make(width, num_classes, jnp.dtype(dtype))
     network = made if isinstance(made, Network) else Network(tuple(made), make_head("linear", num_classes, dtype))
@@ -105,6 +105,13 @@ def make_network(
         _check_own(name, network)
     network = Network(tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops))
     step = 2**network.halvings
+    if len(input_shape) != 3:
+        if NETWORKS.is_shipped(name):
+            raise UserError(
+                f"config.model.name={name!r}: reads images (height, width, channels), not examples of shape {input_shape}; "
+                "register a network of your own for them"
+            )
+        return network
     height, across, _ = input_shape
     if height % step or across % step or not height or not across:
         near = {size // step * step for size in (height, height + step - 1, across, across + step - 1)} - {0}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dgl_jax.errors import UserError
 from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
 from dgl_jax.registry import OBJECTIVES
 from dgl_jax.types import AnyArray
@@ -47,7 +48,15 @@ def cross_entropy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoo
 
     Args:
       smoothing: share of each target that is spread evenly over all C classes, its own included (Szegedy et al. 2016, section 7).
+
+    Raises:
+      UserError: the logits are not one row a label.
     """
+    if logits.shape[:-1] != label.shape:
+        raise UserError(
+            f"config.model.head: gives logits of shape {logits.shape} for labels of shape {label.shape}, and must give a row of "
+            "logits for each label; choose another head (the classifier of the network is the last module's)"
+        )
     logits = logits.astype(jnp.float32)
     if not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()

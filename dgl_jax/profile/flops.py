@@ -100,11 +100,13 @@ class Blocks(NamedTuple):
       blocks: in their order.
       heads: of each block the head that a module ending there would have, None if it would have none; the last is the classifier.
       inputs: shape and dtype of a batch of network inputs.
+      label: shape of the label of an example.
     """
 
     blocks: tuple[nn.Module, ...]
     heads: tuple[nn.Module | None, ...]
     inputs: jax.ShapeDtypeStruct
+    label: tuple[int, ...] = ()
 
 
 def block_flops(network: Blocks) -> BlockCosts:

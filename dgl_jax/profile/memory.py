@@ -8,7 +8,7 @@ import jax
 from dgl_jax import system
 from dgl_jax.methods.base import oldest, opened, steps_alone
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Inbox, Message, nbytes
+from dgl_jax.types import Inbox, Message, nbytes
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     """
     if not steps_alone(spec):
         return None
-    images: Any = jax.ShapeDtypeStruct((spec.batch_size, *spec.image_shape), "uint8")
-    step: Any = jax.ShapeDtypeStruct((), "int32")
-    incoming: Any = Batch(images, spec.context(0), step)
+    incoming: Any = spec.batch()
     found = []
     for k, state in enumerate(spec.abstract_states()):
         if k:

@@ -108,7 +108,7 @@ def block_times(
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            program, shapes = _alone(layer, is_head, x, inner, optimizer, network.inputs)
+            program, shapes = _alone(layer, is_head, x, inner, optimizer, network)
             needed = _needed(program, company)
             if free is not None and needed is not None and needed > free:
                 raise UserError(
@@ -135,19 +135,19 @@ def block_times(
 
 
 def _alone(
-    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, image: Any
+    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, network: Blocks
 ) -> tuple[Any, tuple[Any, ...]]:
     """Compiles the program of a block or objective by itself.
 
     Args:
-      image: shape and dtype of the network's inputs, which an objective may read.
+      network: its inputs and labels an objective may read.
 
     Returns:
       The program, and the shapes of what it takes: state, inputs, and a cotangent or the context.
     """
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
-    integers = jax.ShapeDtypeStruct(x.shape[:1], "int32")
-    context = {"id": integers, "label": integers, "image": image}
+    ids, label = (jax.ShapeDtypeStruct((*x.shape[:1], *shape), "int32") for shape in ((), network.label))
+    context = {"id": ids, "label": label, "image": network.inputs}
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
     given: Any = forward_flops(layer, x.shape, x.dtype)[1]
     if module.objective is not None:

@@ -22,23 +22,23 @@ from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_
 from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES
+from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES, TASKS
 from dgl_jax.spec import TrainSpec
-from dgl_jax.tasks.image_classification import Preprocess
+from dgl_jax.tasks import Task, TaskInputs
 
 _LOG = logging.getLogger(__name__)
 
 
 def known_info(settings: DataSettings) -> DatasetInfo:
-    """Returns what is known of a data set before anything is read or downloaded; normalised as if it lay around 0.
+    """Returns what is known of a set of images before any is read or downloaded; normalised as if it lay around 0.
 
     Raises:
-      UserError: the set is of the user's own making.
+      UserError: the set is of the user's own making, or holds no images.
     """
     shape = DATA_SETS[settings.name].shape
     if shape is None:
         raise UserError(
-            f"config.data.name={settings.name}: what it holds is known once it is read; plan with one of "
+            f"config.data.name={settings.name}: what it holds is known once it is read; plan with images of "
             f"{', '.join(name for name, kind in DATA_SETS.items() if kind.shape)} and config.data.image_size"
         )
     size, channels, classes = shape
@@ -84,12 +84,14 @@ def make_experiment(
     if settings.ignored:
         _LOG.info("set, and ignored here: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
+    if DATA_SETS[settings.data.name].shape is not None:
+        make_task(settings, known_info(settings.data))  # refuses what does not fit before anything is downloaded
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:
         what = "less than one step" if total_steps < 1 else f"{total_steps} steps, more than can be counted,"
-        raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} images")
+        raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} examples")
     found = DatasetInfo.of(source)
     if info is not None:
         info.check(found, settings.data)
@@ -102,21 +104,32 @@ def make_experiment(
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
 
 
+def make_task(settings: Settings, info: DatasetInfo) -> Task:
+    """Returns the configured task, for a data set.
+
+    Raises:
+      UserError: the task is not one for this data set.
+    """
+    example = jax.ShapeDtypeStruct(info.example_shape, info.example_dtype)
+    given = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
+    return TASKS[settings.task.name].make(settings.task, TaskInputs(settings.data.name, example, *given))
+
+
 def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     """Returns the network with the objective that may stand behind each block, before it is cut.
 
     Raises:
-      UserError: there is no such network, or it does not fit the images.
+      UserError: there is no such network, or it does not fit the examples.
     """
-    network = _network(settings, info)
+    task = make_task(settings, info)
+    network = _network(settings, info, task)
     objectives = [_objective(settings, network, end, len(info.class_names)) for end in range(1, len(network.blocks) + 1)]
-    inputs = jax.ShapeDtypeStruct((settings.data.batch_size, *info.example_shape), "float32")
-    return Blocks(network.blocks, tuple(objectives), inputs)
+    return Blocks(network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label)
 
 
-def _network(settings: Settings, info: DatasetInfo) -> Network:
+def _network(settings: Settings, info: DatasetInfo, task: Task) -> Network:
     model = settings.model
-    return make_network(model.name, model.width, len(info.class_names), info.example_shape, model.dtype, model.ops)
+    return make_network(model.name, model.width, len(info.class_names), task.inputs(1).shape[1:], model.dtype, model.ops)
 
 
 def _objective(
@@ -173,7 +186,8 @@ def make_spec(
     Raises:
       UserError: the method sends nothing that a codec could encode, or the adapter asks for what is not there.
     """
-    model, network = settings.model, _network(settings, info)
+    model, task = settings.model, make_task(settings, info)
+    network = _network(settings, info, task)
     method = METHODS[settings.method.name].make(settings.method)
     if not method.sends and settings.codec.name != "identity":
         raise UserError(
@@ -189,11 +203,10 @@ def make_spec(
         modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops, adapters),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
-        task=Preprocess(settings.data.augment, info.mean, info.std),
+        task=task,
         codec=make_codec(settings.codec, model.dtype),
         seed=settings.seed,
         batch_size=settings.data.batch_size,
-        image_shape=info.example_shape,
         decode=getattr(settings.codec, "decode", "sent"),
         accumulate=settings.train.accumulate,
         ema=settings.train.ema,
@@ -220,7 +233,7 @@ def remarks(experiment: Experiment) -> list[str]:
         told.append(f"{experiment.info.name}: there is a single class: every answer is right, and nothing is learnt")
     save, evaluate = settings.checkpoint.every or steps, settings.eval.every or steps
     if not experiment.source.examples("validation"):
-        told.append("no images are held out for validation (config.data.validation_fraction): no checkpoint will be the best")
+        told.append("no examples are held out for validation (config.data.validation_fraction): no checkpoint will be the best")
     elif save < experiment.total_steps <= math.lcm(save, evaluate):
         told.append(
             f"checkpoints (every {save} steps) and evaluations (every {evaluate}) meet at the last step alone: "

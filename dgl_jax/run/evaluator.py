@@ -1,4 +1,4 @@
-"""Accuracy of every module's head, and of all heads together, on a split: every example counts once."""
+"""Metrics of every module's head, and of all heads together, on a split: every label counts once."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,9 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.core import ema
@@ -20,7 +18,8 @@ from dgl_jax.engines.placement import Placement, put
 from dgl_jax.methods.base import evaluate
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import PADDING, Batch, Context, Message
+from dgl_jax.tasks import Task
+from dgl_jax.types import Batch, Context, Message
 
 
 class Evaluator:
@@ -36,11 +35,10 @@ class Evaluator:
         self.spec = spec
         self.placement = placement
         self.forward = [_jitted(spec, k) for k in range(len(spec.modules))]
+        self.ensemble, self.metrics = _of_task(spec.task)
 
-    def probabilities(
-        self, states: Sequence[ModuleState], batch: Batch
-    ) -> tuple[list[Float[Array, "B C"] | None], Float[Array, "B C"], Context]:
-        """Class probabilities of each head (None without one), of the ensemble, and the context beside the latter."""
+    def answers(self, states: Sequence[ModuleState], batch: Batch) -> tuple[list[Array | None], Array, Context]:
+        """Returns the answer of each head (None without one), that of the ensemble, and the context beside the latter."""
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).inputs
         books = [self.spec.codebook(state) for state in states]
@@ -48,24 +46,24 @@ class Evaluator:
             if k:
                 payload, context = put(incoming, self.placement.split(k))
                 incoming = Message(payload, put(books[k - 1], self.placement.replicated(k)), context=context)
-            incoming, probabilities = forward(*ema.evaluated(state), books[k], state.extras.get("published", {}), incoming)
-            heads.append(probabilities)
+            incoming, answer = forward(*ema.evaluated(state), books[k], state.extras.get("published", {}), incoming)
+            heads.append(answer)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
-        return heads, _ensemble(gathered), put(batch.context, end)
+        return heads, self.ensemble(gathered), put(batch.context, end)
 
     def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
-        """`<split>/module_0/accuracy` (fraction), `<split>/module_0/loss` (nats), ..., `<split>/ensemble/accuracy`.
+        """Measures what the task measures: `<split>/module_0/accuracy`, `<split>/module_0/loss`, ..., `<split>/ensemble/accuracy`.
 
         A module without a head has no entries. Empty where the split has no example.
         """
         counts = []
         with jax.transfer_guard("disallow"):
             for batch in source.evaluation(split):
-                heads, ensemble, context = self.probabilities(state.modules, batch)
+                heads, ensemble, context = self.answers(state.modules, batch)
                 end = self.placement.split(len(heads) - 1)
-                named = {m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None}
-                counts.append({name: _count(p, context["label"]) for name, p in (named | {"ensemble": ensemble}).items()})
+                named = {m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None} | {"ensemble": ensemble}
+                counts.append({name: self.metrics(answer, context["label"]) for name, answer in named.items()})
         return _summarise(read(counts), split)
 
 
@@ -74,35 +72,25 @@ def _jitted(spec: TrainSpec, k: int) -> Any:
     return jax.jit(partial(_forward, spec, k))
 
 
+@kept(32)
+def _of_task(task: Task) -> tuple[Any, Any]:
+    return jax.jit(task.ensemble), jax.jit(task.metrics)
+
+
 def _forward(
     spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, published: Any, incoming: Any
 ) -> tuple[Any, Any]:
     coded, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
     # Without the codebook, which is here already: a result of the jit would be a copy.
     handed_on = None if coded is None else (coded.payload, coded.context)
-    return handed_on, None if logits is None else jax.nn.softmax(logits.astype(jnp.float32))
-
-
-@jax.jit
-def _ensemble(heads: list[Float[Array, "B C"] | None]) -> Float[Array, "B C"]:
-    """Mean of the heads' probabilities, module k with a weight proportional to 2^k."""
-    weights = [0.0 if h is None else 2.0**k for k, h in enumerate(heads)]
-    return sum(w * h for w, h in zip(weights, heads) if h is not None) / sum(weights)  # type: ignore[return-value]
-
-
-@jax.jit
-def _count(probabilities: Float[Array, "B C"], label: Any) -> dict[str, Array]:
-    real = label != PADDING
-    correct = (jnp.argmax(probabilities, axis=-1) == label) & real
-    nats = optax.softmax_cross_entropy_with_integer_labels(jnp.log(jnp.maximum(probabilities, 1e-30)), jnp.maximum(label, 0))
-    return {"examples": real.sum(), "correct": correct.sum(), "loss": jnp.where(real, nats, 0.0).sum()}
+    return handed_on, None if logits is None else spec.task.answer(logits)
 
 
 def _summarise(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str, float]:
     result = {}
     for name in counts[0] if counts else ():
-        total = {key: sum(float(c[name][key]) for c in counts) for key in counts[0][name]}
-        result[f"{split}/{name}/accuracy"] = total["correct"] / total["examples"]
-        if name != "ensemble":
-            result[f"{split}/{name}/loss"] = total["loss"] / total["examples"]
+        for metric in counts[0][name]:
+            if name != "ensemble" or metric != "loss":  # which modules minimise, and the ensemble does not
+                total, number = (sum(float(of_batch[name][metric][i]) for of_batch in counts) for i in range(2))
+                result[f"{split}/{name}/{metric}"] = total / number
     return result

@@ -106,8 +106,8 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
                 for name, was in dataclasses.asdict(other.settings.model).items()
                 if was != (now := getattr(experiment.settings.model, name))
             ]
-            if mine.example_shape != theirs.example_shape:
-                told.append(f"images are {theirs.shape} there and {mine.shape} here")
+            if mine.shape != theirs.shape:
+                told.append(f"examples are {theirs.shape} there and {mine.shape} here")
             why = "; ".join(told) or "the modules begin at other blocks"
             raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes: {why}")
     if mine.class_names != theirs.class_names:

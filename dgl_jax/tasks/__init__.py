@@ -1,1 +1,9 @@
 """What the examples of a data set are, and what happens to them on the device."""
+
+from dgl_jax.registry import TASKS
+from dgl_jax.tasks.base import Task, TaskInputs, TaskKind, augment_key
+from dgl_jax.tasks.image_classification import ImageClassification
+
+register_task = TASKS.register
+
+__all__ = ["TASKS", "ImageClassification", "Task", "TaskInputs", "TaskKind", "augment_key", "register_task"]

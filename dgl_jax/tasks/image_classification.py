@@ -1,4 +1,4 @@
-"""Augmentation and normalisation: pure functions on whole batches, jitted where the batch already is."""
+"""Image classification: augmentation and normalisation on whole batches, jitted where the batch already is."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from dgl_jax.core import rngs
+from dgl_jax.config import TaskSettings
+from dgl_jax.registry import TASKS
+from dgl_jax.tasks.base import Task, TaskInputs, TaskKind
 from dgl_jax.types import AnyArray
-
-
-def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) -> Key[Array, ""]:
-    """Returns the key that a batch is augmented with; see `rngs.augmentation`.
-
-    It depends on nothing but its two arguments, so a resumed run draws what the whole run would have drawn. Both may
-    be traced.
-    """
-    return rngs.augmentation(rngs.root(seed), step)
 
 
 def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
@@ -33,19 +26,19 @@ def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[A
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """From images as stored to what the network reads; hashable, so it may be a static argument of a jit.
+class ImageClassification(Task):
+    """Images (height, width, channels) of uint8 with one label each; hashable, so it may be a static argument of a jit.
 
-    Fields:
+    Attributes:
       augment: `none`, or `crop_flip`: `padding` black pixels all round, a random crop of the first size, mirrored half
         the time; or `inception_crop`, whose crop the source has made: mirrored half the time.
       mean, std: of each channel, of pixel values scaled to 0 ... 1.
       padding: pixels.
     """
 
-    augment: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    augment: str = "none"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     padding: int = 4
 
     def train(self, key: Key[Array, ""], images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -83,3 +76,12 @@ def _crop_flip(
 
     cut = jax.vmap(take)(images, jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1))
     return jnp.where(inside[..., None], cut, jnp.uint8(0))
+
+
+def _make(options: TaskSettings, inputs: TaskInputs) -> ImageClassification:
+    images = len(inputs.example.shape) == 3 and inputs.example.dtype == np.uint8 and not inputs.label
+    inputs.require(images, options.name, "uint8 images (height, width, channels) with one label each")
+    return ImageClassification(inputs.example, augment=inputs.augment, mean=inputs.mean, std=inputs.std)
+
+
+TASKS.ship(image_classification=TaskKind(_make, images=True))

@@ -15,10 +15,10 @@ from jaxtyping import Float, UInt8
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.folder import SUFFIXES
 from dgl_jax.errors import UserError
-from dgl_jax.registry import DATA_SETS
+from dgl_jax.registry import DATA_SETS, TASKS
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
-from dgl_jax.run.restore import Trained, load_trained
+from dgl_jax.run.restore import Trained, load_trained, read_settings
 from dgl_jax.run.writers import check_writable, write_stdout, write_text, writing
 from dgl_jax.types import PADDING, Batch
 
@@ -32,8 +32,8 @@ def predict_probabilities(
     """
     evaluator = Evaluator(trained.spec, trained.placement, trained.settings.eval.codec)
     results = []
-    for batch, real in _batches(images, trained.spec.batch_size):
-        heads, ensemble, _ = evaluator.probabilities(trained.restored.state.modules, batch)
+    for batch, real in _batches(images, trained.spec.batch_size, trained.info.example_dtype):
+        heads, ensemble, _ = evaluator.answers(trained.restored.state.modules, batch)
         results.append([part[:real] for part in read((heads[-1], ensemble))])
     of_last, of_all = zip(*results)
     return np.concatenate(of_last), np.concatenate(of_all)
@@ -47,8 +47,12 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
       output: a .csv or .jsonl file; standard output, as CSV, where None.
 
     Raises:
-      UserError: no image is found, one is unreadable, or the output's kind is unknown or it cannot be written.
+      UserError: the run's task is not about images, no image is found, one is unreadable, or the output's kind is unknown or it
+        cannot be written.
     """
+    task = read_settings(Path(workdir)).task.name
+    if not TASKS[task].images:
+        raise UserError(f"config.task.name={task}: --mode=predict reads images; --mode=export gives a network that takes arrays")
     if output is not None:
         if Path(output).suffix not in (".csv", ".jsonl"):
             raise UserError(f"--output={output}: must end in .csv or .jsonl")
@@ -105,21 +109,21 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _read(files: Sequence[Path], shape: tuple[int, int, int], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
+def _read(files: Sequence[Path], shape: tuple[int, ...], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
     return decode_images(
         len(files),
         lambda i: files[i],
         channels=shape[2],
-        image_size=shape[:2],
+        image_size=(shape[0], shape[1]),
         centre=centre,
         describe=lambda i: str(files[i]),
     )
 
 
-def _batches(images: UInt8[np.ndarray, "N H W C"], size: int) -> Iterator[tuple[Batch, int]]:
+def _batches(images: UInt8[np.ndarray, "N H W C"], size: int, dtype: str) -> Iterator[tuple[Batch, int]]:
     for start in range(0, len(images), size):
         part = images[start : start + size]
-        padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        padded = np.zeros((size, *part.shape[1:]), dtype)
         padded[: len(part)] = part
         none = np.full(size, PADDING, np.int32)
         yield Batch(padded, {"label": none, "id": none}, np.zeros((), np.int32)), len(part)

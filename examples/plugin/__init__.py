@@ -16,6 +16,7 @@ from examples.plugin import (
     signs,
     strided,
     stripes,
+    tokens,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "signs",
     "strided",
     "stripes",
+    "tokens",
 ]
