@@ -9,23 +9,16 @@ from the paper's Table 1). At width 32, 16 epochs: 80.2 %, benchmarks/cifar10_ac
 
 from ml_collections import ConfigDict
 
-from dgl_jax.config import default_config
+from dgl_jax.configs.bases import cifar10
 
 
 def get_config() -> ConfigDict:
     """See the top of this file."""
-    config = default_config()
-    config.data.name = "cifar10"
-    config.data.batch_size = 128
-    config.data.augment = "crop_flip"
+    config = cifar10()
     config.model.name = "cnn6"
     config.model.width = 128
     config.model.modules = 6
-    config.model.head = "mlp_sr"
     config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4
-    config.schedule.name = "step"
     config.schedule.boundaries = (15.0, 30.0, 45.0)
     config.schedule.factor = 0.2
     config.train.epochs = 50.0

@@ -8,7 +8,8 @@ with the paper's recipe, in 50 epochs (recalled from its Table 1).
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs import cifar10, modern
+from dgl_jax.configs import cifar10
+from dgl_jax.configs.bases import modern
 
 
 def get_config() -> ConfigDict:

@@ -17,25 +17,14 @@ A tenth of the training images is held out; the published runs trained on all of
 
 from ml_collections import ConfigDict
 
-from dgl_jax.config import default_config
+from dgl_jax.configs.bases import cifar10_resnet
 
 
 def get_config() -> ConfigDict:
     """See the top of this file."""
-    config = default_config()
-    config.data.name = "cifar10"
-    config.data.batch_size = 128
-    config.data.augment = "crop_flip"
+    config = cifar10_resnet()
     config.model.name = "resnet110"
     config.model.width = 16
-    config.model.modules = 2
     config.model.split = "0,27"
-    config.model.head = "mlp_sr"
     config.optimizer.learning_rate = 0.01
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4
-    config.schedule.name = "step"
-    config.schedule.boundaries = (150.0, 225.0)
-    config.schedule.factor = 0.1
-    config.train.epochs = 300.0
     return config

@@ -15,25 +15,14 @@ training images is held out; --config.data.validation_fraction=0 trains on all o
 
 from ml_collections import ConfigDict
 
-from dgl_jax.config import default_config
+from dgl_jax.configs.bases import cifar10_resnet
 
 
 def get_config() -> ConfigDict:
     """See the top of this file."""
-    config = default_config()
-    config.data.name = "cifar10"
-    config.data.batch_size = 128
-    config.data.augment = "crop_flip"
+    config = cifar10_resnet()
     config.model.name = "resnet18_cifar"
     config.model.width = 64
-    config.model.modules = 2
     config.model.split = "0,5"
-    config.model.head = "mlp_sr"
     config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4
-    config.schedule.name = "step"
-    config.schedule.boundaries = (150.0, 225.0)
-    config.schedule.factor = 0.1
-    config.train.epochs = 300.0
     return config

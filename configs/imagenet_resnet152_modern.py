@@ -9,7 +9,8 @@ Not run here. To beat, top-1 accuracy of the last module with the paper's recipe
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs import imagenet_resnet152, modern
+from dgl_jax.configs import imagenet_resnet152
+from dgl_jax.configs.bases import modern
 
 
 def get_config() -> ConfigDict:

@@ -17,26 +17,12 @@ A hundredth of the training images is held out to follow the run; the published 
 
 from ml_collections import ConfigDict
 
-from dgl_jax.config import default_config
+from dgl_jax.configs.bases import imagenet
 
 
 def get_config() -> ConfigDict:
     """See the top of this file."""
-    config = default_config()
-    config.data.name = "imagenet"
-    config.data.batch_size = 256
-    config.data.validation_fraction = 0.01
-    config.data.image_size = 224
-    config.data.augment = "inception_crop"
+    config = imagenet()
     config.model.name = "vgg13"
-    config.model.width = 64
     config.model.modules = 10
-    config.model.head = "mlp_sr"
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 1e-4
-    config.schedule.name = "step"
-    config.schedule.boundaries = (10.0, 20.0, 30.0, 40.0)
-    config.schedule.factor = 0.1
-    config.train.epochs = 50.0
     return config

@@ -62,6 +62,14 @@ def test_a_mistyped_name_gets_its_neighbours(name, words, tmp_path, monkeypatch)
         resolve(name)
 
 
+def test_what_experiments_share_is_none_itself(tmp_path, monkeypatch):
+    assert (SHIPPED / "bases" / "__init__.py").exists()
+    monkeypatch.chdir(tmp_path)
+    for name in ("bases", "bases.py", "configs/bases", "configs/bases.py"):
+        with pytest.raises(UserError, match=f"--config={name}: neither a file nor a configuration of dgl_jax"):
+            resolve(name)
+
+
 def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = f"{SHIPPED / 'digits.py'}"

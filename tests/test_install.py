@@ -75,7 +75,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {name.partition("/")[0] for name in held} == {"dgl_jax", f"dgl_jax-{dgl_jax.__version__}.dist-info"}
     sources = [path for path in (ROOT / "dgl_jax").rglob("*.py") if "configs" not in path.parts]
-    sources += [Path("dgl_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.py")]
+    sources += [Path("dgl_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")]
     assert {str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources} <= held
     assert "dgl_jax/py.typed" in held
 

@@ -1,0 +1,142 @@
+"""Three steps of engines, codecs and methods give the numbers stored in `stored_numbers.json`, whatever is rearranged.
+
+A network without batch norm, maxima or kinks, and data in which no code or level lies near a tie: nothing that magnifies rounding.
+Where numbers are meant to change, `python tests/test_stored_numbers.py` writes them anew.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from runs import small_config  # noqa: E402
+
+from dgl_jax.config import make_settings  # noqa: E402
+from dgl_jax.core import ema  # noqa: E402
+from dgl_jax.models import NetworkKind  # noqa: E402
+from dgl_jax.registry import NETWORKS  # noqa: E402
+from dgl_jax.run.build import make_experiment  # noqa: E402
+
+STORED = Path(__file__).with_name("stored_numbers.json")
+SHARED: dict[str, Any] = {
+    "model__name": "smooth",
+    "train__steps": 3,
+    "train__label_smoothing": 0.1,
+    "optimizer__momentum": 0.9,
+    "optimizer__weight_decay": 0.01,
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "pipeline": {"engine__name": "pipeline"},
+    "simulated": {"engine__name": "simulated", "replay__size": 3},
+    "backprop": {"engine__name": "backprop"},
+    "average and micro-batches": {"train__ema": 0.9, "train__accumulate": 2},
+    "bf16": {"codec__name": "bf16"},
+    "int8": {"codec__name": "int8", "codec__dims": 2},
+    "vq": {"codec__name": "vq", "codec__codes": 16, "codec__dims": 2, "codec__stages": 2},
+}
+
+
+class Smooth(nn.Module):
+    """3x3 convolution and GELU."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return nn.gelu(nn.Conv(self.features, (3, 3), self.stride)(x))
+
+
+def smooth(width: int, num_classes: int, dtype: Any) -> list[nn.Module]:
+    return [Smooth(width * scale, stride) for scale, stride in ((1, 2), (2, 1), (2, 2))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    NETWORKS._kinds["smooth"] = NetworkKind(smooth)
+    yield
+    del NETWORKS._kinds["smooth"]
+
+
+def moved(before: Any, after: Any) -> dict[str, list[float]]:
+    """How far each array has moved, and in which direction: the norm, and the sum weighted by cosines of the places."""
+
+    def one(a: Any, b: Any) -> list[float]:
+        way = (np.asarray(b, np.float64) - np.asarray(a, np.float64)).ravel()
+        return [float(np.linalg.norm(way)), float(way @ np.cos(np.arange(len(way))))]
+
+    pairs = jax.tree.map(one, before, after)
+    leaves = jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda x: isinstance(x, list))
+    return {jax.tree_util.keystr(path): numbers for path, numbers in leaves}
+
+
+def after_three_steps(**fields: Any) -> dict[str, list[float]]:
+    """Of each module the losses by step, and how its parameters (and their average) moved."""
+    made = make_experiment(make_settings(small_config(**SHARED | fields)), jax.devices()[:2])
+    start = made.engine.init()
+    before = [jax.tree.map(np.array, module.params) for module in start.modules]
+    losses: list[list[float]] = [[] for _ in before]
+    for report in made.engine.run(start, made.source, 3):
+        snapshot = report.snapshot
+        for of_module, metrics in zip(losses, report.metrics):
+            of_module += [float(metrics["loss"][0] / metrics["loss"][1])] if metrics else []
+    found = {f"losses {k}": numbers for k, numbers in enumerate(losses) if numbers}
+    for k, (params, module) in enumerate(zip(before, snapshot().modules)):
+        found |= {f"module {k}{path}": numbers for path, numbers in moved(params, module.params).items()}
+        if "ema" in module.extras:
+            found |= {f"average {k}{path}": numbers for path, numbers in moved(params, ema.evaluated(module)[0]).items()}
+    return found
+
+
+def other(found: dict[str, list[float]], stored: dict[str, list[float]]) -> list[str]:
+    """What differs by more than a ten thousandth of the largest number of its row."""
+
+    def same(name: str) -> bool:
+        return np.allclose(found[name], stored[name], rtol=0, atol=1e-4 * np.max(np.abs(stored[name])))
+
+    return [name for name in found.keys() | stored.keys() if name not in found or name not in stored or not same(name)]
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads(STORED.read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_numbers_are_those_stored(name, stored):
+    assert other(after_three_steps(**RUNS[name]), stored[name]) == []
+
+
+@pytest.mark.full_compile
+def test_as_users_compile(stored):
+    assert other(after_three_steps(), stored["fused"]) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"optimizer__learning_rate": 0.05005}, {"optimizer__momentum": 0.901}, {"train__label_smoothing": 0.101}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_twin_other_numbers_are_noticed(fields, stored):
+    found = after_three_steps(**fields)
+    assert found.keys() == stored["fused"].keys()
+    assert other(found, stored["fused"])
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    NETWORKS._kinds["smooth"] = NetworkKind(smooth)
+    runs = []
+    for run, fields in RUNS.items():
+        rows = [f"  {json.dumps(k)}: {[float(f'{x:.7g}') for x in numbers]}" for k, numbers in after_three_steps(**fields).items()]
+        runs.append(f" {json.dumps(run)}: {{\n" + ",\n".join(rows) + "\n }")
+    STORED.write_text("{\n" + ",\n".join(runs) + "\n}\n")
