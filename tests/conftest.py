@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -33,8 +34,9 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
 
+from dgl_jax import registry  # noqa: E402
 from dgl_jax.codecs import make_codec  # noqa: E402
-from dgl_jax.config import CodecSettings, options  # noqa: E402
+from dgl_jax.config import CodecSettings, import_plugins, options  # noqa: E402
 from dgl_jax.core.kept import forget  # noqa: E402
 from dgl_jax.core.module import ModuleState, make_modules  # noqa: E402
 from dgl_jax.data import synthetic  # noqa: E402
@@ -286,3 +288,17 @@ def tiny() -> Tiny:
 @pytest.fixture(scope="session")
 def to_host() -> Callable[[Any], Any]:
     return host
+
+
+@pytest.fixture(scope="module")
+def plugin_kinds():
+    """The kinds of `examples/plugin` are registered in the tests of this file alone."""
+    registries = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
+    before = [dict(kinds.items()) for kinds in registries]
+    for name in [name for name in sys.modules if name.startswith("examples.plugin")]:
+        del sys.modules[name]  # other tests may have been here before
+    import_plugins(["examples.plugin"])
+    yield
+    for kinds, known in zip(registries, before):
+        kinds._kinds.clear()
+        kinds._kinds.update(known)

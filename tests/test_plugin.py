@@ -1,6 +1,5 @@
 """Parts of a user's own (`examples/plugin`): each is one file and one registration, and runs wherever its traits allow."""
 
-import sys
 from typing import Any
 
 import jax
@@ -10,34 +9,19 @@ import optax
 import pytest
 from runs import arrays, records, small_config
 
-from dgl_jax.config import default_config, import_plugins, make_settings, options
+from dgl_jax.config import default_config, make_settings, options
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
+from dgl_jax.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header
 
-pytestmark = pytest.mark.full_compile  # engines are compared
-
-KINDS = (CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    """The kinds of the plugin are there in these tests alone."""
-    before = [dict(kinds._kinds) for kinds in KINDS]
-    for name in [name for name in sys.modules if name.startswith("examples.plugin")]:
-        del sys.modules[name]  # these tests may have been here before
-    import_plugins(["examples.plugin"])
-    yield
-    for kinds, known in zip(KINDS, before):
-        kinds._kinds.clear()
-        kinds._kinds.update(known)
+pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
 
 
 PLUGIN = {"plugins": ("examples.plugin",), "data__name": "stripes", "data__train_examples": 48, "data__augment": "none"}

@@ -24,7 +24,7 @@ from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.full_compile  # engines are compared
+pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
 
 ECHO: dict[str, Any] = {"model__adapter": "echo"}
 MIRROR: dict[str, Any] = {"objective__name": "mirror"}

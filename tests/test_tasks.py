@@ -1,6 +1,5 @@
 """Tasks: a user's own with a label a token (`examples/plugin/tokens.py`) under all engines, what it counts, and what is refused."""
 
-import sys
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import optax
 import pytest
 from runs import arrays, records, small_config
 
-from dgl_jax.config import default_config, import_plugins, make_settings
+from dgl_jax.config import default_config, make_settings
 from dgl_jax.core import rngs
 from dgl_jax.data import ArraySource, DataSet, Examples
 from dgl_jax.data.source import stratified
@@ -19,7 +18,7 @@ from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.objectives import cross_entropy
 from dgl_jax.profile.memory import module_memory
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
+from dgl_jax.registry import TASKS
 from dgl_jax.run.build import known_info, make_experiment
 from dgl_jax.run.plots import plot
 from dgl_jax.tasks import ImageClassification, Task, TaskInputs, augment_key
@@ -27,24 +26,10 @@ from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
 
-pytestmark = pytest.mark.full_compile  # engines are compared
+pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
 
-KINDS = (CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS)
 TOKENS = {"data__name": "token_sums", "task__name": "token_labels", "model__name": "token_conv", "model__head": "each_token"}
 LENGTH, SYMBOLS = 16, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    """The kinds of the plugin are there in these tests alone."""
-    before = [dict(kinds._kinds) for kinds in KINDS]
-    for name in [name for name in sys.modules if name.startswith("examples.plugin")]:
-        del sys.modules[name]  # other tests may have been here before
-    import_plugins(["examples.plugin"])
-    yield
-    for kinds, known in zip(KINDS, before):
-        kinds._kinds.clear()
-        kinds._kinds.update(known)
 
 
 def config(**fields: Any) -> Any:

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
-from test_plugin import _registered  # noqa: F401 (the kinds of the plugin are there in these tests)
 
 from dgl_jax import testing
 from dgl_jax.codecs import CodecKind, Stateless
@@ -14,7 +13,7 @@ from dgl_jax.engines import EngineKind, fused
 from dgl_jax.objectives import Classifier, ObjectiveKind
 from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
 
-pytestmark = pytest.mark.full_compile  # engines are compared
+pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
 
 CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 
@@ -24,7 +23,7 @@ def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
-@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead"])
+@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead", "mirror"])
 def test_objectives(name):
     testing.check_objective(objective={"name": name})
 
