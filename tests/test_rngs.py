@@ -1,6 +1,5 @@
 """Random streams: no two keys of a run are equal, in the streams as they are defined and in what is really drawn."""
 
-import inspect
 from collections import Counter
 from functools import reduce
 from itertools import product
@@ -27,11 +26,12 @@ OF_A_CODEBOOK = {
 TREE = {
     "block_params": (BLOCKS,),
     "head_params": (BLOCKS,),
+    "adapter_params": (BLOCKS,),
     "augmentation": (range(24),),
     "module": (
         MODULES,
         {
-            "update": (UPDATES, {"micro_batch": (MICRO_BATCHES, {"block": (BLOCKS,), "head": ()})}),
+            "update": (UPDATES, {"micro_batch": (MICRO_BATCHES, {"block": (BLOCKS,), "head": (), "adapter": ()})}),
             "codec": (UPDATES, {"stage": (STAGES, OF_A_CODEBOOK)}),
         },
     ),
@@ -63,8 +63,9 @@ def test_no_two_keys_of_a_run_are_equal():
     assert len(keys) > 2000
     assert shared(keys) == []
     names = {part for path in keys for part in path if isinstance(part, str)} | {"stage"}
-    functions = {name for name, f in inspect.getmembers(rngs, inspect.isfunction) if not name.startswith("_")}
-    assert names == functions - {"root", "bits", "ring"}, "a stream that this test does not draw"
+    streams = {name: value for name, value in vars(rngs).items() if isinstance(value, rngs.Stream)}
+    assert names == {name.removeprefix("_") for name in streams}, "a stream that this test does not draw"
+    assert sorted(stream.constant for stream in streams.values()) == list(range(1, 1 + len(streams)))
 
 
 def test_twin_numbers_folded_in_without_the_name_of_their_stream_collide():

@@ -23,7 +23,7 @@ What is drawn on the host has generators of its own: `bits` for the order and th
 `engines/turns.py` for the turns of the simulated engine.
 """
 
-import enum
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -33,28 +33,50 @@ from jaxtyping import Array, Int, Key
 Number = int | Int[Any, ""]  # a Python integer, or a traced or host array
 
 
-class _Stream(enum.IntEnum):
-    """Constants of the streams; their values belong to the numbers of every run."""
+@dataclass(frozen=True)
+class Stream:
+    """Derives the keys of one stream: `update(key, n)`.
 
-    BLOCK_PARAMS = 1
-    HEAD_PARAMS = 2
-    AUGMENTATION = 3
-    MODULE = 4
-    UPDATE = 5
-    MICRO_BATCH = 6
-    BLOCK = 7
-    HEAD = 8
-    CODEC = 9
-    STAGE = 10
-    POOL = 11
-    FIRST = 12
-    ENTRY = 13
-    SAMPLE = 14
-    RESTART_POOL = 15
-    RESTART = 16
-    REST = 17
-    ADAPTER_PARAMS = 18
-    ADAPTER = 19
+    Attributes:
+      constant: tells it from the other streams; its value belongs to the numbers of every run.
+      numbers: how many numbers tell the keys of the stream apart.
+    """
+
+    constant: int
+    numbers: int = 0
+
+    def __call__(self, key: Key[Array, ""], *numbers: Number) -> Key[Array, ""]:
+        """Returns the key of these numbers, below `key`."""
+        assert len(numbers) == self.numbers, f"a key of this stream takes {self.numbers} numbers, not {len(numbers)}"
+        for number in (self.constant, *numbers):
+            key = jax.random.fold_in(key, number)
+        return key
+
+
+block_params = Stream(1, 1)  # initial values of a block, by its number in the whole network
+head_params = Stream(2, 1)  # of the head that has this number of blocks in front of it
+adapter_params = Stream(18, 1)  # of the adapter in front of a block
+augmentation = Stream(3, 1)  # of a training batch
+module = Stream(4, 1)  # what a module keeps
+update = Stream(5, 1)  # of a module, by how many updates it has made before
+micro_batch = Stream(6, 1)  # of an update; a whole batch is number 0
+block = Stream(7, 1)  # random operations of a block in one forward pass, such as dropout
+head = Stream(8)  # of a module's head
+adapter = Stream(19)  # of a module's adapter
+codec = Stream(9, 1)  # of a module, at the update of that number
+pool = Stream(11)  # the vectors from which a codebook starts
+first = Stream(12)  # a codebook's first entry, or all of a sample
+entry = Stream(13, 1)  # a later entry
+sample = Stream(14)  # the vectors from which a codebook learns
+restart_pool = Stream(15)  # those among which dead entries begin anew
+restart = Stream(16)  # which of them
+rest = Stream(17)  # the vectors from which the stages after the first start
+_stage = Stream(10, 1)
+
+
+def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
+    """Returns the key of a codebook's stage: that of the first one, number 0, is `key` itself."""
+    return _stage(key, number) if number else key
 
 
 # Streams of the host, the first number after the seed in `bits` and `ring`.
@@ -67,101 +89,6 @@ def root(seed: Number) -> Key[Array, ""]:
     A run that is resumed where `JAX_DEFAULT_PRNG_IMPL` says something else draws what it would have drawn.
     """
     return jax.random.key(seed, impl="threefry2x32")
-
-
-def block_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of the initial values of a block, by its number in the whole network."""
-    return _derived(key, _Stream.BLOCK_PARAMS, number)
-
-
-def head_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of the initial values of the head that has this number of blocks in front of it."""
-    return _derived(key, _Stream.HEAD_PARAMS, number)
-
-
-def adapter_params(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of the initial values of the adapter in front of a block."""
-    return _derived(key, _Stream.ADAPTER_PARAMS, number)
-
-
-def augmentation(key: Key[Array, ""], step: Number) -> Key[Array, ""]:
-    """Returns the key of the augmentation of a training batch."""
-    return _derived(key, _Stream.AUGMENTATION, step)
-
-
-def module(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key that a module keeps."""
-    return _derived(key, _Stream.MODULE, number)
-
-
-def update(key: Key[Array, ""], updates: Number) -> Key[Array, ""]:
-    """Returns the key of a module's update, by how many it has made before; `key` is the module's."""
-    return _derived(key, _Stream.UPDATE, updates)
-
-
-def micro_batch(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of a micro-batch of an update; a whole batch is number 0."""
-    return _derived(key, _Stream.MICRO_BATCH, number)
-
-
-def block(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of the random operations of a block in one forward pass, such as dropout."""
-    return _derived(key, _Stream.BLOCK, number)
-
-
-def head(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key of the random operations of a module's head in one forward pass."""
-    return _derived(key, _Stream.HEAD)
-
-
-def adapter(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key of the random operations of a module's adapter in one forward pass."""
-    return _derived(key, _Stream.ADAPTER)
-
-
-def codec(key: Key[Array, ""], updates: Number) -> Key[Array, ""]:
-    """Returns the key of the codec at a module's update; `key` is the module's."""
-    return _derived(key, _Stream.CODEC, updates)
-
-
-def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of a codebook's stage: that of the first one, number 0, is `key` itself."""
-    return _derived(key, _Stream.STAGE, number) if number else key
-
-
-def pool(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that draws the vectors from which a codebook starts."""
-    return _derived(key, _Stream.POOL)
-
-
-def first(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that chooses a codebook's first entry, or all of a sample."""
-    return _derived(key, _Stream.FIRST)
-
-
-def entry(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key that chooses entry `number` of a codebook after the first."""
-    return _derived(key, _Stream.ENTRY, number)
-
-
-def sample(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that draws the vectors from which a codebook learns."""
-    return _derived(key, _Stream.SAMPLE)
-
-
-def restart_pool(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that draws the vectors among which dead entries begin anew."""
-    return _derived(key, _Stream.RESTART_POOL)
-
-
-def restart(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that chooses among them."""
-    return _derived(key, _Stream.RESTART)
-
-
-def rest(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Returns the key that draws the vectors from which the stages after the first start."""
-    return _derived(key, _Stream.REST)
 
 
 def bits(seed: int, *stream: int) -> np.random.BitGenerator:
@@ -179,9 +106,3 @@ def bits(seed: int, *stream: int) -> np.random.BitGenerator:
 def ring(seed: int, number: int) -> tuple[int, ...]:
     """Returns the seed of the replay ring at the entrance of module `number`."""
     return (seed, RING, number)
-
-
-def _derived(key: Key[Array, ""], stream: _Stream, *numbers: Number) -> Key[Array, ""]:
-    for number in (int(stream), *numbers):
-        key = jax.random.fold_in(key, number)
-    return key

@@ -122,14 +122,7 @@ def read_summary(workdir: Path) -> Summary | None:
 
 
 # Those that decide the numbers of a run, by their names in pip.
-_RECORDED = {
-    "jax": "jax",
-    "jaxlib": "jaxlib",
-    "flax": "flax",
-    "optax": "optax",
-    "orbax-checkpoint": "orbax.checkpoint",
-    "numpy": "numpy",
-}
+_RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -137,12 +130,12 @@ def versions() -> dict[str, str]:
 
     A library without metadata (a source tree on the path) answers with its `__version__`, or as "unknown".
     """
-    return {"dgl_jax": __version__} | {name: _version(name, module) for name, module in _RECORDED.items()}
+    return {"dgl_jax": __version__} | {name: _version(name) for name in _RECORDED}
 
 
-def _version(name: str, module: str) -> str:
+def _version(name: str) -> str:
     try:
         found = importlib.metadata.version(name)
     except Exception:  # not installed, or its metadata are damaged, in one of many ways
         found = None
-    return str(found or getattr(sys.modules.get(module), "__version__", None) or "unknown")
+    return str(found or getattr(sys.modules.get(name.replace("-", ".")), "__version__", None) or "unknown")
