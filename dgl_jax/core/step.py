@@ -50,13 +50,8 @@ def local_step(
     inputs = lax.stop_gradient(inputs)
     rng = rngs.update(state.rng, state.updates)
 
-    def loss_function(params, batch_stats, inputs, context, rng):
-        outputs, body = module.apply_body(params, batch_stats, inputs, context, train=True, rng=rng)
-        local, own = module.apply_objective(params, batch_stats, outputs, context, published, train=True, rng=rng)
-        return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
-
     gradient, batch_stats, outputs, metrics = mean_gradient(
-        loss_function, state.params, state.batch_stats, inputs, context, rng, accumulate
+        _loss(module, published), state.params, state.batch_stats, inputs, context, rng, accumulate
     )
     return apply_gradient(optimizer, state, gradient, batch_stats), lax.stop_gradient(outputs), metrics
 
@@ -123,15 +118,9 @@ def loss_step(
     Returns:
       The new state; the gradient of the loss with respect to the inputs; and the objective's metrics.
     """
-    rng = _whole_batch(state)
-
-    def loss_function(params, inputs):
-        outputs, body = module.apply_body(params, state.batch_stats, inputs, context, train=True, rng=rng)
-        local, own = module.apply_objective(params, state.batch_stats, outputs, context, published, train=True, rng=rng)
-        return local.loss, ({"body": body, "objective": own}, local.metrics)
-
-    found, (gradient, of_inputs) = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)(state.params, inputs)
-    _, (batch_stats, metrics) = found
+    differentiate = jax.value_and_grad(_loss(module, published), argnums=(0, 2), has_aux=True)
+    found = differentiate(state.params, state.batch_stats, inputs, context, _whole_batch(state))
+    (_, (batch_stats, _, metrics)), (gradient, of_inputs) = found
     return apply_gradient(optimizer, state, gradient, batch_stats), of_inputs, metrics
 
 
@@ -204,6 +193,15 @@ def eval_step(
     """Returns activations for the next module and what this one answers (None without an answer), with running statistics."""
     outputs, _ = module.apply_body(params, batch_stats, inputs, context, train=False)
     return outputs, module.predict(params, batch_stats, outputs, published)
+
+
+def _loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
+    def loss_function(params, batch_stats, inputs, context, rng):
+        outputs, body = module.apply_body(params, batch_stats, inputs, context, train=True, rng=rng)
+        local, own = module.apply_objective(params, batch_stats, outputs, context, published, train=True, rng=rng)
+        return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
+
+    return loss_function
 
 
 def _whole_batch(state: ModuleState) -> jax.Array:

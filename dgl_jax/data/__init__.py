@@ -1,7 +1,7 @@
 """Where images come from: `make_source` by name."""
 
 from dgl_jax.config import DataSettings
-from dgl_jax.data import folder, streaming, synthetic, tfds_sets
+from dgl_jax.data import folder, synthetic, tfds_sets  # noqa: F401 (they register their sets)
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataKind, DataSet, Examples, Shard, Source, StoredOptions
 from dgl_jax.data.streaming import RecordSet, RecordSource
@@ -21,12 +21,8 @@ __all__ = [
     "Shard",
     "Source",
     "StoredOptions",
-    "folder",
     "make_source",
     "register_data_set",
-    "streaming",
-    "synthetic",
-    "tfds_sets",
 ]
 
 

@@ -1,49 +1,27 @@
 """The source of a data set in memory (or mapped into it)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dgl_jax.data.source import DataSet, Examples, Order, Shard, check_channels, padded
+from dgl_jax.data.source import DataSet, Examples, OrderedSource, Shard, check_channels, padded
 from dgl_jax.types import Batch
 
 
-class ArraySource:
+class ArraySource(OrderedSource):
     """A data set held in arrays, with validation examples held out of the training split as `Order` says."""
 
-    def __init__(
-        self,
-        data: DataSet,
-        *,
-        batch_size: int,
-        seed: int,
-        validation_fraction: float = 0.0,
-        train_examples: int = 0,
-        mean: tuple[float, ...] = (),
-        std: tuple[float, ...] = (),
-    ):
+    def __init__(self, data: DataSet, *, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), **order: Any):
         """Splits; `mean` and `std` empty: those of the images trained on, if the examples are images.
 
         Raises:
-          UserError: see `Order`; or a mean does not fit the channels.
+          UserError: see `OrderedSource`, which takes `order`; or a mean does not fit the channels.
         """
-        self._order = Order(
-            data.name,
-            len(data.train.labels),
-            len(data.test.labels),
-            lambda: data.train.labels,
-            batch_size=batch_size,
-            seed=seed,
-            validation_fraction=validation_fraction,
-            train_examples=train_examples,
-        )
-        self.name = data.name
-        self.class_names = data.class_names
-        self.num_classes = len(data.class_names)
+        super().__init__(data, lambda: data.train.labels, **order)
         self.example_shape, self.example_dtype = data.train.inputs.shape[1:], data.train.inputs.dtype.name
         self.label_shape = data.train.labels.shape[1:]
-        self.steps_per_epoch = self._order.steps_per_epoch
         self._stored = {"train": data.train, "validation": data.train, "test": data.test}
         if len(self.example_shape) == 3 and self.example_dtype == "uint8":
             check_channels(data.name, self.example_shape[-1], mean, std)
@@ -67,10 +45,6 @@ class ArraySource:
         while True:
             yield self.batch(step, shard)
             step += 1
-
-    def examples(self, split: str) -> int:
-        """See `Source.examples`."""
-        return len(self._order.split(split))
 
     def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
         """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""

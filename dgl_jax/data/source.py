@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -46,6 +46,9 @@ class Examples:
 
     inputs: Shaped[np.ndarray, "N ..."]
     labels: Int[np.ndarray, "N ..."]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,28 @@ class Order:
         """Ids of each batch of an evaluation; the last batch may have fewer."""
         ids = self.split(split)
         return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+
+
+class OrderedSource:
+    """What the sources of data sets share: an order in which examples come.
+
+    Args:
+      data: has a name, class names, and `train` and `test` of some length.
+      labels: those of the training examples; see `Order`.
+      order: the other arguments of `Order`: batch_size, seed, validation_fraction, train_examples.
+
+    Raises:
+      UserError: see `Order`.
+    """
+
+    def __init__(self, data: Any, labels: Callable[[], Int[np.ndarray, " N"]], **order: Any):
+        self._order = Order(data.name, len(data.train), len(data.test), labels, **order)
+        self.name, self.class_names, self.num_classes = data.name, data.class_names, len(data.class_names)
+        self.steps_per_epoch = self._order.steps_per_epoch
+
+    def examples(self, split: str) -> int:
+        """See `Source.examples`."""
+        return len(self._order.split(split))
 
 
 def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from dgl_jax import system
 from dgl_jax.core import rngs
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
-from dgl_jax.data.source import DataKind, Order, Shard, check_channels, padded
+from dgl_jax.data.source import DataKind, OrderedSource, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError, require
 from dgl_jax.fields import number
@@ -79,7 +80,7 @@ def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
     )
 
 
-class RecordSource:
+class RecordSource(OrderedSource):
     """A `Source` whose images are cut from photographs of any size as a batch needs them; uint8.
 
     Training images are cut at random, evaluated ones in the middle (`crops.py`); a training image's cut depends on the
@@ -90,41 +91,18 @@ class RecordSource:
     `config.data.validation_fraction=0` needs none.
     """
 
-    def __init__(
-        self,
-        data: RecordSet,
-        *,
-        batch_size: int,
-        seed: int,
-        validation_fraction: float = 0.0,
-        train_examples: int = 0,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ):
+    def __init__(self, data: RecordSet, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...], **order: Any):
         """Splits.
 
         Raises:
-          UserError: see `Order`; or `mean` or `std` has not three values.
+          UserError: see `OrderedSource`, which takes `seed` and `order`; or `mean` or `std` has not three values.
         """
         check_channels(data.name, 3, mean, std)
         self._data, self._seed = data, seed
-        self._order = Order(
-            data.name,
-            len(data.train),
-            len(data.test),
-            lambda: labels(data.train),
-            batch_size=batch_size,
-            seed=seed,
-            validation_fraction=validation_fraction,
-            train_examples=train_examples,
-        )
-        self.name = data.name
-        self.class_names = data.class_names
-        self.num_classes = len(data.class_names)
+        super().__init__(data, lambda: labels(data.train), seed=seed, **order)
         self.example_shape: tuple[int, ...] = (data.image_size, data.image_size, 3)
         self.label_shape: tuple[int, ...] = ()
         self.example_dtype = "uint8"
-        self.steps_per_epoch = self._order.steps_per_epoch
         self.mean, self.std = mean, std
 
     def batch(self, step: int, shard: Shard = _WHOLE) -> Batch:
@@ -138,10 +116,6 @@ class RecordSource:
     def batches(self, start: int, shard: Shard = _WHOLE) -> Iterator[Batch]:
         """See `Source.batches`; workers decode ahead. They end with the iterator (`close`)."""
         return self._ahead(_Training(self, int(start), shard))
-
-    def examples(self, split: str) -> int:
-        """See `Source.examples`."""
-        return len(self._order.split(split))
 
     def evaluation(self, split: str, shard: Shard = _WHOLE) -> Iterator[Batch]:
         """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""

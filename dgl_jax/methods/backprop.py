@@ -19,42 +19,10 @@ from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch
 
 
-def backprop_step(spec: TrainSpec) -> TrainStep:
-    """One update of all modules on the last one's loss, as one pure function."""
-    modules = spec.modules
-
-    def loss_function(params, batch_stats, inputs, context, keys):
-        x, new = inputs, []
-        for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
-            x, body = module.apply_body(p, stats, x, context, train=True, rng=key)
-            new.append({"body": body})
-        last = modules[-1]
-        local, new[-1]["objective"] = last.apply_objective(params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1])
-        return local.loss, (new, (), local.metrics)
-
-    def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
-        assert batch is not None
-        params, stats = [state.params for state in states], [state.batch_stats for state in states]
-        keys = [rngs.update(state.rng, state.updates) for state in states]
-        ports = Ports(spec, 0)
-        inputs, _ = ports.receive(batch)
-        context = ports.whole(inputs, batch.context)
-        gradients, stats, _, of_last = mean_gradient(loss_function, params, stats, inputs, context, keys, spec.accumulate)
-        new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
-        if spec.ema:
-            new = [ema.advance(state, spec.ema) for state in new]
-        metrics: list[Metrics] = [{} for _ in modules]
-        metrics[-1] = of_last
-        return tuple(new), tuple(metrics)
-
-    return step
-
-
 @dataclass(frozen=True)
 class Backprop:
     """Back-propagation: one loss for all modules, whose gradient goes through all of them at once."""
 
-    local: ClassVar[bool] = False
     sends: ClassVar[bool] = False
 
     def schedule(
@@ -64,8 +32,34 @@ class Backprop:
         return schedule.aligned(counts, until, stop, overlap=False)
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """See `backprop_step`."""
-        return backprop_step(spec)
+        """Returns one update of all modules on the last one's loss."""
+        modules = spec.modules
+
+        def loss_function(params, batch_stats, inputs, context, keys):
+            x, new = inputs, []
+            for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
+                x, body = module.apply_body(p, stats, x, context, train=True, rng=key)
+                new.append({"body": body})
+            last = modules[-1]
+            local, new[-1]["objective"] = last.apply_objective(params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1])
+            return local.loss, (new, (), local.metrics)
+
+        def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
+            assert batch is not None
+            params, stats = [state.params for state in states], [state.batch_stats for state in states]
+            keys = [rngs.update(state.rng, state.updates) for state in states]
+            ports = Ports(spec, 0)
+            inputs, _ = ports.receive(batch)
+            context = ports.whole(inputs, batch.context)
+            gradients, stats, _, of_last = mean_gradient(loss_function, params, stats, inputs, context, keys, spec.accumulate)
+            new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
+            if spec.ema:
+                new = [ema.advance(state, spec.ema) for state in new]
+            metrics: list[Metrics] = [{} for _ in modules]
+            metrics[-1] = of_last
+            return tuple(new), tuple(metrics)
+
+        return step
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns nothing: no message waits."""

@@ -117,11 +117,9 @@ class Method(Protocol):
     """A training rule, as pure functions of a `TrainSpec`; a frozen dataclass.
 
     Attributes:
-      local: every module carries an objective of its own; else the last one's is the only one.
       sends: messages travel between modules.
     """
 
-    local: bool
     sends: bool
 
     def schedule(
@@ -160,7 +158,7 @@ class MethodKind(Kind):
     """A training rule: `make(options)` returns a `Method`.
 
     Attributes:
-      local: every module carries an objective of its own; see `Method`.
+      local: every module carries an objective of its own; else the last one's is the only one.
       engines: names of the engines that run it; None: all.
     """
 

@@ -20,45 +20,6 @@ from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message, Outbox
 
 
-def module_program(spec: TrainSpec, k: int) -> Program:
-    """Returns the pure function of module k: decode what comes in, update, encode what goes out.
-
-    The first module takes a Batch, the others a Message; the last one hands nothing on. A module whose first block the one below
-    reads sends it down.
-    """
-    module, ports = spec.modules[k], Ports(spec, k)
-    _, sends = Dgl().ports(spec, k)
-
-    def program(state: ModuleState, inbox: Inbox, context: Context) -> tuple[ModuleState, Outbox, Metrics]:
-        inputs, of_input = ports.receive(inbox.below)
-        updates = state.updates
-        if inbox.above is not None:
-            state = _published(state, inbox.above, module.objective.decay)  # type: ignore[union-attr]
-        state, outputs, metrics = local_step(
-            module,
-            spec.optimizer,
-            state,
-            inputs,
-            ports.whole(inputs, context),
-            published=state.extras.get("published", {}),
-            accumulate=spec.accumulate,
-        )
-        down = Message(published=_first_block(spec, k, state)) if sends.below is not None else None
-        if spec.ema:
-            state = ema.advance(state, spec.ema)
-        metrics |= of_input
-        if sends.above is None:
-            return state, Outbox(below=down), metrics
-        key = rngs.codec(state.rng, updates)
-        published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
-        coded = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
-        state, of_codec = _learn(spec, state, published, key, outputs, coded)
-        return state, Outbox(coded, down), metrics | of_codec
-
-    program.__name__ = module.name
-    return program
-
-
 def _published(state: ModuleState, message: Message, decay: float) -> ModuleState:
     """Takes in what another module has published: all of it, or as a step of a moving average."""
     old = state.extras["published"]["next_block"]
@@ -86,27 +47,10 @@ def _learn(
     return state, metrics | health
 
 
-def feed_program(spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any, Context], Message]:
-    """Returns the pure function of a module that is done: from what comes in to what goes on; nothing is updated.
-
-    `train`: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
-    """
-    module, ports = spec.modules[k], Ports(spec, k)
-
-    def program(state: ModuleState, incoming: Any, context: Context) -> Message:
-        inputs, _ = ports.receive(incoming)
-        whole = ports.whole(inputs, context)
-        outputs, _ = forward_step(module, state, inputs, whole, train=train, accumulate=spec.accumulate)
-        return ports.hand_on(outputs, spec.codebook(state), inputs)
-
-    return program
-
-
 @dataclass(frozen=True)
 class Dgl:
     """Every module updates on its own loss and hands its activations on, detached (Belilovsky et al. 2020, Algorithm 1)."""
 
-    local: ClassVar[bool] = True
     sends: ClassVar[bool] = True
 
     def schedule(
@@ -122,16 +66,62 @@ class Dgl:
         return Inbox(True, reads), Outbox(None if last else True, sends)  # type: ignore[arg-type]
 
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
-        """See `module_program`."""
-        return module_program(spec, k)
+        """Returns what a turn of module k does: decode what comes in, update, encode what goes out.
+
+        The first module takes a Batch, the others a Message; the last one hands nothing on. A module whose first block the one
+        below reads sends it down.
+        """
+        module, ports = spec.modules[k], Ports(spec, k)
+        _, sends = self.ports(spec, k)
+
+        def program(state: ModuleState, inbox: Inbox, context: Context) -> tuple[ModuleState, Outbox, Metrics]:
+            inputs, of_input = ports.receive(inbox.below)
+            updates = state.updates
+            if inbox.above is not None:
+                state = _published(state, inbox.above, module.objective.decay)  # type: ignore[union-attr]
+            state, outputs, metrics = local_step(
+                module,
+                spec.optimizer,
+                state,
+                inputs,
+                ports.whole(inputs, context),
+                published=state.extras.get("published", {}),
+                accumulate=spec.accumulate,
+            )
+            down = Message(published=_first_block(spec, k, state)) if sends.below is not None else None
+            if spec.ema:
+                state = ema.advance(state, spec.ema)
+            metrics |= of_input
+            if sends.above is None:
+                return state, Outbox(below=down), metrics
+            key = rngs.codec(state.rng, updates)
+            published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
+            coded = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
+            state, of_codec = _learn(spec, state, published, key, outputs, coded)
+            return state, Outbox(coded, down), metrics | of_codec
+
+        program.__name__ = module.name
+        return program
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
         """See `composed`."""
         return composed(spec, turns)
 
     def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any, Context], Message]:
-        """See `feed_program`."""
-        return feed_program(spec, k, train)
+        """Returns what a module that is done does: from what comes in to what goes on; nothing is updated.
+
+        Args:
+          train: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
+        """
+        module, ports = spec.modules[k], Ports(spec, k)
+
+        def program(state: ModuleState, incoming: Any, context: Context) -> Message:
+            inputs, _ = ports.receive(incoming)
+            whole = ports.whole(inputs, context)
+            outputs, _ = forward_step(module, state, inputs, whole, train=train, accumulate=spec.accumulate)
+            return ports.hand_on(outputs, spec.codebook(state), inputs)
+
+        return program
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the copy of the next module's first block, and the newest two on their way, where an objective reads it.

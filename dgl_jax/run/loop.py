@@ -92,7 +92,6 @@ def train_loop(experiment: Experiment, workdir: Path, interruption: Interruption
         record.write(step, test)
         summary = summarise(experiment, begun, record, step, state, test)
         write_text(workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
-        record.writer.flush()
         from dgl_jax.run import plots  # matplotlib takes a second to import
 
         try:

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: JSON lines, TensorBoard, and the eyes of whoever waits.
 
-The method names are those of clu's metric writers (whose package needs TensorFlow): `write_scalars`, `flush`, `close`.
+The method names are those of clu's metric writers (whose package needs TensorFlow): `write_scalars`, `close`.
 """
 
 import contextlib
@@ -34,8 +34,6 @@ class Writer(Protocol):
 
     def write_turns(self, step: int, turns: Turns, unit: str) -> None: ...
 
-    def flush(self) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -66,9 +64,6 @@ class JsonLinesWriter:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
-    def flush(self) -> None:
-        self._file.flush()
-
     def close(self) -> None:
         self._file.close()
 
@@ -94,9 +89,6 @@ class TensorBoardWriter:
     def write_turns(self, step: int, turns: Turns, unit: str) -> None:
         """Nothing: TensorBoard has no picture for them."""
 
-    def flush(self) -> None:
-        self._writer.flush()
-
     def close(self) -> None:
         self._writer.close()
 
@@ -114,10 +106,6 @@ class MultiWriter:
     def write_turns(self, step: int, turns: Turns, unit: str) -> None:
         for writer in self._writers:
             writer.write_turns(step, turns, unit)
-
-    def flush(self) -> None:
-        for writer in self._writers:
-            writer.flush()
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # closes the others even where one fails

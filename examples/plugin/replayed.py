@@ -32,7 +32,6 @@ from dgl_jax.types import Inbox, Message, Outbox
 class Replayed:
     """Delayed gradients on inputs that were kept; one loss, at the end of the network."""
 
-    local: ClassVar[bool] = False
     sends: ClassVar[bool] = True
 
     def schedule(
