@@ -37,6 +37,16 @@ def settings(**fields: Any) -> Settings:
     return make_settings(config)
 
 
+def programs(engine: Any) -> list[Any]:
+    """The program of each module's step, called as `program(state, Inbox(incoming), context)`."""
+    return [engine.programs[k, "step"] for k in range(len(engine.spec.modules))]
+
+
+def step(engine: Any) -> Any:
+    """The one program of `fused`, called as `step(states, batch)`."""
+    return engine.steps[tuple((k, "step") for k in range(len(engine.spec.modules)))]
+
+
 def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """{'median', 'low', 'high'}: the median and the quartiles around it."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3

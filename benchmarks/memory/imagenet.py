@@ -9,7 +9,7 @@ import jax
 from measure import Compiled, holdings, measure, pipeline_peak
 
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_engine, make_spec
-from dgl_jax.types import Batch, Message, nbytes
+from dgl_jax.types import Batch, Inbox, Message, nbytes
 
 DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used
 SIZE, CLASSES = 224, 1000
@@ -55,11 +55,11 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
     step: Any = jax.ShapeDtypeStruct((), "int32")
     batch = Batch(images, context, step)
     if not split:
-        return [measure(engine.step, states, batch)]
+        return [measure(harness.step(engine), states, batch)]
     found = []
-    for k, (program, state) in enumerate(zip(engine.programs, states, strict=True)):
+    for k, (program, state) in enumerate(zip(harness.programs(engine), states, strict=True)):
         incoming = Message(spec.hops[k - 1].payload) if k else batch
-        found.append(measure(program, state, incoming, context))
+        found.append(measure(program, state, Inbox(incoming), context))
         found[k].packet = nbytes((spec.hops[k].payload, context)) if k < len(spec.hops) else 0
     return found
 

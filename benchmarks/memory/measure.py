@@ -2,7 +2,7 @@
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import harness
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dgl_jax import system
 from dgl_jax.engines import EngineState, PipelineEngine
 from dgl_jax.run.build import make_experiment
-from dgl_jax.types import Context, Message
+from dgl_jax.types import Context, Inbox, Message, Outbox
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Blank:
     """Stands for a module's state."""
 
     updates: jax.Array = field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    extras: ClassVar[dict[str, Any]] = {}
 
 
 jax.tree_util.register_pytree_node(Blank, lambda blank: ((blank.updates,), None), lambda _, leaves: Blank(*leaves))
@@ -79,17 +80,17 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
     seen = []
 
     def program(k: int) -> Any:
-        def run(state: Blank, incoming: Any, context: Context) -> tuple[Blank, Message | None, dict]:
+        def run(state: Blank, inbox: Inbox, context: Context) -> tuple[Blank, Outbox, dict]:
             seen.append((k, sorted(token.hop for token in alive)))
             if k + 1 == modules:
-                return state, None, {}
+                return state, Outbox(), {}
             token = Token(k)
             alive.add(token)
-            return state, Message(token), {}
+            return state, Outbox(Message(token)), {}
 
         return run
 
-    made.engine.programs = [program(k) for k in range(modules)]
+    made.engine.programs.update({(k, "step"): program(k) for k in range(modules)})
     for _ in made.engine.run(EngineState(tuple(Blank() for _ in range(modules))), made.source, 3 * modules):
         pass
     return seen

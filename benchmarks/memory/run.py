@@ -22,7 +22,7 @@ from measure import Compiled, holdings, measure, pipeline_peak
 
 from dgl_jax.models import cuts
 from dgl_jax.run.build import Experiment, make_experiment
-from dgl_jax.types import Batch, Message, nbytes
+from dgl_jax.types import Batch, Inbox, Message, nbytes
 
 BLOCKS = 6
 LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}
@@ -52,7 +52,7 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
     k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
     incoming = Message(hops[k - 1].payload) if k else batch
-    found = measure(made.engine.programs[k], made.spec.abstract_states()[k], incoming, batch.context)
+    found = measure(harness.programs(made.engine)[k], made.spec.abstract_states()[k], Inbox(incoming), batch.context)
     found.packet = nbytes((hops[k].payload, batch.context)) if k < len(hops) else 0
     return found
 
@@ -65,7 +65,7 @@ def batch_shapes(made: Experiment) -> Batch:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Every number of K = 2, 3, 6 at one width; prints the table."""
     made = experiment("backprop", 1, "count", args)
-    backprop = measure(made.engine.step, made.spec.abstract_states(), batch_shapes(made))
+    backprop = measure(harness.step(made.engine), made.spec.abstract_states(), batch_shapes(made))
     base = backprop.temporary + backprop.added
     print(f"cnn6, width {args.width}, batch {args.batch_size}: back-propagation {base / 2**20:.1f} MiB", flush=True)
     segments = {ends: segment(*ends, args) for ends in itertools.combinations(range(BLOCKS + 1), 2)}
@@ -84,7 +84,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows, results = [], []
     for modules, limit in LIMITS.items():
         made = experiment("fused", modules, "count", args)
-        fused = measure(made.engine.step, made.spec.abstract_states(), batch_shapes(made))
+        fused = measure(harness.step(made.engine), made.spec.abstract_states(), batch_shapes(made))
         fused_ratio = (fused.temporary + fused.added) / base
         held = holdings(modules)
         splits = [(0, *rest) for rest in itertools.combinations(range(1, BLOCKS), modules - 1)]

@@ -21,6 +21,7 @@ from dgl_jax import system
 from dgl_jax.engines import Engine, PipelineEngine
 from dgl_jax.engines.placement import put
 from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.types import Inbox
 
 ONE_CORE = "fused, process on one core"
 
@@ -48,15 +49,16 @@ def ceiling(made: Experiment) -> Variant:
     assert isinstance(engine, PipelineEngine)
     states = list(engine.init().modules)
     batch = engine.placement.put_batch(made.source.batch(0), 0)
-    states[0], payload, _ = engine.programs[0](states[0], batch, batch.context)
-    inputs = [(batch, batch.context), put((payload, batch.context), engine.placement.split(1))]
+    programs = harness.programs(engine)
+    states[0], (message, _), _ = programs[0](states[0], Inbox(batch), batch.context)
+    inputs = [(Inbox(batch), batch.context), put((Inbox(message), batch.context), engine.placement.split(1))]
 
     def work(steps: int) -> list[Any]:
         waiting: deque[list[Any]] = deque()
         for _ in range(steps):
             metrics = []
             for k in (1, 0):
-                states[k], _, of_module = engine.programs[k](states[k], *inputs[k])
+                states[k], _, of_module = programs[k](states[k], *inputs[k])
                 metrics.append(of_module)
             waiting.append(metrics)
             if len(waiting) > engine.ticks_in_flight:
@@ -73,15 +75,15 @@ def alone(engine: Engine, made: Experiment, repeats: int) -> list[float]:
     assert isinstance(engine, PipelineEngine)
     states, found = list(engine.init().modules), []
     batch = engine.placement.put_batch(made.source.batch(0), 0)
-    incoming: Any = (batch, batch.context)
-    for k, program in enumerate(engine.programs):
+    incoming: Any = (Inbox(batch), batch.context)
+    for k, program in enumerate(harness.programs(engine)):
         incoming = incoming if k == 0 else put(incoming, engine.placement.split(k))
         taken = []
         for _ in range(repeats + 2):
             begin = time.perf_counter()
-            states[k], payload, _ = jax.block_until_ready(program(states[k], *incoming))
+            states[k], (message, _), _ = jax.block_until_ready(program(states[k], *incoming))
             taken.append(1e3 * (time.perf_counter() - begin))
-        incoming = (payload, batch.context)
+        incoming = (Inbox(message), batch.context)
         found.append(round(statistics.median(taken[2:]), 2))
     return found
 

@@ -17,6 +17,7 @@ import harness
 
 from dgl_jax.engines import PipelineEngine
 from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.types import Inbox
 
 LIMIT = 1.0  # ms a module
 WARM_UP = 10
@@ -66,21 +67,23 @@ class Case:
         states = list(self.state.modules)
         if not isinstance(engine, PipelineEngine):
             states_of_all = tuple(states)
+            step = harness.step(engine)
             begin = time.thread_time()
             for _ in range(steps):
-                states_of_all, _ = jax.block_until_ready(engine.step(states_of_all, batch))
+                states_of_all, _ = jax.block_until_ready(step(states_of_all, batch))
             states = list(states_of_all)
         else:
-            inputs, incoming = [], (batch, batch.context)
-            for k, program in enumerate(engine.programs):
+            inputs, incoming = [], (Inbox(batch), batch.context)
+            programs = harness.programs(engine)
+            for k, program in enumerate(programs):
                 inputs.append(incoming)
-                states[k], payload, _ = program(states[k], *incoming)
-                if k + 1 < len(engine.programs):
-                    incoming = jax.device_put((payload, batch.context), engine.placement.split(k + 1))
+                states[k], (message, _), _ = program(states[k], *incoming)
+                if message is not None:
+                    incoming = jax.device_put((Inbox(message), batch.context), engine.placement.split(k + 1))
             jax.block_until_ready(states)
             begin = time.thread_time()
             for _ in range(steps):
-                for k, program in enumerate(engine.programs):
+                for k, program in enumerate(programs):
                     states[k], _, _ = program(states[k], *inputs[k])
                 jax.block_until_ready(states)
         spent = time.thread_time() - begin
@@ -100,11 +103,11 @@ class Case:
         self.spent = dict.fromkeys(PARTS, 0.0)
         if isinstance(engine, PipelineEngine):
             kept["programs"] = engine.programs
-            engine.programs = [self.watch("programs", program) for program in engine.programs]
+            engine.programs = {turn: self.watch("programs", program) for turn, program in engine.programs.items()}
             engine._move = self.watch("packets between devices", engine._move)
         else:
-            kept["step"] = engine.step
-            engine.step = self.watch("programs", engine.step)
+            kept["steps"] = engine.steps
+            engine.steps = {turns: self.watch("programs", step) for turns, step in engine.steps.items()}
         object.__setattr__(placement, "put_batch", self.watch("batch to device", placement.put_batch))
         source.batch = self.watch("source", source.batch)
         try:

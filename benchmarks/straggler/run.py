@@ -61,7 +61,7 @@ def pipeline(slowdown: float, args: Any) -> float:
     """Ticks a second; the slowed module's step takes S times as long, on its own device."""
     made = experiment("pipeline", slowdown, args)
     engine: Any = made.engine
-    program = engine.programs[SLOWED]
+    program = engine.programs[SLOWED, "step"]
     own: list[tuple[Any, float]] = []  # its newest step: metrics, and when it began
 
     def slow(state: Any, incoming: Any, context: Any) -> Any:
@@ -80,7 +80,7 @@ def pipeline(slowdown: float, args: Any) -> float:
     for report in engine.run(state, made.source, WARM_UP):
         last = report
     if slowdown > 1:
-        engine.programs[SLOWED] = slow
+        engine.programs[SLOWED, "step"] = slow
     steps = max(10, round(args.seconds * args.rate / slowdown))
     state = last.snapshot()
     begin = time.perf_counter()

@@ -30,6 +30,7 @@ from sklearn.cluster import MiniBatchKMeans  # noqa: E402
 from dgl_jax import vq  # noqa: E402
 from dgl_jax.engines.placement import put  # noqa: E402
 from dgl_jax.run.build import make_experiment  # noqa: E402
+from dgl_jax.types import Inbox  # noqa: E402
 
 LIMIT = 2.0  # encode over the bare matrix product
 HOPS = [(32, 32), (16, 64), (8, 128), (32, 128), (16, 256), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32 and 128
@@ -156,9 +157,9 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
         incoming, steps = batch, []
         for k, state in enumerate(states):
             step = jax.jit(made.spec.method.program(made.spec, k))
-            arguments = (put(state, made.engine.placement.replicated(0)), incoming, batch.context)
+            arguments = (put(state, made.engine.placement.replicated(0)), Inbox(incoming), batch.context)
             steps.append((step, arguments))
-            incoming = jax.block_until_ready(step(*arguments))[1]
+            incoming = jax.block_until_ready(step(*arguments))[1].above
         ready[name] = steps
         programs[name] = [[] for _ in steps]
     for repeat in range(repeats + 1):

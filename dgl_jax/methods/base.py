@@ -179,7 +179,8 @@ Mail = dict[str, tuple[Any, ...]]
 def opened(state: ModuleState) -> tuple[ModuleState, Mail]:
     """Parts a state from the messages that wait in it."""
     mail = {port: state.extras[port] for port in Inbox._fields if port in state.extras}
-    return replace(state, extras={name: value for name, value in state.extras.items() if name not in mail}), mail
+    rest = {name: value for name, value in state.extras.items() if name not in mail}
+    return replace(state, extras=rest) if mail else state, mail
 
 
 def closed(state: ModuleState, mail: Mail) -> ModuleState:
