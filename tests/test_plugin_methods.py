@@ -16,6 +16,7 @@ from test_plugin import config, equal, furthest, trained
 from dgl_jax import testing
 from dgl_jax.config import make_settings
 from dgl_jax.core.module import LocalModule
+from dgl_jax.engines import FusedEngine
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
@@ -212,6 +213,25 @@ def test_replayed_features_are_the_hand_written_loop(engine):
     assert furthest(found, replayed_by_hand(4)) < 1e-5
     at_once = trained(4, devices=1, method__name="backprop", model__modules=3, train__steps=4)
     assert furthest(found, at_once) > 1e-4, "a gradient that is not late went unnoticed"
+
+
+def gradients_of_the_last_batch(method: str, steps: int) -> list[Any]:
+    """What each module's optimizer is given on its last batch, where no parameter ever moves."""
+    made = make_experiment(make_settings(config(method__name=method, model__modules=3, train__steps=steps)), jax.devices()[:1])
+    still = optax.GradientTransformation(
+        lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, _, p: (jax.tree.map(jnp.zeros_like, p), g)
+    )
+    engine = FusedEngine(dataclasses.replace(made.spec, optimizer=still), made.engine.placement, total_steps=steps)
+    *_, last = engine.run(engine.init(), made.source, steps)
+    return [jax.device_get(module.opt_state) for module in last.snapshot().modules]
+
+
+def test_late_gradients_are_those_of_back_propagation_on_their_batch():
+    late = gradients_of_the_last_batch("replayed", 4)
+    expected = gradients_of_the_last_batch("backprop", 4)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-3
+    assert furthest(late, expected) < 1e-5
+    assert furthest(late, gradients_of_the_last_batch("backprop", 3)) > 1e-4, "another batch went unnoticed"
 
 
 def test_replayed_features_with_one_module_are_back_propagation():

@@ -91,12 +91,7 @@ class LocalModule:
             variables = self.adapter.lazy_init(rngs.adapter_params(key, self.first), x, context, train=False)
             adapted = jax.eval_shape(lambda v, x, c: self.adapter.apply(v, x, c, train=False), variables, x, dict(context))  # type: ignore[union-attr]
             if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
-                raise ValueError(
-                    f"{self.name}: its adapter makes {adapted.dtype}{list(adapted.shape)} of {x.dtype}{list(x.shape)}; "
-                    "it must keep both"
-                )
-            params["body"]["adapter"] = variables.get("params", {})
-            batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
+                raise ValueError(f"{self.name}: its adapter makes {adapted} of {x}, and must keep shape and type")
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
             params["body"][f"block_{number}"] = variables.get("params", {})
@@ -217,11 +212,10 @@ def make_modules(
     """
     ends = [*cuts[1:], len(blocks)]
     objectives = [head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads]
+    parts = zip(cuts, ends, objectives, adapters or [None] * len(objectives), strict=True)
     return tuple(
         LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops, adapter)
-        for k, (first, end, objective, adapter) in enumerate(
-            zip(cuts, ends, objectives, adapters or [None] * len(objectives), strict=True)
-        )
+        for k, (first, end, objective, adapter) in enumerate(parts)
     )
 
 
