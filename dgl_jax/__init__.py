@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from dgl_jax.errors import UserError
     from dgl_jax.models import cuts, make_head, make_network, register_network
     from dgl_jax.objectives import Classifier, Objective, accuracy, cross_entropy, means
-    from dgl_jax.types import Batch, Context, Packet
+    from dgl_jax.types import Batch, Context, Message
 
 __all__ = [
     "Batch",
     "Classifier",
     "Context",
     "LocalModule",
+    "Message",
     "ModuleState",
     "Objective",
-    "Packet",
     "UserError",
     "accuracy",
     "apply_gradient",
@@ -49,7 +49,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "models": ("cuts", "make_head", "make_network", "register_network"),
     "objectives": ("Classifier", "Objective", "accuracy", "cross_entropy", "means"),
-    "types": ("Batch", "Context", "Packet"),
+    "types": ("Batch", "Context", "Message"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary: what the source yields (Batch) and what crosses between neighbouring modules (Message, Packet)."""
+"""The vocabulary: what the source yields (Batch) and what crosses between neighbouring modules (Message)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,10 +27,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """Host-side description of a packet; never enters a jit."""
+    """Host-side description of a message that goes up; never enters a jit."""
 
-    sequence: int  # number of the batch that the packet was made from
-    updates: int  # the producer's update count when it made the packet
+    sequence: int  # number of the batch that the message was made from
+    updates: int  # the producer's update count when it made the message
     codebook: int = 0  # which publication of the producer's codebook it was encoded with, where the codec has one
 
 
@@ -40,7 +40,7 @@ class Message(NamedTuple):
     payload: Any = ()  # a pytree of arrays with a row for each example, on the way up as the codec made it
     codebook: Any = ()  # the one it was encoded with; travels when a new one is published, not with every packet
     newest: Any = None  # the newest one, where that is to decode instead
-    context: Any = ()  # what the producer adds to the context of its examples: a dict, where it adds something
+    context: Any = ()  # of its examples, a dict: out of a ring all of it, out of a program what the producer adds
     published: Any = ()  # what belongs to no example, such as parameters: a pytree of arrays
 
 
@@ -56,16 +56,6 @@ class Outbox(NamedTuple):
 
     above: Message | None = None
     below: Message | None = None
-
-
-@dataclass(frozen=True)
-class Packet:
-    """Encoded activations of one batch on their way to the next module."""
-
-    payload: Any  # a pytree of arrays, as the codec made it
-    context: Context
-    header: Header
-    codebook: Any = ()  # the one the payload was encoded with
 
 
 def nbytes(tree: Any) -> int:

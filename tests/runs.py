@@ -64,8 +64,8 @@ def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
     def spy(self: Ring) -> Any:
         found = sample(self)
         if found is not None:
-            batch = source.batch(found.packet.header.sequence)
-            right.append(all(np.array_equal(rows, batch.context[name]) for name, rows in found.packet.context.items()))
+            batch = source.batch(found.header.sequence)
+            right.append(all(np.array_equal(rows, batch.context[name]) for name, rows in found.message.context.items()))
         return found
 
     monkeypatch.setattr(Ring, "sample", spy)

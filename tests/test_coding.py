@@ -185,9 +185,9 @@ def test_a_ring_keeps_a_codebook_as_long_as_a_packet_refers_to_it():
         assert ring.versions() == kept
         assert ring.nbytes == 3 * (6 + 16) + len(kept) * 8
         for _ in range(3 if count >= 3 else count):
-            packet = ring.sample().packet
-            n = packet.header.sequence
-            np.testing.assert_array_equal(packet.codebook, n - n % 2)  # the one of that packet or of the one before it
+            found = ring.sample()
+            n = found.header.sequence
+            np.testing.assert_array_equal(found.message.codebook, n - n % 2)  # the one of that packet or of the one before it
     assert RingSpec(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
 
 
@@ -198,9 +198,9 @@ def test_codebooks_come_back_with_the_ring():
     for n in range(7, 12):
         for one in (ring, other):
             one.add(*entry(n), np.full(2, n, np.float32) if n % 2 == 0 else None)
-        a, b = ring.sample().packet, other.sample().packet
+        a, b = ring.sample(), other.sample()
         assert a.header == b.header
-        np.testing.assert_array_equal(a.codebook, b.codebook)
+        np.testing.assert_array_equal(a.message.codebook, b.message.codebook)
 
 
 def simulated(tiny, devices, codec, replay=None, **settings) -> SimulatedEngine:

@@ -26,10 +26,10 @@ def read(ring: Ring):
     sample = ring.sample()
     if sample is None:
         return None
-    n = sample.packet.header.sequence
-    np.testing.assert_array_equal(sample.packet.payload, np.full((2, 3), n))
-    np.testing.assert_array_equal(sample.packet.context["label"], [n, n])
-    np.testing.assert_array_equal(sample.packet.context["id"], [100 + n, 100 + n])
+    n = sample.header.sequence
+    np.testing.assert_array_equal(sample.message.payload, np.full((2, 3), n))
+    np.testing.assert_array_equal(sample.message.context["label"], [n, n])
+    np.testing.assert_array_equal(sample.message.context["id"], [100 + n, 100 + n])
     return n, sample.age, sample.use
 
 
@@ -173,7 +173,7 @@ def test_what_was_read_is_not_changed_by_what_is_written_later():
         ring._slots[0] = aligned((1, 16, 16))
         for n in range(20):
             ring.add(np.full((16, 16), n, np.float32), *packet(n)[1:])
-            payload = ring.sample().packet.payload if copied else ring._slots[0][0]
+            payload = ring.sample().message.payload if copied else ring._slots[0][0]
             array = jax.device_put(payload, jax.devices()[0])
             ring.add(np.full((16, 16), -1, np.float32), *packet(n)[1:])
             wrong += bool((np.asarray(array) != n).any())
@@ -197,7 +197,7 @@ def test_a_payload_of_several_arrays():
     for n in range(3):
         ring.add({"codes": np.full((2, 4), n, np.uint8), "scale": np.full(2, n / 2, np.float32)}, *packet(n)[1:])
     for n in (2, 1):
-        found = ring.sample().packet
+        found = ring.sample().message
         assert found.payload.keys() == {"codes", "scale"}
         np.testing.assert_array_equal(found.payload["codes"], np.full((2, 4), n))
         np.testing.assert_array_equal(found.payload["scale"], [n / 2, n / 2])
@@ -240,10 +240,10 @@ def test_two_threads_never_see_a_half_written_packet():
         assert ring.changed.wait_for(ring.ready, timeout=30)
     last = -1
     while last < packets - 1:
-        found = ring.sample().packet
+        found = ring.sample()
         n = found.header.sequence
-        assert (found.payload == n).all()
-        assert (found.context["id"] == 100 + n).all()
+        assert (found.message.payload == n).all()
+        assert (found.message.context["id"] == 100 + n).all()
         last = max(last, n)
     writer.join()
 

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
-from dgl_jax.engines import ring_forms
+from dgl_jax.engines import ring_specs
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
 from dgl_jax.types import Header
@@ -56,7 +56,7 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
     )
     info = DatasetInfo("cifar10", tuple(map(str, range(10))), (32, 32, 3), (0.5,) * 3, (0.25,) * 3)
     spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
-    forms, rings = ring_forms(spec), []
+    forms, rings = ring_specs(spec), []
     context = {"label": np.zeros(BATCH, np.int32), "id": np.arange(BATCH, dtype=np.int32)}
     gc.collect()
     before = resident()

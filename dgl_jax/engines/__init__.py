@@ -11,7 +11,7 @@ from dgl_jax.engines.base import (
     SynchronousOptions,
     counts,
 )
-from dgl_jax.engines.flight import ring_forms
+from dgl_jax.engines.flight import ring_specs
 from dgl_jax.engines.fused import FusedEngine
 from dgl_jax.engines.pipeline import PipelineEngine
 from dgl_jax.engines.simulated import SimulatedEngine, SimulatedOptions
@@ -38,5 +38,5 @@ __all__ = [
     "ThreadsOptions",
     "counts",
     "register_engine",
-    "ring_forms",
+    "ring_specs",
 ]

@@ -13,7 +13,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
-from dgl_jax.engines.flight import Rings, Still, ring_forms
+from dgl_jax.engines.flight import Rings, Still, ring_specs
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
@@ -21,7 +21,7 @@ from dgl_jax.fields import choice, option
 from dgl_jax.methods.base import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Context, Header, Inbox, Message, Packet
+from dgl_jax.types import Batch, Context, Header, Inbox, Message
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,13 +102,13 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
-    def fetch(self, k: int, ring: Ring, packet: Packet) -> tuple[Message, Context]:
-        """A packet from the ring of module k to its devices; a codebook moves when it is first needed there."""
-        payload, context = put((packet.payload, packet.context), self.placement.split(k))
-        if not packet.header.codebook:
+    def fetch(self, k: int, ring: Ring, message: Message, header: Header) -> tuple[Message, Context]:
+        """Moves what was read from the ring of module k to its devices; a codebook moves when it is first needed there."""
+        payload, context = put((message.payload, message.context), self.placement.split(k))
+        if not header.codebook:
             return Message(payload), context
         newest, latest = ring.newest_codebook
-        wanted = {packet.header.codebook: packet.codebook}
+        wanted = {header.codebook: message.codebook}
         if self.spec.decode == "latest":
             wanted[newest] = latest
         kept = ring.versions()
@@ -117,7 +117,7 @@ class Asynchronous:
             if version not in here:
                 here[version] = put(book, self.placement.replicated(k))
         self.codebooks[k] = here
-        codebook = here[packet.header.codebook]
+        codebook = here[header.codebook]
         return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), context
 
     def gauges(self, state: EngineState) -> dict[str, float]:
@@ -172,12 +172,12 @@ class Outcome(NamedTuple):
 
     Attributes:
       metrics: of the update, already computed; None if the module only fed the next one.
-      packet: host arrays for the next module, with codebook None if its ring has it; None for the last module.
+      above: host arrays for the next module, with their header, and codebook None if its ring has it; None for the last module.
       below: a message for the module below, on its devices; None if there is none.
     """
 
     metrics: Metrics | None
-    packet: Packet | None
+    above: tuple[Message, Header] | None
     below: Message | None = None
 
 
@@ -213,8 +213,8 @@ class Turns:
         sample = self.rings.sample(k)
         if sample is None:
             return None
-        incoming, context = self._engine.fetch(k, self.rings.ring(k), sample.packet)
-        return Intake(incoming, context, sample.packet.header.sequence)
+        incoming, context = self._engine.fetch(k, self.rings.ring(k), sample.message, sample.header)
+        return Intake(incoming, context, sample.header.sequence)
 
     def run(self, module: RunningModule, intake: Intake) -> Outcome:
         """Updates the module (or only feeds, once it is finished), and copies what goes to the next one to the host.
@@ -225,31 +225,30 @@ class Turns:
         metrics: Metrics | None = None
         below: Message | None = None
         if done:
-            coded = self._engine.feeds[k](state, intake.incoming, intake.context)
+            message = self._engine.feeds[k](state, intake.incoming, intake.context)
         else:
             # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
             module.state = None
             inbox = Inbox(intake.incoming, oldest(module.mail))
-            state, (coded, below), metrics = self._engine.programs[k](state, inbox, intake.context)
+            state, (message, below), metrics = self._engine.programs[k](state, inbox, intake.context)
             if below is not None:
                 below = put(below, self._engine.placement.message(k - 1))
-        packet = None
+        above = None
         if module.publisher is not None:
-            fresh = module.publisher.fresh(coded.codebook, None if done else module.updates)
-            payload, context, codebook = jax.device_get(
-                (coded.payload, self._engine.spec.carried(k + 1, intake.context, coded.context), fresh)
-            )
-            packet = Packet(payload, context, Header(intake.sequence, module.updates + (not done)), codebook)
+            fresh = module.publisher.fresh(message.codebook, None if done else module.updates)
+            context = self._engine.spec.carried(k + 1, intake.context, message.context)
+            found = jax.device_get(Message(message.payload, fresh, context=context))
+            above = found, Header(intake.sequence, module.updates + (not done))
         jax.block_until_ready(metrics)
         module.state = state
         if k == 0:
             self.rings.batches = intake.sequence + 1
-        return Outcome(metrics, packet, below)
+        return Outcome(metrics, above, below)
 
     def hand_on(self, modules: Sequence[RunningModule], k: int, made: Outcome, begin: float, end: float) -> None:
         """Sends what module k made to its neighbours and notes its turn, which lasted from `begin` to `end`."""
-        if made.packet is not None:
-            self.rings.add(k, made.packet)
+        if made.above is not None:
+            self.rings.add(k, *made.above)
         if made.below is not None:
             modules[k - 1].mail = delivered(modules[k - 1].mail, "above", made.below)
         self.rings.turns.append((k, begin, end))
@@ -282,7 +281,7 @@ class AsynchronousOptions(EngineSettings):
 
 def check_rings(run: EngineInputs) -> None:
     """Raises UserError if the rings take more memory than is free; logs what they will take."""
-    size, forms = run.replay.size, ring_forms(run.spec)
+    size, forms = run.replay.size, ring_specs(run.spec)
     sizes = ", ".join(f"{form.nbytes(size) / 2**20:.1f}" for form in forms)
     _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
     check_memory(forms, size)

@@ -9,12 +9,12 @@ from dgl_jax.config import ReplaySettings
 from dgl_jax.core import rngs
 from dgl_jax.replay import Ring, RingSpec, Sample
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Packet
+from dgl_jax.types import Header, Message
 
 _TURNS = 64  # the newest, kept for the timeline
 
 
-def ring_forms(spec: TrainSpec) -> list[RingSpec]:
+def ring_specs(spec: TrainSpec) -> list[RingSpec]:
     """What each ring holds."""
     return [RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period) for k, hop in enumerate(spec.hops, 1)]
 
@@ -35,7 +35,7 @@ class Rings:
     def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
         self.rings = [
             Ring(form.packet, replay.size, replay.rule, replay.max_reuse, rngs.ring(spec.seed, k), form.codebook)
-            for k, form in enumerate(ring_forms(spec), 1)
+            for k, form in enumerate(ring_specs(spec), 1)
         ]
         self.turn, self.batches, self.unit = 0, batches, unit
         modules = len(self.rings) + 1
@@ -55,9 +55,9 @@ class Rings:
             self.ages[module, sample.age.bit_length()] += 1
         return sample
 
-    def add(self, producer: int, packet: Packet) -> None:
-        """Copies a packet (host arrays; codebook None: the same as before) from one module to the ring of the next."""
-        self.ring(producer + 1).add(packet.payload, packet.context, packet.header, packet.codebook)
+    def add(self, producer: int, message: Message, header: Header) -> None:
+        """Copies a message (host arrays; codebook None: the same as before) from one module to the ring of the next."""
+        self.ring(producer + 1).add(message.payload, message.context, header, message.codebook)
 
     def gauges(self) -> dict[str, float]:
         """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""

@@ -193,8 +193,9 @@ class Worker(RunningModule):
         ended = clock()
         if made.metrics is not None:
             self._count(crew, made.metrics, ended)
-        if (packet := made.packet) is not None and self._meter is not None:
-            self._meter.count(packet.payload, packet.context, packet.codebook)
+        if made.above is not None and self._meter is not None:
+            message, _ = made.above
+            self._meter.count(message.payload, message.context, message.codebook)
         turns.hand_on(crew.workers, self.number, made, started - crew.began, ended - crew.began)
         self.progress = ended
 

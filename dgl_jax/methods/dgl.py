@@ -36,11 +36,11 @@ def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
 
 
 def _learn(
-    spec: TrainSpec, state: ModuleState, published: Any, key: jax.Array, outputs: jax.Array, coded: Any
+    spec: TrainSpec, state: ModuleState, published: Any, key: jax.Array, outputs: jax.Array, message: Any
 ) -> tuple[ModuleState, Metrics]:
-    """Lets the codec, in the state `published`, learn from what was encoded; returns the module's new state, and metrics."""
+    """Lets the codec, in the state `published`, learn from what was enmessage; returns the module's new state, and metrics."""
     codec = spec.codec
-    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(coded.codebook, coded.payload))}
+    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))}
     learnt, health = codec.update(published, key, outputs)
     if "codec" in state.extras:
         state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
@@ -96,9 +96,9 @@ class Dgl:
                 return state, Outbox(below=down), metrics
             key = rngs.codec(state.rng, updates)
             published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
-            coded = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
-            state, of_codec = _learn(spec, state, published, key, outputs, coded)
-            return state, Outbox(coded, down), metrics | of_codec
+            message = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
+            state, of_codec = _learn(spec, state, published, key, outputs, message)
+            return state, Outbox(message, down), metrics | of_codec
 
         program.__name__ = module.name
         return program

@@ -17,18 +17,21 @@ from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.registry import RULES
 from dgl_jax.replay.rules import ANY_NUMBER, limit_of
-from dgl_jax.types import Context, Header, Packet, nbytes
+from dgl_jax.types import Context, Header, Message, nbytes
 
 
 class Sample(NamedTuple):
     """A packet read from a ring, in arrays of its own.
 
     Attributes:
+      message: payload, codebook and the whole context.
+      header: that it came with.
       age: packets its producer has made since (0 = the newest).
       use: how often it has been read, this time included.
     """
 
-    packet: Packet
+    message: Message
+    header: Header
     age: int
     use: int
 
@@ -167,9 +170,10 @@ class Ring:
             assert header is not None
             codebook = self._books.get(header.codebook, ())
         if self._one_array:
-            return Sample(Packet(leaves[0], dict(zip(self._names, leaves[1:])), header, codebook), age, use)
-        payload, context = self._form.unflatten(leaves)
-        return Sample(Packet(payload, context, header, codebook), age, use)
+            payload, context = leaves[0], dict(zip(self._names, leaves[1:]))
+        else:
+            payload, context = self._form.unflatten(leaves)
+        return Sample(Message(payload, codebook, context=context), header, age, use)
 
     def ready(self) -> bool:
         """Whether `sample` would give a packet."""

@@ -80,9 +80,9 @@ def _of_task(task: Task) -> tuple[Any, Any]:
 def _forward(
     spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, published: Any, incoming: Any
 ) -> tuple[Any, Any]:
-    coded, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
+    message, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
     # Without the codebook, which is here already: a result of the jit would be a copy.
-    handed_on = None if coded is None else (coded.payload, coded.context)
+    handed_on = None if message is None else (message.payload, message.context)
     return handed_on, None if logits is None else spec.task.answer(logits)
 
 
