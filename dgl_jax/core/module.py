@@ -92,6 +92,8 @@ class LocalModule:
             adapted = jax.eval_shape(lambda v, x, c: self.adapter.apply(v, x, c, train=False), variables, x, dict(context))  # type: ignore[union-attr]
             if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
                 raise ValueError(f"{self.name}: its adapter makes {adapted} of {x}, and must keep shape and type")
+            params["body"]["adapter"] = variables.get("params", {})
+            batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
             params["body"][f"block_{number}"] = variables.get("params", {})
