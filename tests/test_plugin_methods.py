@@ -121,6 +121,14 @@ def test_an_adapter_that_asks_for_the_label_is_refused(monkeypatch):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1])
 
 
+def test_an_adapter_that_changes_the_type_is_refused(monkeypatch):
+    from examples.plugin import echo
+
+    monkeypatch.setattr(echo.Echo, "__call__", lambda self, inputs, context, train: inputs.astype("bfloat16"))
+    with pytest.raises(UserError, match=r"^config\.model\.adapter: that of module_1 makes .*bfloat16.*; it must keep shape"):
+        make_experiment(make_settings(config(**ECHO)), jax.devices()[:1]).spec.abstract_states()
+
+
 # An objective that reads the first block of the next module
 
 

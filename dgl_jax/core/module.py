@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
+from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 from dgl_jax.ops import recomputed
 
@@ -82,7 +83,7 @@ class LocalModule:
           following: the first block of the next module, where the objective may read its variables.
 
         Raises:
-          ValueError: the adapter changes the shape or the type of its inputs.
+          UserError: the adapter changes the shape or the type of its inputs.
         """
         params: PyTree = {"body": {}}
         batch_stats: PyTree = {"body": {}}
@@ -91,7 +92,7 @@ class LocalModule:
             variables = self.adapter.lazy_init(rngs.adapter_params(key, self.first), x, context, train=False)
             adapted = jax.eval_shape(lambda v, x, c: self.adapter.apply(v, x, c, train=False), variables, x, dict(context))  # type: ignore[union-attr]
             if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
-                raise ValueError(f"{self.name}: its adapter makes {adapted} of {x}, and must keep shape and type")
+                raise UserError(f"config.model.adapter: that of {self.name} makes {adapted} of {x}; it must keep shape and type")
             params["body"]["adapter"] = variables.get("params", {})
             batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
