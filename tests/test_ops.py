@@ -26,8 +26,6 @@ from dgl_jax.ops import OPS, BatchNorm, adaptive_avg_pool, conv_general_dilated,
 from dgl_jax.ops.batch_norm import normalize
 from dgl_jax.run.build import make_experiment
 
-pytestmark = pytest.mark.full_compile
-
 CONVOLVE = partial(conv_general_dilated, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 SHAPE, CLASSES = (8, 8, 8, 3), 5
 

@@ -22,8 +22,6 @@ from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header
 
-pytestmark = pytest.mark.full_compile  # engines are compared
-
 KINDS = (CODECS, DATA_SETS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES)
 
 
@@ -121,7 +119,7 @@ def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["reconstruction", "lookahead"])
+@pytest.mark.parametrize("objective", [pytest.param("reconstruction", marks=pytest.mark.full_compile), "lookahead"])
 def test_synchronous_engines_agree_to_the_bit(objective):
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
     found = {name: trained(6, count, objective__name=objective, engine__name=name) for name, count in devices.items()}

@@ -25,8 +25,6 @@ from dgl_jax.run.signals import Interrupted
 from dgl_jax.run.writers import JsonLinesWriter
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.full_compile  # engines and numbers of devices are compared
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
@@ -130,6 +128,7 @@ def test_a_run_goes_on_with_another_engine_and_other_devices(whole, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_one_device_pipeline_and_fused_share_a_checkpoint_bit_for_bit(tmp_path):
     alone = {"engine__group_sizes": (1, 1)}

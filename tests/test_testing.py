@@ -14,8 +14,6 @@ from dgl_jax.engines import EngineKind, fused
 from dgl_jax.objectives import Classifier, ObjectiveKind
 from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
 
-pytestmark = pytest.mark.full_compile  # engines are compared
-
 CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 
 
@@ -29,6 +27,7 @@ def test_objectives(name):
     testing.check_objective(objective={"name": name})
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "devices", "replay"), [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})]
