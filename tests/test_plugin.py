@@ -104,7 +104,7 @@ def furthest(one, other):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-@pytest.mark.parametrize("engine", ["fused", "pipeline"])
+@pytest.mark.parametrize("engine", ["fused", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_a_reconstruction_is_the_hand_written_loop(engine):
     expected = by_hand(3, 0.5)
     assert furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
@@ -172,6 +172,7 @@ def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
     assert ages[4:] == [2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_plan_knows_the_extra_operations():
     settings = [make_settings(config(model__modules=2, **fields)) for fields in ({}, {"objective__name": "lookahead"})]
     plain, ahead = (plan(s, stated="1,1,1,1")[0]["modules"][0]["head_gflops"] for s in settings)

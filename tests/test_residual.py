@@ -71,7 +71,7 @@ def test_every_stage_lowers_the_error():
 
 @pytest.mark.slow
 def test_stages_over_more_channels_beat_one_of_fewer_at_the_same_rate():
-    (one, _), (two, health) = trained(1, 64, 8), trained(2, 64, 16)
+    (one, _), (two, health) = trained(1, 32, 8), trained(2, 32, 16)
     assert two < 0.95 * one
     assert float(health["dead"]) < 0.01
 

@@ -17,12 +17,14 @@ from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
 CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 
 
-@pytest.mark.parametrize("name", ["identity", "bf16", "int8", "vq", "signs"])
+@pytest.mark.parametrize("name", ["identity", "bf16", "int8", pytest.param("vq", marks=pytest.mark.slow), "signs"])
 def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
-@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead"])
+@pytest.mark.parametrize(
+    "name", ["classifier", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reconstruction", "lookahead"))]
+)
 def test_objectives(name):
     testing.check_objective(objective={"name": name})
 

@@ -444,6 +444,7 @@ def test_a_run_with_everything_on_resumes_exactly(whole, stopped, tmp_path):
     assert same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, monkeypatch):
     def forgetful(self, state, saved):
         return self.place(EngineState(tuple(ema.begin(s.replace(extras={})) for s in state.modules)))
@@ -456,11 +457,13 @@ def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, m
     assert not all(equal)
 
 
+@pytest.mark.slow
 def test_another_decay_is_refused_by_name(whole):
     with pytest.raises(UserError, match=r"config\.train\.ema \(was 0\.9, is now 0\.0\)"):
         train_and_evaluate(small_config(**RUN | {"train__ema": 0.0}), whole)
 
 
+@pytest.mark.slow
 def test_what_is_exported_borrowed_and_measured_is_the_average(whole, tmp_path):
     trained = load_trained(whole)
     exported = load_exported(export_run(whole, output=tmp_path))
