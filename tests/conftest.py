@@ -55,34 +55,47 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 # Most tests compile with few optimizations, in child processes too, which takes a third of the time with jaxlib 0.10.
 # Those marked `full_compile` compile as users do: equality of engines, rounding, memory, and runs long enough to learn.
-_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_FAST_FLAGS = ""
+_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,  # a program in 32 parts is compiled sooner where cores are idle, and takes more work
+}
+_FAST_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # later ones have no choice here
     _FAST["xla_cpu_use_fusion_emitters"] = False
-    _FAST_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+    _FAST_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 # What was imported and traced stays: looking through it again and again took a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
 _compile_options = compiler.get_compile_options
 jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for child processes
 
-# Seconds first, minutes last; a file that is not named comes in between. One test of test_install waits for downloads for minutes:
-# the other worker has the rest of the suite meanwhile.
-FIRST = (
-    "test_install",
-    "test_schedule",
-    "test_imports",
-    "test_config",
-    "test_metrics",
-    "test_placement",
-    "test_optimizer",
-    "test_codecs",
+# A file stays with one worker, which makes its shared runs once. With several workers those that take longest come first, so that
+# all workers end together; else seconds first, minutes last. A file that is not named comes in between.
+LONG = (
+    *("test_digits", "test_launch", "test_every_engine", "test_install", "test_threads", "test_environments", "test_vq"),
+    *("test_resume", "test_engines", "test_coding", "test_residual", "test_examples", "test_accelerator", "test_configs"),
+    *("test_plugin", "test_training", "test_ops", "test_testing"),
 )
-LAST = ("test_step", "test_evaluate", "test_engines", "test_configs", "test_train", "test_launch", "test_resume", "test_digits")
+QUICK = ("test_schedule", "test_imports", "test_config", "test_metrics", "test_placement", "test_optimizer", "test_codecs")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: n - len(FIRST) for n, name in enumerate(FIRST)} | {name: n + 1 for n, name in enumerate(LAST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, 0))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out whole files, in the order of the items."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "load":
+        return None  # somebody asked for another way
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Orders the files; in each, those that compile as users do stand together, since whatever was traced is lost on the way."""
+    files = list(dict.fromkeys(item.path.stem for item in items))
+    ends = (LONG, QUICK) if hasattr(config, "workerinput") else (QUICK, LONG[::-1])
+    place = {name: n for n, name in enumerate([*ends[0], *(name for name in files if name not in LONG + QUICK), *ends[1]])}
+    items.sort(key=lambda item: (place[item.path.stem], item.get_closest_marker("full_compile") is not None))
 
 
 def pytest_report_header() -> str:
@@ -99,7 +112,7 @@ def compile_fast(fast: bool) -> None:
     """Compiles with few optimizations from now on, here and in child processes, or as users do."""
 
     def options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        return _compile_options(*args, env_options_overrides=_FAST | (env_options_overrides or {}), **kwargs)
+        return _compile_options(*args, env_options_overrides=(env_options_overrides or {}) | _FAST, **kwargs)
 
     if fast != (compiler.get_compile_options is not _compile_options):
         jax.clear_caches()

@@ -89,11 +89,12 @@ def resumed(tiny: Tiny, engine: Any, directory: Path) -> EngineState:
 
 def quantised() -> dict[str, Any]:
     """vq on its own, as a library user calls it, with keys of the environment's kind."""
+    init, update = jax.jit(vq.init, static_argnames=("codes", "dims", "start")), jax.jit(vq.update, static_argnames="rule")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
     told_of = {}
     for start, rule in (("kmeans++", "ema"), ("sample", "minibatch")):
-        book = vq.init(jax.random.key(0), x, codes=4, dims=4, start=start)
-        new, health = vq.update(book, jax.random.key(1), x, rule=rule)
+        book = init(jax.random.key(0), x, codes=4, dims=4, start=start)
+        new, health = update(book, jax.random.key(1), x, rule=rule)
         codes = vq.encode(new.entries, x)
         assert codes.dtype == jnp.uint8
         told_of[rule] = told(leaves(book), new, (health, vq.decode(new.entries, codes)))

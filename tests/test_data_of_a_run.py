@@ -157,6 +157,7 @@ def test_long_lists_show_where_they_differ():
 # Weights of another run
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     four = write(tmp_path / "four", classes=(*CLASSES, "zebra"))
     with pytest.raises(UserError, match=r"^--init_from: that run knows 3 classes \(ape, cat, ñandú\) of data.name=folder") as error:

@@ -27,7 +27,8 @@ DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
 def run(directory: Path, **environment: str) -> dict[str, dict]:
     command = [sys.executable, str(SCRIPT), str(directory)]
     # Checks for NaN compile other programs, whose bits are the same only as XLA fuses for users.
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "XLA_FLAGS": ""} | environment
+    flags = {"PYTHONPATH": str(SCRIPT.parents[1]), "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
+    env = os.environ | flags | environment
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

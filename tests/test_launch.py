@@ -125,7 +125,8 @@ def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
 @pytest.mark.full_compile
 @pytest.mark.slow
 def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
-    fields = {"data.batch_size": 64, "data.train_examples": 640, "model.width": 24, "model.modules": 3, "train.steps": 10}
+    fields = {"data.batch_size": 64, "data.train_examples": 640, "model.width": 24, "model.modules": 3, "train.steps": 5}
+    fields |= {"checkpoint.every": 5, "eval.every": 5}
     line = [*SMALL, *(f"--config.{name}={value}" for name, value in fields.items())]
     env = {name: value for name, value in os.environ.items() if name != "NPROC"}
     for name, more in (("fused", ()), ("pipeline", ("--config.engine.name=pipeline", "--cpu_devices=3"))):

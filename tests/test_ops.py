@@ -26,8 +26,6 @@ from dgl_jax.ops import OPS, BatchNorm, adaptive_avg_pool, conv_general_dilated,
 from dgl_jax.ops.batch_norm import normalize
 from dgl_jax.run.build import make_experiment
 
-pytestmark = pytest.mark.full_compile
-
 CONVOLVE = partial(conv_general_dilated, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 SHAPE, CLASSES = (8, 8, 8, 3), 5
 
@@ -39,7 +37,8 @@ BODIES = {
     "basic": [ConvBlock(4, bias=False), BasicBlock(8, stride=2), BasicBlock(8, padded=True)],
     "bottleneck": [Stem(4), Bottleneck(2)],
 }
-CASES = [*((name, False) for name in BODIES), ("cnn", True)]
+# One of them is among the fast tests, as it is and recomputed.
+CASES = [*(pytest.param(name, False, marks=() if name == "cnn" else pytest.mark.slow) for name in BODIES), ("cnn", True)]
 
 
 def module(name, ops, remat=False):
@@ -119,6 +118,7 @@ class Library(nn.Module):
         return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="BatchNorm_0")(x))
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_flax():
     params, *_, direction = drawn("pool")
     ours = module("pool", "xla")
@@ -166,6 +166,7 @@ def test_every_derivative_of_a_small_matrix():
     np.testing.assert_allclose(hessian, twice, atol=1e-4 * np.abs(hessian).max())
 
 
+@pytest.mark.slow
 def test_a_step_in_micro_batches_has_a_tangent():
     """The whole of `local_step`, with what orders its micro-batches and the optimizer."""
     own, optimizer = module("pool", "xla", remat=True), optax.sgd(0.1)

@@ -117,6 +117,7 @@ def test_nothing_is_sent_where_nothing_crosses(stated):
     assert plan(small(), 1, stated, bandwidth=1e-9)[0]["ticks_per_second"] == pytest.approx(1000 / 6)
 
 
+@pytest.mark.slow
 def test_devices_that_share_cores(stated):
     # All the work of a batch is 6 ms of one core.
     assert plan(small(), stated=stated, cores=1.0)[0]["speedup"] == pytest.approx(1)

@@ -21,7 +21,7 @@ from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header
 
-pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
+pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 
 PLUGIN = {"plugins": ("examples.plugin",), "data__name": "stripes", "data__train_examples": 48, "data__augment": "none"}
@@ -90,7 +90,7 @@ def furthest(one, other):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-@pytest.mark.parametrize("engine", ["fused", "pipeline"])
+@pytest.mark.parametrize("engine", ["fused", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_a_reconstruction_is_the_hand_written_loop(engine):
     expected = by_hand(3, 0.5)
     assert furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
@@ -105,7 +105,7 @@ def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["reconstruction", "lookahead"])
+@pytest.mark.parametrize("objective", [pytest.param("reconstruction", marks=pytest.mark.full_compile), "lookahead"])
 def test_synchronous_engines_agree_to_the_bit(objective):
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
     found = {name: trained(6, count, objective__name=objective, engine__name=name) for name, count in devices.items()}
@@ -158,6 +158,7 @@ def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
     assert ages[4:] == [2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_plan_knows_the_extra_operations():
     settings = [make_settings(config(model__modules=2, **fields)) for fields in ({}, {"objective__name": "lookahead"})]
     plain, ahead = (plan(s, stated="1,1,1,1")[0]["modules"][0]["head_gflops"] for s in settings)

@@ -25,7 +25,7 @@ from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
+pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 ECHO: dict[str, Any] = {"model__adapter": "echo"}
 MIRROR: dict[str, Any] = {"objective__name": "mirror"}
@@ -257,6 +257,7 @@ def test_a_plan_of_replayed_features_knows_its_schedule():
 
 
 @pytest.mark.slow
+@pytest.mark.full_compile
 @pytest.mark.parametrize("fields", [MIRROR, ECHO, REPLAYED], ids=["mirror", "echo", "replayed"])
 def test_synchronous_engines_agree_to_the_bit(fields):
     devices = {"fused": 1, "pipeline": fields.get("model__modules", 2), "serial": 1}
@@ -266,12 +267,14 @@ def test_synchronous_engines_agree_to_the_bit(fields):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compile
 def test_a_mirror_in_ordered_turns_is_fused():
     ordered = {"engine__name": "simulated", "engine__order": "ordered", "replay__size": 1}
     assert equal(trained(6, 1, **ordered, **MIRROR), trained(6, 1, **MIRROR))
 
 
 @pytest.mark.slow
+@pytest.mark.full_compile
 @pytest.mark.parametrize("fields", [MIRROR | ECHO, REPLAYED], ids=["mirror and echo", "replayed"])
 def test_a_run_resumes_exactly_evaluates_and_exports(fields, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -301,6 +304,7 @@ def test_a_finished_run_of_replayed_features_can_be_made_longer(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compile
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
 def test_asynchronous_engines_bring_what_a_mirror_and_an_echo_read(engine, tmp_path):
     fields = {"replay__size": 3, "checkpoint__every": 4, "checkpoint__keep": 9, "engine__name": engine} | MIRROR | ECHO

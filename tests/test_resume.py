@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,8 +26,6 @@ from dgl_jax.run.signals import Interrupted
 from dgl_jax.run.writers import JsonLinesWriter
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.full_compile  # engines and numbers of devices are compared
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
@@ -34,6 +33,20 @@ def whole(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
     train_and_evaluate(small_config(), workdir)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped_at_5(tmp_path_factory) -> Path:
+    """The workdir of a run that a signal stopped at step 5; see `stopped`."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    interrupted(workdir, 5)
+    return workdir
+
+
+@pytest.fixture
+def stopped(stopped_at_5, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(stopped_at_5, tmp_path / "stopped"))
 
 
 def interrupt_at(step: int, monkeypatch, signum: int = signal.SIGTERM) -> None:
@@ -90,17 +103,15 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, signum, step)
 
 
 @pytest.mark.slow
-def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, tmp_path, monkeypatch):
-    interrupted(tmp_path, 5)
+def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, stopped, monkeypatch):
     batches = ArraySource.batches
     monkeypatch.setattr(ArraySource, "batches", lambda self, start, *shard: batches(self, 0, *shard))
-    train_and_evaluate(small_config(), tmp_path)
-    assert not same_run(whole, tmp_path)
+    train_and_evaluate(small_config(), stopped)
+    assert not same_run(whole, stopped)
 
 
 @pytest.mark.slow
-def test_twin_losing_the_optimizer_state_is_noticed(whole, tmp_path, monkeypatch):
-    interrupted(tmp_path, 5)
+def test_twin_losing_the_optimizer_state_is_noticed(whole, stopped, monkeypatch):
     restore = Checkpoints.restore
 
     def without_momentum(self, *args, **kwargs):
@@ -113,23 +124,23 @@ def test_twin_losing_the_optimizer_state_is_noticed(whole, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "restore", without_momentum)
-        train_and_evaluate(small_config(), tmp_path)
-    assert not same_run(whole, tmp_path)
+        train_and_evaluate(small_config(), stopped)
+    assert not same_run(whole, stopped)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_engine_and_other_devices(whole, tmp_path):
-    interrupted(tmp_path, 5)
+def test_a_run_goes_on_with_another_engine_and_other_devices(whole, stopped):
     config = small_config(engine__name="pipeline", engine__group_sizes=(1, 1))
-    summary = train_and_evaluate(config, tmp_path)
+    summary = train_and_evaluate(config, stopped)
     assert summary.engine == "pipeline"
     assert summary.wire == "measured"
     assert [m["devices"] for m in summary.modules] == [[0], [1]]
     assert len(jax.devices()) == 4  # the first part ran on one group of all four
-    for a, b in zip(arrays(whole), arrays(tmp_path), strict=True):
+    for a, b in zip(arrays(whole), arrays(stopped), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_one_device_pipeline_and_fused_share_a_checkpoint_bit_for_bit(tmp_path):
     alone = {"engine__group_sizes": (1, 1)}
@@ -154,43 +165,40 @@ def test_backprop_resumes_bit_for_bit_and_has_no_lower_heads(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, caplog):
-    interrupted(tmp_path, 7)
-    newest = max((p for p in (tmp_path / "checkpoints").iterdir()), key=lambda p: int(p.name))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, stopped, caplog):
+    newest = max((p for p in (stopped / "checkpoints").iterdir()), key=lambda p: int(p.name))
     victim = max((p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 0xFF
     victim.write_bytes(content)
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        train_and_evaluate(small_config(), tmp_path)
+        train_and_evaluate(small_config(), stopped)
     assert f"checkpoint {newest.name} is damaged" in caplog.text
-    assert same_run(whole, tmp_path)
-    assert (tmp_path / "damaged" / newest.name).is_dir()
+    assert same_run(whole, stopped)
+    assert (stopped / "damaged" / newest.name).is_dir()
 
 
 @pytest.mark.slow
-def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
-    interrupted(tmp_path, 5)
-    for file in (tmp_path / "checkpoints").rglob("*"):
+def test_all_checkpoints_damaged_is_one_clear_error(stopped):
+    for file in (stopped / "checkpoints").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
-    before = (tmp_path / "metrics.jsonl").read_bytes()
+    before = (stopped / "metrics.jsonl").read_bytes()
     for _ in range(2):  # a second try must not begin from nothing
         with pytest.raises(UserError, match=r"every checkpoint \(\d+(, \d+)*\) is damaged"):
-            train_and_evaluate(small_config(), tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert not (tmp_path / "damaged").exists()
+            train_and_evaluate(small_config(), stopped)
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+    assert not (stopped / "damaged").exists()
     with pytest.raises(UserError, match="is damaged"):
-        load_trained(tmp_path)
+        load_trained(stopped)
 
 
 @pytest.mark.slow
-def test_a_torn_metrics_line_is_cut_off(whole, tmp_path):
-    interrupted(tmp_path, 8)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+def test_a_torn_metrics_line_is_cut_off(whole, stopped):
+    with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "epoch": 1.8}\n{"step": 12, "ep')
-    train_and_evaluate(small_config(), tmp_path)
-    assert records(whole) == records(tmp_path)
+    train_and_evaluate(small_config(), stopped)
+    assert records(whole) == records(stopped)
 
 
 def test_a_finished_run_answers_without_training(whole, monkeypatch):
@@ -354,12 +362,11 @@ def test_what_a_run_writes(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["emptied", "missing", "whole"])
-def test_going_on_without_the_records_so_far_is_said(tmp_path, caplog, what):
-    interrupted(tmp_path, 5)
-    metrics = tmp_path / "metrics.jsonl"
+def test_going_on_without_the_records_so_far_is_said(stopped, caplog, what):
+    metrics = stopped / "metrics.jsonl"
     {"emptied": lambda: metrics.write_bytes(b""), "missing": metrics.unlink, "whole": lambda: None}[what]()
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        train_and_evaluate(small_config(), tmp_path)
+        train_and_evaluate(small_config(), stopped)
     lost = [line for line in caplog.messages if "lost" in line]
     if what == "whole":
         assert lost == []

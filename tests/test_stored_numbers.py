@@ -111,19 +111,24 @@ def stored():
     return json.loads(STORED.read_text())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fused")])
 def test_numbers_are_those_stored(name, stored):
     assert other(after_three_steps(**RUNS[name]), stored[name]) == []
 
 
 @pytest.mark.full_compile
+@pytest.mark.slow
 def test_as_users_compile(stored):
     assert other(after_three_steps(), stored["fused"]) == []
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"optimizer__learning_rate": 0.05005}, {"optimizer__momentum": 0.901}, {"train__label_smoothing": 0.101}],
+    [
+        {"optimizer__learning_rate": 0.05005},
+        pytest.param({"optimizer__momentum": 0.901}, marks=pytest.mark.slow),
+        pytest.param({"train__label_smoothing": 0.101}, marks=pytest.mark.slow),
+    ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_twin_other_numbers_are_noticed(fields, stored):

@@ -26,7 +26,7 @@ from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
 
-pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
+pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 TOKENS = {"data__name": "token_sums", "task__name": "token_labels", "model__name": "token_conv", "model__head": "each_token"}
 LENGTH, SYMBOLS = 16, 8
@@ -101,6 +101,7 @@ def test_labels_a_token_are_the_hand_written_loop(engine):
 
 
 @pytest.mark.slow
+@pytest.mark.full_compile
 @pytest.mark.parametrize(
     "fields", [{}, {"model__remat": True, "train__accumulate": 2}, {"codec__name": "bf16"}, {"codec__name": "int8"}]
 )

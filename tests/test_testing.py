@@ -13,21 +13,24 @@ from dgl_jax.engines import EngineKind, fused
 from dgl_jax.objectives import Classifier, ObjectiveKind
 from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
 
-pytestmark = [pytest.mark.full_compile, pytest.mark.usefixtures("plugin_kinds")]  # engines are compared
+pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 
 
-@pytest.mark.parametrize("name", ["identity", "bf16", "int8", "vq", "signs"])
+@pytest.mark.parametrize("name", ["identity", "bf16", "int8", pytest.param("vq", marks=pytest.mark.slow), "signs"])
 def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
-@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead", "mirror"])
+@pytest.mark.parametrize(
+    "name", ["classifier", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reconstruction", "lookahead", "mirror"))]
+)
 def test_objectives(name):
     testing.check_objective(objective={"name": name})
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "devices", "replay"), [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})]

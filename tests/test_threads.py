@@ -323,7 +323,7 @@ def test_soak_with_random_delays_and_a_failure(tiny, devices, monkeypatch):
 
 def threaded(**fields):
     """The last module is slow enough to be interrupted before the end."""
-    fields = {"engine__slowdown": (1.0, 60.0), **fields}
+    fields = {"engine__slowdown": (1.0, 20.0), **fields}
     return small_config(engine__name="threads", **{"replay__size": 4, "train__steps": 24, **fields})
 
 

@@ -44,8 +44,6 @@ from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.restore import borrow_weights, load_trained
 from dgl_jax.train import train_and_evaluate
 
-pytestmark = pytest.mark.full_compile
-
 BATCH = 8
 OPTIMIZER = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
 TARGETS = {"label": jnp.arange(BATCH) % 3}
@@ -146,10 +144,12 @@ def test_twin_recomputing_with_other_parameters_is_noticed(monkeypatch):
     assert furthest(again, plain(*MIXED)) > 1e-3
 
 
+@pytest.mark.full_compile
 def test_recomputing_takes_less_memory(usual):
     assert temporary(remat=True) < 0.7 * usual
 
 
+@pytest.mark.full_compile
 def test_twin_without_recomputing_nothing_is_saved(usual, monkeypatch):
     monkeypatch.setattr(local_module, "recomputed", lambda function, ops: function)
     assert temporary(remat=True) > 0.7 * usual
@@ -208,6 +208,7 @@ def test_feeding_hands_on_what_an_update_would():
     assert not np.allclose(whole, halves, rtol=1e-3)
 
 
+@pytest.mark.full_compile
 def test_micro_batches_take_less_memory(usual):
     assert temporary(accumulate=4) < 0.5 * usual
 
@@ -308,11 +309,13 @@ def same(a, b):
     return len(a) == len(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b))
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_pipeline_is_fused_bit_for_bit(tiny, devices, spec, fused):
     assert same(tiny.run(PipelineEngine(spec(), assign(devices, 2, (1, 1))), STEPS), fused)
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_twin_without_an_option_it_is_not(tiny, devices, spec, fused, option):
@@ -323,6 +326,7 @@ def test_twin_without_an_option_it_is_not(tiny, devices, spec, fused, option):
     assert not same(states, fused[0])
 
 
+@pytest.mark.full_compile
 def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spec, fused, to_host):
     made = SimulatedEngine(spec(), one_group(devices[:1], 2), STEPS, SimulatedOptions(order="ordered"), ReplaySettings(1))
     state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
@@ -331,6 +335,7 @@ def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spe
     assert same(to_host(state.modules), fused[0])
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_backprop_of_one_module_is_fused_of_one_module(tiny, devices, spec):
     placement = one_group(devices[:1], 1)
@@ -439,6 +444,7 @@ def test_a_run_with_everything_on_resumes_exactly(whole, stopped, tmp_path):
     assert same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, monkeypatch):
     def forgetful(self, state, saved):
         return self.place(EngineState(tuple(ema.begin(s.replace(extras={})) for s in state.modules)))
@@ -451,11 +457,13 @@ def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, m
     assert not all(equal)
 
 
+@pytest.mark.slow
 def test_another_decay_is_refused_by_name(whole):
     with pytest.raises(UserError, match=r"config\.train\.ema \(was 0\.9, is now 0\.0\)"):
         train_and_evaluate(small_config(**RUN | {"train__ema": 0.0}), whole)
 
 
+@pytest.mark.slow
 def test_what_is_exported_borrowed_and_measured_is_the_average(whole, tmp_path):
     trained = load_trained(whole)
     exported = load_exported(export_run(whole, output=tmp_path))

@@ -40,7 +40,6 @@ def unpacked(codes, entries):
 # Encoding and decoding
 
 
-@pytest.mark.full_compile
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
@@ -231,6 +230,7 @@ def test_it_finds_the_centres_of_a_stream(rule, start):
     assert error(book, mixture(999, CENTRES)) < 0.025
 
 
+@pytest.mark.slow
 def test_a_stream_that_shifts_is_followed_and_no_code_stays_dead():
     book = init(KEY, jnp.asarray(normal((64, 32, 8))), codes=64, dims=4)
 
@@ -304,6 +304,7 @@ def test_health_of_one_value_and_of_two(rule):
         np.testing.assert_array_equal(book.entries, entries)  # not moved by a bit
 
 
+@pytest.mark.slow
 @pytest.mark.full_compile
 def test_rounding_restarts_nothing(monkeypatch):
     """Entries one unit in the last place from the only two values there are, and fourteen that are dead."""

@@ -89,7 +89,16 @@ def test_the_absolute_path_counts_and_a_link_helps(run, tmp_path, monkeypatch):
         load_trained(Path("here"))
 
 
-@pytest.mark.parametrize("name", ["a b", "é日本😀", "%20#{a,b}~$HOME", "-a.b@c;d&e|f'\"", "x" * 255, "new\nline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("é日本😀", "%20#{a,b}~$HOME", "-a.b@c;d&e|f'\"", "x" * 255, "new\nline")
+        ),
+    ],
+)
 def test_paths_that_checkpoints_can_be_read_from(run, tmp_path, name):
     state = load_trained(run).restored.state
     folder = tmp_path / name / "checkpoints"
