@@ -124,17 +124,20 @@ def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
 
 
 def check_method(name: str, **groups: Any) -> None:
-    """Checks a registered method: with a single module it must be back-propagation, bit for bit, and it must resume exactly.
+    """Checks a registered method.
+
+    Checked are: under each synchronous engine that runs it, every module makes its updates, a run resumes exactly, and the bits are
+    those of `fused`; with a single module it is back-propagation, bit for bit.
 
     Raises:
       AssertionError: one of them does not hold.
     """
-    engine = (METHODS[name].engines or ("fused",))[0]
-    chosen = {"method": {"name": name}, "engine": {"name": engine}} | groups
-    check_engine(engine, **chosen)
-    model = {"model": _SMALL["model"] | {"modules": 1}}
+    engines = METHODS[name].engines or ("fused", "pipeline")
+    for engine in engines:
+        check_engine(engine, min(2, len(jax.devices())) if engine == "pipeline" else 1, method={"name": name}, **groups)
+    model = {"model": _SMALL["model"] | {"modules": 1}, "engine": {"name": engines[0]}}
     # Heads do not apply where there is but the network's classifier.
-    one, other = (small_settings(**chosen | model | {"method": {"name": method}}) for method in (name, "backprop"))
+    one, other = (small_settings(**groups | model | {"method": {"name": method}}) for method in (name, "backprop"))
     found = [_trained(make_experiment(settings, jax.devices()[:1]), _STEPS)[0] for settings in (one, other)]
     assert _same(*found), "a single module gives other numbers than back-propagation"
 

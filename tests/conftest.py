@@ -126,7 +126,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _TRACED = (
-    *("jax", "flax", "optax"),
+    *("jax", "flax", "optax", "examples"),
     *(
         f"dgl_jax.{room}"
         for room in ("codecs", "core", "engines", "methods", "models", "objectives", "ops", "run.evaluator", "tasks")
