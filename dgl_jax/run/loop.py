@@ -13,11 +13,11 @@ from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.copies import Copies
 from dgl_jax.run.due import Due, Events
 from dgl_jax.run.evaluator import Evaluator
-from dgl_jax.run.record import recording
+from dgl_jax.run.record import recording, summarise
 from dgl_jax.run.restore import Trained
 from dgl_jax.run.saver import Saver
 from dgl_jax.run.signals import Interrupted, Interruption, interruptible
-from dgl_jax.run.summary import Summary, summarise
+from dgl_jax.run.summary import Summary
 from dgl_jax.run.writers import write_text
 
 _LOG = logging.getLogger(__name__)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.engines import EngineState, Report
+from dgl_jax.core.module import count_parameters
+from dgl_jax.engines import EngineState, Report, counts
 from dgl_jax.run.begin import Begun
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.progress import Progress
+from dgl_jax.run.summary import Summary
 from dgl_jax.run.throughput import Throughput
 from dgl_jax.run.writers import JsonLinesWriter, MultiWriter, TensorBoardWriter, Writer
 
@@ -94,3 +96,50 @@ def recording(experiment: Experiment, workdir: Path, begun: Begun) -> Iterator[R
     with closing(MultiWriter(writers)) as writer, Progress() as progress:
         progress.start(experiment.total_steps, begun.step)
         yield Record(experiment, begun, writer, progress)
+
+
+def summarise(
+    experiment: Experiment, begun: Begun, record: Record, step: int, state: EngineState, test: dict[str, float]
+) -> Summary:
+    """Sums up a run that has ended.
+
+    Args:
+      step, state: those of the end.
+      test: the metrics of the test.
+    """
+    settings, spec, engine = experiment.settings, experiment.spec, experiment.engine
+    modules = [
+        {
+            "name": module.name,
+            "parameters": count_parameters(trained),
+            "devices": [d.id for d in group.devices.flat],
+            "updates": updates,
+            "validation_accuracy": record.latest.get(f"validation/{module.name}/accuracy"),
+            "test_accuracy": test.get(f"test/{module.name}/accuracy"),
+        }
+        for module, trained, group, updates in zip(spec.modules, state.modules, engine.placement.groups, counts(state), strict=True)
+    ]
+    traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
+    return Summary(
+        engine=settings.engine.name,
+        method=settings.method.name,
+        config_hash=settings.hash(),
+        seed=settings.seed,
+        epochs=round(step / experiment.source.steps_per_epoch, 3),
+        steps=step,
+        modules=modules,
+        ensemble_accuracy=test.get("test/ensemble/accuracy"),
+        images_per_second=record.throughput.rate(),
+        wire_bytes_per_image=list(traffic.wire),
+        raw_bytes_per_image=list(traffic.raw),
+        wire="measured" if traffic.measured else "simulated",
+        codebook_share=[c / w for c, w in zip(traffic.codebook, traffic.wire)],
+        codec_error=[record.latest.get(f"train/module_{k}/codec_error", 0.0) for k in range(len(traffic.raw))],
+        wall_seconds=round(record.wall_seconds(), 3),
+        dataset=experiment.info.name,
+        versions=begun.versions,
+        cpu_threads=begun.cpu_threads,
+        staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules] if asynchronous else None,
+        ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in spec.modules] if asynchronous else None,
+        reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in spec.modules] if asynchronous else None,
+    )

@@ -7,15 +7,9 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dgl_jax import __version__
-
-if TYPE_CHECKING:  # all of which bring JAX, which the command line does without until its flags are read
-    from dgl_jax.engines import EngineState
-    from dgl_jax.run.begin import Begun
-    from dgl_jax.run.build import Experiment
-    from dgl_jax.run.record import Record
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,56 +46,6 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in _ASYNCHRONOUS}
-
-
-def summarise(
-    experiment: "Experiment", begun: "Begun", record: "Record", step: int, state: "EngineState", test: dict[str, float]
-) -> Summary:
-    """Sums up a run that has ended.
-
-    Args:
-      step, state: those of the end.
-      test: the metrics of the test.
-    """
-    from dgl_jax.core.module import count_parameters
-    from dgl_jax.engines import counts
-
-    settings, spec, engine = experiment.settings, experiment.spec, experiment.engine
-    modules = [
-        {
-            "name": module.name,
-            "parameters": count_parameters(trained),
-            "devices": [d.id for d in group.devices.flat],
-            "updates": updates,
-            "validation_accuracy": record.latest.get(f"validation/{module.name}/accuracy"),
-            "test_accuracy": test.get(f"test/{module.name}/accuracy"),
-        }
-        for module, trained, group, updates in zip(spec.modules, state.modules, engine.placement.groups, counts(state), strict=True)
-    ]
-    traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
-    return Summary(
-        engine=settings.engine.name,
-        method=settings.method.name,
-        config_hash=settings.hash(),
-        seed=settings.seed,
-        epochs=round(step / experiment.source.steps_per_epoch, 3),
-        steps=step,
-        modules=modules,
-        ensemble_accuracy=test.get("test/ensemble/accuracy"),
-        images_per_second=record.throughput.rate(),
-        wire_bytes_per_image=list(traffic.wire),
-        raw_bytes_per_image=list(traffic.raw),
-        wire="measured" if traffic.measured else "simulated",
-        codebook_share=[c / w for c, w in zip(traffic.codebook, traffic.wire)],
-        codec_error=[record.latest.get(f"train/module_{k}/codec_error", 0.0) for k in range(len(traffic.raw))],
-        wall_seconds=round(record.wall_seconds(), 3),
-        dataset=experiment.info.name,
-        versions=begun.versions,
-        cpu_threads=begun.cpu_threads,
-        staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules] if asynchronous else None,
-        ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in spec.modules] if asynchronous else None,
-        reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in spec.modules] if asynchronous else None,
-    )
 
 
 def read_summary(workdir: Path) -> Summary | None:
