@@ -22,9 +22,8 @@ def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
-@pytest.mark.parametrize(
-    "name", ["classifier", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reconstruction", "lookahead"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead"])
 def test_objectives(name):
     testing.check_objective(objective={"name": name})
 
