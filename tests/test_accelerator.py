@@ -64,9 +64,8 @@ def test_every_codec_is_run():
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize(
-    "engine", ["pipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "pipeline")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", RUNS)
 def test_engines(plugin, engine, tmp_path, caplog):
     """Training, what comes of a run afterwards, and its speed."""
     with caplog.at_level("INFO", logger="dgl_jax"):

@@ -183,6 +183,7 @@ def test_several_devices_share_one_codebook(tiny, oracle, groups):
         assert all(np.array_equal(copies[0], other) for other in copies)
 
 
+@pytest.mark.slow
 def test_another_batch_is_beyond_rounding(tiny, oracle):
     before, after, reports = oracle[2][1]
     first_again = tuple(state.replace(updates=np.int32(0)) for state in before)

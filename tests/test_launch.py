@@ -180,6 +180,7 @@ def test_mistakes_get_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
     assert "--checkpoint=7: there are: newest, best, " in fails("--mode=eval", f"--workdir={trained}", "--checkpoint=7")
 

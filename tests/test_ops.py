@@ -220,7 +220,9 @@ def ours(function, *args):
     return OURS & {equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)}
 
 
-@pytest.mark.parametrize("name", ["cnn4", "vgg11", "resnet18", "resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["cnn4", "resnet50", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg11", "resnet18", "resnet20"))]
+)
 def test_networks_hold_nothing_else(name):
     def found(ops):
         network = make_network(name, 4, CLASSES, (32, 32, 3), ops=ops)

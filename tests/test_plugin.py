@@ -90,7 +90,8 @@ def furthest(one, other):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-@pytest.mark.parametrize("engine", ["fused", pytest.param("pipeline", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_a_reconstruction_is_the_hand_written_loop(engine):
     expected = by_hand(3, 0.5)
     assert furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5

@@ -23,9 +23,8 @@ def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
-@pytest.mark.parametrize(
-    "name", ["classifier", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reconstruction", "lookahead", "mirror"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead", "mirror"])
 def test_objectives(name):
     testing.check_objective(objective={"name": name})
 
