@@ -67,12 +67,14 @@ class MessageSpec(NamedTuple):
 
     Attributes:
       period: updates from one codebook to the next; 0: the codec has none.
+      down: what the next module sends back for each batch.
     """
 
     activations: jax.ShapeDtypeStruct
     payload: Any
     codebook: Any
     period: int
+    down: Any = ()
 
     def publishes(self, updates: int) -> bool:
         """Whether the packet of the update after so many comes with a new codebook."""
@@ -154,7 +156,8 @@ class TrainSpec:
         for state, activations in zip(states, self.shapes(states)[1:]):
             codebook = jax.eval_shape(self.codebook, state)
             payload = jax.eval_shape(self.codec.encode, codebook, activations)
-            hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations)))
+            down = state.extras.get("above", ((),))[0]
+            hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations), down))
         return tuple(hops)
 
     def needs(self, k: int, answering: bool = False) -> tuple[str, ...]:
@@ -195,10 +198,9 @@ class TrainSpec:
         size = self.batch_size
         raw, packets, codebooks = [], [], []
         for k, hop in enumerate(self.hops, 1):
-            context = nbytes(self.context(k))
-            down = nbytes(self.abstract_states()[k - 1].extras.get("above", ((),))[0])
-            raw.append((nbytes(hop.activations) + context + down) / size)
-            packets.append((nbytes(hop.payload) + context + down) / size)
+            beside = nbytes((self.context(k), hop.down))
+            raw.append((nbytes(hop.activations) + beside) / size)
+            packets.append((nbytes(hop.payload) + beside) / size)
             codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:

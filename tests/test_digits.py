@@ -1,4 +1,4 @@
-"""Every engine learns the embedded digits: the shipped configuration, shortened and at half its width, on one device a module."""
+"""Every engine learns the embedded digits: the shipped configuration, shortened, on one device a module."""
 
 import statistics
 from functools import cache
@@ -20,7 +20,6 @@ def accuracies(tmp_path_factory):
     def run(engine: str, seed: int = 0, **train: float) -> list[float]:
         config = digits.get_config()
         config.seed = seed
-        config.model.width = 16
         if engine == "backprop":
             config.method.name = engine
         else:

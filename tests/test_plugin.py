@@ -11,9 +11,11 @@ from runs import arrays, records, small_config
 
 from dgl_jax.config import default_config, make_settings, options
 from dgl_jax.core import rngs
+from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
+from dgl_jax.models import make_head, make_network
 from dgl_jax.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import make_experiment
@@ -124,6 +126,18 @@ def test_asynchronous_engines_carry_the_image_through_rings(engine, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fused", "pipeline", "simulated", "threads"])
+def test_parts_of_ones_own_run_under_every_engine(engine):
+    replay = {"replay__rule": "newest_half", "replay__size": 2} if engine in ("simulated", "threads") else {}
+    made = make_experiment(make_settings(config(**OWN | replay | {"engine__name": engine, "objective__name": "lookahead"})))
+    *_, last = made.engine.run(made.engine.init(), made.source, 12)
+    assert [int(module.updates) for module in last.snapshot().modules] == [12, 12]
+    # Signs: a bit a value and a scale for each image; label and id.
+    _, activations = made.spec.shapes(made.spec.abstract_states())
+    assert made.engine.traffic().wire == (activations.size / activations.shape[0] / 8 + 4 + 8,)
+
+
+@pytest.mark.slow
 def test_a_run_of_parts_of_ones_own_resumes_exactly_evaluates_and_exports(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     train_and_evaluate(config(**OWN, **IMAGE), whole)
@@ -146,6 +160,33 @@ def test_signs_by_hand():
     payload = codec.encode((), x)
     assert payload["bits"].tolist() == [[0b10101010]]
     np.testing.assert_allclose(codec.decode((), payload), [[4.5, -4.5] * 4], rtol=1e-6)
+
+
+def test_strided_blocks_and_the_maximum_head_by_hand():
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    network = make_network("strided", 4, 5, (8, 8, 3))
+    head, x = make_head("maximum", 5), images
+    for block, stride in zip(network.blocks, (1, 2, 1, 2), strict=True):
+        variables = block.init(jax.random.key(1), x, False)
+        kernel, bias = (variables["params"]["Conv_0"][name] for name in ("kernel", "bias"))
+        by_hand = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        by_hand = jax.nn.gelu(by_hand + bias)
+        x = block.apply(variables, x, False)
+        np.testing.assert_allclose(x, by_hand, rtol=1e-5, atol=1e-6)
+    assert x.shape == (2, 2, 2, 16)
+    variables = head.init(jax.random.key(2), x, False)
+    kernel, bias = (variables["params"]["Dense_0"][name] for name in ("kernel", "bias"))
+    np.testing.assert_allclose(head.apply(variables, x, False), np.max(x, (1, 2)) @ kernel + bias, rtol=1e-5)
+
+
+def test_stripes_run_along_the_direction_of_their_label():
+    source = make_source(options("data", name="stripes", batch_size=8, validation_fraction=0.0), seed=0)
+    assert (source.examples("train"), source.examples("test"), source.example_shape) == (512, 128, (8, 8, 1))
+    batch = source.batch(0)
+    rows, columns = np.mgrid[:8, :8]
+    wave = lambda label: np.exp(2j * (rows * np.sin(np.pi * label / 8) + columns * np.cos(np.pi * label / 8)))  # noqa: E731
+    strength = np.abs(np.einsum("bij,lij->bl", batch.inputs[..., 0] - 127.5, np.stack([wave(label) for label in range(8)])))
+    assert strength.argmax(1).tolist() == batch.context["label"].tolist()
 
 
 def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():

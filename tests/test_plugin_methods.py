@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 ECHO: dict[str, Any] = {"model__adapter": "echo"}
 MIRROR: dict[str, Any] = {"objective__name": "mirror"}
+LOOKAHEAD: dict[str, Any] = {"objective__name": "lookahead"}
 REPLAYED: dict[str, Any] = {"method__name": "replayed", "model__modules": 3}
 
 
@@ -127,6 +128,37 @@ def test_an_adapter_that_changes_the_type_is_refused(monkeypatch):
     monkeypatch.setattr(echo.Echo, "__call__", lambda self, inputs, context, train: inputs.astype("bfloat16"))
     with pytest.raises(UserError, match=r"^config\.model\.adapter: that of module_1 makes .*bfloat16.*; it must keep shape"):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1]).spec.abstract_states()
+
+
+# An objective that is built from the next block
+
+
+def lookahead_by_hand(steps: int) -> list[Any]:
+    hand = ByHand(**LOOKAHEAD)
+
+    def loss_of(p, module, s, x, label):
+        features, body = module.apply_body(p, s, x, train=True)
+        seen, own = features, dict(s["objective"])
+        if module.objective.following is not None:
+            variables = {name: tree["objective"]["following"] for name, tree in (("params", p), ("batch_stats", s))}
+            seen, new = module.objective.following.apply(variables, features, True, mutable=["batch_stats"])
+            own["following"] = new["batch_stats"]
+        loss, of_head = head_loss(module, p["objective"]["head"], s["objective"].get("head", {}), seen, label)
+        return loss, (features, {"body": body, "objective": own | ({"head": of_head} if of_head else {})})
+
+    step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
+    for number in range(steps):
+        x, label = hand.batch(number)
+        for k, module in enumerate(hand.modules):
+            (_, (x, hand.stats[k])), gradient = step(hand.params[k], module, hand.stats[k], x, label)
+            hand.update(k, gradient)
+    return hand.params
+
+
+def test_a_lookahead_is_the_hand_written_loop():
+    found = trained(4, 1, **LOOKAHEAD)
+    assert furthest(found, lookahead_by_hand(4)) < 1e-5
+    assert furthest(found, lookahead_by_hand(3)) > 1e-4
 
 
 # An objective that reads the first block of the next module
