@@ -19,7 +19,7 @@ from dgl_jax.engines.base import (
     run_ticks,
 )
 from dgl_jax.engines.placement import Placement, assign, one_group
-from dgl_jax.engines.program import Programs, compiler_options
+from dgl_jax.engines.program import Programs
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, Turn, never
@@ -28,7 +28,7 @@ from dgl_jax.spec import TrainSpec
 
 @kept(64)
 def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
-    return jax.jit(spec.method.fused(spec, turns), donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(spec.method.fused(spec, turns), donate_argnums=0)
 
 
 class FusedEngine(Synchronous):

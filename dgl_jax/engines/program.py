@@ -23,20 +23,10 @@ class Programs(dict[Any, Any]):
         return program
 
 
-def compiler_options() -> dict[str, str] | None:
-    """Returns the options for programs whose numbers must not depend on what they are compiled with.
-
-    On the CPU XLA takes barriers out before it fuses, and would round what one module decodes in another way where a second module
-    stands in the same program. With them it fuses each as it does alone.
-    """
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
-
-
 @kept(256)
 def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
     """Returns what a turn of module k runs on its devices; it takes over (donates) the state."""
-    program, exit = spec.method.program(spec, k, kind), exits(spec, k, placement, kind)
-    return jax.jit(program, donate_argnums=0, out_shardings=exit, compiler_options=compiler_options())
+    return jax.jit(spec.method.program(spec, k, kind), donate_argnums=0, out_shardings=exits(spec, k, placement, kind))
 
 
 @kept(256)
