@@ -166,11 +166,17 @@ class TrainSpec:
         Args:
           answering: of an evaluation, in which objectives read nothing and nobody looks at an `id`.
         """
-        readers: list[Any] = [module.adapter for module in self.modules[k:]]
-        if not answering:
-            readers += [module.objective for module in self.modules[k:]]
-        named = {name for reader in readers if reader is not None for name in reader.needs}
-        return tuple(sorted(named if answering else {"id", *named}))
+        return self._needs[answering][k]
+
+    @cached_property
+    def _needs(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        def of(k: int, answering: bool) -> tuple[str, ...]:
+            readers: list[Any] = [part for m in self.modules[k:] for part in (m.adapter, None if answering else m.objective)]
+            named = {name for reader in readers if reader is not None for name in reader.needs}
+            return tuple(sorted(named if answering else {"id", *named}))
+
+        places = range(len(self.modules) + 1)
+        return [of(k, False) for k in places], [of(k, True) for k in places]
 
     def reads(self, k: int) -> tuple[str, ...]:
         """Returns the names of the publications that the objective of module k reads; none without a module above it."""

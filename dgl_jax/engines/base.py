@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -254,13 +253,17 @@ def run_ticks(
     waiting: deque[list[tuple[Turn, Metrics]]] = deque()
     collected: dict[int, dict[int, Metrics]] = {}
     late: Report | None = None
+    ahead = max(counts)
+
+    def awaited(batch: int) -> int:
+        return len(counts) if batch >= ahead else sum(count <= batch for count in counts)
 
     def finished(results: list[tuple[Turn, Metrics]]) -> Iterator[Report]:
         jax.block_until_ready([metrics for _, metrics in results])
         for turn, metrics in results:
             if turn.updates():
                 collected.setdefault(turn.batch, {})[turn.module] = metrics
-        for batch in sorted(b for b, found in collected.items() if len(found) == sum(count <= b for count in counts)):
+        for batch in sorted(b for b, found in collected.items() if len(found) == awaited(b)):
             found = collected.pop(batch)
             metrics_of = tuple(found.get(k, {}) for k in range(len(counts)))
             yield Report((batch + 1,) * len(counts), metrics_of, _in_flight, step=batch + 1)
@@ -309,7 +312,7 @@ def run_turns(
         results = []
         for turn in tick:
             k, number, kind = turn
-            inbox, context = post.read(k, kind, partial(batch, number))
+            inbox, context = post.read(k, number, kind, batch)
             post.states[k], sent, metrics = engine.programs[k, kind](post.states[k], inbox, context)
             post.send(k, number, context, sent)
             results.append((turn, metrics))

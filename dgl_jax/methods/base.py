@@ -214,18 +214,22 @@ class Post:
         self._spec, self._move = spec, move or (lambda k, number, message, context: (message, context))
         self.states, self._mails = map(list, zip(*map(opened, states), strict=True))
         self._below: dict[int, tuple[Message, Context]] = {}
+        self._reads: dict[tuple[int, str], Inbox] = {}  # of the turns so far
 
-    def read(self, k: int, kind: str, batch: Callable[[], Batch]) -> tuple[Inbox, Context]:
-        """Returns what a turn of module k reads; asks for a batch where it reads one."""
-        reads, _ = self._spec.method.ports(self._spec, k, kind)
-        incoming: Batch | Message | None = None
-        context: Context = {}
-        if reads.below is not None and k == 0:
-            incoming = batch()
-            context = incoming.context
-        elif reads.below is not None:
-            incoming, context = self._mails[k]["below"][0] if "below" in self._mails[k] else self._below.pop(k)
-        return Inbox(incoming, oldest(self._mails[k]) if reads.above is not None else None), context
+    def read(self, k: int, number: int, kind: str, batch: Callable[[int], Batch]) -> tuple[Inbox, Context]:
+        """Returns what a turn of module k on batch `number` reads; asks for that batch if it reads one."""
+        if (reads := self._reads.get((k, kind))) is None:
+            reads, _ = self._spec.method.ports(self._spec, k, kind)
+            self._reads[k, kind] = reads
+        mail = self._mails[k]
+        above = None if reads.above is None else mail["above"][0]
+        if reads.below is None:
+            return Inbox(None, above), {}
+        if k == 0:
+            incoming = batch(number)
+            return Inbox(incoming, above), incoming.context
+        message, context = mail["below"][0] if "below" in mail else self._below.pop(k)
+        return Inbox(message, above), context
 
     def send(self, k: int, number: int, context: Context, sent: Outbox) -> None:
         """Takes what a turn of module k on batch `number` sends; `context` is what it has read."""
@@ -252,7 +256,7 @@ def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
     def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
         post, metrics = Post(spec, states), []
         for (k, kind), program in zip(turns, programs, strict=True):
-            inbox, context = post.read(k, kind, lambda: batch)  # type: ignore[arg-type, return-value]
+            inbox, context = post.read(k, 0, kind, lambda _: batch)  # type: ignore[arg-type, return-value]
             # Each turn is compiled as it would be alone, which keeps every bit equal to the pipeline's.
             post.states[k], sent, of_turn = jax.lax.optimization_barrier(program(post.states[k], inbox, context))
             post.send(k, 0, context, sent)
