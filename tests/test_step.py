@@ -61,7 +61,7 @@ GOLDEN = {
 
 @pytest.mark.full_compile
 @pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", list(HEADS))
 def test_one_update_equals_an_independent_one(head):
     module, state, images = conv_module(head)
     new, outputs, metrics = jax.jit(partial(local_step, module, OPTIMIZER))(state, images, TARGETS)

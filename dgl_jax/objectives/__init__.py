@@ -1,7 +1,7 @@
 """What modules minimise: one Flax module of loss, metrics and predictions an objective."""
 
 from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, means
-from dgl_jax.objectives.classifier import Classifier, accuracy, cross_entropy
+from dgl_jax.objectives.classifier import Classifier, accuracy, classification, cross_entropy
 from dgl_jax.registry import OBJECTIVES
 
 register_objective = OBJECTIVES.register
@@ -15,6 +15,7 @@ __all__ = [
     "ObjectiveInputs",
     "ObjectiveKind",
     "accuracy",
+    "classification",
     "cross_entropy",
     "means",
     "register_objective",

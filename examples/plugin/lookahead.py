@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
-from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, cross_entropy, register_objective
+from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, classification, register_objective
 from dgl_jax.types import Context
 
 
@@ -24,10 +23,7 @@ class Lookahead(Objective):
 
     def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
         """See `Objective`."""
-        logits, label = self.predict(features, published, train), context["label"]
-        loss, count = cross_entropy(logits, label), jnp.float32(label.size)
-        right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
-        return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
+        return classification(self.predict(features, published, train), context["label"])
 
     def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
         """Returns the logits."""

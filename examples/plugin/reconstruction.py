@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
 from dgl_jax.fields import number
-from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, cross_entropy, register_objective
+from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, classification, register_objective
 from dgl_jax.types import Context
 
 
@@ -29,15 +29,13 @@ class Reconstruction(Objective):
     @nn.compact
     def __call__(self, features: Float[Array, "B H W C"], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
         """See `Objective`; gives `loss`, `accuracy` and `reconstruction` (the error)."""
-        logits, label, image = self.head(features, train), context["label"], context["image"]
+        image, answered = context["image"], classification(self.head(features, train), context["label"])
         drawn = nn.Dense(image.shape[-1], name="draw")(features)
         small = jax.image.resize(image, drawn.shape, "linear", antialias=True)
-        error = jnp.mean(jnp.square(drawn - small))
-        loss = cross_entropy(logits, label) + self.weight * error
-        count = jnp.float32(label.size)
-        right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
-        metrics = {"loss": loss * count, "accuracy": right, "reconstruction": error * count}
-        return LocalLoss(loss, {name: (value, count) for name, value in metrics.items()}, logits)
+        error, count = jnp.mean(jnp.square(drawn - small)), jnp.float32(len(image))
+        loss = answered.loss + self.weight * error
+        own = {"loss": (loss * count, count), "reconstruction": (error * count, count)}
+        return LocalLoss(loss, answered.metrics | own, answered.predictions)
 
     def predict(self, features: Float[Array, "B H W C"], published: Mapping[str, Any], train: bool) -> Array:
         """Returns the logits."""
