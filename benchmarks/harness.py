@@ -49,8 +49,16 @@ def step(engine: Any) -> Any:
 
 def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """{'median', 'low', 'high'}: the median and the quartiles around it."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return {"median": round(statistics.median(values), digits), "low": round(low, digits), "high": round(high, digits)}
+    low, _, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else (values[0],) * 3
+    )
+    return {
+        "median": round(statistics.median(values), digits),
+        "low": round(low, digits),
+        "high": round(high, digits),
+    }
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
@@ -73,7 +81,8 @@ def environment() -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "processor": _processor(),
         "devices": [system.device_kind(device) for device in jax.devices()],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in _PACKAGES},
     }
 
 
@@ -85,7 +94,9 @@ def finish(script: str, result: dict[str, Any], write: bool) -> None:
         print(f"written: {os.path.relpath(path)}")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Callable[[str], Any] = print) -> None:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], out: Callable[[str], Any] = print
+) -> None:
     """Prints a Markdown table, as the READMEs hold it."""
     for row in (header, ["---"] * len(header), *rows):
         out("| " + " | ".join(str(cell) for cell in row) + " |")
@@ -94,6 +105,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Callable[[s
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()

@@ -41,7 +41,9 @@ def timed(work: Callable[[], Any], images: int) -> Timing:
     return Timing(images / wall, processor / wall)
 
 
-def training(made: Experiment, ticks_in_flight: int | None = None, warm_up: int = WARM_UP) -> Variant:
+def training(
+    made: Experiment, ticks_in_flight: int | None = None, warm_up: int = WARM_UP
+) -> Variant:
     """The engine's own loop; each call trains on from where the last one ended."""
     engine: Any = made.engine
     depth, state, step = ticks_in_flight or engine.ticks_in_flight, engine.init(), 0
@@ -73,7 +75,14 @@ class Process:
     def __init__(self, name: str, cores: Sequence[int], warm_up: int = WARM_UP):
         threads = str(len(cores))
         self.process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *sys.argv, f"--serve={name}"],
+            [
+                "taskset",
+                "-c",
+                ",".join(map(str, cores)),
+                sys.executable,
+                *sys.argv,
+                f"--serve={name}",
+            ],
             env=os.environ | {"NPROC": threads, "OMP_NUM_THREADS": threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -101,7 +110,9 @@ def serve(run: Variant) -> None:
         print(json.dumps(vars(run(int(line)))), flush=True)
 
 
-def in_turns(variants: Mapping[str, Variant], steps: Mapping[str, int], repeats: int) -> Iterator[dict[str, list[Timing]]]:
+def in_turns(
+    variants: Mapping[str, Variant], steps: Mapping[str, int], repeats: int
+) -> Iterator[dict[str, list[Timing]]]:
     """All timings so far, after each repeat; a different variant begins each, so that nobody always comes first."""
     timings: dict[str, list[Timing]] = {name: [] for name in variants}
     names = list(variants)
@@ -109,5 +120,9 @@ def in_turns(variants: Mapping[str, Variant], steps: Mapping[str, int], repeats:
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             timings[name].append(variants[name](steps[name]))
-        print(repeat, {name: round(found[-1].images_per_second, 1) for name, found in timings.items()}, flush=True)
+        print(
+            repeat,
+            {name: round(found[-1].images_per_second, 1) for name, found in timings.items()},
+            flush=True,
+        )
         yield timings

@@ -50,7 +50,9 @@ def source(args: argparse.Namespace) -> Source:
     return make_source(settings.data, settings.seed)
 
 
-def slow(config: ConfigDict, slowdown: float, packets: int, rule: str = "least_used_latest") -> None:
+def slow(
+    config: ConfigDict, slowdown: float, packets: int, rule: str = "least_used_latest"
+) -> None:
     """Makes a run asynchronous, one of its modules slowed."""
     config.engine.name = "simulated"
     config.engine.slowdown = tuple(slowdown if k == SLOWED else 1.0 for k in range(MODULES))

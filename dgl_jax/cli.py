@@ -45,13 +45,19 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A configuration file, or the name of one in configs/ (digits); --config.a.b=value overrides a field."
+    "config",
+    None,
+    "A configuration file, or the name of one in configs/ (digits); --config.a.b=value overrides a field.",
 )
 _WORKDIR = _define_path("workdir", "Where a run is written, or read back from.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "newest", "newest, best or a step; for eval, predict and export.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "newest", "newest, best or a step; for eval, predict and export."
+)
 _INIT_FROM = _define_path("init_from", "Workdir of a run whose weights a new one starts from.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "What --mode=eval measures.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "test", ["train", "validation", "test"], "What --mode=eval measures."
+)
 _IMAGES = flags.DEFINE_multi(
     _Path("images"),
     flags.ArgumentSerializer(),
@@ -59,20 +65,36 @@ _IMAGES = flags.DEFINE_multi(
     [],
     "File, folder or pattern of images for --mode=predict; repeatable.",
 )
-_OUTPUT = _define_path("output", "File of predict (.csv or .jsonl), folder of export, picture of plan (.png).")
+_OUTPUT = _define_path(
+    "output", "File of predict (.csv or .jsonl), folder of export, picture of plan (.png)."
+)
 _STEPS = flags.DEFINE_integer("bench_steps", 200, "Steps that --mode=bench times.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices", None, "Devices that --mode=plan looks at; one a module by default.", lower_bound=1)
-_TIMES = _define_path("block_times", "Of plan: ms of each block (1.5,2,3), or a JSON file; measured here by default.")
-_BANDWIDTH = flags.DEFINE_float("bandwidth", None, "Of plan: GB/s from one device to another; by default packets take no time.")
-_CORES = flags.DEFINE_float("cores", None, "Of plan: processors that the devices share; by default those of a CPU it measures.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "Devices that --mode=plan looks at; one a module by default.", lower_bound=1
+)
+_TIMES = _define_path(
+    "block_times", "Of plan: ms of each block (1.5,2,3), or a JSON file; measured here by default."
+)
+_BANDWIDTH = flags.DEFINE_float(
+    "bandwidth", None, "Of plan: GB/s from one device to another; by default packets take no time."
+)
+_CORES = flags.DEFINE_float(
+    "cores",
+    None,
+    "Of plan: processors that the devices share; by default those of a CPU it measures.",
+)
 _JSON = flags.DEFINE_boolean("json", False, "Of plan: print JSON.")
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Ask XLA for so many CPU devices.", lower_bound=1)
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "Ask XLA for so many CPU devices.", lower_bound=1
+)
 
 
 def _config() -> configuration.Settings:
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
-    return configuration.make_settings(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
+    return configuration.make_settings(
+        _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
+    )
 
 
 def _workdir() -> str:
@@ -118,7 +140,15 @@ def _dispatch(argv: list[str]) -> None:
             from dgl_jax.tools import plan
 
             _start()
-            chosen = _DEVICES.value, _TIMES.value, _BANDWIDTH.value, _CORES.value, _JSON.value, _OUTPUT.value, folder
+            chosen = (
+                _DEVICES.value,
+                _TIMES.value,
+                _BANDWIDTH.value,
+                _CORES.value,
+                _JSON.value,
+                _OUTPUT.value,
+                folder,
+            )
             print(plan.plan_run(config, *chosen))
         else:
             config = _config()
@@ -138,7 +168,14 @@ def _train(config: configuration.Settings, folder: str) -> None:
     except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
-    print(json.dumps({"modules": [m["test_accuracy"] for m in summary.modules], "ensemble": summary.ensemble_accuracy}))
+    print(
+        json.dumps(
+            {
+                "modules": [m["test_accuracy"] for m in summary.modules],
+                "ensemble": summary.ensemble_accuracy,
+            }
+        )
+    )
 
 
 def _start() -> None:
@@ -173,7 +210,9 @@ def _parse(argv: list[str]) -> list[str]:
         except Exception as error:
             for argument in argv[1:]:
                 if override := re.match(r"--?config\.([^=]+)", argument):
-                    configuration.check_name(override[1])  # now that the kinds of all plugins are known
+                    configuration.check_name(
+                        override[1]
+                    )  # now that the kinds of all plugins are known
             if isinstance(error, flags.Error):
                 raise UserError(str(error)) from error
             raise UserError(f"--config: {explain(error) or where(error)}") from error
@@ -195,6 +234,8 @@ def main() -> None:
     """Runs the command line on `sys.argv`."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # plugins may lie where the command is run
-    for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # else --help leaves them to --helpfull
+    for flag in flags.FLAGS.get_key_flags_for_module(
+        __name__
+    ):  # else --help leaves them to --helpfull
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(_dispatch, flags_parser=_parse)

@@ -18,7 +18,9 @@ from dgl_jax.errors import UserError
 from dgl_jax.fields import ALWAYS, MANY, Applies, check_value, choice, kind_of, number, option
 from dgl_jax.registry import Registry, nearest
 
-if TYPE_CHECKING:  # a library's user, who has no use for configuration files, needs no ml_collections
+if (
+    TYPE_CHECKING
+):  # a library's user, who has no use for configuration files, needs no ml_collections
     from ml_collections import ConfigDict
 
 
@@ -38,17 +40,25 @@ class DataSettings(Group):
 
     name: str = kind_of(registry.DATA_SETS, "digits")
     batch_size: int = number(128, 2, MANY)  # of one example batch norm has no variance
-    validation_fraction: float = number(0.1, 0.0, 0.9)  # of the training examples, stratified; 0: none is held out
-    train_examples: int = number(0, 0, MANY)  # stratified subset of the training examples; 0: all of them
+    validation_fraction: float = number(
+        0.1, 0.0, 0.9
+    )  # of the training examples, stratified; 0: none is held out
+    train_examples: int = number(
+        0, 0, MANY
+    )  # stratified subset of the training examples; 0: all of them
     augment: str = choice("none", "crop_flip", "inception_crop", applies=_IMAGES)
-    image_size: int = number(0, 0, 4096, applies=_IMAGES)  # pixels a side after resizing; 0: as stored, of ImageNet 224
+    image_size: int = number(
+        0, 0, 4096, applies=_IMAGES
+    )  # pixels a side after resizing; 0: as stored, of ImageNet 224
     mean: tuple[float, ...] = option((), _IMAGES)
     std: tuple[float, ...] = option((), _IMAGES)
 
     def check(self, settings: "Settings") -> None:
         """Raises UserError if mean and deviation are not of as many channels, or a deviation is not above 0."""
         if len(self.mean) != len(self.std):
-            raise UserError(f"config.data.mean has {len(self.mean)} values and config.data.std {len(self.std)}")
+            raise UserError(
+                f"config.data.mean has {len(self.mean)} values and config.data.std {len(self.std)}"
+            )
         if any(s <= 0 for s in self.std):
             raise UserError(f"config.data.std={self.std}: every value must be above 0")
 
@@ -67,14 +77,22 @@ class ModelSettings(Group):
     name: str = kind_of(registry.NETWORKS, "cnn4")
     width: int = number(64, 1, 65536)  # channels of the first block
     modules: int = number(4, 1, 4096)
-    split: str = option("count")  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
+    split: str = option(
+        "count"
+    )  # or flops, time (the slowest module as fast as possible), or first blocks such as "0,2,4"
     head: str = kind_of(
         registry.HEADS, "mlp_sr", applies={"method.local": (True,), "objective.heads": (True,)}
     )  # of every module but the last
     adapter: str = kind_of(registry.ADAPTERS, "none")  # in front of every module
-    dtype: str = choice("float32", "bfloat16")  # of the arithmetic; parameters and batch statistics stay float32
-    remat: bool = option(False, free=True)  # recompute each block in the backward pass instead of keeping what is inside it
-    ops: str = choice("auto", "xla")  # the fastest of each platform, or XLA's alone, which have all derivatives
+    dtype: str = choice(
+        "float32", "bfloat16"
+    )  # of the arithmetic; parameters and batch statistics stay float32
+    remat: bool = option(
+        False, free=True
+    )  # recompute each block in the backward pass instead of keeping what is inside it
+    ops: str = choice(
+        "auto", "xla"
+    )  # the fastest of each platform, or XLA's alone, which have all derivatives
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,9 @@ class TrainSettings(Group):
 
     epochs: float = number(50.0, 0.0, 1e6, free=True)
     steps: int = number(0, 0, MANY, free=True)  # above 0: wins over `epochs`
-    accumulate: int = number(1, 1, MANY, free=True)  # micro-batches of a batch; their mean gradient makes one update
+    accumulate: int = number(
+        1, 1, MANY, free=True
+    )  # micro-batches of a batch; their mean gradient makes one update
     label_smoothing: float = number(0.0, 0.0, 1.0, free=True)  # in the training loss of every head
     # Decay of the moving average of parameters that is evaluated; 0: none. It decides which arrays a checkpoint holds.
     ema: float = number(0.0, 0.0, 0.999999)
@@ -132,10 +152,16 @@ class ReplaySettings(Group):
     """The ring of packets at the entrance of every module but the first, in asynchronous engines."""
 
     size: int = number(50, 1, MANY, applies={"engine.asynchronous": (True,)})  # packets
-    rule: str = kind_of(registry.RULES, "least_used_latest", applies={"engine.asynchronous": (True,)})
-    max_reuse: int = number(0, 0, MANY, applies={"engine.asynchronous": (True,)})  # reads a packet allows; 0: any number
+    rule: str = kind_of(
+        registry.RULES, "least_used_latest", applies={"engine.asynchronous": (True,)}
+    )
+    max_reuse: int = number(
+        0, 0, MANY, applies={"engine.asynchronous": (True,)}
+    )  # reads a packet allows; 0: any number
     # Where no packet may be read: take the turn later, or lose it.
-    at_limit: str = choice("wait", "skip", applies={"engine.asynchronous": (True,), "engine.continuous": (False,)})
+    at_limit: str = choice(
+        "wait", "skip", applies={"engine.asynchronous": (True,), "engine.continuous": (False,)}
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +176,9 @@ class CheckpointSettings(Group):
     """When the run is saved."""
 
     every: int = number(0, 0, MANY, free=True)  # steps; 0: once an epoch
-    keep: int = number(2, 1, MANY, free=True)  # the newest few; the best on validation is kept besides
+    keep: int = number(
+        2, 1, MANY, free=True
+    )  # the newest few; the best on validation is kept besides
     # Steps after which a checkpoint holds the rings too; 0: never, resuming is then not exact.
     replay_every: int = number(1, 0, MANY, free=True, applies={"engine.asynchronous": (True,)})
 
@@ -182,7 +210,9 @@ class Settings:
     """
 
     seed: int = number(0, 0, 2**31 - 1)
-    plugins: tuple[str, ...] = option((), free=True)  # modules to import first: they register kinds of their own
+    plugins: tuple[str, ...] = option(
+        (), free=True
+    )  # modules to import first: they register kinds of their own
     data: DataSettings = field(default_factory=lambda: options("data"))
     task: TaskSettings = field(default_factory=lambda: options("task"))
     model: ModelSettings = field(default_factory=lambda: options("model"))
@@ -203,7 +233,9 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dicts, lists and numbers, as `config.json` holds them."""
         return {
-            f.name: json.loads(json.dumps(dataclasses.asdict(value) if isinstance(value, Group) else value))  # type: ignore[call-overload]
+            f.name: json.loads(
+                json.dumps(dataclasses.asdict(value) if isinstance(value, Group) else value)
+            )  # type: ignore[call-overload]
             for f in dataclasses.fields(self)
             if f.compare
             for value in (getattr(self, f.name),)
@@ -215,7 +247,9 @@ class Settings:
 
 
 _GROUPS: dict[str, type[Group]] = {
-    f.name: f.type for f in dataclasses.fields(Settings) if isinstance(f.type, type) and issubclass(f.type, Group)
+    f.name: f.type
+    for f in dataclasses.fields(Settings)
+    if isinstance(f.type, type) and issubclass(f.type, Group)
 }
 _ALONE = tuple(f for f in dataclasses.fields(Settings) if f.compare and f.name not in _GROUPS)
 
@@ -230,7 +264,10 @@ def default_config(plugins: Sequence[str] = ()) -> "ConfigDict":
 
     import_plugins(plugins)
     values: dict[str, Any] = {f.name: f.default for f in _ALONE} | {"plugins": tuple(plugins)}
-    return ConfigDict(values | {group: {f.name: f.default for f in fields_of(group).values()} for group in _GROUPS})
+    return ConfigDict(
+        values
+        | {group: {f.name: f.default for f in fields_of(group).values()} for group in _GROUPS}
+    )
 
 
 def import_plugins(names: Sequence[str]) -> None:
@@ -245,10 +282,14 @@ def import_plugins(names: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
-            raise UserError(f"config.plugins={name!r}: no such module; install it, or put its folder on PYTHONPATH") from error
+            raise UserError(
+                f"config.plugins={name!r}: no such module; install it, or put its folder on PYTHONPATH"
+            ) from error
 
 
-def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[str] = ()) -> Settings:
+def make_settings(
+    config: "Mapping[str, Any] | ConfigDict", given: Collection[str] = ()
+) -> Settings:
     """Checks a configuration and freezes it; a field left out takes its default.
 
     Args:
@@ -263,7 +304,11 @@ def make_settings(config: "Mapping[str, Any] | ConfigDict", given: Collection[st
             raise UserError(f"config.{name}: no such field; {nearest(name, field_names())}")
     plugins = next(f for f in _ALONE if f.name == "plugins")
     import_plugins(check_value(plugins, config.get("plugins", ()), "config.plugins"))
-    values: dict[str, Any] = {f.name: check_value(f, config[f.name], f"config.{f.name}") for f in _ALONE if f.name in config}
+    values: dict[str, Any] = {
+        f.name: check_value(f, config[f.name], f"config.{f.name}")
+        for f in _ALONE
+        if f.name in config
+    }
     unused: dict[str, Any] = {}
     for group in _GROUPS:
         values[group] = _build(group, config.get(group, {}), unused)
@@ -287,7 +332,9 @@ def options(group: str, **fields: Any) -> Any:
     made = _build(group, fields, unused)
     if unused:
         name, value = next(iter(unused.items()))
-        raise UserError(f"config.{name}={value!r}: does not apply to config.{group}.name={made.name}")
+        raise UserError(
+            f"config.{name}={value!r}: does not apply to config.{group}.name={made.name}"
+        )
     return made
 
 
@@ -314,7 +361,11 @@ def differences(old: Settings, new: Settings) -> list[str]:
         if was == now or any(_unmet(name, settings) for settings in (old, new)):
             continue
         kinds = f.metadata.get("kinds")
-        if kinds is not None and (family := getattr(kinds[was], "family", None)) and family == getattr(kinds[now], "family", None):
+        if (
+            kinds is not None
+            and (family := getattr(kinds[was], "family", None))
+            and family == getattr(kinds[now], "family", None)
+        ):
             continue  # one form of checkpoint, the same numbers
         was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
         changed.append(f"config.{name} (was {was!r}, is now {now!r})")
@@ -323,15 +374,21 @@ def differences(old: Settings, new: Settings) -> list[str]:
 
 def field_names() -> list[str]:
     """Returns every dotted field name, such as 'optimizer.learning_rate', those of all kinds among them."""
-    return [f.name for f in _ALONE] + [f"{group}.{name}" for group in _GROUPS for name in fields_of(group)]
+    return [f.name for f in _ALONE] + [
+        f"{group}.{name}" for group in _GROUPS for name in fields_of(group)
+    ]
 
 
 def fields_of(group: str) -> dict[str, dataclasses.Field]:
     """Returns the fields of a group by name: the common ones, then those of its kinds."""
     common = {f.name: f for f in dataclasses.fields(_GROUPS[group])}  # type: ignore[arg-type]
     kinds = _kinds(group)
-    options = [kind.options for _, kind in kinds.items() if kind.options] if kinds is not None else []
-    return common | {f.name: f for cls in options for f in dataclasses.fields(cls) if f.name not in common}
+    options = (
+        [kind.options for _, kind in kinds.items() if kind.options] if kinds is not None else []
+    )
+    return common | {
+        f.name: f for cls in options for f in dataclasses.fields(cls) if f.name not in common
+    }
 
 
 def _kinds(group: str) -> Registry | None:
@@ -348,10 +405,15 @@ def _unmet(name: str, settings: Settings) -> tuple[str, list[str]] | None:
         of, _, trait = other.partition(".")
         chosen = getattr(settings, of)
         if trait in fields_of(of):
-            if getattr(chosen, trait, fitting[0]) not in fitting and _unmet(other, settings) is None:
+            if (
+                getattr(chosen, trait, fitting[0]) not in fitting
+                and _unmet(other, settings) is None
+            ):
                 return other, list(fitting)
         elif getattr(_kinds(of)[chosen.name], trait) not in fitting:  # type: ignore[index]
-            return f"{of}.name", [n for n, kind in _kinds(of).items() if getattr(kind, trait) in fitting]  # type: ignore[union-attr]
+            return f"{of}.name", [
+                n for n, kind in _kinds(of).items() if getattr(kind, trait) in fitting
+            ]  # type: ignore[union-attr]
     return None
 
 
@@ -361,31 +423,49 @@ def _ignored(settings: Settings, unused: Mapping[str, Any]) -> dict[str, str]:
     for group in _GROUPS:
         for leaf, f in fields_of(group).items():
             name = f"{group}.{leaf}"
-            value = unused[name] if name in unused else getattr(getattr(settings, group), leaf, f.default)
+            value = (
+                unused[name]
+                if name in unused
+                else getattr(getattr(settings, group), leaf, f.default)
+            )
             unmet = None
             if value != f.default:
-                unmet = (f"{group}.name", _having(group, leaf)) if name in unused else _unmet(name, settings)
+                unmet = (
+                    (f"{group}.name", _having(group, leaf))
+                    if name in unused
+                    else _unmet(name, settings)
+                )
             if unmet:
                 of, _, which = unmet[0].partition(".")
                 chosen = getattr(getattr(settings, of), which)
-                lines[name] = f"config.{name}={value!r}: applies to config.{unmet[0]}={' or '.join(unmet[1])}, not to {chosen}"
+                lines[name] = (
+                    f"config.{name}={value!r}: applies to config.{unmet[0]}={' or '.join(unmet[1])}, not to {chosen}"
+                )
     return lines
 
 
 def _having(group: str, leaf: str) -> list[str]:
     """Returns the kinds of a group that have an option of this name."""
     kinds: Any = _kinds(group)
-    return [name for name, kind in kinds.items() if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}]
+    return [
+        name
+        for name, kind in kinds.items()
+        if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}
+    ]
 
 
 def _build(group: str, config: Any, unused: dict[str, Any]) -> Any:
     """Checks a group and freezes what the chosen kind has a use for; the rest goes to `unused`, checked as well."""
-    if not isinstance(config, Mapping) and not hasattr(config, "items"):  # a ConfigDict is no Mapping
+    if not isinstance(config, Mapping) and not hasattr(
+        config, "items"
+    ):  # a ConfigDict is no Mapping
         raise UserError(f"config.{group}={config!r}: a group of fields, not a value")
     fields, cls, values = fields_of(group), _GROUPS[group], {}
     for name in config:
         if name not in fields:
-            raise UserError(f"config.{group}.{name}: no such field; {nearest(f'{group}.{name}', field_names())}")
+            raise UserError(
+                f"config.{group}.{name}: no such field; {nearest(f'{group}.{name}', field_names())}"
+            )
         values[name] = check_value(fields[name], config[name], f"config.{group}.{name}")
     kinds = _kinds(group)
     if kinds is not None:

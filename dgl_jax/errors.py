@@ -23,12 +23,24 @@ class UserError(Exception):
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception, of the system or of a storage library, means that no space is left."""
     text = str(error)
-    return getattr(error, "errno", None) in (28, 122) or "No space left" in text or "Disk quota exceeded" in text
+    return (
+        getattr(error, "errno", None) in (28, 122)
+        or "No space left" in text
+        or "Disk quota exceeded" in text
+    )
 
 
 # What the system says of a path, and no defect of the program.
 _OF_A_PATH = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    ),
     *(errno.ELOOP, errno.EIO, errno.ESTALE, errno.EINVAL, errno.ENXIO, errno.ETXTBSY, errno.EBUSY),
 )
 
@@ -63,7 +75,11 @@ def where(error: BaseException) -> str:
     if isinstance(error, OSError):
         return text
     of_libraries = ("ml_collections", "absl", "importlib", "launch.py", "cli.py")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(name in f.filename for name in of_libraries)]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not any(name in f.filename for name in of_libraries)
+    ]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"
 
@@ -74,7 +90,11 @@ def reported() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted; the same line goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            "\ninterrupted; the same line goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(130)  # at once: threads that still work are left behind
     except Exception as error:
         if (text := explain(error)) is None:
@@ -84,7 +104,12 @@ def reported() -> Iterator[None]:
 
 
 # Where a library belongs to an extra of pyproject.toml; all others come with the package itself.
-_EXTRAS = {"grain": "imagenet", "cv2": "imagenet", "simplejpeg": "imagenet", "tensorboardX": "tensorboard"}
+_EXTRAS = {
+    "grain": "imagenet",
+    "cv2": "imagenet",
+    "simplejpeg": "imagenet",
+    "tensorboardX": "tensorboard",
+}
 
 
 # Of the libraries whose name in pip is not that of the module.
@@ -115,7 +140,9 @@ def needed(what: str) -> Iterator[None]:
         if library in ("", "dgl_jax"):  # a defect of the package
             raise
         name = _DISTRIBUTIONS.get(library, library)
-        raise UserError(f"{what} needs {name}, which is not installed: {_install(library, name)}") from error
+        raise UserError(
+            f"{what} needs {name}, which is not installed: {_install(library, name)}"
+        ) from error
 
 
 def require(what: str, *libraries: str) -> None:
@@ -139,11 +166,16 @@ def _install(library: str, name: str) -> str:
     if extra := _EXTRAS.get(library):
         root = Path(__file__).parents[1]
         checkout = (root / "pyproject.toml").is_file()
-        return f'pip install {"-e " if checkout else ""}"{root if checkout else "dgl_jax"}[{extra}]"'
+        return (
+            f'pip install {"-e " if checkout else ""}"{root if checkout else "dgl_jax"}[{extra}]"'
+        )
     return f"pip install {name}"
 
 
-_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|(CUDA_ERROR|hipError)_?OUT_?OF_?MEMORY|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|(CUDA_ERROR|hipError)_?OUT_?OF_?MEMORY|CU(BLAS|DNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 _BUSY = re.compile(
@@ -182,7 +214,11 @@ def out_of_memory(error: BaseException) -> str | None:
     elif free:
         said.append(f"{_bytes(*free.groups())} free")
     elif isinstance(error, MemoryError):
-        said += [f"{readable(host)} free on this machine"] if (host := system.free_memory()) is not None else []
+        said += (
+            [f"{readable(host)} free on this machine"]
+            if (host := system.free_memory()) is not None
+            else []
+        )
     elif fullest := system.fullest_device():
         name, memory = fullest
         of = f" of {readable(memory.limit)}" if memory.limit is not None else ""
@@ -196,7 +232,9 @@ def out_of_memory(error: BaseException) -> str | None:
 def not_opened(error: BaseException) -> str | None:
     """Returns why the devices cannot be had, and what helps; None where the error is of another kind."""
     text = str(error)
-    failed = re.search(r"Unable to initialize backend '(\w+)': (.*?)( \(set JAX_PLATFORMS=|$)", text, re.DOTALL)
+    failed = re.search(
+        r"Unable to initialize backend '(\w+)': (.*?)( \(set JAX_PLATFORMS=|$)", text, re.DOTALL
+    )
     if not failed and not _is_unanswered(error) and not _BUSY.search(text):
         return None
     asked = _platforms()
@@ -207,17 +245,25 @@ def not_opened(error: BaseException) -> str | None:
             return None  # while a program runs: its own memory is used up
         return (
             f"another process holds the {platform.upper() or 'device'} ({reason}): end it or wait for it"
-            + ("" if "TPU" in text else " (nvidia-smi lists it), take another with CUDA_VISIBLE_DEVICES")
+            + (
+                ""
+                if "TPU" in text
+                else " (nvidia-smi lists it), take another with CUDA_VISIBLE_DEVICES"
+            )
             + ", or set JAX_PLATFORMS=cpu"
         )
     setting = f"JAX_PLATFORMS={asked}" if asked else f"backend {platform}"
     why = f" ({reason})" if reason else ""
-    if package := next((_INSTALL[name] for name in (asked or platform).split(",") if name in _INSTALL), None):
+    if package := next(
+        (_INSTALL[name] for name in (asked or platform).split(",") if name in _INSTALL), None
+    ):
         return (
             f"{setting}: JAX cannot open it here{why}; where the hardware is there, pip install -U {package} brings the rest; "
             "JAX_PLATFORMS=cpu does without"
         )
-    return f"{setting}: JAX cannot open it here{why}; JAX_PLATFORMS=cpu, or none, takes what there is"
+    return (
+        f"{setting}: JAX cannot open it here{why}; JAX_PLATFORMS=cpu, or none, takes what there is"
+    )
 
 
 def readable(number: float) -> str:
@@ -249,4 +295,8 @@ def _platforms() -> str:
 def _is_unanswered(error: BaseException) -> bool:
     """Returns whether JAX found no backend of the names it was given, which it asserts never happens."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, AssertionError) and bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
+    return (
+        isinstance(error, AssertionError)
+        and bool(frames)
+        and frames[-1].filename.endswith("xla_bridge.py")
+    )

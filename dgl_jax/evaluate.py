@@ -11,7 +11,10 @@ from dgl_jax.run.restore import load_trained, read_settings
 
 
 def evaluate_run(
-    workdir: str | Path, checkpoint: str = "newest", split: str = "test", settings: Settings | None = None
+    workdir: str | Path,
+    checkpoint: str = "newest",
+    split: str = "test",
+    settings: Settings | None = None,
 ) -> dict[str, float]:
     """Measures a run's checkpoint on a split of its data set; see `Evaluator.evaluate` for what comes back.
 
@@ -23,13 +26,19 @@ def evaluate_run(
       UserError: there is no such run, checkpoint or split, `settings` are another run's, or the data are others.
     """
     stored = read_settings(Path(workdir))
-    if settings is not None and (changed := differences(stored, settings)):  # before anything is restored
-        raise UserError(f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}")
+    if settings is not None and (
+        changed := differences(stored, settings)
+    ):  # before anything is restored
+        raise UserError(
+            f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}"
+        )
     trained = load_trained(Path(workdir), checkpoint)
     settings = settings or stored
     source = make_source(settings.data, settings.seed)
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
         raise UserError(f"--split={split}: {source.name} has no such examples here")
-    result = Evaluator(trained.spec, trained.placement, settings.eval.codec).evaluate(trained.restored.state, source, split)
+    result = Evaluator(trained.spec, trained.placement, settings.eval.codec).evaluate(
+        trained.restored.state, source, split
+    )
     return {"step": trained.restored.step} | result

@@ -39,7 +39,9 @@ class Exported:
     class_names: tuple[str, ...]
     variables: tuple[dict[str, Any], ...]
 
-    def logits(self, inputs: Shaped[AnyArray, "B ..."]) -> list[Float[Array, "B *T classes"] | None]:
+    def logits(
+        self, inputs: Shaped[AnyArray, "B ..."]
+    ) -> list[Float[Array, "B *T classes"] | None]:
         """Returns the logits of each module's head (None without one; the last are the network's) for inputs as stored."""
         incoming: Any = inputs
         results = []
@@ -49,7 +51,9 @@ class Exported:
         return results
 
 
-def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Path | None = None) -> Path:
+def export_run(
+    workdir: str | Path, checkpoint: str = "newest", output: str | Path | None = None
+) -> Path:
     """Writes `model.safetensors` and `config.json` to `output` (default: `<workdir>/export`); gives the folder.
 
     Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, shapes
@@ -63,7 +67,8 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     check_writable(folder, name, folder=True)
     trained = load_trained(Path(workdir), checkpoint)
     tree = {
-        module.name: _variables(trained.spec, state) for module, state in zip(trained.spec.modules, trained.restored.state.modules)
+        module.name: _variables(trained.spec, state)
+        for module, state in zip(trained.spec.modules, trained.restored.state.modules)
     }
     tensors = read({_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)})
     described = {
@@ -74,7 +79,9 @@ def export_run(workdir: str | Path, checkpoint: str = "newest", output: str | Pa
     }
     files = {
         # Not safetensors' own save_file, whose files nobody but the owner may read.
-        folder / "model.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
+        folder / "model.safetensors": save(
+            {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        ),
         folder / "config.json": (json.dumps(described, indent=2) + "\n").encode(),
     }
     with writing(name):
@@ -96,14 +103,21 @@ def load_exported(folder: str | Path) -> Exported:
     for module, state in zip(spec.modules, spec.abstract_states()):
         wanted = jax.eval_shape(partial(_variables, spec), state)
         names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), wanted)
-        variables.append(jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names))
+        variables.append(
+            jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names)
+        )
     return Exported(spec, info.class_names, tuple(variables))
 
 
 def _variables(spec: TrainSpec, state: ModuleState) -> dict[str, Any]:
     params, batch_stats = ema.evaluated(state)
     published = state.extras.get("published", {})
-    return {"params": params, "batch_stats": batch_stats, "codebook": spec.codebook(state), "published": published}
+    return {
+        "params": params,
+        "batch_stats": batch_stats,
+        "codebook": spec.codebook(state),
+        "published": published,
+    }
 
 
 def _name(path: tuple[Any, ...]) -> str:

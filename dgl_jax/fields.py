@@ -44,7 +44,9 @@ def kind_of(kinds: Registry, default: str, **metadata: Any) -> Any:
     return option(default, kinds=kinds, **metadata)
 
 
-def number(default: float, minimum: float, maximum: float, exclusive: bool = False, **metadata: Any) -> Any:
+def number(
+    default: float, minimum: float, maximum: float, exclusive: bool = False, **metadata: Any
+) -> Any:
     """Declares a number in [minimum, maximum], or in (minimum, maximum) if `exclusive`; see `option`."""
     return option(default, range=(minimum, maximum, exclusive), **metadata)
 
@@ -67,14 +69,20 @@ def check_value(f: dataclasses.Field, value: Any, name: str) -> Any:
                 raise UserError(f"{name}={value!r}: a tuple of names, such as ('one','other')")
             return tuple(value)
         if not isinstance(value, list | tuple) or not all(_is_number(v, element) for v in value):
-            raise UserError(f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})")
+            raise UserError(
+                f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})"
+            )
         return tuple(element(v) for v in value)
     if wanted in (int, float):
         if not _is_number(value, wanted):
-            raise UserError(f"{name}={value!r}: {'a whole number' if wanted is int else 'a number'} is needed")
+            raise UserError(
+                f"{name}={value!r}: {'a whole number' if wanted is int else 'a number'} is needed"
+            )
         value = wanted(value)
     elif not isinstance(value, wanted):
-        raise UserError(f"{name}={value!r}: a {wanted.__name__} is needed, not a {type(value).__name__}")
+        raise UserError(
+            f"{name}={value!r}: a {wanted.__name__} is needed, not a {type(value).__name__}"
+        )
     choices = f.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: no such name; {nearest(value, choices)}")
@@ -119,5 +127,7 @@ def expand(path: str, name: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(expanded):
         home = expanded.partition("/")[0]
-        raise UserError(f"{name}={path}: the home directory {home} is not known here; write the path in full, or ./{home}")
+        raise UserError(
+            f"{name}={path}: the home directory {home} is not known here; write the path in full, or ./{home}"
+        )
     return expanded

@@ -58,8 +58,15 @@ class Registry(Generic[AnyKind]):
             default.
         """
         if name in self._own:
-            raise UserError(f"config.{self.field}={name!r}: the package has one of this name; choose another")
-        fields = {f.name: f for other, known in self._kinds.items() if other != name for f in _options(known)}
+            raise UserError(
+                f"config.{self.field}={name!r}: the package has one of this name; choose another"
+            )
+        fields = {
+            f.name: f
+            for other, known in self._kinds.items()
+            if other != name
+            for f in _options(known)
+        }
         for f in _options(kind):
             same = fields.get(f.name, f)
             if (f.type, f.default) != (same.type, same.default) and f.name != "name":
@@ -85,7 +92,11 @@ class Registry(Generic[AnyKind]):
         self._load()
         if name not in self._kinds:
             near = nearest(name, self._kinds)
-            own = "" if near.startswith("did") else " (one of your own is registered by a module that config.plugins names)"
+            own = (
+                ""
+                if near.startswith("did")
+                else " (one of your own is registered by a module that config.plugins names)"
+            )
             raise UserError(f"config.{self.field}={name!r}: no such name{own}; {near}")
         return self._kinds[name]
 

@@ -52,27 +52,35 @@ def fused(modules: int, start: int, until: int, stop: Callable[[], bool] = never
         yield tuple(Turn(k, batch) for k in range(modules))
 
 
-def pipelined(modules: int, start: int, until: int, stop: Callable[[], bool] = never) -> Iterator[Tick]:
+def pipelined(
+    modules: int, start: int, until: int, stop: Callable[[], bool] = never
+) -> Iterator[Tick]:
     """Module k on batch t - k at tick t, the deepest first; once `stop()`, no new batch enters and the pipe drains."""
     tick = start
     while tick < until + modules - 1:
         if tick < until and stop():
             until = tick
-        turns = tuple(Turn(k, tick - k) for k in reversed(range(modules)) if start <= tick - k < until)
+        turns = tuple(
+            Turn(k, tick - k) for k in reversed(range(modules)) if start <= tick - k < until
+        )
         if not turns:
             return
         yield turns
         tick += 1
 
 
-def aligned(counts: Sequence[int], until: int, stop: Callable[[], bool] = never, overlap: bool = False) -> Iterator[Tick]:
+def aligned(
+    counts: Sequence[int], until: int, stop: Callable[[], bool] = never, overlap: bool = False
+) -> Iterator[Tick]:
     """Goes on with modules that have made equally many updates: `pipelined` if they work at once (`overlap`), else `fused`.
 
     Raises:
       ValueError: they have not.
     """
     if len(set(counts)) != 1:
-        raise ValueError(f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}")
+        raise ValueError(
+            f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}"
+        )
     return (pipelined if overlap else fused)(len(counts), counts[0], until, stop)
 
 

@@ -36,7 +36,9 @@ class Traffic:
     def gauges(self) -> dict[str, float]:
         """As metrics of the modules that send."""
         found = {}
-        for k, (raw, wire, codebook) in enumerate(zip(self.raw, self.wire, self.codebook, strict=True)):
+        for k, (raw, wire, codebook) in enumerate(
+            zip(self.raw, self.wire, self.codebook, strict=True)
+        ):
             found[f"wire/module_{k}/bytes_per_image"] = wire
             found[f"wire/module_{k}/compression"] = raw / wire
             found[f"wire/module_{k}/codebook_share"] = codebook / wire
@@ -135,7 +137,9 @@ class TrainSpec:
             if jax.tree.leaves(of_codec):
                 states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
         for k, state in enumerate(states):
-            states[k] = dataclasses.replace(state, extras=state.extras | self.method.extras(self, k, states))
+            states[k] = dataclasses.replace(
+                state, extras=state.extras | self.method.extras(self, k, states)
+            )
         return tuple(map(ema.begin, states)) if self.ema else tuple(states)
 
     def shapes(self, states: Sequence[ModuleState]) -> list[jax.ShapeDtypeStruct]:
@@ -157,7 +161,9 @@ class TrainSpec:
             codebook = jax.eval_shape(self.codebook, state)
             payload = jax.eval_shape(self.codec.encode, codebook, activations)
             down = state.extras.get("above", ((),))[0]
-            hops.append(MessageSpec(activations, payload, codebook, self.codec.period(activations), down))
+            hops.append(
+                MessageSpec(activations, payload, codebook, self.codec.period(activations), down)
+            )
         return tuple(hops)
 
     def needs(self, k: int, answering: bool = False) -> tuple[str, ...]:
@@ -171,7 +177,11 @@ class TrainSpec:
     @cached_property
     def _needs(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         def of(k: int, answering: bool) -> tuple[str, ...]:
-            readers: list[Any] = [part for m in self.modules[k:] for part in (m.adapter, None if answering else m.objective)]
+            readers: list[Any] = [
+                part
+                for m in self.modules[k:]
+                for part in (m.adapter, None if answering else m.objective)
+            ]
             named = {name for reader in readers if reader is not None for name in reader.needs}
             return tuple(sorted(named if answering else {"id", *named}))
 
@@ -210,7 +220,9 @@ class TrainSpec:
             codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:
-            packets[k], codebooks[k] = (n / meters[k].images for n in (meters[k].packets, meters[k].codebooks))
+            packets[k], codebooks[k] = (
+                n / meters[k].images for n in (meters[k].packets, meters[k].codebooks)
+            )
         wire = tuple(p + c for p, c in zip(packets, codebooks))
         return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
 

@@ -72,11 +72,15 @@ def cpu_threads() -> int | None:
 
 def free_memory() -> int | None:
     """Returns the bytes of host memory that can be taken without swapping."""
-    available = _answer(_meminfo, lambda text: 1024 * int(text.partition("MemAvailable:")[2].split()[0]))
+    available = _answer(
+        _meminfo, lambda text: 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+    )
     if available is not None:
         return available
     pages, size = (_answer(partial(_sysconf, name)) for name in ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE"))
-    return pages * size if pages and size and min(pages, size) > 0 else None  # -1: the system does not tell
+    return (
+        pages * size if pages and size and min(pages, size) > 0 else None
+    )  # -1: the system does not tell
 
 
 def process_peak() -> int | None:
@@ -95,8 +99,13 @@ def device_memory(device: Any) -> DeviceMemory:
     if device.platform == "cpu":
         return DeviceMemory(free=free_memory(), peak=process_peak())
     stats = _answer(lambda: device.memory_stats(), dict) or {}
-    limit, used, peak = (_answer(partial(stats.get, key), int) for key in ("bytes_limit", "bytes_in_use", "peak_bytes_in_use"))
-    return DeviceMemory(None if limit is None or used is None else max(0, limit - used), limit, peak)
+    limit, used, peak = (
+        _answer(partial(stats.get, key), int)
+        for key in ("bytes_limit", "bytes_in_use", "peak_bytes_in_use")
+    )
+    return DeviceMemory(
+        None if limit is None or used is None else max(0, limit - used), limit, peak
+    )
 
 
 def host_device() -> Any | None:
@@ -110,7 +119,11 @@ def fullest_device() -> tuple[str, DeviceMemory] | None:
     def read(devices: Any) -> list[tuple[str, DeviceMemory]]:
         return [(f"{device.platform}:{device.id}", device_memory(device)) for device in devices]
 
-    known = [(name, memory) for name, memory in _answer(_local_devices, read) or () if memory.free is not None]
+    known = [
+        (name, memory)
+        for name, memory in _answer(_local_devices, read) or ()
+        if memory.free is not None
+    ]
     return min(known, key=lambda found: found[1].free or 0, default=None)
 
 
@@ -142,7 +155,10 @@ def _local_devices() -> Any:
 def _thread_names() -> list[str]:
     names = []
     for task in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{task}/comm") as file:
+        with (
+            suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/self/task/{task}/comm") as file,
+        ):
             names.append(file.read().strip())
     return names
 

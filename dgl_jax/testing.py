@@ -34,7 +34,9 @@ _SMALL: dict[str, Any] = {
 
 def small_settings(**groups: Any) -> Settings:
     """Returns the settings of the small run with some groups changed: `small_settings(codec={"name": "mine"})`."""
-    return make_settings({name: _SMALL.get(name, {}) | dict(groups.get(name, {})) for name in {**_SMALL, **groups}})
+    return make_settings(
+        {name: _SMALL.get(name, {}) | dict(groups.get(name, {})) for name in {**_SMALL, **groups}}
+    )
 
 
 def check_objective(**groups: Any) -> None:
@@ -49,11 +51,19 @@ def check_objective(**groups: Any) -> None:
     """
     settings = small_settings(**groups)
     spec, again = (make_experiment(settings, jax.devices()[:1]).spec for _ in range(2))
-    assert hash(spec.modules) == hash(again.modules) and spec.modules == again.modules, "equal settings make unequal objectives"  # noqa: PT018
+    assert hash(spec.modules) == hash(again.modules) and spec.modules == again.modules, (
+        "equal settings make unequal objectives"
+    )
     (state, *_), (module, *_) = spec.init(), spec.modules
-    inputs, shapes = jnp.ones(spec.inputs().shape) * 0.5, {"image": spec.inputs(), **spec.context(0)}
+    inputs, shapes = (
+        jnp.ones(spec.inputs().shape) * 0.5,
+        {"image": spec.inputs(), **spec.context(0)},
+    )
     assert module.objective is not None, "the method gives modules no objective"
-    context: Any = {name: jnp.ones(shapes[name].shape, shapes[name].dtype) for name in ("id", *module.objective.needs)}
+    context: Any = {
+        name: jnp.ones(shapes[name].shape, shapes[name].dtype)
+        for name in ("id", *module.objective.needs)
+    }
 
     def loss_of(params: Any, inputs: jax.Array) -> Any:
         features, _ = module.apply_body(params, state.batch_stats, inputs, train=True)
@@ -61,15 +71,21 @@ def check_objective(**groups: Any) -> None:
 
     local = jax.jit(loss_of)(state.params, inputs)
     assert local.loss.shape == () and bool(jnp.isfinite(local.loss)), f"the loss is {local.loss}"  # noqa: PT018
-    assert all(isinstance(pair, tuple) and len(pair) == 2 for pair in local.metrics.values()), "a metric is no (sum, count)"
+    assert all(isinstance(pair, tuple) and len(pair) == 2 for pair in local.metrics.values()), (
+        "a metric is no (sum, count)"
+    )
     gradient = jax.jit(jax.grad(lambda params: loss_of(params, inputs).loss))(state.params)
-    assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["body"])), "no gradient reaches the body"
+    assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["body"])), (
+        "no gradient reaches the body"
+    )
     # What a step hands on and what it reads are detached: no module trains another one.
     step = lambda x: local_step(module, spec.optimizer, state, x, context)[1].sum()  # noqa: E731
     assert float(jnp.abs(jax.grad(step)(inputs)).max()) == 0, "a gradient reaches the module below"
 
 
-def check_codec(name: str, options: CodecSettings, shape: Sequence[int] = (8, 4, 4, 16), dtype: str = "float32") -> None:
+def check_codec(
+    name: str, options: CodecSettings, shape: Sequence[int] = (8, 4, 4, 16), dtype: str = "float32"
+) -> None:
     """Checks a registered codec on activations of a shape.
 
     Checked are: codecs made of equal options are equal and hashable; decoding gives back shape and type, without NaN; a codec that
@@ -80,7 +96,9 @@ def check_codec(name: str, options: CodecSettings, shape: Sequence[int] = (8, 4,
     """
     codec, again = (CODECS[name].make(options, dtype) for _ in range(2))
     assert codec == again and hash(codec) == hash(again), "equal options make unequal codecs"  # noqa: PT018
-    assert codec.lossless == CODECS[name].lossless, "the codec and its kind do not agree on `lossless`"
+    assert codec.lossless == CODECS[name].lossless, (
+        "the codec and its kind do not agree on `lossless`"
+    )
     key, x = jax.random.key(0), jax.random.normal(jax.random.key(1), shape).astype(dtype)
     state = codec.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
     for updates in range(2):
@@ -91,9 +109,13 @@ def check_codec(name: str, options: CodecSettings, shape: Sequence[int] = (8, 4,
     decoded = jax.jit(codec.decode)(book, payload)
     eager = codec.decode(book, codec.encode(book, x))
     assert float(relative_error(decoded, eager)) < 1e-3, "encoding depends on whether it is jitted"
-    assert (decoded.shape, decoded.dtype) == (x.shape, x.dtype), f"decodes to {decoded.shape} {decoded.dtype}"
+    assert (decoded.shape, decoded.dtype) == (x.shape, x.dtype), (
+        f"decodes to {decoded.shape} {decoded.dtype}"
+    )
     assert bool(jnp.isfinite(decoded).all()), "decodes to numbers that are not finite"
-    assert not codec.lossless or float(relative_error(x, decoded)) == 0, "calls itself lossless, and changes activations"
+    assert not codec.lossless or float(relative_error(x, decoded)) == 0, (
+        "calls itself lossless, and changes activations"
+    )
 
 
 def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
@@ -109,17 +131,26 @@ def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
     kind = ENGINES[name]
     groups = {"engine": {"name": name}} | groups
     whole, _ = _trained(make_experiment(small_settings(**groups), jax.devices()[:devices]), _STEPS)
-    assert [int(module.updates) for module in whole] == [_STEPS] * len(whole), "not every module has all its updates"
+    assert [int(module.updates) for module in whole] == [_STEPS] * len(whole), (
+        "not every module has all its updates"
+    )
     if not kind.continuous:
         made = make_experiment(small_settings(**groups), jax.devices()[:devices])
         _, half = _trained(made, _STEPS // 2)
         flight = None if half.flight is None else half.flight.snapshot()
         again = make_experiment(small_settings(**groups), jax.devices()[:devices]).engine
         placed = again.place(EngineState(jax.tree.map(_copied, half.modules)))
-        resumed, _ = _trained(dataclasses.replace(made, engine=again), _STEPS, again.resume(placed, flight))
+        resumed, _ = _trained(
+            dataclasses.replace(made, engine=again), _STEPS, again.resume(placed, flight)
+        )
         assert _same(whole, resumed), "a resumed run differs from a whole one"
     if kind.family == ENGINES["fused"].family:
-        fused, _ = _trained(make_experiment(small_settings(**groups | {"engine": {"name": "fused"}}), jax.devices()[:1]), _STEPS)
+        fused, _ = _trained(
+            make_experiment(
+                small_settings(**groups | {"engine": {"name": "fused"}}), jax.devices()[:1]
+            ),
+            _STEPS,
+        )
         assert _same(whole, fused), "is of the family of `fused`, and gives other numbers"
 
 
@@ -134,15 +165,28 @@ def check_method(name: str, **groups: Any) -> None:
     """
     engines = METHODS[name].engines or ("fused", "pipeline")
     for engine in engines:
-        check_engine(engine, min(2, len(jax.devices())) if engine == "pipeline" else 1, method={"name": name}, **groups)
+        check_engine(
+            engine,
+            min(2, len(jax.devices())) if engine == "pipeline" else 1,
+            method={"name": name},
+            **groups,
+        )
     model = {"model": _SMALL["model"] | {"modules": 1}, "engine": {"name": engines[0]}}
     # Heads do not apply where there is but the network's classifier.
-    one, other = (small_settings(**groups | model | {"method": {"name": method}}) for method in (name, "backprop"))
-    found = [_trained(make_experiment(settings, jax.devices()[:1]), _STEPS)[0] for settings in (one, other)]
+    one, other = (
+        small_settings(**groups | model | {"method": {"name": method}})
+        for method in (name, "backprop")
+    )
+    found = [
+        _trained(make_experiment(settings, jax.devices()[:1]), _STEPS)[0]
+        for settings in (one, other)
+    ]
     assert _same(*found), "a single module gives other numbers than back-propagation"
 
 
-def _trained(made: Experiment, until: int, state: EngineState | None = None) -> tuple[tuple[ModuleState, ...], EngineState]:
+def _trained(
+    made: Experiment, until: int, state: EngineState | None = None
+) -> tuple[tuple[ModuleState, ...], EngineState]:
     *_, last = made.engine.run(made.engine.init() if state is None else state, made.source, until)
     end = last.snapshot()
     return end.modules, end
@@ -155,7 +199,12 @@ def _copied(leaf: jax.Array) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     leaves = [
-        [np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(tree)]
+        [
+            np.asarray(
+                jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            )
+            for x in jax.tree.leaves(tree)
+        ]
         for tree in (one, other)
     ]
     return len(leaves[0]) == len(leaves[1]) and all(np.array_equal(a, b) for a, b in zip(*leaves))

@@ -25,7 +25,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_and_evaluate(
-    config: "Mapping[str, Any] | ConfigDict | Settings", workdir: str | Path, init_from: str | Path | None = None
+    config: "Mapping[str, Any] | ConfigDict | Settings",
+    workdir: str | Path,
+    init_from: str | Path | None = None,
 ) -> Summary:
     """Trains the configured run in `workdir`, or goes on with the one that is there, and tests it at the end.
 
@@ -66,7 +68,9 @@ def train_and_evaluate(
 def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
     """Reads what the run in a workdir chose and found when it began, for `make_experiment`; {} if there is none."""
     meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
-    stored: dict[str, Any] = {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
+    stored: dict[str, Any] = (
+        {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
+    )
     if settings.model.split in BALANCED:
         stored["first_blocks"] = meta.get("first_blocks", ())
     return stored

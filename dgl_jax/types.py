@@ -60,4 +60,6 @@ class Outbox(NamedTuple):
 
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays (or shape structures) in a pytree."""
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )

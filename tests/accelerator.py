@@ -60,14 +60,20 @@ def behave(patch: pytest.MonkeyPatch, answer: str, default: bool = True) -> None
     patch.setattr(jax.Device, "memory_stats", unanswered)
     patch.setattr(jax.Device, "device_kind", property(to_others(lambda device: "cpu")))
     local = jax.local_devices
-    patch.setattr(jax, "local_devices", lambda *args, backend=None: unanswered() if backend == "cpu" else local(*args))
+    patch.setattr(
+        jax,
+        "local_devices",
+        lambda *args, backend=None: unanswered() if backend == "cpu" else local(*args),
+    )
     patch.setattr(system, "open", unanswered, raising=False)  # of /proc
     patch.setattr(resource, "getrusage", unanswered)
     for name in ("sched_getaffinity", "cpu_count", "sysconf"):
         patch.setattr(os, name, to_others(getattr(os, name)))
 
     if default:
-        patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **of_platforms: default(*args))
+        patch.setattr(
+            jax.lax, "platform_dependent", lambda *args, default, **of_platforms: default(*args)
+        )
     for module, names in FOR_CPUS.items():
         for name in names:
             patch.setattr(module, name, _refused(f"{module.__name__}.{name}"))

@@ -72,11 +72,35 @@ jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for 
 # A file stays with one worker, which makes its shared runs once. With several workers those that take longest come first, so that
 # all workers end together; else seconds first, minutes last. A file that is not named comes in between.
 LONG = (
-    *("test_digits", "test_launch", "test_every_engine", "test_install", "test_threads", "test_environments", "test_vq"),
-    *("test_resume", "test_engines", "test_coding", "test_residual", "test_examples", "test_accelerator", "test_configs"),
+    *(
+        "test_digits",
+        "test_launch",
+        "test_every_engine",
+        "test_install",
+        "test_threads",
+        "test_environments",
+        "test_vq",
+    ),
+    *(
+        "test_resume",
+        "test_engines",
+        "test_coding",
+        "test_residual",
+        "test_examples",
+        "test_accelerator",
+        "test_configs",
+    ),
     *("test_plugin", "test_training", "test_ops", "test_testing"),
 )
-QUICK = ("test_schedule", "test_imports", "test_config", "test_metrics", "test_placement", "test_optimizer", "test_codecs")
+QUICK = (
+    "test_schedule",
+    "test_imports",
+    "test_config",
+    "test_metrics",
+    "test_placement",
+    "test_optimizer",
+    "test_codecs",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -94,8 +118,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Orders the files; in each, those that compile as users do stand together, since whatever was traced is lost on the way."""
     files = list(dict.fromkeys(item.path.stem for item in items))
     ends = (LONG, QUICK) if hasattr(config, "workerinput") else (QUICK, LONG[::-1])
-    place = {name: n for n, name in enumerate([*ends[0], *(name for name in files if name not in LONG + QUICK), *ends[1]])}
-    items.sort(key=lambda item: (place[item.path.stem], item.get_closest_marker("full_compile") is not None))
+    place = {
+        name: n
+        for n, name in enumerate(
+            [*ends[0], *(name for name in files if name not in LONG + QUICK), *ends[1]]
+        )
+    }
+    items.sort(
+        key=lambda item: (
+            place[item.path.stem],
+            item.get_closest_marker("full_compile") is not None,
+        )
+    )
 
 
 def pytest_report_header() -> str:
@@ -111,13 +145,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def compile_fast(fast: bool) -> None:
     """Compiles with few optimizations from now on, here and in child processes, or as users do."""
 
-    def options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        return _compile_options(*args, env_options_overrides=(env_options_overrides or {}) | _FAST, **kwargs)
+    def options(
+        *args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        return _compile_options(
+            *args, env_options_overrides=(env_options_overrides or {}) | _FAST, **kwargs
+        )
 
     if fast != (compiler.get_compile_options is not _compile_options):
         jax.clear_caches()
         compiler.get_compile_options = options if fast else _compile_options
-        os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(fast)), "XLA_FLAGS": _FAST_FLAGS if fast else ""}
+        os.environ |= {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(fast)),
+            "XLA_FLAGS": _FAST_FLAGS if fast else "",
+        }
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -129,7 +170,17 @@ _TRACED = (
     *("jax", "flax", "optax", "examples"),
     *(
         f"dgl_jax.{room}"
-        for room in ("codecs", "core", "engines", "methods", "models", "objectives", "ops", "run.evaluator", "tasks")
+        for room in (
+            "codecs",
+            "core",
+            "engines",
+            "methods",
+            "models",
+            "objectives",
+            "ops",
+            "run.evaluator",
+            "tasks",
+        )
     ),
 )
 
@@ -140,7 +191,11 @@ class _MonkeyPatch(pytest.MonkeyPatch):
     replaced = False
 
     def setattr(self, target: Any, *args: Any, **kwargs: Any) -> None:
-        name = target if isinstance(target, str) else getattr(target, "__module__", None) or target.__name__
+        name = (
+            target
+            if isinstance(target, str)
+            else getattr(target, "__module__", None) or target.__name__
+        )
         if name.startswith(_TRACED):
             self.replaced = True
             forget()
@@ -198,7 +253,9 @@ def host(tree: Any) -> Any:
     """A pytree of NumPy arrays: keys as their data."""
 
     def one(x: Any) -> Any:
-        return np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        return np.array(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
 
     return jax.tree.map(one, tree)
 
@@ -209,7 +266,9 @@ class Tiny:
     batch_size = 8
 
     def __init__(self) -> None:
-        self.source = ArraySource(synthetic.make(64, 20, 4), batch_size=self.batch_size, seed=0, validation_fraction=0.2)
+        self.source = ArraySource(
+            synthetic.make(64, 20, 4), batch_size=self.batch_size, seed=0, validation_fraction=0.2
+        )
         self._spec = cache(self._make_spec)
         self._engine = cache(self.new_engine)
 
@@ -226,10 +285,18 @@ class Tiny:
 
     def engine(self, name: str, groups: tuple[int, ...] = (), **spec: Any) -> Engine:
         """`groups`: devices of each module; empty: all modules on the first device. The same object for the same arguments."""
-        return self._engine(name, groups, self.spec(**({"heads": False} if name == "backprop" else {}), **spec))
+        return self._engine(
+            name, groups, self.spec(**({"heads": False} if name == "backprop" else {}), **spec)
+        )
 
-    def _make_spec(self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str) -> TrainSpec:
-        blocks = [ConvBlock(4, dtype=dtype), ConvBlock(4, pool=True, dtype=dtype), ConvBlock(6, dtype=dtype)]
+    def _make_spec(
+        self, modules: int, dtype: str, codec: str | CodecSettings, heads: bool, augment: str
+    ) -> TrainSpec:
+        blocks = [
+            ConvBlock(4, dtype=dtype),
+            ConvBlock(4, pool=True, dtype=dtype),
+            ConvBlock(6, dtype=dtype),
+        ]
         last, example = modules - 1, jax.ShapeDtypeStruct(self.source.example_shape, "uint8")
         return TrainSpec(
             modules=make_modules(
@@ -240,7 +307,9 @@ class Tiny:
             method=Dgl() if heads else Backprop(),
             optimizer=optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
             task=ImageClassification(example, augment=augment, mean=(0.5,) * 3, std=(0.25,) * 3),
-            codec=make_codec(options("codec", name=codec) if isinstance(codec, str) else codec, dtype),
+            codec=make_codec(
+                options("codec", name=codec) if isinstance(codec, str) else codec, dtype
+            ),
             decode=getattr(codec, "decode", "sent"),
             seed=0,
             batch_size=self.batch_size,
@@ -249,7 +318,9 @@ class Tiny:
     def new_engine(self, name: str, groups: tuple[int, ...], spec: TrainSpec) -> Engine:
         """With programs of its own."""
         count = len(spec.modules)
-        placement = assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
+        placement = (
+            assign(jax.devices(), count, groups) if groups else one_group(jax.devices()[:1], count)
+        )
         if name == "pipeline":
             return PipelineEngine(spec, placement)
         return FusedEngine(spec, placement)
@@ -261,19 +332,30 @@ class Tiny:
             name = jax.tree_util.keystr(path)
             if "opt_state" in name or "updates" in name:
                 return np.zeros(leaf.shape, leaf.dtype)
-            random = np.random.default_rng(list(name.split(".", 1)[1].replace("objective", "head").encode()))
+            random = np.random.default_rng(
+                list(name.split(".", 1)[1].replace("objective", "head").encode())
+            )
             if name.endswith(("['scale']", "['var']")):
                 return np.ones(leaf.shape, leaf.dtype)
             return random.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
 
         shapes = spec.abstract_states()
-        states = jax.tree_util.tree_map_with_path(draw, tuple(state.replace(rng=None) for state in shapes))
-        return tuple(state.replace(rng=np.array([0, k], np.uint32)) for k, state in enumerate(states))
+        states = jax.tree_util.tree_map_with_path(
+            draw, tuple(state.replace(rng=None) for state in shapes)
+        )
+        return tuple(
+            state.replace(rng=np.array([0, k], np.uint32)) for k, state in enumerate(states)
+        )
 
     def place(self, engine: Engine, states: Sequence[ModuleState]) -> EngineState:
         """Host states (as `init` and `run` give them) on the engine's devices."""
         return engine.place(
-            EngineState(tuple(s.replace(rng=jax.random.wrap_key_data(jnp.array(s.rng), impl="threefry2x32")) for s in states))
+            EngineState(
+                tuple(
+                    s.replace(rng=jax.random.wrap_key_data(jnp.array(s.rng), impl="threefry2x32"))
+                    for s in states
+                )
+            )
         )
 
     def run(
@@ -306,7 +388,9 @@ def to_host() -> Callable[[Any], Any]:
 @pytest.fixture(scope="module")
 def plugin_kinds():
     """The kinds of `examples/plugin` are registered in the tests of this file alone."""
-    registries = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
+    registries = [
+        value for value in vars(registry).values() if isinstance(value, registry.Registry)
+    ]
     before = [dict(kinds.items()) for kinds in registries]
     for name in [name for name in sys.modules if name.startswith("examples.plugin")]:
         del sys.modules[name]  # other tests may have been here before

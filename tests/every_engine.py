@@ -18,7 +18,13 @@ from conftest import Tiny, host
 
 from dgl_jax import vq
 from dgl_jax.config import ReplaySettings, options
-from dgl_jax.engines import EngineState, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
+from dgl_jax.engines import (
+    EngineState,
+    SimulatedEngine,
+    SimulatedOptions,
+    ThreadsEngine,
+    ThreadsOptions,
+)
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.run.checkpoint import Checkpoints
 
@@ -27,7 +33,10 @@ VQ = options("codec", name="vq", codes=8, dims=2, stages=2, codebook_every=2)
 
 
 def leaves(tree: Any) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(host(tree))}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(host(tree))
+    }
 
 
 def digest(tree: Any) -> int:
@@ -61,9 +70,15 @@ def engines(tiny: Tiny) -> dict[str, Any]:
         "fused": tiny.new_engine("fused", (), spec(VQ)),
         "pipeline": tiny.new_engine("pipeline", (1, 2), spec(VQ)),
         "simulated": SimulatedEngine(
-            spec(options("codec", name="int8", dims=2)), one_group(devices[:1], 2), STEPS, SimulatedOptions("simulated"), replay
+            spec(options("codec", name="int8", dims=2)),
+            one_group(devices[:1], 2),
+            STEPS,
+            SimulatedOptions("simulated"),
+            replay,
         ),
-        "threads": ThreadsEngine(spec("bf16"), assign(devices, 2, (2, 1)), ThreadsOptions("threads"), replay),
+        "threads": ThreadsEngine(
+            spec("bf16"), assign(devices, 2, (2, 1)), ThreadsOptions("threads"), replay
+        ),
         "backprop": tiny.new_engine("backprop", (), spec("identity", heads=False)),
     }
 
@@ -89,7 +104,10 @@ def resumed(tiny: Tiny, engine: Any, directory: Path) -> EngineState:
 
 def quantised() -> dict[str, Any]:
     """vq on its own, as a library user calls it, with keys of the environment's kind."""
-    init, update = jax.jit(vq.init, static_argnames=("codes", "dims", "start")), jax.jit(vq.update, static_argnames="rule")
+    init, update = (
+        jax.jit(vq.init, static_argnames=("codes", "dims", "start")),
+        jax.jit(vq.update, static_argnames="rule"),
+    )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
     told_of = {}
     for start, rule in (("kmeans++", "ema"), ("sample", "minibatch")):

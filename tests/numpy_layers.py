@@ -7,9 +7,13 @@ import numpy as np
 def random_variables(module, shape, seed=0):
     """Variables of the right structure with random values, so that every one of them shows in the output."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key, x: module.init(key, x, False), jax.random.key(0), np.zeros(shape, np.float32))
+    shapes = jax.eval_shape(
+        lambda key, x: module.init(key, x, False), jax.random.key(0), np.zeros(shape, np.float32)
+    )
     # Uniform and above zero: variances must be, and scales may.
-    return jax.tree.map(lambda a: rng.uniform(0.1, 1.0, a.shape).astype(a.dtype) - 0.4 * (a.ndim > 1), shapes)
+    return jax.tree.map(
+        lambda a: rng.uniform(0.1, 1.0, a.shape).astype(a.dtype) - 0.4 * (a.ndim > 1), shapes
+    )
 
 
 def max_pool(x):
@@ -20,12 +24,17 @@ def max_pool_3x3(x):
     """Stride 2, one row and column beyond each edge."""
     height, width = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    return np.max([padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)], axis=0)
+    return np.max(
+        [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)],
+        axis=0,
+    )
 
 
 def adaptive_avg_pool(x, out):
     def windows(size, n):
-        return [slice(int(np.floor(i * size / n)), int(np.ceil((i + 1) * size / n))) for i in range(n)]
+        return [
+            slice(int(np.floor(i * size / n)), int(np.ceil((i + 1) * size / n))) for i in range(n)
+        ]
 
     rows, columns = windows(x.shape[1], out[0]), windows(x.shape[2], out[1])
     return np.stack([np.stack([x[:, r, c].mean((1, 2)) for c in columns], 1) for r in rows], 1)
@@ -51,7 +60,11 @@ class Layers:
         size = len(p["kernel"])
         padded = np.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
         (_, height, width, _) = x.shape
-        terms = [padded[:, i : i + height, j : j + width] @ p["kernel"][i, j] for i in range(size) for j in range(size)]
+        terms = [
+            padded[:, i : i + height, j : j + width] @ p["kernel"][i, j]
+            for i in range(size)
+            for j in range(size)
+        ]
         return np.sum(terms, axis=0)[:, ::stride, ::stride] + p.get("bias", 0)
 
     def linear(self, x):
@@ -64,7 +77,10 @@ class Layers:
         if self.train:
             axes = tuple(range(x.ndim - 1))
             old_mean, old_var, mean, var = mean, var, x.mean(axes), x.var(axes)
-            self.stats[name] = {"mean": 0.9 * old_mean + 0.1 * mean, "var": 0.9 * old_var + 0.1 * var}
+            self.stats[name] = {
+                "mean": 0.9 * old_mean + 0.1 * mean,
+                "var": 0.9 * old_var + 0.1 * var,
+            }
         else:
             self.stats[name] = {"mean": mean, "var": var}
         return (x - mean) / np.sqrt(var + 1e-5) * p["scale"] + p["bias"]

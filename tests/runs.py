@@ -53,7 +53,11 @@ def spec_of(settings: Settings, info: DatasetInfo, schedule: Any = None) -> Trai
 def arrays(workdir: Path) -> list[np.ndarray]:
     """Everything that the newest checkpoint holds of the modules, as host arrays."""
     modules = load_trained(workdir).restored.state.modules
-    return [np.asarray(x) for m in modules for x in jax.tree.leaves(m.replace(rng=jax.random.key_data(m.rng)))]
+    return [
+        np.asarray(x)
+        for m in modules
+        for x in jax.tree.leaves(m.replace(rng=jax.random.key_data(m.rng)))
+    ]
 
 
 def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
@@ -65,7 +69,12 @@ def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
         found = sample(self)
         if found is not None:
             batch = source.batch(found.header.sequence)
-            right.append(all(np.array_equal(rows, batch.context[name]) for name, rows in found.message.context.items()))
+            right.append(
+                all(
+                    np.array_equal(rows, batch.context[name])
+                    for name, rows in found.message.context.items()
+                )
+            )
         return found
 
     monkeypatch.setattr(Ring, "sample", spy)
@@ -75,7 +84,9 @@ def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
 def records(workdir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines
+    ]
 
 
 def same_run(one: Path, other: Path) -> bool:

@@ -19,7 +19,13 @@ import numpy as np  # noqa: E402
 from runs import FIELDS  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
-SHARED = FIELDS | {"train.steps": 60, "checkpoint.every": 60, "eval.every": 60, "log.every": 60, "model.modules": 4}
+SHARED = FIELDS | {
+    "train.steps": 60,
+    "checkpoint.every": 60,
+    "eval.every": 60,
+    "log.every": 60,
+    "model.modules": 4,
+}
 VQ = {"codec.name": "vq", "codec.codes": 16, "codec.dims": 2}
 RUNS: dict[str, dict[str, object]] = {
     "fused": {"engine.name": "fused"},
@@ -32,7 +38,12 @@ RUNS: dict[str, dict[str, object]] = {
     "pipeline": {"engine.name": "pipeline"},
     "pipeline, vq": {"engine.name": "pipeline", **VQ},
     "simulated": {"engine.name": "simulated", "replay.size": 3},
-    "simulated, slowed, vq": {"engine.name": "simulated", "engine.slowdown": "(1,1,2,1)", "replay.size": 3, **VQ},
+    "simulated, slowed, vq": {
+        "engine.name": "simulated",
+        "engine.slowdown": "(1,1,2,1)",
+        "replay.size": 3,
+        **VQ,
+    },
     "backprop": {"method.name": "backprop"},
     "resumed": {"engine.name": "pipeline"},  # from step 30
 }
@@ -42,7 +53,9 @@ def launch(tree: Path, *arguments: str) -> str:
     """Runs a command line of the package in `tree`; gives what it prints."""
     environment = os.environ | {"PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "launch.py", "--cpu_devices=4", *arguments]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{tree}: {' '.join(command)}\n{done.stderr}")
     return done.stdout
@@ -55,9 +68,19 @@ def parameters(tree: Path, name: str, workdir: Path) -> dict[str, np.ndarray]:
         if "method.name" in fields:
             del fields["model.head"]  # which back-propagation has no use for
         if "method.name" in fields and not (tree / "dgl_jax" / "registry.py").exists():
-            fields["engine.name"] = fields.pop("method.name")  # where back-propagation was an engine
-        launch(tree, "--config=configs/digits.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items()))
-    found = load_file(Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1]) / "model.safetensors")
+            fields["engine.name"] = fields.pop(
+                "method.name"
+            )  # where back-propagation was an engine
+        launch(
+            tree,
+            "--config=configs/digits.py",
+            f"--workdir={workdir}",
+            *(f"--config.{k}={v}" for k, v in fields.items()),
+        )
+    found = load_file(
+        Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1])
+        / "model.safetensors"
+    )
     # The objective of a module was its head once, and had that name.
     return {name.replace("/head/", "/objective/"): array for name, array in found.items()}
 
@@ -78,21 +101,34 @@ def main(commits: list[str]) -> int:
         for side, commit in zip("ab", commits):
             tree = ROOT if commit == "." else Path(folder) / side
             if commit != ".":
-                subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], cwd=ROOT, check=True)
+                subprocess.run(
+                    ["git", "worktree", "add", "--quiet", "--detach", tree, commit],
+                    cwd=ROOT,
+                    check=True,
+                )
             trees.append(tree)
         try:
             different = 0
             for number, name in enumerate(RUNS):
-                found = [parameters(tree, name, Path(folder) / f"run_{number}_{side}") for side, tree in zip("ab", trees)]
+                found = [
+                    parameters(tree, name, Path(folder) / f"run_{number}_{side}")
+                    for side, tree in zip("ab", trees)
+                ]
                 names = unequal(*found)
                 different += bool(names)
-                told = f"{len(names)} arrays differ, first {names[0]}" if names else f"{len(found[0])} arrays are equal"
+                told = (
+                    f"{len(names)} arrays differ, first {names[0]}"
+                    if names
+                    else f"{len(found[0])} arrays are equal"
+                )
                 print(f"{name}: {told}", flush=True)
             return int(different > 0)
         finally:
             for tree in trees:
                 if tree != ROOT:
-                    subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+                    subprocess.run(
+                        ["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True
+                    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ ROOT = Path(__file__).parent.parent
 SHORT = {"model__name": "two", "train__steps": 2, "checkpoint__every": 2, "log__every": 1}
 RUNS = {
     "fused": {"codec__name": "identity", "train__accumulate": 2, "model__remat": True},
-    "pipeline": {"codec__name": "vq", "codec__dims": 4, "codec__codes": 16, "codec__codebook_every": 1},
+    "pipeline": {
+        "codec__name": "vq",
+        "codec__dims": 4,
+        "codec__codes": 16,
+        "codec__codebook_every": 1,
+    },
     "simulated": {"codec__name": "int8", "codec__dims": 4, "replay__size": 2},
     "threads": {"codec__name": "bf16", "replay__size": 2},
     "backprop": {},
@@ -49,7 +54,11 @@ def _two_blocks(monkeypatch, traced_anew):
     """Less to compile; with pooling."""
     monkeypatch.setattr(NETWORKS, "_kinds", dict(NETWORKS._kinds))
     models.register_network(
-        "two", lambda width, _, dtype: [ConvBlock(width, dtype=dtype), ConvBlock(2 * width, pool=True, dtype=dtype)]
+        "two",
+        lambda width, _, dtype: [
+            ConvBlock(width, dtype=dtype),
+            ConvBlock(2 * width, pool=True, dtype=dtype),
+        ],
     )
 
 
@@ -111,9 +120,21 @@ def test_operations_are_the_same_as_anywhere(monkeypatch):
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_command_line(answer, tmp_path):
-    config = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
-    command = [sys.executable, "tests/accelerator.py", answer, *config, "--mode=plan", "--block_times=1,2,3,4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=os.environ)
+    config = [
+        "--config=configs/digits.py",
+        *(f"--config.{name}={value}" for name, value in FIELDS.items()),
+    ]
+    command = [
+        sys.executable,
+        "tests/accelerator.py",
+        answer,
+        *config,
+        "--mode=plan",
+        "--block_times=1,2,3,4",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert "peak memory, MiB" in done.stdout
 

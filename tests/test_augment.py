@@ -12,7 +12,9 @@ from dgl_jax.tasks import ImageClassification, augment_key
 from dgl_jax.tasks.image_classification import draw_crop_flip
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.2, 0.5, 1.0)
-CROP_FLIP = ImageClassification(jax.ShapeDtypeStruct((12, 9, 3), "uint8"), augment="crop_flip", mean=MEAN, std=STD)
+CROP_FLIP = ImageClassification(
+    jax.ShapeDtypeStruct((12, 9, 3), "uint8"), augment="crop_flip", mean=MEAN, std=STD
+)
 
 
 def images(batch=16, height=12, width=9, seed=0):
@@ -24,7 +26,9 @@ def oracle(key, x, padding=4, *, flip=True, fill=0):
     offsets, flips = (np.asarray(a) for a in draw_crop_flip(key, len(x), padding))
     out = []
     for image, (row, column), mirrored in zip(x, offsets, flips, strict=True):
-        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), constant_values=fill)
+        padded = np.pad(
+            image, ((padding, padding), (padding, padding), (0, 0)), constant_values=fill
+        )
         cut = padded[row : row + image.shape[0], column : column + image.shape[1]]
         out.append(cut[:, ::-1] if flip and mirrored else cut)
     return (np.stack(out) / 255 - MEAN) / STD
@@ -67,7 +71,9 @@ def test_normalisation_by_hand():
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
     plain = replace(CROP_FLIP, augment="none")
-    np.testing.assert_array_equal(plain.train(augment_key(0, 0), images()), plain.evaluate(images()))
+    np.testing.assert_array_equal(
+        plain.train(augment_key(0, 0), images()), plain.evaluate(images())
+    )
     assert np.abs(CROP_FLIP.train(augment_key(0, 0), images()) - plain.evaluate(images())).max() > 1
 
 
@@ -76,8 +82,14 @@ def test_the_key_is_a_function_of_seed_and_step_traced_or_not():
         return jax.random.key_data(key).tolist()
 
     traced = jax.jit(augment_key, static_argnums=0)
-    assert data(traced(3, jnp.int32(5))) == data(augment_key(3, 5)) == data(augment_key(3, np.asarray(5, np.int32)))
-    assert len({tuple(data(augment_key(seed, step))) for seed in range(3) for step in range(3)}) == 9
+    assert (
+        data(traced(3, jnp.int32(5)))
+        == data(augment_key(3, 5))
+        == data(augment_key(3, np.asarray(5, np.int32)))
+    )
+    assert (
+        len({tuple(data(augment_key(seed, step))) for seed in range(3) for step in range(3)}) == 9
+    )
 
 
 def test_grey_images_and_a_static_argument():
@@ -85,7 +97,9 @@ def test_grey_images_and_a_static_argument():
     x = images()[..., :1]
     train = jax.jit(ImageClassification.train, static_argnums=0)
     offsets, flips = (np.asarray(a) for a in draw_crop_flip(augment_key(1, 1), len(x), 4))
-    padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))[0, offsets[0, 0] : offsets[0, 0] + 12, offsets[0, 1] :][:, :9]
+    padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))[
+        0, offsets[0, 0] : offsets[0, 0] + 12, offsets[0, 1] :
+    ][:, :9]
     first = padded[:, ::-1] if flips[0] else padded
     np.testing.assert_allclose(train(grey, augment_key(1, 1), x)[0], first / 255, atol=1e-6)
 
@@ -96,7 +110,12 @@ def test_a_batch_cut_over_devices_needs_no_exchange():
     key, x = augment_key(0, 0), images(4 * len(jax.devices()))
 
     def exchanges(function):
-        text = jax.jit(function, in_shardings=(whole, cut), out_shardings=cut).lower(key, x).compile().as_text()
+        text = (
+            jax.jit(function, in_shardings=(whole, cut), out_shardings=cut)
+            .lower(key, x)
+            .compile()
+            .as_text()
+        )
         return "all-gather" in text or "all-reduce" in text
 
     def indexed(key, x):

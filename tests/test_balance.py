@@ -29,7 +29,9 @@ def of_table(costs):
 
 
 rows = st.integers(1, 7).flatmap(
-    lambda n: st.tuples(*(st.lists(st.integers(0, 9), min_size=n - i, max_size=n - i) for i in range(n)))
+    lambda n: st.tuples(
+        *(st.lists(st.integers(0, 9), min_size=n - i, max_size=n - i) for i in range(n))
+    )
 )
 
 
@@ -64,7 +66,9 @@ def greedy(cost, count, runs):
     """Closes a run once it reaches its equal share of the whole."""
     share, starts = cost(0, count) / runs, [0]
     for end in range(1, count):
-        if len(starts) < runs and (cost(starts[-1], end) >= share or count - end == runs - len(starts)):
+        if len(starts) < runs and (
+            cost(starts[-1], end) >= share or count - end == runs - len(starts)
+        ):
             starts.append(end)
     return tuple(starts)
 

@@ -24,7 +24,9 @@ class Library(nn.Module):
 
     @nn.compact
     def __call__(self, x, train, *, relu, offset):
-        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="own")(x + offset)
+        y = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="own"
+        )(x + offset)
         return nn.relu(y) if relu else y
 
 
@@ -39,8 +41,13 @@ class Own(nn.Module):
 def values(shape, dtype="float32"):
     random = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(random.normal(0.7, 1.5, shape), dtype) for _ in range(2))
-    offset, scale, bias, mean, var = (random.uniform(0.3, 1.5, shape[-1]).astype(np.float32) for _ in range(5))
-    variables = {"params": {"own": {"scale": scale, "bias": bias - 1}}, "batch_stats": {"own": {"mean": mean, "var": var}}}
+    offset, scale, bias, mean, var = (
+        random.uniform(0.3, 1.5, shape[-1]).astype(np.float32) for _ in range(5)
+    )
+    variables = {
+        "params": {"own": {"scale": scale, "bias": bias - 1}},
+        "batch_stats": {"own": {"mean": mean, "var": var}},
+    }
     return variables, x, offset.astype(dtype), cotangent
 
 
@@ -50,7 +57,9 @@ def computed(module, relu, train=True, shape=SHAPES["maps"], dtype="float32"):
 
     def run(params, x, offset):
         given = variables | {"params": params}
-        y, updated = module(dtype).apply(given, x, train, relu=relu, offset=offset, mutable=["batch_stats"])
+        y, updated = module(dtype).apply(
+            given, x, train, relu=relu, offset=offset, mutable=["batch_stats"]
+        )
         return y, updated
 
     y, pull, updated = jax.vjp(run, variables["params"], x, offset, has_aux=True)
@@ -89,14 +98,23 @@ def test_bfloat16_is_worked_out_in_float32():
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
     variables, x, offset, _ = values(SHAPES["maps"], "bfloat16")
-    _, updated = Own("bfloat16").apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])
+    _, updated = Own("bfloat16").apply(
+        variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
+    )
     mean = np.asarray(x, np.float64).mean((0, 1, 2)) + np.asarray(offset, np.float64)
     before = variables["batch_stats"]["own"]["mean"]
-    np.testing.assert_allclose(updated["batch_stats"]["own"]["mean"], 0.9 * before + 0.1 * mean, rtol=1e-6)
+    np.testing.assert_allclose(
+        updated["batch_stats"]["own"]["mean"], 0.9 * before + 0.1 * mean, rtol=1e-6
+    )
 
 
 BROKEN = {
-    "variance": ("lax", type("lax", (), {**vars(jax.lax), "rsqrt": staticmethod(lambda x: 1.01 * jax.lax.rsqrt(x))})),
+    "variance": (
+        "lax",
+        type(
+            "lax", (), {**vars(jax.lax), "rsqrt": staticmethod(lambda x: 1.01 * jax.lax.rsqrt(x))}
+        ),
+    ),
     "momentum": ("MOMENTUM", 0.8),
     "epsilon": ("EPSILON", 1e-1),
     "mask": ("_affine", lambda x, mean, inverse, scale, bias: (x - mean) * (inverse * scale)),
@@ -114,7 +132,10 @@ def test_a_gradient_that_forgets_the_statistics_is_noticed():
     *right, _ = computed(Library, False)
     variables, _, _, cotangent = values(SHAPES["maps"])
     found = computed(Own, False)
-    scale, var = variables["params"]["own"]["scale"], np.var(np.asarray(values(SHAPES["maps"])[1]), (0, 1, 2))
+    scale, var = (
+        variables["params"]["own"]["scale"],
+        np.var(np.asarray(values(SHAPES["maps"])[1]), (0, 1, 2)),
+    )
     forgetful = cotangent * scale / np.sqrt(var + 1e-5)
     with pytest.raises(AssertionError):
         close([*found[:3], forgetful], right, 1e-5)
@@ -135,21 +156,38 @@ def test_equal_values_divide_by_nothing():
 
 def test_nothing_of_the_maps_size_is_kept_but_the_input():
     variables, x, offset, _ = values((8, 16, 16, 32))
-    apply = lambda x: Own().apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])  # noqa: E731
+    apply = lambda x: Own().apply(
+        variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
+    )
     _, pull, _ = jax.vjp(apply, x, has_aux=True)
     assert sum(leaf.size for leaf in jax.tree.leaves(pull)) < x.size + 10 * x.shape[-1]
 
 
 def test_statistics_are_those_of_all_devices(devices):
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
-    split, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     variables, x, offset, cotangent = values((8 * len(devices), 4, 4, 3))
 
     def run(x, cotangent):
-        apply = lambda x: Own().apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])  # noqa: E731
+        apply = lambda x: Own().apply(
+            variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
+        )
         y, pull, updated = jax.vjp(apply, x, has_aux=True)
         return y, pull(cotangent)[0], updated
 
-    compiled = jax.jit(run, in_shardings=(split, split), out_shardings=(split, split, everywhere)).lower(x, cotangent).compile()
-    close(compiled(jax.device_put(x, split), jax.device_put(cotangent, split)), run(x, cotangent), 1e-5)
-    assert set(re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())) == {"all-reduce"}
+    compiled = (
+        jax.jit(run, in_shardings=(split, split), out_shardings=(split, split, everywhere))
+        .lower(x, cotangent)
+        .compile()
+    )
+    close(
+        compiled(jax.device_put(x, split), jax.device_put(cotangent, split)),
+        run(x, cotangent),
+        1e-5,
+    )
+    assert set(
+        re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
+    ) == {"all-reduce"}

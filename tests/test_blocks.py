@@ -44,7 +44,9 @@ def other(**changed):
     return make
 
 
-@pytest.mark.parametrize("changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str
+)
 def test_other_batch_norms_are_noticed(changed, monkeypatch, traced_anew):
     monkeypatch.setattr(blocks, "BatchNorm", other())
     test_forward(ConvBlock(5), False, True)
@@ -79,7 +81,9 @@ def test_initial_values():
     check_initial(np.asarray(params["Dense_0"]["kernel"]), 9)
     check_initial(np.asarray(params["Dense_0"]["bias"]), 9)
     with pytest.raises(AssertionError):  # flax's own default
-        check_initial(np.asarray(nn.initializers.lecun_normal()(jax.random.key(0), (1, 1, 7, 2048))), 7)
+        check_initial(
+            np.asarray(nn.initializers.lecun_normal()(jax.random.key(0), (1, 1, 7, 2048))), 7
+        )
 
 
 def test_a_convolution_adds_its_bias_unless_told_not_to():

@@ -11,7 +11,10 @@ from dgl_jax.ops.cpu import chunks
 pytestmark = pytest.mark.full_compile
 
 
-@pytest.mark.parametrize(("batch", "least", "size"), [(24, 8, 8), (20, 8, 10), (23, 8, 23), (4, 8, 4), (6, 0, 1), (6, 6, 6)])
+@pytest.mark.parametrize(
+    ("batch", "least", "size"),
+    [(24, 8, 8), (20, 8, 10), (23, 8, 23), (4, 8, 4), (6, 0, 1), (6, 6, 6)],
+)
 def test_images_of_a_chunk(batch, least, size):
     assert chunks.chunk_size(batch, least) == size
 
@@ -24,7 +27,9 @@ def test_chunks_hold_every_image_once_from_all_over_the_batch():
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_sum_and_map(size):
     x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
-    np.testing.assert_array_equal(jax.jit(lambda x, y: chunks.sum_chunks(lambda x, y: y @ x, size, x, y))(x, y), y @ x)
+    np.testing.assert_array_equal(
+        jax.jit(lambda x, y: chunks.sum_chunks(lambda x, y: y @ x, size, x, y))(x, y), y @ x
+    )
     squares = jax.jit(lambda x: chunks.map_chunks(lambda x: (x**2).sum(1), size, x))(x)
     np.testing.assert_array_equal(squares, [1, 13, 41, 85, 145, 221])
 

@@ -31,7 +31,10 @@ def test_identity_changes_no_bit(dtype):
 
 def test_bf16_is_exact_where_it_can_be():
     # 8 significant bits at any exponent of a float32
-    x = jnp.asarray([s * m * 2.0**e for s in (-1, 1) for m in (128, 129, 200, 255) for e in (-70, -7, 0, 30)], jnp.float32)
+    x = jnp.asarray(
+        [s * m * 2.0**e for s in (-1, 1) for m in (128, 129, 200, 255) for e in (-70, -7, 0, 30)],
+        jnp.float32,
+    )
     codec = Bf16()
     payload = codec.encode((), x)
     assert payload.dtype == jnp.bfloat16
@@ -51,7 +54,9 @@ def test_bf16_rounds_to_the_nearest():
     assert worst.max() <= 2.0**-8
     assert worst.max() > 2.0**-9  # what rounding to nine bits would reach
     # 1 + 2^-8 lies between two neighbours: to the even one, as 1 + 3 * 2^-8 does upwards
-    assert np.asarray(Bf16().encode((), jnp.float32([1 + 2**-8, 1 + 3 * 2**-8])), np.float32).tolist() == [1.0, 1 + 2**-6]
+    assert np.asarray(
+        Bf16().encode((), jnp.float32([1 + 2**-8, 1 + 3 * 2**-8])), np.float32
+    ).tolist() == [1.0, 1 + 2**-6]
 
 
 def test_make_codec_gives_back_the_dtype_of_the_activations():
@@ -61,7 +66,9 @@ def test_make_codec_gives_back_the_dtype_of_the_activations():
         dims = {} if name in ("identity", "bf16") else {"dims": 2}
         codec = make_codec(options("codec", name=name, **dims), dtype)
         x = jnp.ones((2, 2), dtype)
-        book = codec.codebook(codec.publish(codec.init(x), jax.random.key(0), x, jnp.zeros((), jnp.int32)))
+        book = codec.codebook(
+            codec.publish(codec.init(x), jax.random.key(0), x, jnp.zeros((), jnp.int32))
+        )
         assert codec.decode(book, codec.encode(book, x)).dtype == dtype
         assert hash(codec) == hash(make_codec(options("codec", name=name, **dims), dtype))
 
@@ -70,7 +77,9 @@ def test_relative_error_by_hand():
     original = jnp.asarray([[3.0, 0.0], [0.0, 4.0]])
     decoded = jnp.asarray([[3.0, 1.0], [2.0, 2.0]])  # off by (0, 1, 2, -2): 3 of 5
     np.testing.assert_allclose(relative_error(original, decoded), 0.6, rtol=1e-6)
-    np.testing.assert_allclose(relative_error(original.astype(jnp.bfloat16), decoded), 0.6, rtol=1e-6)
+    np.testing.assert_allclose(
+        relative_error(original.astype(jnp.bfloat16), decoded), 0.6, rtol=1e-6
+    )
     assert float(relative_error(original, original)) == 0.0
     assert float(relative_error(jnp.zeros(2), jnp.zeros(2))) == 0.0
 

@@ -16,7 +16,14 @@ from test_threads import Fault
 from dgl_jax import UserError
 from dgl_jax.codecs import Int8, Vq
 from dgl_jax.config import ReplaySettings, options
-from dgl_jax.engines import EngineState, PipelineEngine, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
+from dgl_jax.engines import (
+    EngineState,
+    PipelineEngine,
+    SimulatedEngine,
+    SimulatedOptions,
+    ThreadsEngine,
+    ThreadsOptions,
+)
 from dgl_jax.engines.base import Publisher
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.export import export_run, load_exported
@@ -61,7 +68,9 @@ def test_codes_cross_and_codebooks_on_their_schedule(tiny, crossed):
         pass
     books = [tree for tree in crossed if isinstance(tree, jax.Array)]
     packets = [tree for tree in crossed if isinstance(tree, tuple)]
-    assert [(book.shape, book.dtype) for book in books] == [((1, 2, 8, 2), jnp.float32)] * 3  # one stage, at updates 0, 3 and 6
+    assert [(book.shape, book.dtype) for book in books] == [
+        ((1, 2, 8, 2), jnp.float32)
+    ] * 3  # one stage, at updates 0, 3 and 6
     assert len(packets) == STEPS
     for payload, context in packets:
         # eight codes: four bits each, two groups a byte
@@ -104,14 +113,20 @@ def test_a_packet_is_decoded_with_the_codebook_it_was_encoded_with(tiny):
 
 
 def test_by_default_codebooks_take_less_than_a_tenth_of_the_codes():
-    for shape, codes, dims in [((128, 8, 8, 512), 256, 8), ((128, 32, 32, 32), 256, 16), ((4, 4, 4, 8), 16, 2)]:
+    for shape, codes, dims in [
+        ((128, 8, 8, 512), 256, 8),
+        ((128, 32, 32, 32), 256, 16),
+        ((4, 4, 4, 8), 16, 2),
+    ]:
         codec = Vq(codes, dims)
         x = jax.ShapeDtypeStruct(shape, "float32")
         book = jax.eval_shape(codec.codebook, codec.init(x))
         payload = jax.eval_shape(codec.encode, book, x)
         share = 4 * book.size / (codec.period(x) * payload.size * payload.dtype.itemsize)
         assert share <= 0.1
-        assert codec.period(x) == 1 or share * codec.period(x) / (codec.period(x) - 1) > 0.1  # and no more seldom than needed
+        assert (
+            codec.period(x) == 1 or share * codec.period(x) / (codec.period(x) - 1) > 0.1
+        )  # and no more seldom than needed
 
 
 def test_int8_is_affine_for_each_example_and_group():
@@ -129,7 +144,9 @@ def test_int8_is_affine_for_each_example_and_group():
     # An image's result does not depend on its neighbours.
     other = x.copy()
     other[1:] *= 1000
-    np.testing.assert_array_equal(codec.decode((), codec.encode((), jnp.asarray(other)))[0], decoded[0])
+    np.testing.assert_array_equal(
+        codec.decode((), codec.encode((), jnp.asarray(other)))[0], decoded[0]
+    )
     flat = jnp.full((2, 3, 4), -3.25)
     np.testing.assert_array_equal(codec.decode((), codec.encode((), flat)), flat)
 
@@ -163,7 +180,11 @@ def test_a_codebook_goes_along_where_the_reader_lacks_it(tiny, known, asked, sen
 
 def entry(n):
     """Packet n."""
-    return np.full((2, 3), n, np.uint8), {"label": np.full(2, n, np.int32), "id": np.full(2, n, np.int32)}, Header(n, n)
+    return (
+        np.full((2, 3), n, np.uint8),
+        {"label": np.full(2, n, np.int32), "id": np.full(2, n, np.int32)},
+        Header(n, n),
+    )
 
 
 def coded_ring(size=3) -> Ring:
@@ -187,7 +208,9 @@ def test_a_ring_keeps_a_codebook_as_long_as_a_packet_refers_to_it():
         for _ in range(3 if count >= 3 else count):
             found = ring.sample()
             n = found.header.sequence
-            np.testing.assert_array_equal(found.message.codebook, n - n % 2)  # the one of that packet or of the one before it
+            np.testing.assert_array_equal(
+                found.message.codebook, n - n % 2
+            )  # the one of that packet or of the one before it
     assert RingSpec(entry(0)[:2], np.zeros(2, np.float32), 2).nbytes(3) >= filled(8).nbytes
 
 
@@ -205,7 +228,13 @@ def test_codebooks_come_back_with_the_ring():
 
 def simulated(tiny, devices, codec, replay=None, **settings) -> SimulatedEngine:
     spec = tiny.spec(codec=codec)
-    return SimulatedEngine(spec, one_group(devices[:1], 3), STEPS, SimulatedOptions(**settings), replay or ReplaySettings(4))
+    return SimulatedEngine(
+        spec,
+        one_group(devices[:1], 3),
+        STEPS,
+        SimulatedOptions(**settings),
+        replay or ReplaySettings(4),
+    )
 
 
 def run(tiny, made):
@@ -246,7 +275,9 @@ def test_only_the_newest_codebook_drifts(tiny, devices):
 @pytest.mark.parametrize("decode", ["sent", "latest"])
 def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
     codec = options("codec", name="vq", codes=8, dims=2, codebook_every=2, decode=decode)
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4))
+    made = ThreadsEngine(
+        tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4)
+    )
     _, state = run(tiny, made)
     assert [int(m.updates) for m in state.modules] == [STEPS] * 3
     traffic = made.traffic()
@@ -260,7 +291,9 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
 @pytest.mark.slow
 def test_a_restarted_module_sends_its_codebook_again(tiny, devices):
     codec = options("codec", name="vq", codes=8, dims=2, codebook_every=100)
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4))
+    made = ThreadsEngine(
+        tiny.spec(codec=codec), assign(devices, 3, (1, 1, 1)), ThreadsOptions(), ReplaySettings(4)
+    )
     Fault(made, 1, call=3)
     made.recover = lambda k: tiny.place(made, tiny.init(made.spec)).modules[k]
     run(tiny, made)
@@ -307,13 +340,25 @@ def test_what_a_run_says_of_its_codec(trained):
     workdir, summary = trained
     assert summary.wire == "simulated"
     last = next(r for r in reversed(records(workdir)) if "train/module_0/codec_error" in r)
-    assert set(last) >= {f"train/module_0/codec_{name}" for name in ("error", "perplexity", "dead", "skipped")}
-    assert last["wire/module_0/bytes_per_image"] == summary.wire_bytes_per_image[0] < summary.raw_bytes_per_image[0] / 4
-    assert last["wire/module_0/compression"] == summary.raw_bytes_per_image[0] / summary.wire_bytes_per_image[0]
+    assert set(last) >= {
+        f"train/module_0/codec_{name}" for name in ("error", "perplexity", "dead", "skipped")
+    }
+    assert (
+        last["wire/module_0/bytes_per_image"]
+        == summary.wire_bytes_per_image[0]
+        < summary.raw_bytes_per_image[0] / 4
+    )
+    assert (
+        last["wire/module_0/compression"]
+        == summary.raw_bytes_per_image[0] / summary.wire_bytes_per_image[0]
+    )
     assert last["wire/module_0/codebook_share"] == summary.codebook_share[0]
     assert summary.codec_error == [last["train/module_0/codec_error"]]
     assert 0 < summary.codec_error[0] < 1
-    assert json.loads((workdir / "summary.json").read_text())["codebook_share"] == summary.codebook_share
+    assert (
+        json.loads((workdir / "summary.json").read_text())["codebook_share"]
+        == summary.codebook_share
+    )
     assert workdir / "plots" / "codec.png" in plot(workdir)
 
 
@@ -328,7 +373,10 @@ def test_evaluation_applies_the_published_codebook(trained, tiny, to_host):
     np.testing.assert_array_equal(coded[0], plain[0])  # nothing has crossed yet
     assert np.abs(np.asarray(coded[1]) - np.asarray(plain[1])).max() > 1e-4
     # The published one: what has been learnt since plays no part.
-    learnt = [s.replace(extras={"codec": s.extras["codec"] | {"learnt": None}}) if s.extras else s for s in placed.modules]
+    learnt = [
+        s.replace(extras={"codec": s.extras["codec"] | {"learnt": None}}) if s.extras else s
+        for s in placed.modules
+    ]
     again, _, _ = Evaluator(made.spec, made.placement).answers(learnt, batch)
     np.testing.assert_array_equal(again[1], coded[1])
 
@@ -339,7 +387,9 @@ def test_an_export_contains_the_codebooks(trained):
     network = load_exported(export_run(workdir))
     assert network.variables[0]["codebook"].shape[2:] == (16, 2)
     assert network.variables[1]["codebook"] == ()
-    images = np.random.default_rng(0).integers(0, 256, (5, *network.spec.task.example.shape), np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (5, *network.spec.task.example.shape), np.uint8
+    )
     with_codec = network.logits(images)[1]
     broken = load_exported(workdir / "export")
     broken.variables[0]["codebook"] = np.zeros_like(broken.variables[0]["codebook"])
@@ -365,4 +415,6 @@ def test_sizes_that_do_not_fit_are_one_clear_line(tmp_path, fields, message):
 def test_a_checkpoint_with_a_codebook_of_another_size_is_refused(trained, tmp_path):
     workdir, _ = trained
     with pytest.raises(UserError, match=r"config\.codec\.codes \(was 16, is now 32\)"):
-        train_and_evaluate(small_config(**(FIELDS | {"codec__codes": 32, "train__steps": 20})), workdir)
+        train_and_evaluate(
+            small_config(**(FIELDS | {"codec__codes": 32, "train__steps": 20})), workdir
+        )

@@ -9,7 +9,14 @@ import jax
 import pytest
 from runs import small_config, spec_of
 
-from dgl_jax.config import Settings, default_config, differences, field_names, fields_of, make_settings
+from dgl_jax.config import (
+    Settings,
+    default_config,
+    differences,
+    field_names,
+    fields_of,
+    make_settings,
+)
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
 from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
@@ -25,7 +32,11 @@ def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
 
 def find(name: str) -> dataclasses.Field:
     group, _, leaf = name.rpartition(".")
-    return fields_of(group)[leaf] if group else next(f for f in dataclasses.fields(Settings) if f.name == leaf)
+    return (
+        fields_of(group)[leaf]
+        if group
+        else next(f for f in dataclasses.fields(Settings) if f.name == leaf)
+    )
 
 
 def other(name: str) -> typing.Any:
@@ -58,12 +69,21 @@ def kinds_for(name: str) -> dict[str, typing.Any]:
             config.setdefault(of, {})[trait] = fitting[0]
         elif trait != "continuous":  # with `asynchronous`: the first of those
             kinds = fields_of(of)["name"].metadata["kinds"]
-            config.setdefault(of, {})["name"] = next(n for n, kind in kinds.items() if getattr(kind, trait) in fitting)
+            config.setdefault(of, {})["name"] = next(
+                n for n, kind in kinds.items() if getattr(kind, trait) in fitting
+            )
     if group and "name" in fields_of(group) and leaf != "name":
         kinds = fields_of(group)["name"].metadata["kinds"]
-        having = [n for n, kind in kinds.items() if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}]
+        having = [
+            n
+            for n, kind in kinds.items()
+            if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}
+        ]
         if leaf not in {
-            f.name for f in dataclasses.fields(type(Settings.__dataclass_fields__[group].default_factory()).__mro__[0])
+            f.name
+            for f in dataclasses.fields(
+                type(Settings.__dataclass_fields__[group].default_factory()).__mro__[0]
+            )
         }:
             config.setdefault(group, {}).setdefault("name", having[0])
     return config
@@ -83,10 +103,18 @@ MISTAKES = [
     # a mistake: the field, the value, and what would work
     (
         ("optimizer.learning_rat", 0.1),
-        ["config.optimizer.learning_rat", "no such field", "did you mean", "optimizer.learning_rate"],
+        [
+            "config.optimizer.learning_rat",
+            "no such field",
+            "did you mean",
+            "optimizer.learning_rate",
+        ],
     ),
     (("optimiser", {}), ["config.optimiser", "no such field", "did you mean", "optimizer.name"]),
-    (("xyzzy", 1), ["config.xyzzy", "no such field", "there are: seed, plugins, data.name", "log.tensorboard"]),
+    (
+        ("xyzzy", 1),
+        ["config.xyzzy", "no such field", "there are: seed, plugins, data.name", "log.tensorboard"],
+    ),
     (("train.accumulate", 0), ["config.train.accumulate=0", "between 1 and 2147483647"]),
     (("train.ema", 1.0), ["config.train.ema=1.0", "between 0.0 and 0.999999"]),
     (("train.label_smoothing", 1.5), ["config.train.label_smoothing=1.5", "between 0.0 and 1.0"]),
@@ -100,9 +128,15 @@ MISTAKES = [
     (("data.batch_size", 1), ["config.data.batch_size=1", "between 2 and"]),
     (("train.steps", 2**31), ["config.train.steps=2147483648", "between 0 and 2147483647"]),
     (("train.epochs", 1e300), ["config.train.epochs=1e+300", "between 0.0 and 1000000.0"]),
-    (("schedule.boundaries", (1.0, 1e300)), ["config.schedule.boundaries=(1.0, 1e+300)", "below a million"]),
+    (
+        ("schedule.boundaries", (1.0, 1e300)),
+        ["config.schedule.boundaries=(1.0, 1e+300)", "below a million"],
+    ),
     (("data.image_size", 100_000), ["config.data.image_size=100000", "between 0 and 4096"]),
-    (("data.validation_fraction", 0.95), ["config.data.validation_fraction=0.95", "between 0.0 and 0.9"]),
+    (
+        ("data.validation_fraction", 0.95),
+        ["config.data.validation_fraction=0.95", "between 0.0 and 0.9"],
+    ),
     (("data.batch_size", 8.5), ["config.data.batch_size=8.5", "a whole number"]),
     (("data.batch_size", True), ["config.data.batch_size=True", "a whole number"]),
     (("train.epochs", "ten"), ["config.train.epochs='ten'", "a number"]),
@@ -115,14 +149,25 @@ MISTAKES = [
     (("engine.group_sizes", (1, "2")), ["config.engine.group_sizes=(1, '2')", "a tuple"]),
     (("engine.group_sizes", (1, 1.5)), ["config.engine.group_sizes=(1, 1.5)", "a tuple"]),
     (("engine.group_sizes", (1, 0)), ["config.engine.group_sizes=(1, 0)", "at least one device"]),
-    (("schedule.boundaries", (2.0, 1.0)), ["config.schedule.boundaries=(2.0, 1.0)", "positive and increasing"]),
-    (("schedule.boundaries", (0.0, 1.0)), ["config.schedule.boundaries=(0.0, 1.0)", "positive and increasing"]),
-    (("schedule.boundaries", (1.0, 1.0)), ["config.schedule.boundaries=(1.0, 1.0)", "positive and increasing"]),
+    (
+        ("schedule.boundaries", (2.0, 1.0)),
+        ["config.schedule.boundaries=(2.0, 1.0)", "positive and increasing"],
+    ),
+    (
+        ("schedule.boundaries", (0.0, 1.0)),
+        ["config.schedule.boundaries=(0.0, 1.0)", "positive and increasing"],
+    ),
+    (
+        ("schedule.boundaries", (1.0, 1.0)),
+        ["config.schedule.boundaries=(1.0, 1.0)", "positive and increasing"],
+    ),
     (("data.mean", (0.5,)), ["config.data.mean has 1", "config.data.std 0"]),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=[f"{name}={value}" for (name, value), _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("mistake", "words"), MISTAKES, ids=[f"{name}={value}" for (name, value), _ in MISTAKES]
+)
 def test_mistakes_are_named(mistake, words):
     config = nest(*mistake)
     if "boundaries" in mistake[0]:
@@ -139,9 +184,18 @@ def test_standard_deviations_are_positive():
 
 
 def test_types_are_those_of_the_fields():
-    settings = make_settings({"data": {"batch_size": 8.0}, "optimizer": {"learning_rate": 1}, "engine": {"group_sizes": [1, 2.0]}})
+    settings = make_settings(
+        {
+            "data": {"batch_size": 8.0},
+            "optimizer": {"learning_rate": 1},
+            "engine": {"group_sizes": [1, 2.0]},
+        }
+    )
     assert (settings.data.batch_size, type(settings.data.batch_size)) == (8, int)
-    assert (settings.optimizer.learning_rate, type(settings.optimizer.learning_rate)) == (1.0, float)
+    assert (settings.optimizer.learning_rate, type(settings.optimizer.learning_rate)) == (
+        1.0,
+        float,
+    )
     assert settings.engine.group_sizes == (1, 2)
     assert all(type(n) is int for n in settings.engine.group_sizes)
 
@@ -181,7 +235,16 @@ def test_what_a_resumed_run_may_change(name):
     found = differences(old, new)
     free = (
         name.startswith(
-            ("train.", "checkpoint.", "eval.", "log.", "engine.group_sizes", "engine.ticks", "engine.restart", "engine.watchdog")
+            (
+                "train.",
+                "checkpoint.",
+                "eval.",
+                "log.",
+                "engine.group_sizes",
+                "engine.ticks",
+                "engine.restart",
+                "engine.watchdog",
+            )
         )
         or name in ("plugins", "data.dir", "data.manual_dir", "data.workers", "model.remat")
     ) and name != "train.ema"
@@ -202,7 +265,10 @@ def test_what_a_resumed_run_may_change(name):
 RINGS = {"engine.slowdown", "engine.finished", "checkpoint.replay_every", "codec.decode"} | {
     f"replay.{name}" for name in ("size", "rule", "max_reuse", "at_limit")
 }
-OF_VQ = {f"codec.{name}" for name in ("codes", "stages", "start", "rule", "decay", "smoothing", "restart", "samples")} | {
+OF_VQ = {
+    f"codec.{name}"
+    for name in ("codes", "stages", "start", "rule", "decay", "smoothing", "restart", "samples")
+} | {
     "codec.codebook_every",
     "codec.decode",
 }
@@ -247,16 +313,23 @@ def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
         base[group] = dict(leaves)
     base[kind.split(".")[0]][kind.split(".")[1]] = chosen
     found = set()
-    for name in {name for name in field_names() if "." in name and not name.endswith(".name")} - {kind, *ONE_KIND}:
+    for name in {name for name in field_names() if "." in name and not name.endswith(".name")} - {
+        kind,
+        *ONE_KIND,
+    }:
         group, _, leaf = name.rpartition(".")
-        partner = {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
+        partner = (
+            {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
+        )
         config = base | {group: base.get(group, {}) | {leaf: other(name)} | partner}
         settings = make_settings(config)
         found |= {name} & set(settings.ignored)
         if name in settings.ignored:
             with pytest.raises(UserError, match=re.escape(settings.ignored[name])):
                 make_settings(config, given=[name])
-            assert differences(make_settings(base), settings) == [], "what decided nothing may change"
+            assert differences(make_settings(base), settings) == [], (
+                "what decided nothing may change"
+            )
         else:
             make_settings(config, given=[name])
     assert found == without_use
@@ -323,7 +396,13 @@ def test_tuples_equal_their_json_lists():
 
 
 def test_names_choose_from_the_registries():
-    chosen = {"data.name": DATA_SETS, "model.name": NETWORKS, "model.head": HEADS, "engine.name": ENGINES, "codec.name": CODECS}
+    chosen = {
+        "data.name": DATA_SETS,
+        "model.name": NETWORKS,
+        "model.head": HEADS,
+        "engine.name": ENGINES,
+        "codec.name": CODECS,
+    }
     assert all(find(name).metadata["kinds"] is kinds for name, kinds in chosen.items())
     assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
     assert [*METHODS] == ["backprop", "dgl"]
@@ -331,7 +410,12 @@ def test_names_choose_from_the_registries():
 
 def engine_of(name: str, method: str = "dgl") -> Engine:
     settings = make_settings(
-        {"engine": {"name": name}, "method": {"name": method}, "model": {"width": 4, "modules": 2}, "data": {"batch_size": 8}}
+        {
+            "engine": {"name": name},
+            "method": {"name": method},
+            "model": {"width": 4, "modules": 2},
+            "data": {"batch_size": 8},
+        }
     )
     info = DatasetInfo("synthetic", ("a", "b"), (8, 8, 3), (0.5,) * 3, (0.2,) * 3)
     return make_engine(settings, spec_of(settings, info), jax.devices(), 10)
@@ -344,8 +428,14 @@ def test_every_engine_name_has_an_engine_of_its_own():
 
 def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
     for method in METHODS:
-        assert [module.objective is None for module in engine_of("fused", method).spec.modules] == [method == "backprop", False]
-    with pytest.raises(UserError, match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$"):
+        assert [module.objective is None for module in engine_of("fused", method).spec.modules] == [
+            method == "backprop",
+            False,
+        ]
+    with pytest.raises(
+        UserError,
+        match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$",
+    ):
         engine_of("pipeline", "backprop")
 
 

@@ -21,7 +21,14 @@ ROOT = Path(__file__).parents[1]
 def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process of its own, without the current directory on its path."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, "-P", "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_what_is_shipped_is_the_folder_at_the_root():
@@ -50,10 +57,16 @@ def test_the_users_files_come_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("digit", "--config=digit: neither a file nor a configuration of dgl_jax; did you mean digits"),
+        (
+            "digit",
+            "--config=digit: neither a file nor a configuration of dgl_jax; did you mean digits",
+        ),
         ("configs/digit.py", "did you mean digits"),
         ("zzz", "there are: cifar10, cifar10_modern, "),
-        ("~nobody-of-that-name/x.py", "--config=~nobody-of-that-name/x.py: the home directory ~nobody-of-that-name is not known"),
+        (
+            "~nobody-of-that-name/x.py",
+            "--config=~nobody-of-that-name/x.py: the home directory ~nobody-of-that-name is not known",
+        ),
     ],
 )
 def test_a_mistyped_name_gets_its_neighbours(name, words, tmp_path, monkeypatch):
@@ -66,15 +79,33 @@ def test_what_experiments_share_is_none_itself(tmp_path, monkeypatch):
     assert (SHIPPED / "bases" / "__init__.py").exists()
     monkeypatch.chdir(tmp_path)
     for name in ("bases", "bases.py", "configs/bases", "configs/bases.py"):
-        with pytest.raises(UserError, match=f"--config={name}: neither a file nor a configuration of dgl_jax"):
+        with pytest.raises(
+            UserError, match=f"--config={name}: neither a file nor a configuration of dgl_jax"
+        ):
             resolve(name)
 
 
 def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = f"{SHIPPED / 'digits.py'}"
-    argv = ["launch.py", "--config.seed=1", "--config=digits", "-config=digits", "--config", "digits", "digits"]
-    found = ["launch.py", "--config.seed=1", f"--config={digits}", f"-config={digits}", "--config", digits, "digits"]
+    argv = [
+        "launch.py",
+        "--config.seed=1",
+        "--config=digits",
+        "-config=digits",
+        "--config",
+        "digits",
+        "digits",
+    ]
+    found = [
+        "launch.py",
+        "--config.seed=1",
+        f"--config={digits}",
+        f"-config={digits}",
+        "--config",
+        digits,
+        "digits",
+    ]
     assert with_files(argv) == found
 
 
@@ -95,7 +126,15 @@ print(json.dumps([f.value for f in (cli._WORKDIR, cli._INIT_FROM, cli._OUTPUT, c
 
 
 def test_every_path_of_a_command_line_may_begin_at_home():
-    paths = ["--workdir=~/a", "--init_from", "~", "--output=~/b.csv", "--images=~/*.png", "--images=x~", "--block_times=~/t"]
+    paths = [
+        "--workdir=~/a",
+        "--init_from",
+        "~",
+        "--output=~/b.csv",
+        "--images=~/*.png",
+        "--images=x~",
+        "--block_times=~/t",
+    ]
     done = python(FLAGS.format(arguments=json.dumps(paths)), HOME="/homes/h")
     expected = ["/homes/h/a", "/homes/h", "/homes/h/b.csv", ["/homes/h/*.png", "x~"], "/homes/h/t"]
     assert json.loads(done.stdout) == expected, done.stderr
@@ -113,7 +152,10 @@ def homeless(monkeypatch):
 
 
 def test_a_home_that_is_not_known_is_said(homeless, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--workdir=~/runs: the home directory ~ is not known here; write the path in full"):
+    with pytest.raises(
+        UserError,
+        match="--workdir=~/runs: the home directory ~ is not known here; write the path in full",
+    ):
         expand("~/runs", "--workdir")
     monkeypatch.chdir(tmp_path)
     Path("~").mkdir()  # of just that name
@@ -130,7 +172,9 @@ def test_the_cache_lives_where_home_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for home in ("/", "", str(tmp_path / "nowhere")):
         monkeypatch.setenv("HOME", home)
-        monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may be allowed everything
+        monkeypatch.setattr(
+            os, "access", lambda *_: False
+        )  # whoever runs the tests may be allowed everything
         assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"
     monkeypatch.setenv("HOME", str(tmp_path))
     kept = tmp_path / ".cache" / "dgl_jax"

@@ -30,7 +30,9 @@ def shallow_networks():
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(resnet._BOTTLENECK, 6, (1, 1, 1, 1))
         patched.setitem(NETWORKS._kinds, "resnet8", NetworkKind(partial(resnet.cifar_resnet, 8)))
-        patched.setitem(NETWORKS._kinds, "four_bottlenecks", NetworkKind(partial(resnet.imagenet_resnet, 6)))
+        patched.setitem(
+            NETWORKS._kinds, "four_bottlenecks", NetworkKind(partial(resnet.imagenet_resnet, 6))
+        )
         yield
 
 
@@ -63,7 +65,13 @@ def shrunk(path):
 
 
 def test_there_are_configs():
-    networks = {"imagenet_vgg13", "imagenet_vgg19", "imagenet_resnet152", "cifar10_resnet110", "cifar10_resnet18"}
+    networks = {
+        "imagenet_vgg13",
+        "imagenet_vgg19",
+        "imagenet_resnet152",
+        "cifar10_resnet110",
+        "cifar10_resnet18",
+    }
     assert {"cifar10", "digits", "imagenette"} | networks <= {path.stem for path in CONFIGS}
 
 
@@ -74,7 +82,9 @@ def test_two_ticks(path, tiny):
     experiment = make_experiment(settings, jax.devices()[:1])
     states, reports = tiny.run(experiment.engine, 2, source=experiment.source)
     assert [int(state.updates) for state in states] == [2] * settings.model.modules
-    losses = [float(of_module["loss"][0]) for report in reports for of_module in report if of_module]
+    losses = [
+        float(of_module["loss"][0]) for report in reports for of_module in report if of_module
+    ]
     assert len(losses) == 2 * settings.model.modules
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -127,30 +137,66 @@ def test_every_option_of_a_page_applies(path):
 def test_the_papers_imagenet_schedule(path):
     settings = make_settings(config_of(path))
     rate = make_schedule(settings.schedule, settings.optimizer.learning_rate, 100, 5000)
-    for epoch, expected in ((0, 0.1), (9.99, 0.1), (10, 0.01), (20, 1e-3), (30, 1e-4), (40, 1e-5), (49.99, 1e-5)):
+    for epoch, expected in (
+        (0, 0.1),
+        (9.99, 0.1),
+        (10, 0.01),
+        (20, 1e-3),
+        (30, 1e-4),
+        (40, 1e-5),
+        (49.99, 1e-5),
+    ):
         assert float(rate(round(epoch * 100))) == pytest.approx(expected, rel=1e-5)
-    assert (settings.optimizer.name, settings.optimizer.momentum, settings.optimizer.weight_decay) == ("sgd", 0.9, 1e-4)
-    assert (settings.data.batch_size, settings.train.epochs, settings.model.head) == (256, 50, "mlp_sr")
+    assert (
+        settings.optimizer.name,
+        settings.optimizer.momentum,
+        settings.optimizer.weight_decay,
+    ) == ("sgd", 0.9, 1e-4)
+    assert (settings.data.batch_size, settings.train.epochs, settings.model.head) == (
+        256,
+        50,
+        "mlp_sr",
+    )
 
 
 @pytest.mark.parametrize("path", MODERN, ids=lambda path: path.stem)
 def test_the_modern_recipe_is_all_that_differs(path):
-    modern, paper = make_settings(config_of(path)), make_settings(config_of(path.with_stem(path.stem.removesuffix("_modern"))))
+    modern, paper = (
+        make_settings(config_of(path)),
+        make_settings(config_of(path.with_stem(path.stem.removesuffix("_modern")))),
+    )
     changed = {name.split(" ")[0].removeprefix("config.") for name in differences(paper, modern)}
-    assert changed - {"model.dtype"} == {"optimizer.nesterov", "schedule.name", "schedule.warmup_epochs", "train.ema"}
-    assert (modern.schedule.name, modern.schedule.warmup_epochs, modern.train.epochs) == ("cosine", 5, 100)
+    assert changed - {"model.dtype"} == {
+        "optimizer.nesterov",
+        "schedule.name",
+        "schedule.warmup_epochs",
+        "train.ema",
+    }
+    assert (modern.schedule.name, modern.schedule.warmup_epochs, modern.train.epochs) == (
+        "cosine",
+        5,
+        100,
+    )
     assert (modern.optimizer.nesterov, modern.train.label_smoothing) == (True, 0.1)
     rate = make_schedule(modern.schedule, modern.optimizer.learning_rate, 100, 10_000)
-    assert [float(rate(update - 1)) for update in (250, 500)] == pytest.approx([0.05, 0.1], rel=1e-6)
+    assert [float(rate(update - 1)) for update in (250, 500)] == pytest.approx(
+        [0.05, 0.1], rel=1e-6
+    )
     assert float(rate(9_999)) < 1e-5
 
 
 def page_problems(path, text):
     """What a lab page lacks."""
     page, found = ast.get_docstring(ast.parse(text)) or "", []
-    if not re.search(rf"python launch\.py .*--config=configs/{path.stem}\.py\b.*--workdir=\S+", page):
+    if not re.search(
+        rf"python launch\.py .*--config=configs/{path.stem}\.py\b.*--workdir=\S+", page
+    ):
         found.append("no command line")
-    if not re.search(r"\bnot run here\b|(accuracy|error|%|percent).*\d|\d.*(accuracy|error|%|percent)", page, re.IGNORECASE):
+    if not re.search(
+        r"\bnot run here\b|(accuracy|error|%|percent).*\d|\d.*(accuracy|error|%|percent)",
+        page,
+        re.IGNORECASE,
+    ):
         found.append("neither a result nor 'not run here'")
     if not re.search(r"\bminute|\bsecond|\bhour|\bnot run here\b", page, re.IGNORECASE):
         found.append("no time")
@@ -165,10 +211,19 @@ def test_lab_page(path):
 @pytest.mark.parametrize(
     ("page", "problems"),
     [
-        ("python launch.py --config=configs/a.py --workdir=runs/a\n\nIn a minute: accuracy 0.97.", []),
+        (
+            "python launch.py --config=configs/a.py --workdir=runs/a\n\nIn a minute: accuracy 0.97.",
+            [],
+        ),
         ("python launch.py --config=configs/a.py --workdir=runs/a\n\nNot run here.", []),
-        ("python launch.py --config=configs/b.py --workdir=runs/a\n\nNot run here: 90 % in 2 hours.", ["no command line"]),
-        ("python launch.py --config=configs/a.py --workdir=runs/a", ["neither a result nor 'not run here'", "no time"]),
+        (
+            "python launch.py --config=configs/b.py --workdir=runs/a\n\nNot run here: 90 % in 2 hours.",
+            ["no command line"],
+        ),
+        (
+            "python launch.py --config=configs/a.py --workdir=runs/a",
+            ["neither a result nor 'not run here'", "no time"],
+        ),
     ],
 )
 def test_lacking_pages_are_noticed(page, problems):

@@ -43,7 +43,8 @@ def gradients(function, shape, strides, padding, options, batch=24, dtype="float
 def furthest(case, **changed):
     """Relative to the largest value of each array: sums that nearly cancel have no relative precision."""
     pairs = zip(
-        gradients(conv_general_dilated, *CASES[case], **changed), gradients(lax.conv_general_dilated, *CASES[case], **changed)
+        gradients(conv_general_dilated, *CASES[case], **changed),
+        gradients(lax.conv_general_dilated, *CASES[case], **changed),
     )
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
@@ -53,7 +54,9 @@ def test_gradients_are_the_librarys(case):
     assert furthest(case) < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 7, 23, 20])  # fewer than a chunk, just fewer, a prime number, two chunks of ten
+@pytest.mark.parametrize(
+    "batch", [1, 7, 23, 20]
+)  # fewer than a chunk, just fewer, a prime number, two chunks of ten
 def test_any_batch(batch):
     assert furthest("3x3", batch=batch) < 1e-5
 
@@ -66,18 +69,31 @@ def test_a_lost_chunk_is_noticed(monkeypatch, traced_anew):
 
 def test_other_images_in_a_chunk_are_noticed(monkeypatch, traced_anew):
     chunk = chunks.chunk
-    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i))
+    monkeypatch.setattr(
+        chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i)
+    )
     assert furthest("3x3") > 1e-2
 
 
-def plain(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64), strides=(1, 1), padding=((1, 1), (1, 1)), dtype="float32", **options):
+def plain(
+    shape=(32, 8, 8, 32),
+    kernel=(3, 3, 32, 64),
+    strides=(1, 1),
+    padding=((1, 1), (1, 1)),
+    dtype="float32",
+    **options,
+):
     x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
     return conv._is_plain_3x3(x, kernel, strides, padding, **{"dimension_numbers": NHWC} | options)
 
 
 @pytest.mark.parametrize(
     "case",
-    [{}, {"padding": "SAME"}, {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None}],
+    [
+        {},
+        {"padding": "SAME"},
+        {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None},
+    ],
 )
 def test_what_the_other_formulations_are_of(case):
     assert plain(**case)
@@ -95,7 +111,11 @@ def test_what_the_other_formulations_are_of(case):
         {"rhs_dilation": (2, 2)},
         {"lhs_dilation": (2, 2)},
         {"shape": (32, 8, 8, 64), "feature_group_count": 2},
-        {"shape": (32, 32, 8, 8), "kernel": (64, 32, 3, 3), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+        {
+            "shape": (32, 32, 8, 8),
+            "kernel": (64, 32, 3, 3),
+            "dimension_numbers": ("NCHW", "OIHW", "NCHW"),
+        },
     ],
 )
 def test_what_they_are_not_of(case):
@@ -103,13 +123,20 @@ def test_what_they_are_not_of(case):
 
 
 def kernel_gradient(x, kernel):
-    return jax.grad(lambda k: (conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum())(kernel)
+    return jax.grad(
+        lambda k: (conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC) ** 2).sum()
+    )(kernel)
 
 
-X, KERNEL = jax.ShapeDtypeStruct((32, 8, 8, 6), "float32"), jax.ShapeDtypeStruct((3, 3, 6, 5), "float32")
+X, KERNEL = (
+    jax.ShapeDtypeStruct((32, 8, 8, 6), "float32"),
+    jax.ShapeDtypeStruct((3, 3, 6, 5), "float32"),
+)
 
 
-@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 1 + 4), ("cuda", 1 + 1), ("tpu", 1 + 1)])
+@pytest.mark.parametrize(
+    ("platform", "convolutions"), [("cpu", 1 + 4), ("cuda", 1 + 1), ("tpu", 1 + 1)]
+)
 def test_each_platform_gets_its_formulation(platform, convolutions):
     text = jax.jit(kernel_gradient).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
@@ -124,15 +151,29 @@ def test_compiled_with_one_branch_and_no_gradient_of_an_input_that_needs_none():
 def collectives(devices):
     """What a batch that is split among devices makes them send each other, and how far the gradient is from one device's."""
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
-    split, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     random = np.random.default_rng(0)
-    x, kernel = random.normal(size=X.shape).astype("float32"), random.normal(size=KERNEL.shape).astype("float32")
+    x, kernel = (
+        random.normal(size=X.shape).astype("float32"),
+        random.normal(size=KERNEL.shape).astype("float32"),
+    )
     fresh = lambda x, kernel: kernel_gradient(x, kernel)  # noqa: E731  traced anew, whatever was patched
-    compiled = jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=everywhere).lower(X, KERNEL).compile()
+    compiled = (
+        jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=everywhere)
+        .lower(X, KERNEL)
+        .compile()
+    )
     found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
     expected = kernel_gradient(x, kernel)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
-    return set(re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()))
+    np.testing.assert_allclose(
+        found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
+    )
+    return set(
+        re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
+    )
 
 
 def test_images_stay_on_their_devices(devices):
@@ -149,7 +190,8 @@ def test_chunks_are_summed_in_float32(monkeypatch, traced_anew):
 
     def error():
         found, exact = (
-            gradients(conv_general_dilated, *CASES["3x3"], batch=64, dtype=dtype)[2] for dtype in ("bfloat16", "float32")
+            gradients(conv_general_dilated, *CASES["3x3"], batch=64, dtype=dtype)[2]
+            for dtype in ("bfloat16", "float32")
         )
         assert found.dtype == "bfloat16"
         return float(jnp.linalg.norm(found.astype("float32") - exact) / jnp.linalg.norm(exact))

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dgl_jax.data.crops import AREA, ASPECT, DRAWS, UNREADABLE, Box, centre_crop, random_box, random_crop
+from dgl_jax.data.crops import (
+    AREA,
+    ASPECT,
+    DRAWS,
+    UNREADABLE,
+    Box,
+    centre_crop,
+    random_box,
+    random_crop,
+)
 
 SIZE = 28  # hence 32 pixels for the shorter side
 
@@ -52,7 +61,10 @@ def draws_for(area, aspect, column, row):
 # The middle
 
 
-@pytest.mark.parametrize(("width", "height", "factor"), [(60, 44, 1), (33, 50, 1), (141, 97, 2), (300, 259, 8), (32, 32, 1)])
+@pytest.mark.parametrize(
+    ("width", "height", "factor"),
+    [(60, 44, 1), (33, 50, 1), (141, 97, 2), (300, 259, 8), (32, 32, 1)],
+)
 def test_centre_crop(width, height, factor):
     data = encoded(photo(width, height))
     pixels = decoded(data, factor)
@@ -88,7 +100,9 @@ def test_a_box_by_hand():
 
 def test_an_attempt_that_does_not_fit_is_followed_by_the_next():
     draws = draws_for(0.99, 0.5, 0.0, 0.0)  # 99 % of a wide image is no square
-    assert random_box(200, 50, draws) == Box(66, 0, 67, 50)  # in the middle, of the widest permitted aspect
+    assert random_box(200, 50, draws) == Box(
+        66, 0, 67, 50
+    )  # in the middle, of the widest permitted aspect
     draws[7] = 0.0, 0.5, 0.0, 0.0
     assert random_box(200, 50, draws) == Box(0, 0, 28, 28)
 
@@ -127,18 +141,30 @@ def test_random_crop(area, factor):
     data = encoded(photo(200, 180))
     draws = draws_for(area, 0.4, 0.3, 0.7)
     box = random_box(200, 180, draws)
-    assert factor * SIZE <= min(box.width, box.height) < 2 * factor * SIZE  # nothing thrown away that is needed
+    assert (
+        factor * SIZE <= min(box.width, box.height) < 2 * factor * SIZE
+    )  # nothing thrown away that is needed
     left, top, wide, tall = (side // factor for side in box)
     pixels = decoded(data, factor)
     found = random_crop(data, draws, SIZE)
-    np.testing.assert_allclose(found, bilinear(pixels[top : top + tall, left : left + wide], SIZE, SIZE), atol=2)
-    assert np.abs(found - bilinear(pixels[top : top + tall, left + 2 : left + 2 + wide], SIZE, SIZE)).max() > 4
+    np.testing.assert_allclose(
+        found, bilinear(pixels[top : top + tall, left : left + wide], SIZE, SIZE), atol=2
+    )
+    assert (
+        np.abs(
+            found - bilinear(pixels[top : top + tall, left + 2 : left + 2 + wide], SIZE, SIZE)
+        ).max()
+        > 4
+    )
 
 
 # What is no RGB JPEG
 
 
-@pytest.mark.parametrize(("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("P", "PNG"), ("RGBA", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("P", "PNG"), ("RGBA", "PNG")],
+)
 def test_other_forms(mode, form):
     data = encoded(photo(60, 44).convert(mode), form)
     with Image.open(io.BytesIO(data)) as image:
@@ -150,11 +176,15 @@ def test_other_forms(mode, form):
 def test_images_stay_as_stored():
     exif = Image.Exif()
     exif[0x112] = 6  # a quarter to the right
-    turned, plain = (centre_crop(encoded(photo(60, 44), **kwargs), SIZE) for kwargs in ({"exif": exif}, {}))
+    turned, plain = (
+        centre_crop(encoded(photo(60, 44), **kwargs), SIZE) for kwargs in ({"exif": exif}, {})
+    )
     np.testing.assert_array_equal(turned, plain)
 
 
-@pytest.mark.parametrize("what", ["empty", "junk", "header alone", "cut short", "cut in the header"])
+@pytest.mark.parametrize(
+    "what", ["empty", "junk", "header alone", "cut short", "cut in the header"]
+)
 def test_what_cannot_be_read(what):
     data = encoded(photo(60, 44))
     damaged = {
@@ -164,7 +194,10 @@ def test_what_cannot_be_read(what):
         "cut short": data[: len(data) * 3 // 4],
         "cut in the header": data[:100],
     }[what]
-    for cut in (lambda d: centre_crop(d, SIZE), lambda d: random_crop(d, draws_for(0.5, 0.5, 0.5, 0.5), SIZE)):
+    for cut in (
+        lambda d: centre_crop(d, SIZE),
+        lambda d: random_crop(d, draws_for(0.5, 0.5, 0.5, 0.5), SIZE),
+    ):
         cut(data)  # nothing is wrong yet
         with pytest.raises(UNREADABLE):
             cut(damaged)

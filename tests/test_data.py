@@ -28,7 +28,9 @@ def numbered(train=53, test=11, classes=3):
     """Images that show their own index."""
 
     def split(n):
-        images = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, 4, 4, 1)).copy()
+        images = np.broadcast_to(
+            np.arange(n, dtype=np.uint8)[:, None, None, None], (n, 4, 4, 1)
+        ).copy()
         return Examples(images, (np.arange(n) % classes).astype(np.int32))
 
     return DataSet("numbered", tuple(map(str, range(classes))), split(train), split(test))
@@ -43,7 +45,9 @@ def ids_of(batches):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def is_permutation(ids, expected):
@@ -155,7 +159,10 @@ def test_evaluation_counts_every_example_once(split, count):
 
 def test_training_and_validation_share_no_image_and_leave_none_out():
     s = source(validation_fraction=0.25)
-    ids = {split: {i for i in ids_of(s.evaluation(split)).tolist() if i != PADDING} for split in ("train", "validation")}
+    ids = {
+        split: {i for i in ids_of(s.evaluation(split)).tolist() if i != PADDING}
+        for split in ("train", "validation")
+    }
     assert not ids["train"] & ids["validation"]
     assert ids["train"] | ids["validation"] == set(range(53))
     assert set(ids_of(islice(s.batches(0), 30)).tolist()) <= ids["train"]
@@ -173,13 +180,21 @@ def test_stratification_is_exact(seed):
     assert np.bincount(labels[chosen]).tolist() == [4, 2, 1]
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     # A plain draw does not keep the shares: the assertions above are not trivial.
-    plain = [np.bincount(labels[np.random.default_rng(k).permutation(100)[:10]]).tolist() for k in range(5)]
+    plain = [
+        np.bincount(labels[np.random.default_rng(k).permutation(100)[:10]]).tolist()
+        for k in range(5)
+    ]
     assert plain != [[5, 3, 2]] * 5
 
 
 def test_a_subset_is_taken_from_what_validation_left():
-    whole, part = source(validation_fraction=0.15), source(validation_fraction=0.15, train_examples=15)
-    held = [[i for i in ids_of(s.evaluation("validation")).tolist() if i >= 0] for s in (whole, part)]
+    whole, part = (
+        source(validation_fraction=0.15),
+        source(validation_fraction=0.15, train_examples=15),
+    )
+    held = [
+        [i for i in ids_of(s.evaluation("validation")).tolist() if i >= 0] for s in (whole, part)
+    ]
     assert held[0] == held[1]
     kept = [b.context for b in part.evaluation("train")]
     labels = np.concatenate([t["label"] for t in kept])
@@ -189,12 +204,16 @@ def test_a_subset_is_taken_from_what_validation_left():
 
 
 def test_what_does_not_fit():
-    with pytest.raises(UserError, match=r"config.data.batch_size=54: there are only 53 training examples"):
+    with pytest.raises(
+        UserError, match=r"config.data.batch_size=54: there are only 53 training examples"
+    ):
         source(batch_size=54)
     assert source(batch_size=53).steps_per_epoch == 1
     with pytest.raises(UserError, match=r"config.data.train_examples=54: numbered has 53"):
         source(train_examples=54)
-    with pytest.raises(UserError, match=r"config.data.mean=\(0.1, 0.2\): one value a channel .* has 1"):
+    with pytest.raises(
+        UserError, match=r"config.data.mean=\(0.1, 0.2\): one value a channel .* has 1"
+    ):
         source(mean=(0.1, 0.2), std=(1.0, 1.0))
 
 
@@ -225,13 +244,22 @@ def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
 
 
 def test_settings_override_mean_and_std():
-    settings = options("data", name="synthetic", image_size=8, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), augment="crop_flip")
+    settings = options(
+        "data",
+        name="synthetic",
+        image_size=8,
+        mean=(0.1, 0.2, 0.3),
+        std=(1.0, 2.0, 3.0),
+        augment="crop_flip",
+    )
     source = make_source(settings, 0)
     assert (source.mean, source.std) == (settings.mean, settings.std)
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match=r"config.data.name='cifar': no such name; did you mean cifar10"):
+    with pytest.raises(
+        UserError, match=r"config.data.name='cifar': no such name; did you mean cifar10"
+    ):
         make_source(options("data", name="cifar"), 0)
 
 
@@ -253,7 +281,9 @@ def write_folder(root, size=(6, 5), per_class=3):
 
 
 def settings_of(root, **kwargs):
-    return options("data", name="folder", dir=str(root), batch_size=2, validation_fraction=0.0, **kwargs)
+    return options(
+        "data", name="folder", dir=str(root), batch_size=2, validation_fraction=0.0, **kwargs
+    )
 
 
 @pytest.fixture
@@ -322,8 +352,14 @@ def broken(what):
         ("unknown class", r"test/cat: the class cat has no directory in .*set/train"),
         ("unreadable", r"train/cat/1.png: not an image that can be read"),
         ("truncated", r"test/cat/1.png: not an image that can be read"),
-        ("size", r"train/cat/1.png has 9x9 pixels and .*train/ape/0.PNG 6x5: set config.data.image_size"),
-        ("size of test", r"images in train have 6x5 pixels and images in test 9x9: set config.data.image_size"),
+        (
+            "size",
+            r"train/cat/1.png has 9x9 pixels and .*train/ape/0.PNG 6x5: set config.data.image_size",
+        ),
+        (
+            "size of test",
+            r"images in train have 6x5 pixels and images in test 9x9: set config.data.image_size",
+        ),
     ],
 )
 def test_folder_errors(images, what, message):
@@ -374,7 +410,9 @@ def test_a_damaged_entry_is_replaced(images, cache_directory, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
-@pytest.mark.parametrize("size", [0, 3, 20, 128])  # nothing, half the magic, half the header, no data
+@pytest.mark.parametrize(
+    "size", [0, 3, 20, 128]
+)  # nothing, half the magic, half the header, no data
 def test_an_entry_cut_short_is_replaced(images, cache_directory, monkeypatch, name, size):
     monkeypatch.setattr(cache, "LARGE", 1)
     before = folder.load(settings_of(images))
@@ -400,7 +438,12 @@ def test_an_entry_is_on_the_disk_before_it_has_its_name(images, cache_directory,
         synced[stat.st_ino] = stat.st_size
 
     def note_rename(source, target):
-        renamed.append({path.name: path.stat().st_size == synced.get(path.stat().st_ino) for path in Path(source).iterdir()})
+        renamed.append(
+            {
+                path.name: path.stat().st_size == synced.get(path.stat().st_ino)
+                for path in Path(source).iterdir()
+            }
+        )
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", note_fsync)

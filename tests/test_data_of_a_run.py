@@ -47,8 +47,19 @@ def write(root: Path, mode: str = "RGB", size=(8, 8), classes=CLASSES) -> Path:
 
 
 def config_of(root: Path, **fields):
-    fields = {"train__steps": 6, "data__augment": "none", "eval__every": 0, "checkpoint__every": 0} | fields
-    return small_config(data__name="folder", data__dir=str(root), data__image_size=0, data__train_examples=0, **fields)
+    fields = {
+        "train__steps": 6,
+        "data__augment": "none",
+        "eval__every": 0,
+        "checkpoint__every": 0,
+    } | fields
+    return small_config(
+        data__name="folder",
+        data__dir=str(root),
+        data__image_size=0,
+        data__train_examples=0,
+        **fields,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +117,13 @@ def test_other_data_are_refused_with_both_lists(run, other, tmp_path, change):
     alter(other)
     copy = shutil.copytree(run, tmp_path / "run")
     before = sorted(copy.rglob("*"))
-    with pytest.raises(UserError, match=f"^config.data.dir={other}: these are not the data of this run: {message}"):
+    with pytest.raises(
+        UserError, match=f"^config.data.dir={other}: these are not the data of this run: {message}"
+    ):
         evaluate_run(copy, settings=make_settings(config_of(other)))
-    with pytest.raises(UserError, match=f"^config.data.dir={other}: these are not the data of this run: {message}"):
+    with pytest.raises(
+        UserError, match=f"^config.data.dir={other}: these are not the data of this run: {message}"
+    ):
         train_and_evaluate(config_of(other, train__steps=8), copy)
     assert sorted(copy.rglob("*")) == before
     assert not (copy / "damaged").exists()
@@ -124,10 +139,16 @@ def test_more_images_keep_the_mean_and_deviation_of_the_run(run, other, tmp_path
     train_and_evaluate(config_of(other, train__steps=8), copy)
     assert newest_meta(copy / "checkpoints")["dataset"] == stored
     assert load_trained(copy).spec.task.mean == tuple(stored["mean"])
-    assert evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
-    with pytest.MonkeyPatch.context() as patch:  # twin: what is computed anew is another normalisation
+    assert (
+        evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
+    )
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # twin: what is computed anew is another normalisation
         patch.setattr(train, "_stored", lambda *_: {})
-        made = make_experiment(make_settings(config_of(other, train__steps=9)), **train._stored(copy, None))
+        made = make_experiment(
+            make_settings(config_of(other, train__steps=9)), **train._stored(copy, None)
+        )
     assert made.spec.task.mean != tuple(stored["mean"])
 
 
@@ -160,14 +181,22 @@ def test_long_lists_show_where_they_differ():
 @pytest.mark.slow
 def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     four = write(tmp_path / "four", classes=(*CLASSES, "zebra"))
-    with pytest.raises(UserError, match=r"^--init_from: that run knows 3 classes \(ape, cat, ñandú\) of data.name=folder") as error:
+    with pytest.raises(
+        UserError,
+        match=r"^--init_from: that run knows 3 classes \(ape, cat, ñandú\) of data.name=folder",
+    ) as error:
         train_and_evaluate(config_of(four), tmp_path / "new", init_from=run)
     assert "this one 4 classes (ape, cat, zebra, ñandú) of data.name=folder" in str(error.value)
     assert "config.model" not in str(error.value)
-    with pytest.raises(UserError, match=r"parameters of other shapes: config.model.width is 4 there and 8 here$"):
+    with pytest.raises(
+        UserError, match=r"parameters of other shapes: config.model.width is 4 there and 8 here$"
+    ):
         train_and_evaluate(config_of(images, model__width=8), tmp_path / "new", init_from=run)
     grey = write(tmp_path / "grey", mode="L")
-    with pytest.raises(UserError, match=r"parameters of other shapes: examples are 8x8x3 uint8 there and 8x8x1 uint8 here$"):
+    with pytest.raises(
+        UserError,
+        match=r"parameters of other shapes: examples are 8x8x3 uint8 there and 8x8x1 uint8 here$",
+    ):
         train_and_evaluate(config_of(grey), tmp_path / "new", init_from=run)
     with pytest.raises(UserError, match=r"^--init_from: that run has 2 modules, this one 3$"):
         train_and_evaluate(config_of(images, model__modules=3), tmp_path / "new", init_from=run)
@@ -177,7 +206,10 @@ def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
         shutil.rmtree(four / split / "cat")
     with caplog.at_level("WARNING", logger="dgl_jax"):
         restore.check_weights(make_experiment(make_settings(config_of(four))), load_trained(run))
-    assert "that run knows 3 classes (ape, cat, ñandú), this one 3 classes (ape, bee, ñandú): the heads begin" in caplog.text
+    assert (
+        "that run knows 3 classes (ape, cat, ñandú), this one 3 classes (ape, bee, ñandú): the heads begin"
+        in caplog.text
+    )
 
 
 # Pictures of other sizes
@@ -188,7 +220,9 @@ def test_pictures_of_any_size_are_predicted(run, tmp_path):
     large = pixels(3, (20, 12))
     large.save(tmp_path / "large.png")
     (found,) = predict._read([tmp_path / "large.png"], trained.info.example_shape, False)
-    np.testing.assert_array_equal(found, np.asarray(large.resize((8, 8), Image.Resampling.BILINEAR)))
+    np.testing.assert_array_equal(
+        found, np.asarray(large.resize((8, 8), Image.Resampling.BILINEAR))
+    )
     predict_run(run, "newest", [str(tmp_path)], tmp_path / "out.csv")
     assert len((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()) == 2
 
@@ -201,7 +235,9 @@ def test_pictures_for_a_network_of_unequal_sides_are_resized(tmp_path):
     assert found.shape == (3, 4, 6, 3)
     np.testing.assert_array_equal(found[0], np.asarray(pictures[0]))
     for n in (1, 2):
-        np.testing.assert_array_equal(found[n], np.asarray(pictures[n].resize((6, 4), Image.Resampling.BILINEAR)))
+        np.testing.assert_array_equal(
+            found[n], np.asarray(pictures[n].resize((6, 4), Image.Resampling.BILINEAR))
+        )
 
 
 # Grey pictures
@@ -223,11 +259,15 @@ def test_a_run_on_grey_pictures_has_one_channel_everywhere(tmp_path):
     data = folder.load(make_settings(config_of(root)).data)
     train_and_evaluate(config_of(root), tmp_path / "run")
     trained = load_trained(tmp_path / "run")
-    mean, std = channel_statistics(data.train.inputs, make_experiment(trained.settings).source._order.splits["train"])
+    mean, std = channel_statistics(
+        data.train.inputs, make_experiment(trained.settings).source._order.splits["train"]
+    )
     assert trained.info == DatasetInfo("folder", CLASSES, (8, 8, 1), mean, std)
     probabilities, _ = predict_probabilities(trained, data.test.inputs)
     logits = load_exported(export_run(tmp_path / "run")).logits(data.test.inputs)[-1]
-    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), probabilities, rtol=1e-4)
+    np.testing.assert_allclose(
+        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), probabilities, rtol=1e-4
+    )
     pixels(5).save(tmp_path / "coloured.png")
     (found,) = predict._read([tmp_path / "coloured.png"], trained.info.example_shape, False)
     np.testing.assert_array_equal(found[:, :, 0], np.asarray(pixels(5).convert("L")))
@@ -239,7 +279,9 @@ def test_one_coloured_picture_makes_three_channels_of_all(tmp_path, split):
     pixels(9).save(root / split / "cat" / "1.png")
     data = folder.load(make_settings(config_of(root)).data)
     assert data.train.inputs.shape[-1] == data.test.inputs.shape[-1] == 3
-    np.testing.assert_array_equal(data.train.inputs[0], np.asarray(pixels(0, mode="L").convert("RGB")))
+    np.testing.assert_array_equal(
+        data.train.inputs[0], np.asarray(pixels(0, mode="L").convert("RGB"))
+    )
 
 
 def test_what_is_kept_decoded_has_its_channels(tmp_path, monkeypatch):
@@ -280,13 +322,19 @@ def test_more_kinds_of_pictures_are_read(tmp_path, caplog):
     root = write(tmp_path / "set")
     for n, suffix in enumerate(("bmp", "gif", "ppm", "tif", "TIFF", "webp")):
         picture = Image.new("RGB", (8, 8), (0, 0, 255))
-        picture.save(root / "test" / "ape" / f"9{n}.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+        picture.save(
+            root / "test" / "ape" / f"9{n}.{suffix}",
+            **({"lossless": True} if suffix == "webp" else {}),
+        )
     with caplog.at_level("WARNING", logger="dgl_jax"):
         found = folder.load(make_settings(config_of(root)).data).test.inputs
     assert (found[3:9] == (0, 0, 255)).all()
     assert caplog.messages == []
     Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "test" / "ape" / "99.tif")
-    with pytest.raises(UserError, match=r"99.tif: not an image that can be read \(its pixels are floating-point numbers"):
+    with pytest.raises(
+        UserError,
+        match=r"99.tif: not an image that can be read \(its pixels are floating-point numbers",
+    ):
         folder.load(make_settings(config_of(root)).data)
 
 
@@ -309,10 +357,16 @@ def test_hidden_colour_and_frames_are_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"checkpoint__every": 4, "eval__every": 6, "train__steps": 12}, "meet at the last step alone"),
+        (
+            {"checkpoint__every": 4, "eval__every": 6, "train__steps": 12},
+            "meet at the last step alone",
+        ),
         ({"checkpoint__every": 4, "eval__every": 6, "train__steps": 13}, ""),
         ({"checkpoint__every": 4, "eval__every": 2, "train__steps": 12}, ""),
-        ({"checkpoint__every": 12, "eval__every": 5, "train__steps": 12}, ""),  # there is but one checkpoint
+        (
+            {"checkpoint__every": 12, "eval__every": 5, "train__steps": 12},
+            "",
+        ),  # there is but one checkpoint
         ({"checkpoint__every": 0, "eval__every": 0, "train__steps": 12}, ""),
         ({"data__validation_fraction": 0.0}, "no examples are held out for validation"),
     ],
@@ -329,7 +383,10 @@ def test_a_single_class_is_said(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(train, "lock", enough)
     root = write(tmp_path / "set", classes=("cat",))
-    with caplog.at_level("WARNING", logger="dgl_jax"), pytest.raises(UserError, match="before anything"):
+    with (
+        caplog.at_level("WARNING", logger="dgl_jax"),
+        pytest.raises(UserError, match="before anything"),
+    ):
         train_and_evaluate(config_of(root, train__steps=1, data__batch_size=4), tmp_path / "run")
     assert "folder: there is a single class: every answer is right" in caplog.text
 
@@ -351,8 +408,15 @@ def test_an_ascii_locale_changes_neither_names_nor_bytes(run, tmp_path):
         "predict.predict_run(sys.argv[1], 'newest', sys.argv[2:], None)\n"
     )
     command = [sys.executable, "-c", script, str(run), path]
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | locale, capture_output=True, check=False)
+    locale = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | locale, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     measured, header, row = done.stdout.splitlines()
     assert json.loads(measured) == evaluate_run(run)

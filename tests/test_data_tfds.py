@@ -83,7 +83,9 @@ def test_image_size_resizes(digits_directory):
 def test_folder_and_tfds_hold_the_same(digits_directory, tmp_path):
     data = load(options("data", name="digits", dir=str(digits_directory)))
     for split, stored in (("train", data.train), ("test", data.test)):
-        for i, (image, label) in enumerate(zip(stored.inputs[:40], stored.labels[:40], strict=True)):
+        for i, (image, label) in enumerate(
+            zip(stored.inputs[:40], stored.labels[:40], strict=True)
+        ):
             path = tmp_path / "images" / split / str(label) / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[..., 0]).save(path)
@@ -120,8 +122,16 @@ def write_archive(name, path, train=30, test=10, seed=0):
     random = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, names, train_files = {
-        "cifar10": ("cifar-10-batches-bin", {"batches.meta.txt": 10}, [f"data_batch_{i}.bin" for i in range(1, 6)]),
-        "cifar100": ("cifar-100-binary", {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}, ["train.bin"]),
+        "cifar10": (
+            "cifar-10-batches-bin",
+            {"batches.meta.txt": 10},
+            [f"data_batch_{i}.bin" for i in range(1, 6)],
+        ),
+        "cifar100": (
+            "cifar-100-binary",
+            {"coarse_label_names.txt": 20, "fine_label_names.txt": 100},
+            ["train.bin"],
+        ),
     }[name]
     test_file = "test_batch.bin" if name == "cifar10" else "test.bin"
     stored, files = {}, {}
@@ -129,9 +139,14 @@ def write_archive(name, path, train=30, test=10, seed=0):
         images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
         labels = np.stack([random.integers(0, n, count, np.uint8) for n in names.values()], axis=1)
         rows = np.concatenate([labels, images.transpose(0, 3, 1, 2).reshape(count, 3072)], axis=1)
-        files |= {member: part.tobytes() for member, part in zip(members, np.split(rows, len(members)), strict=True)}
+        files |= {
+            member: part.tobytes()
+            for member, part in zip(members, np.split(rows, len(members)), strict=True)
+        }
         stored[split] = images, labels
-    files |= {file: "".join(f"{file[0]}{i}\n" for i in range(n)).encode() for file, n in names.items()}
+    files |= {
+        file: "".join(f"{file[0]}{i}\n" for i in range(n)).encode() for file, n in names.items()
+    }
     with tarfile.open(path, "w:gz") as archive:
         for member, content in files.items():
             info = tarfile.TarInfo(f"{prefix}/{member}")
@@ -145,7 +160,9 @@ def expect(name, archive, monkeypatch):
     from tensorflow_datasets.core.download import checksums
 
     (url,) = builder_class(name).url_infos
-    monkeypatch.setattr(builder_class(name), "url_infos", {url: checksums.compute_url_info(archive)})
+    monkeypatch.setattr(
+        builder_class(name), "url_infos", {url: checksums.compute_url_info(archive)}
+    )
 
 
 def no_network(url):
@@ -170,13 +187,19 @@ def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monk
         assert sorted(order) == list(range(len(images)))
         np.testing.assert_array_equal(found.labels, labels[order, -1])
     assert len(data.class_names) == {"cifar10": 10, "cifar100": 100}[name]
-    assert data.class_names[:3] == {"cifar10": ("b0", "b1", "b2"), "cifar100": ("f0", "f1", "f2")}[name]
+    assert (
+        data.class_names[:3]
+        == {"cifar10": ("b0", "b1", "b2"), "cifar100": ("f0", "f1", "f2")}[name]
+    )
     # Prepared once: the archive is needed no more.
     archive.unlink()
     np.testing.assert_array_equal(load(settings).train.inputs, data.train.inputs)
     assert "tensorflow" not in sys.modules
     source = make_source(options("data", name=name, dir=str(tmp_path), batch_size=4), 0)
-    assert source.mean == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
+    assert (
+        source.mean
+        == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
+    )
 
 
 def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
@@ -195,13 +218,17 @@ def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
 def test_an_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     write_archive("cifar10", archive)
-    with pytest.raises(UserError, match=rf"{archive} has {archive.stat().st_size} bytes and the archive 170052171"):
+    with pytest.raises(
+        UserError, match=rf"{archive} has {archive.stat().st_size} bytes and the archive 170052171"
+    ):
         load(options("data", name="cifar10", dir=str(tmp_path)))
     expect("cifar10", archive, monkeypatch)
     content = bytearray(archive.read_bytes())
     content[len(content) // 2] ^= 1
     archive.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{archive} has the wrong checksum \(sha256 [0-9a-f]{{64}}, not"):
+    with pytest.raises(
+        UserError, match=rf"{archive} has the wrong checksum \(sha256 [0-9a-f]{{64}}, not"
+    ):
         load(options("data", name="cifar10", dir=str(tmp_path)))
     assert not list(tmp_path.glob("cifar10/*/dataset_info.json"))
 
@@ -267,17 +294,24 @@ def test_missing_directory(tmp_path):
 
 
 def test_another_file_format(digits_directory, tmp_path):
-    info = json.loads((digits_directory / "optical_digits" / "1.0.0" / "dataset_info.json").read_text())
+    info = json.loads(
+        (digits_directory / "optical_digits" / "1.0.0" / "dataset_info.json").read_text()
+    )
     target = tmp_path / "optical_digits" / "1.0.0" / "dataset_info.json"
     target.parent.mkdir(parents=True)
     target.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match=r"written as tfrecord, which only TensorFlow reads: choose another config.data.dir"):
+    with pytest.raises(
+        UserError,
+        match=r"written as tfrecord, which only TensorFlow reads: choose another config.data.dir",
+    ):
         load(options("data", name="digits", dir=str(tmp_path)))
 
 
 def test_a_directory_that_cannot_be_written(cache_directory):
     cache_directory.write_text("a file, where a directory should be")
-    with pytest.raises(UserError, match=r"does not hold optical_digits and cannot be written .*set config.data.dir"):
+    with pytest.raises(
+        UserError, match=r"does not hold optical_digits and cannot be written .*set config.data.dir"
+    ):
         load(options("data", name="digits"))
 
 

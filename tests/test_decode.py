@@ -13,7 +13,9 @@ from dgl_jax.data.decode import decode_images
 
 
 def decoded_image(data, channels=3, **kwargs):
-    return decode_images(1, lambda i: data, channels=channels, describe=lambda i: "image", **kwargs)[0]
+    return decode_images(
+        1, lambda i: data, channels=channels, describe=lambda i: "image", **kwargs
+    )[0]
 
 
 def encoded(pixels, form="PNG", **kwargs):
@@ -37,7 +39,9 @@ def test_sixteen_bits_are_scaled_to_eight():
     assert decoded_image(data, channels=1)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
     # 32 bits, and the other order of bytes, in a form that stores them.
     for kind in (np.int32, np.dtype(">u2")):
-        assert decoded_image(encoded(levels.astype(kind), "TIFF"), channels=1)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+        assert decoded_image(encoded(levels.astype(kind), "TIFF"), channels=1)[
+            0, :, 0
+        ].tolist() == [0, 0, 1, 1, 128, 255]
     beyond = np.array([[-5, 70000]], np.int32)
     assert decoded_image(encoded(beyond, "TIFF"), channels=1)[0, :, 0].tolist() == [0, 255]
 
@@ -63,7 +67,10 @@ def test_eight_bits_stay_as_they_are():
 )
 def test_images_are_turned_as_their_exif_says(orientation, expected):
     pixels = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
-    assert decoded_image(encoded(pixels, exif=oriented(orientation)), channels=1)[..., 0].tolist() == expected
+    assert (
+        decoded_image(encoded(pixels, exif=oriented(orientation)), channels=1)[..., 0].tolist()
+        == expected
+    )
     sixteen = encoded(pixels.astype(np.uint16) * 257, exif=oriented(orientation))
     assert decoded_image(sixteen, channels=1)[..., 0].tolist() == expected
 
@@ -82,7 +89,11 @@ def test_a_photograph_is_turned():
 def test_the_middle_of_a_photograph():
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
     for width, height in ((96, 64), (64, 128)):
-        data = encoded(np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)), "JPEG", quality=95)
+        data = encoded(
+            np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)),
+            "JPEG",
+            quality=95,
+        )
         middle = decoded_image(data, image_size=28, centre=True).astype(int)
         # Not to the pixel: this one averages when it makes smaller.
         assert np.abs(middle - centre_crop(data, 28)).mean() < 4

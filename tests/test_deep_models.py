@@ -30,13 +30,21 @@ PUBLISHED = {
     "resnet152": (51, 60_192_808, 11.51),
 }
 # He et al. 2016, Table 6: millions of parameters.
-CIFAR_RESNETS = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
+CIFAR_RESNETS = {
+    "resnet20": 0.27,
+    "resnet32": 0.46,
+    "resnet44": 0.66,
+    "resnet56": 0.85,
+    "resnet110": 1.7,
+}
 
 
 def totals(network, shape):
     """Blocks, parameters and multiplications."""
     rows = walk(network, image(shape))
-    parameters = sum(leaf.size for _, variables, _ in rows for leaf in jax.tree.leaves(variables["params"]))
+    parameters = sum(
+        leaf.size for _, variables, _ in rows for leaf in jax.tree.leaves(variables["params"])
+    )
     return len(network.blocks), parameters, sum(macs for *_, macs in rows)
 
 
@@ -60,11 +68,17 @@ def test_a_dropped_block_is_noticed():
 def test_cifar_resnets(name):
     n = (int(name.removeprefix("resnet")) - 2) // 6
 
-    def stage(c, first):  # 2 n convolutions of 3x3 with their batch norms, the first of them from fewer channels
+    def stage(
+        c, first
+    ):  # 2 n convolutions of 3x3 with their batch norms, the first of them from fewer channels
         return 9 * first * c + (2 * n - 1) * 9 * c * c + 2 * n * 2 * c
 
-    parameters = (9 * 3 * 16 + 2 * 16) + stage(16, 16) + stage(32, 16) + stage(64, 32) + (64 * 10 + 10)
-    full = 9 * 16 * 16 * 32 * 32  # multiplications of one convolution in any stage, but half as many where channels double
+    parameters = (
+        (9 * 3 * 16 + 2 * 16) + stage(16, 16) + stage(32, 16) + stage(64, 32) + (64 * 10 + 10)
+    )
+    full = (
+        9 * 16 * 16 * 32 * 32
+    )  # multiplications of one convolution in any stage, but half as many where channels double
     macs = 9 * 3 * 16 * 32 * 32 + (2 * n + 2 * (2 * n - 0.5)) * full + 640
     assert totals(make_network(name, 16, 10, CIFAR), CIFAR) == (3 * n + 1, parameters, macs)
     assert round(parameters / 1e6, 2 if n < 18 else 1) == CIFAR_RESNETS[name]
@@ -76,7 +90,11 @@ def test_resnet18_for_small_images():
     # Four stages of four convolutions; where channels double the first has half the multiplications, the projection an 18th.
     full = 9 * 64 * 64 * 32 * 32
     macs = 9 * 3 * 64 * 32 * 32 + (16 - 3 * 0.5 + 3 / 18) * full + 5120
-    assert totals(make_network("resnet18_cifar", 64, 10, CIFAR), CIFAR) == (9, parameters, pytest.approx(macs, rel=1e-12))
+    assert totals(make_network("resnet18_cifar", 64, 10, CIFAR), CIFAR) == (
+        9,
+        parameters,
+        pytest.approx(macs, rel=1e-12),
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,9 +141,15 @@ def test_any_head_behind_any_block(name, size):
 
 
 def test_only_even_pooling_needs_even_sizes():
-    with pytest.raises(UserError, match=r"images of 48x48 cannot be halved 5 times, as config.model.name='vgg11'.*32 or 64"):
+    with pytest.raises(
+        UserError,
+        match=r"images of 48x48 cannot be halved 5 times, as config.model.name='vgg11'.*32 or 64",
+    ):
         make_network("vgg11", 8, 10, (48, 48, 3))
-    sizes = [y.shape[1:3] for y, _, _ in walk(make_network("resnet18", 8, 10, (49, 30, 3)), image((49, 30, 3)))[:-1]]
+    sizes = [
+        y.shape[1:3]
+        for y, _, _ in walk(make_network("resnet18", 8, 10, (49, 30, 3)), image((49, 30, 3)))[:-1]
+    ]
     assert sizes[::2] == [(13, 8), (13, 8), (7, 4), (4, 2), (2, 1)]  # rounded up
 
 
@@ -193,7 +217,10 @@ def test_forward_of_the_classifier(train):
 
 @pytest.mark.parametrize(
     ("block", "oracle", "name"),
-    [(BasicBlock(4), numpy_basic, "_projected"), (BasicBlock(4, padded=True), partial(numpy_basic, padded=True), "_padded")],
+    [
+        (BasicBlock(4), numpy_basic, "_projected"),
+        (BasicBlock(4, padded=True), partial(numpy_basic, padded=True), "_padded"),
+    ],
 )
 def test_a_missing_shortcut_is_noticed(block, oracle, name, monkeypatch):
     monkeypatch.setattr(resnet, name, lambda x, *_: jnp.zeros_like(x))
@@ -260,4 +287,11 @@ def test_linear_layers_of_vgg_begin_normal():
 
 
 def test_every_deep_network_is_here():
-    assert set(NETWORKS) >= {*PUBLISHED, *CIFAR_RESNETS, "cnn4", "cnn6", "cnn6_replay", "resnet18_cifar"}
+    assert set(NETWORKS) >= {
+        *PUBLISHED,
+        *CIFAR_RESNETS,
+        "cnn4",
+        "cnn6",
+        "cnn6_replay",
+        "resnet18_cifar",
+    }

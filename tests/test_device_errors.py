@@ -31,16 +31,24 @@ HELP = "; a smaller config.data.batch_size, a larger config.train.accumulate or 
 @pytest.fixture
 def gpu(monkeypatch):
     """3 of 79 GiB are free."""
-    monkeypatch.setattr(system, "fullest_device", lambda: ("cuda:1", DeviceMemory(3 * 2**30, 79 * 2**30)))
+    monkeypatch.setattr(
+        system, "fullest_device", lambda: ("cuda:1", DeviceMemory(3 * 2**30, 79 * 2**30))
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("Out of memory while trying to allocate 17179869184 bytes.", f"16.0 GiB asked for, {FREE}"),
+        (
+            "Out of memory while trying to allocate 17179869184 bytes.",
+            f"16.0 GiB asked for, {FREE}",
+        ),
         ("Out of memory while trying to allocate 16.00GiB.", f"16.0 GiB asked for, {FREE}"),
         ("Out of memory allocating 3072 bytes.", f"3.0 KiB asked for, {FREE}"),
-        ("Failed to allocate request for 2.50GiB (2684354560B) on device ordinal 0", f"2.5 GiB asked for, {FREE}"),
+        (
+            "Failed to allocate request for 2.50GiB (2684354560B) on device ordinal 0",
+            f"2.5 GiB asked for, {FREE}",
+        ),
         (
             "Attempting to allocate 2.00G. That was not possible. There are 1.20G free.; (0x0x0_HBM0)",
             "2.0 GiB asked for, 1.2 GiB free",
@@ -54,7 +62,10 @@ def gpu(monkeypatch):
     ],
 )
 def test_what_was_asked_and_what_is_free(gpu, text, told):
-    assert explain(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")) == f"out of memory ({told}){HELP}"
+    assert (
+        explain(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}"))
+        == f"out of memory ({told}){HELP}"
+    )
 
 
 def test_where_nobody_knows_what_is_free(monkeypatch):
@@ -62,7 +73,10 @@ def test_where_nobody_knows_what_is_free(monkeypatch):
     monkeypatch.setattr(system, "free_memory", lambda: None)
     told = out_of_memory(RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
     assert told == f"out of memory (INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory){HELP}"
-    assert out_of_memory(MemoryError("Unable to allocate 16.0 GiB for an array")) == f"out of memory (16.0 GiB asked for){HELP}"
+    assert (
+        out_of_memory(MemoryError("Unable to allocate 16.0 GiB for an array"))
+        == f"out of memory (16.0 GiB asked for){HELP}"
+    )
     assert out_of_memory(RuntimeError("Out of luck")) is None
 
 
@@ -79,7 +93,11 @@ def test_a_cpu_and_numpy_run_out_of_memory():
 
 def test_the_fullest_device(monkeypatch):
     memory = {0: DeviceMemory(), 1: DeviceMemory(7, 9), 2: DeviceMemory(5, None)}
-    monkeypatch.setattr(system, "_local_devices", lambda: [type("D", (), {"platform": "tpu", "id": n})() for n in memory])
+    monkeypatch.setattr(
+        system,
+        "_local_devices",
+        lambda: [type("D", (), {"platform": "tpu", "id": n})() for n in memory],
+    )
     monkeypatch.setattr(system, "device_memory", lambda device: memory[device.id])
     assert system.fullest_device() == ("tpu:2", memory[2])
     memory = {0: DeviceMemory()}
@@ -87,7 +105,14 @@ def test_the_fullest_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**60, "1.0 EiB")]
+    ("number", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KiB"),
+        (2**40, "1.0 TiB"),
+        (2**60, "1.0 EiB"),
+    ],
 )
 def test_readable_bytes(number, text):
     assert readable(number) == text
@@ -103,17 +128,31 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
             f"Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 123. No. {END}",
             ("another process holds the TPU", "pid 123", "end it or wait", "JAX_PLATFORMS=cpu"),
         ),
-        (f"Unable to initialize backend 'tpu': ALREADY_IN_USE: held {END}", ("holds the TPU", "ALREADY_IN_USE: held")),
-        ("ABORTED: The TPU is already in use by process with pid 7.", ("another process holds the device", "pid 7")),
+        (
+            f"Unable to initialize backend 'tpu': ALREADY_IN_USE: held {END}",
+            ("holds the TPU", "ALREADY_IN_USE: held"),
+        ),
+        (
+            "ABORTED: The TPU is already in use by process with pid 7.",
+            ("another process holds the device", "pid 7"),
+        ),
         (
             f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory {END}",
-            ("another process holds the CUDA", "CUDA_ERROR_OUT_OF_MEMORY", "nvidia-smi", "CUDA_VISIBLE_DEVICES"),
+            (
+                "another process holds the CUDA",
+                "CUDA_ERROR_OUT_OF_MEMORY",
+                "nvidia-smi",
+                "CUDA_VISIBLE_DEVICES",
+            ),
         ),
         (
             "INTERNAL: CUDA_ERROR_DEVICE_UNAVAILABLE: CUDA-capable device(s) is/are busy or unavailable",
             ("another process holds the device", "nvidia-smi"),
         ),
-        (f"Unable to initialize backend 'tpu': open(/dev/vfio/0): Device or resource busy {END}", ("holds the TPU", "/dev/vfio/0")),
+        (
+            f"Unable to initialize backend 'tpu': open(/dev/vfio/0): Device or resource busy {END}",
+            ("holds the TPU", "/dev/vfio/0"),
+        ),
         (
             f"Unable to initialize backend 'cuda': FAILED_PRECONDITION: no visible GPU devices. {END}",
             ("backend cuda", "no visible GPU", '"jax[cuda13]"'),
@@ -132,7 +171,12 @@ def test_devices_that_cannot_be_opened(text, words, monkeypatch):
 
 
 def test_other_errors_are_not_of_devices():
-    for error in (AssertionError(), RuntimeError("Address already in use"), OSError(16, "Device or resource"), KeyError("cuda")):
+    for error in (
+        AssertionError(),
+        RuntimeError("Address already in use"),
+        OSError(16, "Device or resource"),
+        KeyError("cuda"),
+    ):
         assert not_opened(error) is None
         assert explain(error) is None
 
@@ -146,7 +190,9 @@ def test_the_command_line_prints_one_line(gpu, capsys):
 
 def test_a_device_that_is_held_is_no_full_one(tmp_path, monkeypatch):
     def devices():
-        raise RuntimeError(f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY {END}")
+        raise RuntimeError(
+            f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY {END}"
+        )
 
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(RuntimeError) as error:
@@ -173,7 +219,10 @@ def full_after(monkeypatch):
             if isinstance(engine, FusedEngine):
                 programs, turn = engine.steps, tuple((k, "step") for k in range(last + 1))
             else:
-                programs, turn = engine.programs, last if isinstance(engine.programs, list) else (last, "step")
+                programs, turn = (
+                    engine.programs,
+                    last if isinstance(engine.programs, list) else (last, "step"),
+                )
             program = programs[turn]
 
             def limited(*arguments):
@@ -183,7 +232,9 @@ def full_after(monkeypatch):
                 return program(*arguments)
 
             programs[turn] = limited
-            if engine.continuous:  # fails once a checkpoint is on disk, which is written beside the worker
+            if (
+                engine.continuous
+            ):  # fails once a checkpoint is on disk, which is written beside the worker
                 saved, save, fetch = threading.Event(), Checkpoints.save, engine.fetch
 
                 def save_and_tell(self, *arguments):
@@ -206,14 +257,24 @@ def full_after(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "engine", ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline", "simulated", "threads", "backprop"))]
+    "engine",
+    [
+        "fused",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("pipeline", "simulated", "threads", "backprop")
+        ),
+    ],
 )
 def test_a_full_device_leaves_a_run_that_goes_on(engine, full_after, tmp_path):
     config = small_config(engine__name=engine, **SHORT)
     full_after(4)
     with pytest.raises(UserError) as error:
         train_and_evaluate(config, tmp_path)
-    told, step = str(error.value), max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    told, step = (
+        str(error.value),
+        max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()),
+    )
     assert "out of memory (16.0 GiB asked for, " in told
     assert HELP in told
     assert step in ((2, 3, 4) if engine == "threads" else (2, 4))
@@ -232,12 +293,18 @@ def test_a_full_device_leaves_a_run_that_goes_on(engine, full_after, tmp_path):
 
 def test_a_device_too_small_for_the_first_step(full_after, tmp_path):
     full_after(0)
-    with pytest.raises(UserError, match=r"out of memory \(16\.0 GiB asked for, .*; no checkpoint was written yet$"):
+    with pytest.raises(
+        UserError, match=r"out of memory \(16\.0 GiB asked for, .*; no checkpoint was written yet$"
+    ):
         train_and_evaluate(small_config(**SHORT), tmp_path)
-    workdir.check(tmp_path, make_settings(small_config(**SHORT | {"data__batch_size": 4})))  # may begin there all the same
+    workdir.check(
+        tmp_path, make_settings(small_config(**SHORT | {"data__batch_size": 4}))
+    )  # may begin there all the same
 
 
-@pytest.mark.parametrize("text", [FULL, "ABORTED: The TPU is already in use by process with pid 7."])
+@pytest.mark.parametrize(
+    "text", [FULL, "ABORTED: The TPU is already in use by process with pid 7."]
+)
 def test_a_checkpoint_is_not_blamed_for_the_device(text, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoints, "select", lambda which: [3, 2])
@@ -264,7 +331,9 @@ def launched(platforms, *arguments):
     """The one line of a call that ends with status 2, under JAX_PLATFORMS."""
     command = [sys.executable, "launch.py", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": platforms}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line]
     return line
@@ -279,7 +348,11 @@ def launched(platforms, *arguments):
             "train",
             'error: JAX_PLATFORMS=cuda: JAX cannot open it here; where the hardware is there, pip install -U "jax[cuda13]"',
         ),
-        ("tpu", "bench", "error: JAX_PLATFORMS=tpu: JAX cannot open it here (INTERNAL: Failed to open libtpu.so: "),
+        (
+            "tpu",
+            "bench",
+            "error: JAX_PLATFORMS=tpu: JAX cannot open it here (INTERNAL: Failed to open libtpu.so: ",
+        ),
         (
             "nonsense",
             "plan",
@@ -289,5 +362,7 @@ def launched(platforms, *arguments):
 )
 def test_a_backend_that_is_missing(platforms, mode, words, tmp_path):
     config = ["--config=configs/digits.py", "--config.data.name=synthetic"]
-    assert launched(platforms, *config, f"--mode={mode}", f"--workdir={tmp_path / 'run'}").startswith(words)
+    assert launched(
+        platforms, *config, f"--mode={mode}", f"--workdir={tmp_path / 'run'}"
+    ).startswith(words)
     assert not (tmp_path / "run").exists()

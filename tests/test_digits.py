@@ -31,7 +31,9 @@ def accuracies(tmp_path_factory):
             # Each module computes on one device under every engine, which makes equal bits.
             patched.setattr(jax, "devices", lambda *_: every if engine == "pipeline" else every[:1])
             modules = train_and_evaluate(config, tmp_path_factory.mktemp(engine)).modules
-        assert [module["devices"] for module in modules] == ([[0], [1], [2], [3]] if engine == "pipeline" else [[0]] * 4)
+        assert [module["devices"] for module in modules] == (
+            [[0], [1], [2], [3]] if engine == "pipeline" else [[0]] * 4
+        )
         return [module["test_accuracy"] for module in modules]
 
     return run

@@ -22,7 +22,21 @@ def test_by_hand():
         12: (True, True),
         13: (True, True),
     }
-    assert [DUE.next_event(step) for step in range(13)] == [4, 4, 4, 4, 6, 6, 8, 8, 12, 12, 12, 12, 13]
+    assert [DUE.next_event(step) for step in range(13)] == [
+        4,
+        4,
+        4,
+        4,
+        6,
+        6,
+        8,
+        8,
+        12,
+        12,
+        12,
+        12,
+        13,
+    ]
 
 
 def test_every_epoch_by_default():
@@ -46,7 +60,9 @@ class Workers:
     def hear(self, step, before, updates, now=None):
         """Reads a report of `updates` when the modules have come to `now`; gives the updates of a copy, and what it is for."""
         self.now = now or updates
-        ready = self.copies.ready(Report(updates, ({}, {}), self.snapshot, step=min(updates)), step, before)
+        ready = self.copies.ready(
+            Report(updates, ({}, {}), self.snapshot, step=min(updates)), step, before
+        )
         return ready and (tuple(int(module.updates) for module in ready[0].modules), ready[1])
 
 

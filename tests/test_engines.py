@@ -25,20 +25,29 @@ ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}
 
 def leaves(result):
     """(states, metrics) as named arrays."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(result)
+    }
 
 
 def unequal(a, b):
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys()
-    return [name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()]
+    return [
+        name
+        for name in a
+        if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()
+    ]
 
 
 def furthest(a, b, floor=1e-2):
     """Largest |a - b| / max(|b|, floor) over a tree; `floor` because a value near 0 has no relative error to speak of."""
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys()
-    return max(float(np.max(np.abs(np.float64(a[n]) - b[n]) / np.maximum(np.abs(b[n]), floor))) for n in a)
+    return max(
+        float(np.max(np.abs(np.float64(a[n]) - b[n]) / np.maximum(np.abs(b[n]), floor))) for n in a
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +80,25 @@ def fused(tiny):
         ((), {"codec": VQ}),
         (ONE_EACH[3], {"codec": options("codec", name="int8", dims=2)}),
     ],
-    ids=["two", "three", "one device", "bfloat16", "augmented, bf16", "vq", "vq, one device", "int8"],
+    ids=[
+        "two",
+        "three",
+        "one device",
+        "bfloat16",
+        "augmented, bf16",
+        "vq",
+        "vq, one device",
+        "int8",
+    ],
 )
 def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, spec):
     states, reports = tiny.run(tiny.engine("pipeline", groups, **spec), STEPS)
     assert len(reports) == STEPS
     assert unequal((states, reports), fused(**spec)) == []
     first = tiny.init(tiny.spec(**spec))
-    assert all(unequal(after.params, before.params) for after, before in zip(states, first, strict=True)), "nothing was learnt"
+    assert all(
+        unequal(after.params, before.params) for after, before in zip(states, first, strict=True)
+    ), "nothing was learnt"
 
 
 @pytest.mark.slow
@@ -87,7 +107,10 @@ def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monk
     plain = tiny.run(tiny.new_engine("fused", (), tiny.spec(modules=2)), STEPS)
     monkeypatch.setattr(conv, "CHUNK", 2)  # four parts a batch
     spec = tiny.spec(modules=2)
-    found = [tiny.run(tiny.new_engine(name, groups, spec), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    found = [
+        tiny.run(tiny.new_engine(name, groups, spec), STEPS)
+        for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))
+    ]
     assert unequal(*found) == []
     assert unequal(found[0], plain), "nothing was summed in parts"
 
@@ -98,7 +121,10 @@ def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, m
     monkeypatch.setattr(winograd, "_TILES", 8)
     monkeypatch.setattr(winograd, "_CHANNELS", 1)
     spec = tiny.spec(modules=2)
-    found = [tiny.run(tiny.new_engine(name, groups, spec), STEPS) for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))]
+    found = [
+        tiny.run(tiny.new_engine(name, groups, spec), STEPS)
+        for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))
+    ]
     assert unequal(*found) == []
     assert unequal(found[0], plain), "nothing was transformed"
 
@@ -122,9 +148,17 @@ def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
     def updated_first(state, incoming, context):
         """Module 1 hands on what it makes of the batch after its update."""
         state, _, of_step = broken_one(state, incoming, context)
-        return state, broken_one(jax.tree.map(lambda x: x.copy(), state), incoming, context)[1], of_step
+        return (
+            state,
+            broken_one(jax.tree.map(lambda x: x.copy(), state), incoming, context)[1],
+            of_step,
+        )
 
-    replacement = {"late batch": late, "other labels": relabelled, "order of updates": updated_first}[broken]
+    replacement = {
+        "late batch": late,
+        "other labels": relabelled,
+        "order of updates": updated_first,
+    }[broken]
     monkeypatch.setitem(run.programs, (1, "step"), replacement)
     states, _ = tiny.run(run, STEPS)
     expected, _ = fused()
@@ -140,7 +174,10 @@ def single_steps(tiny, run, oracle_reports):
     worst = 0.0
     for step, (before, after, expected) in enumerate(oracle_reports):
         states, reports = tiny.run(run, step + 1, before)
-        worst = max(worst, furthest(([s.params for s in states], reports), ([s.params for s in after], expected)))
+        worst = max(
+            worst,
+            furthest(([s.params for s in states], reports), ([s.params for s in after], expected)),
+        )
         assert [int(s.updates) for s in states] == [step + 1] * len(states)
     return worst
 
@@ -177,7 +214,9 @@ def test_several_devices_share_one_codebook(tiny, oracle, groups):
         step = int(before[0].updates)
         report = list(run.run(tiny.place(run, before), tiny.source, step + 1))[-1]
         found = report.snapshot().modules[0].extras["codec"]["learnt"].entries
-        np.testing.assert_allclose(found, after[0].extras["codec"]["learnt"].entries, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            found, after[0].extras["codec"]["learnt"].entries, rtol=1e-5, atol=1e-6
+        )
         copies = [np.asarray(shard.data) for shard in found.addressable_shards]
         assert len(copies) == groups[0]
         assert all(np.array_equal(copies[0], other) for other in copies)
@@ -187,7 +226,12 @@ def test_several_devices_share_one_codebook(tiny, oracle, groups):
 def test_another_batch_is_beyond_rounding(tiny, oracle):
     before, after, reports = oracle[2][1]
     first_again = tuple(state.replace(updates=np.int32(0)) for state in before)
-    assert single_steps(tiny, tiny.engine("pipeline", (2, 2), modules=2), [(first_again, after, reports)]) > 1e-3
+    assert (
+        single_steps(
+            tiny, tiny.engine("pipeline", (2, 2), modules=2), [(first_again, after, reports)]
+        )
+        > 1e-3
+    )
 
 
 # Back-propagation
@@ -242,7 +286,9 @@ def test_ids_follow_activations(tiny, monkeypatch, groups):
     seen = watched(run, monkeypatch)
     tiny.run(run, STEPS)
     for of_module in seen:
-        assert [ids.tolist() for ids in of_module] == [tiny.source.batch(t).context["id"].tolist() for t in range(STEPS)]
+        assert [ids.tolist() for ids in of_module] == [
+            tiny.source.batch(t).context["id"].tolist() for t in range(STEPS)
+        ]
 
 
 def test_swapped_contexts_are_noticed(tiny, monkeypatch):
@@ -263,7 +309,11 @@ def test_swapped_contexts_are_noticed(tiny, monkeypatch):
 
 def programs_of(run):
     steps = [(k, "step") for k in range(len(run.spec.modules))]
-    return [run.programs[step] for step in steps] if hasattr(run, "programs") else [run.steps[tuple(steps)]]
+    return (
+        [run.programs[step] for step in steps]
+        if hasattr(run, "programs")
+        else [run.steps[tuple(steps)]]
+    )
 
 
 def traces(run):
@@ -297,7 +347,9 @@ def test_reports(tiny, name):
     reports = list(run.run(state, tiny.source, STEPS))
     assert [report.updates for report in reports] == [(step,) * 3 for step in range(1, STEPS + 1)]
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
-    assert all(set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics)
+    assert all(
+        set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics
+    )
     for report in reports[:-1]:
         with pytest.raises(RuntimeError, match="in the pipe"):
             report.snapshot()
@@ -329,7 +381,11 @@ def test_waits_and_reads_are_few(tiny, monkeypatch, name):
     run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
     state = tiny.place(run, tiny.init(run.spec))
     waits, reads, block, read = [], [], jax.block_until_ready, metrics.read
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waits.append(len(jax.tree.leaves(tree))) or block(tree))
+    monkeypatch.setattr(
+        jax,
+        "block_until_ready",
+        lambda tree: waits.append(len(jax.tree.leaves(tree))) or block(tree),
+    )
     monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))
     window = Window()
     for report in run.run(state, tiny.source, steps):

@@ -52,14 +52,31 @@ def images(tmp_path_factory) -> Path:
 
 def command_lines(images: Path, workdir: Path) -> list[list[str]]:
     """Command lines: a run with a learnt codec, and all that may follow it."""
-    fields = FIELDS | {"data.name": "folder", "data.dir": images, "data.train_examples": 0, "train.steps": 4, "eval.every": 2}
-    fields |= {"codec.name": "vq", "codec.codes": 8, "codec.dims": 4, "train.ema": 0.5, "log.tensorboard": True}
+    fields = FIELDS | {
+        "data.name": "folder",
+        "data.dir": images,
+        "data.train_examples": 0,
+        "train.steps": 4,
+        "eval.every": 2,
+    }
+    fields |= {
+        "codec.name": "vq",
+        "codec.codes": 8,
+        "codec.dims": 4,
+        "train.ema": 0.5,
+        "log.tensorboard": True,
+    }
     run = ["--config=digits", *(f"--config.{name}={value}" for name, value in fields.items())]
     there = f"--workdir={workdir}"
     return [
         ["--mode=train", there, *run],
         ["--mode=predict", there, f"--images={images / 'test'}"],
-        ["--mode=predict", there, f"--images={images / 'test'}", f"--output={workdir / 'predicted.csv'}"],
+        [
+            "--mode=predict",
+            there,
+            f"--images={images / 'test'}",
+            f"--output={workdir / 'predicted.csv'}",
+        ],
         ["--mode=export", there, f"--output={workdir / 'exported'}"],
         ["--mode=plot", there],
     ]
@@ -72,15 +89,38 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
         pytest.param({"JAX_ENABLE_X64": "1"}, id="x64"),
         pytest.param({"JAX_DEBUG_NANS": "1"}, id="nans"),
         # Two that know nothing of each other at a time: a run takes ten seconds.
-        pytest.param({"JAX_DEFAULT_PRNG_IMPL": "rbg", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}, id="rbg, plots"),
-        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": ""}, id="ascii, homeless"),
+        pytest.param(
+            {
+                "JAX_DEFAULT_PRNG_IMPL": "rbg",
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            },
+            id="rbg, plots",
+        ),
+        pytest.param(
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": ""},
+            id="ascii, homeless",
+        ),
     ],
 )
 def test_a_run_and_what_follows_it(environment, images, tmp_path):
     homeless = environment.get("HOME") == ""
-    command = [sys.executable, "-c", (HOMELESS if homeless else "") + MODES, json.dumps(command_lines(images, tmp_path / "run"))]
+    command = [
+        sys.executable,
+        "-c",
+        (HOMELESS if homeless else "") + MODES,
+        json.dumps(command_lines(images, tmp_path / "run")),
+    ]
     env = os.environ | {"TMPDIR": str(tmp_path)} | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, errors="replace", timeout=600, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -23,13 +23,20 @@ def state(tiny):
     """Heads sharpened and drawn so that modules disagree and right answers happen."""
     modules, random = [], np.random.default_rng(SEED)
     for module in tiny.init(tiny.spec()):
-        head = jax.tree.map(lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)), module.params["objective"])
-        modules.append(module.replace(params=module.params | {"objective": head}, rng=jax.random.key(0)))
+        head = jax.tree.map(
+            lambda x: 8 * (x + random.normal(0, 0.3, x.shape).astype(x.dtype)),
+            module.params["objective"],
+        )
+        modules.append(
+            module.replace(params=module.params | {"objective": head}, rng=jax.random.key(0))
+        )
     return EngineState(tuple(modules))
 
 
 def place(state, placement):
-    return EngineState(tuple(jax.device_put(m, placement.replicated(k)) for k, m in enumerate(state.modules)))
+    return EngineState(
+        tuple(jax.device_put(m, placement.replicated(k)) for k, m in enumerate(state.modules))
+    )
 
 
 def softmax(logits):
@@ -58,7 +65,10 @@ def oracle(spec, modules: tuple[ModuleState, ...], source, split):
 
 @pytest.fixture(scope="module")
 def expected(tiny, state):
-    return {split: oracle(tiny.spec(), state.modules, tiny.source, split) for split in ("validation", "test")}
+    return {
+        split: oracle(tiny.spec(), state.modules, tiny.source, split)
+        for split in ("validation", "test")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,10 @@ def test_every_head_against_numpy(tiny, state, one, expected, split):
 def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
     monkeypatch.setattr(base, "PADDING", -2)  # of another value than the source's
     broken = Evaluator(tiny.spec(), one.placement)
-    broken.forward, broken.metrics = one.forward, jax.jit(lambda *args: broken.spec.task.metrics(*args))  # traced anew
+    broken.forward, broken.metrics = (
+        one.forward,
+        jax.jit(lambda *args: broken.spec.task.metrics(*args)),
+    )  # traced anew
     found = broken.evaluate(place(state, one.placement), tiny.source, "test")
     assert found != pytest.approx(expected["test"], rel=1e-5)
 
@@ -138,7 +151,16 @@ def test_one_read_for_a_whole_split(tiny, state, one, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    for name in ("a.png", "a[1].png", "a1.png", ".b.png", "sub/c.JPG", "sub/._c.JPG", ".thumbs/d.png", "notes.txt"):
+    for name in (
+        "a.png",
+        "a[1].png",
+        "a1.png",
+        ".b.png",
+        "sub/c.JPG",
+        "sub/._c.JPG",
+        ".thumbs/d.png",
+        "notes.txt",
+    ):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -159,10 +181,14 @@ def photos(tmp_path, monkeypatch):
     ],
 )
 def test_images_that_a_pattern_names(photos, pattern, found):
-    assert [path.as_posix() for path in find_images([pattern])] == [f"photos/{name}" for name in found]
+    assert [path.as_posix() for path in find_images([pattern])] == [
+        f"photos/{name}" for name in found
+    ]
 
 
-@pytest.mark.parametrize("pattern", ["", "photos/.*.png", "photos/b.png", "photos/a[2].png", "photos/" + "[a]" * 200])
+@pytest.mark.parametrize(
+    "pattern", ["", "photos/.*.png", "photos/b.png", "photos/a[2].png", "photos/" + "[a]" * 200]
+)
 def test_patterns_that_name_nothing(photos, pattern):
     with pytest.raises(UserError, match="no image there"):
         find_images([pattern])

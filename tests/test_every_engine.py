@@ -27,9 +27,14 @@ DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
 def run(directory: Path, **environment: str) -> dict[str, dict]:
     command = [sys.executable, str(SCRIPT), str(directory)]
     # Checks for NaN compile other programs, whose bits are the same only as XLA fuses for users.
-    flags = {"PYTHONPATH": str(SCRIPT.parents[1]), "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
+    flags = {
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
+    }
     env = os.environ | flags | environment
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -63,7 +68,9 @@ def test_every_engine_and_codec(plain, environment, tmp_path):
             assert (name, told["changed"], told["wide"], told["finite"]) == (name, [], [], True)
     if "JAX_ENABLE_X64" not in environment:
         assert found["resumed"] == {"digest": found["fused"]["digest"]}
-        assert {name: found[name]["digest"] for name in DETERMINISTIC} == {name: expected[name]["digest"] for name in DETERMINISTIC}
+        assert {name: found[name]["digest"] for name in DETERMINISTIC} == {
+            name: expected[name]["digest"] for name in DETERMINISTIC
+        }
 
 
 @pytest.mark.slow
@@ -73,30 +80,46 @@ def test_no_array_of_a_step_is_wide(name):
     info = DatasetInfo("two", ("a", "b"), (32, 32, 3), (0.0,) * 3, (1.0,) * 3)
     integers = jax.ShapeDtypeStruct((8,), np.int32)
     batch = Batch(
-        jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), {"label": integers, "id": integers}, jax.ShapeDtypeStruct((), np.int32)
+        jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8),
+        {"label": integers, "id": integers},
+        jax.ShapeDtypeStruct((), np.int32),
     )
-    fields = {"codec__name": "vq", "codec__dims": 1, "codec__codes": 4, "train__ema": 0.5, "train__accumulate": 2}
+    fields = {
+        "codec__name": "vq",
+        "codec__dims": 1,
+        "codec__codes": 4,
+        "train__ema": 0.5,
+        "train__accumulate": 2,
+    }
     with jax.enable_x64(True):
         for dtype, more in (
             ("float32", {"schedule__name": "cosine", "schedule__warmup_epochs": 1.0}),
             ("bfloat16", {"optimizer__name": "adam"}),
         ):
-            settings = make_settings(small_config(model__name=name, model__dtype=dtype, **fields, **more))
+            settings = make_settings(
+                small_config(model__name=name, model__dtype=dtype, **fields, **more)
+            )
             spec = spec_of(settings, info, make_schedule(settings.schedule, 0.1, 5, 20))
             states = spec.abstract_states()
-            new, metrics = jax.eval_shape(spec.method.fused(spec, [(k, "step") for k in range(len(states))]), states, batch)
+            new, metrics = jax.eval_shape(
+                spec.method.fused(spec, [(k, "step") for k in range(len(states))]), states, batch
+            )
             for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
                 if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                     assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)
             jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), states, new)
-        assert jax.eval_shape(lambda: jax.numpy.zeros(())).dtype == np.float64, "wide numbers were off"
+        assert jax.eval_shape(lambda: jax.numpy.zeros(())).dtype == np.float64, (
+            "wide numbers were off"
+        )
 
 
 def test_a_state_of_another_kind_of_key_is_restored(tmp_path, tiny):
     """A library user's keys: checkpoints take any kind."""
     engine = tiny.engine("fused", modules=1)
     key = rngs.module(jax.random.key(3, impl="rbg"), 0)
-    state = EngineState(tuple(m.replace(rng=key) for m in tiny.place(engine, tiny.init(engine.spec)).modules))
+    state = EngineState(
+        tuple(m.replace(rng=key) for m in tiny.place(engine, tiny.init(engine.spec)).modules)
+    )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, state, {})
     shapes = jax.eval_shape(lambda: state.modules)

@@ -26,7 +26,9 @@ def accuracy(engine, workdir, **train):
 
 @pytest.mark.full_compile
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])])
+@pytest.mark.parametrize(
+    ("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])]
+)
 def test_a_transformer_learns_digits(engine, devices, tmp_path):
     found, where = accuracy(engine, tmp_path)
     assert found >= 0.95
@@ -42,10 +44,14 @@ def test_tokens_between_blocks():
     network = make_network("vit", 8, 10, (8, 8, 1))
     modules = make_modules(network.blocks, range(5), [network.classifier] * 5)
     images = jax.ShapeDtypeStruct((2, 8, 8, 1), "float32")
-    states = jax.eval_shape(lambda key: init_states(modules, optax.identity(), key, images), jax.random.key(0))
+    states = jax.eval_shape(
+        lambda key: init_states(modules, optax.identity(), key, images), jax.random.key(0)
+    )
     x = images
     for module, state in zip(modules, states):
-        x, logits = jax.eval_shape(lambda s, x, m=module: eval_step(m, s.params, s.batch_stats, x), state, x)
+        x, logits = jax.eval_shape(
+            lambda s, x, m=module: eval_step(m, s.params, s.batch_stats, x), state, x
+        )
         assert (x.shape, logits.shape) == ((2, 16, 8), (2, 10))  # 4x4 patches
 
 
@@ -61,12 +67,16 @@ def test_patches_are_cut_in_rows():
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "words"), [(30, 8, "config.model.width=30"), (32, 9, "config.data.image_size: images of 9x9")]
+    ("width", "size", "words"),
+    [(30, 8, "config.model.width=30"), (32, 9, "config.data.image_size: images of 9x9")],
 )
 def test_sizes_that_do_not_fit(width, size, words):
     def trace():
         block = make_network("vit", width, 10, (size, size, 1)).blocks[0]
-        jax.eval_shape(lambda x: block.init(jax.random.key(0), x, True), jax.ShapeDtypeStruct((2, size, size, 1), "float32"))
+        jax.eval_shape(
+            lambda x: block.init(jax.random.key(0), x, True),
+            jax.ShapeDtypeStruct((2, size, size, 1), "float32"),
+        )
 
     with pytest.raises(UserError, match=words):
         trace()

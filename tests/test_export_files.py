@@ -37,7 +37,9 @@ def modes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(
+    ("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)]
+)
 def test_the_umask_decides_who_may_read(workdir, tmp_path, umask, mask, mode):
     umask(mask)
     folder = export_run(workdir, output=tmp_path / "export")

@@ -19,7 +19,11 @@ ONE = 2 * 4 * 8 * 8  # of x @ w
 
 def conv(x_shape, kernel, out, **options):
     """Operations of a convolution over x and kernel as (H, W, C) and (I, J, c, F); `out` is checked."""
-    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
+    options = {
+        "window_strides": (1, 1),
+        "padding": "SAME",
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    } | options
     shapes = (jax.ShapeDtypeStruct(shape, "float32") for shape in (x_shape, kernel))
     found, y = flops.count(lambda x, k: lax.conv_general_dilated(x, k, **options), *shapes)
     assert y.shape == out
@@ -31,10 +35,18 @@ def test_convolutions_by_hand():
     assert conv((2, 6, 6, 3), (3, 3, 3, 5), (2, 6, 6, 5)) == 2 * macs
     assert conv((2, 6, 6, 3), (3, 3, 3, 5), (2, 3, 3, 5), window_strides=(2, 2)) == 2 * macs / 4
     assert conv((2, 6, 6, 3), (3, 3, 3, 5), (2, 4, 4, 5), padding="VALID") == 2 * macs * 16 / 36
-    assert conv((2, 6, 6, 3), (3, 3, 3, 5), (2, 2, 2, 5), padding="VALID", rhs_dilation=(2, 2)) == 2 * macs * 4 / 36
+    assert (
+        conv((2, 6, 6, 3), (3, 3, 3, 5), (2, 2, 2, 5), padding="VALID", rhs_dilation=(2, 2))
+        == 2 * macs * 4 / 36
+    )
     # Each of 4 outputs sees its group's half of 4 inputs; depthwise one of them.
-    assert conv((2, 6, 6, 4), (3, 3, 2, 4), (2, 6, 6, 4), feature_group_count=2) == 2 * 2 * 36 * 9 * 2 * 4
-    assert conv((2, 6, 6, 4), (3, 3, 1, 4), (2, 6, 6, 4), feature_group_count=4) == 2 * 2 * 36 * 9 * 4
+    assert (
+        conv((2, 6, 6, 4), (3, 3, 2, 4), (2, 6, 6, 4), feature_group_count=2)
+        == 2 * 2 * 36 * 9 * 2 * 4
+    )
+    assert (
+        conv((2, 6, 6, 4), (3, 3, 1, 4), (2, 6, 6, 4), feature_group_count=4) == 2 * 2 * 36 * 9 * 4
+    )
     # Transposed: each of 3x3 inputs meets each of 2x2 taps.
     transposed = {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1))}
     assert conv((2, 3, 3, 3), (2, 2, 3, 5), (2, 6, 6, 5), **transposed) == 2 * 2 * 9 * 4 * 3 * 5
@@ -44,10 +56,15 @@ def test_convolutions_by_hand():
 
 
 def test_products_by_hand():
-    count = lambda function, *shapes: flops.count(function, *(jax.ShapeDtypeStruct(s, "float32") for s in shapes))[0]  # noqa: E731
+    count = lambda function, *shapes: flops.count(
+        function, *(jax.ShapeDtypeStruct(s, "float32") for s in shapes)
+    )[0]
     assert count(jnp.matmul, (4, 8), (8, 3)) == 2 * 4 * 8 * 3
     assert count(jnp.matmul, (7, 4, 8), (7, 8, 3)) == 2 * 7 * 4 * 8 * 3  # a batch of them
-    assert count(lambda a, b: jnp.einsum("abc,bcd->ad", a, b), (4, 5, 6), (5, 6, 7)) == 2 * 4 * 5 * 6 * 7
+    assert (
+        count(lambda a, b: jnp.einsum("abc,bcd->ad", a, b), (4, 5, 6), (5, 6, 7))
+        == 2 * 4 * 5 * 6 * 7
+    )
     assert count(lambda a, b: jnp.tanh(a) * b + a.sum(), (4, 8), (4, 8)) == 0
 
 
@@ -64,7 +81,9 @@ def own_tangent(x, w):
     return x @ w
 
 
-own_tangent.defjvp(lambda primals, tangents: (own_tangent(*primals), tangents[0] @ primals[1] @ primals[1]))
+own_tangent.defjvp(
+    lambda primals, tangents: (own_tangent(*primals), tangents[0] @ primals[1] @ primals[1])
+)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +95,25 @@ own_tangent.defjvp(lambda primals, tangents: (own_tangent(*primals), tangents[0]
         (lambda x, w: jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), 1),
         (lambda x, w: lax.scan(lambda x, _: (x @ w @ w, None), x, None, length=5)[0], 10),
         (lambda x, w: lax.fori_loop(0, 3, lambda _, x: x @ w, x), 3),
-        (lambda x, w: lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x), 1),  # how often, only the data know
-        (lambda x, w: lax.cond(x.sum() > 0, lambda x: x, lambda x: x @ w @ w, x), 2),  # the dearest way
+        (
+            lambda x, w: lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x),
+            1,
+        ),  # how often, only the data know
+        (
+            lambda x, w: lax.cond(x.sum() > 0, lambda x: x, lambda x: x @ w @ w, x),
+            2,
+        ),  # the dearest way
         (lambda x, w: lax.switch(x.argmax(), [lambda x: x @ w, lambda x: x @ w @ w @ w], x), 3),
-        (lambda x, w: lax.platform_dependent(x, cpu=lambda x: x @ w @ w, default=lambda x: x @ w), 1),
-        (lambda x, w: lax.platform_dependent(x, cpu=lambda x: x @ w @ w, cuda=lambda x: x), 2),  # no default
+        (
+            lambda x, w: lax.platform_dependent(
+                x, cpu=lambda x: x @ w @ w, default=lambda x: x @ w
+            ),
+            1,
+        ),
+        (
+            lambda x, w: lax.platform_dependent(x, cpu=lambda x: x @ w @ w, cuda=lambda x: x),
+            2,
+        ),  # no default
         (lambda x, w: jax.vmap(lambda x: x @ w)(x), 1),
     ],
 )
@@ -98,11 +131,16 @@ def test_gradients_are_counted_when_they_are_asked_for():
 
 def test_formulations_of_a_cpu_do_not_count(monkeypatch, traced_anew):
     """Winograd's needs fewer products; a twin that counts what the CPU does sees that."""
-    x, kernel = jax.ShapeDtypeStruct((8, 16, 16, 64), "float32"), jax.ShapeDtypeStruct((3, 3, 64, 64), "float32")
+    x, kernel = (
+        jax.ShapeDtypeStruct((8, 16, 16, 64), "float32"),
+        jax.ShapeDtypeStruct((3, 3, 64, 64), "float32"),
+    )
     axes = ("NHWC", "HWIO", "NHWC")
 
     def found():
-        convolve = lambda x, k: convolution.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=axes)  # noqa: E731
+        convolve = lambda x, k: convolution.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=axes
+        )
         return flops.count(convolve, x, kernel)[0]
 
     expected = 2 * 8 * 16 * 16 * 9 * 64 * 64
@@ -165,8 +203,15 @@ BY_HAND = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_networks_have_the_published_multiply_adds(name):
     config = default_config()
-    config.data.name, config.data.batch_size, config.model.name, config.model.modules = "imagenet", 2, name, 1
-    info = DatasetInfo("imagenet", tuple(map(str, range(1000))), (224, 224, 3), (0.5,) * 3, (0.5,) * 3)
+    config.data.name, config.data.batch_size, config.model.name, config.model.modules = (
+        "imagenet",
+        2,
+        name,
+        1,
+    )
+    info = DatasetInfo(
+        "imagenet", tuple(map(str, range(1000))), (224, 224, 3), (0.5,) * 3, (0.5,) * 3
+    )
     parts = block_flops(make_blocks(make_settings(config), info))
     macs = (sum(parts.inner) + parts.head[-1]) / (2 * 2)
     assert macs == BY_HAND[name]

@@ -18,7 +18,18 @@ from dgl_jax.ops import BatchNorm
 def numpy_mlp(layers, x, convs=0, hidden=3):
     size = x.shape[1]
     x = adaptive_avg_pool(
-        x, {56: (14, 14), 28: (7, 7), 14: (4, 4), 12: (3, 3), 8: (2, 2), 7: (2, 2), 4: (2, 2), 2: (2, 2), 1: (1, 1)}[size]
+        x,
+        {
+            56: (14, 14),
+            28: (7, 7),
+            14: (4, 4),
+            12: (3, 3),
+            8: (2, 2),
+            7: (2, 2),
+            4: (2, 2),
+            2: (2, 2),
+            1: (1, 1),
+        }[size],
     )
     for _ in range(convs):
         x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
@@ -31,14 +42,21 @@ def numpy_mlp(layers, x, convs=0, hidden=3):
 def numpy_cnn(layers, x):
     for _ in range(2):
         x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
-    return layers.linear(layers.batch_norm(adaptive_avg_pool(x, (min(2, x.shape[1]),) * 2)).reshape(len(x), -1))
+    return layers.linear(
+        layers.batch_norm(adaptive_avg_pool(x, (min(2, x.shape[1]),) * 2)).reshape(len(x), -1)
+    )
 
 
 def numpy_linear(layers, x):
     return layers.linear(x.mean((1, 2)))
 
 
-ORACLES = {"mlp_sr": partial(numpy_mlp, convs=3), "mlp": numpy_mlp, "cnn": numpy_cnn, "linear": numpy_linear}
+ORACLES = {
+    "mlp_sr": partial(numpy_mlp, convs=3),
+    "mlp": numpy_mlp,
+    "cnn": numpy_cnn,
+    "linear": numpy_linear,
+}
 
 
 def images(size, batch=6, channels=3):
@@ -111,14 +129,24 @@ def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, tra
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("cnn", (2, 5, 3), r"config.model.head='cnn': needs maps .*not features of shape \(B, 5, 3\); of tokens linear"),
-        ("linear", (2, 3), r"config.model.head: needs maps .* or tokens .*, not features of shape \(B, 3\)"),
+        (
+            "cnn",
+            (2, 5, 3),
+            r"config.model.head='cnn': needs maps .*not features of shape \(B, 5, 3\); of tokens linear",
+        ),
+        (
+            "linear",
+            (2, 3),
+            r"config.model.head: needs maps .* or tokens .*, not features of shape \(B, 3\)",
+        ),
         ("mlp", (2, 1, 2, 2, 3), r"not features of shape \(B, 1, 2, 2, 3\)"),
     ],
 )
 def test_features_that_a_head_cannot_take(name, shape, words):
     with pytest.raises(UserError, match=words):
-        jax.eval_shape(lambda x: make_head(name, 10).init(jax.random.key(0), x, True), jnp.zeros(shape))
+        jax.eval_shape(
+            lambda x: make_head(name, 10).init(jax.random.key(0), x, True), jnp.zeros(shape)
+        )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -136,7 +164,9 @@ def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
     original = BatchNorm
     for file in (heads, blocks):
         monkeypatch.setattr(
-            file, "BatchNorm", lambda *fields: lambda x, train, **options: original(*fields)(x, not train, **options)
+            file,
+            "BatchNorm",
+            lambda *fields: lambda x, train, **options: original(*fields)(x, not train, **options),
         )
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), ORACLES[name], images(12), False)
@@ -145,7 +175,9 @@ def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
 @pytest.mark.parametrize("name", HEADS)
 def test_rectangular_maps(name):
     head = make_head(name, 10)
-    logits, _ = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x, True), jnp.zeros((2, 6, 9, 3)))
+    logits, _ = jax.eval_shape(
+        lambda x: head.init_with_output(jax.random.key(0), x, True), jnp.zeros((2, 6, 9, 3))
+    )
     assert logits.shape == (2, 10)
 
 
@@ -153,10 +185,14 @@ def test_rectangular_maps(name):
 def test_bfloat16_arithmetic_float32_logits(name):
     head = make_head(name, 10, "bfloat16")
     x = jnp.zeros((2, 8, 8, 3), jnp.bfloat16)
-    logits, variables = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x, True), x)
+    logits, variables = jax.eval_shape(
+        lambda x: head.init_with_output(jax.random.key(0), x, True), x
+    )
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert inner_dtypes(head, variables, x) == ({"bfloat16", "float32"} if name != "linear" else {"float32"})
+    assert inner_dtypes(head, variables, x) == (
+        {"bfloat16", "float32"} if name != "linear" else {"float32"}
+    )
     assert inner_dtypes(make_head(name, 10), variables, x) == {"float32"}
 
 
@@ -164,4 +200,6 @@ def inner_dtypes(head, variables, x):
     """Types of the results of all convolutions and matrix products; only the last, the logits, must be float32."""
     jaxpr = jax.make_jaxpr(lambda v, x: head.apply(v, x, False))(variables, x)
     products = ("conv_general_dilated", "dot_general")
-    return {str(e.outvars[0].aval.dtype) for e in equations(jaxpr.jaxpr) if e.primitive.name in products}
+    return {
+        str(e.outvars[0].aval.dtype) for e in equations(jaxpr.jaxpr) if e.primitive.name in products
+    }

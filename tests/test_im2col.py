@@ -23,7 +23,10 @@ def furthest(shape):
     x, kernel, cotangent = arrays(*shape)
     right, _, of_kernel = direct(x, kernel, cotangent)
     found = im2col.convolve(x, jnp.asarray(kernel)), im2col.kernel_gradient(x, cotangent)
-    return max(np.abs(f - r).max() / np.sqrt((r**2).mean()) for f, r in zip(found, (right, of_kernel), strict=True))
+    return max(
+        np.abs(f - r).max() / np.sqrt((r**2).mean())
+        for f, r in zip(found, (right, of_kernel), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,7 +46,9 @@ def test_one_chunk_and_many_are_the_same(monkeypatch, traced_anew):
     monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images a chunk
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() < 1e-5 * np.abs(one).max()
     chunk = chunks.chunk
-    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, 0))  # the same images in every chunk
+    monkeypatch.setattr(
+        chunks, "chunk", lambda x, size, i: chunk(x, size, 0)
+    )  # the same images in every chunk
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() > 1e-2 * np.abs(one).max()
 
 
@@ -75,11 +80,16 @@ def test_where_it_is_not(shape, kernel):
 
 
 def results(x, kernel):
-    outputs, pull = jax.vjp(lambda k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC), kernel)
+    outputs, pull = jax.vjp(
+        lambda k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC), kernel
+    )
     return outputs, pull(outputs)[0]
 
 
-X, KERNEL = jax.ShapeDtypeStruct((16, 8, 8, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 32), "float32")
+X, KERNEL = (
+    jax.ShapeDtypeStruct((16, 8, 8, 3), "float32"),
+    jax.ShapeDtypeStruct((3, 3, 3, 32), "float32"),
+)
 
 
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 2), ("tpu", 2)])
@@ -90,11 +100,20 @@ def test_a_cpu_alone_takes_it(platform, convolutions):
 
 def test_images_stay_on_their_devices(devices):
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
-    split, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
-    compiled = jax.jit(results, in_shardings=(split, everywhere), out_shardings=(split, everywhere)).lower(X, KERNEL).compile()
+    compiled = (
+        jax.jit(results, in_shardings=(split, everywhere), out_shardings=(split, everywhere))
+        .lower(X, KERNEL)
+        .compile()
+    )
     found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
     for a, b in zip(found, results(x, kernel), strict=True):
         assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
-    assert re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()) == ["all-reduce"]
+    assert re.findall(
+        r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()
+    ) == ["all-reduce"]

@@ -91,10 +91,24 @@ LIBRARIES = {
 }
 PLAIN_TOO = ("dgl_jax.schedule", "dgl_jax.errors")
 PLAIN = ("schedule.py", "tools/timeline.py", "models/partition.py")  # nothing but Python
-NOWHERE = ("tensorflow", "torch", "clu", "absl.flags", "os.environ", "os.getenv", "os.environb", "os.putenv")
+NOWHERE = (
+    "tensorflow",
+    "torch",
+    "clu",
+    "absl.flags",
+    "os.environ",
+    "os.getenv",
+    "os.environb",
+    "os.putenv",
+)
 # Marks absl's flags as parsed, which Grain's worker processes ask for, and reads none.
 # The command line reads flags, and sets XLA's threads before XLA starts. Pictures hide MPLBACKEND while matplotlib is imported.
-EXCEPT = {("data/streaming.py", "absl.flags"), ("cli.py", "absl.flags"), ("cli.py", "os.environ"), ("run/plots.py", "os.environ")}
+EXCEPT = {
+    ("data/streaming.py", "absl.flags"),
+    ("cli.py", "absl.flags"),
+    ("cli.py", "os.environ"),
+    ("run/plots.py", "os.environ"),
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -103,7 +117,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ("." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names)
+            yield from (
+                "." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names
+            )
 
 
 def attributes(tree: ast.AST) -> Iterator[str]:
@@ -142,10 +158,16 @@ def problems(path: Path, source: str) -> list[str]:
             for library, owners in LIBRARIES.items()
             if names(name, library) and not any(path.is_relative_to(owner) for owner in owners)
         ]
-        if str(path) in PLAIN and not (name.split(".")[0] in sys.stdlib_module_names or name.startswith(PLAIN_TOO)):
+        if str(path) in PLAIN and not (
+            name.split(".")[0] in sys.stdlib_module_names or name.startswith(PLAIN_TOO)
+        ):
             found.append(f"{path}: this file is plain Python, without {name}")
     used = (*imports(tree), *attributes(tree))
-    forbidden = [name for name in used if any(names(name, other) for other in NOWHERE) and (str(path), name) not in EXCEPT]
+    forbidden = [
+        name
+        for name in used
+        if any(names(name, other) for other in NOWHERE) and (str(path), name) not in EXCEPT
+    ]
     return found + [f"{path}: {name}" for name in forbidden]
 
 
@@ -177,18 +199,47 @@ def test_the_list_is_the_house():
 
 
 # Without `data`: what trains, and what evaluates.
-CORE = ("types", "ops", "models", "objectives", "core", "tasks", "codecs", "replay", "spec", "schedule", "methods", "engines")
+CORE = (
+    "types",
+    "ops",
+    "models",
+    "objectives",
+    "core",
+    "tasks",
+    "codecs",
+    "replay",
+    "spec",
+    "schedule",
+    "methods",
+    "engines",
+)
 
 
 def code_lines(source: str) -> int:
     """Lines that hold code: no docstrings, comments or blank lines."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = (token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in layout)
-    return len({n for token in tokens for n in range(token.start[0], token.end[0] + 1)} - documented)
+    layout = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    tokens = (
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in layout
+    )
+    return len(
+        {n for token in tokens for n in range(token.start[0], token.end[0] + 1)} - documented
+    )
 
 
 def test_lines_of_code_by_hand():
@@ -206,8 +257,9 @@ def test_the_package_stays_small(capsys):
     core, package = sum(sizes[room] for room in CORE), sum(sizes.values())
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
+    # At a line length of 100; at 132 the same code took 3,780 and 8,497 lines.
     assert core < 5_500
-    assert package < 8_500
+    assert package < 10_700
 
 
 @pytest.mark.parametrize(
@@ -223,8 +275,16 @@ def test_the_package_stays_small(capsys):
         ("codecs/vq.py", "from dgl_jax.models import cuts", "knows nothing"),
         ("schedule.py", "import jax", "plain Python"),
         ("tools/timeline.py", "from dgl_jax.engines import Report", "plain Python"),
-        ("engines/program.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
-        ("engines/pipeline.py", "from dgl_jax.engines.fused import FusedEngine", "does not come before"),
+        (
+            "engines/program.py",
+            "from dgl_jax.engines.fused import FusedEngine",
+            "does not come before",
+        ),
+        (
+            "engines/pipeline.py",
+            "from dgl_jax.engines.fused import FusedEngine",
+            "does not come before",
+        ),
         ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "no place"),
         ("models/cnn.py", "from .. import core", "relative"),
         ("tools/bench.py", "from dgl_jax.nowhere import x", "no room"),

@@ -18,8 +18,15 @@ import dgl_jax
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "benchmarks", "tests", "*.egg-info", "__pycache__", ".*_cache")
-SMALL = ["--config.train.steps=2", "--config.model.width=4", "--config.model.head=linear", "--config.log.every=1"]
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "benchmarks", "tests", "*.egg-info", "__pycache__", ".*_cache"
+)
+SMALL = [
+    "--config.train.steps=2",
+    "--config.model.width=4",
+    "--config.model.head=linear",
+    "--config.log.every=1",
+]
 
 
 def test_files_of_the_project():
@@ -28,9 +35,13 @@ def test_files_of_the_project():
     licence = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in licence
     assert "Copyright The dgl_jax authors" in licence
-    assert {"1901.08164", "2106.06401"} <= set(re.findall(r"\d{4}\.\d{5}", (ROOT / "CITATION.cff").read_text()))
+    assert {"1901.08164", "2106.06401"} <= set(
+        re.findall(r"\d{4}\.\d{5}", (ROOT / "CITATION.cff").read_text())
+    )
     assert (ROOT / "dgl_jax" / "py.typed").exists()
-    versions = {text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text}
+    versions = {
+        text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text
+    }
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     assert {"3.11", "3.13"} <= versions
     assert 'python: ["3.11", "3.13"]' in workflow
@@ -51,8 +62,20 @@ def test_names_at_the_top_are_those_that_type_checkers_see():
 
 def call(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Runs a command without this project on Python's path."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
+    }
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -65,7 +88,13 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     empty.mkdir()
     shutil.copytree(ROOT, checkout, symlinks=True, ignore=NOT_COPIED)
     pip = [bin / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    reached = subprocess.run([*pip, "download", "--no-deps", "absl-py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    reached = subprocess.run(
+        [*pip, "download", "--no-deps", "absl-py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if reached.returncode:
         pytest.skip(f"no packages can be had here: {reached.stderr.strip().splitlines()[-1]}")
 
@@ -73,9 +102,14 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     call(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=empty)
     (wheel,) = tmp_path.glob("dgl_jax-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.partition("/")[0] for name in held} == {"dgl_jax", f"dgl_jax-{dgl_jax.__version__}.dist-info"}
+    assert {name.partition("/")[0] for name in held} == {
+        "dgl_jax",
+        f"dgl_jax-{dgl_jax.__version__}.dist-info",
+    }
     sources = [path for path in (ROOT / "dgl_jax").rglob("*.py") if "configs" not in path.parts]
-    sources += [Path("dgl_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")]
+    sources += [
+        Path("dgl_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")
+    ]
     assert {str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources} <= held
     assert "dgl_jax/py.typed" in held
 
@@ -83,16 +117,30 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     call(*pip, "install", "--no-compile", "jax", "flax", "optax", "numpy", "jaxtyping", cwd=empty)
     call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     assert call(bin / "python", "-c", LIBRARY, cwd=empty).stdout == "done\n"
-    for library in ("ml_collections", "matplotlib", "tensorflow_datasets"):  # the twin: these are not there
+    for library in (
+        "ml_collections",
+        "matplotlib",
+        "tensorflow_datasets",
+    ):  # the twin: these are not there
         call(bin / "python", "-c", f"import {library}", cwd=empty, status=1)
-    missing = call(bin / "dgl-jax", "--config=digits", f"--workdir={empty / 'run'}", cwd=empty, status=2).stderr
-    assert re.fullmatch("error: the command line needs .*, which is not installed: pip install .*\n", missing)
+    missing = call(
+        bin / "dgl-jax", "--config=digits", f"--workdir={empty / 'run'}", cwd=empty, status=2
+    ).stderr
+    assert re.fullmatch(
+        "error: the command line needs .*, which is not installed: pip install .*\n", missing
+    )
 
     # By hand: a checkout that is not installed.
     call(*pip, "uninstall", "--yes", "dgl_jax", cwd=empty)
     call(*pip, "install", "--no-compile", "--requirement", "requirements.txt", cwd=checkout)
     call(bin / "python", "-c", "import dgl_jax", cwd=empty, status=1)
-    launch = [bin / "python", "launch.py", "--config=configs/digits.py", "--workdir=runs/digits", *SMALL]
+    launch = [
+        bin / "python",
+        "launch.py",
+        "--config=configs/digits.py",
+        "--workdir=runs/digits",
+        *SMALL,
+    ]
     run = checkout / "runs" / "digits"
     call(*launch, cwd=checkout)
     first = json.loads((run / "summary.json").read_text())
@@ -106,8 +154,13 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     call(bin / "dgl-jax", "--config=digits", "--workdir=run", *SMALL, cwd=empty)
     assert (empty / "run" / "plots" / "accuracy.png").exists()
-    assert call(bin / "dgl-jax", "--mode=export", "--workdir=run", cwd=empty).stdout == "run/export\n"
-    assert "did you mean cifar10" in call(bin / "dgl-jax", "--config=cifar", "--workdir=x", cwd=empty, status=2).stderr
+    assert (
+        call(bin / "dgl-jax", "--mode=export", "--workdir=run", cwd=empty).stdout == "run/export\n"
+    )
+    assert (
+        "did you mean cifar10"
+        in call(bin / "dgl-jax", "--config=cifar", "--workdir=x", cwd=empty, status=2).stderr
+    )
     call(bin / "python", "-c", "import configs", cwd=empty, status=1)
     imagenet = ["--config=configs/imagenet_vgg13_modern.py", "--workdir=imagenet"]
     missing = call(bin / "dgl-jax", *imagenet, cwd=empty, status=2).stderr

@@ -16,13 +16,18 @@ from safetensors.numpy import load_file
 from dgl_jax import system
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in FIELDS.items())]
+SMALL = [
+    "--config=configs/digits.py",
+    *(f"--config.{name}={value}" for name, value in FIELDS.items()),
+]
 
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     """One call of launch.py, to its end."""
     command = [sys.executable, "launch.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options
+    )
 
 
 def fails(*arguments: str) -> str:
@@ -44,7 +49,10 @@ def trained(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     summary = json.loads((workdir / "summary.json").read_text())
     accuracies = [module["test_accuracy"] for module in summary["modules"]]
-    assert json.loads(done.stdout) == {"modules": accuracies, "ensemble": summary["ensemble_accuracy"]}
+    assert json.loads(done.stdout) == {
+        "modules": accuracies,
+        "ensemble": summary["ensemble_accuracy"],
+    }
     assert all(0 < accuracy < 1 for accuracy in accuracies)
     return workdir
 
@@ -96,22 +104,39 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
 
     for name in ("a", "b"):
         Image.fromarray(np.full((20, 20, 3), 80, np.uint8)).save(tmp_path / f"{name}.png")
-    table = launch("--mode=predict", f"--workdir={trained}", f"--images={tmp_path}").stdout.splitlines()
+    table = launch(
+        "--mode=predict", f"--workdir={trained}", f"--images={tmp_path}"
+    ).stdout.splitlines()
     assert table[0] == "image,label,probability,ensemble_label,ensemble_probability"
-    assert [row.split(",")[0] for row in table[1:]] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert [row.split(",")[0] for row in table[1:]] == [
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+    ]
     assert table[1].split(",")[1].startswith("pattern_")
     assert table[1].split(",")[1:] == table[2].split(",")[1:]
     assert (
-        launch("--mode=predict", f"--workdir={trained}", f"--images={tmp_path}", f"--output={tmp_path / 'p.jsonl'}").returncode == 0
+        launch(
+            "--mode=predict",
+            f"--workdir={trained}",
+            f"--images={tmp_path}",
+            f"--output={tmp_path / 'p.jsonl'}",
+        ).returncode
+        == 0
     )
-    assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["label"] == table[1].split(",")[1]
+    assert (
+        json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["label"]
+        == table[1].split(",")[1]
+    )
 
     usual = max(16, system.cpu_count())
     many = usual // 2 + 1
     env = {name: value for name, value in os.environ.items() if name != "NPROC"}
     drawn = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
     assert [Path(p).name for p in drawn.stdout.split()] == ["accuracy.png", "loss.png"]
-    assert f"--cpu_devices={many}: {2 * many} threads, not {usual} as up to {usual // 2} devices have" in drawn.stderr
+    assert (
+        f"--cpu_devices={many}: {2 * many} threads, not {usual} as up to {usual // 2} devices have"
+        in drawn.stderr
+    )
 
 
 @pytest.mark.slow
@@ -119,17 +144,28 @@ def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
     here = launch("--mode=eval", f"--workdir={trained}", "--config.eval.every=3")
     assert here.returncode == 0, here.stderr
     assert here.stdout == launch("--mode=eval", f"--workdir={trained}").stdout
-    assert "config.seed (was 0, is now 1)" in fails("--mode=eval", f"--workdir={trained}", "--config.seed=1")
+    assert "config.seed (was 0, is now 1)" in fails(
+        "--mode=eval", f"--workdir={trained}", "--config.seed=1"
+    )
 
 
 @pytest.mark.full_compile
 @pytest.mark.slow
 def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
-    fields = {"data.batch_size": 64, "data.train_examples": 640, "model.width": 24, "model.modules": 3, "train.steps": 5}
+    fields = {
+        "data.batch_size": 64,
+        "data.train_examples": 640,
+        "model.width": 24,
+        "model.modules": 3,
+        "train.steps": 5,
+    }
     fields |= {"checkpoint.every": 5, "eval.every": 5}
     line = [*SMALL, *(f"--config.{name}={value}" for name, value in fields.items())]
     env = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    for name, more in (("fused", ()), ("pipeline", ("--config.engine.name=pipeline", "--cpu_devices=3"))):
+    for name, more in (
+        ("fused", ()),
+        ("pipeline", ("--config.engine.name=pipeline", "--cpu_devices=3")),
+    ):
         done = launch(*line, f"--workdir={tmp_path / name}", *more, env=env)
         assert done.returncode == 0, done.stderr
         summary = json.loads((tmp_path / name / "summary.json").read_text())
@@ -143,28 +179,41 @@ def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
 
 @pytest.mark.slow
 def test_bench_prints_one_json_line():
-    done = launch(*SMALL, "--mode=bench", "--bench_steps=4", "--config.engine.name=pipeline", "--cpu_devices=2")
+    done = launch(
+        *SMALL,
+        "--mode=bench",
+        "--bench_steps=4",
+        "--config.engine.name=pipeline",
+        "--cpu_devices=2",
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
     assert result["engine"] == "pipeline"
     assert len(result["module_milliseconds"]) == 2
     assert result["cpu_threads"] == int(os.environ["NPROC"]), "the user's own number counts"
-    assert all(result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes"))
+    assert all(
+        result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes")
+    )
 
 
 @pytest.mark.slow
 def test_mistakes_get_one_line(tmp_path):
     run = f"--workdir={tmp_path / 'run'}"
-    assert "config.optimizer.learning_rat: no such field; did you mean optimizer.learning_rate" in fails(
-        *SMALL, run, "--config.optimizer.learning_rat=1"
+    assert (
+        "config.optimizer.learning_rat: no such field; did you mean optimizer.learning_rate"
+        in fails(*SMALL, run, "--config.optimizer.learning_rat=1")
     )
-    assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(*SMALL, run, "--config.engine.name=pipelin")
+    assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(
+        *SMALL, run, "--config.engine.name=pipelin"
+    )
     unused = "config.engine.slowdown=(2.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
     assert unused in fails(*SMALL, run, "--config.engine.slowdown=2,1")
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
-    assert f"--config: ZeroDivisionError: division by zero ({broken}:2)" in fails(f"--config={broken}", run)
+    assert f"--config: ZeroDivisionError: division by zero ({broken}:2)" in fails(
+        f"--config={broken}", run
+    )
     assert "--config: " in fails(f"--config={tmp_path}", run)
     assert "stray: not a flag" in fails(*SMALL, run, "stray")
     assert "'abc'" in fails(*SMALL, run, "--config.optimizer.learning_rate=abc")
@@ -176,13 +225,17 @@ def test_mistakes_get_one_line(tmp_path):
     assert "--config.seed=1: which configuration?" in fails(run, "--config.seed=1")
     assert "Unknown command line flag 'wrkdir'" in fails(*SMALL, "--wrkdir=x")
     assert "holds no run" in fails("--mode=eval", run)
-    assert "no such directory" in fails("--config=configs/cifar10.py", run, f"--config.data.dir={tmp_path / 'nowhere'}")
+    assert "no such directory" in fails(
+        "--config=configs/cifar10.py", run, f"--config.data.dir={tmp_path / 'nowhere'}"
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
-    assert "--checkpoint=7: there are: newest, best, " in fails("--mode=eval", f"--workdir={trained}", "--checkpoint=7")
+    assert "--checkpoint=7: there are: newest, best, " in fails(
+        "--mode=eval", f"--workdir={trained}", "--checkpoint=7"
+    )
 
 
 def test_help_names_the_modes():
@@ -197,12 +250,29 @@ def test_the_command_line_stays_short():
 @pytest.mark.slow
 def test_plan_needs_no_data_set(tmp_path):
     small = [argument for argument in SMALL if "data.name" not in argument]
-    stated = ["--block_times=1,2,3,4", "--bandwidth=1", f"--workdir={tmp_path}", f"--config.data.dir={tmp_path / 'nowhere'}"]
-    done = launch(*small, "--config.data.name=cifar10", "--mode=plan", "--json", *stated, env=os.environ | {"HOME": str(tmp_path)})
+    stated = [
+        "--block_times=1,2,3,4",
+        "--bandwidth=1",
+        f"--workdir={tmp_path}",
+        f"--config.data.dir={tmp_path / 'nowhere'}",
+    ]
+    done = launch(
+        *small,
+        "--config.data.name=cifar10",
+        "--mode=plan",
+        "--json",
+        *stated,
+        env=os.environ | {"HOME": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [module["body_parameters"] for module in found["modules"]] == [4 * 27 + 12 + 8 * 36 + 24, 8 * 72 + 24 + 16 * 72 + 48]
+    assert [module["body_parameters"] for module in found["modules"]] == [
+        4 * 27 + 12 + 8 * 36 + 24,
+        8 * 72 + 24 + 16 * 72 + 48,
+    ]
     assert found["timeline"] == str(tmp_path / "plots" / "plan.png")
     assert (tmp_path / "plots" / "plan.png").exists()
     assert not (tmp_path / ".cache" / "dgl_jax").exists()  # where data sets would be prepared
-    assert "--bandwidth=-1.0: a number above 0" in fails(*small, "--mode=plan", *stated, "--bandwidth=-1")
+    assert "--bandwidth=-1.0: a number above 0" in fails(
+        *small, "--mode=plan", *stated, "--bandwidth=-1"
+    )

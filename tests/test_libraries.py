@@ -58,7 +58,9 @@ print("done")
 def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, **options
+    )
 
 
 @pytest.mark.slow
@@ -82,12 +84,20 @@ runpy.run_module("dgl_jax.cli", run_name="dgl_jax.cli", alter_sys=False)["main"]
 @pytest.mark.parametrize(
     ("present", "line"),
     [
-        ((), "error: the command line needs absl-py, which is not installed: pip install absl-py\n"),
-        (("absl", "ml_collections"), "error: --mode=plot needs matplotlib, which is not installed: pip install matplotlib\n"),
+        (
+            (),
+            "error: the command line needs absl-py, which is not installed: pip install absl-py\n",
+        ),
+        (
+            ("absl", "ml_collections"),
+            "error: --mode=plot needs matplotlib, which is not installed: pip install matplotlib\n",
+        ),
     ],
 )
 def test_the_command_line_names_what_is_missing(tmp_path, present, line):
-    five = FIVE.replace('"dgl_jax", ', "".join(f'"{name}", ' for name in ("dgl_jax", "rich", *present)))
+    five = FIVE.replace(
+        '"dgl_jax", ', "".join(f'"{name}", ' for name in ("dgl_jax", "rich", *present))
+    )
     done = run(five + COMMAND_LINE, "dgl-jax", "--mode=plot", f"--workdir={tmp_path}")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
@@ -95,7 +105,11 @@ def test_the_command_line_names_what_is_missing(tmp_path, present, line):
 @pytest.mark.parametrize(
     ("missing", "fields", "line"),
     [
-        ("matplotlib", {}, "--mode=train needs matplotlib, which is not installed: pip install matplotlib"),
+        (
+            "matplotlib",
+            {},
+            "--mode=train needs matplotlib, which is not installed: pip install matplotlib",
+        ),
         (
             "tensorboardX",
             {"log__tensorboard": True},
@@ -106,8 +120,16 @@ def test_the_command_line_names_what_is_missing(tmp_path, present, line):
             {"data__name": "imagenette"},
             f'needs grain, which is not installed: pip install -e "{ROOT}[imagenet]"',
         ),
-        ("cv2", {"data__name": "imagenet"}, "config.data.name=imagenet needs opencv-python-headless, "),
-        ("tensorflow_datasets", {"data__name": "digits"}, "config.data.name=digits needs tensorflow-datasets, "),
+        (
+            "cv2",
+            {"data__name": "imagenet"},
+            "config.data.name=imagenet needs opencv-python-headless, ",
+        ),
+        (
+            "tensorflow_datasets",
+            {"data__name": "digits"},
+            "config.data.name=digits needs tensorflow-datasets, ",
+        ),
     ],
 )
 def test_a_run_says_what_is_missing_before_it_begins(tmp_path, monkeypatch, missing, fields, line):
@@ -128,7 +150,10 @@ def test_digits_are_made_with_scikit_learn(tmp_path, monkeypatch):
 def test_an_extra_is_installed_by_the_name_of_the_package(monkeypatch, tmp_path):
     """In a checkout by its path, elsewhere by name."""
     monkeypatch.setitem(sys.modules, "grain", None)
-    for root, target in ((tmp_path / "site-packages", "dgl_jax[imagenet]"), (tmp_path, f"{tmp_path}[imagenet]")):
+    for root, target in (
+        (tmp_path / "site-packages", "dgl_jax[imagenet]"),
+        (tmp_path, f"{tmp_path}[imagenet]"),
+    ):
         (tmp_path / "pyproject.toml").touch()
         monkeypatch.setattr(errors, "__file__", str(root / "dgl_jax" / "errors.py"))
         with pytest.raises(UserError) as caught:
@@ -145,12 +170,16 @@ def test_versions(monkeypatch):
     found = summary.versions()
     assert found["dgl_jax"] == __version__
     names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
-    assert found == {"dgl_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
+    assert found == {"dgl_jax": __version__} | {
+        name: importlib.metadata.version(name) for name in names
+    }
 
     def damaged(name):
         if name == "optax":
             return None  # what importlib answers where a file of metadata is empty
-        raise KeyError("Version") if name == "flax" else importlib.metadata.PackageNotFoundError(name)
+        raise (
+            KeyError("Version") if name == "flax" else importlib.metadata.PackageNotFoundError(name)
+        )
 
     monkeypatch.setattr(importlib.metadata, "version", damaged)
     assert summary.versions() == found

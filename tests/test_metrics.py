@@ -15,7 +15,10 @@ from dgl_jax.schedule import aligned
 
 def report(step, *losses):
     """Device scalars, as engines give them; module k's accuracy is k / 10 + step / 100."""
-    of_modules = tuple({"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)} for k, loss in enumerate(losses))
+    of_modules = tuple(
+        {"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)}
+        for k, loss in enumerate(losses)
+    )
     return Report((step,) * len(losses), of_modules, lambda: None, step=step)
 
 
@@ -69,11 +72,16 @@ def test_values_survive_json():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_loss_that_is_not_finite_names_module_and_step(bad, resumed):
-    window = Window([[[10, 10], [{"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}]]]) if resumed else Window()
+    window = (
+        Window([[[10, 10], [{"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}]]]) if resumed else Window()
+    )
     step = 11 if resumed else 1
     window.add(report(step, 1.0, 2.0))
     window.add(report(step + 1, 1.0, bad))
-    with pytest.raises(UserError, match=rf"diverged: the loss of module_1 is (nan|inf) at step {step + 1};.*learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=rf"diverged: the loss of module_1 is (nan|inf) at step {step + 1};.*learning_rate",
+    ):
         window.close()
 
 

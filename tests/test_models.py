@@ -21,7 +21,10 @@ def trace(module, x):
 
 def macs(module, variables, x):
     """Multiplications in the matrix products and the convolutions, direct ones, of the traced program."""
-    with mock.patch.object(winograd, "fits", return_value=False), mock.patch.object(im2col, "fits", return_value=False):
+    with (
+        mock.patch.object(winograd, "fits", return_value=False),
+        mock.patch.object(im2col, "fits", return_value=False),
+    ):
         program = jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(variables, x)
     total = 0
     for e in equations(program.jaxpr):
@@ -59,8 +62,18 @@ def test_networks_are_hashable_and_equal_when_built_alike():
 # cnn6: 27 w + 18 w^2 + 36 w^2 + 72 w^2 + 2 * 144 w^2 weights and 17 w biases; cnn6_replay: 27 w + 9 (1+2+4+8+16) w^2.
 # cnn4: 27 w + 18 w^2 + 36 w^2 + 72 w^2 weights and 9 w biases.
 SHAPES = {
-    "cnn6": (128, [(128, 32), (256, 16), (256, 16), (512, 8), (512, 8), (512, 8)], 6_786_432, 2_176),
-    "cnn6_replay": (128, [(128, 32), (128, 32), (256, 16), (256, 16), (512, 8), (512, 8)], 4_574_592, 0),
+    "cnn6": (
+        128,
+        [(128, 32), (256, 16), (256, 16), (512, 8), (512, 8), (512, 8)],
+        6_786_432,
+        2_176,
+    ),
+    "cnn6_replay": (
+        128,
+        [(128, 32), (128, 32), (256, 16), (256, 16), (512, 8), (512, 8)],
+        4_574_592,
+        0,
+    ),
     "cnn4": (64, [(64, 32), (128, 16), (128, 16), (256, 8)], 517_824, 576),
 }
 
@@ -90,7 +103,9 @@ def test_the_other_variant_is_noticed():
 )
 def test_multiplications(name, expected):
     rows = walk(make_network(name, 128, 10, CIFAR), image())
-    np.testing.assert_allclose([m / 1e6 for _, _, m in rows[:-1]], expected, rtol=0.012)  # 3.54 was published as 3.5
+    np.testing.assert_allclose(
+        [m / 1e6 for _, _, m in rows[:-1]], expected, rtol=0.012
+    )  # 3.54 was published as 3.5
     np.testing.assert_allclose(sum(m for _, _, m in rows[:-1]) / 1e6, 607, rtol=0.01)
 
 
@@ -103,7 +118,9 @@ def test_multiplications_of_heads(head, ratios):
     for (channels, size), ratio in zip([(128, 32), (256, 16), (512, 8)], ratios):
         x = image((size, size, channels))
         _, variables = trace(module, x)
-        np.testing.assert_allclose(100 * macs(module, variables, x) / (256 * 256 * 9 * 256), ratio, rtol=0.01)
+        np.testing.assert_allclose(
+            100 * macs(module, variables, x) / (256 * 256 * 9 * 256), ratio, rtol=0.01
+        )
 
 
 @pytest.mark.parametrize(
@@ -124,11 +141,15 @@ def test_multiplications_of_all_heads(name, head, percent):
 def test_classifier(name, hidden):
     logits, variables, _ = walk(make_network(name, 8, 7, (8, 8, 1)), image((8, 8, 1)))[-1]
     assert logits.shape == (1, 7)
-    linear = [p["kernel"].shape for layer, p in variables["params"].items() if layer.startswith("Dense")]
+    linear = [
+        p["kernel"].shape for layer, p in variables["params"].items() if layer.startswith("Dense")
+    ]
     assert linear == [(128, 128)] * hidden + [(128, 7)]  # a map of 2x2x32
 
 
-@pytest.mark.parametrize(("size", "works"), [(30, "28 or 32"), (1, "such as 4"), (9, "8 or 12"), (0, "multiples of 4")])
+@pytest.mark.parametrize(
+    ("size", "works"), [(30, "28 or 32"), (1, "such as 4"), (9, "8 or 12"), (0, "multiples of 4")]
+)
 def test_images_that_cannot_be_halved(size, works):
     with pytest.raises(UserError, match=f"config.data.image_size: images of {size}x8 .*{works}"):
         make_network("cnn4", 8, 10, (size, 8, 1))
@@ -146,7 +167,9 @@ def test_bfloat16_arithmetic_float32_state():
     # The running averages stay float32 through an update as well.
     block, (_, variables, _) = network.blocks[1], rows[1]
     y, updated = jax.eval_shape(
-        lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]), variables, image((8, 8, 4), "bfloat16")
+        lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]),
+        variables,
+        image((8, 8, 4), "bfloat16"),
     )
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}

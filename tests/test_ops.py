@@ -22,11 +22,21 @@ from dgl_jax.models.heads import MLPHead
 from dgl_jax.models.network import with_ops
 from dgl_jax.models.resnet import BasicBlock, Bottleneck, Stem
 from dgl_jax.objectives import Classifier
-from dgl_jax.ops import OPS, BatchNorm, adaptive_avg_pool, conv_general_dilated, max_pool_2x2, max_pool_3x3, recomputed
+from dgl_jax.ops import (
+    OPS,
+    BatchNorm,
+    adaptive_avg_pool,
+    conv_general_dilated,
+    max_pool_2x2,
+    max_pool_3x3,
+    recomputed,
+)
 from dgl_jax.ops.batch_norm import normalize
 from dgl_jax.run.build import make_experiment
 
-CONVOLVE = partial(conv_general_dilated, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+CONVOLVE = partial(
+    conv_general_dilated, strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+)
 SHAPE, CLASSES = (8, 8, 8, 3), 5
 
 # Blocks in front of a head. With those channels and inputs `auto` takes each formulation of a CPU.
@@ -38,11 +48,19 @@ BODIES = {
     "bottleneck": [Stem(4), Bottleneck(2)],
 }
 # One of them is among the fast tests, as it is and recomputed.
-CASES = [*(pytest.param(name, False, marks=() if name == "cnn" else pytest.mark.slow) for name in BODIES), ("cnn", True)]
+CASES = [
+    *(
+        pytest.param(name, False, marks=() if name == "cnn" else pytest.mark.slow)
+        for name in BODIES
+    ),
+    ("cnn", True),
+]
 
 
 def module(name, ops, remat=False):
-    *blocks, head = (with_ops(part, ops) for part in (*BODIES[name], MLPHead(CLASSES, convs=1, hidden=1)))
+    *blocks, head = (
+        with_ops(part, ops) for part in (*BODIES[name], MLPHead(CLASSES, convs=1, hidden=1))
+    )
     return LocalModule("module_0", 0, tuple(blocks), Classifier(head), remat, ops)
 
 
@@ -52,10 +70,15 @@ def drawn(name):
     random, own = np.random.default_rng(0), module(name, "auto")
     params, stats = jax.eval_shape(
         lambda: own.init(
-            jax.random.key(0), jax.ShapeDtypeStruct(SHAPE, "float32"), {"label": jax.ShapeDtypeStruct(SHAPE[:1], "int32")}
+            jax.random.key(0),
+            jax.ShapeDtypeStruct(SHAPE, "float32"),
+            {"label": jax.ShapeDtypeStruct(SHAPE[:1], "int32")},
         )
     )
-    params, direction = (jax.tree.map(lambda p: random.normal(0, 0.4, p.shape).astype(p.dtype), params) for _ in range(2))
+    params, direction = (
+        jax.tree.map(lambda p: random.normal(0, 0.4, p.shape).astype(p.dtype), params)
+        for _ in range(2)
+    )
     stats = jax.tree.map(lambda s: random.uniform(0.5, 1.5, s.shape).astype(s.dtype), stats)
     x = random.normal(size=SHAPE).astype(np.float32)
     return params, stats, x, jnp.asarray(random.integers(0, CLASSES, SHAPE[0])), direction
@@ -79,13 +102,19 @@ def hessian_products(loss, params, direction):
     def along(params):
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(params), direction)))
 
-    return jax.jit(lambda p: (jax.jvp(jax.grad(loss), (p,), (direction,))[1], jax.grad(along)(p)))(params)
+    return jax.jit(lambda p: (jax.jvp(jax.grad(loss), (p,), (direction,))[1], jax.grad(along)(p)))(
+        params
+    )
 
 
 def furthest(found, right):
     """Largest distance of two pytrees, in units of the largest value of each array, or of all if that is near 0."""
     largest = max(np.abs(b).max() for b in jax.tree.leaves(right))
-    distances = jax.tree.map(lambda a, b: np.abs(np.float64(a) - b).max() / max(np.abs(b).max(), 1e-2 * largest), found, right)
+    distances = jax.tree.map(
+        lambda a, b: np.abs(np.float64(a) - b).max() / max(np.abs(b).max(), 1e-2 * largest),
+        found,
+        right,
+    )
     return max(jax.tree.leaves(distances))
 
 
@@ -95,7 +124,9 @@ def furthest(found, right):
 @pytest.mark.parametrize("name", BODIES)
 def test_values_and_gradients_are_those_of_auto(name):
     params = drawn(name)[0]
-    auto, xla = (jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS)
+    auto, xla = (
+        jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS
+    )
     assert furthest(xla, auto) < 2e-5
 
 
@@ -104,7 +135,10 @@ def test_values_and_gradients_are_those_of_auto(name):
 def test_evaluation_of_heads_is_that_of_auto(head, dtype):
     x = np.random.default_rng(0).normal(size=(4, 12, 12, 6)).astype(dtype)
     variables = random_variables(make_head(head, CLASSES, dtype), x.shape)
-    auto, xla = (jax.jit(partial(make_head(head, CLASSES, dtype, ops).apply, train=False))(variables, x) for ops in OPS)
+    auto, xla = (
+        jax.jit(partial(make_head(head, CLASSES, dtype, ops).apply, train=False))(variables, x)
+        for ops in OPS
+    )
     assert furthest(xla, auto) < (1e-5 if dtype == "float32" else 2e-2)
 
 
@@ -115,7 +149,11 @@ class Library(nn.Module):
     def __call__(self, x, train):
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = nn.Conv(8, (3, 3), padding=1, name="Conv_0")(x)
-        return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="BatchNorm_0")(x))
+        return nn.relu(
+            nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, epsilon=1e-5, name="BatchNorm_0"
+            )(x)
+        )
 
 
 @pytest.mark.slow
@@ -123,7 +161,9 @@ def test_second_derivatives_are_those_of_flax():
     params, *_, direction = drawn("pool")
     ours = module("pool", "xla")
     library = dataclasses.replace(ours, blocks=(Library(),))
-    found, right = (hessian_products(loss_of(each, "pool"), params, direction)[0] for each in (ours, library))
+    found, right = (
+        hessian_products(loss_of(each, "pool"), params, direction)[0] for each in (ours, library)
+    )
     assert furthest(found, right) < 1e-4
 
 
@@ -135,7 +175,9 @@ def test_forward_mode_is_reverse_mode(name, remat):
     params, *_, direction = drawn(name)
     loss = loss_of(module(name, "xla", remat), name)
     forward = jax.jit(lambda p, d: jax.jvp(loss, (p,), (d,))[1])(params, direction)
-    gradient = jax.jit(jax.grad(loss_of(module(name, "auto"), name)))(params)  # by the custom gradients
+    gradient = jax.jit(jax.grad(loss_of(module(name, "auto"), name)))(
+        params
+    )  # by the custom gradients
     reverse = sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, direction)))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
@@ -209,7 +251,9 @@ def test_forward_mode_needs_xla(name):
 def test_forward_mode_of_a_module_needs_xla(remat):
     params, *_, direction = drawn("cnn")
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jit(lambda p, d: jax.jvp(loss_of(module("cnn", "auto", remat), "cnn"), (p,), (d,))).lower(params, direction)
+        jax.jit(
+            lambda p, d: jax.jvp(loss_of(module("cnn", "auto", remat), "cnn"), (p,), (d,))
+        ).lower(params, direction)
 
 
 OURS = {"custom_vjp_call", "custom_vjp_call_jaxpr", "platform_index"}
@@ -217,23 +261,38 @@ OURS = {"custom_vjp_call", "custom_vjp_call_jaxpr", "platform_index"}
 
 def ours(function, *args):
     """Returns what a program holds besides operations that have every derivative and are the same on all platforms."""
-    return OURS & {equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)}
+    return OURS & {
+        equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)
+    }
 
 
 @pytest.mark.parametrize(
-    "name", ["cnn4", "resnet50", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg11", "resnet18", "resnet20"))]
+    "name",
+    [
+        "cnn4",
+        "resnet50",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg11", "resnet18", "resnet20")),
+    ],
 )
 def test_networks_hold_nothing_else(name):
     def found(ops):
         network = make_network(name, 4, CLASSES, (32, 32, 3), ops=ops)
         heads = [make_head(head, CLASSES, ops=ops) for head in HEADS]
-        parts, x, names = [*network.blocks[:4], *network.blocks[-1:]], jnp.zeros((2, 32, 32, 3)), set()
+        parts, x, names = (
+            [*network.blocks[:4], *network.blocks[-1:]],
+            jnp.zeros((2, 32, 32, 3)),
+            set(),
+        )
         for part in parts:
             for each in (part, *heads, network.classifier):
                 apply = lambda v, x, each=each: each.apply(v, x, True, mutable=["batch_stats"])[0]  # noqa: E731
-                variables = jax.eval_shape(lambda x, each=each: each.init(jax.random.key(0), x, True), x)
+                variables = jax.eval_shape(
+                    lambda x, each=each: each.init(jax.random.key(0), x, True), x
+                )
                 names |= ours(apply, variables, x)
-            x = jax.eval_shape(lambda x, part=part: part.init_with_output(jax.random.key(0), x, True)[0], x)
+            x = jax.eval_shape(
+                lambda x, part=part: part.init_with_output(jax.random.key(0), x, True)[0], x
+            )
         return names
 
     assert found("xla") == set()
@@ -252,7 +311,9 @@ def test_another_choice_is_another_module():
 
 
 def test_a_jitted_function_of_a_module_is_traced_for_each_choice():
-    trace = jax.jit(lambda own, v, x: own.apply(v, x, True, mutable=["batch_stats"])[0], static_argnums=0)
+    trace = jax.jit(
+        lambda own, v, x: own.apply(v, x, True, mutable=["batch_stats"])[0], static_argnums=0
+    )
     x = jnp.ones(SHAPE)
     variables = ConvBlock(4).init(jax.random.key(0), x, True)
     programs = [trace.lower(with_ops(ConvBlock(4), ops), variables, x) for ops in OPS]
@@ -284,7 +345,11 @@ def test_blocks_of_the_users_own_follow_the_setting():
 
 def test_there_are_two():
     x = jnp.ones(SHAPE)
-    for function in (lambda: max_pool_2x2(x, ops="XLA"), lambda: with_ops(ConvBlock(4), "cpu"), lambda: CONVOLVE(x, x, ops="")):
+    for function in (
+        lambda: max_pool_2x2(x, ops="XLA"),
+        lambda: with_ops(ConvBlock(4), "cpu"),
+        lambda: CONVOLVE(x, x, ops=""),
+    ):
         with pytest.raises(ValueError, match="there are auto, xla"):
             function()
     (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == "ops")
@@ -295,11 +360,17 @@ def test_a_run_learns_the_same():
     """Three updates in each formulation, and the setting reaches all parts of the modules."""
 
     def run(ops):
-        config = small_config(model__ops=ops, engine__name="fused", train__steps=3, data__augment="none")
+        config = small_config(
+            model__ops=ops, engine__name="fused", train__steps=3, data__augment="none"
+        )
         made = make_experiment(make_settings(config))
         for own in made.spec.modules:
             assert {part.ops for part in (own, *own.blocks, own.objective.head)} == {ops}
         reports = list(made.engine.run(made.engine.init(), made.source, 3))
-        return [np.asarray(leaf) for each in reports[-1].snapshot().modules for leaf in jax.tree.leaves(each.params)]
+        return [
+            np.asarray(leaf)
+            for each in reports[-1].snapshot().modules
+            for leaf in jax.tree.leaves(each.params)
+        ]
 
     assert furthest(run("xla"), run("auto")) < 1e-5

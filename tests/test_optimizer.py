@@ -28,11 +28,24 @@ def rate(count, total=100, learning_rate=0.1, **settings):
         ({"name": "step", "boundaries": (0.5,), "factor": 0.1}, {4: 0.1, 5: 0.01}),
         (
             {"name": "cosine"},
-            {0: 0.1, 25: 0.05 * (1 + math.sqrt(0.5)), 50: 0.05, 75: 0.05 * (1 - math.sqrt(0.5)), 100: 0.0, 120: 0.0},
+            {
+                0: 0.1,
+                25: 0.05 * (1 + math.sqrt(0.5)),
+                50: 0.05,
+                75: 0.05 * (1 - math.sqrt(0.5)),
+                100: 0.0,
+                120: 0.0,
+            },
         ),
         ({"name": "constant", "warmup_epochs": 1.0}, {0: 0.01, 4: 0.05, 9: 0.1, 10: 0.1, 50: 0.1}),
-        ({"name": "cosine", "warmup_epochs": 2.0}, {0: 0.005, 9: 0.05, 19: 0.1, 20: 0.1, 60: 0.05, 100: 0.0}),
-        ({"name": "step", "boundaries": (1.0,), "factor": 0.5, "warmup_epochs": 2.0}, {9: 0.05, 10: 0.0275, 19: 0.05, 20: 0.05}),
+        (
+            {"name": "cosine", "warmup_epochs": 2.0},
+            {0: 0.005, 9: 0.05, 19: 0.1, 20: 0.1, 60: 0.05, 100: 0.0},
+        ),
+        (
+            {"name": "step", "boundaries": (1.0,), "factor": 0.5, "warmup_epochs": 2.0},
+            {9: 0.05, 10: 0.0275, 19: 0.05, 20: 0.05},
+        ),
     ],
 )
 def test_schedules_by_hand(settings, expected):
@@ -65,10 +78,24 @@ def three_updates(settings, schedule, params, gradients):
 def test_sgd_against_numpy(momentum, nesterov, decay):
     random = np.random.default_rng(0)
     params, gradients = random.normal(size=(4, 3)), random.normal(size=(3, 4, 3))
-    schedule = make_schedule(options("schedule", name="step", boundaries=(0.2,), factor=0.5), 0.1, STEPS, 100)
-    settings = options("optimizer", name="sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    schedule = make_schedule(
+        options("schedule", name="step", boundaries=(0.2,), factor=0.5), 0.1, STEPS, 100
+    )
+    settings = options(
+        "optimizer",
+        name="sgd",
+        learning_rate=0.1,
+        momentum=momentum,
+        weight_decay=decay,
+        nesterov=nesterov,
+    )
     found = three_updates(settings, schedule, params, gradients)
-    np.testing.assert_allclose(found, sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay, nesterov), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        found,
+        sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay, nesterov),
+        rtol=1e-6,
+        atol=1e-7,
+    )
     for broken in (
         sgd(params, gradients, (0.1, 0.05, 0.05), momentum, decay, nesterov),
         sgd(params, gradients, (0.1, 0.1, 0.05), momentum + 0.01, decay, nesterov),
@@ -89,6 +116,8 @@ def test_first_update_of_adam_by_hand():
 
 
 def test_boundaries_that_round_to_one_step_both_count():
-    schedule = make_schedule(options("schedule", name="step", boundaries=(1.0, 1.01), factor=0.1), 1.0, 10, 100)
+    schedule = make_schedule(
+        options("schedule", name="step", boundaries=(1.0, 1.01), factor=0.1), 1.0, 10, 100
+    )
     assert float(schedule(9)) == pytest.approx(1.0)
     assert float(schedule(10)) == pytest.approx(0.01)

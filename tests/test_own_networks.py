@@ -46,9 +46,15 @@ def of_tokens(width, num_classes, dtype):
 
 def test_a_list_of_blocks_is_a_network():
     register_network("own", of_tokens)
-    assert make_network("own", 6, 3, (8, 8, 3)) == Network((Tokens(), Block(6), Block(6)), LinearHead(3))
-    register_network("own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype)))
-    assert make_network("own", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(7, np.dtype("bfloat16"))
+    assert make_network("own", 6, 3, (8, 8, 3)) == Network(
+        (Tokens(), Block(6), Block(6)), LinearHead(3)
+    )
+    register_network(
+        "own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype))
+    )
+    assert make_network("own", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(
+        7, np.dtype("bfloat16")
+    )
 
 
 ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
@@ -58,7 +64,9 @@ ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_it(engine):
     register_network("own", of_tokens)
-    config = small_config(model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2)
+    config = small_config(
+        model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2
+    )
     config.engine.group_sizes, config.data.batch_size = (1, 1, 1), 12
     made = make_experiment(make_settings(config))
     state = made.engine.init()
@@ -67,21 +75,28 @@ def test_every_engine_trains_it(engine):
         state = report.snapshot() if min(report.updates) == 2 else state
     assert counts(state) == [2, 2, 2]
     for k, (old, module) in enumerate(zip(before, state.modules)):
-        unchanged = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(module.params))]
+        unchanged = [
+            np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(module.params))
+        ]
         assert not any(unchanged), f"module_{k}"
         # Tokens alone have nothing to learn: the head has, where there is one.
         assert bool(unchanged) == (k > 0 or engine != "backprop")
 
 
 def test_names_of_the_package_are_taken():
-    with pytest.raises(UserError, match=r"config\.model\.name='cnn4': the package has one of this name"):
+    with pytest.raises(
+        UserError, match=r"config\.model\.name='cnn4': the package has one of this name"
+    ):
         register_network("cnn4", of_tokens)
 
 
 def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
     register_network("transformer", of_tokens)
     monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data first"))
-    with pytest.raises(UserError, match=r"config.model.name='transfomer': no such name; did you mean transformer"):
+    with pytest.raises(
+        UserError, match=r"config.model.name='transfomer': no such name; did you mean transformer"
+    ):
         make_experiment(make_settings(small_config(model__name="transfomer")))
 
 
@@ -89,7 +104,10 @@ def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
     ("blocks", "words"),
     [
         ([], "the network has no block"),
-        ([Tokens(), nn.Dense(3)], "block 1 is Dense, which is no Flax Linen module called as block"),
+        (
+            [Tokens(), nn.Dense(3)],
+            "block 1 is Dense, which is no Flax Linen module called as block",
+        ),
         ([Tokens], "block 0 is Tokens, which is no Flax"),
         (Network((Tokens(),), nn.Dense(3)), "the classifier is Dense"),
     ],
@@ -122,9 +140,15 @@ def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     file, workdir = tmp_path / "mine.py", tmp_path / "run"
     file.write_text(CONFIG)
     fields = FIELDS | {"model.name": "mine", "train.steps": 2}
-    done = launch(f"--config={file}", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={workdir}")
+    done = launch(
+        f"--config={file}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+        f"--workdir={workdir}",
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 2
     # Without the file nobody knows the name.
-    assert "config.model.name='mine': no such name (one of your own is registered" in fails("--mode=export", f"--workdir={workdir}")
+    assert "config.model.name='mine': no such name (one of your own is registered" in fails(
+        "--mode=export", f"--workdir={workdir}"
+    )
     assert launch("--mode=export", f"--workdir={workdir}", f"--config={file}").returncode == 0

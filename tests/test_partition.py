@@ -34,7 +34,9 @@ def test_count(network):
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda split, n, k: tuple(min(i * -(-n // k), n - 1) for i in range(k)),  # as large as possible, the rest last
+        lambda split, n, k: tuple(
+            min(i * -(-n // k), n - 1) for i in range(k)
+        ),  # as large as possible, the rest last
         lambda split, n, k: tuple(i * n // k for i in range(k)),  # larger ones anywhere
     ],
 )
@@ -68,7 +70,11 @@ def test_list(network, data):
         ("0,3,3", 3, "increase"),
         ("0,3,2", 3, "increase"),
         ("0,2,6", 3, "last block of this network is 5"),
-        ("0,2,9", 3, "no module can begin at 9: the last block of this network is 5, the nearest place to cut"),
+        (
+            "0,2,9",
+            3,
+            "no module can begin at 9: the last block of this network is 5, the nearest place to cut",
+        ),
         ("0,2,5.5", 3, "no module can begin at 5.5"),
         ("0,2.5,4", 3, "2.5 would cut inside block 2; the nearest places to cut are 2 and 3"),
         ("0,nan,2", 3, "neither"),
@@ -95,18 +101,25 @@ def test_more_modules_than_blocks(split, modules):
 # Balanced splits
 
 integers = st.integers(0, 9)
-random_costs = st.integers(1, 7).flatmap(lambda n: st.tuples(*(st.lists(integers, min_size=n, max_size=n),) * 3))
+random_costs = st.integers(1, 7).flatmap(
+    lambda n: st.tuples(*(st.lists(integers, min_size=n, max_size=n),) * 3)
+)
 
 
 def brute_force(costs, modules):
     """The least cost of the slowest module over all cuts there are, written out: a first block, inner blocks, a head."""
-    return min(slowest(costs, (0, *others)) for others in itertools.combinations(range(1, len(costs[0])), modules - 1))
+    return min(
+        slowest(costs, (0, *others))
+        for others in itertools.combinations(range(1, len(costs[0])), modules - 1)
+    )
 
 
 def slowest(costs, starts):
     first, inner, head = costs
     spans = [range(a, b) for a, b in itertools.pairwise([*starts, len(head)])]
-    return max(sum(first[i] if i == span[0] else inner[i] for i in span) + head[span[-1]] for span in spans)
+    return max(
+        sum(first[i] if i == span[0] else inner[i] for i in span) + head[span[-1]] for span in spans
+    )
 
 
 def check_balanced(rule, costs, modules):
@@ -137,7 +150,9 @@ def greedy(costs, modules):
     count = len(costs.head)
     share, starts = costs.module(0, count) / modules, [0]
     for end in range(1, count):
-        if len(starts) < modules and (costs.module(starts[-1], end) >= share or count - end == modules - len(starts)):
+        if len(starts) < modules and (
+            costs.module(starts[-1], end) >= share or count - end == modules - len(starts)
+        ):
             starts.append(end)
     return tuple(starts)
 

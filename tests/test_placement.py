@@ -45,7 +45,16 @@ def test_assign(devices, count, modules, sizes, costs, expected):
     ("modules", "sizes", "words"),
     [
         (3, (1, 1), ["config.engine.group_sizes=(1, 1)", "there are 3"]),
-        (3, (1, 2, 2), ["config.engine.group_sizes=(1, 2, 2)", "needs 5 devices", "there are 4", "--cpu_devices"]),
+        (
+            3,
+            (1, 2, 2),
+            [
+                "config.engine.group_sizes=(1, 2, 2)",
+                "needs 5 devices",
+                "there are 4",
+                "--cpu_devices",
+            ],
+        ),
     ],
 )
 def test_group_sizes_that_do_not_fit(devices, modules, sizes, words):
@@ -65,7 +74,12 @@ def test_one_group_and_its_description(devices):
 def test_layout_by_hand():
     assert layout(8, 2) == [range(4), range(4, 8)]
     assert layout(5, 3, (1, 2, 1)) == [range(1), range(1, 3), range(3, 4)]
-    assert layout(3, 4, (), (9.0, 1.0, 1.0, 1.0)) == [range(1), range(1, 2), range(1, 2), range(2, 3)]
+    assert layout(3, 4, (), (9.0, 1.0, 1.0, 1.0)) == [
+        range(1),
+        range(1, 2),
+        range(1, 2),
+        range(2, 3),
+    ]
 
 
 # Moves
@@ -94,7 +108,9 @@ def test_a_bare_device_put_would_alias(devices):
     source = aligned(np.arange(64, dtype=np.float32))
     moved = jax.block_until_ready(jax.device_put(source, one_group(devices[:1], 1).replicated(0)))
     source[:] = -1
-    assert not np.array_equal(moved, np.arange(64)), "the copy in put() is no longer needed: this platform does not alias"
+    assert not np.array_equal(moved, np.arange(64)), (
+        "the copy in put() is no longer needed: this platform does not alias"
+    )
 
 
 def test_put_moves_between_groups_in_both_directions(devices):
@@ -112,14 +128,27 @@ def test_put_moves_between_groups_in_both_directions(devices):
 def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devices):
     """From, to: numbers of devices; groups may share some."""
     values = np.arange(24, dtype=np.float32).reshape(12, 2)
-    wholes = {"split": lambda n: len(n), "replicated": lambda n: 1}  # into how many parts the examples are cut
-    for here, there in (([0], [1, 2]), ([1, 2], [0]), ([0, 1], [1, 2, 3]), ([1, 2, 3], [0]), ([0, 1], [2, 3]), ([0, 1, 2, 3], [1])):
+    wholes = {
+        "split": lambda n: len(n),
+        "replicated": lambda n: 1,
+    }  # into how many parts the examples are cut
+    for here, there in (
+        ([0], [1, 2]),
+        ([1, 2], [0]),
+        ([0, 1], [1, 2, 3]),
+        ([1, 2, 3], [0]),
+        ([0, 1], [2, 3]),
+        ([0, 1, 2, 3], [1]),
+    ):
         groups = [one_group([devices[n] for n in numbers], 1) for numbers in (here, there)]
         for before, after in itertools.product(wholes, repeat=2):
             x = jax.block_until_ready(put(values, getattr(groups[0], before)(0)))
             target = getattr(groups[1], after)(0)
             with jax.transfer_guard("disallow"):
-                moved = put({"payload": x, "whole": [x]}, {"payload": target, "whole": groups[1].replicated(0)})
+                moved = put(
+                    {"payload": x, "whole": [x]},
+                    {"payload": target, "whole": groups[1].replicated(0)},
+                )
             assert moved["payload"].sharding == target
             assert moved["whole"][0].sharding == groups[1].replicated(0)
             rows = 12 // wholes[after](there)
@@ -129,7 +158,8 @@ def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devic
             np.testing.assert_array_equal(moved["whole"][0], values)
     keys = jax.random.split(jax.random.key(3, impl="rbg"), 2)
     moved = put(
-        {"keys": put(keys, one_group(devices[:2], 1).split(0)), "count": jnp.int32(7)}, one_group(devices[2:3], 1).replicated(0)
+        {"keys": put(keys, one_group(devices[:2], 1).split(0)), "count": jnp.int32(7)},
+        one_group(devices[2:3], 1).replicated(0),
     )
     assert moved["keys"].dtype == keys.dtype
     np.testing.assert_array_equal(jax.random.key_data(moved["keys"]), jax.random.key_data(keys))
@@ -137,11 +167,18 @@ def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devic
 
 
 def test_put_batch_splits_examples(devices):
-    batch = Batch(np.zeros((8, 2, 2, 3), np.uint8), {"label": np.arange(8), "id": np.arange(8) + 100}, np.int32(7))
+    batch = Batch(
+        np.zeros((8, 2, 2, 3), np.uint8),
+        {"label": np.arange(8), "id": np.arange(8) + 100},
+        np.int32(7),
+    )
     with jax.transfer_guard("disallow"):
         moved = assign(devices, 2).put_batch(batch, 1)
     assert [s.data.shape for s in moved.inputs.addressable_shards] == [(4, 2, 2, 3)] * 2
-    assert [s.data.tolist() for s in moved.context["id"].addressable_shards] == [[100, 101, 102, 103], [104, 105, 106, 107]]
+    assert [s.data.tolist() for s in moved.context["id"].addressable_shards] == [
+        [100, 101, 102, 103],
+        [104, 105, 106, 107],
+    ]
     assert [s.data.tolist() for s in moved.step.addressable_shards] == [7, 7]
 
 
@@ -149,5 +186,8 @@ def test_check_batch(devices):
     sizes = assign(devices, 2, (1, 3)).sizes()
     assert sizes == [1, 3]
     check_batch(9, sizes)
-    with pytest.raises(UserError, match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do",
+    ):
         check_batch(8, sizes)

@@ -28,13 +28,21 @@ BATCH = 8
 
 
 def small(**fields):
-    return make_settings(small_config(**{"model__modules": 3, "model__split": "0,1,2", "data__batch_size": BATCH} | fields))
+    return make_settings(
+        small_config(
+            **{"model__modules": 3, "model__split": "0,1,2", "data__batch_size": BATCH} | fields
+        )
+    )
 
 
 @pytest.fixture
 def stated(tmp_path):
     """A file of times: turns of 2, 3 and 1 ms, where the last two blocks make the third module."""
-    times = {"first": [1.5, 2.0, 0.25, 9.0], "inner": [9.0, 9.0, 9.0, 0.5], "head": [0.5, 1.0, 9.0, 0.25]}
+    times = {
+        "first": [1.5, 2.0, 0.25, 9.0],
+        "inner": [9.0, 9.0, 9.0, 0.5],
+        "head": [0.5, 1.0, 9.0, 0.25],
+    }
     path = tmp_path / "times.json"
     path.write_text(json.dumps(times))
     return str(path)
@@ -76,7 +84,9 @@ def test_three_devices_by_hand(stated):
     identity = found["codecs"]["identity"]
     assert identity["bytes_per_image"] == BYTES
     assert identity["compression"] == [1, 1]
-    assert identity["megabytes_per_second"] == pytest.approx([BATCH * b / 3e-3 / 1e6 for b in BYTES])
+    assert identity["megabytes_per_second"] == pytest.approx(
+        [BATCH * b / 3e-3 / 1e6 for b in BYTES]
+    )
     assert found["codecs"]["bf16"]["bytes_per_image"] == [(b - 8) / 2 + 8 for b in BYTES]
     assert found["codecs"]["int8"] is None, "groups of 8 do not divide 4 channels"
     assert [*found["codecs"]] == [*CODECS]
@@ -84,9 +94,15 @@ def test_three_devices_by_hand(stated):
 
 def test_links_that_are_the_slowest_part(stated):
     bandwidth = BATCH * BYTES[0] / 1e6 / 5  # 5 ms, where the slowest module takes 3
-    found, _ = plan(small(codec__dims=4, codec__codes=16, codec__codebook_every=1), stated=stated, bandwidth=bandwidth)
+    found, _ = plan(
+        small(codec__dims=4, codec__codes=16, codec__codebook_every=1),
+        stated=stated,
+        bandwidth=bandwidth,
+    )
     assert found["ticks_per_second"] == pytest.approx(200)
-    assert found["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(1000 / 3)  # half the bytes: 2.5 ms
+    assert found["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(
+        1000 / 3
+    )  # half the bytes: 2.5 ms
     # Codes of 4 bits for 4 channels; two codes a byte; and a codebook of 16 x 4 numbers a group with every packet.
     codes, books = [8 * 8 / 2 * 1, 4 * 4 * 2 / 2], [16 * 4 * 4, 2 * 16 * 4 * 4]
     assert found["codecs"]["vq"]["bytes_per_image"][1] == codes[1] + 8 + books[1] / BATCH
@@ -100,7 +116,13 @@ def test_links_that_are_the_slowest_part(stated):
         (1, [[0], [0], [0]], 1000 / 6, 1, [0]),
         (2, [[0], [1], [1]], 250, 1.5, [0.5, 0]),  # 2 | 3 + 1, no more than 4 together
         (4, [[0], [1], [2]], 1000 / 3, 2, [1 / 3, 0, 2 / 3, 1]),  # one has nothing to do
-        (6, [[0, 1], [2, 3], [4, 5]], 2000 / 3, 4, [1 / 3, 1 / 3, 0, 0, 2 / 3, 2 / 3]),  # half a batch each
+        (
+            6,
+            [[0, 1], [2, 3], [4, 5]],
+            2000 / 3,
+            4,
+            [1 / 3, 1 / 3, 0, 0, 2 / 3, 2 / 3],
+        ),  # half a batch each
     ],
 )
 def test_more_and_fewer_devices(stated, devices, placed, ticks, speedup, idle):
@@ -113,8 +135,13 @@ def test_more_and_fewer_devices(stated, devices, placed, ticks, speedup, idle):
 
 def test_nothing_is_sent_where_nothing_crosses(stated):
     found, _ = plan(small(), 2, stated, bandwidth=1.0)
-    assert [rate > 0 for rate in found["codecs"]["identity"]["megabytes_per_second"]] == [True, False]
-    assert plan(small(), 1, stated, bandwidth=1e-9)[0]["ticks_per_second"] == pytest.approx(1000 / 6)
+    assert [rate > 0 for rate in found["codecs"]["identity"]["megabytes_per_second"]] == [
+        True,
+        False,
+    ]
+    assert plan(small(), 1, stated, bandwidth=1e-9)[0]["ticks_per_second"] == pytest.approx(
+        1000 / 6
+    )
 
 
 @pytest.mark.slow
@@ -129,10 +156,14 @@ def test_a_module_hardly_faster_than_the_slowest_is_idle_for_the_difference():
     """However many ticks it runs ahead before it has to wait."""
     works = Work(0, 0.0275), Work(1, 0.028)
     for ticks_in_flight in (1, 4, 1000):
-        rate, busy, _ = planning.Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl()).steady([0.0])
+        rate, busy, _ = planning.Pipeline(
+            works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl()
+        ).steady([0.0])
         assert rate == pytest.approx(1 / 0.028)
         assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
-    halves = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)  # one core for both
+    halves = tuple(
+        Work(work.device, work.seconds, cores=1.0) for work in works
+    )  # one core for both
     rate, busy, _ = planning.Pipeline(halves, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
     assert rate == pytest.approx(1 / 0.0555, rel=0.02)
     assert 0.9 < busy[0] <= 1.0
@@ -142,7 +173,11 @@ def test_memory_by_hand(stated):
     found, _ = plan(small(engine__ticks_in_flight=1), stated=stated)
     # State and packet; scratch; output; packets that wait besides. Those of the second module come faster than it works: what the
     # host dispatches ahead waits, two behind the one at work (made at 3t - 2 ms, used up at 3t + 5).
-    assert found["peak_memory_bytes"] == [1000 + 100 + 10 + 1, 2000 + 200 + 20 + 2 * 2, 3000 + 300 + 30]
+    assert found["peak_memory_bytes"] == [
+        1000 + 100 + 10 + 1,
+        2000 + 200 + 20 + 2 * 2,
+        3000 + 300 + 30,
+    ]
     alone, _ = plan(small(engine__ticks_in_flight=1), 1, stated)
     assert alone["peak_memory_bytes"] == [6000 + 330 + 1]
 
@@ -152,8 +187,14 @@ def test_a_plain_list_gives_heads_their_share_by_operations():
     flops = block_flops(make_blocks(settings, known_info(settings.data)))
     found, _ = plan(settings, stated="1,2,3,4")
     per_operation = 10 / sum(flops.inner)
-    assert found["block_milliseconds"]["inner"] == found["block_milliseconds"]["first"] == pytest.approx([1, 2, 3, 4])
-    assert found["block_milliseconds"]["head"] == pytest.approx([per_operation * h for h in flops.head])
+    assert (
+        found["block_milliseconds"]["inner"]
+        == found["block_milliseconds"]["first"]
+        == pytest.approx([1, 2, 3, 4])
+    )
+    assert found["block_milliseconds"]["head"] == pytest.approx(
+        [per_operation * h for h in flops.head]
+    )
     assert found["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
 
 
@@ -197,7 +238,10 @@ def test_times_are_measured_where_none_are_stated(monkeypatch):
 
 def test_what_is_not_known_is_a_dash(stated, monkeypatch):
     monkeypatch.setattr(planning, "module_memory", lambda spec: None)
-    assert json.loads(plan_run(small(), stated=stated, as_json=True))["peak_memory_bytes"] == [None] * 3
+    assert (
+        json.loads(plan_run(small(), stated=stated, as_json=True))["peak_memory_bytes"]
+        == [None] * 3
+    )
     assert re.search(r"^0 +33 % +-$", plan_run(small(), stated=stated), re.MULTILINE)
 
 
@@ -214,16 +258,24 @@ def test_what_it_prints(stated, tmp_path):
     ):
         assert words in text
     fits = plan_run(small(codec__dims=4, codec__codes=16), stated=stated)
-    assert re.search(r"^vq, dims=4, codes=16, stages=1 +\d+ +\d+ +0\.\d +333\.3$", fits, re.MULTILINE)
+    assert re.search(
+        r"^vq, dims=4, codes=16, stages=1 +\d+ +\d+ +0\.\d +333\.3$", fits, re.MULTILINE
+    )
     assert "int8, dims=4" in fits
     picture = tmp_path / "plots" / "plan.png"
     assert f"timeline: {picture}" in text
     assert image.imread(picture).shape[1] > 1000
-    found = json.loads(plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png")))
+    found = json.loads(
+        plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png"))
+    )
     assert (tmp_path / "own.png").exists()
     spec = spec_of(small(), known_info(small().data))
     assert [m["name"] for m in found["modules"]] == [m.name for m in spec.modules]
-    assert [m["body_parameters"] for m in found["modules"]] == [3 * 36 + 12, 4 * 72 + 24, 8 * 72 + 24 + 8 * 144 + 48]
+    assert [m["body_parameters"] for m in found["modules"]] == [
+        3 * 36 + 12,
+        4 * 72 + 24,
+        8 * 72 + 24 + 8 * 144 + 48,
+    ]
     assert json.loads(plan_run(small(), stated=stated, as_json=True))["timeline"] is None
 
 
@@ -231,15 +283,27 @@ def test_what_it_prints(stated, tmp_path):
     ("fields", "arguments", "words"),
     [
         ({"method__name": "backprop"}, {}, ["config.method.name=backprop", "cannot work at once"]),
-        ({"data__name": "folder"}, {}, ["config.data.name=folder", "known once it is read", "cifar10"]),
+        (
+            {"data__name": "folder"},
+            {},
+            ["config.data.name=folder", "known once it is read", "cifar10"],
+        ),
         ({}, {"stated": "1,2"}, ["--block_times=1,2", "4 blocks, so 4 times"]),
         ({}, {"stated": "1,2,3,0"}, ["--block_times=1,2,3,0", "above 0"]),
         ({}, {"stated": "1,2,3,x"}, ["--block_times=1,2,3,x", "1.5,2,3"]),
         ({}, {"stated": "nowhere.json"}, ["--block_times=nowhere.json", "No such file"]),
         ({}, {"bandwidth": 0.0}, ["--bandwidth=0.0", "above 0"]),
         ({}, {"cores": -1.0}, ["--cores=-1.0", "above 0"]),
-        ({}, {"devices": 9}, ["config.data.batch_size=8", "the 3 devices of module_0", "9 would do"]),
-        ({"engine__group_sizes": (1, 2, 1)}, {"devices": 3}, ["config.engine.group_sizes=(1, 2, 1)", "needs 4 devices"]),
+        (
+            {},
+            {"devices": 9},
+            ["config.data.batch_size=8", "the 3 devices of module_0", "9 would do"],
+        ),
+        (
+            {"engine__group_sizes": (1, 2, 1)},
+            {"devices": 3},
+            ["config.engine.group_sizes=(1, 2, 1)", "needs 4 devices"],
+        ),
         ({"codec__name": "int8"}, {}, ["config.codec.dims=8"]),
     ],
 )
@@ -253,8 +317,14 @@ def test_mistakes(fields, arguments, words):
     ("fields", "words"),
     [
         ({"model__split": "bananas"}, "config.model.split='bananas'"),
-        ({"model__split": "0,1.5,2"}, "would cut inside block 1; the nearest places to cut are 1 and 2"),
-        ({"model__modules": 9, "model__split": "time"}, "config.model.modules=9: the network has 4 blocks"),
+        (
+            {"model__split": "0,1.5,2"},
+            "would cut inside block 1; the nearest places to cut are 1 and 2",
+        ),
+        (
+            {"model__modules": 9, "model__split": "time"},
+            "config.model.modules=9: the network has 4 blocks",
+        ),
         ({"engine__group_sizes": (1, 2)}, "config.engine.group_sizes"),
     ],
 )
@@ -264,7 +334,9 @@ def test_mistakes_are_found_before_anything_is_measured(fields, words, monkeypat
         plan(small(**fields))
 
 
-@pytest.mark.parametrize("text", ['{"inner": [1, 2, 3, 4]}', '{"first": 3}', "[1, 2]", "3", "{", '{"a": [null]}'])
+@pytest.mark.parametrize(
+    "text", ['{"inner": [1, 2, 3, 4]}', '{"first": 3}', "[1, 2]", "3", "{", '{"a": [null]}']
+)
 def test_files_that_hold_no_times(tmp_path, text):
     path = tmp_path / "times.json"
     path.write_text(text)
@@ -283,4 +355,8 @@ def test_what_is_known_of_data_sets():
         source, known = make_source(settings, 0), known_info(settings)
         assert known.example_shape == source.example_shape
         assert len(known.class_names) == source.num_classes
-    assert known_info(small(data__name="cifar100", data__image_size=16).data).example_shape == (16, 16, 3)
+    assert known_info(small(data__name="cifar100", data__image_size=16).data).example_shape == (
+        16,
+        16,
+        3,
+    )

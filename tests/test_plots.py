@@ -11,7 +11,15 @@ from matplotlib.colors import to_rgba
 
 from dgl_jax.errors import UserError
 from dgl_jax.run import plots
-from dgl_jax.run.plots import _increasing, accuracy_figure, compare, compare_figure, loss_figure, plot, series
+from dgl_jax.run.plots import (
+    _increasing,
+    accuracy_figure,
+    compare,
+    compare_figure,
+    loss_figure,
+    plot,
+    series,
+)
 from dgl_jax.run.writers import JsonLinesWriter, read_jsonl
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +35,9 @@ def make_records(modules, epochs=3, heads=None, ensemble=True):
         records.append(head | losses | {f"train/module_{k}/accuracy": a for k, a in right.items()})
         splits = ["validation"] * (half % 2 == 0) + ["test"] * (half == 2 * epochs)
         for split in splits:
-            records.append(head | {f"{split}/module_{k}/accuracy": a - 0.05 for k, a in right.items()})
+            records.append(
+                head | {f"{split}/module_{k}/accuracy": a - 0.05 for k, a in right.items()}
+            )
             records[-1] |= {f"{split}/ensemble/accuracy": 0.9} if ensemble else {}
     return records
 
@@ -74,10 +84,14 @@ def test_colours_darken_with_depth_and_agree_between_pictures():
 
 
 def test_names_never_overlap():
-    records = [{"step": 1, "epoch": 1.0} | {f"validation/module_{k}/accuracy": 0.9 for k in range(30)}]
+    records = [
+        {"step": 1, "epoch": 1.0} | {f"validation/module_{k}/accuracy": 0.9 for k in range(30)}
+    ]
     figure = accuracy_figure(records)
     figure.canvas.draw()
-    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("module")]
+    boxes = [
+        t.get_window_extent() for t in figure.axes[0].texts if t.get_text().startswith("module")
+    ]
     boxes.sort(key=lambda box: box.y0)
     assert len(boxes) == 30
     assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
@@ -98,8 +112,14 @@ def test_labels_stand_at_the_ends_of_their_lines(last):
         "a": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.1), (2, last))],
         "b": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.15), (2, 0.45))],
     }
-    losses = [{"step": s, "train/module_0/loss": y, "train/module_1/loss": 2 * y} for s, y in ((1, 2.5), (2, last))]
-    steep = [{"step": 0, "train/module_0/loss": 60.0, "train/module_1/loss": 70.0}, *losses]  # a logarithmic axis
+    losses = [
+        {"step": s, "train/module_0/loss": y, "train/module_1/loss": 2 * y}
+        for s, y in ((1, 2.5), (2, last))
+    ]
+    steep = [
+        {"step": 0, "train/module_0/loss": 60.0, "train/module_1/loss": 70.0},
+        *losses,
+    ]  # a logarithmic axis
     for figure, ends in (
         (compare_figure(runs), {"a": last, "b": 0.45}),
         (loss_figure(losses), {"module 0": last, "module 1": 2 * last}),
@@ -109,7 +129,9 @@ def test_labels_stand_at_the_ends_of_their_lines(last):
         axes = figure.axes[0]
         for label, y in ends.items():
             # Within three points: text is not quite centred on its box, and neighbours stand fourteen apart.
-            assert middle(figure, label) == pytest.approx(axes.transData.transform((2, y))[1], abs=6)
+            assert middle(figure, label) == pytest.approx(
+                axes.transData.transform((2, y))[1], abs=6
+            )
 
 
 def test_labels_that_would_overlap_share_the_way():
@@ -122,19 +144,30 @@ def test_labels_that_would_overlap_share_the_way():
 
 @pytest.mark.parametrize("value", [2.0, 0.0123, 0.00123, 0.000123, 1.23e-5])
 def test_leaders_end_before_the_numbers(value):
-    records = [{"step": s, "train/module_0/loss": value * m, "train/module_1/loss": 1.01 * value * m} for s, m in ((1, 3), (2, 1))]
+    records = [
+        {"step": s, "train/module_0/loss": value * m, "train/module_1/loss": 1.01 * value * m}
+        for s, m in ((1, 3), (2, 1))
+    ]
     figure = loss_figure(records)
     figure.canvas.draw()
     texts = figure.axes[0].texts
     numbers = [text.get_window_extent().x0 for text in texts if text.get_text()[:1].isdigit()]
-    leaders = [text.arrow_patch.get_window_extent().x1 for text in texts if getattr(text, "arrow_patch", None)]
+    leaders = [
+        text.arrow_patch.get_window_extent().x1
+        for text in texts
+        if getattr(text, "arrow_patch", None)
+    ]
     assert len(numbers) == len(leaders) == 2
     assert max(leaders) + 2 < min(numbers)
 
 
 def test_a_module_without_a_head_has_no_line():
     records = make_records(4, heads=[3], ensemble=False)
-    assert set(drawn(accuracy_figure(records))) == {"train module_3", "validation module_3", "test module_3"}
+    assert set(drawn(accuracy_figure(records))) == {
+        "train module_3",
+        "validation module_3",
+        "test module_3",
+    }
     assert set(drawn(loss_figure(records))) == {"train module_3"}
 
 
@@ -145,7 +178,12 @@ def test_loss_is_logarithmic_only_where_it_spans():
 
 def test_null_breaks_a_line_and_steps_stand_in_for_epochs():
     key = "train/module_0/loss"
-    records = [{"step": 1, key: 2.0}, {"step": 2, key: None}, {"step": 3, "learning_rate": 0.1}, {"step": 4, key: 1.0}]
+    records = [
+        {"step": 1, key: 2.0},
+        {"step": 2, key: None},
+        {"step": 3, "learning_rate": 0.1},
+        {"step": 4, key: 1.0},
+    ]
     x, y = series(records, key)
     assert x == [1, 2, 4]
     np.testing.assert_array_equal(y, [2, np.nan, 1])
@@ -156,7 +194,14 @@ def test_null_breaks_a_line_and_steps_stand_in_for_epochs():
 
 @pytest.mark.parametrize("value", [math.nan, 0.0, 1.0])
 def test_odd_values_are_drawn(tmp_path, value):
-    records = [{"step": 0, "epoch": 0.0, "train/module_0/loss": value, "validation/module_0/accuracy": value}]
+    records = [
+        {
+            "step": 0,
+            "epoch": 0.0,
+            "train/module_0/loss": value,
+            "validation/module_0/accuracy": value,
+        }
+    ]
     assert len(plot(make_run(tmp_path, records))) == 2
 
 
@@ -164,7 +209,13 @@ def test_odd_values_are_drawn(tmp_path, value):
 def test_plot_writes_pictures(tmp_path, finished):
     workdir = make_run(tmp_path / "digits", make_records(4))
     if finished:
-        summary = {"engine": "fused", "steps": 30, "seed": 1, "modules": [{}] * 4, "ensemble_accuracy": 0.9}
+        summary = {
+            "engine": "fused",
+            "steps": 30,
+            "seed": 1,
+            "modules": [{}] * 4,
+            "ensemble_accuracy": 0.9,
+        }
         (workdir / "summary.json").write_text(json.dumps(summary))
     paths = plot(str(workdir))
     assert paths == [workdir / "plots" / "accuracy.png", workdir / "plots" / "loss.png"]
@@ -200,13 +251,19 @@ def test_compare_takes_the_last_module_of_workdirs_and_records(tmp_path):
     lines = drawn(figure)
     assert set(lines) == {"validation DGL", "test DGL", "validation backprop", "test backprop"}
     for label, records in (("DGL", make_records(4)), ("backprop", other)):
-        np.testing.assert_allclose(lines[f"validation {label}"].get_ydata(), series(records, "validation/module_3/accuracy")[1])
+        np.testing.assert_allclose(
+            lines[f"validation {label}"].get_ydata(),
+            series(records, "validation/module_3/accuracy")[1],
+        )
     with pytest.raises(UserError, match="DGL"):
         compare({"DGL": [{"step": 1}]}, tmp_path / "none.png")
 
 
 def test_ages_by_hand():
-    records = [{"step": n, "replay/module_1/ages_from_0": 3.0 * n, "replay/module_1/ages_from_1": 1.0 * n} for n in (1, 2)]
+    records = [
+        {"step": n, "replay/module_1/ages_from_0": 3.0 * n, "replay/module_1/ages_from_1": 1.0 * n}
+        for n in (1, 2)
+    ]
     (axes,) = plots.ages_figure(records).axes
     assert [bar.get_height() for bar in axes.patches] == [0.75, 0.25]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
@@ -225,17 +282,36 @@ def test_the_timeline_by_hand():
     spans = [path.vertices[:, 0] for bars in axes.collections for path in bars.get_paths()]
     assert [(x.min(), x.max()) for x in spans] == [(1.0, 2.0), (2.0, 4.0)]
     assert plots.timeline_figure([{"step": 3}]) is None
-    (axes,) = plots.timeline_figure([*records, {"step": 6, "train/module_2/loss": 1.0}]).axes  # done before the others
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["module 0", "module 1", "module 2"]
+    (axes,) = plots.timeline_figure(
+        [*records, {"step": 6, "train/module_2/loss": 1.0}]
+    ).axes  # done before the others
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "module 0",
+        "module 1",
+        "module 2",
+    ]
 
 
 def test_a_module_has_its_color_in_every_picture():
     """The first module reads no ring, and the last sends nothing."""
     record = {f"train/module_{k}/loss": 1.0 for k in range(3)} | {"epoch": 1.0}
     record |= {f"replay/module_{k}/ages_from_0": 1.0 for k in (1, 2)}
-    record |= {f"train/module_{k}/codec_error": 0.5 for k in (0, 1)} | {f"wire/module_{k}/compression": 4.0 for k in (0, 1)}
-    lines = {line.get_label(): to_rgba(line.get_color()) for line in plots.loss_figure([record]).axes[0].lines}
-    bars = {bar.get_label(): bar.patches[0].get_facecolor() for bar in plots.ages_figure([record]).axes[0].containers}
-    dots = {dot.get_label(): to_rgba(dot.get_color()) for dot in plots.codec_figure([record]).axes[0].lines}
+    record |= {f"train/module_{k}/codec_error": 0.5 for k in (0, 1)} | {
+        f"wire/module_{k}/compression": 4.0 for k in (0, 1)
+    }
+    lines = {
+        line.get_label(): to_rgba(line.get_color())
+        for line in plots.loss_figure([record]).axes[0].lines
+    }
+    bars = {
+        bar.get_label(): bar.patches[0].get_facecolor()
+        for bar in plots.ages_figure([record]).axes[0].containers
+    }
+    dots = {
+        dot.get_label(): to_rgba(dot.get_color())
+        for dot in plots.codec_figure([record]).axes[0].lines
+    }
     assert bars == {"module 1": lines["train module_1"], "module 2": lines["train module_2"]}
-    assert [dots[f"after module {k}"] for k in (0, 1)] == [lines[f"train module_{k}"] for k in (0, 1)]
+    assert [dots[f"after module {k}"] for k in (0, 1)] == [
+        lines[f"train module_{k}"] for k in (0, 1)
+    ]

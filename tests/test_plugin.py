@@ -26,16 +26,30 @@ from dgl_jax.types import Header
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 
-PLUGIN = {"plugins": ("examples.plugin",), "data__name": "stripes", "data__train_examples": 48, "data__augment": "none"}
+PLUGIN = {
+    "plugins": ("examples.plugin",),
+    "data__name": "stripes",
+    "data__train_examples": 48,
+    "data__augment": "none",
+}
 IMAGE = {"objective__name": "reconstruction"}
-OWN = {"model__name": "strided", "model__head": "maximum", "codec__name": "signs", "model__width": 8, "engine__name": "serial"}
+OWN = {
+    "model__name": "strided",
+    "model__head": "maximum",
+    "codec__name": "signs",
+    "model__width": 8,
+    "engine__name": "serial",
+}
 
 
 def config(**fields: Any) -> Any:
     """The small run, with the parts of the plugin."""
     made = default_config(PLUGIN["plugins"])
     made.update(
-        small_config(**{name: value for name, value in PLUGIN.items() if name != "plugins"}).to_dict() | {"plugins": made.plugins}
+        small_config(
+            **{name: value for name, value in PLUGIN.items() if name != "plugins"}
+        ).to_dict()
+        | {"plugins": made.plugins}
     )
     for name, value in fields.items():
         group, _, leaf = name.partition("__")
@@ -53,19 +67,29 @@ def equal(one, other):
 
 def by_hand(steps: int, weight: float):
     """Two modules that minimise cross entropy and the error of a drawn image, in plain JAX."""
-    made = make_experiment(make_settings(config(objective__name="reconstruction", objective__weight=weight)), jax.devices()[:1])
+    made = make_experiment(
+        make_settings(config(objective__name="reconstruction", objective__weight=weight)),
+        jax.devices()[:1],
+    )
     spec, states = made.spec, made.spec.init()
-    params, stats = ([getattr(state, name) for state in states] for name in ("params", "batch_stats"))
+    params, stats = (
+        [getattr(state, name) for state in states] for name in ("params", "batch_stats")
+    )
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9))
     kept = [optimizer.init(p) for p in params]
 
     def loss_of(p, module, s, x, image, label, key):
         features, body = module.apply_body(p, s, x, train=True, rng=key)
         head = module.objective.head
-        variables = {"params": p["objective"]["head"], "batch_stats": s["objective"].get("head", {})}
+        variables = {
+            "params": p["objective"]["head"],
+            "batch_stats": s["objective"].get("head", {}),
+        }
         logits, new = head.apply(variables, features, train=True, mutable=["batch_stats"])
         drawn = features @ p["objective"]["draw"]["kernel"] + p["objective"]["draw"]["bias"]
-        error = jnp.square(drawn - jax.image.resize(image, drawn.shape, "linear", antialias=True)).mean()
+        error = jnp.square(
+            drawn - jax.image.resize(image, drawn.shape, "linear", antialias=True)
+        ).mean()
         nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1).mean()
         own = {"head": new["batch_stats"]} if new else {}
         return nats + weight * error, (features, {"body": body, "objective": own})
@@ -76,7 +100,9 @@ def by_hand(steps: int, weight: float):
         x = image = spec.task.evaluate(batch.inputs)
         for k, module in enumerate(spec.modules):
             key = rngs.micro_batch(rngs.update(states[k].rng, number), 0)
-            (_, (x, stats[k])), gradient = step(params[k], module, stats[k], x, image, batch.context["label"], key)
+            (_, (x, stats[k])), gradient = step(
+                params[k], module, stats[k], x, image, batch.context["label"], key
+            )
             updates, kept[k] = optimizer.update(gradient, kept[k], params[k])
             params[k] = optax.apply_updates(params[k], updates)
     return params
@@ -89,29 +115,44 @@ def trained(steps: int, devices: int = 2, **fields):
 
 
 def furthest(one, other):
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return max(
+        float(np.max(np.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_a_reconstruction_is_the_hand_written_loop(engine):
     expected = by_hand(3, 0.5)
-    assert furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
-    assert furthest(trained(3, objective__weight=0.4, engine__name=engine, **IMAGE), expected) > 1e-4, "the image went unnoticed"
+    assert (
+        furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
+    )
+    assert (
+        furthest(trained(3, objective__weight=0.4, engine__name=engine, **IMAGE), expected) > 1e-4
+    ), "the image went unnoticed"
 
 
 def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire():
-    plain, image = (make_experiment(make_settings(config(**fields)), jax.devices()[:1]).spec for fields in ({}, IMAGE))
+    plain, image = (
+        make_experiment(make_settings(config(**fields)), jax.devices()[:1]).spec
+        for fields in ({}, IMAGE)
+    )
     assert plain.needs(1) == ("id", "label")
     assert image.needs(1) == ("id", "image", "label")
     assert image.traffic().wire[0] - plain.traffic().wire[0] == 8 * 8 * 4  # one channel of float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [pytest.param("reconstruction", marks=pytest.mark.full_compile), "lookahead"])
+@pytest.mark.parametrize(
+    "objective", [pytest.param("reconstruction", marks=pytest.mark.full_compile), "lookahead"]
+)
 def test_synchronous_engines_agree_to_the_bit(objective):
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
-    found = {name: trained(6, count, objective__name=objective, engine__name=name) for name, count in devices.items()}
+    found = {
+        name: trained(6, count, objective__name=objective, engine__name=name)
+        for name, count in devices.items()
+    }
     assert equal(found["fused"], found["pipeline"])
     assert equal(found["fused"], found["serial"])
     assert not equal(found["fused"], trained(6, 1, objective__name="classifier"))
@@ -120,16 +161,29 @@ def test_synchronous_engines_agree_to_the_bit(objective):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
 def test_asynchronous_engines_carry_the_image_through_rings(engine, tmp_path):
-    summary = train_and_evaluate(config(engine__name=engine, replay__rule="newest_half", replay__size=3, **IMAGE), tmp_path)
+    summary = train_and_evaluate(
+        config(engine__name=engine, replay__rule="newest_half", replay__size=3, **IMAGE), tmp_path
+    )
     assert [module["updates"] for module in summary.modules] == [12, 12]
-    assert all(np.isfinite(record.get("train/module_1/reconstruction", 0.0)) for record in records(tmp_path))
+    assert all(
+        np.isfinite(record.get("train/module_1/reconstruction", 0.0))
+        for record in records(tmp_path)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "pipeline", "simulated", "threads"])
 def test_parts_of_ones_own_run_under_every_engine(engine):
-    replay = {"replay__rule": "newest_half", "replay__size": 2} if engine in ("simulated", "threads") else {}
-    made = make_experiment(make_settings(config(**OWN | replay | {"engine__name": engine, "objective__name": "lookahead"})))
+    replay = (
+        {"replay__rule": "newest_half", "replay__size": 2}
+        if engine in ("simulated", "threads")
+        else {}
+    )
+    made = make_experiment(
+        make_settings(
+            config(**OWN | replay | {"engine__name": engine, "objective__name": "lookahead"})
+        )
+    )
     *_, last = made.engine.run(made.engine.init(), made.source, 12)
     assert [int(module.updates) for module in last.snapshot().modules] == [12, 12]
     # Signs: a bit a value and a scale for each image; label and id.
@@ -155,7 +209,10 @@ def test_a_run_of_parts_of_ones_own_resumes_exactly_evaluates_and_exports(tmp_pa
 
 
 def test_signs_by_hand():
-    codec, x = CODECS["signs"].make(options("codec", name="signs"), "float32"), jnp.array([[1.0, -2, 3, -4, 5, -6, 7, -8]])
+    codec, x = (
+        CODECS["signs"].make(options("codec", name="signs"), "float32"),
+        jnp.array([[1.0, -2, 3, -4, 5, -6, 7, -8]]),
+    )
     assert not codec.lossless
     payload = codec.encode((), x)
     assert payload["bits"].tolist() == [[0b10101010]]
@@ -169,29 +226,50 @@ def test_strided_blocks_and_the_maximum_head_by_hand():
     for block, stride in zip(network.blocks, (1, 2, 1, 2), strict=True):
         variables = block.init(jax.random.key(1), x, False)
         kernel, bias = (variables["params"]["Conv_0"][name] for name in ("kernel", "bias"))
-        by_hand = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        by_hand = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         by_hand = jax.nn.gelu(by_hand + bias)
         x = block.apply(variables, x, False)
         np.testing.assert_allclose(x, by_hand, rtol=1e-5, atol=1e-6)
     assert x.shape == (2, 2, 2, 16)
     variables = head.init(jax.random.key(2), x, False)
     kernel, bias = (variables["params"]["Dense_0"][name] for name in ("kernel", "bias"))
-    np.testing.assert_allclose(head.apply(variables, x, False), np.max(x, (1, 2)) @ kernel + bias, rtol=1e-5)
+    np.testing.assert_allclose(
+        head.apply(variables, x, False), np.max(x, (1, 2)) @ kernel + bias, rtol=1e-5
+    )
 
 
 def test_stripes_run_along_the_direction_of_their_label():
-    source = make_source(options("data", name="stripes", batch_size=8, validation_fraction=0.0), seed=0)
-    assert (source.examples("train"), source.examples("test"), source.example_shape) == (512, 128, (8, 8, 1))
+    source = make_source(
+        options("data", name="stripes", batch_size=8, validation_fraction=0.0), seed=0
+    )
+    assert (source.examples("train"), source.examples("test"), source.example_shape) == (
+        512,
+        128,
+        (8, 8, 1),
+    )
     batch = source.batch(0)
     rows, columns = np.mgrid[:8, :8]
-    wave = lambda label: np.exp(2j * (rows * np.sin(np.pi * label / 8) + columns * np.cos(np.pi * label / 8)))  # noqa: E731
-    strength = np.abs(np.einsum("bij,lij->bl", batch.inputs[..., 0] - 127.5, np.stack([wave(label) for label in range(8)])))
+    wave = lambda label: np.exp(
+        2j * (rows * np.sin(np.pi * label / 8) + columns * np.cos(np.pi * label / 8))
+    )
+    strength = np.abs(
+        np.einsum(
+            "bij,lij->bl",
+            batch.inputs[..., 0] - 127.5,
+            np.stack([wave(label) for label in range(8)]),
+        )
+    )
     assert strength.argmax(1).tolist() == batch.context["label"].tolist()
 
 
 def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
     ring = Ring(
-        (jax.ShapeDtypeStruct((1,), np.float32), {"id": jax.ShapeDtypeStruct((1,), np.int32)}), 4, "newest_half", max_reuse=2
+        (jax.ShapeDtypeStruct((1,), np.float32), {"id": jax.ShapeDtypeStruct((1,), np.int32)}),
+        4,
+        "newest_half",
+        max_reuse=2,
     )
     for number in range(4):
         ring.add(np.float32([number]), {"id": np.int32([number])}, Header(number, number))
@@ -202,7 +280,10 @@ def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
 
 @pytest.mark.slow
 def test_a_plan_knows_the_extra_operations():
-    settings = [make_settings(config(model__modules=2, **fields)) for fields in ({}, {"objective__name": "lookahead"})]
+    settings = [
+        make_settings(config(model__modules=2, **fields))
+        for fields in ({}, {"objective__name": "lookahead"})
+    ]
     plain, ahead = (plan(s, stated="1,1,1,1")[0]["modules"][0]["head_gflops"] for s in settings)
     assert ahead > plain
 
@@ -230,7 +311,8 @@ def test_all_parts_are_registered():
 
 def test_a_missing_plugin_is_one_line():
     with pytest.raises(
-        UserError, match=r"^config\.plugins='nowhere\.at_all': no such module; install it, or put its folder on PYTHONPATH$"
+        UserError,
+        match=r"^config\.plugins='nowhere\.at_all': no such module; install it, or put its folder on PYTHONPATH$",
     ):
         make_settings({"plugins": ("nowhere.at_all",)})
 
@@ -247,8 +329,11 @@ def test_an_option_of_another_type_is_refused():
         dims: float = option(8.0)
 
     with pytest.raises(
-        UserError, match=r"config\.codec\.name='wrong': its option config\.codec\.dims is .*choose another name for it"
+        UserError,
+        match=r"config\.codec\.name='wrong': its option config\.codec\.dims is .*choose another name for it",
     ):
         register_codec("wrong", CodecKind(lambda options, dtype: None, Wrong))
-    with pytest.raises(UserError, match=r"config\.codec\.name='vq': the package has one of this name"):
+    with pytest.raises(
+        UserError, match=r"config\.codec\.name='vq': the package has one of this name"
+    ):
         register_codec("vq", CodecKind(lambda options, dtype: None))

@@ -54,9 +54,13 @@ class ByHand:
         self.params[k] = optax.apply_updates(self.params[k], updates)
 
 
-def head_loss(module: LocalModule, params: Any, stats: Any, features: Any, label: Any) -> tuple[Any, Any]:
+def head_loss(
+    module: LocalModule, params: Any, stats: Any, features: Any, label: Any
+) -> tuple[Any, Any]:
     variables = {"params": params, "batch_stats": stats}
-    logits, new = module.objective.head.apply(variables, features, train=True, mutable=["batch_stats"])
+    logits, new = module.objective.head.apply(
+        variables, features, train=True, mutable=["batch_stats"]
+    )
     return cross_entropy(logits, label), new.get("batch_stats", {})
 
 
@@ -68,18 +72,29 @@ def echo_by_hand(steps: int) -> list[Any]:
 
     def loss_of(p, module, s, x, image, label):
         if module.adapter is not None:
-            small = jax.image.resize(image, (*x.shape[:-1], image.shape[-1]), "linear", antialias=True)
-            x = x + small @ p["body"]["adapter"]["draw"]["kernel"] + p["body"]["adapter"]["draw"]["bias"]
+            small = jax.image.resize(
+                image, (*x.shape[:-1], image.shape[-1]), "linear", antialias=True
+            )
+            x = (
+                x
+                + small @ p["body"]["adapter"]["draw"]["kernel"]
+                + p["body"]["adapter"]["draw"]["bias"]
+            )
         features, body = dataclasses.replace(module, adapter=None).apply_body(p, s, x, train=True)
         loss, own = head_loss(module, p["objective"], s["objective"], features, label)
-        return loss, (features, {"body": body | ({"adapter": {}} if module.adapter else {}), "objective": own})
+        return loss, (
+            features,
+            {"body": body | ({"adapter": {}} if module.adapter else {}), "objective": own},
+        )
 
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
     for number in range(steps):
         image, label = hand.batch(number)
         x = image
         for k, module in enumerate(hand.modules):
-            (_, (x, hand.stats[k])), gradient = step(hand.params[k], module, hand.stats[k], x, image, label)
+            (_, (x, hand.stats[k])), gradient = step(
+                hand.params[k], module, hand.stats[k], x, image, label
+            )
             hand.update(k, gradient)
     return hand.params
 
@@ -89,28 +104,46 @@ def test_an_adapter_is_the_hand_written_loop(engine):
     found = trained(4, engine__name=engine, **ECHO)
     assert furthest(found, echo_by_hand(4)) < 1e-5
     drawn = found[1]["body"].pop("adapter")
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(drawn)), "the adapter did not learn"
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(drawn)), (
+        "the adapter did not learn"
+    )
     assert furthest(found, trained(4, engine__name=engine)) > 1e-4, "the image went unnoticed"
 
 
 @pytest.mark.slow
 def test_an_adapter_answers_in_evaluation_and_export(tmp_path):
     train_and_evaluate(config(**ECHO), tmp_path)
-    exported, images = load_exported(export_run(tmp_path)), np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    exported, images = (
+        load_exported(export_run(tmp_path)),
+        np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8),
+    )
     with_image = exported.logits(images)[1]
     bare = dataclasses.replace(
         exported,
-        spec=dataclasses.replace(exported.spec, modules=tuple(dataclasses.replace(m, adapter=None) for m in exported.spec.modules)),
+        spec=dataclasses.replace(
+            exported.spec,
+            modules=tuple(dataclasses.replace(m, adapter=None) for m in exported.spec.modules),
+        ),
     )
     x = jnp.asarray(exported.spec.task.evaluate(images))
     (first, second), variables = bare.spec.modules, exported.variables
-    features, _ = first.apply_body(variables[0]["params"], variables[0]["batch_stats"], x, train=False)
+    features, _ = first.apply_body(
+        variables[0]["params"], variables[0]["batch_stats"], x, train=False
+    )
     draw, pooled = variables[1]["params"]["body"]["adapter"]["draw"], (*features.shape[:-1], 1)
-    features = features + jax.image.resize(x, pooled, "linear", antialias=True) @ draw["kernel"] + draw["bias"]
-    outputs, _ = second.apply_body(variables[1]["params"], variables[1]["batch_stats"], features, train=False)
+    features = (
+        features
+        + jax.image.resize(x, pooled, "linear", antialias=True) @ draw["kernel"]
+        + draw["bias"]
+    )
+    outputs, _ = second.apply_body(
+        variables[1]["params"], variables[1]["batch_stats"], features, train=False
+    )
     expected = second.predict(variables[1]["params"], variables[1]["batch_stats"], outputs)
     np.testing.assert_allclose(with_image, expected, rtol=1e-4, atol=1e-5)
-    assert np.abs(np.asarray(bare.logits(images)[1]) - expected).max() > 1e-3, "an answer without the adapter went unnoticed"
+    assert np.abs(np.asarray(bare.logits(images)[1]) - expected).max() > 1e-3, (
+        "an answer without the adapter went unnoticed"
+    )
     assert evaluate_run(tmp_path)["step"] == 12
 
 
@@ -118,15 +151,23 @@ def test_an_adapter_that_asks_for_the_label_is_refused(monkeypatch):
     from examples.plugin import echo
 
     monkeypatch.setattr(echo.Echo, "needs", ("label",))
-    with pytest.raises(UserError, match=r"^config\.model\.adapter=echo: needs 'label', and an evaluation has nothing but 'image'$"):
+    with pytest.raises(
+        UserError,
+        match=r"^config\.model\.adapter=echo: needs 'label', and an evaluation has nothing but 'image'$",
+    ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1])
 
 
 def test_an_adapter_that_changes_the_type_is_refused(monkeypatch):
     from examples.plugin import echo
 
-    monkeypatch.setattr(echo.Echo, "__call__", lambda self, inputs, context, train: inputs.astype("bfloat16"))
-    with pytest.raises(UserError, match=r"^config\.model\.adapter: that of module_1 makes .*bfloat16.*; it must keep shape"):
+    monkeypatch.setattr(
+        echo.Echo, "__call__", lambda self, inputs, context, train: inputs.astype("bfloat16")
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^config\.model\.adapter: that of module_1 makes .*bfloat16.*; it must keep shape",
+    ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1]).spec.abstract_states()
 
 
@@ -140,17 +181,29 @@ def lookahead_by_hand(steps: int) -> list[Any]:
         features, body = module.apply_body(p, s, x, train=True)
         seen, own = features, dict(s["objective"])
         if module.objective.following is not None:
-            variables = {name: tree["objective"]["following"] for name, tree in (("params", p), ("batch_stats", s))}
-            seen, new = module.objective.following.apply(variables, features, True, mutable=["batch_stats"])
+            variables = {
+                name: tree["objective"]["following"]
+                for name, tree in (("params", p), ("batch_stats", s))
+            }
+            seen, new = module.objective.following.apply(
+                variables, features, True, mutable=["batch_stats"]
+            )
             own["following"] = new["batch_stats"]
-        loss, of_head = head_loss(module, p["objective"]["head"], s["objective"].get("head", {}), seen, label)
-        return loss, (features, {"body": body, "objective": own | ({"head": of_head} if of_head else {})})
+        loss, of_head = head_loss(
+            module, p["objective"]["head"], s["objective"].get("head", {}), seen, label
+        )
+        return loss, (
+            features,
+            {"body": body, "objective": own | ({"head": of_head} if of_head else {})},
+        )
 
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
     for number in range(steps):
         x, label = hand.batch(number)
         for k, module in enumerate(hand.modules):
-            (_, (x, hand.stats[k])), gradient = step(hand.params[k], module, hand.stats[k], x, label)
+            (_, (x, hand.stats[k])), gradient = step(
+                hand.params[k], module, hand.stats[k], x, label
+            )
             hand.update(k, gradient)
     return hand.params
 
@@ -171,8 +224,12 @@ def mirror_by_hand(steps: int, decay: float) -> list[Any]:
         features, body = module.apply_body(p, s, x, train=True)
         seen = features
         if copy is not None:
-            seen, _ = module.objective.following.apply(copy, features, True, mutable=["batch_stats"])
-        loss, own = head_loss(module, p["objective"]["head"], s["objective"].get("head", {}), seen, label)
+            seen, _ = module.objective.following.apply(
+                copy, features, True, mutable=["batch_stats"]
+            )
+        loss, own = head_loss(
+            module, p["objective"]["head"], s["objective"].get("head", {}), seen, label
+        )
         return loss, (features, {"body": body, "objective": {"head": own} if own else {}})
 
     def published():
@@ -187,7 +244,9 @@ def mirror_by_hand(steps: int, decay: float) -> list[Any]:
         copy = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, copy, sent[number])
         for k, module in enumerate(hand.modules):
             arguments = x, label, copy if k == 0 else None
-            (_, (x, hand.stats[k])), gradient = step(hand.params[k], module, hand.stats[k], *arguments)
+            (_, (x, hand.stats[k])), gradient = step(
+                hand.params[k], module, hand.stats[k], *arguments
+            )
             hand.update(k, gradient)
         sent.append(published())
     return hand.params
@@ -196,12 +255,18 @@ def mirror_by_hand(steps: int, decay: float) -> list[Any]:
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_a_mirror_is_the_hand_written_loop(engine):
     expected = mirror_by_hand(4, 0.5)
-    assert furthest(trained(4, objective__decay=0.5, engine__name=engine, **MIRROR), expected) < 1e-5
-    assert furthest(trained(4, objective__decay=0.0, engine__name=engine, **MIRROR), expected) > 1e-4, "the average went unnoticed"
+    assert (
+        furthest(trained(4, objective__decay=0.5, engine__name=engine, **MIRROR), expected) < 1e-5
+    )
+    assert (
+        furthest(trained(4, objective__decay=0.0, engine__name=engine, **MIRROR), expected) > 1e-4
+    ), "the average went unnoticed"
 
 
 def test_a_publication_weighs_on_the_wire():
-    made = make_experiment(make_settings(config(engine__name="pipeline", **MIRROR)), jax.devices()[:2])
+    made = make_experiment(
+        make_settings(config(engine__name="pipeline", **MIRROR)), jax.devices()[:2]
+    )
     plain = make_experiment(make_settings(config()), jax.devices()[:1])
     block = made.spec.abstract_states()[0].extras["published"]
     sent = sum(leaf.size * 4 for leaf in jax.tree.leaves(block))
@@ -225,13 +290,17 @@ def replayed_by_hand(steps: int) -> list[Any]:
         loss, own = head_loss(hand.modules[last], p["objective"], s["objective"], features, label)
         return loss, {"body": body, "objective": own}
 
-    body = jax.jit(lambda k, p, s, x: hand.modules[k].apply_body(p, s, x, train=True), static_argnums=0)
+    body = jax.jit(
+        lambda k, p, s, x: hand.modules[k].apply_body(p, s, x, train=True), static_argnums=0
+    )
     step = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True))
     for tick in range(steps + last):
         for k in range(last):
             if 0 <= (number := tick - (last - k)) < steps:
                 x, cotangent = inputs[k].pop(number), gradients[k].pop(number)
-                _, pull = jax.vjp(lambda p, x, k=k: body(k, p, hand.stats[k], x)[0], hand.params[k], x)
+                _, pull = jax.vjp(
+                    lambda p, x, k=k: body(k, p, hand.stats[k], x)[0], hand.params[k], x
+                )
                 gradient, down = pull(cotangent)
                 hand.update(k, gradient)
                 if k:
@@ -242,14 +311,18 @@ def replayed_by_hand(steps: int) -> list[Any]:
                 inputs[k][tick] = x
                 x, new = body(k, hand.params[k], hand.stats[k], x)
                 hand.stats[k] = {"body": new}
-            (_, hand.stats[last]), (gradient, gradients[last - 1][tick]) = step(hand.params[last], x, hand.stats[last], label)
+            (_, hand.stats[last]), (gradient, gradients[last - 1][tick]) = step(
+                hand.params[last], x, hand.stats[last], label
+            )
             hand.update(last, gradient)
     return hand.params
 
 
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_replayed_features_are_the_hand_written_loop(engine):
-    found = trained(4, devices=3 if engine == "pipeline" else 1, engine__name=engine, train__steps=4, **REPLAYED)
+    found = trained(
+        4, devices=3 if engine == "pipeline" else 1, engine__name=engine, train__steps=4, **REPLAYED
+    )
     assert furthest(found, replayed_by_hand(4)) < 1e-5
     at_once = trained(4, devices=1, method__name="backprop", model__modules=3, train__steps=4)
     assert furthest(found, at_once) > 1e-4, "a gradient that is not late went unnoticed"
@@ -257,11 +330,17 @@ def test_replayed_features_are_the_hand_written_loop(engine):
 
 def gradients_of_the_last_batch(method: str, steps: int) -> list[Any]:
     """What each module's optimizer is given on its last batch, where no parameter ever moves."""
-    made = make_experiment(make_settings(config(method__name=method, model__modules=3, train__steps=steps)), jax.devices()[:1])
-    still = optax.GradientTransformation(
-        lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, _, p: (jax.tree.map(jnp.zeros_like, p), g)
+    made = make_experiment(
+        make_settings(config(method__name=method, model__modules=3, train__steps=steps)),
+        jax.devices()[:1],
     )
-    engine = FusedEngine(dataclasses.replace(made.spec, optimizer=still), made.engine.placement, total_steps=steps)
+    still = optax.GradientTransformation(
+        lambda p: jax.tree.map(jnp.zeros_like, p),
+        lambda g, _, p: (jax.tree.map(jnp.zeros_like, p), g),
+    )
+    engine = FusedEngine(
+        dataclasses.replace(made.spec, optimizer=still), made.engine.placement, total_steps=steps
+    )
     *_, last = engine.run(engine.init(), made.source, steps)
     return [jax.device_get(module.opt_state) for module in last.snapshot().modules]
 
@@ -271,7 +350,9 @@ def test_late_gradients_are_those_of_back_propagation_on_their_batch():
     expected = gradients_of_the_last_batch("backprop", 4)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-3
     assert furthest(late, expected) < 1e-5
-    assert furthest(late, gradients_of_the_last_batch("backprop", 3)) > 1e-4, "another batch went unnoticed"
+    assert furthest(late, gradients_of_the_last_batch("backprop", 3)) > 1e-4, (
+        "another batch went unnoticed"
+    )
 
 
 @pytest.mark.full_compile
@@ -282,7 +363,9 @@ def test_replayed_features_have_one_result_and_are_back_propagation_with_one_mod
 
 def test_a_plan_of_replayed_features_knows_its_schedule():
     found, spans = plan(make_settings(config(**REPLAYED)), stated="3,3,3,3")
-    assert {(span.module, span.batch) for span in spans} >= {(k, b) for k in range(3) for b in range(4)}
+    assert {(span.module, span.batch) for span in spans} >= {
+        (k, b) for k in range(3) for b in range(4)
+    }
     assert found["peak_memory_bytes"] == [None] * 3
     assert 0 < found["speedup"] < 3
 
@@ -294,7 +377,10 @@ def test_a_plan_of_replayed_features_knows_its_schedule():
 @pytest.mark.full_compile
 def test_synchronous_engines_agree_to_the_bit():
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
-    found = {name: trained(6, count, engine__name=name, **MIRROR, **ECHO) for name, count in devices.items()}
+    found = {
+        name: trained(6, count, engine__name=name, **MIRROR, **ECHO)
+        for name, count in devices.items()
+    }
     assert equal(found["fused"], found["pipeline"])
     assert equal(found["fused"], found["serial"])
 
@@ -317,7 +403,10 @@ def test_a_run_resumes_exactly_evaluates_and_exports(fields, tmp_path):
     assert equal(arrays(whole), arrays(part))
     assert all(np.isfinite(record.get("train/module_1/loss", 0.0)) for record in records(whole))
     assert evaluate_run(whole)["step"] == 12
-    assert load_exported(export_run(whole)).logits(np.zeros((2, 8, 8, 1), np.uint8))[-1].shape == (2, 8)
+    assert load_exported(export_run(whole)).logits(np.zeros((2, 8, 8, 1), np.uint8))[-1].shape == (
+        2,
+        8,
+    )
 
 
 def _cut_off(whole: Path, part: Path, at: int) -> None:
@@ -340,7 +429,11 @@ def test_a_finished_run_of_replayed_features_can_be_made_longer(tmp_path):
 @pytest.mark.full_compile
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
 def test_asynchronous_engines_bring_what_a_mirror_and_an_echo_read(engine, tmp_path):
-    fields = {"replay__size": 3, "checkpoint__every": 4, "checkpoint__keep": 9, "engine__name": engine} | MIRROR | ECHO
+    fields = (
+        {"replay__size": 3, "checkpoint__every": 4, "checkpoint__keep": 9, "engine__name": engine}
+        | MIRROR
+        | ECHO
+    )
     whole, part = tmp_path / "whole", tmp_path / "part"
     summary = train_and_evaluate(config(**fields), whole)
     assert [module["updates"] for module in summary.modules] == [12, 12]

@@ -44,7 +44,10 @@ def check_same(pool, library, x):
     """Values and gradients."""
     cotangent = generic(*jax.eval_shape(library, x).shape)
     for f in (lambda g, x: g(x), lambda g, x: jax.grad(lambda y: (g(y) * cotangent).sum())(x)):
-        close(jax.jit(f, static_argnums=0)(pool, x), np.asarray(jax.jit(f, static_argnums=0)(library, x)))
+        close(
+            jax.jit(f, static_argnums=0)(pool, x),
+            np.asarray(jax.jit(f, static_argnums=0)(library, x)),
+        )
 
 
 @pytest.mark.parametrize(("pool", "library"), [(max_pool_2x2, library_max), (avg_3x2, library_avg)])
@@ -94,7 +97,9 @@ def test_overlapping_windows(size, monkeypatch, traced_anew):
 
 def test_windows_of_other_neighbours_are_noticed(monkeypatch, traced_anew):
     of_three = on_cpu.max_of_three
-    monkeypatch.setattr(on_cpu, "max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis))
+    monkeypatch.setattr(
+        on_cpu, "max_of_three", lambda x, axis: of_three(jnp.roll(x, 1, axis), axis)
+    )
     with pytest.raises(AssertionError):
         check_same(lambda x: max_pool_3x3(x), library_max_3x3, generic(3, 6, 8, 5))
 
@@ -108,7 +113,8 @@ def test_ties_of_overlapping_windows_in_front_of_no_relu_share_the_gradient():
 
 
 @pytest.mark.parametrize(
-    ("size", "out"), [((7, 7), (2, 2)), ((28, 28), (7, 7)), ((8, 8), (2, 2)), ((5, 9), (3, 2)), ((1, 3), (2, 2))]
+    ("size", "out"),
+    [((7, 7), (2, 2)), ((28, 28), (7, 7)), ((8, 8), (2, 2)), ((5, 9), (3, 2)), ((1, 3), (2, 2))],
 )
 def test_adaptive_average(size, out):
     x = generic(2, *size, 3)
@@ -118,7 +124,9 @@ def test_adaptive_average(size, out):
 def test_adaptive_average_broken_windows_are_noticed(monkeypatch, traced_anew):
     def floors(size, out):  # windows that do not overlap
         starts = [i * size // out for i in range(out + 1)]
-        return np.array([[(a <= j < b) / (b - a) for j in range(size)] for a, b in pairwise(starts)], np.float32)
+        return np.array(
+            [[(a <= j < b) / (b - a) for j in range(size)] for a, b in pairwise(starts)], np.float32
+        )
 
     monkeypatch.setattr(pooling, "_averages", floors)
     with pytest.raises(AssertionError):
@@ -126,7 +134,9 @@ def test_adaptive_average_broken_windows_are_noticed(monkeypatch, traced_anew):
 
 
 def test_averages_of_bfloat16_are_summed_in_float32():
-    x = jnp.ones((1, 64, 64, 1), jnp.bfloat16) + (jnp.arange(64) % 2)[None, :, None, None].astype(jnp.bfloat16)
+    x = jnp.ones((1, 64, 64, 1), jnp.bfloat16) + (jnp.arange(64) % 2)[None, :, None, None].astype(
+        jnp.bfloat16
+    )
     y = adaptive_avg_pool(x, (1, 1))
     assert y.dtype == jnp.bfloat16
     assert float(y[0, 0, 0, 0]) == 1.5

@@ -16,7 +16,11 @@ README = Path(__file__).parent.parent / "README.md"
 
 def snippet(word: str) -> str:
     """The Python block that holds the word."""
-    (found,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if word in block]
+    (found,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+        if word in block
+    ]
     return found
 
 
@@ -26,7 +30,11 @@ def test_two_modules_in_a_plain_loop():
     labels = jnp.asarray(random.integers(0, 10, 64), jnp.int32)
     images = jnp.asarray(random.normal(size=(64, 8, 8, 1)), jnp.float32)
     code = snippet("local_step")
-    lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    lines = [
+        line
+        for line in code.splitlines()
+        if line.strip() and not line.startswith(("import", "from"))
+    ]
     assert len(lines) <= 12
     first: dict = {"batches": [(images, labels)]}
     exec(code, first)

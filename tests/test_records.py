@@ -13,7 +13,16 @@ import pytest
 from PIL import Image
 
 from dgl_jax.config import options
-from dgl_jax.data import RecordSource, Shard, Source, archives, cache, make_source, streaming, tfds_sets
+from dgl_jax.data import (
+    RecordSource,
+    Shard,
+    Source,
+    archives,
+    cache,
+    make_source,
+    streaming,
+    tfds_sets,
+)
 from dgl_jax.data.tfds_sets import Records, builder_class, prepared
 from dgl_jax.errors import UserError
 from dgl_jax.types import PADDING
@@ -37,7 +46,9 @@ def photo(number, form="JPEG", mode="RGB"):
     pixels[..., 1] = np.linspace(20, 235, width)
     pixels[..., 2] = np.linspace(20, 235, height)[:, None]
     file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {}))
+    Image.fromarray(pixels).convert(mode).save(
+        file, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {})
+    )
     return file.getvalue()
 
 
@@ -63,10 +74,18 @@ def write_imagenet(directory, damaged=None):
                 for _ in range(count):
                     number = len(train)
                     # Two of the names under which ImageNet has something else than RGB JPEGs.
-                    name = {0: "n01739381_1309.JPEG", 20: "n02105855_2933.JPEG"}.get(number, f"{label}_{number}.JPEG")
-                    form, mode = {0: ("JPEG", "CMYK"), 20: ("PNG", "RGB")}.get(number, ("JPEG", "RGB"))
+                    name = {0: "n01739381_1309.JPEG", 20: "n02105855_2933.JPEG"}.get(
+                        number, f"{label}_{number}.JPEG"
+                    )
+                    form, mode = {0: ("JPEG", "CMYK"), 20: ("PNG", "RGB")}.get(
+                        number, ("JPEG", "RGB")
+                    )
                     content = photo(number, form, mode)
-                    add(of_class, name, content[: len(content) // 2] if number == damaged else content)
+                    add(
+                        of_class,
+                        name,
+                        content[: len(content) // 2] if number == damaged else content,
+                    )
                     train[name] = number, label
             add(archive, f"{label}.tar", file.getvalue())
     with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as archive:
@@ -81,16 +100,23 @@ def write_imagenette(directory):
     directory.mkdir(parents=True)
     with tarfile.open(directory / "imagenette2-320.tgz", "w:gz") as archive:
         add(archive, "imagenette2-320/noisy_imagenette.csv", b"path")
-        for split, labels in (("train", ("n01440764", "n02102040", "n01440764")), ("val", ("n02102040",))):
+        for split, labels in (
+            ("train", ("n01440764", "n02102040", "n01440764")),
+            ("val", ("n02102040",)),
+        ):
             for number, label in enumerate(labels):
-                add(archive, f"imagenette2-320/{split}/{label}/{split}_{number}.JPEG", photo(number))
+                add(
+                    archive, f"imagenette2-320/{split}/{label}/{split}_{number}.JPEG", photo(number)
+                )
 
 
 def expect(name, directory):
     """The made-up archives' checksums in place of the genuine ones; the class must be given its own back."""
     from tensorflow_datasets.core.download import checksums
 
-    return {a.url: checksums.compute_url_info(directory / a.filename) for a in archives.archives(name)}
+    return {
+        a.url: checksums.compute_url_info(directory / a.filename) for a in archives.archives(name)
+    }
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +125,23 @@ def imagenet(tmp_path_factory):
     root = tmp_path_factory.mktemp("imagenet")
     stored = write_imagenet(root / "archives")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives"))
-        prepared(options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")), "imagenet2012")
+        patch.setattr(
+            builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives")
+        )
+        prepared(
+            options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")),
+            "imagenet2012",
+        )
     return root, *stored
 
 
 def settings_of(imagenet, **kwargs):
-    fields = {"batch_size": 8, "validation_fraction": 0.0, "augment": "inception_crop", "image_size": SIZE}
+    fields = {
+        "batch_size": 8,
+        "validation_fraction": 0.0,
+        "augment": "inception_crop",
+        "image_size": SIZE,
+    }
     return options("data", **{"name": "imagenet", "dir": str(imagenet[0])} | fields | kwargs)
 
 
@@ -114,7 +150,9 @@ def source_of(imagenet, seed=0, **kwargs):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def ids_of(batches):
@@ -156,19 +194,25 @@ def test_stock_tfds_reads_it(imagenet):
 
     stock = tfds.data_source("imagenet2012", split="train", data_dir=imagenet[0], download=False)
     ours = Records(imagenet[0] / "imagenet2012" / "5.1.0", "train").read(range(40))
-    assert [(r["file_name"].decode(), r["label"]) for r in stock] == [(r.file_name, r.label) for r in ours]
+    assert [(r["file_name"].decode(), r["label"]) for r in stock] == [
+        (r.file_name, r.label) for r in ours
+    ]
 
 
 def test_imagenette(tmp_path, monkeypatch):
     manual = tmp_path / "downloads" / "manual"
     write_imagenette(manual)
-    monkeypatch.setattr(builder_class("imagenette"), "url_infos", expect("imagenette/320px-v2", manual))
+    monkeypatch.setattr(
+        builder_class("imagenette"), "url_infos", expect("imagenette/320px-v2", manual)
+    )
     monkeypatch.setattr(tfds_sets, "reachable", lambda url: False)
     source = source_of([tmp_path], name="imagenette", batch_size=3)
     assert source.mean == (0.485, 0.456, 0.406)
     assert len(source.class_names) == 10
     (batch,) = source.evaluation("train")
-    assert dict(zip(numbers(batch.inputs).tolist(), batch.context["label"].tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
+    assert dict(
+        zip(numbers(batch.inputs).tolist(), batch.context["label"].tolist(), strict=True)
+    ) == {0: 0, 1: 1, 2: 0}
     assert source.class_names[:2] == ("n01440764", "n02102040")
     (batch,) = source.evaluation("test")
     assert batch.context["label"].tolist() == [1, PADDING, PADDING]
@@ -183,7 +227,8 @@ def test_missing_archives(tmp_path, monkeypatch):
         make_source(options("data", name="imagenet"), 0)
     monkeypatch.setattr(tfds_sets, "reachable", lambda url: False)
     with pytest.raises(
-        UserError, match=r"s3.amazonaws.com cannot be reached: put imagenette2-320.tgz \(from https://s3.*320.tgz\)"
+        UserError,
+        match=r"s3.amazonaws.com cannot be reached: put imagenette2-320.tgz \(from https://s3.*320.tgz\)",
     ):
         make_source(options("data", name="imagenette"), 0)
     write_imagenet(tmp_path / "archives")
@@ -196,9 +241,14 @@ def test_archives_that_are_not_the_published_ones(tmp_path, monkeypatch):
     directory = tmp_path / "archives"
     write_imagenet(directory)
     settings = options("data", name="imagenet", manual_dir=str(directory))
-    with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar has \d+ bytes and the archive 147897477120: fetch it again"):
+    with pytest.raises(
+        UserError,
+        match=r"ILSVRC2012_img_train.tar has \d+ bytes and the archive 147897477120: fetch it again",
+    ):
         prepared(settings, "imagenet2012")
-    monkeypatch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", directory))
+    monkeypatch.setattr(
+        builder_class("imagenet2012"), "url_infos", expect("imagenet2012", directory)
+    )
     path = directory / "ILSVRC2012_img_val.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar has the wrong checksum"):
@@ -214,7 +264,9 @@ def test_every_image_is_seen_exactly_once_an_epoch(imagenet):
     assert isinstance(source, RecordSource)
     assert source.steps_per_epoch == 5
     number_of = {r.file_name: n for n, r in enumerate(source._data.train.read(range(40)))}
-    number_of = {number_of[name]: number for name, (number, _) in imagenet[1].items()}  # id -> photograph
+    number_of = {
+        number_of[name]: number for name, (number, _) in imagenet[1].items()
+    }  # id -> photograph
     orders = []
     for epoch in range(2):
         batches = list(islice(source.batches(5 * epoch), 5))
@@ -232,14 +284,19 @@ def test_every_image_is_seen_exactly_once_an_epoch(imagenet):
 def test_random_access_equals_iteration(imagenet, augment):
     source = source_of(imagenet, augment=augment)
     whole = list(islice(source_of(imagenet, augment=augment).batches(0), 9))
-    for step, batch in enumerate(islice(source.batches(3), 6), 3):  # from the middle of an epoch into the next
+    for step, batch in enumerate(
+        islice(source.batches(3), 6), 3
+    ):  # from the middle of an epoch into the next
         assert same(batch, whole[step])
         assert same(batch, source.batch(step))
         assert batch.step == step
         assert batch.inputs.dtype == np.uint8
     assert not same(source.batch(3), source_of(imagenet, seed=1, augment=augment).batch(3))
     # The same image an epoch later: cut elsewhere, or not.
-    first, later = ({i: image for b in whole[s : s + 4] for i, image in zip(b.context["id"].tolist(), b.inputs)} for s in (0, 5))
+    first, later = (
+        {i: image for b in whole[s : s + 4] for i, image in zip(b.context["id"].tolist(), b.inputs)}
+        for s in (0, 5)
+    )
     both = sorted(first.keys() & later.keys())
     equal = [np.array_equal(first[i], later[i]) for i in both]
     assert both
@@ -264,11 +321,21 @@ def test_shards_are_disjoint_and_together_the_global_batch(imagenet):
 
 def test_held_out_images(imagenet, cache_directory, monkeypatch):
     source = source_of(imagenet, validation_fraction=0.25)
-    assert [source.examples(split) for split in ("train", "validation", "test")] == [30, 10, VALIDATION]
-    held, kept = ([b.context for b in source.evaluation(split)] for split in ("validation", "train"))
+    assert [source.examples(split) for split in ("train", "validation", "test")] == [
+        30,
+        10,
+        VALIDATION,
+    ]
+    held, kept = (
+        [b.context for b in source.evaluation(split)] for split in ("validation", "train")
+    )
     labels = np.concatenate([t["label"] for t in held])
-    assert sorted(np.bincount(labels[labels != PADDING])[np.unique(labels[labels != PADDING])].tolist()) == [2, 3, 5]
-    ids = [{i for t in context for i in t["id"].tolist() if i != PADDING} for context in (held, kept)]
+    assert sorted(
+        np.bincount(labels[labels != PADDING])[np.unique(labels[labels != PADDING])].tolist()
+    ) == [2, 3, 5]
+    ids = [
+        {i for t in context for i in t["id"].tolist() if i != PADDING} for context in (held, kept)
+    ]
     assert ids[0] | ids[1] == set(range(40))
     assert len(ids[0]) + len(ids[1]) == 40
     # Labels are read once, and not at all where nothing is to be stratified.
@@ -282,12 +349,16 @@ def test_held_out_images(imagenet, cache_directory, monkeypatch):
 
 
 def test_what_does_not_fit(imagenet):
-    with pytest.raises(UserError, match=r"config.data.batch_size=41: there are only 40 training examples"):
+    with pytest.raises(
+        UserError, match=r"config.data.batch_size=41: there are only 40 training examples"
+    ):
         source_of(imagenet, batch_size=41)
     with pytest.raises(UserError, match=r"config.data.mean=\(0.5,\): one value a channel .* has 3"):
         source_of(imagenet, mean=(0.5,), std=(0.5,))
     assert source_of(imagenet, image_size=0).example_shape == (224, 224, 3)
-    with pytest.raises(UserError, match=r"config.data.augment=inception_crop: .* synthetic is kept in memory"):
+    with pytest.raises(
+        UserError, match=r"config.data.augment=inception_crop: .* synthetic is kept in memory"
+    ):
         make_source(options("data", name="synthetic", augment="inception_crop"), 0)
 
 
@@ -300,15 +371,24 @@ def damaged(tmp_path_factory):
     root = tmp_path_factory.mktemp("damaged")
     train, validation = write_imagenet(root / "archives", damaged=7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives"))
-        prepared(options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")), "imagenet2012")
+        patch.setattr(
+            builder_class("imagenet2012"), "url_infos", expect("imagenet2012", root / "archives")
+        )
+        prepared(
+            options("data", name="imagenet", dir=str(root), manual_dir=str(root / "archives")),
+            "imagenet2012",
+        )
     return root, train, validation
 
 
 @pytest.mark.slow
 def test_worker_processes_make_the_same_batches_and_name_a_damaged_image(damaged):
     source = source_of(damaged)
-    bad = next(i for i, r in enumerate(source._data.train.read(range(40))) if r.file_name == "n01739381_7.JPEG")
+    bad = next(
+        i
+        for i, r in enumerate(source._data.train.read(range(40)))
+        if r.file_name == "n01739381_7.JPEG"
+    )
     message = rf"imagenet2012/5.1.0: train image {bad} \(n01739381_7.JPEG\): not an image that can be read \(.*truncated"
     step = next(step for step in range(5) if bad in source._order.training(step))
     with pytest.raises(UserError, match=message):

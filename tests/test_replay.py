@@ -13,12 +13,19 @@ from dgl_jax.replay import Ring, RingSpec, check_memory
 from dgl_jax.replay.rules import RULES
 from dgl_jax.types import Header
 
-EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), {name: jax.ShapeDtypeStruct((2,), np.int32) for name in ("label", "id")})
+EXAMPLE = (
+    jax.ShapeDtypeStruct((2, 3), np.float32),
+    {name: jax.ShapeDtypeStruct((2,), np.int32) for name in ("label", "id")},
+)
 
 
 def packet(n: int):
     """Packet n: every number in it says so."""
-    return np.full((2, 3), n, np.float32), {"label": np.full(2, n, np.int32), "id": np.full(2, 100 + n, np.int32)}, Header(n, n + 1)
+    return (
+        np.full((2, 3), n, np.float32),
+        {"label": np.full(2, n, np.int32), "id": np.full(2, 100 + n, np.int32)},
+        Header(n, n + 1),
+    )
 
 
 def read(ring: Ring):
@@ -45,14 +52,21 @@ class Oracle:
         self.written += 1
 
     def sample(self):
-        shown = [1 if self.size == 1 else uses + 1 for _, uses in self.packets] if self.rule == "released" else None
+        shown = (
+            [1 if self.size == 1 else uses + 1 for _, uses in self.packets]
+            if self.rule == "released"
+            else None
+        )
         uses = shown or [uses for _, uses in self.packets]
         if not uses or (self.max_reuse and min(uses) >= self.max_reuse):
             return None
         least = [p for p, u in zip(self.packets, uses) if u == min(uses)]
         if self.rule == "released":
             pointer = self.written % self.size
-            rank = {n % self.size: (n % self.size) - (self.size if n % self.size > pointer else 0) for n, _ in least}
+            rank = {
+                n % self.size: (n % self.size) - (self.size if n % self.size > pointer else 0)
+                for n, _ in least
+            }
             chosen = max(least, key=lambda p: rank[p[0] % self.size])
         else:
             chosen = least[-1] if self.rule == "least_used_latest" else least[0]
@@ -89,7 +103,14 @@ def test_a_full_ring_by_hand():
     ring.add(*packet(4))  # over packet 1
     assert read(ring) == (4, 0, 1)
     tally = ring.tally
-    assert (tally.written, tally.read, tally.age, tally.oldest, tally.reused, tally.never_used) == (5, 5, 3, 2, 1, 1)
+    assert (tally.written, tally.read, tally.age, tally.oldest, tally.reused, tally.never_used) == (
+        5,
+        5,
+        3,
+        2,
+        1,
+        1,
+    )
     assert (tally.mean_age(), tally.reuse()) == (3 / 5, 5 / 4)
 
 
@@ -180,7 +201,9 @@ def test_what_was_read_is_not_changed_by_what_is_written_later():
         return wrong
 
     assert corrupted(copied=True) == 0
-    assert corrupted(copied=False) > 0  # the twin: without the copy the device reads the later packet
+    assert (
+        corrupted(copied=False) > 0
+    )  # the twin: without the copy the device reads the later packet
 
 
 def test_a_packet_of_another_form_is_refused():
@@ -192,10 +215,19 @@ def test_a_packet_of_another_form_is_refused():
 
 
 def test_a_payload_of_several_arrays():
-    example = ({"codes": jax.ShapeDtypeStruct((2, 4), np.uint8), "scale": jax.ShapeDtypeStruct((2,), np.float32)}, EXAMPLE[1])
+    example = (
+        {
+            "codes": jax.ShapeDtypeStruct((2, 4), np.uint8),
+            "scale": jax.ShapeDtypeStruct((2,), np.float32),
+        },
+        EXAMPLE[1],
+    )
     ring = Ring(example, 2)
     for n in range(3):
-        ring.add({"codes": np.full((2, 4), n, np.uint8), "scale": np.full(2, n / 2, np.float32)}, *packet(n)[1:])
+        ring.add(
+            {"codes": np.full((2, 4), n, np.uint8), "scale": np.full(2, n / 2, np.float32)},
+            *packet(n)[1:],
+        )
     for n in (2, 1):
         found = ring.sample().message
         assert found.payload.keys() == {"codes", "scale"}
@@ -254,7 +286,9 @@ def test_memory_is_refused_with_the_size_that_fits():
     assert form.nbytes(5) == 5 * one
     assert Ring(EXAMPLE, 5).nbytes == 5 * one
     check_memory([form, form], 5, available=10 * one)
-    with pytest.raises(UserError, match=r"config\.replay\.size=6: the rings would take .* 5 would fit"):
+    with pytest.raises(
+        UserError, match=r"config\.replay\.size=6: the rings would take .* 5 would fit"
+    ):
         check_memory([form, form], 6, available=10 * one + 3)
     with pytest.raises(UserError, match="not even 1 would fit"):
         check_memory([form], 1, available=3)

@@ -19,13 +19,18 @@ def problems(requirements: str, constraints: str) -> list[str]:
     pinned, found = bounds(constraints, "=="), []
     for name, bound in bounds(requirements, ">=").items():
         pin = pinned.get(name, "nothing")
-        if pin.removesuffix(".0") != bound.removesuffix(".0") and not re.fullmatch(rf"{re.escape(bound)}(\.0)+", pin):
+        if pin.removesuffix(".0") != bound.removesuffix(".0") and not re.fullmatch(
+            rf"{re.escape(bound)}(\.0)+", pin
+        ):
             found.append(f"{name}: bound {bound}, pinned to {pin}")
     return found
 
 
 def requirements() -> str:
-    return "\n".join(path.read_text() for path in sorted([*ROOT.glob("requirements*.txt"), *ROOT.glob("requirements/*.txt")]))
+    return "\n".join(
+        path.read_text()
+        for path in sorted([*ROOT.glob("requirements*.txt"), *ROOT.glob("requirements/*.txt")])
+    )
 
 
 def test_the_lowest_versions_are_the_bounds():

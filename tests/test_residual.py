@@ -24,26 +24,37 @@ def normal(shape, seed=0):
 
 
 def test_two_stages_by_hand():
-    entries = np.array([[[[0, 0], [10, 0]]], [[[1, 1], [-2, 0]]]], np.float32)  # [stage, group, entry, value]
-    x = np.array([[7.5, 0.25], [2, 2]], np.float32)  # nearest to (10, 0), then -2.5, 0.25 left; to (0, 0), then 2, 2
+    entries = np.array(
+        [[[[0, 0], [10, 0]]], [[[1, 1], [-2, 0]]]], np.float32
+    )  # [stage, group, entry, value]
+    x = np.array(
+        [[7.5, 0.25], [2, 2]], np.float32
+    )  # nearest to (10, 0), then -2.5, 0.25 left; to (0, 0), then 2, 2
     codes = vq.encode(entries, x)
     np.testing.assert_array_equal(codes, [[0b11], [0b00]])  # the first stage in the lowest bit
     np.testing.assert_array_equal(vq.decode(entries, codes), [[8, 0], [1, 1]])
     other_way_round = vq.decode(entries[::-1], codes)
     np.testing.assert_array_equal(other_way_round, [[8, 0], [1, 1]])
-    assert not np.array_equal(vq.encode(entries[::-1], x), codes), "the order of the stages must matter"
+    assert not np.array_equal(vq.encode(entries[::-1], x), codes), (
+        "the order of the stages must matter"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [4, pytest.param(16, marks=pytest.mark.full_compile), 300])
 def test_one_stage_is_the_plain_quantiser(codes):
     x = jnp.asarray(normal((4, 6, 6, 8)))
-    plain, staged = jax.jit(vq.init, static_argnums=(2, 3))(KEY, x, codes, 4), init(KEY, x, 1, codes, 4)
+    plain, staged = (
+        jax.jit(vq.init, static_argnums=(2, 3))(KEY, x, codes, 4),
+        init(KEY, x, 1, codes, 4),
+    )
     one = jax.jit(vq.update)
     for n in range(3):
         key, batch = jax.random.fold_in(KEY, n), jnp.asarray(normal((4, 6, 6, 8), n))
         (plain, health), (staged, of_stages) = one(plain, key, batch), update(staged, key, batch)
-        assert {k: float(v) for k, v in of_stages.items()} == {k: float(v) for k, v in health.items()}
+        assert {k: float(v) for k, v in of_stages.items()} == {
+            k: float(v) for k, v in health.items()
+        }
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), staged, plain)
     sent = encode(staged.entries, x)
     np.testing.assert_array_equal(sent, encode(plain.entries, x))
@@ -121,7 +132,10 @@ def test_a_run_with_stages(tmp_path):
     for stages, dims in ((1, 2), (2, 4)):
         workdir = tmp_path / str(stages)
         summary = train_and_evaluate(
-            small_config(**fields, codec__stages=stages, codec__dims=dims, codec__codebook_every=5 * stages), workdir
+            small_config(
+                **fields, codec__stages=stages, codec__dims=dims, codec__codebook_every=5 * stages
+            ),
+            workdir,
         )
         found[stages] = summary.wire_bytes_per_image
         assert all(0 < error < 1 for error in summary.codec_error)

@@ -100,7 +100,9 @@ def test_failures_of_the_same_update_are(tiny, devices, updates, restarts):
     made = engine(tiny, devices)
     failing_after(made, 2, *updates)
     asked = recovering(tiny, made)
-    with pytest.raises(UserError, match=rf"module_2 failed 4 times in a row after {updates[-1]} updates"):
+    with pytest.raises(
+        UserError, match=rf"module_2 failed 4 times in a row after {updates[-1]} updates"
+    ):
         run(tiny, made)
     assert asked == [2] * restarts
 
@@ -119,7 +121,9 @@ def test_a_snapshot_holds_the_rings_as_they_were(tiny, devices):
     live = flight_of(state)
     for report in made.run(state, tiny.source, TOTAL):
         snapshot = report.snapshot()
-        if counts(snapshot)[0] < TOTAL:  # afterwards the first module reads batches that it only hands on
+        if (
+            counts(snapshot)[0] < TOTAL
+        ):  # afterwards the first module reads batches that it only hands on
             assert snapshot.flight.snapshot()["counts"][1] == counts(snapshot)[0]
         for k in (1, 2):
             written = snapshot.flight.snapshot()[f"ring_{k}"]["headers"][:, 1].max()
@@ -132,10 +136,14 @@ def test_a_snapshot_holds_the_rings_as_they_were(tiny, devices):
     # Whoever goes on from it goes on from what it was.
     again = made.resume(EngineState(first.modules), first.flight.snapshot())
     assert same(flight_of(again).snapshot(), before)
-    assert {name for name in made.gauges(first) if name.startswith("replay/")} == set(flight_of(again).gauges())
+    assert {name for name in made.gauges(first) if name.startswith("replay/")} == set(
+        flight_of(again).gauges()
+    )
 
 
-def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(tiny, devices, tmp_path, to_host):
+def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(
+    tiny, devices, tmp_path, to_host
+):
     made = engine(tiny, devices)
     state, _ = run(tiny, made, until=2)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -158,13 +166,20 @@ def test_one_module_comes_back_from_a_checkpoint_whatever_became_of_the_others(t
 
 def test_a_recovery_reads_the_arrays_of_one_module(tiny, devices, tmp_path, to_host, monkeypatch):
     made, read = engine(tiny, devices), []
-    checkpoints, begun = Checkpoints(tmp_path / "checkpoints"), SimpleNamespace(step=0, flight=False)
+    checkpoints, begun = (
+        Checkpoints(tmp_path / "checkpoints"),
+        SimpleNamespace(step=0, flight=False),
+    )
     saver = Saver(SimpleNamespace(spec=made.spec, engine=made), checkpoints, None, begun)
     assert saver.recover(1) is None
     state, _ = run(tiny, made, until=2)
     checkpoints.save(2, state, {}, flight=state.flight.snapshot())
     load = v1.load_checkpointables
-    monkeypatch.setattr(v1, "load_checkpointables", lambda path, wanted: read.append(set(wanted)) or load(path, wanted))
+    monkeypatch.setattr(
+        v1,
+        "load_checkpointables",
+        lambda path, wanted: read.append(set(wanted)) or load(path, wanted),
+    )
     assert same(to_host(saver.recover(1)), to_host(state.modules[1]))
     assert read == [{"module_1"}]
     # Twin: a whole restoring reads all of them.
@@ -201,7 +216,9 @@ def test_a_whole_run_never_saves_a_module_that_lost_its_state(tmp_path, monkeypa
     monkeypatch.setattr(Checkpoints, "save", keep)
     monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
     monkeypatch.setattr(threads.Supervisor, "snapshot", late)
-    summary = train_and_evaluate(threaded(engine__restart_workers=True, engine__slowdown=(1.0, 20.0)), tmp_path)
+    summary = train_and_evaluate(
+        threaded(engine__restart_workers=True, engine__slowdown=(1.0, 20.0)), tmp_path
+    )
     assert restored == [1]
     assert [m["updates"] for m in summary.modules] == [24, 24]
     assert all(least >= step for step, least in saved.items())

@@ -105,7 +105,9 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, signum, step)
 @pytest.mark.slow
 def test_twin_resuming_with_the_wrong_batches_is_noticed(whole, stopped, monkeypatch):
     batches = ArraySource.batches
-    monkeypatch.setattr(ArraySource, "batches", lambda self, start, *shard: batches(self, 0, *shard))
+    monkeypatch.setattr(
+        ArraySource, "batches", lambda self, start, *shard: batches(self, 0, *shard)
+    )
     train_and_evaluate(small_config(), stopped)
     assert not same_run(whole, stopped)
 
@@ -117,7 +119,9 @@ def test_twin_losing_the_optimizer_state_is_noticed(whole, stopped, monkeypatch)
     def without_momentum(self, *args, **kwargs):
         restored = restore(self, *args, **kwargs)
         zero = tuple(
-            m.replace(opt_state=jax.tree.map(lambda x: x * 0 if x.dtype == np.float32 else x, m.opt_state))
+            m.replace(
+                opt_state=jax.tree.map(lambda x: x * 0 if x.dtype == np.float32 else x, m.opt_state)
+            )
             for m in restored.state.modules
         )
         return type(restored)(restored.step, EngineState(zero), restored.meta)
@@ -167,7 +171,10 @@ def test_backprop_resumes_bit_for_bit_and_has_no_lower_heads(tmp_path):
 @pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, stopped, caplog):
     newest = max((p for p in (stopped / "checkpoints").iterdir()), key=lambda p: int(p.name))
-    victim = max((p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
+    victim = max(
+        (p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"),
+        key=lambda p: p.stat().st_size,
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 0xFF
     victim.write_bytes(content)
@@ -270,14 +277,20 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_backprop_sends_nothing_between_modules(tmp_path):
-    with pytest.raises(UserError, match=r"config\.codec\.name=bf16: config\.method\.name=backprop sends nothing between modules"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.codec\.name=bf16: config\.method\.name=backprop sends nothing between modules",
+    ):
         train_and_evaluate(small_config(engine__name="backprop", codec__name="bf16"), tmp_path)
     summary = train_and_evaluate(small_config(engine__name="backprop", train__steps=1), tmp_path)
     assert summary.raw_bytes_per_image == summary.wire_bytes_per_image == summary.codec_error == []
 
 
 def test_another_configuration_is_refused_by_name(whole):
-    with pytest.raises(UserError, match=r"config\.model\.width \(was 4, is now 8\); config\.seed \(was 0, is now 1\)"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.model\.width \(was 4, is now 8\); config\.seed \(was 0, is now 1\)",
+    ):
         train_and_evaluate(small_config(seed=1, model__width=8), whole)
 
 
@@ -292,7 +305,10 @@ def test_a_workdir_trains_once_at_a_time(tmp_path):
 @pytest.mark.slow
 def test_divergence_stops_the_run_and_leaves_no_bad_checkpoint(tmp_path):
     config = small_config(optimizer__learning_rate=1e12, checkpoint__every=1, log__every=100)
-    with pytest.raises(UserError, match=r"training diverged: .* module_\d .* step \d+; a smaller config.optimizer.learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=r"training diverged: .* module_\d .* step \d+; a smaller config.optimizer.learning_rate",
+    ):
         train_and_evaluate(config, tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         assert int(path.name) <= 2
@@ -305,7 +321,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(JsonLinesWriter, "write_scalars", no_space)
-    with pytest.raises(UserError, match="the disk is full; free some space and run the same line again"):
+    with pytest.raises(
+        UserError, match="the disk is full; free some space and run the same line again"
+    ):
         train_and_evaluate(small_config(), tmp_path)
 
 
@@ -313,8 +331,13 @@ def test_a_disk_that_fills_up_while_saving_is_one_clear_error(tmp_path, monkeypa
     def no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", no_space)
-    with pytest.raises(UserError, match="checkpoints: the disk is full; free some space and run the same line again"):
+    monkeypatch.setattr(
+        "orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", no_space
+    )
+    with pytest.raises(
+        UserError,
+        match="checkpoints: the disk is full; free some space and run the same line again",
+    ):
         train_and_evaluate(small_config(), tmp_path)
 
 
@@ -327,12 +350,22 @@ def test_a_mistake_leaves_no_workdir(tmp_path):
 
 @pytest.mark.slow
 def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
-    train_and_evaluate(small_config(train__steps=1, optimizer__learning_rate=1e-12), tmp_path / "new", init_from=whole)
+    train_and_evaluate(
+        small_config(train__steps=1, optimizer__learning_rate=1e-12),
+        tmp_path / "new",
+        init_from=whole,
+    )
     old, new = arrays(whole), arrays(tmp_path / "new")
-    assert sum(np.array_equal(a, b) for a, b in zip(old, new, strict=True)) < len(old)  # counts, momentum, batch statistics
-    kernels = [(a, b) for a, b in zip(old, new, strict=True) if a.ndim == 4 and np.abs(a - b).max() < 1e-6]
+    assert sum(np.array_equal(a, b) for a, b in zip(old, new, strict=True)) < len(
+        old
+    )  # counts, momentum, batch statistics
+    kernels = [
+        (a, b) for a, b in zip(old, new, strict=True) if a.ndim == 4 and np.abs(a - b).max() < 1e-6
+    ]
     assert len(kernels) >= 4
-    with pytest.raises(UserError, match="--init_from: module_0 of that run has parameters of other shapes"):
+    with pytest.raises(
+        UserError, match="--init_from: module_0 of that run has parameters of other shapes"
+    ):
         train_and_evaluate(small_config(model__width=8), tmp_path / "wider", init_from=whole)
     with pytest.raises(UserError, match=r"--init_from=.*nowhere: holds no run"):
         train_and_evaluate(small_config(), tmp_path / "other", init_from=tmp_path / "nowhere")
@@ -341,11 +374,20 @@ def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
 def test_what_a_run_writes(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert [m["name"] for m in summary["modules"]] == ["module_0", "module_1"]
-    assert summary["raw_bytes_per_image"] == summary["wire_bytes_per_image"] == [4 * 4 * 8 * 4 + 8]  # 8 channels of 4x4, label, id
+    assert (
+        summary["raw_bytes_per_image"] == summary["wire_bytes_per_image"] == [4 * 4 * 8 * 4 + 8]
+    )  # 8 channels of 4x4, label, id
     assert (summary["wire"], summary["codec_error"]) == ("simulated", [0.0])
-    assert (summary["steps"], summary["epochs"], summary["engine"], summary["seed"]) == (12, 2.0, "fused", 0)
+    assert (summary["steps"], summary["epochs"], summary["engine"], summary["seed"]) == (
+        12,
+        2.0,
+        "fused",
+        0,
+    )
     assert summary["versions"]["jax"] == jax.__version__
-    steps = [(r["step"], sorted(k.split("/")[0] for k in r if "/" in k)[:1]) for r in records(whole)]
+    steps = [
+        (r["step"], sorted(k.split("/")[0] for k in r if "/" in k)[:1]) for r in records(whole)
+    ]
     assert steps == [
         (3, ["train"]),
         (6, ["train"]),
@@ -364,7 +406,9 @@ def test_what_a_run_writes(whole):
 @pytest.mark.parametrize("what", ["emptied", "missing", "whole"])
 def test_going_on_without_the_records_so_far_is_said(stopped, caplog, what):
     metrics = stopped / "metrics.jsonl"
-    {"emptied": lambda: metrics.write_bytes(b""), "missing": metrics.unlink, "whole": lambda: None}[what]()
+    {"emptied": lambda: metrics.write_bytes(b""), "missing": metrics.unlink, "whole": lambda: None}[
+        what
+    ]()
     with caplog.at_level("WARNING", logger="dgl_jax"):
         train_and_evaluate(small_config(), stopped)
     lost = [line for line in caplog.messages if "lost" in line]

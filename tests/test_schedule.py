@@ -30,11 +30,16 @@ def test_three_modules_four_batches():
     ]
     assert [plain(tick) for tick in pipelined(3, 0, 4)] == expected
     picture = [line for line in schedule.__doc__.splitlines() if line.strip().startswith("tick ")]
-    assert [[(int(k), int(b)) for k, b in re.findall(r"m(\d):b(\d)", line)] for line in picture] == expected
+    assert [
+        [(int(k), int(b)) for k, b in re.findall(r"m(\d):b(\d)", line)] for line in picture
+    ] == expected
 
 
 def test_fused_three_modules():
-    assert [plain(tick) for tick in fused(3, 5, 7)] == [[(0, 5), (1, 5), (2, 5)], [(0, 6), (1, 6), (2, 6)]]
+    assert [plain(tick) for tick in fused(3, 5, 7)] == [
+        [(0, 5), (1, 5), (2, 5)],
+        [(0, 6), (1, 6), (2, 6)],
+    ]
 
 
 def check(ticks, modules, start, count, lag):
@@ -66,7 +71,9 @@ def test_stop_drains_the_pipe(modules, start, count, after):
         def stop(asked=asked):
             return next(asked) >= after
 
-        check(list(ticks(modules, start, start + count, stop)), modules, start, min(after, count), lag)
+        check(
+            list(ticks(modules, start, start + count, stop)), modules, start, min(after, count), lag
+        )
 
 
 def test_stop_is_asked_before_a_batch_enters_and_never_while_draining():
@@ -79,7 +86,11 @@ def test_stop_is_asked_before_a_batch_enters_and_never_while_draining():
 def broken_late(modules, start, until):
     """The last module a tick late."""
     for t in range(start, until + modules):
-        tick = [Turn(k, b) for k in reversed(range(modules)) if start <= (b := t - k - (k == modules - 1)) < until]
+        tick = [
+            Turn(k, b)
+            for k in reversed(range(modules))
+            if start <= (b := t - k - (k == modules - 1)) < until
+        ]
         if tick:
             yield tuple(tick)
 

@@ -22,7 +22,13 @@ TOTAL = 8
 
 def engine(tiny, devices, total=TOTAL, replay=None, **settings) -> SimulatedEngine:
     """Three modules on one device."""
-    return SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), total, SimulatedOptions(**settings), replay or ReplaySettings(3))
+    return SimulatedEngine(
+        tiny.spec(),
+        one_group(devices[:1], 3),
+        total,
+        SimulatedOptions(**settings),
+        replay or ReplaySettings(3),
+    )
 
 
 def begin(tiny, made: SimulatedEngine):
@@ -46,7 +52,10 @@ def leaves(to_host, state):
 
 
 def equal(to_host, one, other) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(leaves(to_host, one), leaves(to_host, other), strict=True))
+    return all(
+        np.array_equal(a, b)
+        for a, b in zip(leaves(to_host, one), leaves(to_host, other), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,12 @@ def test_going_on_from_a_snapshot(tiny, devices, to_host, with_rings):
 
 @pytest.mark.parametrize(("at_limit", "lost"), [("wait", False), ("skip", True)])
 def test_a_limit_on_reuse(tiny, devices, to_host, at_limit, lost):
-    made = engine(tiny, devices, replay=ReplaySettings(3, max_reuse=1, at_limit=at_limit), slowdown=(4.0, 1.0, 1.0))
+    made = engine(
+        tiny,
+        devices,
+        replay=ReplaySettings(3, max_reuse=1, at_limit=at_limit),
+        slowdown=(4.0, 1.0, 1.0),
+    )
     state, reports = run(tiny, made, begin(tiny, made), to_host=to_host)
     assert reports[-1][0] == (TOTAL,) * 3
     assert bool(state.flight.skipped.any()) is lost

@@ -43,10 +43,18 @@ def conv_module(head):
     """A module of the paper's kind, its state, and images."""
     module = LocalModule("module_0", 0, (ConvBlock(3),), classifier.Classifier(make_head(head, 3)))
     images = jax.ShapeDtypeStruct((4, 6, 6, 2), "float32")
-    (state,) = jax.eval_shape(lambda key: init_states([module], OPTIMIZER, key, images), jax.random.key(0))
+    (state,) = jax.eval_shape(
+        lambda key: init_states([module], OPTIMIZER, key, images), jax.random.key(0)
+    )
     statistics = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), state.batch_stats)
     params, velocity = numbers(state.params, 0), numbers(state.opt_state, 1)
-    state = state.replace(params=params, batch_stats=statistics, opt_state=velocity, updates=jnp.int32(5), rng=jax.random.key(0))
+    state = state.replace(
+        params=params,
+        batch_stats=statistics,
+        opt_state=velocity,
+        updates=jnp.int32(5),
+        rng=jax.random.key(0),
+    )
     return module, state, jnp.asarray(np.random.default_rng(2).normal(size=images.shape), "float32")
 
 
@@ -69,13 +77,19 @@ def test_one_update_equals_an_independent_one(head):
     # Blocks and head straight from flax, the loss from its definition, the update from NumPy.
     @partial(jax.value_and_grad, has_aux=True)
     def loss(params):
-        body = {"params": params["body"]["block_0"], "batch_stats": state.batch_stats["body"]["block_0"]}
+        body = {
+            "params": params["body"]["block_0"],
+            "batch_stats": state.batch_stats["body"]["block_0"],
+        }
         x, block = module.blocks[0].apply(body, images, train=True, mutable=["batch_stats"])
         own = {"params": params["objective"], "batch_stats": state.batch_stats["objective"]}
         logits, head = module.objective.head.apply(own, x, train=True, mutable=["batch_stats"])
         exp = jnp.exp(logits)
         chosen = (exp / exp.sum(1, keepdims=True))[np.arange(4), LABEL]
-        statistics = {"body": {"block_0": block["batch_stats"]}, "objective": head.get("batch_stats", {})}
+        statistics = {
+            "body": {"block_0": block["batch_stats"]},
+            "objective": head.get("batch_stats", {}),
+        }
         return -jnp.log(chosen).sum() / 4, (x, logits, statistics)
 
     (expected, (x, logits, statistics)), gradient = jax.jit(loss)(state.params)
@@ -85,8 +99,12 @@ def test_one_update_equals_an_independent_one(head):
     np.testing.assert_allclose(flat(new.batch_stats), flat(statistics), rtol=1e-5, atol=1e-6)
     velocity = MOMENTUM * flat(state.opt_state) + flat(gradient) + DECAY * flat(state.params)
     np.testing.assert_allclose(flat(new.opt_state), velocity, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(flat(new.params), flat(state.params) - RATE * velocity, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(flat(new.opt_state), velocity - DECAY * flat(state.params), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        flat(new.params), flat(state.params) - RATE * velocity, rtol=1e-5, atol=1e-6
+    )
+    assert not np.allclose(
+        flat(new.opt_state), velocity - DECAY * flat(state.params), rtol=1e-4, atol=1e-5
+    )
     assert int(new.updates) == 6
 
     # The same numbers a year from now.
@@ -147,7 +165,12 @@ def losses_of(params, states):
 def sizes(states):
     """Largest entry of the gradient of module k's loss with respect to the parameters of module i, as a 3x3 table."""
     jacobian = jax.jit(jax.jacrev(losses_of))([s.params for s in states], states)
-    return np.array([[max(np.abs(leaf[k]).max() for leaf in jax.tree.leaves(of)) for of in jacobian] for k in range(3)])
+    return np.array(
+        [
+            [max(np.abs(leaf[k]).max() for leaf in jax.tree.leaves(of)) for of in jacobian]
+            for k in range(3)
+        ]
+    )
 
 
 def test_no_gradient_reaches_another_module(states):
@@ -160,7 +183,9 @@ def test_without_detaching_it_would(states, monkeypatch, traced_anew):
     monkeypatch.setattr(step, "lax", SimpleNamespace(stop_gradient=lambda x: x))
     table = sizes(states)
     assert (table[np.tril_indices(3)] > 1e-4).all()
-    assert (table[np.triu_indices(3, 1)] == 0.0).all()  # nor does a loss depend on later modules, detached or not
+    assert (
+        table[np.triu_indices(3, 1)] == 0.0
+    ).all()  # nor does a loss depend on later modules, detached or not
 
 
 def test_a_step_is_pure(states):
@@ -191,7 +216,11 @@ def test_randomness_follows_the_update_count():
     assert [int(s.updates) for s in (state, second, third)] == [0, 1, 2]
     assert (np.asarray(first_outputs == 0) != np.asarray(second_outputs == 0)).any()
     # The masks depend on the key and the count alone: a restored state draws the same ones.
-    again = one(second.replace(rng=jax.random.wrap_key_data(jax.random.key_data(state.rng))), INPUTS, TARGETS)[1]
+    again = one(
+        second.replace(rng=jax.random.wrap_key_data(jax.random.key_data(state.rng))),
+        INPUTS,
+        TARGETS,
+    )[1]
     np.testing.assert_array_equal(again, second_outputs)
 
 
@@ -201,7 +230,12 @@ def test_vmap_over_seeds():
     many = jax.jit(jax.vmap(lambda key: one(init(key)[0], INPUTS, TARGETS)[1:]))(keys)
     alone = jax.jit(lambda key: one(init(key)[0], INPUTS, TARGETS)[1:])
     for n in range(2):
-        np.testing.assert_allclose(flat(jax.tree.map(lambda x, n=n: x[n], many)), flat(alone(keys[n])), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            flat(jax.tree.map(lambda x, n=n: x[n], many)),
+            flat(alone(keys[n])),
+            rtol=1e-5,
+            atol=1e-6,
+        )
     assert not np.allclose(many[0][0], many[0][1])
 
 
@@ -217,7 +251,10 @@ def test_eval_step_without_a_head(states):
 def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
     found = [to_host(spec.init()) for spec in (tiny.spec(3), tiny.spec(2, heads=False))]
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
-    bodies = [{name: block for state in states for name, block in state.params["body"].items()} for states in found]
+    bodies = [
+        {name: block for state in states for name, block in state.params["body"].items()}
+        for states in found
+    ]
     assert bodies[0].keys() == {"block_0", "block_1", "block_2"}
     assert same(bodies[1], bodies[0])
     assert same(found[1][-1].params["objective"], found[0][-1].params["objective"])
@@ -227,7 +264,9 @@ def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
 def test_a_head_without_blocks_can_be_initialised():
     (module,) = make_modules([], (0,), [Head()])
     params, _ = module.init(
-        jax.random.key(0), jax.ShapeDtypeStruct((2, 3), "float32"), {"label": jax.ShapeDtypeStruct((2,), "int32")}
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((2, 3), "float32"),
+        {"label": jax.ShapeDtypeStruct((2,), "int32")},
     )
     assert set(params) == {"body", "objective"}
 
@@ -246,7 +285,9 @@ def test_annotations_are_true(states):
     for wrong in (
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS.astype(int), TARGETS),
         lambda: checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, LABEL),
-        lambda: checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS.astype(int)),
+        lambda: checked(eval_step)(
+            MODULES[0], states[0].params, states[0].batch_stats, INPUTS.astype(int)
+        ),
         lambda: checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS["label"][:3]),
         lambda: checked(classifier.cross_entropy)(jnp.zeros(4), TARGETS["label"]),
         lambda: checked(classifier.accuracy)(jnp.zeros((4, 3)), jnp.zeros(4)),
@@ -258,7 +299,9 @@ def test_annotations_are_true(states):
 def test_losses_by_hand():
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     label = jnp.asarray([1, 2])
-    np.testing.assert_allclose(classifier.cross_entropy(logits, label), -(np.log(0.25) + np.log(0.8)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        classifier.cross_entropy(logits, label), -(np.log(0.25) + np.log(0.8)) / 2, rtol=1e-6
+    )
     assert float(classifier.accuracy(logits, label)) == 0.5
     assert classifier.cross_entropy(logits.astype(jnp.bfloat16), label).dtype == jnp.float32
 
@@ -267,8 +310,13 @@ def test_a_smoothed_loss_by_hand():
     # Of a share of 0.3 each of three classes gets 0.1: context are 0.8, 0.1, 0.1.
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25]]))
     found = classifier.cross_entropy(logits, jnp.asarray([1]), 0.3)
-    np.testing.assert_allclose(found, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6)
-    assert classifier.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype == jnp.float32
+    np.testing.assert_allclose(
+        found, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6
+    )
+    assert (
+        classifier.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype
+        == jnp.float32
+    )
     # The gradient is the probabilities less the context.
     gradient = jax.grad(classifier.cross_entropy)(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(gradient, [[0.5 - 0.1, 0.25 - 0.8, 0.25 - 0.1]], rtol=1e-5)

@@ -91,9 +91,14 @@ def after_three_steps(**fields: Any) -> dict[str, list[float]]:
             of_module += [float(metrics["loss"][0] / metrics["loss"][1])] if metrics else []
     found = {f"losses {k}": numbers for k, numbers in enumerate(losses) if numbers}
     for k, (params, module) in enumerate(zip(before, snapshot().modules)):
-        found |= {f"module {k}{path}": numbers for path, numbers in moved(params, module.params).items()}
+        found |= {
+            f"module {k}{path}": numbers for path, numbers in moved(params, module.params).items()
+        }
         if "ema" in module.extras:
-            found |= {f"average {k}{path}": numbers for path, numbers in moved(params, ema.evaluated(module)[0]).items()}
+            found |= {
+                f"average {k}{path}": numbers
+                for path, numbers in moved(params, ema.evaluated(module)[0]).items()
+            }
     return found
 
 
@@ -101,9 +106,15 @@ def other(found: dict[str, list[float]], stored: dict[str, list[float]]) -> list
     """What differs by more than a ten thousandth of the largest number of its row."""
 
     def same(name: str) -> bool:
-        return np.allclose(found[name], stored[name], rtol=0, atol=1e-4 * np.max(np.abs(stored[name])))
+        return np.allclose(
+            found[name], stored[name], rtol=0, atol=1e-4 * np.max(np.abs(stored[name]))
+        )
 
-    return [name for name in found.keys() | stored.keys() if name not in found or name not in stored or not same(name)]
+    return [
+        name
+        for name in found.keys() | stored.keys()
+        if name not in found or name not in stored or not same(name)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +122,10 @@ def stored():
     return json.loads(STORED.read_text())
 
 
-@pytest.mark.parametrize("name", ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fused")])
+@pytest.mark.parametrize(
+    "name",
+    ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fused")],
+)
 def test_numbers_are_those_stored(name, stored):
     assert other(after_three_steps(**RUNS[name]), stored[name]) == []
 
@@ -142,6 +156,9 @@ if __name__ == "__main__":
     NETWORKS._kinds["smooth"] = NetworkKind(smooth)
     runs = []
     for run, fields in RUNS.items():
-        rows = [f"  {json.dumps(k)}: {[float(f'{x:.7g}') for x in numbers]}" for k, numbers in after_three_steps(**fields).items()]
+        rows = [
+            f"  {json.dumps(k)}: {[float(f'{x:.7g}') for x in numbers]}"
+            for k, numbers in after_three_steps(**fields).items()
+        ]
         runs.append(f" {json.dumps(run)}: {{\n" + ",\n".join(rows) + "\n }")
     STORED.write_text("{\n" + ",\n".join(runs) + "\n}\n")

@@ -19,7 +19,12 @@ QUESTIONS = (
     r"|getrusage|local_devices\(backend|\bimport resource\b|\bsysconf\b"
 )
 # `accelerator.py` breaks the questions, this file tries them; and a benchmark binds itself before anything may be imported.
-MAY_ASK = {"dgl_jax/system.py", "tests/test_system.py", "tests/accelerator.py", "benchmarks/vq_speed/run.py"}
+MAY_ASK = {
+    "dgl_jax/system.py",
+    "tests/test_system.py",
+    "tests/accelerator.py",
+    "benchmarks/vq_speed/run.py",
+}
 
 
 def asks(text):
@@ -29,7 +34,9 @@ def asks(text):
 
 def test_nobody_else_asks():
     folders = ("dgl_jax", "tests", "benchmarks", "examples", "configs")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")] + [ROOT / "launch.py"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")] + [
+        ROOT / "launch.py"
+    ]
     assert len(files) > 100
     found = {str(path.relative_to(ROOT)): asks(path.read_text()) for path in files}
     assert {name: words for name, words in found.items() if words and name not in MAY_ASK} == {}
@@ -56,7 +63,9 @@ def test_answers_of_this_machine():
     assert system.cpu_count() == len(os.sched_getaffinity(0))
     assert system.machine_cpus() == os.cpu_count()
     assert system.free_memory() > 2**20
-    assert system.process_peak() >= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 2**20
+    assert (
+        system.process_peak() >= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 2**20
+    )
     (device, *_) = jax.devices()
     assert system.device_kind(device) == "cpu"
     found = system.device_memory(device)
@@ -95,7 +104,10 @@ def fails():
 @pytest.mark.parametrize(
     ("stats", "memory"),
     [
-        ({"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 500}, DeviceMemory(700, 1000, 500)),
+        (
+            {"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 500},
+            DeviceMemory(700, 1000, 500),
+        ),
         ({"bytes_limit": 1000, "bytes_in_use": 1200}, DeviceMemory(0, 1000)),
         ({"bytes_limit": 1000}, DeviceMemory(None, 1000)),
         ({"bytes_in_use": 300, "peak_bytes_in_use": 0}, DeviceMemory(None, None, 0)),
@@ -110,13 +122,18 @@ def test_memory_of_a_device(stats, memory):
     assert system.device_memory(Device(stats)) == memory
 
 
-@pytest.mark.parametrize(("kind", "name"), [("TPU v5e", "TPU v5e"), (None, "cuda"), ("", "cuda"), (fails, "cuda")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TPU v5e", "TPU v5e"), (None, "cuda"), ("", "cuda"), (fails, "cuda")]
+)
 def test_kind_of_a_device(kind, name):
     assert system.device_kind(Device(kind=kind)) == name
 
 
 def plan(**fields):
-    sizes = {f"{name}_size_in_bytes": n for n, name in enumerate(("argument", "output", "alias", "temp"), 1)} | fields
+    sizes = {
+        f"{name}_size_in_bytes": n
+        for n, name in enumerate(("argument", "output", "alias", "temp"), 1)
+    } | fields
     return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
 
 
@@ -143,7 +160,9 @@ def test_where_the_system_tells_less(monkeypatch, tmp_path):
     assert system.free_memory() is None
     monkeypatch.delattr(os, "sysconf")
     assert system.free_memory() is None
-    monkeypatch.setattr(system, "_meminfo", lambda: "MemTotal: 9 kB\nMemAvailable:    7 kB\nSwap: 1 kB\n")
+    monkeypatch.setattr(
+        system, "_meminfo", lambda: "MemTotal: 9 kB\nMemAvailable:    7 kB\nSwap: 1 kB\n"
+    )
     assert system.free_memory() == 7 * 1024
 
 

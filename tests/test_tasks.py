@@ -28,7 +28,12 @@ from dgl_jax.types import PADDING
 
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
-TOKENS = {"data__name": "token_sums", "task__name": "token_labels", "model__name": "token_conv", "model__head": "each_token"}
+TOKENS = {
+    "data__name": "token_sums",
+    "task__name": "token_labels",
+    "model__name": "token_conv",
+    "model__head": "each_token",
+}
 LENGTH, SYMBOLS = 16, 8
 
 
@@ -54,7 +59,10 @@ def trained(steps: int, devices: int = 2, **fields: Any):
 
 
 def furthest(one, other):
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return max(
+        float(np.max(np.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 # Training
@@ -76,13 +84,17 @@ def by_hand(steps: int, hidden: float, shift: int = 0):
     def loss_of(p, blocks, x, label):
         features = features_of(p, blocks, x)
         logits = features @ p["objective"]["Dense_0"]["kernel"] + p["objective"]["Dense_0"]["bias"]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], -1).mean(), features
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(logits), label[..., None], -1
+        ).mean(), features
 
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
     for number in range(steps):
         ids = order.training(number)
         label = np.roll(data.labels[ids], shift, axis=1)
-        unseen = jax.random.bernoulli(rngs.augmentation(rngs.root(0), number), hidden, (len(ids), LENGTH))
+        unseen = jax.random.bernoulli(
+            rngs.augmentation(rngs.root(0), number), hidden, (len(ids), LENGTH)
+        )
         x = jnp.where(unseen, SYMBOLS, data.inputs[ids])
         for k, module in enumerate(made.spec.modules):
             blocks = tuple(enumerate(module.blocks, module.first))
@@ -96,15 +108,22 @@ def by_hand(steps: int, hidden: float, shift: int = 0):
 def test_labels_a_token_are_the_hand_written_loop(engine):
     found = trained(3, task__hidden=0.25, engine__name=engine)
     assert furthest(found, by_hand(3, 0.25)) < 1e-5
-    assert furthest(found, by_hand(3, 0.25, shift=1)) > 1e-4, "labels of other tokens went unnoticed"
+    assert furthest(found, by_hand(3, 0.25, shift=1)) > 1e-4, (
+        "labels of other tokens went unnoticed"
+    )
     assert furthest(found, by_hand(3, 0.0)) > 1e-4, "what hides tokens went unnoticed"
 
 
 @pytest.mark.slow
 @pytest.mark.full_compile
-@pytest.mark.parametrize("fields", [{}, {"model__remat": True, "train__accumulate": 2}, {"codec__name": "bf16"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"model__remat": True, "train__accumulate": 2}, {"codec__name": "bf16"}]
+)
 def test_synchronous_engines_agree_to_the_bit(fields):
-    one, other = (trained(4, count, engine__name=name, **fields) for name, count in (("fused", 1), ("pipeline", 2)))
+    one, other = (
+        trained(4, count, engine__name=name, **fields)
+        for name, count in (("fused", 1), ("pipeline", 2))
+    )
     assert furthest(one, other) == 0.0
 
 
@@ -118,8 +137,16 @@ def test_asynchronous_engines_carry_rows_of_labels_through_rings(engine, tmp_pat
 
 @pytest.mark.slow
 def test_the_second_module_learns_what_the_first_cannot_see(tmp_path):
-    fields = {"train__steps": 600, "data__batch_size": 64, "data__train_examples": 0, "model__width": 32, "model__modules": 4}
-    summary = train_and_evaluate(config(**fields, eval__every=0, checkpoint__every=0, optimizer__learning_rate=0.1), tmp_path)
+    fields = {
+        "train__steps": 600,
+        "data__batch_size": 64,
+        "data__train_examples": 0,
+        "model__width": 32,
+        "model__modules": 4,
+    }
+    summary = train_and_evaluate(
+        config(**fields, eval__every=0, checkpoint__every=0, optimizer__learning_rate=0.1), tmp_path
+    )
     accuracies = [module["test_accuracy"] for module in summary.modules]
     assert accuracies[0] < 0.3
     assert min(accuracies[1:]) > 0.85
@@ -131,7 +158,9 @@ def test_the_second_module_learns_what_the_first_cannot_see(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tokens") / "run"
-    return workdir, train_and_evaluate(config(task__hidden=0.1, data__validation_fraction=0.1, codec__name="bf16"), workdir)
+    return workdir, train_and_evaluate(
+        config(task__hidden=0.1, data__validation_fraction=0.1, codec__name="bf16"), workdir
+    )
 
 
 @pytest.mark.slow
@@ -157,11 +186,15 @@ def test_accuracies_are_over_tokens_as_counted_in_numpy(run):
     right = [np.asarray(answer).argmax(-1) == stored.labels for answer in logits]
     found = evaluate_run(workdir)
     for k, of_module in enumerate(right):
-        assert found[f"test/module_{k}/accuracy"] == pytest.approx(of_module.sum() / (500 * LENGTH), abs=1e-9)
+        assert found[f"test/module_{k}/accuracy"] == pytest.approx(
+            of_module.sum() / (500 * LENGTH), abs=1e-9
+        )
         odds = np.asarray(jax.nn.log_softmax(logits[k]), np.float64)
         nats = -np.take_along_axis(odds, stored.labels[..., None], -1).mean()
         assert found[f"test/module_{k}/loss"] == pytest.approx(nats, rel=1e-5)
-        assert of_module.all(1).mean() < found[f"test/module_{k}/accuracy"], "whole sequences were counted"
+        assert of_module.all(1).mean() < found[f"test/module_{k}/accuracy"], (
+            "whole sequences were counted"
+        )
     odds = [np.asarray(jax.nn.softmax(answer), np.float64) for answer in logits]
     expected = ((odds[0] + 2 * odds[1]).argmax(-1) == stored.labels).mean()
     assert found["test/ensemble/accuracy"] == pytest.approx(expected, abs=2 / (500 * LENGTH))
@@ -175,7 +208,10 @@ def test_a_run_on_tokens_is_drawn(run):
 
 
 def test_predict_reads_images_alone(run):
-    with pytest.raises(UserError, match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export gives"):
+    with pytest.raises(
+        UserError,
+        match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export gives",
+    ):
         predict_run(run[0], "newest", ["nowhere"], None)
 
 
@@ -198,9 +234,14 @@ def test_tokens_are_cut_by_cost(split):
 
 def test_what_is_padding_does_not_count():
     task = Task(jax.ShapeDtypeStruct((3,), np.int32), (3,))
-    answer = np.float32([[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]]])
+    answer = np.float32(
+        [[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]]]
+    )
     label = np.int32([[0, 0, PADDING], [PADDING] * 3])
-    found = {name: (float(total), int(count)) for name, (total, count) in task.metrics(answer, label).items()}
+    found = {
+        name: (float(total), int(count))
+        for name, (total, count) in task.metrics(answer, label).items()
+    }
     assert found["accuracy"] == (1.0, 2)
     assert found["loss"] == (pytest.approx(-np.log(0.9) - np.log(0.2)), 2)
     counted = task.metrics(answer, np.where(label == PADDING, 0, label))
@@ -216,7 +257,9 @@ def sequences(train: int = 24, test: int = 5) -> DataSet:
 
 
 def test_rows_of_labels_go_through_batches_shapes_and_padding():
-    source = ArraySource(sequences(), batch_size=4, seed=0, validation_fraction=0.25, train_examples=12)
+    source = ArraySource(
+        sequences(), batch_size=4, seed=0, validation_fraction=0.25, train_examples=12
+    )
     assert (source.example_shape, source.example_dtype, source.label_shape) == ((4,), "int32", (4,))
     assert (source.mean, source.std) == ((), ())
     assert [source.examples(split) for split in ("train", "validation", "test")] == [12, 6, 5]
@@ -253,7 +296,9 @@ def test_draws_of_a_task_are_of_the_seed_and_the_step():
 
 def task_inputs() -> TaskInputs:
     example = jax.ShapeDtypeStruct((LENGTH,), np.int32)
-    return TaskInputs(name="some", example=example, label=(LENGTH,), classes=8, mean=(), std=(), augment="none")
+    return TaskInputs(
+        name="some", example=example, label=(LENGTH,), classes=8, mean=(), std=(), augment="none"
+    )
 
 
 # What does not fit
@@ -276,8 +321,14 @@ def task_inputs() -> TaskInputs:
             {"model__name": "cnn4"},
             r"^config\.model\.name='cnn4': reads images \(height, .*\), not examples of shape \(16,\)",
         ),
-        ({"model__head": "linear"}, r"^config\.model\.head: gives logits of shape \(8, 8\) for labels of shape \(8, 16\)"),
-        ({"task__name": "token_label"}, r"^config\.task\.name='token_label': no such name; did you mean token_labels\?$"),
+        (
+            {"model__head": "linear"},
+            r"^config\.model\.head: gives logits of shape \(8, 8\) for labels of shape \(8, 16\)",
+        ),
+        (
+            {"task__name": "token_label"},
+            r"^config\.task\.name='token_label': no such name; did you mean token_labels\?$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(fields, message):
@@ -286,15 +337,26 @@ def test_what_does_not_fit_is_one_line(fields, message):
 
 
 def test_options_of_images_do_not_apply_to_tokens():
-    with pytest.raises(UserError, match=r"^config\.data\.augment='crop_flip': applies to config\.task\.name=image_class"):
+    with pytest.raises(
+        UserError,
+        match=r"^config\.data\.augment='crop_flip': applies to config\.task\.name=image_class",
+    ):
         make_settings(config(data__augment="crop_flip"), given=["data.augment"])
     assert set(make_settings(config(data__image_size=9)).ignored) == {"data.image_size"}
-    with pytest.raises(UserError, match=r"^config\.task\.hidden=0\.5: applies to config\.task\.name=token_labels, not to"):
-        make_settings(config(task__name="image_classification", task__hidden=0.5), given=["task.hidden"])
+    with pytest.raises(
+        UserError,
+        match=r"^config\.task\.hidden=0\.5: applies to config\.task\.name=token_labels, not to",
+    ):
+        make_settings(
+            config(task__name="image_classification", task__hidden=0.5), given=["task.hidden"]
+        )
 
 
 def test_only_images_are_known_before_they_are_read():
-    with pytest.raises(UserError, match=r"^config\.data\.name=token_sums: .* known once it is read; plan with images of"):
+    with pytest.raises(
+        UserError,
+        match=r"^config\.data\.name=token_sums: .* known once it is read; plan with images of",
+    ):
         known_info(make_settings(config()).data)
 
 
@@ -308,4 +370,8 @@ def test_the_usual_task_is_image_classification():
     assert settings.task.name == "image_classification"
     task = make_experiment(settings, jax.devices()[:1]).spec.task
     assert isinstance(task, ImageClassification)
-    assert (task.inputs(5).shape, task.inputs(5).dtype, task.label) == ((5, 8, 8, 3), np.float32, ())
+    assert (task.inputs(5).shape, task.inputs(5).dtype, task.label) == (
+        (5, 8, 8, 3),
+        np.float32,
+        (),
+    )

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("plugin_kinds")
 CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 
 
-@pytest.mark.parametrize("name", ["identity", "bf16", "int8", pytest.param("vq", marks=pytest.mark.slow), "signs"])
+@pytest.mark.parametrize(
+    "name", ["identity", "bf16", "int8", pytest.param("vq", marks=pytest.mark.slow), "signs"]
+)
 def test_codecs(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
@@ -32,7 +34,8 @@ def test_objectives(name):
 @pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "devices", "replay"), [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})]
+    ("name", "devices", "replay"),
+    [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})],
 )
 def test_engines(name, devices, replay):
     testing.check_engine(name, devices, replay=replay)
@@ -59,7 +62,9 @@ class Rounded(Stateless):
 
 
 def test_a_codec_that_calls_itself_lossless_is_noticed(monkeypatch):
-    monkeypatch.setitem(CODECS._kinds, "rounded", CodecKind(lambda options, dtype: Rounded(), lossless=True))
+    monkeypatch.setitem(
+        CODECS._kinds, "rounded", CodecKind(lambda options, dtype: Rounded(), lossless=True)
+    )
     with pytest.raises(AssertionError, match="calls itself lossless"):
         testing.check_codec("rounded", options("codec", name="rounded"))
 
@@ -72,7 +77,9 @@ class Blind(Classifier):
 
 
 def test_an_objective_without_a_gradient_is_noticed(monkeypatch):
-    monkeypatch.setitem(OBJECTIVES._kinds, "blind", ObjectiveKind(lambda options, inputs: Blind(inputs.head)))
+    monkeypatch.setitem(
+        OBJECTIVES._kinds, "blind", ObjectiveKind(lambda options, inputs: Blind(inputs.head))
+    )
     with pytest.raises(AssertionError, match="no gradient reaches the body"):
         testing.check_objective(objective={"name": "blind"})
 
@@ -81,7 +88,9 @@ def test_an_objective_without_a_gradient_is_noticed(monkeypatch):
 def test_an_engine_that_skips_a_batch_is_noticed(monkeypatch):
     class Skipping(fused.FusedEngine):
         def run(self, state, source, until, stop=lambda: False):
-            later = type("Later", (), {"batches": staticmethod(lambda start: source.batches(start + 1))})
+            later = type(
+                "Later", (), {"batches": staticmethod(lambda start: source.batches(start + 1))}
+            )
             yield from super().run(state, later, until, stop)
 
     def make(inputs, options):

@@ -27,7 +27,9 @@ TOTAL = 12
 
 def engine(tiny, devices, replay=None, **settings) -> ThreadsEngine:
     """Three modules on three devices."""
-    return ThreadsEngine(tiny.spec(), assign(devices[:3], 3), ThreadsOptions(**settings), replay or ReplaySettings(3))
+    return ThreadsEngine(
+        tiny.spec(), assign(devices[:3], 3), ThreadsOptions(**settings), replay or ReplaySettings(3)
+    )
 
 
 def begin(tiny, made: ThreadsEngine) -> EngineState:
@@ -82,7 +84,9 @@ def test_every_module_ends_with_the_same_number_of_updates(tiny, devices):
     assert counts(state) == [TOTAL] * 3
     assert len(reports) == 3 * TOTAL
     for before, report in zip([(0, 0, 0), *[r.updates for r in reports]], reports):
-        assert [b - a for a, b in zip(before, report.updates)] == [int(bool(m)) for m in report.metrics]
+        assert [b - a for a, b in zip(before, report.updates)] == [
+            int(bool(m)) for m in report.metrics
+        ]
     assert all(np.isfinite(m["loss"]).all() for r in reports for m in r.metrics if m)
     assert workers() == []
 
@@ -94,7 +98,9 @@ def test_a_module_that_stands_still_holds_nobody_up(tiny, devices):
     for report in made.run(begin(tiny, made), tiny.source, TOTAL):
         seen.append(report.updates)
         if report.updates[0] == report.updates[2] == TOTAL and not gate.opened.is_set():
-            assert report.updates[1] == 2  # both neighbours have finished: one with its input lost, one on the same two packets
+            assert (
+                report.updates[1] == 2
+            )  # both neighbours have finished: one with its input lost, one on the same two packets
             gate.opened.set()
     assert gate.opened.is_set()
     assert seen[-1] == (TOTAL,) * 3
@@ -105,7 +111,9 @@ def test_twin_waiting_for_the_slow_module_would_be_noticed(tiny, devices):
     gate = Gate(made, 1, after=2)
     for report in made.run(begin(tiny, made), tiny.source, TOTAL):
         if report.updates[0] == TOTAL and not gate.opened.is_set():
-            assert report.updates[2] <= 2  # every packet once: nothing more to read until module_1 goes on
+            assert (
+                report.updates[2] <= 2
+            )  # every packet once: nothing more to read until module_1 goes on
             gate.opened.set()
     assert gate.opened.is_set()
 
@@ -116,7 +124,9 @@ def test_a_snapshot_is_a_copy_and_stops_nobody(tiny, devices, to_host):
         if len(copies) < 2:
             copies.append(report.snapshot())
             before = to_host(copies[0].modules)
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(to_host(copies[0].modules)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves(to_host(copies[0].modules)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert counts(report.snapshot()) == [TOTAL] * 3
 
@@ -160,7 +170,10 @@ def test_twin_labels_of_another_packet_are_noticed(tiny, devices, monkeypatch):
 def test_a_failure_names_the_module_and_stops_the_others(tiny, devices, caplog):
     made = engine(tiny, devices)
     Fault(made, 1, call=3)
-    with pytest.raises(UserError, match=r"module_1 failed after 2 updates: RuntimeError: injected; the others have stopped"):
+    with pytest.raises(
+        UserError,
+        match=r"module_1 failed after 2 updates: RuntimeError: injected; the others have stopped",
+    ):
         run(tiny, made)
     assert workers() == []
     assert "Traceback" in caplog.text
@@ -176,7 +189,11 @@ def test_a_failed_module_is_restarted_while_the_others_go_on(tiny, devices):
     assert asked == [1]
     assert counts(state) == [TOTAL] * 3
     assert [r.updates[1] for r in reports if r.metrics[1]] == [1, 2, 3, 4, *range(1, TOTAL + 1)]
-    assert all(b >= a for k in (0, 2) for a, b in zip([r.updates[k] for r in reports], [r.updates[k] for r in reports][1:]))
+    assert all(
+        b >= a
+        for k in (0, 2)
+        for a, b in zip([r.updates[k] for r in reports], [r.updates[k] for r in reports][1:])
+    )
 
 
 def test_a_module_that_fails_again_and_again_ends_the_run(tiny, devices):
@@ -377,12 +394,17 @@ def test_a_whole_run_restarts_a_module_from_its_newest_checkpoint(tmp_path, monk
         Fault(self, 1, call=14)  # after the checkpoints of steps 4, 8 and 12
 
     monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
-    with pytest.raises(UserError, match=r"module_1 failed after 13 updates: RuntimeError: injected; .* last checkpoint is good"):
+    with pytest.raises(
+        UserError,
+        match=r"module_1 failed after 13 updates: RuntimeError: injected; .* last checkpoint is good",
+    ):
         train_and_evaluate(threaded(), tmp_path / "stopped")
     with caplog.at_level("WARNING", logger="dgl_jax"):
         summary = train_and_evaluate(threaded(engine__restart_workers=True), tmp_path / "restarted")
     assert [m["updates"] for m in summary.modules] == [24, 24]
-    restarted = re.search(r"module_1 goes on from its newest checkpoint, with (\d+) updates", caplog.text)
+    restarted = re.search(
+        r"module_1 goes on from its newest checkpoint, with (\d+) updates", caplog.text
+    )
     assert 4 <= int(restarted[1]) <= 13
     steps = [r["step"] for r in records(tmp_path / "restarted") if "learning_rate" in r]
     assert steps == sorted(set(steps))

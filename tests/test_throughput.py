@@ -65,12 +65,22 @@ def trained(tiny, made, clock):
         step = report.step
         report.snapshot()
     assert clock.now > 1000.0, "something was compiled"
-    return throughput, {name: value for name, value in made.gauges(report.snapshot()).items() if "updates_per" in name}
+    return throughput, {
+        name: value
+        for name, value in made.gauges(report.snapshot()).items()
+        if "updates_per" in name
+    }
 
 
 @pytest.mark.parametrize("order", ["ordered", "random"])
 def test_simulated_by_hand(tiny, devices, clock, order):
-    made = SimulatedEngine(tiny.spec(), one_group(devices[:1], 3), TOTAL, SimulatedOptions(order=order), ReplaySettings(3))
+    made = SimulatedEngine(
+        tiny.spec(),
+        one_group(devices[:1], 3),
+        TOTAL,
+        SimulatedOptions(order=order),
+        ReplaySettings(3),
+    )
     clock.timed(made.programs)
     clock.timed(made.feeds)
     found, _ = trained(tiny, made, clock)
@@ -96,7 +106,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_threads_compile_nothing_once_they_work(tiny, devices, clock, case):
     groups, codec = CASES[case]
-    made = ThreadsEngine(tiny.spec(codec=codec), assign(devices, 3, groups), ThreadsOptions(), ReplaySettings(3))
+    made = ThreadsEngine(
+        tiny.spec(codec=codec), assign(devices, 3, groups), ThreadsOptions(), ReplaySettings(3)
+    )
     made.clock, made.watchdog_seconds = clock, 0.0
     fed, last = threading.Event(), iter(range(1, TOTAL + 1))
     # The last update waits for a module that is done and only feeds.
@@ -115,7 +127,12 @@ def test_what_is_done_while_an_evaluation_lasts_is_not_counted():
     now = [100.0]
     found = Throughput(10, lambda: now[0])
     found.start()
-    for at, batches in ((150.0, 1), (151.0, 1), (152.0, 0), (153.0, 1)):  # the first report ends the start
+    for at, batches in (
+        (150.0, 1),
+        (151.0, 1),
+        (152.0, 0),
+        (153.0, 1),
+    ):  # the first report ends the start
         found.count(batches, at)
     assert (found.images, found.seconds, found.rate()) == (20, 3.0, 6.67)
     now[0] = 160.0  # an evaluation is over; the workers went on meanwhile

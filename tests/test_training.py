@@ -88,17 +88,31 @@ def one_module(*blocks, shape=(5,), remat=False):
     (module,) = make_modules(blocks, (0,), [Logits()], remat)
     random = np.random.default_rng(0)
     inputs = jax.ShapeDtypeStruct((BATCH, *shape), "float32")
-    (state,) = jax.eval_shape(lambda key: init_states([module], OPTIMIZER, key, inputs), jax.random.key(0))
+    (state,) = jax.eval_shape(
+        lambda key: init_states([module], OPTIMIZER, key, inputs), jax.random.key(0)
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.opt_state)
-    params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), state.params)
-    stats = jax.tree_util.tree_map_with_path(lambda path, x: jnp.full(x.shape, float("var" in str(path))), state.batch_stats)
-    state = state.replace(params=params, batch_stats=stats, opt_state=zeros, updates=jnp.int32(0), rng=jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), state.params
+    )
+    stats = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full(x.shape, float("var" in str(path))), state.batch_stats
+    )
+    state = state.replace(
+        params=params,
+        batch_stats=stats,
+        opt_state=zeros,
+        updates=jnp.int32(0),
+        rng=jax.random.key(0),
+    )
     return module, state, jnp.asarray(random.normal(size=inputs.shape), "float32")
 
 
 def updated(module, state, inputs, **options):
     """All that one update gives, on the host."""
-    new, outputs, metrics = jax.jit(partial(local_step, module, OPTIMIZER, **options))(state, inputs, TARGETS)
+    new, outputs, metrics = jax.jit(partial(local_step, module, OPTIMIZER, **options))(
+        state, inputs, TARGETS
+    )
     return jax.tree.map(np.asarray, (new.replace(rng=None), outputs, metrics))
 
 
@@ -110,14 +124,18 @@ def plain(*blocks):
 
 def furthest(a, b):
     """Largest |a - b| over a pytree, in units of the largest |b| of each array."""
-    distances = jax.tree.map(lambda x, y: np.max(np.abs(np.float64(x) - y)) / max(np.max(np.abs(y)), 1e-3), a, b)
+    distances = jax.tree.map(
+        lambda x, y: np.max(np.abs(np.float64(x) - y)) / max(np.max(np.abs(y)), 1e-3), a, b
+    )
     return max(jax.tree.leaves(distances))
 
 
 def temporary(remat=False, **options):
     """Bytes of scratch that the compiler plans for one update of wide blocks."""
     module, state, inputs = one_module(*[Wide()] * 4, shape=(64, 16), remat=remat)
-    lowered = jax.jit(partial(local_step, module, OPTIMIZER, **options)).lower(state, inputs, TARGETS)
+    lowered = jax.jit(partial(local_step, module, OPTIMIZER, **options)).lower(
+        state, inputs, TARGETS
+    )
     return system.program_plan(lowered.compile()).temporary
 
 
@@ -161,7 +179,10 @@ def test_twin_without_recomputing_nothing_is_saved(usual, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 8])
 def test_micro_batches_without_batch_norm_are_the_whole_batch(parts):
-    assert furthest(updated(*one_module(Dense(), Dense()), accumulate=parts), plain(Dense(), Dense())) < 1e-6
+    assert (
+        furthest(updated(*one_module(Dense(), Dense()), accumulate=parts), plain(Dense(), Dense()))
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("broken", ["a part twice", "out of order", "a sum"])
@@ -173,8 +194,15 @@ def test_twins_of_micro_batches_are_noticed(monkeypatch, broken):
         monkeypatch.setattr(step, "_join", jnp.concatenate)
     else:
         gradient = step.apply_gradient
-        monkeypatch.setattr(step, "apply_gradient", lambda o, s, g, b: gradient(o, s, jax.tree.map(lambda x: 2 * x, g), b))
-    assert furthest(updated(*one_module(Dense(), Dense()), accumulate=2), plain(Dense(), Dense())) > 1e-3
+        monkeypatch.setattr(
+            step,
+            "apply_gradient",
+            lambda o, s, g, b: gradient(o, s, jax.tree.map(lambda x: 2 * x, g), b),
+        )
+    assert (
+        furthest(updated(*one_module(Dense(), Dense()), accumulate=2), plain(Dense(), Dense()))
+        > 1e-3
+    )
 
 
 def test_batch_norm_takes_each_micro_batch_by_itself():
@@ -182,7 +210,10 @@ def test_batch_norm_takes_each_micro_batch_by_itself():
     new, outputs, _ = updated(module, state, inputs, accumulate=2)
     x, own = np.float64(inputs), state.params["body"]["block_0"]["BatchNorm_0"]
     expected, mean, var = np.empty_like(x), np.zeros(5), np.ones(5)
-    for part in (slice(0, None, 2), slice(1, None, 2)):  # of eight examples the even ones, then the odd ones
+    for part in (
+        slice(0, None, 2),
+        slice(1, None, 2),
+    ):  # of eight examples the even ones, then the odd ones
         m, v = x[part].mean(0), x[part].var(0)
         expected[part] = (x[part] - m) / np.sqrt(v + 1e-5) * own["scale"] + own["bias"]
         mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * v
@@ -202,8 +233,13 @@ def test_every_micro_batch_draws_its_own_dropout():
 
 def test_feeding_hands_on_what_an_update_would():
     module, state, inputs = one_module(Normal(), Dense(0.5))
-    whole, halves = (jax.jit(partial(forward_step, module, train=True, accumulate=n))(state, inputs)[0] for n in (1, 2))
-    np.testing.assert_allclose(halves, updated(module, state, inputs, accumulate=2)[1], rtol=1e-6, atol=1e-6)
+    whole, halves = (
+        jax.jit(partial(forward_step, module, train=True, accumulate=n))(state, inputs)[0]
+        for n in (1, 2)
+    )
+    np.testing.assert_allclose(
+        halves, updated(module, state, inputs, accumulate=2)[1], rtol=1e-6, atol=1e-6
+    )
     np.testing.assert_allclose(whole, plain(Normal(), Dense(0.5))[1], rtol=1e-6, atol=1e-6)
     assert not np.allclose(whole, halves, rtol=1e-3)
 
@@ -236,7 +272,10 @@ def exchanged(devices, monkeypatch=None):
     group = one_group(devices[:2], 1)
     assert group.split(0) == NamedSharding(group.groups[0], PartitionSpec("batch"))
     everywhere, split = group.replicated(0), group.split(0)
-    jitted = jax.jit(partial(local_step, module, OPTIMIZER, accumulate=2), in_shardings=(everywhere, split, split))
+    jitted = jax.jit(
+        partial(local_step, module, OPTIMIZER, accumulate=2),
+        in_shardings=(everywhere, split, split),
+    )
     text = jitted.lower(state, inputs, TARGETS).compile().as_text()
     assert "all-reduce" in text  # gradients
     return any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
@@ -247,7 +286,9 @@ def test_devices_that_share_a_batch_exchange_no_example(devices):
 
 
 def test_twin_halves_in_place_of_every_second_example_are_exchanged(devices, monkeypatch):
-    halves = lambda tree, parts: [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], tree) for i in range(parts)]  # noqa: E731
+    halves = lambda tree, parts: [
+        jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], tree) for i in range(parts)
+    ]
     monkeypatch.setattr(step, "_split", halves)
     monkeypatch.setattr(step, "_join", jnp.concatenate)
     assert exchanged(devices)
@@ -256,7 +297,12 @@ def test_twin_halves_in_place_of_every_second_example_are_exchanged(devices, mon
 @pytest.mark.parametrize(
     ("engine", "sizes", "parts", "works"),
     [
-        ("fused", (), 3, "the 2 images that each device of module_0 has of a batch, and leave more than one; 1, 2 would do"),
+        (
+            "fused",
+            (),
+            3,
+            "the 2 images that each device of module_0 has of a batch, and leave more than one; 1, 2 would do",
+        ),
         (
             "pipeline",
             (1, 2),
@@ -270,7 +316,9 @@ def test_twin_halves_in_place_of_every_second_example_are_exchanged(devices, mon
 )
 def test_parts_that_do_not_divide_a_batch(engine, sizes, parts, works):
     fields = {"engine__name": engine, "engine__group_sizes": sizes, "train__accumulate": parts}
-    with pytest.raises(UserError, match=rf"config\.train\.accumulate={parts}: must divide .*") as error:
+    with pytest.raises(
+        UserError, match=rf"config\.train\.accumulate={parts}: must divide .*"
+    ) as error:
         make_experiment(make_settings(small_config(**fields)))
     assert works in str(error.value)
     assert "\n" not in str(error.value)
@@ -294,7 +342,9 @@ def spec(tiny):
     def make(modules=2, label_smoothing=OPTIONS["label_smoothing"], **changes):
         heads = [Classifier(Logits(), label_smoothing)] * modules
         own = make_modules([Dense(), Normal(), Dense(0.5)], (0, 2)[:modules], heads, remat=True)
-        return dataclasses.replace(tiny.spec(modules), modules=own, **({"accumulate": 2, "ema": 0.5} | changes))
+        return dataclasses.replace(
+            tiny.spec(modules), modules=own, **({"accumulate": 2, "ema": 0.5} | changes)
+        )
 
     return make
 
@@ -306,7 +356,9 @@ def fused(tiny, devices, spec):
 
 def same(a, b):
     a, b = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(a) == len(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b)
+    )
 
 
 @pytest.mark.full_compile
@@ -322,13 +374,21 @@ def test_twin_without_an_option_it_is_not(tiny, devices, spec, fused, option):
     off = spec(**{option: 1 if option == "accumulate" else 0.0})
     made = FusedEngine(off, one_group(devices[:1], 2))
     states, _ = tiny.run(made, STEPS)
-    assert same([s.params for s in states], [s.params for s in fused[0]]) == (option == "ema"), "an average is no part of training"
+    assert same([s.params for s in states], [s.params for s in fused[0]]) == (option == "ema"), (
+        "an average is no part of training"
+    )
     assert not same(states, fused[0])
 
 
 @pytest.mark.full_compile
 def test_ordered_turns_and_rings_of_one_are_fused_bit_for_bit(tiny, devices, spec, fused, to_host):
-    made = SimulatedEngine(spec(), one_group(devices[:1], 2), STEPS, SimulatedOptions(order="ordered"), ReplaySettings(1))
+    made = SimulatedEngine(
+        spec(),
+        one_group(devices[:1], 2),
+        STEPS,
+        SimulatedOptions(order="ordered"),
+        ReplaySettings(1),
+    )
     state = made.resume(tiny.place(made, tiny.init(made.spec)), None)
     for report in made.run(state, tiny.source, STEPS):
         state = report.snapshot()
@@ -351,7 +411,9 @@ def test_two_devices_are_one_within_rounding(tiny, devices, spec):
 
 def test_threads_keep_an_average_too(tiny, devices, spec, to_host):
     made = ThreadsEngine(spec(), assign(devices, 2, (1, 1)), ThreadsOptions(), ReplaySettings(2))
-    *_, last = made.run(made.resume(tiny.place(made, tiny.init(made.spec)), None), tiny.source, STEPS)
+    *_, last = made.run(
+        made.resume(tiny.place(made, tiny.init(made.spec)), None), tiny.source, STEPS
+    )
     state = last.snapshot()
     assert counts(state) == [STEPS] * 2
     for module in to_host(state.modules):
@@ -384,8 +446,13 @@ def test_an_average_by_hand(history):
         for n, weights in enumerate(([1], [0.9, 1], [0.81, 0.9, 1]), 1):
             averaged = ema.evaluated(found[n - 1][k])
             assert furthest(averaged, weighted(found[:n], k, weights)) < 1e-6
-        assert furthest(ema.evaluated(found[-1][k]), weighted(found, k, [1, 1, 1])) > 1e-5  # another decay
-        assert furthest(ema.evaluated(found[-1][k]), (found[-1][k].params, found[-1][k].batch_stats)) > 1e-4
+        assert (
+            furthest(ema.evaluated(found[-1][k]), weighted(found, k, [1, 1, 1])) > 1e-5
+        )  # another decay
+        assert (
+            furthest(ema.evaluated(found[-1][k]), (found[-1][k].params, found[-1][k].batch_stats))
+            > 1e-4
+        )
 
 
 def test_without_an_average_a_module_is_evaluated_as_it_is(tiny):
@@ -404,14 +471,23 @@ def test_evaluation_takes_the_average(tiny, history):
     averaged = losses(found[-1])
     bare = tuple(s.replace(extras={}) for s in found[-1])
     by_hand = tuple(
-        s.replace(**dict(zip(("params", "batch_stats"), jax.tree.map(np.float32, weighted(found, k, [0.81, 0.9, 1])))))
+        s.replace(
+            **dict(
+                zip(
+                    ("params", "batch_stats"),
+                    jax.tree.map(np.float32, weighted(found, k, [0.81, 0.9, 1])),
+                )
+            )
+        )
         for k, s in enumerate(bare)
     )
     assert averaged == pytest.approx(losses(by_hand), rel=1e-5)
     assert averaged != pytest.approx(losses(bare), rel=1e-4)
 
 
-register_network("dense", lambda width, num_classes, dtype: [Dense(), Normal(), Dense(0.5), Normal()])
+register_network(
+    "dense", lambda width, num_classes, dtype: [Dense(), Normal(), Dense(0.5), Normal()]
+)
 RUN = {
     "model__name": "dense",
     "train__ema": 0.9,
@@ -447,12 +523,16 @@ def test_a_run_with_everything_on_resumes_exactly(whole, stopped, tmp_path):
 @pytest.mark.slow
 def test_twin_an_average_that_begins_anew_is_noticed(whole, stopped, tmp_path, monkeypatch):
     def forgetful(self, state, saved):
-        return self.place(EngineState(tuple(ema.begin(s.replace(extras={})) for s in state.modules)))
+        return self.place(
+            EngineState(tuple(ema.begin(s.replace(extras={})) for s in state.modules))
+        )
 
     monkeypatch.setattr(PipelineEngine, "resume", forgetful)
     shutil.copytree(stopped, tmp_path / "run")
     train_and_evaluate(small_config(**RUN), tmp_path / "run")
-    equal = [np.array_equal(a, b) for a, b in zip(arrays(whole), arrays(tmp_path / "run"), strict=True)]
+    equal = [
+        np.array_equal(a, b) for a, b in zip(arrays(whole), arrays(tmp_path / "run"), strict=True)
+    ]
     assert any(equal)
     assert not all(equal)
 
@@ -468,11 +548,15 @@ def test_what_is_exported_borrowed_and_measured_is_the_average(whole, tmp_path):
     trained = load_trained(whole)
     exported = load_exported(export_run(whole, output=tmp_path))
     borrowed = borrow_weights(trained.spec, trained.restored.state, trained)
-    for module, variables, mine in zip(trained.restored.state.modules, exported.variables, borrowed.modules):
+    for module, variables, mine in zip(
+        trained.restored.state.modules, exported.variables, borrowed.modules
+    ):
         kept = {name: module.extras["ema"][name] for name in ("params", "batch_stats")}
         assert same({name: variables[name] for name in kept}, kept)
         assert same((mine.params, mine.batch_stats), (kept["params"], kept["batch_stats"]))
         assert not same(kept["params"], module.params)
     summary = json.loads((whole / "summary.json").read_text())
     measured = evaluate_run(whole)
-    assert [measured[f"test/module_{k}/accuracy"] for k in range(2)] == [m["test_accuracy"] for m in summary["modules"]]
+    assert [measured[f"test/module_{k}/accuracy"] for k in range(2)] == [
+        m["test_accuracy"] for m in summary["modules"]
+    ]

@@ -16,9 +16,15 @@ KEY = jax.random.key(0)
 _HOW = ("rule", "decay", "smoothing", "restart", "samples")
 _START = ("stages", "codes", "dims", "start")
 # Compiled: operation by operation they would be compiled anew at every call.
-init, init_stages = jax.jit(vq.init, static_argnames=_START[1:]), jax.jit(residual.init, static_argnames=_START)
+init, init_stages = (
+    jax.jit(vq.init, static_argnames=_START[1:]),
+    jax.jit(residual.init, static_argnames=_START),
+)
 encode, decode = jax.jit(vq.encode), jax.jit(vq.decode)
-update, update_stages = jax.jit(vq.update, static_argnames=_HOW), jax.jit(residual.update, static_argnames=_HOW)
+update, update_stages = (
+    jax.jit(vq.update, static_argnames=_HOW),
+    jax.jit(residual.update, static_argnames=_HOW),
+)
 
 
 def oracle_distances(x: np.ndarray, entries: np.ndarray) -> np.ndarray:
@@ -59,12 +65,15 @@ def test_encode_finds_the_nearest_entry(lead, groups, dims, codes, half, seed):
     distances = oracle_distances(np.asarray(x, np.float32), entries)
     chosen = np.take_along_axis(distances, number[..., None], -1)[..., 0]
     np.testing.assert_array_less(chosen, distances.min(-1) * (1 + 1e-5) + 1e-12)
-    expected = np.take_along_axis(entries[(None,) * len(lead)], number[..., None, None].reshape(*lead, groups, 1, 1), -2)
+    expected = np.take_along_axis(
+        entries[(None,) * len(lead)], number[..., None, None].reshape(*lead, groups, 1, 1), -2
+    )
     np.testing.assert_array_equal(decode(entries, sent), expected.reshape(x.shape))
 
 
 @pytest.mark.parametrize(
-    ("codes", "dtype", "bytes_"), [(2, "uint8", 1), (4, "uint8", 2), (16, "uint8", 3), (17, "uint8", 6), (257, "uint16", 12)]
+    ("codes", "dtype", "bytes_"),
+    [(2, "uint8", 1), (4, "uint8", 2), (16, "uint8", 3), (17, "uint8", 6), (257, "uint16", 12)],
 )
 def test_codes_take_no_more_than_their_bits(codes, dtype, bytes_):
     x, entries = normal((3, 4, 12)), normal((6, codes, 2))
@@ -89,7 +98,9 @@ SEARCHES = {
     "running": jax.jit(kmeans._running_minimum),
     "at once": jax.jit(kmeans._all_distances),
     "product": jax.jit(  # as it is usually written: the twin
-        lambda v, e: jnp.argmin(jnp.square(e).sum(-1)[..., None] - 2 * jnp.einsum("gnd,gdb->gnb", e, v), axis=1)
+        lambda v, e: jnp.argmin(
+            jnp.square(e).sum(-1)[..., None] - 2 * jnp.einsum("gnd,gdb->gnb", e, v), axis=1
+        )
     ),
 }
 
@@ -112,11 +123,15 @@ def cloud(name):
 
 def nearness(vectors, entries, number):
     """Squared distance of the chosen entry over that of the nearest, less 1; and whether the two nearest are apart."""
-    distances = oracle_distances(np.asarray(vectors).transpose(2, 0, 1).reshape(vectors.shape[2], -1), np.asarray(entries))
+    distances = oracle_distances(
+        np.asarray(vectors).transpose(2, 0, 1).reshape(vectors.shape[2], -1), np.asarray(entries)
+    )
     distances = distances.transpose(1, 0, 2)
     best, second = np.sort(distances, -1)[..., :2].transpose(2, 0, 1)
     chosen = np.take_along_axis(distances, np.asarray(number)[..., None], -1)[..., 0]
-    return np.where(chosen > best, chosen / np.maximum(best, 1e-300) - 1, 0), second > best * (1 + 20 * 2.0**-24)
+    return np.where(chosen > best, chosen / np.maximum(best, 1e-300) - 1, 0), second > best * (
+        1 + 20 * 2.0**-24
+    )
 
 
 @pytest.mark.full_compile
@@ -131,7 +146,9 @@ def test_every_way_to_search_finds_the_nearest_whatever_the_mean(name):
     same = found["running"] == found["at once"]
     assert same[apart].all()
     if name == "integers":  # all is exact, and ties go to the lowest
-        lowest = oracle_distances(np.asarray(vectors).transpose(0, 2, 1)[0], np.asarray(entries)[:1]).argmin(-1)[:, 0]
+        lowest = oracle_distances(
+            np.asarray(vectors).transpose(0, 2, 1)[0], np.asarray(entries)[:1]
+        ).argmin(-1)[:, 0]
         np.testing.assert_array_equal(found["at once"][0], lowest)
         assert same.all()
         assert not apart.all()
@@ -144,10 +161,14 @@ def test_every_way_to_search_finds_the_nearest_whatever_the_mean(name):
 def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
     """Two stages through both branches of `platform_dependent`."""
     x = jnp.asarray(mean + 0.1 * normal((4, 30, 8)))
-    entries = jnp.stack([x[0, :16].reshape(16, 2, 4).transpose(1, 0, 2), jnp.asarray(0.1 * normal((2, 16, 4), 1))])
+    entries = jnp.stack(
+        [x[0, :16].reshape(16, 2, 4).transpose(1, 0, 2), jnp.asarray(0.1 * normal((2, 16, 4), 1))]
+    )
     here = vq.encode(entries, x)
     taken = []
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: taken.append(1) or default(*args))
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: taken.append(1) or default(*args)
+    )
     np.testing.assert_array_equal(vq.encode(entries, x), here)
     assert taken
 
@@ -160,7 +181,9 @@ def test_chunks_change_nothing(shape, monkeypatch):
     monkeypatch.setattr(kmeans, "_CACHED", 24)
     np.testing.assert_array_equal(vq.encode(entries, x), whole)
     vq_rows = vq.rows_of(jnp.asarray(x))
-    by_product = kmeans._chunked(vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), kmeans._all_distances)
+    by_product = kmeans._chunked(
+        vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), kmeans._all_distances
+    )
     np.testing.assert_array_equal(by_product.reshape(*shape[:-1], 2), unpacked(whole, entries))
 
 
@@ -170,7 +193,11 @@ def test_a_codebook_of_all_vectors_is_the_identity():
     entries = x.reshape(-1, 2, 2).transpose(1, 0, 2)  # every vector of the batch
     np.testing.assert_array_equal(vq.decode(entries, vq.encode(entries, x)), x)
     for group in range(2):  # and without one of them it is not
-        missing = np.where((entries[group] == x[2, 1, 1, 2 * group : 2 * group + 2]).all(-1)[:, None], 99.0, entries[group])
+        missing = np.where(
+            (entries[group] == x[2, 1, 1, 2 * group : 2 * group + 2]).all(-1)[:, None],
+            99.0,
+            entries[group],
+        )
         less = np.stack([missing if g == group else entries[g] for g in range(2)])
         assert not np.array_equal(vq.decode(less, vq.encode(less, x)), x)
 
@@ -207,15 +234,21 @@ def test_one_update_by_hand():
         sums=jnp.asarray([[[0.0], [5.0]]]),
         seen=jnp.asarray([[2.0, 2.0]]),
     )
-    x = jnp.asarray([[1.0], [3.0], [2.0], [6.0]])  # three nearest to 0, one to 10: shares 3/4 and 1/4
+    x = jnp.asarray(
+        [[1.0], [3.0], [2.0], [6.0]]
+    )  # three nearest to 0, one to 10: shares 3/4 and 1/4
     new, health = update(book, KEY, x, decay=0.8, smoothing=0.0, restart=0.0, samples=0)
     np.testing.assert_allclose(new.counts, [[0.55, 0.45]], rtol=1e-6)
     np.testing.assert_allclose(new.sums, [[[0.2 * 6 / 4], [0.8 * 5 + 0.2 * 6 / 4]]], rtol=1e-6)
     np.testing.assert_allclose(new.entries, [[[0.3 / 0.55], [4.3 / 0.45]]], rtol=1e-6)
     assert float(health["skipped"]) == 0
-    np.testing.assert_allclose(health["perplexity"], np.exp(-(0.55 * np.log(0.55) + 0.45 * np.log(0.45))), rtol=1e-6)
+    np.testing.assert_allclose(
+        health["perplexity"], np.exp(-(0.55 * np.log(0.55) + 0.45 * np.log(0.45))), rtol=1e-6
+    )
     small, _ = update(book, KEY, x, rule="minibatch", restart=0.0, samples=0)
-    np.testing.assert_allclose(small.entries, [[[6 / 5], [(20 + 6) / 3]]], rtol=1e-6)  # means of all that was seen
+    np.testing.assert_allclose(
+        small.entries, [[[6 / 5], [(20 + 6) / 3]]], rtol=1e-6
+    )  # means of all that was seen
     np.testing.assert_allclose(small.seen, [[5, 3]], rtol=1e-6)
 
 
@@ -225,7 +258,9 @@ def test_one_update_by_hand():
 def test_it_finds_the_centres_of_a_stream(rule, start):
     book = init(KEY, mixture(0, CENTRES), codes=16, dims=4, start=start)
     for n in range(60):
-        book, _ = update(book, jax.random.fold_in(KEY, n), mixture(n, CENTRES), rule=rule, samples=0)
+        book, _ = update(
+            book, jax.random.fold_in(KEY, n), mixture(n, CENTRES), rule=rule, samples=0
+        )
     # What is left is the noise around each centre: 0.05 of a norm of 3 a value.
     assert error(book, mixture(999, CENTRES)) < 0.025
 
@@ -236,13 +271,19 @@ def test_a_stream_that_shifts_is_followed_and_no_code_stays_dead():
 
     def train(book, scale, offset, updates):
         for n in range(updates):
-            book, health = update(book, jax.random.fold_in(KEY, n), jnp.asarray(scale * normal((64, 32, 8), n) + offset))
+            book, health = update(
+                book,
+                jax.random.fold_in(KEY, n),
+                jnp.asarray(scale * normal((64, 32, 8), n) + offset),
+            )
         return book, health
 
     book, _ = train(book, 1.0, 0.0, 80)
     settled = error(book, jnp.asarray(normal((64, 32, 8), 777)))
     far = jnp.asarray(0.5 * normal((64, 32, 8), 777) + 20.0)
-    spread = float(jnp.linalg.norm(far) / jnp.linalg.norm(far - 20.0))  # errors relative to the spread, not to the offset
+    spread = float(
+        jnp.linalg.norm(far) / jnp.linalg.norm(far - 20.0)
+    )  # errors relative to the spread, not to the offset
     lost = spread * error(book, far)
     assert lost > 10 * settled
     book, health = train(book, 0.5, 20.0, 100)
@@ -255,7 +296,11 @@ def test_twin_without_restarts_codes_stay_dead():
     book = init(KEY, jnp.asarray(normal((64, 32, 8))), codes=64, dims=4)
     for n in range(100):
         book, health = update(
-            book, jax.random.fold_in(KEY, n), jnp.asarray(0.5 * normal((64, 32, 8), n) + 20.0), decay=0.9, restart=0.0
+            book,
+            jax.random.fold_in(KEY, n),
+            jnp.asarray(0.5 * normal((64, 32, 8), n) + 20.0),
+            decay=0.9,
+            restart=0.0,
         )
     assert float(health["dead"]) > 0.5
 
@@ -265,7 +310,9 @@ def test_a_restarted_code_begins_anew():
     x = jnp.asarray(normal((64, 8, 2)))
     book = init(KEY, x, codes=8, dims=2)
     far = book.replace(
-        entries=book.entries.at[0, 3].set(1e6), counts=book.counts.at[0, 3].set(0.0), sums=book.sums.at[0, 3].set(0.0)
+        entries=book.entries.at[0, 3].set(1e6),
+        counts=book.counts.at[0, 3].set(0.0),
+        sums=book.sums.at[0, 3].set(0.0),
     )
     new, health = update(far, KEY, x)
     np.testing.assert_allclose(health["dead"], 1 / 8)
@@ -280,7 +327,9 @@ def test_a_restarted_code_begins_anew():
 
 def two_values(n):
     """[8, 32, 8]; the two are no sums of few powers of two, so that sums of them are rounded."""
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(KEY, n), 0.5, (8, 32, 1)), 0.1, -0.7) * jnp.ones(8, jnp.float32)
+    return jnp.where(
+        jax.random.bernoulli(jax.random.fold_in(KEY, n), 0.5, (8, 32, 1)), 0.1, -0.7
+    ) * jnp.ones(8, jnp.float32)
 
 
 @pytest.mark.slow
@@ -288,18 +337,29 @@ def two_values(n):
 @pytest.mark.parametrize("rule", ["ema", "minibatch"])
 def test_health_of_one_value_and_of_two(rule):
     """The right numbers at every update, in one stage and in two, of which the second has nothing left to code."""
-    start, of_stages = partial(init, codes=16, dims=4), partial(init_stages, stages=2, codes=16, dims=4)
-    for batch, perplexity, dead in ((lambda n: jnp.full((8, 32, 8), 0.1, jnp.float32), 1.0, 15 / 16), (two_values, 2.0, 14 / 16)):
+    start, of_stages = (
+        partial(init, codes=16, dims=4),
+        partial(init_stages, stages=2, codes=16, dims=4),
+    )
+    for batch, perplexity, dead in (
+        (lambda n: jnp.full((8, 32, 8), 0.1, jnp.float32), 1.0, 15 / 16),
+        (two_values, 2.0, 14 / 16),
+    ):
         book, books = start(KEY, batch(0)), of_stages(KEY, batch(0))
         entries = book.entries
         for n in range(30):
             key = jax.random.fold_in(KEY, n)
             x, how = batch(n), {"rule": rule}
-            (book, health), (books, mean) = update(book, key, x, **how), update_stages(books, key, x, **how)
+            (book, health), (books, mean) = (
+                update(book, key, x, **how),
+                update_stages(books, key, x, **how),
+            )
             assert 0.99 * perplexity < health["perplexity"] <= perplexity
             assert health["dead"] == dead
             np.testing.assert_allclose(book.counts.sum(-1), 1.0, rtol=1e-6)
-            np.testing.assert_allclose(mean["perplexity"], (health["perplexity"] + 1.0) / 2, rtol=1e-6)
+            np.testing.assert_allclose(
+                mean["perplexity"], (health["perplexity"] + 1.0) / 2, rtol=1e-6
+            )
             np.testing.assert_allclose(mean["dead"], (dead + 15 / 16) / 2)
         np.testing.assert_array_equal(book.entries, entries)  # not moved by a bit
 
@@ -310,7 +370,9 @@ def test_rounding_restarts_nothing(monkeypatch):
     """Entries one unit in the last place from the only two values there are, and fourteen that are dead."""
     x = 1000.0 + two_values(0)
     values = np.nextafter(np.float32([1000.1, 999.3]), np.float32(2000.0))
-    entries = jnp.asarray(np.r_[values, np.full(14, 5.0)], jnp.float32)[None, :, None] * jnp.ones((2, 1, 4), jnp.float32)
+    entries = jnp.asarray(np.r_[values, np.full(14, 5.0)], jnp.float32)[None, :, None] * jnp.ones(
+        (2, 1, 4), jnp.float32
+    )
     counts = jnp.zeros((2, 16), jnp.float32).at[:, :2].set(0.5)
     book = vq.Codebook(entries, counts, counts[..., None] * entries, counts)
     np.testing.assert_array_equal(update(book, KEY, x)[0].entries[:, 2:], entries[:, 2:])
@@ -334,16 +396,25 @@ class Count:
     def update(self, old, new, x, rule):
         number = oracle_distances(x, np.asarray(old.entries)).argmin(-1)
         groups, codes, dims = old.entries.shape
-        share = np.stack([np.bincount(number[..., g].ravel(), minlength=codes) for g in range(groups)]) / number[..., 0].size
+        share = (
+            np.stack([np.bincount(number[..., g].ravel(), minlength=codes) for g in range(groups)])
+            / number[..., 0].size
+        )
         self.counts += 0.1 * (share - self.counts)
         dead = self.counts < 0.01 / codes
         found = np.exp(entropy(self.counts)).mean(), dead.mean()
         vectors = x.reshape(-1, groups, dims)
         for g in range(groups):  # a vector of the batch, to the bit, is where an entry began anew
             at_vector = (np.asarray(new.entries)[g, :, None] == vectors[None, :, g]).all(-1).any(-1)
-            restarted = dead[g] & at_vector & (np.asarray(new.entries) != np.asarray(old.entries))[g].any(-1)
+            restarted = (
+                dead[g]
+                & at_vector
+                & (np.asarray(new.entries) != np.asarray(old.entries))[g].any(-1)
+            )
             kept = np.where(restarted, 0, self.counts[g])
-            self.counts[g] = np.where(restarted, 1 / codes, kept / kept.sum() * (1 - restarted.mean()))
+            self.counts[g] = np.where(
+                restarted, 1 / codes, kept / kept.sum() * (1 - restarted.mean())
+            )
             self.restarts += restarted.sum()
         np.testing.assert_allclose(new.counts, self.counts, rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(np.asarray(new.counts).sum(-1), 1.0, rtol=1e-5)
@@ -364,8 +435,13 @@ def test_health_equals_a_count_in_numpy(rule):
         new, health = step(books, jax.random.fold_in(KEY, n), jnp.asarray(x))
         first = stage(books, 0).entries
         rest = x - np.asarray(decode(first, encode(first, x)))
-        found = [counts[s].update(stage(books, s), stage(new, s), batch_, rule) for s, batch_ in enumerate((x, rest))]
-        np.testing.assert_allclose((health["perplexity"], health["dead"]), np.mean(found, 0), rtol=1e-4)
+        found = [
+            counts[s].update(stage(books, s), stage(new, s), batch_, rule)
+            for s, batch_ in enumerate((x, rest))
+        ]
+        np.testing.assert_allclose(
+            (health["perplexity"], health["dead"]), np.mean(found, 0), rtol=1e-4
+        )
         books = new
     assert counts[0].restarts > 5
 
@@ -376,7 +452,9 @@ def test_non_finite_vectors_are_skipped_and_counted(bad):
     x = clean.copy()
     x[2, 3, 1] = x[5, 7, 6] = bad  # one vector of each group
     for start in ("kmeans++", "sample"):
-        assert bool(jnp.isfinite(init(KEY, jnp.asarray(x), codes=16, dims=4, start=start).entries).all())
+        assert bool(
+            jnp.isfinite(init(KEY, jnp.asarray(x), codes=16, dims=4, start=start).entries).all()
+        )
     book = init(KEY, jnp.asarray(clean), codes=16, dims=4)
     new, health = update(book, KEY, jnp.asarray(x), samples=0, restart=0.0)
     assert float(health["skipped"]) == 2
@@ -386,7 +464,9 @@ def test_non_finite_vectors_are_skipped_and_counted(bad):
     keep[2, 3, 0] = keep[5, 7, 1] = False
     for group in range(2):
         share = np.bincount(number[..., group][keep[..., group]], minlength=16) / 127
-        np.testing.assert_allclose(new.counts[group], 0.9 * book.counts[group] + 0.1 * share, rtol=1e-5)
+        np.testing.assert_allclose(
+            new.counts[group], 0.9 * book.counts[group] + 0.1 * share, rtol=1e-5
+        )
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(new))
     nothing, health = update(book, KEY, jnp.full((8, 16, 8), bad, jnp.float32))
     assert float(health["skipped"]) == 8 * 16 * 2
@@ -405,7 +485,9 @@ def test_a_start_from_few_vectors_takes_finite_ones_only(start, dtype):
     for seed in range(3):
         entries = np.asarray(make(jax.random.fold_in(KEY, seed), x).entries)
         for group, broken in ((0, 2), (1, 5)):
-            good = np.delete(np.asarray(x, np.float32)[:, 4 * group : 4 * group + 4], broken, axis=0)
+            good = np.delete(
+                np.asarray(x, np.float32)[:, 4 * group : 4 * group + 4], broken, axis=0
+            )
             chosen = {row.tobytes() for row in entries[group]}
             assert chosen <= {row.tobytes() for row in good}
             assert start == "sample" or len(chosen) == 5
@@ -433,7 +515,9 @@ def test_a_pick_never_has_weight_0(monkeypatch):
     weights[0, 10:20] = np.random.default_rng(0).random(10) * 1e-3
     weights[1, [5, 700]] = np.inf, 1.0
     for uniform in (jnp.zeros, jnp.ones, lambda shape, dtype: jnp.full(shape, 1 - 2.0**-24, dtype)):
-        monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype, uniform=uniform: uniform(shape, dtype))
+        monkeypatch.setattr(
+            jax.random, "uniform", lambda key, shape, dtype, uniform=uniform: uniform(shape, dtype)
+        )
         found = np.asarray(kmeans._pick(KEY, jnp.asarray(weights), 4))
         assert (weights[np.arange(2)[:, None], found[:2]] > 0).all()
         assert not found[2].any()
@@ -446,7 +530,9 @@ def test_functions_compile_once_and_give_the_same_bits():
     book = init(KEY, x, codes=16, dims=4)
     compiled = jax.jit(lambda book, key, x: vq.update(book, key, x))  # with a cache of its own
     (a, _), (b, _) = compiled(book, KEY, x), vq.update(book, KEY, x)
-    np.testing.assert_allclose(a.entries, b.entries, rtol=1e-6, atol=1e-7)  # entries near 0 are sums of larger values
+    np.testing.assert_allclose(
+        a.entries, b.entries, rtol=1e-6, atol=1e-7
+    )  # entries near 0 are sums of larger values
     compiled(a, KEY, x + 1)
     assert compiled._cache_size() == 1
     np.testing.assert_array_equal(jax.jit(vq.encode)(book.entries, x), vq.encode(book.entries, x))
@@ -455,13 +541,17 @@ def test_functions_compile_once_and_give_the_same_bits():
 @pytest.mark.slow
 def test_sums_go_over_a_whole_device_group(devices):
     """A batch cut over devices gives the codebook that one device gives, the same on every device."""
-    mesh = jax.make_mesh((4,), ("batch",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (4,), ("batch",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
+    )
     split = jax.NamedSharding(mesh, jax.P("batch"))
     x = jnp.asarray(normal((8, 5, 5, 8)))
     book = init(KEY, x, codes=16, dims=4)
     alone, _ = jax.jit(vq.update)(book, KEY, x)
     everywhere = jax.NamedSharding(mesh, jax.P())
-    together, _ = jax.jit(vq.update, out_shardings=everywhere)(jax.device_put(book, everywhere), KEY, jax.device_put(x, split))
+    together, _ = jax.jit(vq.update, out_shardings=everywhere)(
+        jax.device_put(book, everywhere), KEY, jax.device_put(x, split)
+    )
     np.testing.assert_allclose(together.entries, alone.entries, rtol=1e-5, atol=1e-7)
     copies = [np.asarray(shard.data) for shard in together.entries.addressable_shards]
     assert len(copies) == 4
@@ -474,7 +564,8 @@ def test_sums_go_over_a_whole_device_group(devices):
 @pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "codes", "dims"), [((128, 32, 32, 16), 256, 8), ((128, 8, 8, 64), 256, 8), ((128, 16, 16, 32), 16, 4)]
+    ("shape", "codes", "dims"),
+    [((128, 32, 32, 16), 256, 8), ((128, 8, 8, 64), 256, 8), ((128, 16, 16, 32), 16, 4)],
 )
 def test_temporary_memory_stays_under_twice_the_packet(shape, codes, dims):
     x = jax.ShapeDtypeStruct(shape, "float32")

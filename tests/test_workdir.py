@@ -80,7 +80,10 @@ def test_paths_that_checkpoints_cannot_be_read_from(tmp_path, monkeypatch, name,
 def test_the_absolute_path_counts_and_a_link_helps(run, tmp_path, monkeypatch):
     (tmp_path / "run[1]").mkdir()
     monkeypatch.chdir(tmp_path / "run[1]")
-    with pytest.raises(UserError, match=r"--workdir=here \(that is .*/run\[1\]/here\): checkpoints under a path with \["):
+    with pytest.raises(
+        UserError,
+        match=r"--workdir=here \(that is .*/run\[1\]/here\): checkpoints under a path with \[",
+    ):
         train_and_evaluate(small_config(), "here")
     (tmp_path / "link").symlink_to(tmp_path / "run[1]")
     shutil.copytree(run, tmp_path / "link" / "here")
@@ -111,7 +114,10 @@ def test_paths_that_checkpoints_can_be_read_from(run, tmp_path, name):
 def test_the_first_checkpoint_is_read_back_before_the_run_goes_on(tmp_path, monkeypatch):
     """A path that Orbax cannot read, as if nobody knew of it: the run ends at its first checkpoint, not after its last."""
     monkeypatch.setattr(checkpoint, "_PATTERN", "")
-    with pytest.raises(UserError, match=r"checkpoint 2 was written there and cannot be read back \(.*use a --workdir"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint 2 was written there and cannot be read back \(.*use a --workdir",
+    ):
         train_and_evaluate(small_config(checkpoint__every=2), tmp_path / "run[1]")
     assert [record["step"] for record in records(tmp_path / "run[1]") if record["step"] > 2] == []
 
@@ -119,7 +125,11 @@ def test_the_first_checkpoint_is_read_back_before_the_run_goes_on(tmp_path, monk
 def test_only_the_first_checkpoint_of_a_process_is_read_back(run, tmp_path, monkeypatch):
     state, reads = load_trained(run).restored.state, []
     load = checkpoint.ocp.load_checkpointables
-    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda path, wanted: reads.append(path.name) or load(path, wanted))
+    monkeypatch.setattr(
+        checkpoint.ocp,
+        "load_checkpointables",
+        lambda path, wanted: reads.append(path.name) or load(path, wanted),
+    )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2, 3):
         checkpoints.save(step, state, {})
@@ -139,7 +149,10 @@ def test_a_changed_digit_in_the_metadata_is_noticed(copy, caplog):
     assert json.loads(path.read_text())  # still sound JSON
     with caplog.at_level("WARNING", logger="dgl_jax"):
         assert load_trained(copy).restored.step == 6
-    assert "checkpoint 8 is damaged (its metadata do not have the checksum they were saved with)" in caplog.text
+    assert (
+        "checkpoint 8 is damaged (its metadata do not have the checksum they were saved with)"
+        in caplog.text
+    )
     with pytest.raises(UserError, match="checkpoint 8 is damaged"):
         load_trained(copy, "8")
 
@@ -152,7 +165,9 @@ def test_checkpoints_without_a_checksum_of_their_metadata_are_read(copy):
     older = {key: value for key, value in json.loads(text).items() if key != "accuracy"}
     path.write_text(json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older)}}))
     assert load_trained(copy).restored.step == 8
-    path.write_text(json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older), "chec+sum": 1}}))
+    path.write_text(
+        json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older), "chec+sum": 1}})
+    )
     assert load_trained(copy).restored.step == 6
 
 
@@ -160,9 +175,15 @@ def test_an_older_best_checkpoint_is_found(copy):
     for step in ("6", "8"):  # as they were written before the accuracy was part of the metadata
         path = copy / "checkpoints" / step / "_CHECKPOINT_METADATA"
         stored = json.loads(path.read_text())
-        older = {key: value for key, value in json.loads(stored["custom_metadata"]["meta"]).items() if key != "accuracy"}
+        older = {
+            key: value
+            for key, value in json.loads(stored["custom_metadata"]["meta"]).items()
+            if key != "accuracy"
+        }
         path.write_text(json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older)}}))
-        (copy / "checkpoints" / step / "metrics" / "metrics").write_text(json.dumps({"accuracy": 0.9 if step == "6" else 0.8}))
+        (copy / "checkpoints" / step / "metrics" / "metrics").write_text(
+            json.dumps({"accuracy": 0.9 if step == "6" else 0.8})
+        )
     assert Checkpoints(copy / "checkpoints", read_only=True).select("best") == [6]
 
 
@@ -173,11 +194,17 @@ def test_what_only_has_the_name_of_a_checkpoint_is_none(copy, caplog):
     with pytest.raises(UserError, match=r"--checkpoint=10: there are: newest, best, 6, 8$"):
         load_trained(copy, "10")
     with caplog.at_level("WARNING", logger="dgl_jax"):
-        assert train_and_evaluate(small_config(train__steps=12, checkpoint__every=2), copy).steps == 12
+        assert (
+            train_and_evaluate(small_config(train__steps=12, checkpoint__every=2), copy).steps == 12
+        )
     assert "damaged (" not in caplog.text
     assert "checkpoints/10 is no checkpoint: moved to" in caplog.text
     assert load_trained(copy).restored.step == 12
-    assert {"10", "12"} <= {path.name for path in (copy / "checkpoints").iterdir()} <= {"6", "8", "10", "12"}
+    assert (
+        {"10", "12"}
+        <= {path.name for path in (copy / "checkpoints").iterdir()}
+        <= {"6", "8", "10", "12"}
+    )
 
 
 def test_a_workdir_with_an_empty_folder_for_a_checkpoint_begins_anew(tmp_path):
@@ -250,7 +277,9 @@ def test_a_file_in_place_of_the_checkpoints_is_said_at_once(copy, monkeypatch, w
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").write_text("")
     monkeypatch.setattr(train, "make_experiment", unwanted)
-    with pytest.raises(UserError, match="checkpoints: is a file, and must be a folder; move it away"):
+    with pytest.raises(
+        UserError, match="checkpoints: is a file, and must be a folder; move it away"
+    ):
         train_and_evaluate(small_config(), copy) if which == "train" else load_trained(copy)
 
 
@@ -271,7 +300,9 @@ def test_a_file_in_place_of_the_checkpoints_is_said_at_once(copy, monkeypatch, w
         (None, "no such file"),
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_one_line_in_every_mode(copy, tmp_path, monkeypatch, content, reason):
+def test_a_configuration_that_cannot_be_read_is_one_line_in_every_mode(
+    copy, tmp_path, monkeypatch, content, reason
+):
     monkeypatch.setattr(train, "make_experiment", unwanted)
     path = copy / "config.json"
     path.unlink() if content is None else path.write_bytes(content)
@@ -282,12 +313,18 @@ def test_a_configuration_that_cannot_be_read_is_one_line_in_every_mode(copy, tmp
         lambda: workdir.get_config(str(copy)),
     ]
     if content is not None:
-        calls += [lambda: evaluate_run(copy), lambda: export_run(copy), lambda: load_trained(copy, flag="--init_from")]
+        calls += [
+            lambda: evaluate_run(copy),
+            lambda: export_run(copy),
+            lambda: load_trained(copy, flag="--init_from"),
+        ]
     for call in calls:
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{reason}"):
             call()
     if content is None:
-        with pytest.raises(UserError, match=r"^--init_from=.*copy: holds no run \(no config.json\)"):
+        with pytest.raises(
+            UserError, match=r"^--init_from=.*copy: holds no run \(no config.json\)"
+        ):
             load_trained(copy, flag="--init_from")
     assert sorted(copy.rglob("*")) == before
     assert plot(copy)  # needs none
@@ -297,7 +334,9 @@ def test_a_configuration_that_cannot_be_read_is_one_line_in_every_mode(copy, tmp
             load_exported(tmp_path / "export")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"engine": "fused", "con', b'{"steps": 8}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b'{"engine": "fused", "con', b'{"steps": 8}', b"\xff"]
+)
 def test_a_summary_that_cannot_be_read_counts_as_none(copy, content, caplog):
     whole = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_bytes(content)
@@ -324,7 +363,9 @@ def stray(tmp_path) -> Path:
     return path
 
 
-def test_output_that_cannot_be_written_is_said_before_the_work(run, image, stray, tmp_path, monkeypatch):
+def test_output_that_cannot_be_written_is_said_before_the_work(
+    run, image, stray, tmp_path, monkeypatch
+):
     for module in (predict, export):
         monkeypatch.setattr(module, "load_trained", unwanted)
     (tmp_path / "folder.csv").mkdir()
@@ -335,7 +376,9 @@ def test_output_that_cannot_be_written_is_said_before_the_work(run, image, stray
         ("/proc/nowhere/a.csv", "No such file or directory"),
         (tmp_path / f"{'x' * 300}" / "a.csv", "File name too long"),
     ):
-        with pytest.raises(UserError, match=rf"^--output={re.escape(str(output))}: cannot write there \({reason}\)"):
+        with pytest.raises(
+            UserError, match=rf"^--output={re.escape(str(output))}: cannot write there \({reason}\)"
+        ):
             predict_run(run, "newest", [str(image)], output)
     for output in (stray, stray / "below", "/proc/nowhere"):
         with pytest.raises(UserError, match=f"^--output={output}: cannot write there"):
@@ -364,11 +407,17 @@ def test_a_folder_of_somebody_elses(run, copy, monkeypatch, image, tmp_path):
     """Root may write everywhere, so the refusal is put where the system would give it."""
     with monkeypatch.context() as patch:
         patch.setattr(writers.tempfile, "TemporaryFile", refused)
-        with pytest.raises(UserError, match=r"^--workdir=.*copy: cannot write there \(Permission denied\)"):
+        with pytest.raises(
+            UserError, match=r"^--workdir=.*copy: cannot write there \(Permission denied\)"
+        ):
             train_and_evaluate(small_config(), copy)
-        with pytest.raises(UserError, match=r"^.*copy/plots: cannot write there \(Permission denied\)"):
+        with pytest.raises(
+            UserError, match=r"^.*copy/plots: cannot write there \(Permission denied\)"
+        ):
             plot(copy)
-        with pytest.raises(UserError, match=r"^--output=.*copy/export: cannot write there \(Permission denied\)"):
+        with pytest.raises(
+            UserError, match=r"^--output=.*copy/export: cannot write there \(Permission denied\)"
+        ):
             export_run(copy)
         # What writes nothing there needs no permission.
         assert train_and_evaluate(small_config(train__steps=8), copy).steps == 8
@@ -397,13 +446,18 @@ def test_a_part_of_the_workdir_that_cannot_be_written(copy):
 def test_checkpoints_that_cannot_be_written(run, tmp_path, monkeypatch):
     state = load_trained(run).restored.state
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    for error in (PermissionError(errno.EACCES, "Permission denied", "x"), ValueError("PERMISSION_DENIED: Error opening file")):
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", "x"),
+        ValueError("PERMISSION_DENIED: Error opening file"),
+    ):
 
         def fail(*args, error=error, **kwargs):
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", fail)
+            patch.setattr(
+                "orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", fail
+            )
             with pytest.raises(UserError, match=r"checkpoints: cannot write there \(P"):
                 checkpoints.save(1, state, {})
     checkpoints.close()
@@ -419,7 +473,9 @@ ODD = "caf\udce9 ñ 日本\n.png"  # one byte of it is no UTF-8
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", None])
-def test_names_of_any_bytes_are_predicted_and_written_as_they_were(run, image, tmp_path, capfdbinary, suffix):
+def test_names_of_any_bytes_are_predicted_and_written_as_they_were(
+    run, image, tmp_path, capfdbinary, suffix
+):
     path = tmp_path / ODD
     shutil.copy(image, path)
     output = suffix and tmp_path / f"out{suffix}"
@@ -428,7 +484,11 @@ def test_names_of_any_bytes_are_predicted_and_written_as_they_were(run, image, t
     if suffix == ".jsonl":
         assert os.fsencode(json.loads(written)["image"]) == os.fsencode(path)
     else:
-        assert written.startswith(b'image,label,probability,ensemble_label,ensemble_probability\n"' + os.fsencode(path) + b'",')
+        assert written.startswith(
+            b'image,label,probability,ensemble_label,ensemble_probability\n"'
+            + os.fsencode(path)
+            + b'",'
+        )
 
 
 def test_text_to_a_stream_without_bytes(capsys):

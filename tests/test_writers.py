@@ -14,7 +14,13 @@ from rich.console import Console
 
 from dgl_jax.errors import UserError
 from dgl_jax.run.progress import Progress, status
-from dgl_jax.run.writers import JsonLinesWriter, MultiWriter, TensorBoardWriter, read_jsonl, truncate
+from dgl_jax.run.writers import (
+    JsonLinesWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    read_jsonl,
+    truncate,
+)
 
 
 @pytest.fixture
@@ -37,7 +43,12 @@ def test_records_come_back(path):
     records = read_jsonl(path)
     assert [record["step"] for record in records] == [10, 20, 20, 30]
     assert list(records[0]) == ["step", "epoch", "time", "train/module_0/loss"]
-    assert records[3] == {"step": 30, "epoch": 3.0, "time": 1700000000.5, "train/module_0/loss": 1 / 30}
+    assert records[3] == {
+        "step": 30,
+        "epoch": 3.0,
+        "time": 1700000000.5,
+        "train/module_0/loss": 1 / 30,
+    }
 
 
 def test_epoch_among_the_scalars_and_array_scalars(tmp_path):
@@ -55,7 +66,9 @@ def test_epoch_among_the_scalars_and_array_scalars(tmp_path):
 def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(JsonLinesWriter(path)) as writer:
-        writer.write_scalars(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.0}, epoch=math.nan)
+        writer.write_scalars(
+            1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.0}, epoch=math.nan
+        )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -64,7 +77,9 @@ def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path):
     assert [record[key] for key in ("a", "b", "c", "d", "epoch")] == [None, None, None, 2.0, None]
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, []), (19, [10]), (20, [10, 20, 20]), (99, [10, 20, 20, 30])])
+@pytest.mark.parametrize(
+    ("step", "kept"), [(0, []), (19, [10]), (20, [10, 20, 20]), (99, [10, 20, 20, 30])]
+)
 def test_truncate_keeps_the_step_itself_and_changes_no_byte_of_it(path, step, kept):
     lines = path.read_bytes().splitlines(keepends=True)
     assert truncate(path, step) == len(lines) - len(kept)
@@ -132,17 +147,28 @@ def read_events(directory):
 def test_tensorboard_events_come_back(tmp_path):
     with contextlib.closing(TensorBoardWriter(tmp_path)) as writer:
         writer.write_scalars(5, {"train/module_0/loss": 0.5, "learning_rate": 0.25}, epoch=1.5)
-    assert read_events(tmp_path) == [(5, "train/module_0/loss", 0.5), (5, "learning_rate", 0.25), (5, "epoch", 1.5)]
+    assert read_events(tmp_path) == [
+        (5, "train/module_0/loss", 0.5),
+        (5, "learning_rate", 0.25),
+        (5, "epoch", 1.5),
+    ]
 
 
 def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):
     TensorBoardWriter(tmp_path, resumed_at=20).close()
-    assert read_events(tmp_path) == [(21, "restart", 1)]  # 1: START, from which TensorBoard drops steps 21 and later
+    assert read_events(tmp_path) == [
+        (21, "restart", 1)
+    ]  # 1: START, from which TensorBoard drops steps 21 and later
 
 
 def test_importing_writers_is_light():
     code = "import sys, dgl_jax.run.writers; print([m for m in ('tensorboardX', 'matplotlib', 'orbax') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_multi_writer_writes_to_all_and_closes_the_rest_when_one_fails(tmp_path):
@@ -166,7 +192,11 @@ def test_multi_writer_writes_to_all_and_closes_the_rest_when_one_fails(tmp_path)
 
 def test_status_orders_modules_by_number_and_leaves_out_missing_heads():
     scalars = {f"train/module_{k}/accuracy": k / 100 for k in (10, 9, 2)}
-    scalars |= {"validation/ensemble/accuracy": 0.956, "validation/module_1/accuracy": 0.9, "images_per_second": 1234.4}
+    scalars |= {
+        "validation/ensemble/accuracy": 0.956,
+        "validation/module_1/accuracy": 0.9,
+        "images_per_second": 1234.4,
+    }
     assert status(scalars) == {
         "train": "train 0.02 0.09 0.10",
         "validation": "val 0.90 (ensemble 0.96)",
@@ -218,7 +248,9 @@ def test_progress_without_a_terminal_logs_a_line_an_update(caplog):
         clock.now += 60
         progress.update(50, {})
         clock.now += 30
-        progress.update(100, {"epoch": 1.5, "train/module_0/accuracy": 0.91, "images_per_second": 1000})
+        progress.update(
+            100, {"epoch": 1.5, "train/module_0/accuracy": 0.91, "images_per_second": 1000}
+        )
         progress.update(100, {"validation/module_0/accuracy": 0.9})
     assert [record.getMessage() for record in caplog.records] == [
         "100% of [bold]it[/bold]",
@@ -237,7 +269,9 @@ def test_progress_on_a_terminal(modules):
         clock.now += 60
         progress.update(75, {})
         clock.now += 15
-        progress.update(100, {f"validation/module_{k}/accuracy": 0.9 + k / 100 for k in range(modules)})
+        progress.update(
+            100, {f"validation/module_{k}/accuracy": 0.9 + k / 100 for k in range(modules)}
+        )
         progress.update(100, {f"train/module_{k}/accuracy": 0.8 + k / 100 for k in range(modules)})
         progress.message("saved [100]")
     shown = out.getvalue()

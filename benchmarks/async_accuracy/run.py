@@ -67,12 +67,27 @@ def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
         runs = [summary for row, summary in found.items() if row[:3] == (slowdown, packets, rule)]
         last = [100 * run["modules"][-1]["test_accuracy"] for run in runs]
         ensemble = [100 * run["ensemble_accuracy"] for run in runs]
-        entry: dict[str, Any] = {"slowdown": slowdown, "packets": packets, "rule": rule, "seeds": len(runs)}
-        entry |= {"test_accuracy": [round(x, 2) for x in last], "mean": round(statistics.mean(last), 2)}
-        entry |= {"ensemble": round(statistics.mean(ensemble), 2), "updates": runs[0]["modules"][0]["updates"]}
+        entry: dict[str, Any] = {
+            "slowdown": slowdown,
+            "packets": packets,
+            "rule": rule,
+            "seeds": len(runs),
+        }
+        entry |= {
+            "test_accuracy": [round(x, 2) for x in last],
+            "mean": round(statistics.mean(last), 2),
+        }
+        entry |= {
+            "ensemble": round(statistics.mean(ensemble), 2),
+            "updates": runs[0]["modules"][0]["updates"],
+        }
         if slowdown:
-            entry["age_of_slowed"] = round(statistics.mean(run["staleness"][SLOWED] for run in runs), 2)
-            entry["reuse_above_slowed"] = round(statistics.mean(run["reuse"][SLOWED + 1] for run in runs), 2)
+            entry["age_of_slowed"] = round(
+                statistics.mean(run["staleness"][SLOWED] for run in runs), 2
+            )
+            entry["reuse_above_slowed"] = round(
+                statistics.mean(run["reuse"][SLOWED + 1] for run in runs), 2
+            )
         result.append(entry)
     return result
 
@@ -84,19 +99,38 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     fused = next(e for e in entries if not e["slowdown"])
     for axes in (left, right):
-        axes.axhline(fused["mean"], color="#555555", linewidth=1.2, label=f"synchronous, {fused['seeds']} seeds")
-        axes.axhspan(min(fused["test_accuracy"]), max(fused["test_accuracy"]), color="#555555", alpha=0.15, linewidth=0)
+        axes.axhline(
+            fused["mean"],
+            color="#555555",
+            linewidth=1.2,
+            label=f"synchronous, {fused['seeds']} seeds",
+        )
+        axes.axhspan(
+            min(fused["test_accuracy"]),
+            max(fused["test_accuracy"]),
+            color="#555555",
+            alpha=0.15,
+            linewidth=0,
+        )
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    of = lambda rule, **fixed: [e for e in entries if e["rule"] == rule and all(e[k] == v for k, v in fixed.items())]  # noqa: E731
+    of = lambda rule, **fixed: [
+        e for e in entries if e["rule"] == rule and all(e[k] == v for k, v in fixed.items())
+    ]
     for axes, key, fixed, label in (
         (left, "packets", {"slowdown": 1.2}, "packets a ring holds (S = 1.2)"),
         (right, "slowdown", {"packets": 50}, "slowdown S of the fourth module (M = 50)"),
     ):
         for rule, color, mark in ((PAPER, "#0072b2", "o"), (CODE, "#d55e00", "s")):
             line = sorted(of(rule, **fixed), key=lambda e: e[key])
-            axes.plot([e[key] for e in line], [e["mean"] for e in line], mark + "-", color=color, label=rule)
+            axes.plot(
+                [e[key] for e in line],
+                [e["mean"] for e in line],
+                mark + "-",
+                color=color,
+                label=rule,
+            )
             for e in line:
                 axes.plot([e[key]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
         axes.set_xlabel(label)
@@ -118,7 +152,15 @@ def main() -> None:
         return
     entries = summarise(found)
     harness.table(
-        ["S of module 3", "M", "rule", "test accuracy, %", "seeds", "mean age read by it", "reads a packet above it"],
+        [
+            "S of module 3",
+            "M",
+            "rule",
+            "test accuracy, %",
+            "seeds",
+            "mean age read by it",
+            "reads a packet above it",
+        ],
         [
             [e["slowdown"] or "fused", e["packets"] or "", e["rule"], e["mean"], e["seeds"]]
             + [e.get(key, "") for key in ("age_of_slowed", "reuse_above_slowed")]

@@ -55,7 +55,9 @@ def over_mean(times: list[float]) -> float:
 
 def programs(network: str, starts: tuple[int, ...], args: argparse.Namespace) -> list[float]:
     """Seconds of each module's program by itself."""
-    made = make_experiment(settings(network, len(starts), ",".join(map(str, starts)), args), jax.devices()[:1])
+    made = make_experiment(
+        settings(network, len(starts), ",".join(map(str, starts)), args), jax.devices()[:1]
+    )
     return [elapsed.seconds for elapsed in module_times(made, made.engine.init(), args.calls)]
 
 
@@ -66,23 +68,36 @@ def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
     count = len(blocks.blocks)
     optimizer = make_optimizer(one.optimizer, optax.constant_schedule(0.0))
     print(f"{network}: measuring {count} blocks and their heads", flush=True)
-    costs = {"flops": block_flops(blocks), "time": block_times(blocks, optimizer, jax.devices()[0], args.calls).seconds}
+    costs = {
+        "flops": block_flops(blocks),
+        "time": block_times(blocks, optimizer, jax.devices()[0], args.calls).seconds,
+    }
     seconds: BlockCosts = costs["time"]
     rows, results = [], []
     for modules in args.modules:
         for split in SPLITS:
             starts = cuts(split, count, modules, lambda split=split: costs[split])
             times = [seconds.module(a, b) for a, b in itertools.pairwise([*starts, count])]
-            found = {"modules": modules, "split": split, "first_blocks": starts, "slowest_over_mean": over_mean(times)}
+            found = {
+                "modules": modules,
+                "split": split,
+                "first_blocks": starts,
+                "slowest_over_mean": over_mean(times),
+            }
             found["slowest_milliseconds"] = 1e3 * max(times)
             if args.programs:
                 own = programs(network, starts, args)
-                found |= {"programs_slowest_over_mean": over_mean(own), "programs_slowest_milliseconds": 1e3 * max(own)}
+                found |= {
+                    "programs_slowest_over_mean": over_mean(own),
+                    "programs_slowest_milliseconds": 1e3 * max(own),
+                }
             results.append(found)
             cells = [f"{value:.3g}" for name, value in found.items() if "slowest" in name]
             rows.append([modules, split, ",".join(map(str, starts)), *cells])
     header = ["K", "split", "first blocks", "slowest over mean", "slowest, ms"]
-    harness.table([*header, *(["programs: slowest over mean", "slowest, ms"] if args.programs else [])], rows)
+    harness.table(
+        [*header, *(["programs: slowest over mean", "slowest, ms"] if args.programs else [])], rows
+    )
     return {"blocks": count, "cuts": results, "block_seconds": vars(seconds)}
 
 
@@ -92,13 +107,16 @@ def main() -> None:
     flags.add_argument("--modules", type=int, nargs="+", default=[2, 4, 8])
     flags.add_argument("--image_size", type=int, default=64)
     flags.add_argument("--batch_size", type=int, default=8)
-    flags.add_argument("--width", type=int, default=16, help="channels of the first block; 64 as published")
+    flags.add_argument(
+        "--width", type=int, default=16, help="channels of the first block; 64 as published"
+    )
     flags.add_argument("--head", default="mlp_sr")
     flags.add_argument("--calls", type=int, default=7, help="of each block or program")
     flags.add_argument("--programs", action="store_true")
     args = flags.parse_args()
     print(
-        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, batch {args.batch_size}, width {args.width}", flush=True
+        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, batch {args.batch_size}, width {args.width}",
+        flush=True,
     )
     results = {network: compare(network, args) for network in args.networks}
     chosen = {key: value for key, value in vars(args).items() if key != "write"}

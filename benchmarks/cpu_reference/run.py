@@ -65,7 +65,11 @@ def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any
     from torch_dgl import DGL
 
     settings, data = made.settings.optimizer, made.source
-    update = {"rate": settings.learning_rate, "momentum": settings.momentum, "decay": settings.weight_decay}
+    update = {
+        "rate": settings.learning_rate,
+        "momentum": settings.momentum,
+        "decay": settings.weight_decay,
+    }
     return DGL(
         made.settings.model.width,
         [module.first for module in made.spec.modules],
@@ -121,7 +125,9 @@ def check(way: Way, args: argparse.Namespace) -> dict[str, Any]:
     def apart(**changed: float) -> dict[str, Any]:
         network = torch_network(made, args.memory_format, **changed)
         found: dict[str, Any] = {"losses": [], "update": []}
-        for step, (before, after, expected) in enumerate(zip(params, params[1:], losses, strict=False)):
+        for step, (before, after, expected) in enumerate(
+            zip(params, params[1:], losses, strict=False)
+        ):
             network.copy_from(before)
             batch = made.source.batch(step)
             pairs = zip(network.step(batch.inputs, batch.context["label"]), expected, strict=True)
@@ -154,25 +160,47 @@ def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--widths", type=int, nargs="+", default=[32, 128])
     flags.add_argument("--batch_size", type=int, default=128)
-    flags.add_argument("--split", default="0,3", help="first blocks of the two modules on two cores")
+    flags.add_argument(
+        "--split", default="0,3", help="first blocks of the two modules on two cores"
+    )
     flags.add_argument("--cores", nargs="+", choices=CORES, default=list(CORES))
-    flags.add_argument("--memory_format", choices=["channels_last", "contiguous"], default="channels_last", help="PyTorch's")
+    flags.add_argument(
+        "--memory_format",
+        choices=["channels_last", "contiguous"],
+        default="channels_last",
+        help="PyTorch's",
+    )
     flags.add_argument("--repeats", type=int, default=9)
     flags.add_argument("--seconds", type=float, default=5.0, help="least length of a repeat")
-    flags.add_argument("--least_steps", type=int, default=20, help="on two cores, where the pipe is filled and drained each repeat")
     flags.add_argument(
-        "--first_core", type=int, default=min(system.usable_cpus() or [0]), help="which one the ways on one core have"
+        "--least_steps",
+        type=int,
+        default=20,
+        help="on two cores, where the pipe is filled and drained each repeat",
+    )
+    flags.add_argument(
+        "--first_core",
+        type=int,
+        default=min(system.usable_cpus() or [0]),
+        help="which one the ways on one core have",
     )
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
-    ways = {str(way): way for way in (Way(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch"))}
+    ways = {
+        str(way): way
+        for way in (
+            Way(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch")
+        )
+    }
     jax.config.update("jax_num_cpu_devices", max(CORES[way.cores] for way in ways.values()))
     if args.serve:
         way = ways[args.serve]
         jax.config.update("jax_num_cpu_devices", CORES[way.cores])
         return serve(started(way, args))
 
-    measured = {k: v for k, v in vars(args).items() if k not in ("write", "serve", "widths", "cores")}
+    measured = {
+        k: v for k, v in vars(args).items() if k not in ("write", "serve", "widths", "cores")
+    }
     before = Path(__file__).with_name("result.json")
     kept = json.loads(before.read_text())["comparisons"] if before.exists() else {}
     found: dict[str, Any] = {}
@@ -188,17 +216,34 @@ def main() -> None:
             # Those that were not measured again stay, and a run that is cut short leaves what it has.
             harness.finish(__file__, {"comparisons": kept | found}, args.write)
     rows = [
-        [name, *(harness.shown(of_name[side]) for side in ("JAX", "PyTorch", "ratio", "ratio_without_filling"))]
+        [
+            name,
+            *(
+                harness.shown(of_name[side])
+                for side in ("JAX", "PyTorch", "ratio", "ratio_without_filling")
+            ),
+        ]
         for name, of_name in found.items()
     ]
-    harness.table(["", "JAX, images/s", "PyTorch, images/s", "JAX over PyTorch", "filling and draining left out"], rows)
+    harness.table(
+        [
+            "",
+            "JAX, images/s",
+            "PyTorch, images/s",
+            "JAX over PyTorch",
+            "filling and draining left out",
+        ],
+        rows,
+    )
     return None
 
 
 def compared(pair: dict[str, Way], args: argparse.Namespace) -> dict[str, Any]:
     """The two sides in turns, each in a process bound to its cores."""
     count = CORES[pair["JAX"].cores]
-    cores = [args.first_core] if count == 1 else (system.usable_cpus() or list(range(count)))[:count]
+    cores = (
+        [args.first_core] if count == 1 else (system.usable_cpus() or list(range(count)))[:count]
+    )
     with contextlib.ExitStack() as stack:
         variants: dict[str, Variant] = {}
         for library, way in pair.items():
@@ -206,7 +251,9 @@ def compared(pair: dict[str, Way], args: argparse.Namespace) -> dict[str, Any]:
             stack.callback(process.close)
             variants[library] = process
         fastest = max(variant(WARM_UP).images_per_second for variant in variants.values())
-        steps = max(args.least_steps if count > 1 else 1, round(args.seconds * fastest / args.batch_size))
+        steps = max(
+            args.least_steps if count > 1 else 1, round(args.seconds * fastest / args.batch_size)
+        )
         timings = list(in_turns(variants, dict.fromkeys(variants, steps), args.repeats))[-1]
     speed = {library: [t.images_per_second for t in found] for library, found in timings.items()}
     ratios = harness.ratios(speed["JAX"], speed["PyTorch"])
@@ -214,7 +261,10 @@ def compared(pair: dict[str, Way], args: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": steps,
         **{library: harness.quartiles(found, 1) for library, found in speed.items()},
-        "cores": {library: harness.quartiles([t.cores for t in found]) for library, found in timings.items()},
+        "cores": {
+            library: harness.quartiles([t.cores for t in found])
+            for library, found in timings.items()
+        },
         "ratio": harness.quartiles(ratios),
         "ratio_without_filling": harness.quartiles([r * ticks / steps for r in ratios]),
     } | ({"pass": PASS} if count > 1 else {})

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MULTIPLES, POOLED = (1, 2, 2, 4, 4, 4), (1, 3)  # of cnn6: channels over width, blocks that begin with pooling
+MULTIPLES, POOLED = (
+    (1, 2, 2, 4, 4, 4),
+    (1, 3),
+)  # of cnn6: channels over width, blocks that begin with pooling
 
 
 class Module(nn.Module):
@@ -24,7 +27,11 @@ class Module(nn.Module):
 
 def block(inputs: int, features: int, pool: bool) -> nn.Sequential:
     """[2x2 max pooling] - 3x3 convolution - batch norm - ReLU."""
-    layers = [nn.Conv2d(inputs, features, 3, padding=1), nn.BatchNorm2d(features), nn.ReLU(inplace=True)]
+    layers = [
+        nn.Conv2d(inputs, features, 3, padding=1),
+        nn.BatchNorm2d(features),
+        nn.ReLU(inplace=True),
+    ]
     return nn.Sequential(*[nn.MaxPool2d(2)] * pool, *layers)
 
 
@@ -32,10 +39,18 @@ def head(features: int, size: int, classes: int, convs: int, hidden: int) -> nn.
     """MLP-SR (`convs` = 3, `hidden` = 3), or the classifier that ends the network (0, 2), for maps of `size` pixels a side."""
     layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(max(-(-size // 4), 2))]
     for _ in range(convs):
-        layers += [nn.Conv2d(features, features, 1, bias=False), nn.BatchNorm2d(features), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(features, features, 1, bias=False),
+            nn.BatchNorm2d(features),
+            nn.ReLU(inplace=True),
+        ]
     layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     for _ in range(hidden):
-        layers += [nn.Linear(4 * features, 4 * features), nn.BatchNorm1d(4 * features), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Linear(4 * features, 4 * features),
+            nn.BatchNorm1d(4 * features),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers, nn.Linear(4 * features, classes))
 
 
@@ -75,7 +90,10 @@ class DGL:
             own = head(*sizes[end - 1], classes, convs=0 if last else 3, hidden=2 if last else 3)
             self.modules.append(Module(blocks[first:end], own).to(memory_format=self.format))
         self.optimizers = [
-            torch.optim.SGD(m.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=True) for m in self.modules
+            torch.optim.SGD(
+                m.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=True
+            )
+            for m in self.modules
         ]
         self.scale = torch.tensor([1 / (255 * s) for s in std])
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
@@ -99,10 +117,14 @@ class DGL:
     def copy_from(self, params: Sequence[Mapping[str, Any]]) -> None:
         """Takes over the parameters of each module of a JAX run."""
         with torch.no_grad():
-            for own, given in zip(self._parameters(), translated(self.modules, params), strict=True):
+            for own, given in zip(
+                self._parameters(), translated(self.modules, params), strict=True
+            ):
                 own.copy_(torch.from_numpy(given.copy()))
 
-    def distances(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[float]:
+    def distances(
+        self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
         """Of each parameter array: how far it is from where one update took the JAX run's, in units of the length of that update.
 
         An update shorter than a thousandth of the array counts as that long: the bias of a convolution in front of batch norm
@@ -116,20 +138,35 @@ class DGL:
         return found
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for m in self.modules for layer in layers_of(m) for p in (layer.weight, layer.bias) if p is not None]
+        return [
+            p
+            for m in self.modules
+            for layer in layers_of(m)
+            for p in (layer.weight, layer.bias)
+            if p is not None
+        ]
 
 
 def layers_of(module: Module) -> list[Any]:
     """Layers with parameters, in the order in which they work."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm1d | nn.Linear)]
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm1d | nn.Linear)
+    ]
 
 
 def translated(modules: Sequence[Module], params: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     """Flax parameters as PyTorch's arrays, in the order of `layers_of`, the weight before the bias."""
     found = []
     for module, of_module in zip(modules, params, strict=True):
-        blocks = sorted(of_module["body"].items(), key=lambda item: int(item[0].removeprefix("block_")))
-        for part, own in [*zip(module.blocks, (p for _, p in blocks), strict=True), (module.head, of_module["objective"])]:
+        blocks = sorted(
+            of_module["body"].items(), key=lambda item: int(item[0].removeprefix("block_"))
+        )
+        for part, own in [
+            *zip(module.blocks, (p for _, p in blocks), strict=True),
+            (module.head, of_module["objective"]),
+        ]:
             found += _part(part, own)
     return found
 
@@ -143,11 +180,19 @@ def _part(part: nn.Module, params: Mapping[str, Any]) -> list[np.ndarray]:
         weight = own["scale" if kind == "BatchNorm" else "kernel"]
         if kind == "Conv":
             weight = weight.transpose(3, 2, 0, 1)
-        elif kind == "Dense" and count[kind] == 0:  # reads a flattened 2x2 map, whose channels come first here and last there
-            weight = weight.reshape(4, -1, weight.shape[1]).transpose(2, 1, 0).reshape(weight.shape[1], -1)
+        elif (
+            kind == "Dense" and count[kind] == 0
+        ):  # reads a flattened 2x2 map, whose channels come first here and last there
+            weight = (
+                weight.reshape(4, -1, weight.shape[1])
+                .transpose(2, 1, 0)
+                .reshape(weight.shape[1], -1)
+            )
         elif kind == "Dense":
             weight = weight.T
         found += [weight, own["bias"]] if "bias" in own else [weight]
         count[kind] += 1
-    assert sum(count.values()) == len(params), f"{len(params)} layers there, {sum(count.values())} here"
+    assert sum(count.values()) == len(params), (
+        f"{len(params)} layers there, {sum(count.values())} here"
+    )
     return found

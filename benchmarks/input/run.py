@@ -29,11 +29,17 @@ from dgl_jax.engines.placement import put
 from dgl_jax.tasks import ImageClassification, Task, augment_key
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", "", "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.")
+flags.DEFINE_string(
+    "data_dir",
+    "",
+    "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.",
+)
 flags.DEFINE_integer("batch_size", 128, "Images a batch.")
 flags.DEFINE_integer("batches", 200, "Batches a repeat.")
 flags.DEFINE_integer("repeats", 15, "Repeats of each way, interleaved.")
-flags.DEFINE_string("output", str(Path(__file__).with_name("result.json")), "Where the result goes.")
+flags.DEFINE_string(
+    "output", str(Path(__file__).with_name("result.json")), "Where the result goes."
+)
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TARGET = 50_000  # images a second on two cores
@@ -57,7 +63,10 @@ def ours(source: ArraySource, task: Task) -> Way:
 
 def numpy_way(source: ArraySource) -> Way:
     """Augmentation and normalisation in NumPy on the host, a whole batch at a time, then float32 to the device."""
-    scale, shift = np.float32(1 / (255 * np.array(STD))), np.float32(-np.array(MEAN) / np.array(STD))
+    scale, shift = (
+        np.float32(1 / (255 * np.array(STD))),
+        np.float32(-np.array(MEAN) / np.array(STD)),
+    )
 
     def augmented(start: int, count: int) -> Iterator[np.ndarray]:
         for step, batch in enumerate(itertools.islice(source.batches(start), count), start):
@@ -81,7 +90,9 @@ def numpy_way(source: ArraySource) -> Way:
 def resident_way(data: DataSet, task: Task, batch_size: int) -> Way:
     """All training images on the device as uint8; a batch is gathered and augmented inside one jit, ids come from the host."""
     everything = jnp.array(data.train.inputs)
-    train = jax.jit(lambda everything, step, ids: task.train(augment_key(SEED, step), everything[ids]))
+    train = jax.jit(
+        lambda everything, step, ids: task.train(augment_key(SEED, step), everything[ids])
+    )
     order = np.random.default_rng(SEED).permutation(len(data.train.labels)).astype(np.int32)
     steps = len(order) // batch_size
 
@@ -106,11 +117,16 @@ def host_only(source: ArraySource) -> Callable[[int, int], None]:
 
 def main(_: list[str]) -> None:
     if FLAGS.data_dir:
-        data, name = load(options("data", name="cifar10", dir=FLAGS.data_dir)), "cifar10 (as prepared in --data_dir)"
+        data, name = (
+            load(options("data", name="cifar10", dir=FLAGS.data_dir)),
+            "cifar10 (as prepared in --data_dir)",
+        )
     else:
         data, name = synthetic.make(50_000, 100, 32), "synthetic, 50,000 images of 32x32x3"
     source = ArraySource(data, batch_size=FLAGS.batch_size, seed=SEED, mean=MEAN, std=STD)
-    task = ImageClassification(jax.ShapeDtypeStruct(source.example_shape, "uint8"), augment="crop_flip", mean=MEAN, std=STD)
+    task = ImageClassification(
+        jax.ShapeDtypeStruct(source.example_shape, "uint8"), augment="crop_flip", mean=MEAN, std=STD
+    )
     ways: dict[str, Callable] = {
         "dgl_jax": ours(source, task),
         "numpy on the host": numpy_way(source),
@@ -139,7 +155,10 @@ def main(_: list[str]) -> None:
         "cpus": system.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("jax", "jaxlib", "numpy", "pillow", "tensorflow-datasets")},
+        "versions": {
+            package: version(package)
+            for package in ("jax", "jaxlib", "numpy", "pillow", "tensorflow-datasets")
+        },
     }
     Path(FLAGS.output).write_text(json.dumps(result, indent=2) + "\n")
     for way, rate in medians.items():

@@ -38,7 +38,10 @@ def photo(random: np.random.Generator, width: int = 500, height: int = 375) -> b
     pixels = np.full((height, width, 3), 127.0)
     for cells in (4, 8, 16, 32, 64, 128):
         coarse = random.normal(size=(3, cells, cells)).astype(np.float32)
-        planes = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in coarse]
+        planes = [
+            np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC))
+            for c in coarse
+        ]
         pixels += np.stack(planes, axis=-1) * 60 / cells**0.5
     pixels += random.normal(size=pixels.shape) * 16
     file = io.BytesIO()
@@ -70,7 +73,9 @@ def prepare(root: Path, photos: list[bytes], count: int) -> tfds_sets.Records:
 def ours(stored: tfds_sets.Records, workers: int, batch_size: int, size: int) -> Open:
     """The package's source: record files to batches of uint8."""
     data = streaming.RecordSet("imagenet", CLASSES, stored, stored, size, workers, random_crop=True)
-    source = streaming.RecordSource(data, batch_size=batch_size, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    source = streaming.RecordSource(
+        data, batch_size=batch_size, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     return lambda: source.batches(0)
 
 
@@ -83,10 +88,17 @@ def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -
         for record in stored.read(range(len(stored))):
             image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[record.image]))
             label = tf.train.Feature(int64_list=tf.train.Int64List(value=[record.label]))
-            writer.write(tf.train.Example(features=tf.train.Features(feature={"image": image, "label": label})).SerializeToString())
+            writer.write(
+                tf.train.Example(
+                    features=tf.train.Features(feature={"image": image, "label": label})
+                ).SerializeToString()
+            )
 
     def cut(serialized: Any) -> Any:
-        features = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+        features = {
+            "image": tf.io.FixedLenFeature([], tf.string),
+            "label": tf.io.FixedLenFeature([], tf.int64),
+        }
         example = tf.io.parse_single_example(serialized, features)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
             tf.image.extract_jpeg_shape(example["image"]),
@@ -101,8 +113,17 @@ def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -
         return tf.cast(tf.image.resize(pixels, [size, size]), tf.uint8), example["label"]
 
     def open_dataset() -> Iterator[Any]:
-        dataset = tf.data.TFRecordDataset(path).shuffle(512).repeat().map(cut, num_parallel_calls=tf.data.AUTOTUNE)
-        return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        dataset = (
+            tf.data.TFRecordDataset(path)
+            .shuffle(512)
+            .repeat()
+            .map(cut, num_parallel_calls=tf.data.AUTOTUNE)
+        )
+        return (
+            dataset.batch(batch_size, drop_remainder=True)
+            .prefetch(tf.data.AUTOTUNE)
+            .as_numpy_iterator()
+        )
 
     return open_dataset
 
@@ -129,14 +150,22 @@ def decoders(photos: list[bytes], size: int, repeats: int) -> dict[str, list[flo
         with Image.open(io.BytesIO(data)) as image:
             left, top, width, height = crops.random_box(*image.size, draw)
             box = (left, top, left + width, top + height)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
+            return np.asarray(
+                image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
+            )
 
     def opencv(data: bytes, draw: np.ndarray) -> np.ndarray:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        )
         left, top, width, height = crops.random_box(pixels.shape[1], pixels.shape[0], draw)
         return cv2.resize(pixels[top : top + height, left : left + width], (size, size))
 
-    ways = {"simplejpeg, OpenCV to resize (the package)": lambda d, draw: crops.random_crop(d, draw, size)}
+    ways = {
+        "simplejpeg, OpenCV to resize (the package)": lambda d, draw: crops.random_crop(
+            d, draw, size
+        )
+    }
     ways |= {"OpenCV": opencv, "Pillow": pillow}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _, (way, cut) in itertools.product(range(repeats), ways.items()):
@@ -178,7 +207,9 @@ def main() -> None:
         if find_spec("tensorflow"):
             ways["tf.data"] = tf_data(root, stored, args.batch_size, args.size)
         rates: dict[str, list[float]] = {way: [] for way in ways}
-        spent: dict[str, list[float]] = {way: [] for way in ways if "processes" not in way}  # those are not this process
+        spent: dict[str, list[float]] = {
+            way: [] for way in ways if "processes" not in way
+        }  # those are not this process
         for _, (way, open_batches) in itertools.product(range(args.repeats), ways.items()):
             per_second, processor = rate(open_batches, args.batch_size, args.warm_up, args.batches)
             rates[way].append(per_second)
@@ -186,25 +217,41 @@ def main() -> None:
                 spent[way].append(processor)
     times = decoders(photos, args.size, args.repeats)
     rows = [
-        (way, harness.shown(harness.quartiles(values, 1)), harness.shown(harness.quartiles(spent[way])) if way in spent else "")
+        (
+            way,
+            harness.shown(harness.quartiles(values, 1)),
+            harness.shown(harness.quartiles(spent[way])) if way in spent else "",
+        )
         for way, values in rates.items()
     ]
     result: dict[str, Any] = {
         "photographs": f"500x375, {kilobytes:.0f} kB",
         "arguments": vars(args),
-        "versions": {p: installed(p) for p in ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-cpu")},
+        "versions": {
+            p: installed(p)
+            for p in ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-cpu")
+        },
         "images_per_second": {way: harness.quartiles(values, 1) for way, values in rates.items()},
         "processor_milliseconds": {way: harness.quartiles(values) for way, values in spent.items()},
-        "milliseconds_one_thread": {way: harness.quartiles(values) for way, values in times.items()},
+        "milliseconds_one_thread": {
+            way: harness.quartiles(values) for way, values in times.items()
+        },
     }
     if "tf.data" in rates:
-        over = {w: harness.quartiles(harness.ratios(values, rates["tf.data"])) for w, values in rates.items() if w != "tf.data"}
+        over = {
+            w: harness.quartiles(harness.ratios(values, rates["tf.data"]))
+            for w, values in rates.items()
+            if w != "tf.data"
+        }
         result |= {"over_tf_data": over, "reached": max(q["median"] for q in over.values()) >= 1}
     else:
         rows.append(("tf.data", "TensorFlow is not installed", ""))
     harness.table(("way", "images/s", "processor ms an image"), rows)
     print()
-    harness.table(("library", "ms an image, one thread"), [(w, harness.shown(harness.quartiles(v))) for w, v in times.items()])
+    harness.table(
+        ("library", "ms an image, one thread"),
+        [(w, harness.shown(harness.quartiles(v))) for w, v in times.items()],
+    )
     if "over_tf_data" in result:
         over = ", ".join(f"{way} {harness.shown(q)}" for way, q in result["over_tf_data"].items())
         print(f"\nover tf.data: {over}; target 1: {'reached' if result['reached'] else 'MISSED'}")

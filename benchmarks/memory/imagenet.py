@@ -47,7 +47,9 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
         engine__name="pipeline" if split else "fused",
         method__name="dgl" if split else "backprop",
     )
-    info = DatasetInfo("made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3)
+    info = DatasetInfo(
+        "made up", tuple(map(str, range(CLASSES))), (SIZE, SIZE, 3), (0.5,) * 3, (0.25,) * 3
+    )
     spec = make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)))
     engine: Any = make_engine(settings, spec, jax.devices()[:1], 1)
     context, states = spec.context(0), spec.abstract_states()
@@ -67,7 +69,10 @@ def programs(network: str, split: str, batch_size: int) -> list[Compiled]:
 def alone(found: list[Compiled]) -> list[int]:
     """Bytes of each module on a device of its own, its state and the packet at its entrance included."""
     entrances = [0, *(program.packet for program in found[:-1])]
-    return [program.state + program.temporary + program.added + packet for program, packet in zip(found, entrances)]
+    return [
+        program.state + program.temporary + program.added + packet
+        for program, packet in zip(found, entrances)
+    ]
 
 
 def together(found: list[Compiled]) -> list[int]:
@@ -77,7 +82,11 @@ def together(found: list[Compiled]) -> list[int]:
     return [states + pipeline_peak(found, turns[k]) for k in range(len(found))]
 
 
-def lines(sizes: tuple[int, int], bytes_of: Callable[[list[Compiled]], list[int]], found: list[list[Compiled]]) -> list[Line]:
+def lines(
+    sizes: tuple[int, int],
+    bytes_of: Callable[[list[Compiled]], list[int]],
+    found: list[list[Compiled]],
+) -> list[Line]:
     """Of what `bytes_of` gives for the programs at both sizes. Which of them is the largest may change from size to size."""
     return [Line.through(sizes, pair) for pair in zip(*map(bytes_of, found), strict=True)]
 
@@ -86,21 +95,38 @@ def compare(network: str, sizes: tuple[int, int]) -> dict[str, Any]:
     """Back-propagation and every cut of one network; prints the table."""
     base = [programs(network, "", size) for size in sizes]
     (backprop,) = lines(sizes, alone, base)
-    print(f"{network}, {SIZE} pixels, batch {sizes[1]}: back-propagation {alone(base[1])[0] / 2**30:.2f} GiB,", end=" ")
+    print(
+        f"{network}, {SIZE} pixels, batch {sizes[1]}: back-propagation {alone(base[1])[0] / 2**30:.2f} GiB,",
+        end=" ",
+    )
     print(f"{backprop.fits():.0f} images in {DEVICE / 2**30:.0f} GiB", flush=True)
-    header = ["K", "cut", "GiB a module", "images a module", "more a device", "all on one device, GiB", "more on one device"]
+    header = [
+        "K",
+        "cut",
+        "GiB a module",
+        "images a module",
+        "more a device",
+        "all on one device, GiB",
+        "more on one device",
+    ]
     rows, results = [], []
     for split in SPLITS[network]:
         found = [programs(network, split, size) for size in sizes]
         each = [line.fits() for line in lines(sizes, alone, found)]
         one = min(line.fits() for line in lines(sizes, together, found))
-        more = {"device_a_module": min(each) / backprop.fits() - 1, "one_device": one / backprop.fits() - 1}
+        more = {
+            "device_a_module": min(each) / backprop.fits() - 1,
+            "one_device": one / backprop.fits() - 1,
+        }
         results.append(
             {
                 "split": split,
                 "one_device_bytes": [max(together(of_size)) for of_size in found],
                 "module_bytes": [alone(of_size) for of_size in found],
-                "images": {"modules": [round(images, 1) for images in each], "one_device": round(one, 1)},
+                "images": {
+                    "modules": [round(images, 1) for images in each],
+                    "one_device": round(one, 1),
+                },
                 "more_images": {name: round(value, 4) for name, value in more.items()},
                 "programs": [[vars(program) for program in of_size] for of_size in found],
             }

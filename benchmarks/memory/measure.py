@@ -47,7 +47,9 @@ class Blank:
     extras: ClassVar[dict[str, Any]] = {}
 
 
-jax.tree_util.register_pytree_node(Blank, lambda blank: ((blank.updates,), None), lambda _, leaves: Blank(*leaves))
+jax.tree_util.register_pytree_node(
+    Blank, lambda blank: ((blank.updates,), None), lambda _, leaves: Blank(*leaves)
+)
 
 
 def measure(program: Any, *arguments: Any) -> Compiled:
@@ -91,11 +93,16 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
         return run
 
     made.engine.programs.update({(k, "step"): program(k) for k in range(modules)})
-    for _ in made.engine.run(EngineState(tuple(Blank() for _ in range(modules))), made.source, 3 * modules):
+    for _ in made.engine.run(
+        EngineState(tuple(Blank() for _ in range(modules))), made.source, 3 * modules
+    ):
         pass
     return seen
 
 
 def pipeline_peak(programs: list[Compiled], held: list[tuple[int, list[int]]]) -> int:
     """The largest sum of a program's own bytes and of the packets that wait meanwhile, its input included."""
-    return max(programs[k].temporary + programs[k].added + sum(programs[hop].packet for hop in hops) for k, hops in held)
+    return max(
+        programs[k].temporary + programs[k].added + sum(programs[hop].packet for hop in hops)
+        for k, hops in held
+    )

@@ -52,7 +52,12 @@ def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
     made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
     k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
     incoming = Message(hops[k - 1].payload) if k else batch
-    found = measure(harness.programs(made.engine)[k], made.spec.abstract_states()[k], Inbox(incoming), batch.context)
+    found = measure(
+        harness.programs(made.engine)[k],
+        made.spec.abstract_states()[k],
+        Inbox(incoming),
+        batch.context,
+    )
     found.packet = nbytes((hops[k].payload, batch.context)) if k < len(hops) else 0
     return found
 
@@ -67,7 +72,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     made = experiment("backprop", 1, "count", args)
     backprop = measure(harness.step(made.engine), made.spec.abstract_states(), batch_shapes(made))
     base = backprop.temporary + backprop.added
-    print(f"cnn6, width {args.width}, batch {args.batch_size}: back-propagation {base / 2**20:.1f} MiB", flush=True)
+    print(
+        f"cnn6, width {args.width}, batch {args.batch_size}: back-propagation {base / 2**20:.1f} MiB",
+        flush=True,
+    )
     segments = {ends: segment(*ends, args) for ends in itertools.combinations(range(BLOCKS + 1), 2)}
 
     def evaluate(starts: tuple[int, ...], held: list[tuple[int, list[int]]]) -> dict[str, Any]:
@@ -90,11 +98,40 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         splits = [(0, *rest) for rest in itertools.combinations(range(1, BLOCKS), modules - 1)]
         equal = evaluate(cuts("count", BLOCKS, modules), held)
         best = min((evaluate(starts, held) for starts in splits), key=lambda found: found["bytes"])
-        results.append({"modules": modules, "limit": limit, "fused_ratio": round(fused_ratio, 4), "count": equal, "best": best})
-        cells = [f"{fused_ratio:.3f}", f"{max(equal['temporary_ratios']):.3f}", f"{equal['ratio']:.4f}", limit]
-        rows.append([modules, *cells, "yes" if equal["ratio"] < limit else "NO", f"{best['ratio']:.4f} ({best['split']})"])
+        results.append(
+            {
+                "modules": modules,
+                "limit": limit,
+                "fused_ratio": round(fused_ratio, 4),
+                "count": equal,
+                "best": best,
+            }
+        )
+        cells = [
+            f"{fused_ratio:.3f}",
+            f"{max(equal['temporary_ratios']):.3f}",
+            f"{equal['ratio']:.4f}",
+            limit,
+        ]
+        rows.append(
+            [
+                modules,
+                *cells,
+                "yes" if equal["ratio"] < limit else "NO",
+                f"{best['ratio']:.4f} ({best['split']})",
+            ]
+        )
     harness.table(
-        ["K", "fused", "largest program alone", "pipeline, split `count`", "limit", "under", "pipeline, best split"], rows
+        [
+            "K",
+            "fused",
+            "largest program alone",
+            "pipeline, split `count`",
+            "limit",
+            "under",
+            "pipeline, best split",
+        ],
+        rows,
     )
     return {
         "width": args.width,
@@ -110,11 +147,16 @@ def main() -> None:
     flags.add_argument("--part", choices=["cnn6", "imagenet"], default="cnn6")
     flags.add_argument("--widths", type=int, nargs="+", default=[32, 128])
     flags.add_argument("--batch_size", type=int, default=128)
-    flags.add_argument("--networks", nargs="+", default=list(imagenet.SPLITS), choices=list(imagenet.SPLITS))
+    flags.add_argument(
+        "--networks", nargs="+", default=list(imagenet.SPLITS), choices=list(imagenet.SPLITS)
+    )
     flags.add_argument("--batch_sizes", type=int, nargs=2, default=[16, 32])
     args = flags.parse_args()
     if args.part == "cnn6":
-        results = [compare(argparse.Namespace(width=width, batch_size=args.batch_size)) for width in args.widths]
+        results = [
+            compare(argparse.Namespace(width=width, batch_size=args.batch_size))
+            for width in args.widths
+        ]
         keep({"environment": harness.environment(), "results": results}, args.write)
     for network in args.networks if args.part == "imagenet" else ():
         keep({network: imagenet.compare(network, tuple(args.batch_sizes))}, args.write)

@@ -51,7 +51,10 @@ def ceiling(made: Experiment) -> Variant:
     batch = engine.placement.put_batch(made.source.batch(0), 0)
     programs = harness.programs(engine)
     states[0], (message, _), _ = programs[0](states[0], Inbox(batch), batch.context)
-    inputs = [(Inbox(batch), batch.context), put((Inbox(message), batch.context), engine.placement.split(1))]
+    inputs = [
+        (Inbox(batch), batch.context),
+        put((Inbox(message), batch.context), engine.placement.split(1)),
+    ]
 
     def work(steps: int) -> list[Any]:
         waiting: deque[list[Any]] = deque()
@@ -94,10 +97,20 @@ def main() -> None:
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--augment", default="crop_flip", choices=["none", "crop_flip"])
-    flags.add_argument("--split", default="0,3", help="first blocks of the two modules, chosen so that both cost about the same")
+    flags.add_argument(
+        "--split",
+        default="0,3",
+        help="first blocks of the two modules, chosen so that both cost about the same",
+    )
     flags.add_argument("--ticks_in_flight", type=int, default=2)
-    flags.add_argument("--sweep", action="store_true", help="also the pipeline with 1 to 4 ticks in flight")
-    flags.add_argument("--probe", action="store_true", help="only print what both modules take by themselves, for three splits")
+    flags.add_argument(
+        "--sweep", action="store_true", help="also the pipeline with 1 to 4 ticks in flight"
+    )
+    flags.add_argument(
+        "--probe",
+        action="store_true",
+        help="only print what both modules take by themselves, for three splits",
+    )
     flags.add_argument("--repeats", type=int, default=15)
     flags.add_argument("--seconds", type=float, default=3.0, help="least length of a repeat")
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
@@ -107,7 +120,9 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     if args.probe:
         for first in (2, 3, 4):
-            made = experiment("pipeline", 2, argparse.Namespace(**vars(args) | {"split": f"0,{first}"}))
+            made = experiment(
+                "pipeline", 2, argparse.Namespace(**vars(args) | {"split": f"0,{first}"})
+            )
             print(f"split 0,{first}:", alone(made.engine, made, 10), "ms", flush=True)
         return None
 
@@ -123,21 +138,44 @@ def main() -> None:
     if args.sweep:
         variants |= {f"pipeline, {depth} in flight": training(two, depth) for depth in (1, 2, 3, 4)}
     module_milliseconds = alone(two.engine, two, 20)
-    fastest = max(variants["pipeline"](20).images_per_second, variants["ceiling"](20).images_per_second)
+    fastest = max(
+        variants["pipeline"](20).images_per_second, variants["ceiling"](20).images_per_second
+    )
     steps = max(20, round(args.seconds * fastest / args.batch_size))
-    seconds = sum(steps * args.batch_size / variants[name](10).images_per_second for name in variants)
+    seconds = sum(
+        steps * args.batch_size / variants[name](10).images_per_second for name in variants
+    )
     about = f"{steps} steps a repeat, {args.repeats} repeats, about {args.repeats * seconds:.0f} s"
     print(f"modules alone: {module_milliseconds} ms; {about}", flush=True)
     chosen = {k: v for k, v in vars(args).items() if k not in ("write", "serve", "probe")}
 
     for timings in in_turns(variants, dict.fromkeys(variants, steps), args.repeats):
         if len(timings["fused"]) > 2:  # a run that is cut short leaves what it has
-            result = summarise(timings, steps) | {"module_milliseconds": module_milliseconds, "settings": chosen}
+            result = summarise(timings, steps) | {
+                "module_milliseconds": module_milliseconds,
+                "settings": chosen,
+            }
             harness.finish(__file__, result, args.write)
     one_core.close()
-    rows = [[name, *(harness.shown(q) for q in found.values())] for name, found in result["variants"].items()]
-    harness.table(["variant", "images/s", "cores used", "over fused", "over fused on one core", "over ceiling"], rows)
-    print("pipeline over ceiling, filling and draining left out:", harness.shown(result["pipeline_over_ceiling_without_filling"]))
+    rows = [
+        [name, *(harness.shown(q) for q in found.values())]
+        for name, found in result["variants"].items()
+    ]
+    harness.table(
+        [
+            "variant",
+            "images/s",
+            "cores used",
+            "over fused",
+            "over fused on one core",
+            "over ceiling",
+        ],
+        rows,
+    )
+    print(
+        "pipeline over ceiling, filling and draining left out:",
+        harness.shown(result["pipeline_over_ceiling_without_filling"]),
+    )
     return None
 
 
@@ -154,7 +192,9 @@ def summarise(timings: dict[str, list[Timing]], steps: int) -> dict[str, Any]:
                 "images_per_second": harness.quartiles(speed[name], 1),
                 "cores": harness.quartiles([t.cores for t in found]),
                 "over_fused": harness.quartiles(harness.ratios(speed[name], speed["fused"])),
-                "over_fused_on_one_core": harness.quartiles(harness.ratios(speed[name], speed[ONE_CORE])),
+                "over_fused_on_one_core": harness.quartiles(
+                    harness.ratios(speed[name], speed[ONE_CORE])
+                ),
                 "over_ceiling": harness.quartiles(harness.ratios(speed[name], speed["ceiling"])),
             }
             for name, found in timings.items()

@@ -45,7 +45,9 @@ def experiment(modules: int, split: str, args: argparse.Namespace) -> Experiment
     return make_experiment(settings, jax.devices()[:modules])
 
 
-def predicted(made: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace) -> float:
+def predicted(
+    made: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace
+) -> float:
     """Ticks a second of the full pipe, packets taking no time: devices of one host hand over an address."""
     pipeline, _ = make_pipeline(made.settings, seconds, processor, cores=args.cores)
     return pipeline.steady(made.spec.traffic().wire)[0]
@@ -96,8 +98,15 @@ def main() -> None:
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--image_size", type=int, default=32)
-    flags.add_argument("--splits", nargs=2, default=["0,3", "0,2,4"], help="first blocks for K = 2 and K = 3, or count, flops")
-    flags.add_argument("--cores", type=float, default=system.cpu_count(), help="that all devices share")
+    flags.add_argument(
+        "--splits",
+        nargs=2,
+        default=["0,3", "0,2,4"],
+        help="first blocks for K = 2 and K = 3, or count, flops",
+    )
+    flags.add_argument(
+        "--cores", type=float, default=system.cpu_count(), help="that all devices share"
+    )
     flags.add_argument("--calls", type=int, default=10, help="of each program by itself, a repeat")
     flags.add_argument("--steps", type=int, default=60, help="of the pipeline, a repeat")
     flags.add_argument("--repeats", type=int, default=7)
@@ -114,7 +123,10 @@ def main() -> None:
             blocks[k].append(of_blocks(made[k], times, args))
             predictions[k].append(of_modules(made[k], args))
             runs[k].append(running[k](args.steps))
-        shown = {k: f"{blocks[k][-1]:.2f} and {predictions[k][-1]:.2f} predicted, {runs[k][-1]:.2f} ticks/s" for k in MODULES}
+        shown = {
+            k: f"{blocks[k][-1]:.2f} and {predictions[k][-1]:.2f} predicted, {runs[k][-1]:.2f} ticks/s"
+            for k in MODULES
+        }
         print(repeat, shown, flush=True)
     result: dict[str, Any] = {}
     rows = []
@@ -133,7 +145,9 @@ def main() -> None:
         within = ["yes" if abs(q["median"] - 1) <= LIMIT else "NO" for q in ratios.values()]
         cells = [f"{harness.shown(q)} {w}" for q, w in zip(ratios.values(), within)]
         rows.append([k, harness.shown(harness.quartiles(runs[k])), *cells])
-    harness.table(["K", "ticks/s", f"predicted from modules over it, within {LIMIT:.0%}", "from blocks"], rows)
+    harness.table(
+        ["K", "ticks/s", f"predicted from modules over it, within {LIMIT:.0%}", "from blocks"], rows
+    )
     settings = {key: value for key, value in vars(args).items() if key != "write"}
     harness.finish(__file__, {"settings": settings, "results": result}, args.write)
 

@@ -26,8 +26,15 @@ BATCH = 128
 KIB, MIB = 2**10, 2**20
 # (bytes of a packet, packets of the ring, packets added and then sampled in a repeat, repeats). The second ring is as large as the
 # others but does not fit into a core's cache. Repeats are short: few of them lose their core to something else in the middle.
-CASES = [(64 * KIB, 50, 50, 401), (64 * KIB, 4096, 64, 401), (2 * MIB, 50, 4, 201), (64 * MIB, 3, 1, 41)]
-Way = Callable[[int], tuple[float, float]]  # packets -> (seconds of adding them, seconds of sampling as many)
+CASES = [
+    (64 * KIB, 50, 50, 401),
+    (64 * KIB, 4096, 64, 401),
+    (2 * MIB, 50, 4, 201),
+    (64 * MIB, 3, 1, 41),
+]
+Way = Callable[
+    [int], tuple[float, float]
+]  # packets -> (seconds of adding them, seconds of sampling as many)
 
 
 def packet(size: int) -> tuple[np.ndarray, Context]:
@@ -114,7 +121,9 @@ def flashbax_way(payload: np.ndarray, context: Context, size: int) -> Way:
 
     buffer = flashbax.make_item_buffer(max_length=size, min_length=1, sample_batch_size=1)
     # Copies: on the CPU a JAX array may be a view of a NumPy one.
-    item = jax.block_until_ready(jax.tree.map(lambda x: jax.numpy.array(x, copy=True), (payload, context)))
+    item = jax.block_until_ready(
+        jax.tree.map(lambda x: jax.numpy.array(x, copy=True), (payload, context))
+    )
     add_jit, sample_jit = jax.jit(buffer.add, donate_argnums=0), jax.jit(buffer.sample)
     state = buffer.init(item)
     keys = list(jax.random.split(jax.random.key(0), 1024))
@@ -170,7 +179,11 @@ def case(size: int, slots: int, count: int, repeats: int) -> dict[str, Any]:
         "packets_a_repeat": count,
         "repeats": repeats,
         "gigabytes_per_second": {way: rates(pairs) for way, pairs in spent.items()},
-        "ring_over": {way: harness.quartiles(harness.ratios(totals[way], totals["ring"])) for way in ways if way != "ring"},
+        "ring_over": {
+            way: harness.quartiles(harness.ratios(totals[way], totals["ring"]))
+            for way in ways
+            if way != "ring"
+        },
         "microseconds_a_packet_beyond_numpy": harness.quartiles(
             [1e6 * (a - b) / count for a, b in zip(totals["ring"], totals["numpy"], strict=True)]
         ),
@@ -179,7 +192,9 @@ def case(size: int, slots: int, count: int, repeats: int) -> dict[str, Any]:
 
 def shown(rates: dict[str, dict[str, float]]) -> str:
     """Of a way's rates: both (add, sample)."""
-    return "{:.2f} ({:.2f}, {:.2f})".format(*(rates[part]["median"] for part in ("both", "add", "sample")))
+    return "{:.2f} ({:.2f}, {:.2f})".format(
+        *(rates[part]["median"] for part in ("both", "add", "sample"))
+    )
 
 
 def main() -> None:
@@ -196,13 +211,34 @@ def main() -> None:
         verdict = "yes" if over["numpy"]["median"] >= TARGET else "NO"
         cells = [shown(rate[way]) if way in rate else "not installed" for way in columns]
         rows.append(
-            [name, found["slots"], *cells, harness.shown(over["numpy"]), f"{over['numpy, array by array']['median']:.3g}", verdict]
+            [
+                name,
+                found["slots"],
+                *cells,
+                harness.shown(over["numpy"]),
+                f"{over['numpy, array by array']['median']:.3g}",
+                verdict,
+            ]
         )
-    harness.table(["packet", "slots", *columns, "ring over numpy", "over array by array", f"at least {TARGET}"], rows)
+    harness.table(
+        [
+            "packet",
+            "slots",
+            *columns,
+            "ring over numpy",
+            "over array by array",
+            f"at least {TARGET}",
+        ],
+        rows,
+    )
     other = {"flashbax": version("flashbax")} if importlib.util.find_spec("flashbax") else {}
     peak = system.process_peak()
     peak_mib = peak and round(peak / 2**20)
-    harness.finish(__file__, {"target": TARGET, "versions": other, "peak_memory_mib": peak_mib, "rows": results}, args.write)
+    harness.finish(
+        __file__,
+        {"target": TARGET, "versions": other, "peak_memory_mib": peak_mib, "rows": results},
+        args.write,
+    )
 
 
 if __name__ == "__main__":

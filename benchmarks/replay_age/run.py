@@ -32,7 +32,10 @@ PUBLISHED: dict[tuple[int, float], tuple[float, float]] = {
 
 def simulate(size: int, slowdown: float, rule: str, seed: int) -> list[Ring]:
     """The turns of a whole run on packets of one number each; the rings afterwards."""
-    example: Any = (np.zeros(1, np.int8), {"label": np.zeros(1, np.int8), "id": np.zeros(1, np.int8)})
+    example: Any = (
+        np.zeros(1, np.int8),
+        {"label": np.zeros(1, np.int8), "id": np.zeros(1, np.int8)},
+    )
     rings = [Ring(example, size, rule, seed=seed) for _ in range(MODULES - 1)]
     slowdowns = [slowdown if k == SLOWED else 1.0 for k in range(MODULES)]
     module_of, updates, turn = drawn(MODULES, slowdowns, seed), [0] * MODULES, 0
@@ -59,7 +62,9 @@ def main() -> None:
             runs = [simulate(size, slowdown, rule, seed) for seed in range(args.seeds)]
             # without a slowed module all rings are alike
             of_run = [
-                statistics.mean(r.tally.mean_age() for r in rings) if slowdown == 1 else rings[SLOWED - 1].tally.mean_age()
+                statistics.mean(r.tally.mean_age() for r in rings)
+                if slowdown == 1
+                else rings[SLOWED - 1].tally.mean_age()
                 for rings in runs
             ]
             found = statistics.mean(of_run)

@@ -79,7 +79,9 @@ class Case:
                 inputs.append(incoming)
                 states[k], (message, _), _ = program(states[k], *incoming)
                 if message is not None:
-                    incoming = jax.device_put((Inbox(message), batch.context), engine.placement.split(k + 1))
+                    incoming = jax.device_put(
+                        (Inbox(message), batch.context), engine.placement.split(k + 1)
+                    )
             jax.block_until_ready(states)
             begin = time.thread_time()
             for _ in range(steps):
@@ -94,7 +96,11 @@ class Case:
     def level(self, states: list[Any]) -> Iterator[Any]:
         """The states with one update count for all."""
         for state in states:
-            yield state.replace(updates=jax.device_put(jax.numpy.asarray(self.step, "int32"), state.updates.sharding))
+            yield state.replace(
+                updates=jax.device_put(
+                    jax.numpy.asarray(self.step, "int32"), state.updates.sharding
+                )
+            )
 
     def parts(self, steps: int) -> dict[str, float]:
         """Milliseconds per tick of each part, from a run whose calls carry stop-watches; the rest is the loop itself."""
@@ -103,12 +109,18 @@ class Case:
         self.spent = dict.fromkeys(PARTS, 0.0)
         if isinstance(engine, PipelineEngine):
             kept["programs"] = engine.programs
-            engine.programs = {turn: self.watch("programs", program) for turn, program in engine.programs.items()}
+            engine.programs = {
+                turn: self.watch("programs", program) for turn, program in engine.programs.items()
+            }
             engine._move = self.watch("packets between devices", engine._move)
         else:
             kept["steps"] = engine.steps
-            engine.steps = {turns: self.watch("programs", step) for turns, step in engine.steps.items()}
-        object.__setattr__(placement, "put_batch", self.watch("batch to device", placement.put_batch))
+            engine.steps = {
+                turns: self.watch("programs", step) for turns, step in engine.steps.items()
+            }
+        object.__setattr__(
+            placement, "put_batch", self.watch("batch to device", placement.put_batch)
+        )
         source.batch = self.watch("source", source.batch)
         try:
             total = self.run(steps)
@@ -143,7 +155,11 @@ def main() -> None:
     flags.add_argument("--repeats", type=int, default=15)
     args = flags.parse_args()
     jax.config.update("jax_num_cpu_devices", max(args.modules))
-    layouts = {"fused": ("fused", lambda k: 1), "one device": ("pipeline", lambda k: 1), "K devices": ("pipeline", lambda k: k)}
+    layouts = {
+        "fused": ("fused", lambda k: 1),
+        "one device": ("pipeline", lambda k: 1),
+        "K devices": ("pipeline", lambda k: k),
+    }
     cases = {
         (name, modules): Case(experiment(engine, modules, devices(modules), args))
         for modules in args.modules
@@ -151,7 +167,9 @@ def main() -> None:
         if not (name == "K devices" and modules == 1)
     }
     print(f"{len(cases)} cases compiled", flush=True)
-    measured: dict[Any, dict[str, list[Any]]] = {key: {"total": [], "bare": [], "parts": []} for key in cases}
+    measured: dict[Any, dict[str, list[Any]]] = {
+        key: {"total": [], "bare": [], "parts": []} for key in cases
+    }
     for _ in range(args.repeats):
         for key, case in cases.items():
             measured[key]["total"].append(case.run(args.steps))
@@ -160,8 +178,12 @@ def main() -> None:
     rows, results = [], []
     for (name, modules), found in measured.items():
         per_module = harness.quartiles([t / modules for t in found["total"]])
-        outside = harness.quartiles([(sum(p.values()) - p["programs"]) / modules for p in found["parts"]])
-        parts = {part: harness.quartiles([p[part] for p in found["parts"]]) for part in found["parts"][0]}
+        outside = harness.quartiles(
+            [(sum(p.values()) - p["programs"]) / modules for p in found["parts"]]
+        )
+        parts = {
+            part: harness.quartiles([p[part] for p in found["parts"]]) for part in found["parts"][0]
+        }
         results.append(
             {
                 "engine": name,
@@ -177,11 +199,33 @@ def main() -> None:
         cells = [f"{q['median']:.3f}" for q in parts.values()]
         verdict = "yes" if outside["median"] < LIMIT else "NO"
         bare = f"{statistics.median(found['bare']):.3f}"
-        rows.append([name, modules, harness.shown(outside), verdict, harness.shown(per_module), *cells, bare])
+        rows.append(
+            [
+                name,
+                modules,
+                harness.shown(outside),
+                verdict,
+                harness.shown(per_module),
+                *cells,
+                bare,
+            ]
+        )
     parts_names = results[0]["parts_milliseconds_per_tick"]
-    header = ["engine", "K", "outside programs, a module", "under 1", "everything, a module", *parts_names, "bare calls"]
+    header = [
+        "engine",
+        "K",
+        "outside programs, a module",
+        "under 1",
+        "everything, a module",
+        *parts_names,
+        "bare calls",
+    ]
     harness.table(header, rows)
-    harness.finish(__file__, {"settings": {k: v for k, v in vars(args).items() if k != "write"}, "rows": results}, args.write)
+    harness.finish(
+        __file__,
+        {"settings": {k: v for k, v in vars(args).items() if k != "write"}, "rows": results},
+        args.write,
+    )
 
 
 if __name__ == "__main__":

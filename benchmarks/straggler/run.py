@@ -102,22 +102,34 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     args.rate = 10.0
     args.rate = pipeline(1.0, args)
-    found: dict[str, dict[float, list[float]]] = {name: {s: [] for s in SLOWDOWNS} for name in ("threads", "pipeline")}
+    found: dict[str, dict[float, list[float]]] = {
+        name: {s: [] for s in SLOWDOWNS} for name in ("threads", "pipeline")
+    }
     for repeat in range(args.repeats):
         order = SLOWDOWNS if repeat % 2 else SLOWDOWNS[::-1]
         for slowdown in order:
             found["threads"][slowdown].append(threads(slowdown, args))
             found["pipeline"][slowdown].append(pipeline(slowdown, args))
-        print(repeat, {n: {s: round(v[-1], 1) for s, v in of.items()} for n, of in found.items()}, flush=True)
+        print(
+            repeat,
+            {n: {s: round(v[-1], 1) for s, v in of.items()} for n, of in found.items()},
+            flush=True,
+        )
     result: dict[str, Any] = {}
     rows = []
     for name, of in found.items():
         for slowdown, rates in of.items():
             ratio = harness.quartiles(harness.ratios(rates, of[1.0]))
-            result.setdefault(name, {})[str(slowdown)] = {"updates_per_second": harness.quartiles(rates, 2), "over_s_1": ratio}
+            result.setdefault(name, {})[str(slowdown)] = {
+                "updates_per_second": harness.quartiles(rates, 2),
+                "over_s_1": ratio,
+            }
             rows.append([name, slowdown, round(statistics.median(rates), 1), harness.shown(ratio)])
     harness.table(["engine", "S", "updates/s of the other module", "over its S = 1"], rows)
-    chosen = {key: getattr(args, key) for key in ("width", "batch_size", "split", "packets", "repeats", "seconds")}
+    chosen = {
+        key: getattr(args, key)
+        for key in ("width", "batch_size", "split", "packets", "repeats", "seconds")
+    }
     harness.finish(__file__, {"settings": chosen, "engines": result}, args.write)
 
 

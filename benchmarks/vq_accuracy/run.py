@@ -73,7 +73,11 @@ def without(settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
     other = json.loads(BASE.read_text())
     if other["settings"] != settings:
         raise SystemExit(f"{BASE}: was made with {other['settings']}, these rows with {settings}")
-    rows = [Row("identity", 1, asynchronous, seed) for asynchronous in (False, True) for seed in range(3)]
+    rows = [
+        Row("identity", 1, asynchronous, seed)
+        for asynchronous in (False, True)
+        for seed in range(3)
+    ]
     return {row: other["runs"][WITHOUT[row.asynchronous].format(row.seed)] for row in rows}
 
 
@@ -83,17 +87,34 @@ def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
     order = ["identity", "bf16", "int8", "vq"]
     settings = {(*row[:3], row.stages) for row in found}
     for setting in sorted(settings, key=lambda s: (s[2], order.index(s[0]), s[3], s[1])):
-        runs = {row.seed: summary for row, summary in found.items() if (*row[:3], row.stages) == setting}
+        runs = {
+            row.seed: summary for row, summary in found.items() if (*row[:3], row.stages) == setting
+        }
         last = {seed: 100 * run["modules"][-1]["test_accuracy"] for seed, run in runs.items()}
-        base = {seed: 100 * found[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"] for seed in runs}
+        base = {
+            seed: 100 * found[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"]
+            for seed in runs
+        }
         first = runs[min(runs)]
         wire, raw = (sum(first[f"{kind}_bytes_per_image"]) for kind in ("wire", "raw"))
-        entry: dict[str, Any] = {"codec": setting[0], "dims": setting[1], "asynchronous": setting[2]}
+        entry: dict[str, Any] = {
+            "codec": setting[0],
+            "dims": setting[1],
+            "asynchronous": setting[2],
+        }
         entry |= {"stages": setting[3], "seeds": len(runs)}
-        entry |= {"test_accuracy": [round(x, 2) for x in last.values()], "mean": round(statistics.mean(last.values()), 2)}
+        entry |= {
+            "test_accuracy": [round(x, 2) for x in last.values()],
+            "mean": round(statistics.mean(last.values()), 2),
+        }
         entry["loss_of_points"] = [round(base[seed] - last[seed], 2) for seed in runs]
-        entry["mean_loss_of_points"] = round(statistics.mean(base[seed] - last[seed] for seed in runs), 2)
-        entry |= {"compression": round(raw / wire, 2), "codec_error": [round(e, 4) for e in first["codec_error"]]}
+        entry["mean_loss_of_points"] = round(
+            statistics.mean(base[seed] - last[seed] for seed in runs), 2
+        )
+        entry |= {
+            "compression": round(raw / wire, 2),
+            "codec_error": [round(e, 4) for e in first["codec_error"]],
+        }
         result.append(entry | {"ring_bytes": first.get("ring_bytes")})
     return result
 
@@ -103,21 +124,47 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for asynchronous, color, word in ((False, "#0072b2", "synchronous"), (True, "#d55e00", "asynchronous, S = 1.2, M = 50")):
+    for asynchronous, color, word in (
+        (False, "#0072b2", "synchronous"),
+        (True, "#d55e00", "asynchronous, S = 1.2, M = 50"),
+    ):
         of_kind = [e for e in entries if e["asynchronous"] == asynchronous]
         plain = next(e for e in of_kind if e["codec"] == "identity")
-        axes.axhspan(min(plain["test_accuracy"]), max(plain["test_accuracy"]), color=color, alpha=0.12, linewidth=0)
+        axes.axhspan(
+            min(plain["test_accuracy"]),
+            max(plain["test_accuracy"]),
+            color=color,
+            alpha=0.12,
+            linewidth=0,
+        )
         axes.axhline(plain["mean"], color=color, linewidth=1.0, linestyle="--")
         for stages, marker, words in ((1, "o-", word), (2, "^", "two stages")):
-            line = sorted((e for e in of_kind if e["codec"] == "vq" and e["stages"] == stages), key=lambda e: e["compression"])
+            line = sorted(
+                (e for e in of_kind if e["codec"] == "vq" and e["stages"] == stages),
+                key=lambda e: e["compression"],
+            )
             if not line:
                 continue
-            axes.plot([e["compression"] for e in line], [e["mean"] for e in line], marker, color=color, label=f"vq, {words}")
+            axes.plot(
+                [e["compression"] for e in line],
+                [e["mean"] for e in line],
+                marker,
+                color=color,
+                label=f"vq, {words}",
+            )
         for e in of_kind:
-            axes.plot([e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9)
+            axes.plot(
+                [e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9
+            )
             if e["codec"] in ("bf16", "int8"):
                 axes.plot(e["compression"], e["mean"], "s", color=color)
-                axes.annotate(e["codec"], (e["compression"], e["mean"]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+                axes.annotate(
+                    e["codec"],
+                    (e["compression"], e["mean"]),
+                    xytext=(5, 5),
+                    textcoords="offset points",
+                    fontsize=9,
+                )
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     axes.set_xlabel("compression of all hops together, labels, ids and codebooks included")
@@ -132,20 +179,39 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     flags = harness.parser(__doc__)
     small_runs.add_flags(flags, "runs/vq_accuracy")
-    flags.add_argument("--finished", action="store_true", help="only the rows that are finished; trains none")
+    flags.add_argument(
+        "--finished", action="store_true", help="only the rows that are finished; trains none"
+    )
     args = flags.parse_args()
     part, parts = map(int, args.part.split("/"))
-    rows = [row for row in ROWS[part::parts] if not args.finished or (small_runs.folder(row.name, args) / "summary.json").exists()]
+    rows = [
+        row
+        for row in ROWS[part::parts]
+        if not args.finished or (small_runs.folder(row.name, args) / "summary.json").exists()
+    ]
     found = {row: train(row, args) for row in rows}
     if parts > 1:
         return
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
     entries = summarise(without(settings) | found)
     harness.table(
-        ["codec", "D", "stages", "training", "compression", "test accuracy, %", "loss, points", "seeds"],
+        [
+            "codec",
+            "D",
+            "stages",
+            "training",
+            "compression",
+            "test accuracy, %",
+            "loss, points",
+            "seeds",
+        ],
         [
             [
-                *((e["codec"], e["dims"], e["stages"]) if e["codec"] == "vq" else (e["codec"], "", "")),
+                *(
+                    (e["codec"], e["dims"], e["stages"])
+                    if e["codec"] == "vq"
+                    else (e["codec"], "", "")
+                ),
                 "asynchronous" if e["asynchronous"] else "synchronous",
                 *(e["compression"], e["mean"], e["mean_loss_of_points"], e["seeds"]),
             ]
@@ -153,7 +219,11 @@ def main() -> None:
         ],
     )
     runs = {row.name: summary for row, summary in found.items()}
-    harness.finish(__file__, {"settings": settings, "goal_points_at_32x": GOAL, "rows": entries, "runs": runs}, args.write)
+    harness.finish(
+        __file__,
+        {"settings": settings, "goal_points_at_32x": GOAL, "rows": entries, "runs": runs},
+        args.write,
+    )
     if args.write:
         picture(entries, Path(__file__).with_name("accuracy.png"))
 

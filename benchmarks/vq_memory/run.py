@@ -64,7 +64,9 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
         ring = Ring(form.packet, held, codebook=form.codebook)
         random = np.random.default_rng(0)
         x = jnp.asarray(np.maximum(random.standard_normal(hop.activations.shape, np.float32), 0))
-        codebook = jax.tree.map(lambda leaf, random=random: random.standard_normal(leaf.shape, np.float32), hop.codebook)
+        codebook = jax.tree.map(
+            lambda leaf, random=random: random.standard_normal(leaf.shape, np.float32), hop.codebook
+        )
         payload = jax.tree.map(np.asarray, jax.jit(spec.codec.encode)(codebook, x))
         for n in range(2 * held):  # written over once: as many codebooks as there ever are
             fresh = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
@@ -92,12 +94,29 @@ def main() -> None:
     for row in rows:
         row["smaller"] = round(plain / row["ring_gib"], 2)
     harness.table(
-        ["codec", "D", "packets held", "rings, GiB at 50", "process grew by, GiB at 50", "printed before, GiB", "smaller"],
+        [
+            "codec",
+            "D",
+            "packets held",
+            "rings, GiB at 50",
+            "process grew by, GiB at 50",
+            "printed before, GiB",
+            "smaller",
+        ],
         [
             [
                 r["codec"],
                 r["fields"].get("dims", ""),
-                *(r[key] for key in ("packets_held", "ring_gib", "resident_gib", "planned_gib", "smaller")),
+                *(
+                    r[key]
+                    for key in (
+                        "packets_held",
+                        "ring_gib",
+                        "resident_gib",
+                        "planned_gib",
+                        "smaller",
+                    )
+                ),
             ]
             for r in rows
         ],

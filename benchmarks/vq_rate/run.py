@@ -28,7 +28,15 @@ from dgl_jax.codecs import Bf16, Int8, residual
 from dgl_jax.run.restore import Trained, load_trained
 from dgl_jax.train import train_and_evaluate
 
-SIZES = [(256, 2, 1), (256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 4, 1), (16, 8, 1), (256, 16, 2)]  # (codes, dims, stages)
+SIZES = [
+    (256, 2, 1),
+    (256, 4, 1),
+    (256, 8, 1),
+    (256, 16, 1),
+    (16, 4, 1),
+    (16, 8, 1),
+    (256, 16, 2),
+]  # (codes, dims, stages)
 BOUNDED = [(256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 8, 1)]
 GROUPS = 1  # of each hop that k-means is run on
 VECTORS = 50_000  # that k-means sees of a group
@@ -64,7 +72,9 @@ def sample(x: np.ndarray, a_position: np.ndarray) -> np.ndarray:
     return x.reshape(x.shape[0], -1, x.shape[-1])[:, a_position].reshape(-1, x.shape[-1])
 
 
-def learn(trained: Trained, source: Any, sizes: list[Size], **how: Any) -> dict[Size, list[vq.Codebook]]:
+def learn(
+    trained: Trained, source: Any, sizes: list[Size], **how: Any
+) -> dict[Size, list[vq.Codebook]]:
     """Codebooks of every hop after one pass over the training images."""
     key = jax.random.key(0)
     books: dict[Size, list[Any]] = {size: [] for size in sizes}
@@ -74,7 +84,11 @@ def learn(trained: Trained, source: Any, sizes: list[Size], **how: Any) -> dict[
             for codes, dims, stages in sizes:
                 found = books[codes, dims, stages]
                 if step == 0:
-                    found.append(jax.jit(partial(residual.init, stages=stages, codes=codes, dims=dims))(key, x))
+                    found.append(
+                        jax.jit(partial(residual.init, stages=stages, codes=codes, dims=dims))(
+                            key, x
+                        )
+                    )
                 found[hop], _ = update(found[hop], jax.random.fold_in(key, step), x)
     return books
 
@@ -95,7 +109,9 @@ def collect(trained: Trained, batches: Any, positions: int) -> list[np.ndarray]:
     random, found = np.random.default_rng(0), []
     for batch in batches:
         hops = [np.asarray(x) for x in activations(trained, batch)]
-        found.append([sample(x, random.integers(0, x.shape[1] * x.shape[2], positions)) for x in hops])
+        found.append(
+            [sample(x, random.integers(0, x.shape[1] * x.shape[2], positions)) for x in hops]
+        )
     return [np.concatenate(of_hop) for of_hop in zip(*found)]
 
 
@@ -107,11 +123,26 @@ def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[
             ours = squares(books[codes, dims, stages][hop].entries, held_out)
             for group in range(min(GROUPS, seen.shape[1] // dims)):
                 part = slice(group * dims, (group + 1) * dims)
-                fit = KMeans(codes, n_init=1, max_iter=500, tol=0.0, random_state=0).fit(seen[:VECTORS, part])
+                fit = KMeans(codes, n_init=1, max_iter=500, tol=0.0, random_state=0).fit(
+                    seen[:VECTORS, part]
+                )
                 nearest = fit.cluster_centers_[fit.predict(np.ascontiguousarray(held_out[:, part]))]
                 theirs = float(np.square(nearest - held_out[:, part]).sum(-1).mean())
-                row = {"codes": codes, "dims": dims, "hop": hop, "group": group, "iterations": int(fit.n_iter_)}
-                rows.append(row | {"vq": float(ours[group]), "kmeans": theirs, "ratio": round(float(ours[group]) / theirs, 4)})
+                row = {
+                    "codes": codes,
+                    "dims": dims,
+                    "hop": hop,
+                    "group": group,
+                    "iterations": int(fit.n_iter_),
+                }
+                rows.append(
+                    row
+                    | {
+                        "vq": float(ours[group]),
+                        "kmeans": theirs,
+                        "ratio": round(float(ours[group]) / theirs, 4),
+                    }
+                )
                 print(rows[-1], flush=True)
     return rows
 
@@ -123,11 +154,25 @@ def rates(books: Any, hops: list[np.ndarray]) -> list[dict[str, Any]]:
         for name, codec in (("bf16", Bf16()), ("int8", Int8(8))):
             payload = codec.encode((), jnp.asarray(x))
             bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(payload)) / x.size
-            rows.append({"codec": name, "hop": hop, "bits": bits, "error": relative(x, codec.decode((), payload))})
+            rows.append(
+                {
+                    "codec": name,
+                    "hop": hop,
+                    "bits": bits,
+                    "error": relative(x, codec.decode((), payload)),
+                }
+            )
         for (codes, dims, stages), found in books.items():
             entries = found[hop].entries
             payload = vq.encode(entries, x)
-            row = {"codec": "vq", "codes": codes, "dims": dims, "stages": stages, "hop": hop, "bits": 8 * payload.nbytes / x.size}
+            row = {
+                "codec": "vq",
+                "codes": codes,
+                "dims": dims,
+                "stages": stages,
+                "hop": hop,
+                "bits": 8 * payload.nbytes / x.size,
+            }
             rows.append(row | {"error": relative(x, vq.decode(entries, payload))})
     return rows
 
@@ -143,17 +188,30 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for hop, color in enumerate(("#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7")):
         of_hop = [row for row in rows if row["hop"] == hop]
-        line = sorted((r for r in of_hop if (r.get("codes"), r.get("stages")) == (256, 1)), key=lambda r: r["bits"])
+        line = sorted(
+            (r for r in of_hop if (r.get("codes"), r.get("stages")) == (256, 1)),
+            key=lambda r: r["bits"],
+        )
         axes.plot(
-            [r["bits"] for r in line], [r["error"] for r in line], "o-", color=color, label=f"vq, N = 256, after module {hop}"
+            [r["bits"] for r in line],
+            [r["error"] for r in line],
+            "o-",
+            color=color,
+            label=f"vq, N = 256, after module {hop}",
         )
         for marker, kind in (("^", (16, 1)), ("*", (256, 2))):
             others = [r for r in of_hop if (r.get("codes"), r.get("stages")) == kind]
-            axes.plot([r["bits"] for r in others], [r["error"] for r in others], marker, color=color)
+            axes.plot(
+                [r["bits"] for r in others], [r["error"] for r in others], marker, color=color
+            )
         for r in of_hop:
             if r["codec"] != "vq":
                 axes.plot(r["bits"], r["error"], "s" if r["codec"] == "int8" else "D", color=color)
-    for text, x, y in (("int8", 8.6, 6e-3), ("bf16", 16.5, 2.2e-3), ("triangles: N = 16\nstars: two stages", 0.55, 0.06)):
+    for text, x, y in (
+        ("int8", 8.6, 6e-3),
+        ("bf16", 16.5, 2.2e-3),
+        ("triangles: N = 16\nstars: two stages", 0.55, 0.06),
+    ):
         axes.annotate(text, (x, y), fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -175,7 +233,11 @@ def main() -> None:
     trained = network(args)
     source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all there are
     seen = source.steps_per_epoch * source.batch(0).inputs.shape[0]
-    train = collect(trained, (source.batch(n).inputs for n in range(source.steps_per_epoch)), 1 + VECTORS // seen)
+    train = collect(
+        trained,
+        (source.batch(n).inputs for n in range(source.steps_per_epoch)),
+        1 + VECTORS // seen,
+    )
     tests = [batch.inputs for batch in source.evaluation("test")][:15]
     test = collect(trained, tests, 20)
     books = learn(trained, source, SIZES)
@@ -188,7 +250,11 @@ def main() -> None:
         [
             [codes, dims]
             + [
-                max(b["ratio"] for b in against if (b["codes"], b["dims"], b["hop"]) == (codes, dims, hop))
+                max(
+                    b["ratio"]
+                    for b in against
+                    if (b["codes"], b["dims"], b["hop"]) == (codes, dims, hop)
+                )
                 for hop in range(len(whole))
             ]
             + [max(b["ratio"] for b in against if (b["codes"], b["dims"]) == (codes, dims))]
@@ -198,11 +264,29 @@ def main() -> None:
     kinds = dict.fromkeys(map(kind_of, rows))
     of_kind = {kind: [r for r in rows if kind_of(r) == kind] for kind in kinds}
     harness.table(
-        ["codec", "N", "D", "stages", "bits a value", *(f"error, hop {hop}" for hop in range(len(whole)))],
-        [[*kind, round(of_kind[kind][0]["bits"], 3), *(f"{r['error']:.3g}" for r in of_kind[kind])] for kind in kinds],
+        [
+            "codec",
+            "N",
+            "D",
+            "stages",
+            "bits a value",
+            *(f"error, hop {hop}" for hop in range(len(whole))),
+        ],
+        [
+            [
+                *kind,
+                round(of_kind[kind][0]["bits"], 3),
+                *(f"{r['error']:.3g}" for r in of_kind[kind]),
+            ]
+            for kind in kinds
+        ],
     )
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
-    harness.finish(__file__, {"settings": settings, "limit": LIMIT, "kmeans": against, "rates": rows}, args.write)
+    harness.finish(
+        __file__,
+        {"settings": settings, "limit": LIMIT, "kmeans": against, "rates": rows},
+        args.write,
+    )
     if args.write:
         picture(rows, Path(__file__).with_name("rate.png"))
 

@@ -19,7 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CORES = next((int(a.partition("=")[2]) for a in sys.argv if a.startswith("--cores=")), 1)
-os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))  # before any library counts its threads
+os.sched_setaffinity(
+    0, set(sorted(os.sched_getaffinity(0))[:CORES])
+)  # before any library counts its threads
 
 import harness  # noqa: E402
 import jax  # noqa: E402
@@ -33,7 +35,14 @@ from dgl_jax.run.build import make_experiment  # noqa: E402
 from dgl_jax.types import Inbox  # noqa: E402
 
 LIMIT = 2.0  # encode over the bare matrix product
-HOPS = [(32, 32), (16, 64), (8, 128), (32, 128), (16, 256), (8, 512)]  # (side, channels) of the 6-layer CNN at width 32 and 128
+HOPS = [
+    (32, 32),
+    (16, 64),
+    (8, 128),
+    (32, 128),
+    (16, 256),
+    (8, 512),
+]  # (side, channels) of the 6-layer CNN at width 32 and 128
 SIZES = [(256, 4), (256, 8), (256, 16), (16, 4), (16, 8), (16, 16)]  # (codes, dims)
 TICKS = {
     "identity": {},
@@ -65,7 +74,13 @@ def torch_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any] | None:
     torch.set_num_threads(CORES)
     groups, codes, dims = entries.shape
     # Its inputs are [batch, positions, channels], channels cut into heads.
-    model = VectorQuantize(dim=groups * dims, codebook_size=codes, codebook_dim=dims, heads=groups, separate_codebook_per_head=True)
+    model = VectorQuantize(
+        dim=groups * dims,
+        codebook_size=codes,
+        codebook_dim=dims,
+        heads=groups,
+        separate_codebook_per_head=True,
+    )
     model.eval()
     with torch.no_grad():
         model._codebook.embed.copy_(torch.from_numpy(entries.copy()))
@@ -88,7 +103,9 @@ def sklearn_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
     for group in range(groups):
         parts.append(np.ascontiguousarray(vectors[:, group]))
         start = np.ascontiguousarray(entries[group])
-        model = MiniBatchKMeans(codes, init=start, n_init=1, max_iter=1, batch_size=codes, random_state=0).fit(parts[group][:codes])
+        model = MiniBatchKMeans(
+            codes, init=start, n_init=1, max_iter=1, batch_size=codes, random_state=0
+        ).fit(parts[group][:codes])
         model.cluster_centers_ = start
         models.append(model)
     return lambda: [model.predict(part) for model, part in zip(models, parts)]
@@ -97,12 +114,16 @@ def sklearn_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
 def case(side: int, channels: int, codes: int, dims: int) -> dict[str, Any]:
     """All ways on one packet, interleaved."""
     random = np.random.default_rng(0)
-    x = np.maximum(random.normal(size=(BATCH, side, side, channels)), 0).astype(np.float32)  # as after a ReLU
+    x = np.maximum(random.normal(size=(BATCH, side, side, channels)), 0).astype(
+        np.float32
+    )  # as after a ReLU
     key, there = jax.random.key(0), jnp.asarray(x)
     book = jax.jit(partial(vq.init, codes=codes, dims=dims))(key, there)
     for _ in range(3):
         book, _ = vq.update(book, key, there)
-    encode, decode, update, product, naive = map(jax.jit, (vq.encode, vq.decode, vq.update, distances, argmin))
+    encode, decode, update, product, naive = map(
+        jax.jit, (vq.encode, vq.decode, vq.update, distances, argmin)
+    )
     sent, entries = encode(book.entries, there), np.asarray(book.entries)
     all_distances = 4 * codes * x.size // dims
     ways: dict[str, Callable[[], Any] | None] = {
@@ -138,7 +159,9 @@ def case(side: int, channels: int, codes: int, dims: int) -> dict[str, Any]:
         "codes": codes,
         "dims": dims,
         "milliseconds": {name: harness.quartiles(times) for name, times in spent.items()},
-        "encode_over": {name: over[name] for name in over if name not in ("encode", "decode", "update")},
+        "encode_over": {
+            name: over[name] for name in over if name not in ("encode", "decode", "update")
+        },
         "same_codes": agree,
     }
 
@@ -157,7 +180,11 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
         incoming, steps = batch, []
         for k, state in enumerate(states):
             step = jax.jit(made.spec.method.program(made.spec, k))
-            arguments = (put(state, made.engine.placement.replicated(0)), Inbox(incoming), batch.context)
+            arguments = (
+                put(state, made.engine.placement.replicated(0)),
+                Inbox(incoming),
+                batch.context,
+            )
             steps.append((step, arguments))
             incoming = jax.block_until_ready(step(*arguments))[1].above
         ready[name] = steps
@@ -169,12 +196,17 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
                 jax.block_until_ready(step(*arguments))
                 if repeat:
                     programs[name][k].append(1e3 * (time.perf_counter() - begin))
-    medians = {name: [statistics.median(times) for times in of_modules] for name, of_modules in programs.items()}
+    medians = {
+        name: [statistics.median(times) for times in of_modules]
+        for name, of_modules in programs.items()
+    }
     ticks, work = ({name: of(times) for name, times in medians.items()} for of in (max, sum))
     coded = [name for name in TICKS if name != "identity"]
     return {
         "modules": modules,
-        "module_milliseconds": {name: [round(t, 2) for t in times] for name, times in medians.items()},
+        "module_milliseconds": {
+            name: [round(t, 2) for t in times] for name, times in medians.items()
+        },
         "tick_milliseconds": {name: round(t, 2) for name, t in ticks.items()},
         "share_of_tick": {name: round(1 - ticks["identity"] / ticks[name], 4) for name in coded},
         "share_of_all_work": {name: round(1 - work["identity"] / work[name], 4) for name in coded},
@@ -185,22 +217,38 @@ def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--cores", type=int, default=1)
     flags.add_argument(
-        "--only", default="", help="side,channels of one hop, or tick; with --write it replaces what result.json has"
+        "--only",
+        default="",
+        help="side,channels of one hop, or tick; with --write it replaces what result.json has",
     )
     args: argparse.Namespace = flags.parse_args()
-    hops = HOPS if not args.only else [] if args.only == "tick" else [tuple(map(int, args.only.split(",")))]
+    hops = (
+        HOPS
+        if not args.only
+        else []
+        if args.only == "tick"
+        else [tuple(map(int, args.only.split(",")))]
+    )
     rows = []
     for hop in hops:
         for size in SIZES:
             rows.append(case(*hop, *size))
-            print(rows[-1]["side"], rows[-1]["channels"], *size, rows[-1]["encode_over"], flush=True)
+            print(
+                rows[-1]["side"], rows[-1]["channels"], *size, rows[-1]["encode_over"], flush=True
+            )
     columns = ("encode", "decode", "update", "product", "naive", "torch", "sklearn")
     harness.table(
         ["hop", "N", "D", *columns, "encode over product", "over torch", "over sklearn"],
         [
             [f"{r['channels']} at {r['side']}x{r['side']}", r["codes"], r["dims"]]
-            + [f"{r['milliseconds'][c]['median']:.3g}" if c in r["milliseconds"] else "not run" for c in columns]
-            + [f"{r['encode_over'].get(c, float('nan')):.3g}" for c in ("product", "torch", "sklearn")]
+            + [
+                f"{r['milliseconds'][c]['median']:.3g}" if c in r["milliseconds"] else "not run"
+                for c in columns
+            ]
+            + [
+                f"{r['encode_over'].get(c, float('nan')):.3g}"
+                for c in ("product", "torch", "sklearn")
+            ]
             for r in rows
         ],
     )
@@ -211,7 +259,9 @@ def main() -> None:
     if args.only in ("", "tick"):
         of_tick = [shares(k) for k in (2, 3, 6)]
         print(*of_tick, sep="\n")
-    harness.finish(__file__, {"cores": CORES, "limit": LIMIT, "cases": rows, "ticks": of_tick}, args.write)
+    harness.finish(
+        __file__, {"cores": CORES, "limit": LIMIT, "cases": rows, "ticks": of_tick}, args.write
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def modern(config: ConfigDict, ema: float) -> ConfigDict:
       ema: decay of the average; a longer epoch wants one nearer to 1.
     """
     config.optimizer.nesterov = True
-    config.schedule = default_config().schedule  # without the boundaries of the paper's schedule, which a cosine has no use for
+    config.schedule = (
+        default_config().schedule
+    )  # without the boundaries of the paper's schedule, which a cosine has no use for
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 5.0
     config.train.epochs = 100.0

@@ -1,6 +1,14 @@
 """What a packet's payload looks like on the wire and in a replay ring: one frozen dataclass of pure functions a codec."""
 
-from dgl_jax.codecs.base import Codec, CodecKind, GroupOptions, Stateless, check_dims, make_codec, relative_error
+from dgl_jax.codecs.base import (
+    Codec,
+    CodecKind,
+    GroupOptions,
+    Stateless,
+    check_dims,
+    make_codec,
+    relative_error,
+)
 from dgl_jax.codecs.bf16 import Bf16
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.codecs.int8 import Int8

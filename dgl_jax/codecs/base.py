@@ -44,10 +44,14 @@ class Codec(Protocol):
     def init(self, activations: jax.ShapeDtypeStruct) -> Any:
         """The state before the first update; raises UserError where the codec does not fit such activations."""
 
-    def publish(self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]) -> Any:
+    def publish(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
+    ) -> Any:
         """The state with which the packet of this update is encoded: publishes where `updates` is a multiple of the period."""
 
-    def update(self, state: Any, key: Array, activations: Float[Array, "B ..."]) -> tuple[Any, dict[str, Array]]:
+    def update(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."]
+    ) -> tuple[Any, dict[str, Array]]:
         """The state that has learnt from a packet, and metrics."""
 
     def codebook(self, state: Any) -> Any:
@@ -70,11 +74,15 @@ class Stateless:
         """Nothing."""
         return ()
 
-    def publish(self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]) -> tuple[()]:
+    def publish(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
+    ) -> tuple[()]:
         """Nothing."""
         return ()
 
-    def update(self, state: Any, key: Array, activations: Float[Array, "B ..."]) -> tuple[tuple[()], dict[str, Array]]:
+    def update(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."]
+    ) -> tuple[tuple[()], dict[str, Array]]:
         """Nothing."""
         return (), {}
 
@@ -92,10 +100,14 @@ def make_codec(options: CodecSettings, dtype: str) -> Codec:
     return CODECS[options.name].make(options, jnp.dtype(dtype).name)
 
 
-def relative_error(original: Float[Array, "B ..."], decoded: Float[Array, "B ..."]) -> Float[Array, ""]:
+def relative_error(
+    original: Float[Array, "B ..."], decoded: Float[Array, "B ..."]
+) -> Float[Array, ""]:
     """||decoded - original|| / ||original||, in float32."""
     original, decoded = original.astype(jnp.float32), decoded.astype(jnp.float32)
-    return jnp.linalg.norm((decoded - original).ravel()) / jnp.maximum(jnp.linalg.norm(original.ravel()), 1e-30)
+    return jnp.linalg.norm((decoded - original).ravel()) / jnp.maximum(
+        jnp.linalg.norm(original.ravel()), 1e-30
+    )
 
 
 def check_dims(dims: int, channels: int) -> int:
@@ -107,5 +119,7 @@ def check_dims(dims: int, channels: int) -> int:
     if dims < 1 or channels % dims:
         fits = [d for d in range(1, channels + 1) if channels % d == 0]
         near = sorted(sorted(fits, key=lambda d: abs(d - dims))[:3])
-        raise UserError(f"config.codec.dims={dims}: does not divide {channels} channels; {', '.join(map(str, near))} would do")
+        raise UserError(
+            f"config.codec.dims={dims}: does not divide {channels} channels; {', '.join(map(str, near))} would do"
+        )
     return channels // dims

@@ -41,7 +41,9 @@ class Int8(Stateless):
         low, high = x.min((1, 3)), x.max((1, 3))
         step = jnp.maximum((high - low) / 255.0, jnp.finfo(jnp.float32).tiny)
         number = jnp.round((x - low[:, None, :, None]) / step[:, None, :, None])
-        return Levels(jnp.clip(number, 0, 255).astype(jnp.uint8).reshape(activations.shape), low, step)
+        return Levels(
+            jnp.clip(number, 0, 255).astype(jnp.uint8).reshape(activations.shape), low, step
+        )
 
     def decode(self, codebook: Any, payload: Levels) -> Float[Array, "B ..."]:
         """The levels."""

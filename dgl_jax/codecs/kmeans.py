@@ -20,7 +20,9 @@ _POOL = 4  # vectors a code from which the start and the restarts are drawn
 _UNROLL = 8  # codes that the running minimum looks at in one pass over the vectors
 
 
-_CACHED = 2**16  # values of one pass, all channels: they stay in a core's cache, as do their distances
+_CACHED = (
+    2**16
+)  # values of one pass, all channels: they stay in a core's cache, as do their distances
 
 
 ROUNDING = 2.0**-20  # of a vector's length: one that is no further from its entry has it already
@@ -65,7 +67,9 @@ def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "
     return jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
 
 
-def pool_of(key: Array, rows: Float[Array, "B P C"], codes: int, dims: int) -> tuple[Float[Array, "G D n"], Array]:
+def pool_of(
+    key: Array, rows: Float[Array, "B P C"], codes: int, dims: int
+) -> tuple[Float[Array, "G D n"], Array]:
     """Some of the vectors (non-finite ones as zeros), and which of them are finite."""
     pool = _vectors(draw(key, rows, _POOL * codes), dims)
     finite = jnp.isfinite(pool).all(1)
@@ -74,7 +78,9 @@ def pool_of(key: Array, rows: Float[Array, "B P C"], codes: int, dims: int) -> t
 
 def _square(vectors: Float[Array, "G D n"], entry: Float[Array, "G D"]) -> Float[Array, "G n"]:
     """Squared distances, summed in order of the dimensions."""
-    return functools.reduce(jnp.add, (jnp.square(vectors[:, d] - entry[:, d, None]) for d in range(vectors.shape[1])))
+    return functools.reduce(
+        jnp.add, (jnp.square(vectors[:, d] - entry[:, d, None]) for d in range(vectors.shape[1]))
+    )
 
 
 def _pick(key: Array, weights: Float[Array, "G n"], wanted: int) -> Int[Array, "G wanted"]:
@@ -103,11 +109,15 @@ def first_finite(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D"]:
     return jnp.where(finite.any(0)[:, None], found, 0.0)
 
 
-def sampled_start(key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int) -> Float[Array, "G N D"]:
+def sampled_start(
+    key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int
+) -> Float[Array, "G N D"]:
     return _at(pool, _pick(rngs.first(key), finite.astype(jnp.float32), codes))
 
 
-def spread_start(key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int) -> Float[Array, "G N D"]:
+def spread_start(
+    key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int
+) -> Float[Array, "G N D"]:
     """Draws each next vector with a probability in proportion to its squared distance from those that are chosen.
 
     Once all vectors are chosen they are drawn again, equally likely.
@@ -118,12 +128,16 @@ def spread_start(key: Array, pool: Float[Array, "G D n"], finite: Array, codes: 
         entries, distance = found
         distance = jnp.minimum(distance, _square(pool, entries[:, n - 1]))
         left = finite & (distance > 0)
-        weights = jnp.where(left.any(-1, keepdims=True), jnp.where(left, distance, 0.0), finite.astype(jnp.float32))
+        weights = jnp.where(
+            left.any(-1, keepdims=True), jnp.where(left, distance, 0.0), finite.astype(jnp.float32)
+        )
         entry = _at(pool, _pick(rngs.entry(key, n), weights, 1))
         return jax.lax.dynamic_update_slice_in_dim(entries, entry, n, 1), distance
 
     entries = jnp.zeros((len(pool), codes, pool.shape[1]), jnp.float32).at[:, :1].set(first)
-    return jax.lax.fori_loop(1, codes, add, (entries, jnp.full(finite.shape, jnp.inf, jnp.float32)))[0]
+    return jax.lax.fori_loop(
+        1, codes, add, (entries, jnp.full(finite.shape, jnp.inf, jnp.float32))
+    )[0]
 
 
 def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Array) -> Codebook:
@@ -152,11 +166,15 @@ def with_stages(entries: Float[Array, "*S G N D"]) -> Float[Array, "S G N D"]:
     return entries.reshape(-1, *entries.shape[-3:])
 
 
-def nearest_codes(rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]) -> Int[Array, "B P SG"]:
+def nearest_codes(
+    rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]
+) -> Int[Array, "B P SG"]:
     """In chunks of positions, so that neither the distances of all vectors nor what a stage leaves over exist at once."""
     (*_, codes, dims), (_, positions, _) = entries.shape, rows.shape
     in_cache = _positions_in_cache(rows)
-    in_memory = max(1, min(positions, positions * dims // codes))  # as many bytes as the vectors themselves
+    in_memory = max(
+        1, min(positions, positions * dims // codes)
+    )  # as many bytes as the vectors themselves
     return jax.lax.platform_dependent(
         rows,
         entries,
@@ -170,16 +188,27 @@ def _positions_in_cache(rows: Float[Array, "B P C"]) -> int:
     return max(1, min(positions, -(-_CACHED // (examples * channels))))
 
 
-def nearest_entry(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
+def nearest_entry(
+    vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
+) -> Int[Array, "G n"]:
     """Of a set of vectors that is small already."""
-    return jax.lax.platform_dependent(vectors, entries, cpu=_running_minimum, default=_all_distances)
+    return jax.lax.platform_dependent(
+        vectors, entries, cpu=_running_minimum, default=_all_distances
+    )
 
 
-def _chunked(rows: Array, entries: Float[Array, "S G N D"], length: int, nearest: Callable[[Array, Array], Array]) -> Array:
+def _chunked(
+    rows: Array,
+    entries: Float[Array, "S G N D"],
+    length: int,
+    nearest: Callable[[Array, Array], Array],
+) -> Array:
     (stages, groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
 
     def chunk(i: Array, found: Array) -> Array:
-        start = jnp.minimum(i * length, positions - length)  # the last one overlaps the one before, which changes nothing
+        start = jnp.minimum(
+            i * length, positions - length
+        )  # the last one overlaps the one before, which changes nothing
         vectors, numbers = _vectors(jax.lax.dynamic_slice_in_dim(rows, start, length, 1), dims), []
         for stage in range(stages):
             numbers.append(nearest(vectors, entries[stage]))
@@ -188,11 +217,15 @@ def _chunked(rows: Array, entries: Float[Array, "S G N D"], length: int, nearest
         number = jnp.concatenate(numbers).T.reshape(examples, length, stages * groups)
         return jax.lax.dynamic_update_slice_in_dim(found, number.astype(found.dtype), start, 1)
 
-    found = jnp.zeros((examples, positions, stages * groups), jnp.uint8 if codes <= 256 else jnp.uint16)
+    found = jnp.zeros(
+        (examples, positions, stages * groups), jnp.uint8 if codes <= 256 else jnp.uint16
+    )
     return jax.lax.fori_loop(0, -(-positions // length), chunk, found)
 
 
-def _running_minimum(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
+def _running_minimum(
+    vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
+) -> Int[Array, "G n"]:
     """For a CPU: one loop over the entries that keeps the best, fused, in cache; a third of the time of the bare matrix product."""
     codes = entries.shape[1]
 
@@ -215,7 +248,9 @@ def _running_minimum(vectors: Float[Array, "G D n"], entries: Float[Array, "G N 
     return best[1]
 
 
-def _all_distances(vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]) -> Int[Array, "G n"]:
+def _all_distances(
+    vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
+) -> Int[Array, "G n"]:
     """For an accelerator: all distances, which the compiler fuses with the search for the least.
 
     The usual |v|^2 - 2 v e + |e|^2, a matrix product, cancels: at a mean of 100 and a deviation of 0.1 it takes the wrong entry for
@@ -229,12 +264,16 @@ def entries_of(entries: Float[Array, "G N D"], number: Int[Array, "G n"]) -> Flo
     return jnp.take_along_axis(entries.transpose(0, 2, 1), number[:, None], axis=2)
 
 
-def sums_of(values: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n"], codes: int) -> tuple[Array, Array]:
+def sums_of(
+    values: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n"], codes: int
+) -> tuple[Array, Array]:
     """Returns how many vectors each entry has, and the sum of some values of them."""
     groups, dims, _ = values.shape
     place = (number + codes * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
     rows = values.transpose(0, 2, 1).reshape(-1, dims)
-    count = jnp.zeros(groups * codes, jnp.float32).at[place].add(finite.reshape(-1).astype(jnp.float32))
+    count = (
+        jnp.zeros(groups * codes, jnp.float32).at[place].add(finite.reshape(-1).astype(jnp.float32))
+    )
     total = jnp.zeros((groups * codes, dims), jnp.float32).at[place].add(rows)
     return count.reshape(groups, codes), total.reshape(groups, codes, dims)
 
@@ -247,7 +286,9 @@ def accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> t
     def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * length, positions - length)
         part = jax.lax.dynamic_slice_in_dim(rows, start, length, 1)
-        fresh = jnp.tile(start + jnp.arange(length) >= i * length, examples)  # the last chunk overlaps the one before
+        fresh = jnp.tile(
+            start + jnp.arange(length) >= i * length, examples
+        )  # the last chunk overlaps the one before
         vectors = _vectors(part, dims)
         counted = jnp.isfinite(vectors).all(1) & fresh
         vectors = jnp.where(counted[:, None], vectors, 0.0)

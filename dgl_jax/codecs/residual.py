@@ -24,7 +24,14 @@ from dgl_jax.registry import CODECS
 _STARTED_FROM = 8  # vectors a code, from which the start of a later stage is drawn
 
 
-def init(key: Array, x: Float[Array, "..."], stages: int = 1, codes: int = 256, dims: int = 8, start: str = "kmeans++") -> Codebook:
+def init(
+    key: Array,
+    x: Float[Array, "..."],
+    stages: int = 1,
+    codes: int = 256,
+    dims: int = 8,
+    start: str = "kmeans++",
+) -> Codebook:
     """Codebooks of all stages from data; see `vq.init`."""
     books = [vq.init(key, x, codes, dims, start)]
     rest = vq.draw(rngs.rest(key), vq.rows_of(x), _STARTED_FROM * codes)
@@ -34,7 +41,9 @@ def init(key: Array, x: Float[Array, "..."], stages: int = 1, codes: int = 256, 
     return _stacked(books)
 
 
-def update(book: Codebook, key: Array, x: Float[Array, "..."], samples: int = 8, **how: Any) -> tuple[Codebook, dict[str, Array]]:
+def update(
+    book: Codebook, key: Array, x: Float[Array, "..."], samples: int = 8, **how: Any
+) -> tuple[Codebook, dict[str, Array]]:
     """Moves the entries of all stages; see `vq.update`, whose figures are means over the stages, `skipped` the first one's.
 
     Args:
@@ -69,13 +78,17 @@ class VqOptions(GroupOptions):
     """Online vector quantisation; see `init` and `update`."""
 
     codes: int = number(256, 1, 65536)  # entries of a group's codebook
-    stages: int = number(1, 1, 64)  # each codes what the ones before left over, with as many bits again
+    stages: int = number(
+        1, 1, 64
+    )  # each codes what the ones before left over, with as many bits again
     start: str = choice("kmeans++", "sample")  # from the first batch
     rule: str = choice("ema", "minibatch")  # a moving average, or mini-batch k-means
     decay: float = number(0.9, 0.0, 1.0)  # of the moving averages
     # Weight of an entry's old value, in units of the mean count.
     smoothing: float = number(1e-5, 0.0, 1.0, applies={"codec.rule": ("ema",)})
-    restart: float = number(0.01, 0.0, 1.0)  # an entry used less than this share of the mean begins anew
+    restart: float = number(
+        0.01, 0.0, 1.0
+    )  # an entry used less than this share of the mean begins anew
     samples: int = number(8, 0, MANY)  # vectors a code that an update looks at; 0: all of the batch
     # Steps; 0: so that codebooks take under a tenth of the codes' bytes.
     codebook_every: int = number(0, 0, MANY)
@@ -116,19 +129,30 @@ class Vq:
         counts = jnp.zeros(entries.shape[:-1], jnp.float32)
         return {"learnt": Codebook(entries, counts, entries, counts), "published": entries}
 
-    def publish(self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]) -> Any:
+    def publish(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
+    ) -> Any:
         """Before a packet is encoded: starts at the first update, publishes what has been learnt where it is time."""
 
         def started() -> Codebook:
-            return init(key, activations.astype(jnp.float32), self.stages, self.codes, self.dims, self.start)
+            return init(
+                key, activations.astype(jnp.float32), self.stages, self.codes, self.dims, self.start
+            )
 
         learnt = jax.lax.cond(updates == 0, started, lambda: state["learnt"])
         due = updates % self.period(activations) == 0
         return {"learnt": learnt, "published": jnp.where(due, learnt.entries, state["published"])}
 
-    def update(self, state: Any, key: Array, activations: Float[Array, "B ..."]) -> tuple[Any, dict[str, Array]]:
+    def update(
+        self, state: Any, key: Array, activations: Float[Array, "B ..."]
+    ) -> tuple[Any, dict[str, Array]]:
         """Learns from a packet; what is published stays."""
-        how = {"rule": self.rule, "decay": self.decay, "smoothing": self.smoothing, "restart": self.restart}
+        how = {
+            "rule": self.rule,
+            "decay": self.decay,
+            "smoothing": self.smoothing,
+            "restart": self.restart,
+        }
         book, health = update(state["learnt"], key, activations, self.samples, **how)
         return state | {"learnt": book}, {f"codec_{name}": value for name, value in health.items()}
 
@@ -142,21 +166,36 @@ class Vq:
             return self.every
         channels = activations.shape[-1]
         positions = math.prod(activations.shape[:-1])
-        packet = positions * math.ceil(self.stages * (channels // self.dims) * vq.bits_of(self.codes) / 8)
+        packet = positions * math.ceil(
+            self.stages * (channels // self.dims) * vq.bits_of(self.codes) / 8
+        )
         return math.ceil(10 * 4 * self.stages * self.codes * channels / packet)
 
-    def encode(self, codebook: Float[Array, "S G N D"], activations: Float[Array, "B ..."]) -> UInt[Array, "B ..."]:
+    def encode(
+        self, codebook: Float[Array, "S G N D"], activations: Float[Array, "B ..."]
+    ) -> UInt[Array, "B ..."]:
         """Codes."""
         return vq.encode(codebook, activations)
 
-    def decode(self, codebook: Float[Array, "S G N D"], payload: UInt[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def decode(
+        self, codebook: Float[Array, "S G N D"], payload: UInt[Array, "B ..."]
+    ) -> Float[Array, "B ..."]:
         """Entries."""
         return vq.decode(codebook, payload, jnp.dtype(self.dtype))
 
 
 def _make(options: VqOptions, dtype: str) -> Vq:
-    shared = {name: getattr(options, name) for name in ("codes", "dims", "stages", "start", "rule", "decay", "smoothing")}
-    return Vq(**shared, restart=options.restart, samples=options.samples, every=options.codebook_every, dtype=dtype)
+    shared = {
+        name: getattr(options, name)
+        for name in ("codes", "dims", "stages", "start", "rule", "decay", "smoothing")
+    }
+    return Vq(
+        **shared,
+        restart=options.restart,
+        samples=options.samples,
+        every=options.codebook_every,
+        dtype=dtype,
+    )
 
 
 CODECS.ship(vq=CodecKind(_make, VqOptions))

@@ -43,7 +43,9 @@ from dgl_jax.errors import UserError
 MAX_CODES = 65_536
 
 
-def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, start: str = "kmeans++") -> Codebook:
+def init(
+    key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, start: str = "kmeans++"
+) -> Codebook:
     """A codebook from data: N vectors of `x`, spread out by k-means++ (Arthur and Vassilvitskii 2007) or simply sampled.
 
     Args:
@@ -64,7 +66,9 @@ def init(key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, st
     # Of many broken vectors the pool may hold nothing else.
     entries = jnp.where(finite.any(-1)[:, None, None], entries, first_finite(rows, dims)[:, None])
     number = nearest_entry(pool, entries)
-    seen, moved = sums_of(jnp.where(finite[:, None], pool - entries_of(entries, number), 0.0), finite, number, codes)
+    seen, moved = sums_of(
+        jnp.where(finite[:, None], pool - entries_of(entries, number), 0.0), finite, number, codes
+    )
     all_of = jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
     counts = seen / all_of
     return Codebook(entries, counts, counts[..., None] * entries + moved / all_of[..., None], seen)
@@ -92,13 +96,18 @@ def encode(entries: Float[Array, "*S G N D"], x: Float[Array, "..."]) -> UInt[Ar
     return _pack(found.reshape(*x.shape[:-1], stages * groups), codes)
 
 
-def decode(entries: Float[Array, "*S G N D"], codes: UInt[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "..."]:
+def decode(
+    entries: Float[Array, "*S G N D"], codes: UInt[Array, "..."], dtype: Any = jnp.float32
+) -> Float[Array, "..."]:
     """The entries of those numbers, summed over the stages, [..., C]."""
     entries = with_stages(entries)
     stages, groups, count, dims = entries.shape
     numbers = jnp.split(_unpack(codes, count, stages * groups), stages, axis=-1)
     flat = entries.reshape(stages, groups * count, dims)
-    parts = [jnp.take(e, n + count * jnp.arange(groups, dtype=jnp.int32), axis=0, mode="clip") for e, n in zip(flat, numbers)]
+    parts = [
+        jnp.take(e, n + count * jnp.arange(groups, dtype=jnp.int32), axis=0, mode="clip")
+        for e, n in zip(flat, numbers)
+    ]
     return functools.reduce(jnp.add, parts).reshape(*codes.shape[:-1], groups * dims).astype(dtype)
 
 
@@ -133,10 +142,15 @@ def update(
     """
     groups, codes, dims = book.entries.shape
     rows = rows_of(x)
-    skipped = (~jnp.isfinite(rows).reshape(*rows.shape[:-1], groups, dims).all(-1)).sum(dtype=jnp.float32)
+    skipped = (~jnp.isfinite(rows).reshape(*rows.shape[:-1], groups, dims).all(-1)).sum(
+        dtype=jnp.float32
+    )
     count, moved = accumulate(draw(rngs.sample(key), rows, samples * codes), book.entries)
     number = count.sum(-1, keepdims=True)
-    share, moved_mean = count / jnp.maximum(number, 1.0), moved / jnp.maximum(number, 1.0)[..., None]
+    share, moved_mean = (
+        count / jnp.maximum(number, 1.0),
+        moved / jnp.maximum(number, 1.0)[..., None],
+    )
     known = book.counts.sum(-1, keepdims=True) > 0
     # Nothing finite: nothing learnt. Nothing known yet: the average is that of this batch.
     weight = jnp.where(number > 0, jnp.where(known, 1.0 - decay, 1.0), 0.0)
@@ -156,7 +170,11 @@ def update(
         new = Codebook(entries, counts, book.sums, seen)
     dead = counts < (restart or 0.01) / codes
     entropy = -(counts * jnp.log(jnp.maximum(counts, 1e-30))).sum(-1)
-    health = {"perplexity": jnp.exp(entropy).mean(), "dead": dead.mean(dtype=jnp.float32), "skipped": skipped}
+    health = {
+        "perplexity": jnp.exp(entropy).mean(),
+        "dead": dead.mean(dtype=jnp.float32),
+        "skipped": skipped,
+    }
     return (restart_dead(new, key, rows, dead) if restart else new), health
 
 
@@ -180,7 +198,9 @@ def _pack(numbers: UInt[Array, "... G"], codes: int) -> UInt[Array, "..."]:
         return numbers
     each = 8 // bits
     padded = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % each)])
-    parts = padded.reshape(*numbers.shape[:-1], -1, each) << (bits * jnp.arange(each, dtype=jnp.uint8))
+    parts = padded.reshape(*numbers.shape[:-1], -1, each) << (
+        bits * jnp.arange(each, dtype=jnp.uint8)
+    )
     return parts.sum(-1, dtype=jnp.uint8)
 
 

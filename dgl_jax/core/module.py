@@ -89,27 +89,43 @@ class LocalModule:
         batch_stats: PyTree = {"body": {}}
         x = inputs
         if self.adapter is not None:
-            variables = self.adapter.lazy_init(rngs.adapter_params(key, self.first), x, context, train=False)
-            adapted = jax.eval_shape(lambda v, x, c: self.adapter.apply(v, x, c, train=False), variables, x, dict(context))  # type: ignore[union-attr]
+            variables = self.adapter.lazy_init(
+                rngs.adapter_params(key, self.first), x, context, train=False
+            )
+            adapted = jax.eval_shape(
+                lambda v, x, c: self.adapter.apply(v, x, c, train=False),
+                variables,
+                x,
+                dict(context),
+            )  # type: ignore[union-attr]
             if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
-                raise UserError(f"config.model.adapter: that of {self.name} makes {adapted} of {x}; it must keep shape and type")
+                raise UserError(
+                    f"config.model.adapter: that of {self.name} makes {adapted} of {x}; it must keep shape and type"
+                )
             params["body"]["adapter"] = variables.get("params", {})
             batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
             params["body"][f"block_{number}"] = variables.get("params", {})
             batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
-            x = jax.eval_shape(lambda v, x, block=block: block.apply(v, x, train=False), variables, x)
+            x = jax.eval_shape(
+                lambda v, x, block=block: block.apply(v, x, train=False), variables, x
+            )
         if self.objective is not None:
             end = self.first + len(self.blocks)
             published = {}
             if following is not None and "next_block" in self.objective.reads:
                 published["next_block"] = jax.eval_shape(
-                    lambda: _collected(following.lazy_init(rngs.block_params(key, end), x, train=False))
+                    lambda: _collected(
+                        following.lazy_init(rngs.block_params(key, end), x, train=False)
+                    )
                 )
             key = rngs.head_params(key, end)
             variables = self.objective.lazy_init(key, x, context, published, train=False)
-            params["objective"], batch_stats["objective"] = variables.get("params", {}), variables.get("batch_stats", {})
+            params["objective"], batch_stats["objective"] = (
+                variables.get("params", {}),
+                variables.get("batch_stats", {}),
+            )
         return params, batch_stats
 
     def apply_body(
@@ -132,11 +148,15 @@ class LocalModule:
         if self.adapter is not None:
             key = None if rng is None else rngs.adapter(rng)
             of_adapter, running = params["body"]["adapter"], batch_stats["body"]["adapter"]
-            x, stats["adapter"] = _apply(self.adapter, of_adapter, running, (x, context), train, key)
+            x, stats["adapter"] = _apply(
+                self.adapter, of_adapter, running, (x, context), train, key
+            )
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
             key = None if rng is None else rngs.block(rng, number)
-            x, stats[name] = apply(block, params["body"][name], batch_stats["body"][name], x, train, key)
+            x, stats[name] = apply(
+                block, params["body"][name], batch_stats["body"][name], x, train, key
+            )
         return x, stats
 
     def apply_objective(
@@ -154,16 +174,24 @@ class LocalModule:
         assert self.objective is not None, f"{self.name} has no objective"
         key = None if rng is None else rngs.head(rng)
         arguments: Any = (features, context, published)
-        return _apply(self.objective, params["objective"], batch_stats["objective"], arguments, train, key)
+        return _apply(
+            self.objective, params["objective"], batch_stats["objective"], arguments, train, key
+        )
 
     def predict(
-        self, params: PyTree, batch_stats: PyTree, features: Float[Array, "B ..."], published: Mapping[str, Any] = NOTHING
+        self,
+        params: PyTree,
+        batch_stats: PyTree,
+        features: Float[Array, "B ..."],
+        published: Mapping[str, Any] = NOTHING,
     ) -> Array | None:
         """Activations to what the module answers in evaluation; None without an objective, or if it answers nothing."""
         if self.objective is None:
             return None
         variables = {"params": params["objective"], "batch_stats": batch_stats["objective"]}
-        answer: Any = self.objective.apply(variables, features, published, train=False, method="predict")
+        answer: Any = self.objective.apply(
+            variables, features, published, train=False, method="predict"
+        )
         return answer
 
 
@@ -172,13 +200,20 @@ def _collected(variables: Any) -> dict[str, PyTree]:
 
 
 def _apply(
-    layer: nn.Module, params: PyTree, stats: PyTree, arguments: tuple[Any, ...], train: bool, key: jax.Array | None
+    layer: nn.Module,
+    params: PyTree,
+    stats: PyTree,
+    arguments: tuple[Any, ...],
+    train: bool,
+    key: jax.Array | None,
 ) -> tuple[Any, PyTree]:
     variables = {"params": params, "batch_stats": stats}
     if not train:
         return layer.apply(variables, *arguments, train=False), stats
     rngs = None if key is None else {"dropout": key}
-    result, updated = layer.apply(variables, *arguments, train=True, mutable=["batch_stats"], rngs=rngs)
+    result, updated = layer.apply(
+        variables, *arguments, train=True, mutable=["batch_stats"], rngs=rngs
+    )
     return result, updated.get("batch_stats", {})
 
 
@@ -189,7 +224,13 @@ def _apply_block(
 
 
 def _apply_again(
-    ops: str, block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
+    ops: str,
+    block: nn.Module,
+    params: PyTree,
+    stats: PyTree,
+    x: Array,
+    train: bool,
+    key: jax.Array | None,
 ) -> tuple[Any, PyTree]:
     def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
         stats, key = others
@@ -214,7 +255,9 @@ def make_modules(
       adapters: of each module, see `LocalModule`; by default none has one.
     """
     ends = [*cuts[1:], len(blocks)]
-    objectives = [head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads]
+    objectives = [
+        head if head is None or isinstance(head, Objective) else Classifier(head) for head in heads
+    ]
     parts = zip(cuts, ends, objectives, adapters or [None] * len(objectives), strict=True)
     return tuple(
         LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops, adapter)
@@ -254,10 +297,14 @@ def init_states(
     return tuple(states)
 
 
-def output_shape(module: LocalModule, params: PyTree, batch_stats: PyTree, inputs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def output_shape(
+    module: LocalModule, params: PyTree, batch_stats: PyTree, inputs: jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the activations that a module hands on."""
     bare = dataclasses.replace(module, adapter=None)
-    outputs, _ = jax.eval_shape(lambda p, s, x: bare.apply_body(p, s, x, train=False), params, batch_stats, inputs)
+    outputs, _ = jax.eval_shape(
+        lambda p, s, x: bare.apply_body(p, s, x, train=False), params, batch_stats, inputs
+    )
     return outputs
 
 

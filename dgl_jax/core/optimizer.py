@@ -40,48 +40,70 @@ class ScheduleKind(Kind):
 class StepOptions(ScheduleSettings):
     """A piecewise constant rate."""
 
-    boundaries: tuple[float, ...] = option((15.0, 30.0, 45.0))  # epochs after which the rate is multiplied by `factor`
+    boundaries: tuple[float, ...] = option(
+        (15.0, 30.0, 45.0)
+    )  # epochs after which the rate is multiplied by `factor`
     factor: float = number(0.2, 0.0, 1.0)
 
     def check(self, settings: object) -> None:
         """Raises UserError if the boundaries are not positive and increasing."""
-        if list(self.boundaries) != sorted(set(self.boundaries)) or any(not 0 < b <= 1e6 for b in self.boundaries):
+        if list(self.boundaries) != sorted(set(self.boundaries)) or any(
+            not 0 < b <= 1e6 for b in self.boundaries
+        ):
             raise UserError(
                 f"config.schedule.boundaries={self.boundaries}: epochs must be positive and increasing, and below a million"
             )
 
 
-def make_schedule(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def make_schedule(
+    options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int
+) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made so far.
 
     A warm-up rises linearly over its epochs and reaches the full rate at its last update.
     """
-    return _schedule(options, learning_rate, steps_per_epoch, total_steps if SCHEDULES[options.name].whole else 0)
+    return _schedule(
+        options, learning_rate, steps_per_epoch, total_steps if SCHEDULES[options.name].whole else 0
+    )
 
 
 @kept(32)
-def _schedule(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def _schedule(
+    options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int
+) -> optax.Schedule:
     warmup = round(options.warmup_epochs * steps_per_epoch)
     kind = SCHEDULES[options.name]
     main = kind.make(options, learning_rate, steps_per_epoch, total_steps - warmup)
     if not warmup:
         return main
     begin = warmup if kind.whole else 0
-    return lambda count: main(jnp.maximum(count - begin, 0)) * jnp.minimum((count + 1) / warmup, 1.0)
+    return lambda count: (
+        main(jnp.maximum(count - begin, 0)) * jnp.minimum((count + 1) / warmup, 1.0)
+    )
 
 
 @kept(32)
-def make_optimizer(options: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    options: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     """Returns the optimizer; weight decay is added to the gradient of every parameter, as in the paper."""
-    decay = optax.add_decayed_weights(options.weight_decay) if options.weight_decay else optax.identity()
+    decay = (
+        optax.add_decayed_weights(options.weight_decay)
+        if options.weight_decay
+        else optax.identity()
+    )
     return optax.chain(decay, OPTIMIZERS[options.name].make(options, schedule))
 
 
-def _constant(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+def _constant(
+    options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int
+) -> optax.Schedule:
     return optax.constant_schedule(learning_rate)
 
 
-def _step(options: StepOptions, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+def _step(
+    options: StepOptions, learning_rate: float, steps_per_epoch: int, steps: int
+) -> optax.Schedule:
     """Multiplies by `factor` from the first update after each boundary on."""
     boundaries: dict[int, float] = {}
     for epoch in options.boundaries:  # two that round to one step count twice
@@ -90,7 +112,9 @@ def _step(options: StepOptions, learning_rate: float, steps_per_epoch: int, step
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
 
-def _cosine(options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
+def _cosine(
+    options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int
+) -> optax.Schedule:
     """Falls to 0 at the end of the run; begins behind the warm-up."""
     return optax.cosine_decay_schedule(learning_rate, max(1, steps))
 
@@ -99,6 +123,13 @@ def _sgd(options: SgdOptions, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.sgd(schedule, momentum=options.momentum or None, nesterov=options.nesterov)
 
 
-SCHEDULES.ship(constant=ScheduleKind(_constant), step=ScheduleKind(_step, StepOptions), cosine=ScheduleKind(_cosine, whole=True))
-OPTIMIZERS.ship(sgd=OptimizerKind(_sgd, SgdOptions), adam=OptimizerKind(lambda options, schedule: optax.adam(schedule)))
+SCHEDULES.ship(
+    constant=ScheduleKind(_constant),
+    step=ScheduleKind(_step, StepOptions),
+    cosine=ScheduleKind(_cosine, whole=True),
+)
+OPTIMIZERS.ship(
+    sgd=OptimizerKind(_sgd, SgdOptions),
+    adam=OptimizerKind(lambda options, schedule: optax.adam(schedule)),
+)
 register_schedule, register_optimizer = SCHEDULES.register, OPTIMIZERS.register

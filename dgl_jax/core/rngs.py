@@ -47,7 +47,9 @@ class Stream:
 
     def __call__(self, key: Key[Array, ""], *numbers: Number) -> Key[Array, ""]:
         """Returns the key of these numbers, below `key`."""
-        assert len(numbers) == self.numbers, f"a key of this stream takes {self.numbers} numbers, not {len(numbers)}"
+        assert len(numbers) == self.numbers, (
+            f"a key of this stream takes {self.numbers} numbers, not {len(numbers)}"
+        )
         for number in (self.constant, *numbers):
             key = jax.random.fold_in(key, number)
         return key

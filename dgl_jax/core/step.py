@@ -19,7 +19,9 @@ PyTree = Any
 # By name a scalar, or (sum, count) over a batch.
 Metrics = dict[str, Any]
 # (params, batch_stats, inputs, context, keys) -> (loss, (new batch_stats, outputs, metrics))
-LossFunction = Callable[[PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, Metrics]]]
+LossFunction = Callable[
+    [PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, Metrics]]
+]
 
 
 def local_step(
@@ -53,7 +55,11 @@ def local_step(
     gradient, batch_stats, outputs, metrics = mean_gradient(
         _loss(module, published), state.params, state.batch_stats, inputs, context, rng, accumulate
     )
-    return apply_gradient(optimizer, state, gradient, batch_stats), lax.stop_gradient(outputs), metrics
+    return (
+        apply_gradient(optimizer, state, gradient, batch_stats),
+        lax.stop_gradient(outputs),
+        metrics,
+    )
 
 
 def mean_gradient(
@@ -76,7 +82,9 @@ def mean_gradient(
     """
     differentiate = jax.value_and_grad(loss_function, has_aux=True)
     gradient, outputs, metrics = None, [], []
-    for (x, of_x), own in zip(_split((inputs, context), accumulate), _keys(keys, accumulate), strict=True):
+    for (x, of_x), own in zip(
+        _split((inputs, context), accumulate), _keys(keys, accumulate), strict=True
+    ):
         # In any other order what one leaves for its backward pass would wait beside what the next one does.
         at = params if gradient is None else after(params, gradient)
         (_, (batch_stats, y, of_loss)), found = differentiate(at, batch_stats, x, of_x, own)
@@ -89,7 +97,9 @@ def mean_gradient(
     return gradient, batch_stats, _join(outputs), jax.tree.map(lambda *x: sum(x), *metrics)
 
 
-def apply_gradient(optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any) -> ModuleState:
+def apply_gradient(
+    optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any
+) -> ModuleState:
     """The optimizer's update of one module: what every training rule does with its gradient."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return dataclasses.replace(
@@ -149,7 +159,11 @@ def backward_step(
 
     outputs, pull, body = jax.vjp(forward, state.params, inputs, has_aux=True)
     gradient, of_inputs = pull(cotangent)
-    return apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body}), outputs, of_inputs
+    return (
+        apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body}),
+        outputs,
+        of_inputs,
+    )
 
 
 def forward_step(
@@ -175,7 +189,9 @@ def forward_step(
     """
     rng = rngs.update(state.rng, state.updates if number is None else number)
     batch_stats, parts = state.batch_stats, []
-    for (x, of_x), own in zip(_split((inputs, context), accumulate), _keys(rng, accumulate), strict=True):
+    for (x, of_x), own in zip(
+        _split((inputs, context), accumulate), _keys(rng, accumulate), strict=True
+    ):
         y, body = module.apply_body(state.params, batch_stats, x, of_x, train=train, rng=own)
         batch_stats = {**batch_stats, "body": body}
         parts.append(y)
@@ -198,7 +214,9 @@ def eval_step(
 def _loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
     def loss_function(params, batch_stats, inputs, context, rng):
         outputs, body = module.apply_body(params, batch_stats, inputs, context, train=True, rng=rng)
-        local, own = module.apply_objective(params, batch_stats, outputs, context, published, train=True, rng=rng)
+        local, own = module.apply_objective(
+            params, batch_stats, outputs, context, published, train=True, rng=rng
+        )
         return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
 
     return loss_function

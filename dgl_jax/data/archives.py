@@ -37,7 +37,9 @@ class Archive:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
-            raise UserError(f"{path} has the wrong checksum (sha256 {found}, not {self.sha256}): fetch it again")
+            raise UserError(
+                f"{path} has the wrong checksum (sha256 {found}, not {self.sha256}): fetch it again"
+            )
 
 
 def archives(name: str) -> list[Archive]:
@@ -100,7 +102,9 @@ class _Cifar:
         from dgl_jax.data.digits import png
 
         keys = self._cifar_info.label_keys  # type: ignore[attr-defined]
-        rows = np.concatenate([np.frombuffer(c, np.uint8).reshape(-1, len(keys) + 3072) for c in contents])
+        rows = np.concatenate(
+            [np.frombuffer(c, np.uint8).reshape(-1, len(keys) + 3072) for c in contents]
+        )
         for index, row in enumerate(rows):
             image = np.ascontiguousarray(row[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0))
             labels = dict(zip(keys, row.tolist(), strict=False))
@@ -119,7 +123,9 @@ class _ImageNet:
         import tensorflow_datasets as tfds
 
         directory = Path(dl_manager.manual_dir)
-        labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
+        labels = (
+            tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
+        )
         return {
             "train": self._generate_examples(directory / "ILSVRC2012_img_train.tar"),
             "validation": self._generate_examples(directory / "ILSVRC2012_img_val.tar", labels),
@@ -130,7 +136,9 @@ class _ImageNet:
             members = archive.getmembers()
             if validation_labels is not None:
                 # The list is in the order of the names, not of the archive.
-                labels = dict(zip(sorted(member.name for member in members), validation_labels, strict=False))
+                labels = dict(
+                    zip(sorted(member.name for member in members), validation_labels, strict=False)
+                )
                 for name, image in _files(archive):
                     yield self._example(name, image, labels[name])
                 return
@@ -153,13 +161,18 @@ class _Imagenette:
     def _split_generators(self, dl_manager):
         (archive,) = archives(f"imagenette/{self.builder_config.name}")
         path = dl_manager.download(archive.url)
-        return {"train": self._generate_examples(path, "train"), "validation": self._generate_examples(path, "val")}
+        return {
+            "train": self._generate_examples(path, "train"),
+            "validation": self._generate_examples(path, "val"),
+        }
 
     def _generate_examples(self, path, directory):
         with tarfile.open(path, "r|*") as archive:
             for name, image in _files(archive):
                 match PurePosixPath(name).parts:
-                    case (_, of_split, label, file) if of_split == directory and file.endswith(".JPEG"):
+                    case (_, of_split, label, file) if of_split == directory and file.endswith(
+                        ".JPEG"
+                    ):
                         yield file, {"image": image, "label": label}
 
 

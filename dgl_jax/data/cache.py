@@ -16,10 +16,14 @@ from dgl_jax.system import cache_dir
 _LOG = logging.getLogger(__name__)
 
 _VERSION = 2  # raised when decoding gives other pixels than before: older entries are then not found any more
-LARGE = 16 << 20  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
+LARGE = (
+    16 << 20
+)  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
 
 
-def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]) -> Examples:
+def decoded(
+    key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]
+) -> Examples:
     """The images of a split: from the cache, or decoded and, where they are many, kept for the next time.
 
     Args:
@@ -46,7 +50,9 @@ def decoded(key: Iterable[object], files: Iterable[Path], decode: Callable[[], E
     return examples
 
 
-def labels(key: Iterable[object], files: Iterable[Path], read: Callable[[], np.ndarray]) -> np.ndarray:
+def labels(
+    key: Iterable[object], files: Iterable[Path], read: Callable[[], np.ndarray]
+) -> np.ndarray:
     """The labels of a split, or other numbers of its images: from the cache, or read and kept for the next time.
 
     See `decoded` for the arguments.
@@ -94,4 +100,6 @@ def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, array)
         file.flush()
-        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file under the final name
+        os.fsync(
+            file.fileno()
+        )  # else a power cut after the rename could leave an empty file under the final name

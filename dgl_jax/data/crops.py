@@ -58,7 +58,9 @@ def random_box(width: int, height: int, draws: Float[np.ndarray, "attempts 4"]) 
     return Box((width - wide) // 2, (height - tall) // 2, wide, tall)
 
 
-def random_crop(data: bytes, draws: Float[np.ndarray, "attempts 4"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+def random_crop(
+    data: bytes, draws: Float[np.ndarray, "attempts 4"], size: int
+) -> UInt8[np.ndarray, "S S 3"]:
     """The part of an encoded image that `random_box` says, as `size` x `size` RGB pixels.
 
     Raises:
@@ -98,7 +100,9 @@ def _header(data: bytes) -> tuple[int, int, bool]:
             return *opened.size, False
 
 
-def _decode(data: bytes, width: int, height: int, simple: bool, spare: int) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
+def _decode(
+    data: bytes, width: int, height: int, simple: bool, spare: int
+) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
     """RGB pixels, and how many times smaller than stored they are: 1, 2, 4 or 8, at most `spare`."""
     import simplejpeg
 
@@ -106,7 +110,9 @@ def _decode(data: bytes, width: int, height: int, simple: bool, spare: int) -> t
         factor = next((f for f in (8, 4, 2) if f <= spare), 1)
         # What is only odd, such as bytes that belong to nothing (ImageNet has them), is an error here.
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor)), factor
+            return simplejpeg.decode_jpeg(
+                data, min_height=-(-height // factor), min_width=-(-width // factor)
+            ), factor
     # Other forms than JPEG, other colours than RGB, what is odd; and damaged files, of which Pillow says what is wrong.
     with _opened(data) as opened:
         return np.asarray(opened.convert("RGB")), 1
@@ -123,7 +129,9 @@ def _opened(data: bytes) -> Iterator["Image.Image"]:
         raise ValueError(str(error)) from error
 
 
-def _resize(pixels: UInt8[np.ndarray, "h w 3"], width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
+def _resize(
+    pixels: UInt8[np.ndarray, "h w 3"], width: int, height: int
+) -> UInt8[np.ndarray, "H W 3"]:
     import cv2
 
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)

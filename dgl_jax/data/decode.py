@@ -19,9 +19,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MODES = {1: "L", 3: "RGB"}
-GREY, ALPHA, FRAMES = 1, 2, 4  # what `image_kinds` finds: no colour; an alpha channel; more frames than the first
+GREY, ALPHA, FRAMES = (
+    1,
+    2,
+    4,
+)  # what `image_kinds` finds: no colour; an alpha channel; more frames than the first
 # What Pillow raises on EXIF data that is damaged; the image itself may be sound.
-_BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
+_BAD_EXIF = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+)
 
 
 def decode_images(
@@ -50,7 +62,9 @@ def decode_images(
     with needed("decoding images"):
         from PIL import Image, ImageOps
 
-    wanted = (image_size, image_size) if isinstance(image_size, int) else image_size[::-1]  # as Pillow has it: (width, height)
+    wanted = (
+        (image_size, image_size) if isinstance(image_size, int) else image_size[::-1]
+    )  # as Pillow has it: (width, height)
 
     def one(index: int) -> np.ndarray:
         data = read(index)
@@ -82,7 +96,9 @@ def decode_images(
     pool = ThreadPoolExecutor(system.cpu_count() or 1)
     try:
         # In order, so that the error raised is that of the first image in error.
-        for _ in pool.map(some, [range(start, min(start + 256, count)) for start in range(0, count, 256)]):
+        for _ in pool.map(
+            some, [range(start, min(start + 256, count)) for start in range(0, count, 256)]
+        ):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
@@ -113,7 +129,9 @@ def _converted(image: "Image.Image", mode: str) -> "Image.Image":
 
     image.load()
     with contextlib.suppress(*_BAD_EXIF):
-        ImageOps.exif_transpose(image, in_place=True)  # the pixels first, then the metadata, which nobody reads here
+        ImageOps.exif_transpose(
+            image, in_place=True
+        )  # the pixels first, then the metadata, which nobody reads here
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of a range that it does not say")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255

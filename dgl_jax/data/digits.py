@@ -28,7 +28,10 @@ class OpticalDigits(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Handwritten digits, 8x8 grey pixels, from UCI through scikit-learn (CC BY 4.0).",
             features=tfds.features.FeaturesDict(
-                {"image": tfds.features.Image(shape=(8, 8, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
             ),
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",

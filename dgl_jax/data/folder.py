@@ -18,7 +18,9 @@ from dgl_jax.registry import DATA_SETS
 _LOG = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-_MANY = 5000  # files from which looking at their headers takes a second, so that what was found is kept
+_MANY = (
+    5000  # files from which looking at their headers takes a second, so that what was found is kept
+)
 
 
 def load(settings: StoredOptions) -> DataSet:
@@ -33,18 +35,28 @@ def load(settings: StoredOptions) -> DataSet:
         is 0.
     """
     if not settings.dir:
-        raise UserError("config.data.dir is empty: data.name=folder needs a directory with train/<class>/ and test/<class>/")
+        raise UserError(
+            "config.data.dir is empty: data.name=folder needs a directory with train/<class>/ and test/<class>/"
+        )
     root = Path(expand(settings.dir, "config.data.dir"))
     if not root.is_dir():
         raise UserError(f"config.data.dir={settings.dir}: no such directory")
     files = {split: _list(root / split) for split in ("train", "test")}
     unknown = sorted(files["test"].keys() - files["train"].keys())
     if unknown:
-        raise UserError(f"{root / 'test' / unknown[0]}: the class {unknown[0]} has no directory in {root / 'train'}")
+        raise UserError(
+            f"{root / 'test' / unknown[0]}: the class {unknown[0]} has no directory in {root / 'train'}"
+        )
     class_names = tuple(sorted(files["train"]))
-    paths = {split: [path for name in class_names for path in files[split].get(name, ())] for split in files}
+    paths = {
+        split: [path for name in class_names for path in files[split].get(name, ())]
+        for split in files
+    }
     channels = _channels(root, paths)
-    train, test = (_read(split, paths[split], files[split], class_names, channels, settings.image_size) for split in files)
+    train, test = (
+        _read(split, paths[split], files[split], class_names, channels, settings.image_size)
+        for split in files
+    )
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         raise UserError(
             f"{root}: images in train have {_pixels(train)} pixels and images in test {_pixels(test)}: "
@@ -71,18 +83,30 @@ def _list(directory: Path) -> dict[str, list[Path]]:
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
                 images.append(file)
             elif not file.name.startswith("."):
-                ignored["folders" if file.is_dir() else file.suffix.lower() or "without a suffix"] += 1
+                ignored[
+                    "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
+                ] += 1
         # The same name and order whatever the locale makes of the bytes.
         name = os.fsencode(each.name).decode("utf-8", "surrogateescape")
         found[name] = sorted(images, key=lambda file: os.fsencode(file.name))
         if not images:
-            raise UserError(f"{each}: holds no images ({', '.join(SUFFIXES)}); remove the directory or fill it")
+            raise UserError(
+                f"{each}: holds no images ({', '.join(SUFFIXES)}); remove the directory or fill it"
+            )
     if not found:
-        raise UserError(f"{directory}: holds no class directories; images belong in {directory}/<class>/")
+        raise UserError(
+            f"{directory}: holds no class directories; images belong in {directory}/<class>/"
+        )
     if ignored:
         count, used = sum(ignored.values()), sum(map(len, found.values()))
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items()))
-        _LOG.warning("%s: %d of %d files are no images and are ignored: %s", directory, count, count + used, kinds)
+        _LOG.warning(
+            "%s: %d of %d files are no images and are ignored: %s",
+            directory,
+            count,
+            count + used,
+            kinds,
+        )
     return found
 
 
@@ -90,9 +114,14 @@ def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
     """1 if all images of both splits are grey, else 3; says what of them will not be seen."""
     files = [path for split in paths.values() for path in split]
     many = len(files) >= _MANY
-    kinds = cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
+    kinds = (
+        cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
+    )
     for kind, what in (
-        (ALPHA, "have transparent parts: transparency is ignored, and the colour stored under it is what counts"),
+        (
+            ALPHA,
+            "have transparent parts: transparency is ignored, and the colour stored under it is what counts",
+        ),
         (FRAMES, "have several frames: the first is used"),
     ):
         if count := int(np.count_nonzero(kinds & kind)):
@@ -108,11 +137,17 @@ def _read(
     channels: int,
     image_size: int,
 ) -> Examples:
-    labels = np.repeat(np.arange(len(class_names)), [len(files.get(name, ())) for name in class_names])
+    labels = np.repeat(
+        np.arange(len(class_names)), [len(files.get(name, ())) for name in class_names]
+    )
 
     def decode() -> Examples:
         images = decode_images(
-            len(paths), lambda i: paths[i], channels=channels, image_size=image_size, describe=lambda i: str(paths[i])
+            len(paths),
+            lambda i: paths[i],
+            channels=channels,
+            image_size=image_size,
+            describe=lambda i: str(paths[i]),
         )
         return Examples(images, labels.astype(np.int32))
 

@@ -31,7 +31,9 @@ class DatasetInfo:
     @property
     def shape(self) -> str:
         """Returns shape and type of an example, and the shape of its label, as text for a message."""
-        example, label = ("x".join(map(str, shape)) for shape in (self.example_shape, self.label_shape))
+        example, label = (
+            "x".join(map(str, shape)) for shape in (self.example_shape, self.label_shape)
+        )
         return f"{example} {self.example_dtype}" + (f" with {label} labels" if label else "")
 
     @classmethod
@@ -44,7 +46,9 @@ class DatasetInfo:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
         """Reads the JSON form, as `dataclasses.asdict` makes it."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return cls(**fields)
 
     def check(self, found: "DatasetInfo", settings: DataSettings) -> None:
@@ -72,7 +76,10 @@ class DatasetInfo:
 
 def listed(one: Sequence[str], other: Sequence[str], most: int = 12) -> tuple[str, str]:
     """Writes out two lists of class names for a message: whole, or of long ones the part where they begin to differ."""
-    differ = next((n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+    differ = next(
+        (n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]),
+        min(len(one), len(other)),
+    )
     start = 0 if max(len(one), len(other)) <= most else max(0, differ - 2)
 
     def shown(names: Sequence[str]) -> str:

@@ -13,14 +13,24 @@ from dgl_jax.types import Batch
 class ArraySource(OrderedSource):
     """A data set held in arrays, with validation examples held out of the training split as `Order` says."""
 
-    def __init__(self, data: DataSet, *, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), **order: Any):
+    def __init__(
+        self,
+        data: DataSet,
+        *,
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        **order: Any,
+    ):
         """Splits; `mean` and `std` empty: those of the images trained on, if the examples are images.
 
         Raises:
           UserError: see `OrderedSource`, which takes `order`; or a mean does not fit the channels.
         """
         super().__init__(data, lambda: data.train.labels, **order)
-        self.example_shape, self.example_dtype = data.train.inputs.shape[1:], data.train.inputs.dtype.name
+        self.example_shape, self.example_dtype = (
+            data.train.inputs.shape[1:],
+            data.train.inputs.dtype.name,
+        )
         self.label_shape = data.train.labels.shape[1:]
         self._stored = {"train": data.train, "validation": data.train, "test": data.test}
         if len(self.example_shape) == 3 and self.example_dtype == "uint8":

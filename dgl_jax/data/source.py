@@ -35,7 +35,9 @@ class Shard:
             raise ValueError(f"shard {self.index} of {self.count}: no such shard")
         if batch_size % self.count:
             works = batch_size + self.count - batch_size % self.count
-            raise UserError(f"config.data.batch_size={batch_size}: the {self.count} hosts do not divide it; {works} would do")
+            raise UserError(
+                f"config.data.batch_size={batch_size}: the {self.count} hosts do not divide it; {works} would do"
+            )
         size = batch_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
 
@@ -154,7 +156,11 @@ class Order:
         """
         held_out = np.array([], np.int64)
         if validation_fraction:
-            held_out = stratified(labels(), max(1, round(train * validation_fraction)), rngs.bits(seed, rngs.VALIDATION))
+            held_out = stratified(
+                labels(),
+                max(1, round(train * validation_fraction)),
+                rngs.bits(seed, rngs.VALIDATION),
+            )
         kept = np.setdiff1d(np.arange(train), held_out)
         if train_examples > len(kept):
             raise UserError(
@@ -164,7 +170,9 @@ class Order:
         if train_examples:
             kept = kept[stratified(labels()[kept], train_examples, rngs.bits(seed, rngs.SUBSET))]
         if batch_size > len(kept):
-            raise UserError(f"config.data.batch_size={batch_size}: there are only {len(kept)} training examples; at most that")
+            raise UserError(
+                f"config.data.batch_size={batch_size}: there are only {len(kept)} training examples; at most that"
+            )
         self.splits = {"train": kept, "validation": held_out, "test": np.arange(test)}
         self.steps_per_epoch = len(kept) // batch_size
         self.batch_size = batch_size
@@ -181,7 +189,11 @@ class Order:
         # sides of an epoch's end.
         if (order := self._orders.get(epoch)) is None:
             kept = self.splits["train"]
-            order = kept[np.argsort(rngs.bits(self._seed, rngs.EPOCH, epoch).random_raw(len(kept)), kind="stable")]
+            order = kept[
+                np.argsort(
+                    rngs.bits(self._seed, rngs.EPOCH, epoch).random_raw(len(kept)), kind="stable"
+                )
+            ]
             self._orders = dict([*self._orders.items(), (epoch, order)][-2:])
         return order
 
@@ -194,7 +206,9 @@ class Order:
     def evaluation(self, split: str) -> list[Int[np.ndarray, " n"]]:
         """Ids of each batch of an evaluation; the last batch may have fewer."""
         ids = self.split(split)
-        return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+        return [
+            ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)
+        ]
 
 
 class OrderedSource:
@@ -211,7 +225,11 @@ class OrderedSource:
 
     def __init__(self, data: Any, labels: Callable[[], Int[np.ndarray, " N"]], **order: Any):
         self._order = Order(data.name, len(data.train), len(data.test), labels, **order)
-        self.name, self.class_names, self.num_classes = data.name, data.class_names, len(data.class_names)
+        self.name, self.class_names, self.num_classes = (
+            data.name,
+            data.class_names,
+            len(data.class_names),
+        )
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def examples(self, split: str) -> int:
@@ -219,14 +237,20 @@ class OrderedSource:
         return len(self._order.split(split))
 
 
-def check_channels(name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def check_channels(
+    name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
     """Raises UserError where a mean or standard deviation is given and has not one value a channel."""
     for field, values in (("mean", mean), ("std", std)):
         if values and len(values) != channels:
-            raise UserError(f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}")
+            raise UserError(
+                f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}"
+            )
 
 
-def stratified(labels: Int[np.ndarray, "N ..."], count: int, random: np.random.BitGenerator) -> Int[np.ndarray, " count"]:
+def stratified(
+    labels: Int[np.ndarray, "N ..."], count: int, random: np.random.BitGenerator
+) -> Int[np.ndarray, " count"]:
     """Indices, in increasing order, of `count` examples in which every class has its share to a whole example.
 
     The examples left over by rounding down go to the classes that lost most, the first of them where they lost the
@@ -239,12 +263,18 @@ def stratified(labels: Int[np.ndarray, "N ..."], count: int, random: np.random.B
     lost = sizes * count % len(labels)  # in whole numbers: equal classes must tie exactly
     shares[np.argsort(-lost, kind="stable")[: count - shares.sum()]] += 1
     order = np.argsort(random.random_raw(len(labels)), kind="stable")
-    chosen = [order[labels[order] == label][:share] for label, share in zip(classes, shares, strict=True)]
+    chosen = [
+        order[labels[order] == label][:share] for label, share in zip(classes, shares, strict=True)
+    ]
     return np.sort(np.concatenate(chosen))
 
 
 def padded(
-    inputs: Shaped[np.ndarray, "n ..."], labels: Int[np.ndarray, "n ..."], ids: Int[np.ndarray, " n"], step: int, size: int = 0
+    inputs: Shaped[np.ndarray, "n ..."],
+    labels: Int[np.ndarray, "n ..."],
+    ids: Int[np.ndarray, " n"],
+    step: int,
+    size: int = 0,
 ) -> Batch:
     """A batch of at least `size` examples: inputs of zeros whose labels and id are PADDING come last."""
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)

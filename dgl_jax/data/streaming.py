@@ -54,7 +54,9 @@ class RecordSet:
 class DecodedOptions(tfds_sets.FetchedOptions):
     """Of sets that are decoded as a batch needs them."""
 
-    workers: int = number(0, 0, 1024, free=True)  # processes that decode images; 0: threads of this one
+    workers: int = number(
+        0, 0, 1024, free=True
+    )  # processes that decode images; 0: threads of this one
 
 
 def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
@@ -63,12 +65,16 @@ def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
     Raises:
       UserError: see `tfds_sets.prepared`, or training or validation images are missing.
     """
-    require(f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2")  # before hours of preparing
+    require(
+        f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2"
+    )  # before hours of preparing
     directory = tfds_sets.prepared(settings, tfds_name)
     info = tfds_sets.open_set(directory).info
     missing = {"train", "validation"} - set(info.splits)
     if missing:
-        raise UserError(f"{directory} was prepared without {' and '.join(sorted(missing))} images: prepare it again, or elsewhere")
+        raise UserError(
+            f"{directory} was prepared without {' and '.join(sorted(missing))} images: prepare it again, or elsewhere"
+        )
     return RecordSet(
         settings.name,
         tuple(info.features["label"].names),
@@ -91,7 +97,15 @@ class RecordSource(OrderedSource):
     `config.data.validation_fraction=0` needs none.
     """
 
-    def __init__(self, data: RecordSet, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...], **order: Any):
+    def __init__(
+        self,
+        data: RecordSet,
+        *,
+        seed: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        **order: Any,
+    ):
         """Splits.
 
         Raises:
@@ -125,14 +139,18 @@ class RecordSource(OrderedSource):
         """A slice of the training batch `step`."""
         draws = None
         if self._data.random_crop:
-            bits = rngs.bits(self._seed, rngs.CROP, step).random_raw(self._order.batch_size * DRAWS[0] * DRAWS[1])
+            bits = rngs.bits(self._seed, rngs.CROP, step).random_raw(
+                self._order.batch_size * DRAWS[0] * DRAWS[1]
+            )
             draws = ((bits >> 11) * 2.0**-53).reshape(-1, *DRAWS)[part]
         return self._cut(self._data.train, self._order.training(step)[part], step, 0, draws)
 
     def evaluation_batch(self, split: str, step: int, part: slice) -> Batch:
         """A slice of number `step` of the batches of an evaluation."""
         stored = self._data.test if split == "test" else self._data.train
-        return self._cut(stored, self._order.evaluation(split)[step][part], step, part.stop - part.start)
+        return self._cut(
+            stored, self._order.evaluation(split)[step][part], step, part.stop - part.start
+        )
 
     def evaluation_steps(self, split: str) -> int:
         """Batches of an evaluation."""
@@ -162,7 +180,9 @@ class RecordSource(OrderedSource):
                 else:
                     images[place] = random_crop(record.image, draws[place], side)
             except UNREADABLE as error:
-                raise UserError(f"{stored.describe(index)}: not an image that can be read ({error})") from None
+                raise UserError(
+                    f"{stored.describe(index)}: not an image that can be read ({error})"
+                ) from None
         return padded(images, found, ids, step, size)
 
     def _ahead(self, batches: "_Training | _Evaluation") -> Iterator[Batch]:
@@ -171,7 +191,9 @@ class RecordSource(OrderedSource):
 
         workers = self._data.workers
         threads = 0 if workers else min(_THREADS, system.cpu_count() or 1)
-        dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(threads, max(1, threads)))
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(
+            grain.ReadOptions(threads, max(1, threads))
+        )
         if workers:
             from absl import flags
 
@@ -217,7 +239,9 @@ class _Evaluation:
         return self.source.evaluation_steps(self.split)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.source.evaluation_batch(self.split, int(index), self.source.slice_of(self.shard))
+        return self.source.evaluation_batch(
+            self.split, int(index), self.source.slice_of(self.shard)
+        )
 
 
 def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
@@ -225,7 +249,10 @@ def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
 
     def read() -> Int[np.ndarray, " N"]:
         _LOG.info("reading the labels of %d images in %s, once", len(records), records.directory)
-        parts = (records.read(range(start, min(start + at_once, len(records)))) for start in range(0, len(records), at_once))
+        parts = (
+            records.read(range(start, min(start + at_once, len(records))))
+            for start in range(0, len(records), at_once)
+        )
         return np.array([record.label for part in parts for record in part], np.int32)
 
     return cache.labels((records.directory.name, records.split), map(Path, records.files), read)
@@ -235,8 +262,15 @@ _STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DATA_SETS.ship(
     **{
         name: DataKind(
-            partial(load, tfds_name=tfds_name), DecodedOptions, (_DEFAULT_SIZE, 3, classes), **_STATISTICS, photographs=True
+            partial(load, tfds_name=tfds_name),
+            DecodedOptions,
+            (_DEFAULT_SIZE, 3, classes),
+            **_STATISTICS,
+            photographs=True,
         )
-        for name, tfds_name, classes in (("imagenet", "imagenet2012", 1000), ("imagenette", "imagenette/320px-v2", 10))
+        for name, tfds_name, classes in (
+            ("imagenet", "imagenet2012", 1000),
+            ("imagenette", "imagenette/320px-v2", 10),
+        )
     }
 )

@@ -41,7 +41,9 @@ _PATIENCE = 3.0  # seconds in which a server must answer
 class FetchedOptions(StoredOptions):
     """Of sets whose archives are fetched from their publishers."""
 
-    manual_dir: str = option("", free=True)  # archives fetched by hand; empty: <dir>/downloads/manual
+    manual_dir: str = option(
+        "", free=True
+    )  # archives fetched by hand; empty: <dir>/downloads/manual
 
 
 def load(settings: StoredOptions, tfds_name: str = "") -> DataSet:
@@ -67,21 +69,33 @@ def prepared(settings: StoredOptions, name: str) -> Path:
         archive is neither there nor can be had, or is not what TFDS expects.
     """
     require(f"config.data.name={settings.name}", "tensorflow_datasets", "array_record", "PIL")
-    root = Path(expand(settings.dir, "config.data.dir")) if settings.dir else cache.cache_dir() / "tfds"
+    root = (
+        Path(expand(settings.dir, "config.data.dir"))
+        if settings.dir
+        else cache.cache_dir() / "tfds"
+    )
     by_hand = getattr(settings, "manual_dir", "")
-    manual = Path(expand(by_hand, "config.data.manual_dir")) if by_hand else root / "downloads" / "manual"
+    manual = (
+        Path(expand(by_hand, "config.data.manual_dir"))
+        if by_hand
+        else root / "downloads" / "manual"
+    )
     if settings.dir and not root.is_dir():
         raise UserError(
             f"config.data.dir={settings.dir}: no such directory; create it, or leave config.data.dir empty "
             f"for {cache.cache_dir() / 'tfds'}"
         )
     if by_hand and not manual.is_dir():
-        raise UserError(f"config.data.manual_dir={by_hand}: no such directory; it holds archives as they were published")
+        raise UserError(
+            f"config.data.manual_dir={by_hand}: no such directory; it holds archives as they were published"
+        )
     directory = _prepared(root, name)
     if directory is None:
         if name == "optical_digits":
             require("config.data.name=digits", "sklearn")
-        _check_archives(root, manual, name)  # first of all: nothing is left in a directory that cannot be used
+        _check_archives(
+            root, manual, name
+        )  # first of all: nothing is left in a directory that cannot be used
         with _locked(root, name):
             directory = _prepared(root, name)  # another process may just have done it
             if directory is None:
@@ -97,7 +111,9 @@ def reachable(url: str) -> bool:
     TFDS goes on trying for more than three minutes. Behind a proxy the answer is yes: only the proxy could tell.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
+        parts.hostname or ""
+    ):
         return True
     answered = threading.Event()
 
@@ -117,11 +133,15 @@ def reachable(url: str) -> bool:
 def _prepared(root: Path, name: str) -> Path | None:
     """The newest version of a set in a directory of TFDS."""
     found = [path.parent for path in (root / name).glob("*/dataset_info.json")]
-    versions = {tuple(map(int, d.name.split("."))): d for d in found if d.name.replace(".", "").isdigit()}
+    versions = {
+        tuple(map(int, d.name.split("."))): d for d in found if d.name.replace(".", "").isdigit()
+    }
     if not versions:
         return None
     directory = versions[max(versions)]
-    file_format = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
+    file_format = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8")).get(
+        "fileFormat", "tfrecord"
+    )
     if file_format != "array_record":
         raise UserError(
             f"{directory} was written as {file_format}, which only TensorFlow reads: choose another config.data.dir, "
@@ -162,7 +182,9 @@ def _check_archives(root: Path, manual: Path, name: str) -> None:
         )
     for archive in missing:
         stem, suffix = archive.filename.split(".", 1)
-        earlier = (root / "downloads").glob(f"{name.partition('/')[0]}/*{stem}*.{suffix}")  # as TFDS names its downloads
+        earlier = (root / "downloads").glob(
+            f"{name.partition('/')[0]}/*{stem}*.{suffix}"
+        )  # as TFDS names its downloads
         if not any(earlier) and not reachable(archive.url):
             raise UserError(
                 f"{name} is not in {root}, and {urllib.parse.urlsplit(archive.url).hostname} cannot be reached: put "
@@ -184,7 +206,11 @@ def _prepare(root: Path, manual: Path, name: str) -> None:
     name, _, variant = name.partition("/")
     try:
         with _quiet():
-            builder = builder_class(name)(data_dir=root, file_format="array_record", **({"config": variant} if variant else {}))
+            builder = builder_class(name)(
+                data_dir=root,
+                file_format="array_record",
+                **({"config": variant} if variant else {}),
+            )
             builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
     except NonMatchingChecksumError as error:
         raise UserError(f"{name}: {error}") from None
@@ -222,14 +248,26 @@ class Records:
         records = []
         for one in found:
             features = tf_example_pb2.Example.FromString(one).features.feature
-            name = features["file_name"].bytes_list.value[0].decode() if "file_name" in features else ""
-            records.append(Record(features["image"].bytes_list.value[0], features["label"].int64_list.value[0], name))
+            name = (
+                features["file_name"].bytes_list.value[0].decode()
+                if "file_name" in features
+                else ""
+            )
+            records.append(
+                Record(
+                    features["image"].bytes_list.value[0],
+                    features["label"].int64_list.value[0],
+                    name,
+                )
+            )
         return records
 
     def describe(self, index: int) -> str:
         """What to call an image in an error message."""
         (record,) = self.read([index])
-        return f"{self.directory}: {self.split} image {index}" + (f" ({record.file_name})" if record.file_name else "")
+        return f"{self.directory}: {self.split} image {index}" + (
+            f" ({record.file_name})" if record.file_name else ""
+        )
 
     @functools.cached_property
     def files(self) -> list[Path]:
@@ -242,7 +280,9 @@ class Records:
 
         builder = open_set(self.directory)
         with _quiet():
-            return builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            return builder.as_data_source(
+                self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
 
 
 def open_set(directory: Path) -> Any:
@@ -270,7 +310,9 @@ def _read(settings: StoredOptions, directory: Path) -> DataSet:
             )
             return Examples(images, np.array([record.label for record in records], np.int32))
 
-        return cache.decoded((settings.name, directory.name, name, settings.image_size), stored.files, decode)
+        return cache.decoded(
+            (settings.name, directory.name, name, settings.image_size), stored.files, decode
+        )
 
     return DataSet(settings.name, tuple(features["label"].names), split("train"), split("test"))
 
@@ -293,6 +335,10 @@ def _quiet() -> Iterator[None]:
 
 DATA_SETS.ship(
     digits=DataKind(partial(load, tfds_name="optical_digits"), StoredOptions, (8, 1, 10)),
-    cifar10=DataKind(load, FetchedOptions, (32, 3, 10), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    cifar100=DataKind(load, FetchedOptions, (32, 3, 100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    cifar10=DataKind(
+        load, FetchedOptions, (32, 3, 10), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    ),
+    cifar100=DataKind(
+        load, FetchedOptions, (32, 3, 100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
 )

@@ -32,11 +32,19 @@ class Asynchronous:
     unit: str
     recover: Callable[[int], ModuleState | None] | None = None
 
-    def __init__(self, spec: TrainSpec, placement: Placement, engine: "AsynchronousOptions", replay: ReplaySettings):
+    def __init__(
+        self,
+        spec: TrainSpec,
+        placement: Placement,
+        engine: "AsynchronousOptions",
+        replay: ReplaySettings,
+    ):
         self.spec, self.placement, self.replay, self.hops = spec, placement, replay, spec.hops
         modules = range(len(spec.modules))
         self.programs = [jitted(spec, k, placement) for k in modules]
-        self.feeds = [jitted_feed(spec, k, engine.finished == "train", placement) for k in modules[:-1]]
+        self.feeds = [
+            jitted_feed(spec, k, engine.finished == "train", placement) for k in modules[:-1]
+        ]
         self.of_states: list[Any] = []  # further programs, of a module's state alone
         self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
         self._prepared = False
@@ -65,7 +73,9 @@ class Asynchronous:
                 failed.append(error)
 
         # Daemons: whoever quits at once does not wait for a compiler.
-        compilers = [threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))]
+        compilers = [
+            threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))
+        ]
         for compiler in compilers:
             compiler.start()
         for compiler in compilers:
@@ -80,7 +90,9 @@ class Asynchronous:
         context: Any = _shapes(self.spec.context(k), split)
         if k == 0:
             batch = self.spec.batch()
-            return Batch(_shapes(batch.inputs, split), context, _shapes(batch.step, everywhere)), context
+            return Batch(
+                _shapes(batch.inputs, split), context, _shapes(batch.step, everywhere)
+            ), context
         hop = self.hops[k - 1]
         book = _shapes(hop.codebook, everywhere)
         newest = book if hop.period and self.spec.decode == "latest" else None
@@ -102,7 +114,9 @@ class Asynchronous:
             rings.restore(saved)
         return EngineState(state.modules, rings)
 
-    def fetch(self, k: int, ring: Ring, message: Message, header: Header) -> tuple[Message, Context]:
+    def fetch(
+        self, k: int, ring: Ring, message: Message, header: Header
+    ) -> tuple[Message, Context]:
         """Moves what was read from the ring of module k to its devices; a codebook moves when it is first needed there."""
         payload, context = put((message.payload, message.context), self.placement.split(k))
         if not header.codebook:
@@ -118,7 +132,9 @@ class Asynchronous:
                 here[version] = put(book, self.placement.replicated(k))
         self.codebooks[k] = here
         codebook = here[header.codebook]
-        return Message(payload, codebook, here[newest] if self.spec.decode == "latest" else None), context
+        return Message(
+            payload, codebook, here[newest] if self.spec.decode == "latest" else None
+        ), context
 
     def gauges(self, state: EngineState) -> dict[str, float]:
         """Those of the rings."""
@@ -230,7 +246,9 @@ class Turns:
             # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
             module.state = None
             inbox = Inbox(intake.incoming, oldest(module.mail))
-            state, (message, below), metrics = self._engine.programs[k](state, inbox, intake.context)
+            state, (message, below), metrics = self._engine.programs[k](
+                state, inbox, intake.context
+            )
             if below is not None:
                 below = put(below, self._engine.placement.message(k - 1))
         above = None
@@ -245,7 +263,9 @@ class Turns:
             self.rings.batches = intake.sequence + 1
         return Outcome(metrics, above, below)
 
-    def hand_on(self, modules: Sequence[RunningModule], k: int, made: Outcome, begin: float, end: float) -> None:
+    def hand_on(
+        self, modules: Sequence[RunningModule], k: int, made: Outcome, begin: float, end: float
+    ) -> None:
         """Sends what module k made to its neighbours and notes its turn, which lasted from `begin` to `end`."""
         if made.above is not None:
             self.rings.add(k, *made.above)
@@ -261,7 +281,9 @@ def flight_of(state: EngineState) -> Rings:
 
 
 def _shapes(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
 @dataclass(frozen=True)
@@ -276,7 +298,9 @@ class AsynchronousOptions(EngineSettings):
         """Raises UserError if there is not one factor of at least 1 for each module."""
         modules = settings.model.modules
         if self.slowdown and (len(self.slowdown) != modules or min(self.slowdown) < 1):
-            raise UserError(f"config.engine.slowdown={self.slowdown}: one factor of at least 1 for each of {modules} modules")
+            raise UserError(
+                f"config.engine.slowdown={self.slowdown}: one factor of at least 1 for each of {modules} modules"
+            )
 
 
 def check_rings(run: EngineInputs) -> None:

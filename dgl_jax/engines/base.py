@@ -45,7 +45,11 @@ class EngineInputs:
     def placed(self, group_sizes: Sequence[int]) -> Placement:
         """Returns a device group for each module; raises UserError if the sizes or the batch do not fit."""
         modules = len(self.spec.modules)
-        costs = [body + head for body, head in module_flops(self.spec)] if not group_sizes and len(self.devices) < modules else ()
+        costs = (
+            [body + head for body, head in module_flops(self.spec)]
+            if not group_sizes and len(self.devices) < modules
+            else ()
+        )
         return self.checked(assign(self.devices, modules, group_sizes, costs))
 
 
@@ -68,12 +72,16 @@ class EngineKind(Kind):
 class PlacedOptions(EngineSettings):
     """Of engines whose modules have devices of their own, or that use as many together."""
 
-    group_sizes: tuple[int, ...] = option((), free=True)  # devices of each module; empty: as equal as the devices allow
+    group_sizes: tuple[int, ...] = option(
+        (), free=True
+    )  # devices of each module; empty: as equal as the devices allow
 
     def check(self, settings: Any) -> None:
         """Raises UserError if a module has no device."""
         if any(n < 1 for n in self.group_sizes):
-            raise UserError(f"config.engine.group_sizes={self.group_sizes}: every module needs at least one device")
+            raise UserError(
+                f"config.engine.group_sizes={self.group_sizes}: every module needs at least one device"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,9 @@ class Engine(Protocol):
     def gauges(self, state: EngineState) -> dict[str, float]:
         """What the engine measures of itself, for the metrics."""
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; takes over (donates) `state`.
 
         Once `stop()` is true no new batch is begun; a synchronous run ends with all modules at the same count.
@@ -319,7 +329,13 @@ def run_turns(
         return results
 
     ticks = engine.spec.method.schedule(made, until, max(until, engine.total_steps), stop, overlap)
-    yield from run_ticks(ticks, dispatch, engine.ticks_in_flight, made, lambda flight=True: EngineState(post.closed()))
+    yield from run_ticks(
+        ticks,
+        dispatch,
+        engine.ticks_in_flight,
+        made,
+        lambda flight=True: EngineState(post.closed()),
+    )
 
 
 def reader(source: Source) -> Callable[[int], Batch]:
@@ -343,12 +359,17 @@ def counts(state: EngineState) -> list[int]:
     return [int(jax.device_get(module.updates)) for module in state.modules]
 
 
-def place_modules(states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]) -> EngineState:
+def place_modules(
+    states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]
+) -> EngineState:
     """Puts each module's state, whole, on every device of its group; of messages that wait, each device has its examples."""
     placed = []
     for k, waiting in enumerate(states):
         state, mail = opened(waiting)
         where = {"above": placement.message(k), "below": (placement.message(k), placement.split(k))}
-        moved = {port: tuple(put(message, where[port]) for message in messages) for port, messages in mail.items()}
+        moved = {
+            port: tuple(put(message, where[port]) for message in messages)
+            for port, messages in mail.items()
+        }
         placed.append(closed(put(state, placement.replicated(k)), moved))
     return EngineState(tuple(placed))

@@ -16,7 +16,10 @@ _TURNS = 64  # the newest, kept for the timeline
 
 def ring_specs(spec: TrainSpec) -> list[RingSpec]:
     """What each ring holds."""
-    return [RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period) for k, hop in enumerate(spec.hops, 1)]
+    return [
+        RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period)
+        for k, hop in enumerate(spec.hops, 1)
+    ]
 
 
 class Rings:
@@ -34,7 +37,14 @@ class Rings:
 
     def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
         self.rings = [
-            Ring(form.packet, replay.size, replay.rule, replay.max_reuse, rngs.ring(spec.seed, k), form.codebook)
+            Ring(
+                form.packet,
+                replay.size,
+                replay.rule,
+                replay.max_reuse,
+                rngs.ring(spec.seed, k),
+                form.codebook,
+            )
             for k, form in enumerate(ring_specs(spec), 1)
         ]
         self.turn, self.batches, self.unit = 0, batches, unit
@@ -95,8 +105,14 @@ class Rings:
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on from a snapshot."""
         self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
-        self.waiting[:], self.skipped[:], self.ages[:] = saved["waiting"], saved["skipped"], saved["ages"]
-        self.turns.extend((int(k), float(a), float(b)) for k, a, b in np.asarray(saved["turns"]) if k >= 0)
+        self.waiting[:], self.skipped[:], self.ages[:] = (
+            saved["waiting"],
+            saved["skipped"],
+            saved["ages"],
+        )
+        self.turns.extend(
+            (int(k), float(a), float(b)) for k, a, b in np.asarray(saved["turns"]) if k >= 0
+        )
         for k, ring in enumerate(self.rings, 1):
             ring.restore(saved[f"ring_{k}"])
 
@@ -108,7 +124,12 @@ class Still:
     """
 
     def __init__(self, rings: Rings):
-        self.unit, self._turns, self._gauges, self._saved = rings.unit, rings.recent(), rings.gauges(), rings.snapshot()
+        self.unit, self._turns, self._gauges, self._saved = (
+            rings.unit,
+            rings.recent(),
+            rings.gauges(),
+            rings.snapshot(),
+        )
 
     def begin_at(self, batches: int) -> None:
         """Takes the count of batches that goes with the copy of the first module."""

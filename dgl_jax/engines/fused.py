@@ -34,33 +34,54 @@ def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
 class FusedEngine(Synchronous):
     """Runs one jitted function for all turns of a tick."""
 
-    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0):
+    def __init__(
+        self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0
+    ):
         self.spec = spec
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.steps = Programs(lambda turns: _jitted(spec, turns))  # by the (module, kind) of a tick's turns
+        self.steps = Programs(
+            lambda turns: _jitted(spec, turns)
+        )  # by the (module, kind) of a tick's turns
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
         states, read = state.modules, reader(source)
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             nonlocal states
-            first = next((turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None)
+            first = next(
+                (turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None
+            )
             batch = None if first is None else self.placement.put_batch(read(first.batch), 0)
-            states, metrics = self.steps[tuple((turn.module, turn.kind) for turn in tick)](states, batch)
+            states, metrics = self.steps[tuple((turn.module, turn.kind) for turn in tick)](
+                states, batch
+            )
             return list(zip(tick, metrics, strict=True))
 
         made = counts(state)
         ticks = self.spec.method.schedule(made, until, max(until, self.total_steps), stop)
-        yield from run_ticks(ticks, dispatch, self.ticks_in_flight, made, lambda flight=True: EngineState(states))
+        yield from run_ticks(
+            ticks, dispatch, self.ticks_in_flight, made, lambda flight=True: EngineState(states)
+        )
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
     """Builds the engine on one group: as many devices as the groups of a pipeline would have together."""
     modules = len(run.spec.modules)
-    count = assign(run.devices, modules, options.group_sizes).count() if options.group_sizes else len(run.devices)
-    return FusedEngine(run.spec, run.checked(one_group(run.devices[:count], modules)), options.ticks_in_flight, run.total_steps)
+    count = (
+        assign(run.devices, modules, options.group_sizes).count()
+        if options.group_sizes
+        else len(run.devices)
+    )
+    return FusedEngine(
+        run.spec,
+        run.checked(one_group(run.devices[:count], modules)),
+        options.ticks_in_flight,
+        run.total_steps,
+    )
 
 
 ENGINES.ship(fused=EngineKind(_make, SynchronousOptions, family="synchronous"))

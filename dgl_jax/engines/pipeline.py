@@ -29,27 +29,39 @@ from dgl_jax.types import Context, Message
 class PipelineEngine(Synchronous):
     """Module k works on device group k; its packet moves to group k + 1 while group k begins the next batch."""
 
-    def __init__(self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0):
+    def __init__(
+        self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0
+    ):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
         self.meters = [Meter() for _ in spec.modules[1:]]  # of what crossed each hop
         self.publishers: list[Publisher] = []  # of each hop, while a run lasts
-        self.published: list[Any] = []  # the codebook that each module has at its entrance, on its devices
+        self.published: list[
+            Any
+        ] = []  # the codebook that each module has at its entrance, on its devices
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))  # by module and kind
+        self.programs = Programs(
+            lambda turn: jitted(spec, turn[0], placement, turn[1])
+        )  # by module and kind
 
     def traffic(self) -> Traffic:
         """Counted from the packets that crossed devices; by shape where modules share a device."""
         return self.spec.traffic(self.meters)
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
         self.publishers = [Publisher(hop) for hop in self.hops]
         self.published = [()] * len(state.modules)
         # On one device nothing overlaps: each batch goes all the way through, so that a single packet waits at a time.
-        yield from run_turns(self, state, source, until, stop, self._move, overlap=self.placement.count() > 1)
+        yield from run_turns(
+            self, state, source, until, stop, self._move, overlap=self.placement.count() > 1
+        )
 
-    def _move(self, k: int, number: int, message: Message, context: Context | None) -> tuple[Message, Any]:
+    def _move(
+        self, k: int, number: int, message: Message, context: Context | None
+    ) -> tuple[Message, Any]:
         """To the devices of module k, with a codebook that was just published; nothing to do where they are the same."""
         if context is None:  # from above
             if self.placement.crosses(k):
@@ -67,7 +79,9 @@ class PipelineEngine(Synchronous):
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:
-    return PipelineEngine(run.spec, run.placed(options.group_sizes), options.ticks_in_flight, run.total_steps)
+    return PipelineEngine(
+        run.spec, run.placed(options.group_sizes), options.ticks_in_flight, run.total_steps
+    )
 
 
 ENGINES.ship(pipeline=EngineKind(_make, SynchronousOptions, family="synchronous"))

@@ -58,7 +58,9 @@ class Placement:
         """One line for the log: which devices each module has."""
         names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
         kinds = sorted({system.device_kind(d) for group in self.groups for d in group.devices.flat})
-        return f"{', '.join(kinds)}: " + "; ".join(f"module {k} on {name}" for k, name in enumerate(names))
+        return f"{', '.join(kinds)}: " + "; ".join(
+            f"module {k} on {name}" for k, name in enumerate(names)
+        )
 
 
 def put(tree: Any, sharding: Any) -> Any:
@@ -107,14 +109,22 @@ def _regrouped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     shards, rows = array.addressable_shards, array.shape[0] if array.ndim else 1
     held = [(shard.device, *_bounds(shard.index, rows), shard.data) for shard in shards]
     whole = []
-    for n, (device, index) in enumerate(sharding.addressable_devices_indices_map(array.shape).items()):
+    for n, (device, index) in enumerate(
+        sharding.addressable_devices_indices_map(array.shape).items()
+    ):
         at, end = _bounds(index, rows)
         pieces = []
         while at < end:
             having = [shard for shard in held if shard[1] <= at < shard[2]]
-            _, first, last, data = next((s for s in having if s[0] == device), having[n % len(having)])
+            _, first, last, data = next(
+                (s for s in having if s[0] == device), having[n % len(having)]
+            )
             stop = min(last, end)
-            piece = data if (at, stop) == (first, last) else jax.lax.slice_in_dim(data, at - first, stop - first)
+            piece = (
+                data
+                if (at, stop) == (first, last)
+                else jax.lax.slice_in_dim(data, at - first, stop - first)
+            )
             pieces.append(jax.device_put(piece, device))
             at = stop
         whole.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
@@ -132,7 +142,12 @@ def one_group(devices: Sequence[jax.Device], modules: int) -> Placement:
     return Placement((_mesh(devices),) * modules)
 
 
-def assign(devices: Sequence[jax.Device], modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()) -> Placement:
+def assign(
+    devices: Sequence[jax.Device],
+    modules: int,
+    group_sizes: Sequence[int] = (),
+    costs: Sequence[float] = (),
+) -> Placement:
     """Gives each module its devices.
 
     With at least one device a module, each gets an equal number of consecutive ones and the rest stays idle; with fewer,
@@ -141,15 +156,24 @@ def assign(devices: Sequence[jax.Device], modules: int, group_sizes: Sequence[in
     Raises:
       UserError: `group_sizes` has not one entry a module, or asks for more devices than there are.
     """
-    return Placement(tuple(_mesh([devices[i] for i in group]) for group in layout(len(devices), modules, group_sizes, costs)))
+    return Placement(
+        tuple(
+            _mesh([devices[i] for i in group])
+            for group in layout(len(devices), modules, group_sizes, costs)
+        )
+    )
 
 
-def layout(count: int, modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()) -> list[range]:
+def layout(
+    count: int, modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()
+) -> list[range]:
     """The numbers of the devices that `assign` gives each module, out of `count`; raises what it raises."""
     sizes = list(group_sizes)
     if sizes:
         if len(sizes) != modules:
-            raise UserError(f"config.engine.group_sizes={tuple(sizes)}: one size a module is needed, and there are {modules}")
+            raise UserError(
+                f"config.engine.group_sizes={tuple(sizes)}: one size a module is needed, and there are {modules}"
+            )
         if sum(sizes) > count:
             raise UserError(
                 f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there are {count} "
@@ -161,7 +185,11 @@ def layout(count: int, modules: int, group_sizes: Sequence[int] = (), costs: Seq
         total = [0.0, *itertools.accumulate(costs or [1.0] * modules)]
         starts = balanced(lambda first, end: total[end] - total[first], modules, count)
         lengths = [end - first for first, end in itertools.pairwise([*starts, modules])]
-        return [range(device, device + 1) for device, length in enumerate(lengths) for _ in range(length)]
+        return [
+            range(device, device + 1)
+            for device, length in enumerate(lengths)
+            for _ in range(length)
+        ]
     ends = list(itertools.accumulate(sizes))
     return [range(end - size, end) for end, size in zip(ends, sizes)]
 
@@ -190,4 +218,6 @@ def check_batch(batch_size: int, sizes: Sequence[int], micro_batches: int = 1) -
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:
-    return jax.make_mesh((len(devices),), ("batch",), devices=list(devices), axis_types=(AxisType.Auto,))
+    return jax.make_mesh(
+        (len(devices),), ("batch",), devices=list(devices), axis_types=(AxisType.Auto,)
+    )

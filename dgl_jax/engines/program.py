@@ -26,7 +26,11 @@ class Programs(dict[Any, Any]):
 @kept(256)
 def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
     """Returns what a turn of module k runs on its devices; it takes over (donates) the state."""
-    return jax.jit(spec.method.program(spec, k, kind), donate_argnums=0, out_shardings=exits(spec, k, placement, kind))
+    return jax.jit(
+        spec.method.program(spec, k, kind),
+        donate_argnums=0,
+        out_shardings=exits(spec, k, placement, kind),
+    )
 
 
 @kept(256)
@@ -35,7 +39,9 @@ def jitted_feed(spec: TrainSpec, k: int, train: bool, placement: Placement) -> A
     return jax.jit(spec.method.feed(spec, k, train), out_shardings=placement.message(k))
 
 
-def exits(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> tuple[Any, Any, Any]:
+def exits(
+    spec: TrainSpec, k: int, placement: Placement, kind: str = "step"
+) -> tuple[Any, Any, Any]:
     """Returns where a turn of module k leaves its state, what it sends and its metrics, as shardings."""
     _, sends = spec.method.ports(spec, k, kind)
     outbox = Outbox(*(None if sent is None else placement.message(k) for sent in sends))

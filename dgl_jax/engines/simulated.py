@@ -14,7 +14,14 @@ import numpy as np
 from dgl_jax.config import ReplaySettings
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, RunningModule, Turns, check_rings, flight_of
+from dgl_jax.engines.asynchronous import (
+    Asynchronous,
+    AsynchronousOptions,
+    RunningModule,
+    Turns,
+    check_rings,
+    flight_of,
+)
 from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Publisher, Report, counts
 from dgl_jax.engines.flight import Rings
 from dgl_jax.engines.placement import Placement, one_group
@@ -28,7 +35,9 @@ from dgl_jax.spec import Traffic, TrainSpec
 class SimulatedOptions(AsynchronousOptions):
     """Of one module at a time."""
 
-    order: str = choice("random", "ordered")  # drawn in proportion to 1 / slowdown, or one after the other
+    order: str = choice(
+        "random", "ordered"
+    )  # drawn in proportion to 1 / slowdown, or one after the other
 
 
 class SimulatedEngine(Asynchronous):
@@ -37,30 +46,50 @@ class SimulatedEngine(Asynchronous):
     continuous = False
     unit = "turns"
 
-    def __init__(self, spec: TrainSpec, placement: Placement, total: int, engine: SimulatedOptions, replay: ReplaySettings):
+    def __init__(
+        self,
+        spec: TrainSpec,
+        placement: Placement,
+        total: int,
+        engine: SimulatedOptions,
+        replay: ReplaySettings,
+    ):
         super().__init__(spec, placement, engine, replay)
         self.total, modules = total, len(spec.modules)
-        if engine.order == "ordered":  # all modules end in the same round: none of them ever only feeds
+        if (
+            engine.order == "ordered"
+        ):  # all modules end in the same round: none of them ever only feeds
             self._feeding = ()
-        self.module_of = in_order(modules) if engine.order == "ordered" else drawn(modules, engine.slowdown, spec.seed)
+        self.module_of = (
+            in_order(modules)
+            if engine.order == "ordered"
+            else drawn(modules, engine.slowdown, spec.seed)
+        )
 
     def traffic(self) -> Traffic:
         """Nothing crosses devices: what the encoded arrays weigh."""
         return self.spec.traffic()
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot, good until the next."""
         self.prepare()
         rings = flight_of(state)
         # A ring that came out of a checkpoint already holds the newest codebook.
-        publishers = [Publisher(hop, known=bool(ring.newest_codebook[0])) for hop, ring in zip(self.hops, rings.rings, strict=True)]
+        publishers = [
+            Publisher(hop, known=bool(ring.newest_codebook[0]))
+            for hop, ring in zip(self.hops, rings.rings, strict=True)
+        ]
         parts = zip(state.modules, counts(state), [*publishers, None], strict=True)
         modules = [RunningModule(k, *part) for k, part in enumerate(parts)]
         turns = Turns(self, rings, source, self.total)
 
         def snapshot(flight: bool = True) -> EngineState:
             # Between turns every state is there.
-            return EngineState(tuple(module.whole(module.state) for module in modules), rings if flight else None)  # type: ignore[arg-type]
+            return EngineState(
+                tuple(module.whole(module.state) for module in modules), rings if flight else None
+            )  # type: ignore[arg-type]
 
         while min(module.updates for module in modules) < until and not stop():
             k = self._next(rings)
@@ -72,7 +101,10 @@ class SimulatedEngine(Asynchronous):
                 brought: list[Metrics] = [{} for _ in modules]
                 brought[k] = metrics
                 yield Report(
-                    tuple(module.updates for module in modules), tuple(brought), snapshot, step=min(m.updates for m in modules)
+                    tuple(module.updates for module in modules),
+                    tuple(brought),
+                    snapshot,
+                    step=min(m.updates for m in modules),
                 )
 
     def _next(self, flight: Rings) -> int | None:

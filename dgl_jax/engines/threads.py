@@ -21,8 +21,22 @@ from dgl_jax.config import ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.asynchronous import Asynchronous, AsynchronousOptions, Turns, check_rings, flight_of
-from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, PlacedOptions, Publisher, Report, counts
+from dgl_jax.engines.asynchronous import (
+    Asynchronous,
+    AsynchronousOptions,
+    Turns,
+    check_rings,
+    flight_of,
+)
+from dgl_jax.engines.base import (
+    EngineInputs,
+    EngineKind,
+    EngineState,
+    PlacedOptions,
+    Publisher,
+    Report,
+    counts,
+)
 from dgl_jax.engines.flight import Still
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
@@ -35,7 +49,9 @@ from dgl_jax.spec import Meter, Traffic, TrainSpec
 
 _LOG = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.2  # how long the controlling thread sleeps at most before it looks after signals and workers
+_POLL_SECONDS = (
+    0.2  # how long the controlling thread sleeps at most before it looks after signals and workers
+)
 _RESTARTS = 3  # of a module that fails again and again without an update more
 
 
@@ -43,8 +59,12 @@ _RESTARTS = 3  # of a module that fails again and again without an update more
 class ThreadsOptions(AsynchronousOptions, PlacedOptions):
     """Of a worker thread a module."""
 
-    restart_workers: bool = option(False, free=True)  # a module that fails goes on from its newest checkpoint
-    watchdog_seconds: float = number(600.0, 0.0, 1e9, free=True)  # without progress, then it is reported; 0: never
+    restart_workers: bool = option(
+        False, free=True
+    )  # a module that fails goes on from its newest checkpoint
+    watchdog_seconds: float = number(
+        600.0, 0.0, 1e9, free=True
+    )  # without progress, then it is reported; 0: never
 
     def check(self, settings: Any) -> None:
         """Raises UserError if slowdowns or group sizes do not fit."""
@@ -64,7 +84,9 @@ class ThreadsEngine(Asynchronous):
     continuous = True
     unit = "seconds"
 
-    def __init__(self, spec: TrainSpec, placement: Placement, engine: ThreadsOptions, replay: ReplaySettings):
+    def __init__(
+        self, spec: TrainSpec, placement: Placement, engine: ThreadsOptions, replay: ReplaySettings
+    ):
         super().__init__(spec, placement, engine, replay)
         modules = range(len(spec.modules))
         self.slowdown = engine.slowdown or (1.0,) * len(modules)
@@ -73,7 +95,9 @@ class ThreadsEngine(Asynchronous):
         self.clock: Callable[[], float] = time.monotonic
         self.copy = _copy
         self.of_states = [self.copy]
-        self.meters = [Meter() for _ in modules[1:]]  # of what has left for the ring of module k + 1
+        self.meters = [
+            Meter() for _ in modules[1:]
+        ]  # of what has left for the ring of module k + 1
         self.paces = [Pace() for _ in modules]
 
     def traffic(self) -> Traffic:
@@ -89,7 +113,9 @@ class ThreadsEngine(Asynchronous):
             found[f"work/module_{k}/wait_seconds"] = pace.waited
         return found
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`.
 
         Reports come while the workers go on; closing the iterator stops them after their current step. Every report gives a
@@ -111,7 +137,9 @@ class ThreadsEngine(Asynchronous):
                 elif event is not None:
                     yield event
                 supervisor.watch()
-        except KeyboardInterrupt:  # to quit at once: the workers are daemons and nobody waits for them
+        except (
+            KeyboardInterrupt
+        ):  # to quit at once: the workers are daemons and nobody waits for them
             supervisor.stop()
             supervisor.abandon()
             raise
@@ -132,12 +160,22 @@ class Supervisor:
         self.engine, self.rings = engine, flight_of(state)
         # Rings are saved before the modules, which may have published since: a codebook goes along with each first packet.
         publishers = [*(Publisher(hop) for hop in engine.hops), None]
-        modules = zip(state.modules, counts(state), publishers, engine.slowdown, engine.paces, [*engine.meters, None], strict=True)
+        modules = zip(
+            state.modules,
+            counts(state),
+            publishers,
+            engine.slowdown,
+            engine.paces,
+            [*engine.meters, None],
+            strict=True,
+        )
         self.workers = [Worker(k, *parts) for k, parts in enumerate(modules)]
         self.crew = Crew(self.workers, Turns(engine, self.rings, source, until), engine.clock)
         for pace in engine.paces:
             pace.begin(self.crew.began)
-        self.heard: deque[Report] = deque()  # reports that came while this thread waited for a failure to be told
+        self.heard: deque[Report] = (
+            deque()
+        )  # reports that came while this thread waited for a failure to be told
 
     def start(self) -> None:
         """Starts all workers."""
@@ -210,7 +248,11 @@ class Supervisor:
             worker.updates = worker.failures.since
         if worker.publisher is not None:
             worker.publisher.forget()  # the ring may hold a codebook that this state has not published yet
-        _LOG.warning("module_%d goes on from its newest checkpoint, with %d updates; the others never stopped", k, worker.updates)
+        _LOG.warning(
+            "module_%d goes on from its newest checkpoint, with %d updates; the others never stopped",
+            k,
+            worker.updates,
+        )
         worker.start(self.crew)
 
     def watch(self) -> None:
@@ -220,7 +262,12 @@ class Supervisor:
             since = worker.progress
             if limit and worker.alive() and now - since > limit and worker.warned != since:
                 worker.warned = since
-                _LOG.warning("module_%d has made no progress for %.0f s: %s", worker.number, now - since, worker.doing)
+                _LOG.warning(
+                    "module_%d has made no progress for %.0f s: %s",
+                    worker.number,
+                    now - since,
+                    worker.doing,
+                )
 
     def _working(self) -> bool:
         return any(worker.alive() for worker in self.workers)

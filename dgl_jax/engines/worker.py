@@ -154,7 +154,9 @@ class Worker(RunningModule):
         """Starts a thread, the first one or that of a restart."""
         self.progress = crew.clock()
         # A daemon: whoever quits at once does not wait for it.
-        self.thread = threading.Thread(target=self._work, args=(crew,), name=f"module_{self.number}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._work, args=(crew,), name=f"module_{self.number}", daemon=True
+        )
         self.thread.start()
 
     def alive(self) -> bool:
@@ -183,7 +185,11 @@ class Worker(RunningModule):
         intake = turns.take(self.number) if self._has_input(crew) else None
         if intake is None:
             return
-        self.doing = "feeding the next module" if turns.finished(self) else f"working on update {self.updates + 1}"
+        self.doing = (
+            "feeding the next module"
+            if turns.finished(self)
+            else f"working on update {self.updates + 1}"
+        )
         started = clock()
         self._pace.waited += started - begin
         with self.lock:
@@ -206,13 +212,19 @@ class Worker(RunningModule):
             return True
         ring = crew.turns.rings.ring(k)
         with ring.changed:
-            ring.changed.wait_for(lambda: crew.stopping.is_set() or not crew.needed(k) or ring.ready())
+            ring.changed.wait_for(
+                lambda: crew.stopping.is_set() or not crew.needed(k) or ring.ready()
+            )
         return not crew.stopping.is_set() and crew.needed(k)
 
     def _count(self, crew: Crew, metrics: Metrics, at: float) -> None:
         with crew.counting:
             self.updates += 1
             self._pace.updates += 1
-            crew.events.put(Update(self.number, metrics, tuple(worker.updates for worker in crew.workers), at))
-        if self.updates == crew.turns.until:  # a module below that only feeds may be needed no longer
+            crew.events.put(
+                Update(self.number, metrics, tuple(worker.updates for worker in crew.workers), at)
+            )
+        if (
+            self.updates == crew.turns.until
+        ):  # a module below that only feeds may be needed no longer
             crew.wake()

@@ -6,4 +6,14 @@ from dgl_jax.registry import METHODS
 
 register_method = METHODS.register
 
-__all__ = ["METHODS", "Method", "MethodKind", "Program", "TrainStep", "backprop", "composed", "dgl", "register_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodKind",
+    "Program",
+    "TrainStep",
+    "backprop",
+    "composed",
+    "dgl",
+    "register_method",
+]

@@ -26,7 +26,12 @@ class Backprop:
     sends: ClassVar[bool] = False
 
     def schedule(
-        self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
+        self,
+        counts: Sequence[int],
+        until: int,
+        total: int,
+        stop: Callable[[], bool] = never,
+        overlap: bool = False,
     ) -> Iterator[Tick]:
         """Yields a batch a tick."""
         return schedule.aligned(counts, until, stop, overlap=False)
@@ -41,18 +46,28 @@ class Backprop:
                 x, body = module.apply_body(p, stats, x, context, train=True, rng=key)
                 new.append({"body": body})
             last = modules[-1]
-            local, new[-1]["objective"] = last.apply_objective(params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1])
+            local, new[-1]["objective"] = last.apply_objective(
+                params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1]
+            )
             return local.loss, (new, (), local.metrics)
 
         def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
             assert batch is not None
-            params, stats = [state.params for state in states], [state.batch_stats for state in states]
+            params, stats = (
+                [state.params for state in states],
+                [state.batch_stats for state in states],
+            )
             keys = [rngs.update(state.rng, state.updates) for state in states]
             ports = Ports(spec, 0)
             inputs, _ = ports.receive(batch)
             context = ports.whole(inputs, batch.context)
-            gradients, stats, _, of_last = mean_gradient(loss_function, params, stats, inputs, context, keys, spec.accumulate)
-            new = [apply_gradient(spec.optimizer, *args) for args in zip(states, gradients, stats, strict=True)]
+            gradients, stats, _, of_last = mean_gradient(
+                loss_function, params, stats, inputs, context, keys, spec.accumulate
+            )
+            new = [
+                apply_gradient(spec.optimizer, *args)
+                for args in zip(states, gradients, stats, strict=True)
+            ]
             if spec.ema:
                 new = [ema.advance(state, spec.ema) for state in new]
             metrics: list[Metrics] = [{} for _ in modules]

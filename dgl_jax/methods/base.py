@@ -63,7 +63,9 @@ class Ports:
         """
         return context | self._added(inputs, self.spec.needs(0, answering))
 
-    def hand_on(self, outputs: jax.Array, codebook: Any, inputs: jax.Array, answering: Context | None = None) -> Message:
+    def hand_on(
+        self, outputs: jax.Array, codebook: Any, inputs: jax.Array, answering: Context | None = None
+    ) -> Message:
         """Encodes the module's outputs for the next one.
 
         Args:
@@ -105,7 +107,9 @@ def evaluate(
     carried: Context = dict(incoming.context or {}) if isinstance(incoming, Message) else {}
     context = ports.whole(inputs, carried, answering=True)
     outputs, answer = eval_step(spec.modules[k], params, batch_stats, inputs, context, published)
-    return None if k == len(spec.modules) - 1 else ports.hand_on(outputs, codebook, inputs, context), answer
+    return None if k == len(spec.modules) - 1 else ports.hand_on(
+        outputs, codebook, inputs, context
+    ), answer
 
 
 def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
@@ -123,7 +127,12 @@ class Method(Protocol):
     sends: bool
 
     def schedule(
-        self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
+        self,
+        counts: Sequence[int],
+        until: int,
+        total: int,
+        stop: Callable[[], bool] = never,
+        overlap: bool = False,
     ) -> Iterator[Tick]:
         """Yields the ticks after which every module has `until` updates; ends early once `stop()`, after at least one update each.
 
@@ -142,7 +151,9 @@ class Method(Protocol):
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
         """Returns the turns (module, kind) of a tick as one function; usually `composed`."""
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any, Context], Message]:
+    def feed(
+        self, spec: TrainSpec, k: int, train: bool
+    ) -> Callable[[ModuleState, Any, Context], Message]:
         """Returns what a module that is done does in asynchronous engines: it hands on, and updates nothing."""
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
@@ -210,13 +221,23 @@ class Post:
       states: of the modules, without messages.
     """
 
-    def __init__(self, spec: TrainSpec, states: States, move: Callable[..., tuple[Message, Any]] | None = None):
-        self._spec, self._move = spec, move or (lambda k, number, message, context: (message, context))
+    def __init__(
+        self,
+        spec: TrainSpec,
+        states: States,
+        move: Callable[..., tuple[Message, Any]] | None = None,
+    ):
+        self._spec, self._move = (
+            spec,
+            move or (lambda k, number, message, context: (message, context)),
+        )
         self.states, self._mails = map(list, zip(*map(opened, states), strict=True))
         self._below: dict[int, tuple[Message, Context]] = {}
         self._reads: dict[tuple[int, str], Inbox] = {}  # of the turns so far
 
-    def read(self, k: int, number: int, kind: str, batch: Callable[[int], Batch]) -> tuple[Inbox, Context]:
+    def read(
+        self, k: int, number: int, kind: str, batch: Callable[[int], Batch]
+    ) -> tuple[Inbox, Context]:
         """Returns what a turn of module k on batch `number` reads; asks for that batch if it reads one."""
         if (reads := self._reads.get((k, kind))) is None:
             reads, _ = self._spec.method.ports(self._spec, k, kind)
@@ -260,7 +281,9 @@ def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
             # Each turn is compiled as it would be alone, which keeps every bit equal to the pipeline's.
             # But for what the CPU's compiler fuses once it has taken the barrier out: `int8` in front of a layer norm is rounded
             # otherwise, by 1e-7. To keep the barrier until then (xla_disable_hlo_passes) costs a sixth of the speed.
-            post.states[k], sent, of_turn = jax.lax.optimization_barrier(program(post.states[k], inbox, context))
+            post.states[k], sent, of_turn = jax.lax.optimization_barrier(
+                program(post.states[k], inbox, context)
+            )
             post.send(k, 0, context, sent)
             metrics.append(of_turn)
         return post.closed(), tuple(metrics)

@@ -24,7 +24,11 @@ def _published(state: ModuleState, message: Message, decay: float) -> ModuleStat
     """Takes in what another module has published: all of it, or as a step of a moving average."""
     old = state.extras["published"]["next_block"]
     # A copy without an average too: the state is given away at the next update, and the message may be read again.
-    mix = (lambda old, new: decay * old + (1 - decay) * new) if decay else lambda old, new: jnp.copy(new)
+    mix = (
+        (lambda old, new: decay * old + (1 - decay) * new)
+        if decay
+        else lambda old, new: jnp.copy(new)
+    )
     new = jax.tree.map(mix, old, message.published)
     return dataclasses.replace(state, extras=state.extras | {"published": {"next_block": new}})
 
@@ -32,15 +36,29 @@ def _published(state: ModuleState, message: Message, decay: float) -> ModuleStat
 def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
     """Returns a copy of the variables of a module's first block."""
     name = f"block_{spec.modules[k].first}"
-    return jax.tree.map(jnp.copy, {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]})
+    return jax.tree.map(
+        jnp.copy,
+        {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]},
+    )
 
 
 def _learn(
-    spec: TrainSpec, state: ModuleState, published: Any, key: jax.Array, outputs: jax.Array, message: Any
+    spec: TrainSpec,
+    state: ModuleState,
+    published: Any,
+    key: jax.Array,
+    outputs: jax.Array,
+    message: Any,
 ) -> tuple[ModuleState, Metrics]:
     """Lets the codec, in the state `published`, learn from what was enmessage; returns the module's new state, and metrics."""
     codec = spec.codec
-    metrics = {} if codec.lossless else {"codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))}
+    metrics = (
+        {}
+        if codec.lossless
+        else {
+            "codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))
+        }
+    )
     learnt, health = codec.update(published, key, outputs)
     if "codec" in state.extras:
         state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
@@ -54,7 +72,12 @@ class Dgl:
     sends: ClassVar[bool] = True
 
     def schedule(
-        self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
+        self,
+        counts: Sequence[int],
+        until: int,
+        total: int,
+        stop: Callable[[], bool] = never,
+        overlap: bool = False,
     ) -> Iterator[Tick]:
         """Yields a batch a tick, or a pipeline that is filled and drained; see `schedule.py`."""
         return schedule.aligned(counts, until, stop, overlap)
@@ -74,7 +97,9 @@ class Dgl:
         module, ports = spec.modules[k], Ports(spec, k)
         _, sends = self.ports(spec, k)
 
-        def program(state: ModuleState, inbox: Inbox, context: Context) -> tuple[ModuleState, Outbox, Metrics]:
+        def program(
+            state: ModuleState, inbox: Inbox, context: Context
+        ) -> tuple[ModuleState, Outbox, Metrics]:
             inputs, of_input = ports.receive(inbox.below)
             updates = state.updates
             if inbox.above is not None:
@@ -88,7 +113,9 @@ class Dgl:
                 published=state.extras.get("published", {}),
                 accumulate=spec.accumulate,
             )
-            down = Message(published=_first_block(spec, k, state)) if sends.below is not None else None
+            down = (
+                Message(published=_first_block(spec, k, state)) if sends.below is not None else None
+            )
             if spec.ema:
                 state = ema.advance(state, spec.ema)
             metrics |= of_input
@@ -107,7 +134,9 @@ class Dgl:
         """See `composed`."""
         return composed(spec, turns)
 
-    def feed(self, spec: TrainSpec, k: int, train: bool) -> Callable[[ModuleState, Any, Context], Message]:
+    def feed(
+        self, spec: TrainSpec, k: int, train: bool
+    ) -> Callable[[ModuleState, Any, Context], Message]:
         """Returns what a module that is done does: from what comes in to what goes on; nothing is updated.
 
         Args:
@@ -118,7 +147,9 @@ class Dgl:
         def program(state: ModuleState, incoming: Any, context: Context) -> Message:
             inputs, _ = ports.receive(incoming)
             whole = ports.whole(inputs, context)
-            outputs, _ = forward_step(module, state, inputs, whole, train=train, accumulate=spec.accumulate)
+            outputs, _ = forward_step(
+                module, state, inputs, whole, train=train, accumulate=spec.accumulate
+            )
             return ports.hand_on(outputs, spec.codebook(state), inputs)
 
         return program

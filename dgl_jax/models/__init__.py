@@ -54,15 +54,23 @@ NETWORKS.ship(
     cnn6=NetworkKind(cnn6),
     cnn6_replay=NetworkKind(cnn6_replay),
     **{f"vgg{depth}": NetworkKind(partial(vgg_bn, depth)) for depth in (11, 13, 16, 19)},
-    **{f"resnet{depth}": NetworkKind(partial(cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
-    **{f"resnet{depth}": NetworkKind(partial(imagenet_resnet, depth)) for depth in (18, 34, 50, 101, 152)},
+    **{
+        f"resnet{depth}": NetworkKind(partial(cifar_resnet, depth))
+        for depth in (20, 32, 44, 56, 110)
+    },
+    **{
+        f"resnet{depth}": NetworkKind(partial(imagenet_resnet, depth))
+        for depth in (18, 34, 50, 101, 152)
+    },
     resnet18_cifar=NetworkKind(resnet18_cifar),
 )
 register_head = HEADS.register
 register_adapter = ADAPTERS.register
 
 
-def register_network(name: str, make: Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]] | NetworkKind) -> None:
+def register_network(
+    name: str, make: Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]] | NetworkKind
+) -> None:
     """Adds a network: from here on `config.model.name=<name>` selects it.
 
     A run reads its network by this name whenever it is resumed, evaluated, used or exported: name the module that registers it in
@@ -100,10 +108,16 @@ def make_network(
       UserError: there is no such network, it reads images and the examples are none, or they cannot be halved as often as it pools.
     """
     made = NETWORKS[name].make(width, num_classes, jnp.dtype(dtype))
-    network = made if isinstance(made, Network) else Network(tuple(made), make_head("linear", num_classes, dtype))
+    network = (
+        made
+        if isinstance(made, Network)
+        else Network(tuple(made), make_head("linear", num_classes, dtype))
+    )
     if not NETWORKS.is_shipped(name):
         _check_own(name, network)
-    network = Network(tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops))
+    network = Network(
+        tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops)
+    )
     step = 2**network.halvings
     if len(input_shape) != 3:
         if NETWORKS.is_shipped(name):
@@ -114,7 +128,9 @@ def make_network(
         return network
     height, across, _ = input_shape
     if height % step or across % step or not height or not across:
-        near = {size // step * step for size in (height, height + step - 1, across, across + step - 1)} - {0}
+        near = {
+            size // step * step for size in (height, height + step - 1, across, across + step - 1)
+        } - {0}
         raise UserError(
             f"config.data.image_size: images of {height}x{across} cannot be halved {network.halvings} times, as "
             f"config.model.name={name!r} does; multiples of {step} work, such as {' or '.join(map(str, sorted(near)))}"
@@ -123,11 +139,16 @@ def make_network(
 
 
 def _check_own(name: str, network: Network) -> None:
-    parts = {f"block {i}": block for i, block in enumerate(network.blocks)} | {"the classifier": network.classifier}
+    parts = {f"block {i}": block for i, block in enumerate(network.blocks)} | {
+        "the classifier": network.classifier
+    }
     if len(parts) == 1:
         raise UserError(f"config.model.name={name!r}: the network has no block")
     for what, part in parts.items():
-        if not isinstance(part, nn.Module) or "train" not in inspect.signature(part.__call__).parameters:
+        if (
+            not isinstance(part, nn.Module)
+            or "train" not in inspect.signature(part.__call__).parameters
+        ):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
             raise UserError(
                 f"config.model.name={name!r}: {what} is {kind}, which is no Flax Linen module called as block(x, train); "

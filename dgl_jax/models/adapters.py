@@ -19,7 +19,9 @@ class Adapter(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ("image",)
 
-    def __call__(self, inputs: Float[Array, "B ..."], context: Context, train: bool) -> Float[Array, "B ..."]:
+    def __call__(
+        self, inputs: Float[Array, "B ..."], context: Context, train: bool
+    ) -> Float[Array, "B ..."]:
         """Returns what the blocks read, of the shape and type of the inputs.
 
         Args:

@@ -27,7 +27,9 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     """Makes the initializer uniform in +-1/sqrt(fan_in), PyTorch's for weights and biases of convolutions and Linear layers."""
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+    def init(
+        key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
+    ) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
@@ -53,7 +55,9 @@ class Conv(nn.Module):
     ops: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], *, add_bias: bool = True) -> Float[Array, "B h w F"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, add_bias: bool = True
+    ) -> Float[Array, "B h w F"]:
         """Returns the outputs, h and w being H / stride and W / stride, rounded up.
 
         Args:
@@ -67,7 +71,9 @@ class Conv(nn.Module):
         bias = self.param("bias", bias_init, (self.features,), jnp.float32) if self.bias else None
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         edges, strides = (self.kernel // 2,) * 2, (self.stride,) * 2
-        y = conv_general_dilated(x, kernel, strides, (edges, edges), dimension_numbers=_AXES, ops=self.ops)
+        y = conv_general_dilated(
+            x, kernel, strides, (edges, edges), dimension_numbers=_AXES, ops=self.ops
+        )
         return y if bias is None or not add_bias else y + bias.astype(y.dtype)
 
 
@@ -102,12 +108,18 @@ def conv_norm(
 
 
 def linear(
-    x: Float[Array, "B C"], features: int, *, kernel_init: Initializer | None = None, dtype: DTypeLike
+    x: Float[Array, "B C"],
+    features: int,
+    *,
+    kernel_init: Initializer | None = None,
+    dtype: DTypeLike,
 ) -> Float[Array, "B F"]:
     """Applies a Linear layer with bias, which begins as `Conv` does."""
     default = uniform_fan_in(x.shape[-1])
     bias_init = nn.initializers.zeros if kernel_init else default
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init or default, bias_init=bias_init)(x)
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init or default, bias_init=bias_init)(
+        x
+    )
 
 
 class ConvBlock(nn.Module):

@@ -35,5 +35,8 @@ def _network(
     bias: bool = True,
     hidden: int = 2,
 ) -> Network:
-    blocks = tuple(ConvBlock(width * m, pool=i in pooled, bias=bias, dtype=dtype) for i, m in enumerate(multiples))
+    blocks = tuple(
+        ConvBlock(width * m, pool=i in pooled, bias=bias, dtype=dtype)
+        for i, m in enumerate(multiples)
+    )
     return Network(blocks, MLPHead(num_classes, hidden=hidden, dtype=dtype))

@@ -41,8 +41,19 @@ class MLPHead(nn.Module):
         if not tokens:
             x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])), ops=self.ops)
         for _ in range(self.convs):
-            x = conv_norm(x, train, x.shape[-1], relu=True, kernel=1, bias=False, dtype=self.dtype, ops=self.ops)
-        x = _flatten(adaptive_avg_pool(x, (1, 1), ops=self.ops) if tokens else _pool_2x2(x, self.ops))
+            x = conv_norm(
+                x,
+                train,
+                x.shape[-1],
+                relu=True,
+                kernel=1,
+                bias=False,
+                dtype=self.dtype,
+                ops=self.ops,
+            )
+        x = _flatten(
+            adaptive_avg_pool(x, (1, 1), ops=self.ops) if tokens else _pool_2x2(x, self.ops)
+        )
         for _ in range(self.hidden):
             x = linear(x, x.shape[-1], dtype=self.dtype)
             x = BatchNorm(self.dtype, self.ops)(x, train, relu=True)
@@ -63,7 +74,9 @@ class CNNHead(nn.Module):
                 f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; of tokens linear, mlp and mlp_sr work"
             )
         for _ in range(2):
-            x = conv_norm(x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype, ops=self.ops)
+            x = conv_norm(
+                x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype, ops=self.ops
+            )
         x = BatchNorm(self.dtype, self.ops)(_pool_2x2(x, self.ops), train)
         return linear(_flatten(x), self.num_classes, dtype="float32")
 
@@ -78,7 +91,9 @@ class LinearHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
         x, _ = _as_map(x)
-        return linear(adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0], self.num_classes, dtype="float32")
+        return linear(
+            adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0], self.num_classes, dtype="float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,17 @@ class HeadKind(Kind):
     """A head: `make(num_classes, dtype=dtype)` returns a Flax Linen module called as `head(x, train)` that gives logits."""
 
 
-HEADS.ship(mlp_sr=HeadKind(partial(MLPHead, convs=3)), mlp=HeadKind(MLPHead), cnn=HeadKind(CNNHead), linear=HeadKind(LinearHead))
+HEADS.ship(
+    mlp_sr=HeadKind(partial(MLPHead, convs=3)),
+    mlp=HeadKind(MLPHead),
+    cnn=HeadKind(CNNHead),
+    linear=HeadKind(LinearHead),
+)
 
 
-def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32", ops: str = "auto") -> nn.Module:
+def make_head(
+    name: str, num_classes: int, dtype: DTypeLike = "float32", ops: str = "auto"
+) -> nn.Module:
     """Makes the head of that name.
 
     Args:
@@ -107,7 +129,9 @@ def make_head(name: str, num_classes: int, dtype: DTypeLike = "float32", ops: st
 def _as_map(x: Array) -> tuple[Array, bool]:
     """Returns maps as they are and tokens as (B, T, 1, C); and whether they are tokens."""
     if x.ndim not in (3, 4):
-        raise UserError(f"config.model.head: needs maps (B, H, W, C) or tokens (B, T, C), not {_shape(x)}")
+        raise UserError(
+            f"config.model.head: needs maps (B, H, W, C) or tokens (B, T, C), not {_shape(x)}"
+        )
     return (x[:, :, None], True) if x.ndim == 3 else (x, False)
 
 

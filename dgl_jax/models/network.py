@@ -50,7 +50,9 @@ def _replaced(part: _Part, ops: str) -> _Part:
         return type(part)(_replaced(each, ops) for each in part)  # type: ignore[call-arg, attr-defined]
     if not isinstance(part, nn.Module):
         return part
-    names = [f.name for f in dataclasses.fields(part) if f.init and f.name not in ("parent", "name")]
+    names = [
+        f.name for f in dataclasses.fields(part) if f.init and f.name not in ("parent", "name")
+    ]
     fields = {name: _replaced(getattr(part, name), ops) for name in names}
     if fields.get("ops") in OPS:  # a field of this name and another meaning stays
         fields["ops"] = ops

@@ -31,7 +31,9 @@ class BlockCosts:
         return self.first[first] + math.fsum(self.inner[first + 1 : end]) + self.head[end - 1]
 
 
-def cuts(split: str, num_blocks: int, modules: int, costs: Callable[[], BlockCosts] | None = None) -> tuple[int, ...]:
+def cuts(
+    split: str, num_blocks: int, modules: int, costs: Callable[[], BlockCosts] | None = None
+) -> tuple[int, ...]:
     """The first block of each module: the first entry is 0, module k ends where module k + 1 begins.
 
     Args:
@@ -61,7 +63,9 @@ def cuts(split: str, num_blocks: int, modules: int, costs: Callable[[], BlockCos
         places = [float(part) for part in split.split(",")]
         starts = tuple(math.floor(place) for place in places)
     except (ValueError, OverflowError):
-        raise UserError(f"config.model.split={split!r}: neither {_WAYS} nor a list of whole numbers; {works}") from None
+        raise UserError(
+            f"config.model.split={split!r}: neither {_WAYS} nor a list of whole numbers; {works}"
+        ) from None
     problem = None
     inside = next((place for place in places if place % 1), None)
     if len(starts) != modules:
@@ -74,9 +78,7 @@ def cuts(split: str, num_blocks: int, modules: int, costs: Callable[[], BlockCos
     elif any(b <= a for a, b in pairwise(starts)):
         problem = "the first blocks must increase"
     elif places[-1] > num_blocks - 1:
-        problem = (
-            f"no module can begin at {places[-1]:g}: the last block of this network is {num_blocks - 1}, the nearest place to cut"
-        )
+        problem = f"no module can begin at {places[-1]:g}: the last block of this network is {num_blocks - 1}, the nearest place to cut"
     if problem:
         raise UserError(f"config.model.split={split!r}: {problem}; {works}")
     return starts
@@ -100,7 +102,10 @@ def balanced(cost: Callable[[int, int], float], count: int, runs: int) -> tuple[
     """
     if not 1 <= runs <= count:
         raise ValueError(f"{count} things do not make {runs} runs")
-    costs = [[cost(first, end) if first < end else inf for end in range(count + 1)] for first in range(count)]
+    costs = [
+        [cost(first, end) if first < end else inf for end in range(count + 1)]
+        for first in range(count)
+    ]
     best = [0.0] + [inf] * count  # of the things before each place, in so many runs
     begins: list[list[int]] = []
     for made in range(runs):

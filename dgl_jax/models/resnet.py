@@ -33,7 +33,9 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
         """Returns maps of a quarter of the height and width, rounded up."""
-        x = _conv_norm(x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype, ops=self.ops)
+        x = _conv_norm(
+            x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype, ops=self.ops
+        )
         return max_pool_3x3(x, ops=self.ops)
 
 
@@ -53,7 +55,9 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
         """Returns maps whose h and w are H / stride and W / stride, rounded up."""
-        y = _conv_norm(x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops)
+        y = _conv_norm(
+            x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops
+        )
         y = _conv_norm(y, train, self.features, relu=False, dtype=self.dtype, ops=self.ops)
         if self.padded:
             return nn.relu(y + _padded(x, y.shape[-1], self.stride))
@@ -72,8 +76,12 @@ class Bottleneck(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w 4*F"]:
         """Returns maps whose h and w are H / stride and W / stride, rounded up."""
         y = _conv_norm(x, train, self.features, relu=True, kernel=1, dtype=self.dtype, ops=self.ops)
-        y = _conv_norm(y, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops)
-        y = _conv_norm(y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype, ops=self.ops)
+        y = _conv_norm(
+            y, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops
+        )
+        y = _conv_norm(
+            y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype, ops=self.ops
+        )
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype, self.ops))
 
 
@@ -86,7 +94,10 @@ def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> 
     """
     stages = ((depth - 2) // 6,) * 3
     return Network(
-        (_small_stem(width, dtype), *_stages(partial(BasicBlock, padded=True), stages, width, dtype)),
+        (
+            _small_stem(width, dtype),
+            *_stages(partial(BasicBlock, padded=True), stages, width, dtype),
+        ),
         LinearHead(num_classes, dtype=dtype),
     )
 
@@ -98,8 +109,13 @@ def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) 
       depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
       width: channels of the stem, 64 in the paper; (inner) channels double from stage to stage.
     """
-    make, stages = (BasicBlock, _BASIC[depth]) if depth in _BASIC else (Bottleneck, _BOTTLENECK[depth])
-    return Network((Stem(width, dtype=dtype), *_stages(make, stages, width, dtype)), LinearHead(num_classes, dtype=dtype))
+    make, stages = (
+        (BasicBlock, _BASIC[depth]) if depth in _BASIC else (Bottleneck, _BOTTLENECK[depth])
+    )
+    return Network(
+        (Stem(width, dtype=dtype), *_stages(make, stages, width, dtype)),
+        LinearHead(num_classes, dtype=dtype),
+    )
 
 
 def resnet18_cifar(width: int, num_classes: int, dtype: DTypeLike) -> Network:
@@ -121,7 +137,9 @@ def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list
     ]
 
 
-def _projected(x: Array, features: int, stride: int, train: bool, dtype: DTypeLike, ops: str) -> Array:
+def _projected(
+    x: Array, features: int, stride: int, train: bool, dtype: DTypeLike, ops: str
+) -> Array:
     if x.shape[-1] == features and stride == 1:
         return x
     return _conv_norm(x, train, features, relu=False, kernel=1, stride=stride, dtype=dtype, ops=ops)

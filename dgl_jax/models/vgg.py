@@ -42,7 +42,9 @@ def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Networ
       width: channels of the first block, 64 in the paper; the classifier has 64 times as many hidden units (4096).
     """
     blocks = tuple(
-        ConvBlock(width * multiple, pool=stage > 0 and n == 0, kernel_init=KAIMING_FAN_OUT, dtype=dtype)
+        ConvBlock(
+            width * multiple, pool=stage > 0 and n == 0, kernel_init=KAIMING_FAN_OUT, dtype=dtype
+        )
         for stage, (count, multiple) in enumerate(zip(_CONVOLUTIONS[depth], _MULTIPLES))
         for n in range(count)
     )

@@ -1,6 +1,13 @@
 """What modules minimise: one Flax module of loss, metrics and predictions an objective."""
 
-from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, means
+from dgl_jax.objectives.base import (
+    Context,
+    LocalLoss,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveKind,
+    means,
+)
 from dgl_jax.objectives.classifier import Classifier, accuracy, classification, cross_entropy
 from dgl_jax.registry import OBJECTIVES
 

@@ -39,7 +39,13 @@ class Objective(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     decay = 0.0  # without a type, so that a subclass may have a field of this name
 
-    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+    def __call__(
+        self,
+        features: Float[Array, "B ..."],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
         """Returns the loss of a batch.
 
         Args:
@@ -50,14 +56,19 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array | None:
+    def predict(
+        self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
+    ) -> Array | None:
         """Returns what the module answers, without a context; None if it answers nothing."""
         return None
 
 
 def means(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns metrics as numbers: the mean of those that are (sum, count)."""
-    return {name: value[0] / value[1] if isinstance(value, tuple) else value for name, value in metrics.items()}
+    return {
+        name: value[0] / value[1] if isinstance(value, tuple) else value
+        for name, value in metrics.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,35 @@ class Classifier(Objective):
         """Gives the head this module's own scope: no name stands between them."""
         nn.share_scope(self, self.head)
 
-    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+    def __call__(
+        self,
+        features: Float[Array, "B ..."],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
         """See `Objective`; needs `label`, int (B,) or (B, T); gives `loss` (nats) and `accuracy`."""
         return classification(self.head(features, train), context["label"], self.label_smoothing)
 
-    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
+    def predict(
+        self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
+    ) -> Array:
         """Returns the logits."""
         return self.head(features, train)
 
 
-def classification(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0) -> LocalLoss:
+def classification(
+    logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0
+) -> LocalLoss:
     """Returns the cross entropy with the metrics `loss` (nats) and `accuracy` over all labels; see `cross_entropy`."""
     loss, count = cross_entropy(logits, label, smoothing), jnp.float32(label.size)
     right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
     return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
 
 
-def cross_entropy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0) -> Float[Array, ""]:
+def cross_entropy(
+    logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0
+) -> Float[Array, ""]:
     """Returns the mean over the batch, in nats, computed in float32.
 
     Args:

@@ -36,7 +36,12 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B *S C"], train: bool, *, relu: bool = False, offset: Float[Array, " C"] | None = None
+        self,
+        x: Float[Array, "B *S C"],
+        train: bool,
+        *,
+        relu: bool = False,
+        offset: Float[Array, " C"] | None = None,
     ) -> Float[Array, "B *S C"]:
         """Normalises x + offset and applies a ReLU if `relu`.
 
@@ -67,7 +72,11 @@ class BatchNorm(nn.Module):
 
 
 def normalize(
-    x: Float[Array, "B *S C"], scale: Float[Array, " C"], bias: Float[Array, " C"], relu: bool, ops: str = "auto"
+    x: Float[Array, "B *S C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    relu: bool,
+    ops: str = "auto",
 ) -> tuple[Float[Array, "B *S C"], Float[Array, " C"], Float[Array, " C"]]:
     """Normalises by the mean and the (biased) variance of the batch, computed in float32.
 
@@ -86,18 +95,28 @@ def normalize(
     return _normalize(relu, x, scale, bias)
 
 
-def _forward(relu: bool, x: Array, scale: Array, bias: Array) -> tuple[tuple[Array, Array, Array], Any]:
+def _forward(
+    relu: bool, x: Array, scale: Array, bias: Array
+) -> tuple[tuple[Array, Array, Array], Any]:
     wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
     mean = wide.mean(axes)
-    var = jnp.maximum(0.0, jnp.square(wide).mean(axes) - jnp.square(mean))  # rounding may leave less than 0
+    var = jnp.maximum(
+        0.0, jnp.square(wide).mean(axes) - jnp.square(mean)
+    )  # rounding may leave less than 0
     inverse = lax.rsqrt(var + EPSILON)
     y = _affine(wide, mean, inverse, scale, bias)
     return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
 
 
-def _backward(relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+def _backward(
+    relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale, bias = saved
-    wide, cotangent, axes = x.astype(jnp.float32), cotangents[0].astype(jnp.float32), tuple(range(x.ndim - 1))
+    wide, cotangent, axes = (
+        x.astype(jnp.float32),
+        cotangents[0].astype(jnp.float32),
+        tuple(range(x.ndim - 1)),
+    )
     if relu:
         cotangent = jnp.where(_affine(wide, mean, inverse, scale, bias) > 0, cotangent, 0.0)
     count = x.size // x.shape[-1]
@@ -106,7 +125,11 @@ def _backward(relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]) ->
     # A change that shifts all values alike moves the mean, one that spreads them the variance: neither shows in the result.
     slope = inverse * scale_gradient / count
     factor = inverse * scale
-    x_gradient = factor * cotangent + (-factor * slope) * wide + factor * (mean * slope - bias_gradient / count)
+    x_gradient = (
+        factor * cotangent
+        + (-factor * slope) * wide
+        + factor * (mean * slope - bias_gradient / count)
+    )
     return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 

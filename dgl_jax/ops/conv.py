@@ -23,7 +23,13 @@ _SUM_DTYPE = "float32"  # of the sum over chunks, whatever the type of the kerne
 
 
 def conv_general_dilated(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "I J c F"], strides: Any, padding: Any, *, ops: str = "auto", **options: Any
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "I J c F"],
+    strides: Any,
+    padding: Any,
+    *,
+    ops: str = "auto",
+    **options: Any,
 ) -> Float[Array, "B h w F"]:
     """Convolves as `lax.conv_general_dilated` does.
 
@@ -43,7 +49,9 @@ def conv_general_dilated(
     if only_xla(ops):
         return library(x, kernel)
     plain = _is_plain_3x3(x, kernel, strides, padding, **options)
-    use_winograd, use_im2col = (plain and formulation.fits(x, kernel) for formulation in (winograd, im2col))
+    use_winograd, use_im2col = (
+        plain and formulation.fits(x, kernel) for formulation in (winograd, im2col)
+    )
     use_im2col_outputs = plain and im2col.fits_outputs(x, kernel)
 
     def x_gradient(kernel: Array, cotangent: Array) -> Array:
@@ -55,10 +63,18 @@ def conv_general_dilated(
     def in_chunks(x: Array, cotangent: Array) -> Array:
         size = chunks.chunk_size(len(x), CHUNK)
         parts = [[chunks.chunk(a, size, i) for a in (x, cotangent)] for i in range(len(x) // size)]
-        return reduce(jnp.add, (kernel_gradient(*part).astype(_SUM_DTYPE) for part in parts)).astype(kernel.dtype)
+        return reduce(
+            jnp.add, (kernel_gradient(*part).astype(_SUM_DTYPE) for part in parts)
+        ).astype(kernel.dtype)
 
     def outputs(x: Array, kernel: Array) -> Array:
-        fast = winograd.convolve if use_winograd else im2col.convolve if use_im2col_outputs else library
+        fast = (
+            winograd.convolve
+            if use_winograd
+            else im2col.convolve
+            if use_im2col_outputs
+            else library
+        )
         return _by_platform(x, kernel, cpu=fast, elsewhere=library)
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -66,13 +82,24 @@ def conv_general_dilated(
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        direct = kernel_gradient if kernel.shape[:2] == (1, 1) else in_chunks  # a 1x1 kernel's gradient is one matrix product
+        direct = (
+            kernel_gradient if kernel.shape[:2] == (1, 1) else in_chunks
+        )  # a 1x1 kernel's gradient is one matrix product
         return (
-            _by_platform(kernel, cotangent, cpu=winograd.input_gradient if use_winograd else x_gradient, elsewhere=x_gradient),
+            _by_platform(
+                kernel,
+                cotangent,
+                cpu=winograd.input_gradient if use_winograd else x_gradient,
+                elsewhere=x_gradient,
+            ),
             _by_platform(
                 x,
                 cotangent,
-                cpu=winograd.kernel_gradient if use_winograd else im2col.kernel_gradient if use_im2col else direct,
+                cpu=winograd.kernel_gradient
+                if use_winograd
+                else im2col.kernel_gradient
+                if use_im2col
+                else direct,
                 elsewhere=kernel_gradient,
             ),
         )
@@ -84,14 +111,26 @@ def conv_general_dilated(
 
 def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
     # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
-    return elsewhere(*args) if cpu is elsewhere else lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+    return (
+        elsewhere(*args)
+        if cpu is elsewhere
+        else lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+    )
 
 
 def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
     """Returns whether these arguments describe a 3x3 convolution in float32 that keeps the size of the map."""
-    plain = all(options.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation", "feature_group_count"))
-    given, usual = (lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (options.get("dimension_numbers"), _AXES))
-    same = padding == "SAME" or (not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)])
+    plain = all(
+        options.get(name) in (None, 1, (1, 1))
+        for name in ("lhs_dilation", "rhs_dilation", "feature_group_count")
+    )
+    given, usual = (
+        lax.conv_dimension_numbers(x.shape, kernel.shape, d)
+        for d in (options.get("dimension_numbers"), _AXES)
+    )
+    same = padding == "SAME" or (
+        not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
+    )
     return (
         (plain and given == usual and same and kernel.shape[:2] == (3, 3))
         and tuple(strides) == (1, 1)

@@ -61,7 +61,9 @@ def max_pool_3x3(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Arra
     )
 
 
-def adaptive_avg_pool(x: Float[Array, "B H W C"], out_size: tuple[int, int], *, ops: str = "auto") -> Float[Array, "B h w C"]:
+def adaptive_avg_pool(
+    x: Float[Array, "B H W C"], out_size: tuple[int, int], *, ops: str = "auto"
+) -> Float[Array, "B h w C"]:
     """Averages a map of any size down (or up) to `out_size`, as PyTorch's AdaptiveAvgPool2d does.
 
     Output i of h averages the inputs floor(i H / h) up to, not including, ceil((i + 1) H / h): neighbouring windows
@@ -95,7 +97,9 @@ def adaptive_avg_pool(x: Float[Array, "B H W C"], out_size: tuple[int, int], *, 
 
 def _by_platform(x: Array, ops: str, *, cpu: Pool, elsewhere: Pool) -> Array:
     # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
-    return elsewhere(x) if only_xla(ops) else jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
+    return (
+        elsewhere(x) if only_xla(ops) else jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
+    )
 
 
 def _averages(size: int, out: int) -> np.ndarray:

@@ -44,13 +44,19 @@ def recomputed(
     if only_xla(ops):
         return jax.checkpoint(function)
 
-    def forward(params: PyTree, x: PyTree, others: PyTree) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]:
+    def forward(
+        params: PyTree, x: PyTree, others: PyTree
+    ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]:
         return function(params, x, others), (params, x, others)
 
-    def backward(kept: tuple[PyTree, PyTree, PyTree], cotangents: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree, None]:
+    def backward(
+        kept: tuple[PyTree, PyTree, PyTree], cotangents: tuple[PyTree, PyTree]
+    ) -> tuple[PyTree, PyTree, None]:
         params, x, others = kept
         y_cotangent, _ = cotangents
-        _, pull, _ = jax.vjp(lambda p, x: function(p, x, others), after(params, y_cotangent), x, has_aux=True)
+        _, pull, _ = jax.vjp(
+            lambda p, x: function(p, x, others), after(params, y_cotangent), x, has_aux=True
+        )
         return *pull(y_cotangent), None
 
     again = jax.custom_vjp(function)
@@ -59,7 +65,9 @@ def recomputed(
 
 
 def _plus_nothing(tree: PyTree, first: PyTree) -> PyTree:
-    nothing: Any = sum(0.0 * leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(first))
+    nothing: Any = sum(
+        0.0 * leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(first)
+    )
     return jax.tree.map(lambda leaf: leaf + jnp.asarray(nothing, leaf.dtype), tree)
 
 

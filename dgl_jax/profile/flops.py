@@ -48,13 +48,21 @@ def _of_equation(equation: Any) -> int:
         _, *taps = params["dimension_numbers"].rhs_spec
         kernel = equation.invars[1].aval.shape
         # A transposed convolution writes zeros between its inputs: only each n-th tap meets a number.
-        return _size(equation.outvars[0]) * math.prod(kernel[axis] for axis in taps) // math.prod(params["lhs_dilation"])
+        return (
+            _size(equation.outvars[0])
+            * math.prod(kernel[axis] for axis in taps)
+            // math.prod(params["lhs_dilation"])
+        )
     if name == "scan":
         return params["length"] * _multiply_adds(_open(params["jaxpr"]))
     if name == "cond":
         branches = [_multiply_adds(_open(branch)) for branch in params["branches"]]
         platforms = params.get("branches_platforms")
-        return branches[list(platforms).index(None)] if platforms and None in platforms else max(branches)
+        return (
+            branches[list(platforms).index(None)]
+            if platforms and None in platforms
+            else max(branches)
+        )
     # Calls: jit, remat, custom gradients (the function, not the gradient). How often a `while` turns only its data know: its
     # condition and its body count once. A loop with a number of turns known while tracing is a scan.
     return sum(map(_multiply_adds, _inner(params)))
@@ -89,7 +97,14 @@ def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
         for block in module.blocks:
             operations, x = forward_flops(block, x.shape, x.dtype)
             body += operations
-        found.append((body, 0.0 if module.objective is None else forward_flops(module.objective, x.shape, x.dtype)[0]))
+        found.append(
+            (
+                body,
+                0.0
+                if module.objective is None
+                else forward_flops(module.objective, x.shape, x.dtype)[0],
+            )
+        )
     return found
 
 
@@ -120,12 +135,18 @@ def block_flops(network: Blocks) -> BlockCosts:
 
 
 @lru_cache(maxsize=1024)
-def forward_flops(layer: nn.Module, shape: tuple[int, ...], dtype: Any) -> tuple[float, jax.ShapeDtypeStruct]:
+def forward_flops(
+    layer: nn.Module, shape: tuple[int, ...], dtype: Any
+) -> tuple[float, jax.ShapeDtypeStruct]:
     """Counts the operations of a block, or of what an objective answers; also the shape of what it returns."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     answers = isinstance(layer, Objective)
     arguments: tuple[Any, ...] = (x, {}) if answers else (x,)
     how: dict[str, Any] = {"method": "predict"} if answers else {}
-    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **how))
-    operations, out = count(lambda v, *given: layer.apply(v, *given, train=False, **how), variables, *arguments)
+    variables = jax.eval_shape(
+        lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **how)
+    )
+    operations, out = count(
+        lambda v, *given: layer.apply(v, *given, train=False, **how), variables, *arguments
+    )
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)

@@ -42,10 +42,14 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
             incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
         state, mail = opened(state)
         inbox = Inbox(incoming, oldest(mail))
-        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(state, inbox, spec.context(k))
+        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(
+            state, inbox, spec.context(k)
+        )
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None
         packet = nbytes((incoming.payload if k else incoming.inputs, spec.context(k)))
-        found.append(ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet))
+        found.append(
+            ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet)
+        )
     return found

@@ -43,7 +43,9 @@ def module_costs(spec: TrainSpec, seconds: Sequence[float] = ()) -> list[ModuleC
         turns = [1.0] * len(turns)  # a network without convolutions and products
     traffic = spec.traffic() if spec.method.sends else None
     rows = []
-    for k, (module, state, (body, head)) in enumerate(zip(spec.modules, spec.abstract_states(), operations)):
+    for k, (module, state, (body, head)) in enumerate(
+        zip(spec.modules, spec.abstract_states(), operations)
+    ):
         sends = traffic is not None and k + 1 < len(spec.modules)
         own = dataclasses.replace(state, params=state.params["body"])
         rows.append(
@@ -67,17 +69,43 @@ def table(rows: Sequence[ModuleCost]) -> list[str]:
     """The rows as aligned lines of text, under a heading."""
     small = max(row.body_gflops for row in rows) < 0.01
     unit, scale = ("MFLOP", 1e3) if small else ("GFLOP", 1.0)
-    cells = [["module", "blocks", "parameters", f"{unit} body", f"{unit} head", "bytes out", "on the wire", "share of tick"]]
+    cells = [
+        [
+            "module",
+            "blocks",
+            "parameters",
+            f"{unit} body",
+            f"{unit} head",
+            "bytes out",
+            "on the wire",
+            "share of tick",
+        ]
+    ]
     for row in rows:
         last = row.first_block + row.blocks - 1
-        sent = [f"{bytes_:,.0f}" if bytes_ is not None else "-" for bytes_ in (row.activation_bytes, row.wire_bytes)]
+        sent = [
+            f"{bytes_:,.0f}" if bytes_ is not None else "-"
+            for bytes_ in (row.activation_bytes, row.wire_bytes)
+        ]
         blocks = f"{row.first_block}-{last}" if row.blocks > 1 else f"{last}"
         operations = [f"{scale * gflops:.4g}" for gflops in (row.body_gflops, row.head_gflops)]
-        cells.append([row.name, blocks, f"{row.parameters:,}", *operations, *sent, f"{100 * row.share:.0f} %"])
+        cells.append(
+            [
+                row.name,
+                blocks,
+                f"{row.parameters:,}",
+                *operations,
+                *sent,
+                f"{100 * row.share:.0f} %",
+            ]
+        )
     return aligned(cells)
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in cells]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        for line in cells
+    ]

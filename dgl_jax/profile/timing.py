@@ -44,7 +44,11 @@ _IN_A_ROW = 2
 
 
 def clocked(
-    program: Callable[..., tuple[Any, ...]], state: Any, *inputs: Any, repeats: int, company: int = 1
+    program: Callable[..., tuple[Any, ...]],
+    state: Any,
+    *inputs: Any,
+    repeats: int,
+    company: int = 1,
 ) -> tuple[Elapsed, tuple[Any, ...]]:
     """What a call takes, the median over pairs of calls after a pair that may compile; and what the last call gave.
 
@@ -70,7 +74,13 @@ def clocked(
     return Elapsed(statistics.median(walls[1:]), busy), results
 
 
-def _crowded(program: Callable[..., tuple[Any, ...]], state: Any, inputs: Sequence[Any], calls: int, company: int) -> float:
+def _crowded(
+    program: Callable[..., tuple[Any, ...]],
+    state: Any,
+    inputs: Sequence[Any],
+    calls: int,
+    company: int,
+) -> float:
     """Processor seconds a call while `company` of them are under way at once, each chain of calls from a thread of its own."""
     states = [jax.tree.map(jnp.copy, state) for _ in range(company)]
 
@@ -87,7 +97,11 @@ def _crowded(program: Callable[..., tuple[Any, ...]], state: Any, inputs: Sequen
 
 
 def block_times(
-    network: Blocks, optimizer: optax.GradientTransformation, device: jax.Device, repeats: int = 7, company: int = 1
+    network: Blocks,
+    optimizer: optax.GradientTransformation,
+    device: jax.Device,
+    repeats: int = 7,
+    company: int = 1,
 ) -> BlockTimes:
     """Measures every block's part of a local step and every head's, by itself.
 
@@ -103,7 +117,9 @@ def block_times(
     measured: dict[Any, Elapsed] = {}
     free = system.device_memory(device).free
 
-    def once(layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True) -> Elapsed:
+    def once(
+        layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True
+    ) -> Elapsed:
         if layer is None:
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
@@ -117,25 +133,42 @@ def block_times(
                     "a smaller batch may fit, and --mode=plan takes --block_times that were measured elsewhere"
                 )
             # Where it is put says where it runs, in other threads too.
-            measured[key], _ = clocked(program, *jax.device_put(_drawn(shapes), device), repeats=repeats, company=company)
+            measured[key], _ = clocked(
+                program, *jax.device_put(_drawn(shapes), device), repeats=repeats, company=company
+            )
         return measured[key]
 
     first, inner, head, x = [], [], [], network.inputs
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
         known = len(measured)
         first.append(once(block, False, x, inner=False))
-        inner.append(once(block, False, x) if number else first[0])  # nothing is in front of the first block
+        inner.append(
+            once(block, False, x) if number else first[0]
+        )  # nothing is in front of the first block
         _, x = forward_flops(block, x.shape, x.dtype)
         head.append(once(end, True, x))
         if len(measured) > known:
             body, with_head = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
-            _LOG.info("block %d of %d: %.4g ms, its head %.4g ms", number, len(network.blocks), body, with_head)
+            _LOG.info(
+                "block %d of %d: %.4g ms, its head %.4g ms",
+                number,
+                len(network.blocks),
+                body,
+                with_head,
+            )
     rows = first, inner, head
-    return BlockTimes(*(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2)))
+    return BlockTimes(
+        *(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2))
+    )
 
 
 def _alone(
-    layer: nn.Module, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool, optimizer: optax.GradientTransformation, network: Blocks
+    layer: nn.Module,
+    is_head: bool,
+    x: jax.ShapeDtypeStruct,
+    inner: bool,
+    optimizer: optax.GradientTransformation,
+    network: Blocks,
 ) -> tuple[Any, tuple[Any, ...]]:
     """Compiles the program of a block or objective by itself.
 
@@ -146,7 +179,9 @@ def _alone(
       The program, and the shapes of what it takes: state, inputs, and a cotangent or the context.
     """
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
-    ids, label = (jax.ShapeDtypeStruct((*x.shape[:1], *shape), "int32") for shape in ((), network.label))
+    ids, label = (
+        jax.ShapeDtypeStruct((*x.shape[:1], *shape), "int32") for shape in ((), network.label)
+    )
     context = {"id": ids, "label": label, "image": network.inputs}
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
     given: Any = forward_flops(layer, x.shape, x.dtype)[1]

@@ -6,4 +6,14 @@ from dgl_jax.replay.rules import Rule, RuleKind
 
 register_rule = RULES.register
 
-__all__ = ["RULES", "Ring", "RingSpec", "Rule", "RuleKind", "Sample", "Tally", "check_memory", "register_rule"]
+__all__ = [
+    "RULES",
+    "Ring",
+    "RingSpec",
+    "Rule",
+    "RuleKind",
+    "Sample",
+    "Tally",
+    "check_memory",
+    "register_rule",
+]

@@ -84,7 +84,9 @@ class Ring:
         self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
         self._names = sorted(example[1])  # in the order of the leaves
-        self._one_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(example[0]))  # the usual payload needs no walk
+        self._one_array = jax.tree_util.treedef_is_leaf(
+            jax.tree.structure(example[0])
+        )  # the usual payload needs no walk
         # full, not zeros: the memory is taken here and now, not at the first write.
         self._slots = [np.full((size, *leaf.shape), 0, leaf.dtype) for leaf in leaves]
         self._headers: list[Header | None] = [None] * size
@@ -122,7 +124,9 @@ class Ring:
           codebook: what the payload was encoded with, where it is a new one; else it was the one before. Not copied.
         """
         leaves = (
-            (payload, *(context[name] for name in self._names)) if self._one_array else self._form.flatten_up_to((payload, context))
+            (payload, *(context[name] for name in self._names))
+            if self._one_array
+            else self._form.flatten_up_to((payload, context))
         )
         with self._lock:
             tally, size = self.tally, self.size
@@ -133,7 +137,9 @@ class Ring:
             for slots, leaf in zip(self._slots, leaves, strict=True):
                 # Cheaper than `np.copyto(..., casting="no")`, which matters for small packets.
                 if getattr(leaf, "dtype", None) != slots.dtype:
-                    raise TypeError(f"the ring holds {slots.dtype}, the packet {getattr(leaf, 'dtype', type(leaf))}")
+                    raise TypeError(
+                        f"the ring holds {slots.dtype}, the packet {getattr(leaf, 'dtype', type(leaf))}"
+                    )
                 slots[slot] = leaf
             if codebook is not None:
                 self._books[max(self._books, default=0) + 1] = codebook
@@ -141,7 +147,9 @@ class Ring:
                 header = dataclasses.replace(header, codebook=max(self._books))
                 self._headers[slot] = header
                 kept = {h.codebook for h in self._headers if h is not None}
-                self._books = {version: book for version, book in self._books.items() if version in kept}
+                self._books = {
+                    version: book for version, book in self._books.items() if version in kept
+                }
             self._headers[slot] = header
             self._reads[place] = self._reads[place + size] = 0
             tally.written += 1
@@ -183,16 +191,25 @@ class Ring:
     def snapshot(self) -> dict[str, Any]:
         """All of it as host arrays and numbers, copied; `restore` takes it back."""
         with self._lock:
-            headers = [[-1, -1, -1] if h is None else [h.sequence, h.updates, h.codebook] for h in self._headers]
+            headers = [
+                [-1, -1, -1] if h is None else [h.sequence, h.updates, h.codebook]
+                for h in self._headers
+            ]
             slots, written = np.arange(self.size), self.tally.written
             return {
                 "slots": [arrays.copy() for arrays in self._slots],
                 "headers": np.array(headers, np.int64),
                 "reads": self._reads[-slots % self.size],
                 # The number of the write that filled the slot.
-                "written": np.where(slots < written, written - 1 - (written - 1 - slots) % self.size, 0),
-                "tally": np.array([getattr(self.tally, name) for name in Tally.__dataclass_fields__], np.int64),
-                "codebooks": {str(version): jax.tree.leaves(book) for version, book in self._books.items()},
+                "written": np.where(
+                    slots < written, written - 1 - (written - 1 - slots) % self.size, 0
+                ),
+                "tally": np.array(
+                    [getattr(self.tally, name) for name in Tally.__dataclass_fields__], np.int64
+                ),
+                "codebooks": {
+                    str(version): jax.tree.leaves(book) for version, book in self._books.items()
+                },
             }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -200,9 +217,14 @@ class Ring:
         with self._lock:
             for slots, values in zip(self._slots, saved["slots"], strict=True):
                 np.copyto(slots, values)
-            self._headers = [None if h[0] < 0 else Header(*map(int, h)) for h in np.asarray(saved["headers"])]
+            self._headers = [
+                None if h[0] < 0 else Header(*map(int, h)) for h in np.asarray(saved["headers"])
+            ]
             books = saved["codebooks"].items()
-            self._books = {int(version): self._book_form.unflatten(map(np.asarray, leaves)) for version, leaves in books}
+            self._books = {
+                int(version): self._book_form.unflatten(map(np.asarray, leaves))
+                for version, leaves in books
+            }
             self._reads[:] = np.asarray(saved["reads"])[-np.arange(2 * self.size) % self.size]
             self.tally = Tally(*(int(n) for n in np.asarray(saved["tally"])))
 
@@ -221,7 +243,10 @@ class Ring:
             return None
         newest = (self.tally.written - 1) % self.size
         # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
-        return (newest - self._rule(uses, newest, self.size, self._limit, (*self._seed, self.tally.read))) % self.size
+        return (
+            newest
+            - self._rule(uses, newest, self.size, self._limit, (*self._seed, self.tally.read))
+        ) % self.size
 
 
 class RingSpec(NamedTuple):
@@ -245,7 +270,11 @@ def check_memory(forms: Sequence[RingSpec], size: int, available: int | None = N
         fits, too_many = 0, size
         while too_many - fits > 1:
             half = (fits + too_many) // 2
-            fits, too_many = (half, too_many) if sum(form.nbytes(half) for form in forms) <= available else (fits, half)
+            fits, too_many = (
+                (half, too_many)
+                if sum(form.nbytes(half) for form in forms) <= available
+                else (fits, half)
+            )
         raise UserError(
             f"config.replay.size={size}: the rings would take {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB are free; "
             + (

@@ -12,7 +12,9 @@ from dgl_jax.registry import RULES, Kind
 Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, ...]], int]
 
 
-def least_used_latest(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
+def least_used_latest(
+    uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]
+) -> int:
     """The paper's rule: of the packets used least often the newest."""
     return int(uses.argmin())
 

@@ -45,7 +45,9 @@ class Begun:
     cpu_threads: int | None
 
 
-def begin(experiment: Experiment, workdir: Path, checkpoints: Checkpoints, weights: Trained | None = None) -> Begun:
+def begin(
+    experiment: Experiment, workdir: Path, checkpoints: Checkpoints, weights: Trained | None = None
+) -> Begun:
     """Restores the newest checkpoint if there is one; makes config.json and metrics.jsonl agree with where the run begins.
 
     Args:
@@ -66,18 +68,30 @@ def begin(experiment: Experiment, workdir: Path, checkpoints: Checkpoints, weigh
     _tidy(workdir, step, recorded=bool(meta.get("latest")))
     write_text(workdir / "config.json", json.dumps(experiment.settings.to_dict(), indent=2) + "\n")
     cpu_threads = system.cpu_threads() if jax.default_backend() == "cpu" else None
-    _LOG.info("%s%s", experiment.engine.placement.describe(), f" ({cpu_threads} threads)" if cpu_threads else "")
+    _LOG.info(
+        "%s%s",
+        experiment.engine.placement.describe(),
+        f" ({cpu_threads} threads)" if cpu_threads else "",
+    )
     for line in table(module_costs(experiment.spec)):
         _LOG.info("%s", line)
-    return Begun(state, step, meta, flight, now - meta.get("wall_seconds", 0.0), versions(), cpu_threads)
+    return Begun(
+        state, step, meta, flight, now - meta.get("wall_seconds", 0.0), versions(), cpu_threads
+    )
 
 
-def _restored(experiment: Experiment, checkpoints: Checkpoints) -> tuple[EngineState, int, dict[str, Any], bool]:
+def _restored(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[EngineState, int, dict[str, Any], bool]:
     """Returns the state of the newest whole checkpoint, its step and meta, and whether it held what was under way."""
-    restored = checkpoints.restore(lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True)
+    restored = checkpoints.restore(
+        lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True
+    )
     state = experiment.engine.resume(restored.state, restored.flight)
     if state.flight is not None and restored.flight is None:
-        _LOG.warning("the checkpoint holds no replay rings: they are filled anew, and the run is no exact repetition")
+        _LOG.warning(
+            "the checkpoint holds no replay rings: they are filled anew, and the run is no exact repetition"
+        )
     _LOG.info("going on from step %d", restored.step)
     planned = restored.meta["total_steps"]
     if SCHEDULES[experiment.settings.schedule.name].whole and planned != experiment.total_steps:
@@ -95,4 +109,8 @@ def _tidy(workdir: Path, step: int, recorded: bool) -> None:
     (workdir / "summary.json").unlink(missing_ok=True)
     truncate(metrics, step, without="test/")
     if recorded and not (metrics.exists() and read_jsonl(metrics)):
-        _LOG.warning("%s: holds nothing of the steps up to %d: their curves are lost, training goes on", metrics, step)
+        _LOG.warning(
+            "%s: holds nothing of the steps up to %d: their curves are lost, training goes on",
+            metrics,
+            step,
+        )

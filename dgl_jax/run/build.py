@@ -44,7 +44,9 @@ def known_info(settings: DataSettings) -> DatasetInfo:
     size, channels, classes = shape
     size = settings.image_size or size
     names = tuple(map(str, range(classes)))
-    return DatasetInfo(settings.name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels)
+    return DatasetInfo(
+        settings.name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels
+    )
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,30 @@ def make_experiment(
         _LOG.info("set, and ignored here: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
     if DATA_SETS[settings.data.name].shape is not None:
-        make_task(settings, known_info(settings.data))  # refuses what does not fit before anything is downloaded
+        make_task(
+            settings, known_info(settings.data)
+        )  # refuses what does not fit before anything is downloaded
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:
-        what = "less than one step" if total_steps < 1 else f"{total_steps} steps, more than can be counted,"
-        raise UserError(f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} examples")
+        what = (
+            "less than one step"
+            if total_steps < 1
+            else f"{total_steps} steps, more than can be counted,"
+        )
+        raise UserError(
+            f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} examples"
+        )
     found = DatasetInfo.of(source)
     if info is not None:
         info.check(found, settings.data)
     info = info or found
     network = make_blocks(settings, info)
     first_blocks = first_blocks or choose_cuts(settings, network, device=devices[0])
-    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps)
+    schedule = make_schedule(
+        settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps
+    )
     spec = make_spec(settings, info, first_blocks, schedule)
     engine = make_engine(settings, spec, devices, total_steps)
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
@@ -112,7 +124,9 @@ def make_task(settings: Settings, info: DatasetInfo) -> Task:
     """
     example = jax.ShapeDtypeStruct(info.example_shape, info.example_dtype)
     given = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
-    return TASKS[settings.task.name].make(settings.task, TaskInputs(settings.data.name, example, *given))
+    return TASKS[settings.task.name].make(
+        settings.task, TaskInputs(settings.data.name, example, *given)
+    )
 
 
 def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
@@ -123,17 +137,34 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     """
     task = make_task(settings, info)
     network = _network(settings, info, task)
-    objectives = [_objective(settings, network, end, len(info.class_names)) for end in range(1, len(network.blocks) + 1)]
-    return Blocks(network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label)
+    objectives = [
+        _objective(settings, network, end, len(info.class_names))
+        for end in range(1, len(network.blocks) + 1)
+    ]
+    return Blocks(
+        network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label
+    )
 
 
 def _network(settings: Settings, info: DatasetInfo, task: Task) -> Network:
     model = settings.model
-    return make_network(model.name, model.width, len(info.class_names), task.inputs(1).shape[1:], model.dtype, model.ops)
+    return make_network(
+        model.name,
+        model.width,
+        len(info.class_names),
+        task.inputs(1).shape[1:],
+        model.dtype,
+        model.ops,
+    )
 
 
 def _objective(
-    settings: Settings, network: Network, end: int, classes: int, k: int | None = None, modules: int | None = None
+    settings: Settings,
+    network: Network,
+    end: int,
+    classes: int,
+    k: int | None = None,
+    modules: int | None = None,
 ) -> Objective | None:
     """Returns the objective of a module that ends in front of block `end`; None under a method that gives it none."""
     model, last = settings.model, end == len(network.blocks)
@@ -141,12 +172,17 @@ def _objective(
         return None
     # The classifier of the network is the head of the last module.
     head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
-    inputs = ObjectiveInputs(k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing)
+    inputs = ObjectiveInputs(
+        k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing
+    )
     return OBJECTIVES[settings.objective.name].make(settings.objective, inputs)
 
 
 def choose_cuts(
-    settings: Settings, network: Blocks, times: Callable[[], BlockCosts] | None = None, device: jax.Device | None = None
+    settings: Settings,
+    network: Blocks,
+    times: Callable[[], BlockCosts] | None = None,
+    device: jax.Device | None = None,
 ) -> tuple[int, ...]:
     """Returns the first block of each module, by `config.model.split`.
 
@@ -165,17 +201,30 @@ def choose_cuts(
         if times is not None:
             return times()
         where = device or jax.devices()[0]
-        _LOG.info("config.model.split=time: measuring every block and head on %s %d", system.device_kind(where), where.id)
-        return block_times(network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), where).seconds
+        _LOG.info(
+            "config.model.split=time: measuring every block and head on %s %d",
+            system.device_kind(where),
+            where.id,
+        )
+        return block_times(
+            network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), where
+        ).seconds
 
     starts = cuts(model.split, len(network.blocks), model.modules, costs)
     if model.split in BALANCED:
-        _LOG.info("config.model.split=%s: the modules begin at blocks %s", model.split, ",".join(map(str, starts)))
+        _LOG.info(
+            "config.model.split=%s: the modules begin at blocks %s",
+            model.split,
+            ",".join(map(str, starts)),
+        )
     return starts
 
 
 def make_spec(
-    settings: Settings, info: DatasetInfo, first_blocks: Sequence[int], schedule: optax.Schedule | None = None
+    settings: Settings,
+    info: DatasetInfo,
+    first_blocks: Sequence[int],
+    schedule: optax.Schedule | None = None,
 ) -> TrainSpec:
     """Returns what is trained, and how.
 
@@ -194,13 +243,25 @@ def make_spec(
             f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} sends nothing between modules; "
             "use identity"
         )
-    ends, classes, count = [*first_blocks[1:], len(network.blocks)], len(info.class_names), len(first_blocks)
-    objectives = [_objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)]
+    ends, classes, count = (
+        [*first_blocks[1:], len(network.blocks)],
+        len(info.class_names),
+        len(first_blocks),
+    )
+    objectives = [
+        _objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)
+    ]
     adapters = [ADAPTERS[model.adapter].make(k, model.dtype) for k in range(count)]
-    if wrong := next((name for adapter in adapters if adapter for name in adapter.needs if name != "image"), None):
-        raise UserError(f"config.model.adapter={model.adapter}: needs {wrong!r}, and an evaluation has nothing but 'image'")
+    if wrong := next(
+        (name for adapter in adapters if adapter for name in adapter.needs if name != "image"), None
+    ):
+        raise UserError(
+            f"config.model.adapter={model.adapter}: needs {wrong!r}, and an evaluation has nothing but 'image'"
+        )
     return TrainSpec(
-        modules=make_modules(network.blocks, first_blocks, objectives, model.remat, model.ops, adapters),
+        modules=make_modules(
+            network.blocks, first_blocks, objectives, model.remat, model.ops, adapters
+        ),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
         task=task,
@@ -213,7 +274,9 @@ def make_spec(
     )
 
 
-def make_engine(settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int) -> Engine:
+def make_engine(
+    settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int
+) -> Engine:
     """Returns the configured engine on these devices.
 
     Raises:
@@ -221,8 +284,12 @@ def make_engine(settings: Settings, spec: TrainSpec, devices: Sequence[jax.Devic
     """
     name, engines = settings.engine.name, METHODS[settings.method.name].engines
     if engines is not None and name not in engines:
-        raise UserError(f"config.engine.name={name}: config.method.name={settings.method.name} runs under {' or '.join(engines)}")
-    return ENGINES[name].make(EngineInputs(spec, devices, settings.replay, total_steps), settings.engine)
+        raise UserError(
+            f"config.engine.name={name}: config.method.name={settings.method.name} runs under {' or '.join(engines)}"
+        )
+    return ENGINES[name].make(
+        EngineInputs(spec, devices, settings.replay, total_steps), settings.engine
+    )
 
 
 def remarks(experiment: Experiment) -> list[str]:
@@ -230,10 +297,14 @@ def remarks(experiment: Experiment) -> list[str]:
     settings, steps = experiment.settings, experiment.source.steps_per_epoch
     told = []
     if len(experiment.info.class_names) == 1:
-        told.append(f"{experiment.info.name}: there is a single class: every answer is right, and nothing is learnt")
+        told.append(
+            f"{experiment.info.name}: there is a single class: every answer is right, and nothing is learnt"
+        )
     save, evaluate = settings.checkpoint.every or steps, settings.eval.every or steps
     if not experiment.source.examples("validation"):
-        told.append("no examples are held out for validation (config.data.validation_fraction): no checkpoint will be the best")
+        told.append(
+            "no examples are held out for validation (config.data.validation_fraction): no checkpoint will be the best"
+        )
     elif save < experiment.total_steps <= math.lcm(save, evaluate):
         told.append(
             f"checkpoints (every {save} steps) and evaluations (every {evaluate}) meet at the last step alone: "

@@ -27,7 +27,9 @@ _LOG = logging.getLogger(__name__)
 _POLICIES = ocp.training.preservation_policies
 
 # Small arrays are written by one device: to cut them over all that hold them takes longer than to copy them.
-_ARRAYS = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20))
+_ARRAYS = ocp.options.ArrayOptions(
+    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
+)
 # Orbax looks for its own files with patterns: a path that is itself one finds nothing, or another folder's files.
 _PATTERN = "[]*?\\"
 _REFUSED = re.compile("Permission denied|PERMISSION_DENIED|Read-only file system|Not a directory")
@@ -76,7 +78,9 @@ class Checkpoints:
                     preservation_policy=_POLICIES.AnyPreservationPolicy(
                         [
                             _POLICIES.LatestN(keep),
-                            _POLICIES.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
+                            _POLICIES.BestN(
+                                get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+                            ),
                         ]
                     ),
                     cleanup_tmp_directories=True,
@@ -86,7 +90,14 @@ class Checkpoints:
         """Steps of all checkpoints that are there now, ascending."""
         return checkpoint_steps(self.directory)
 
-    def save(self, step: int, state: EngineState, meta: dict[str, Any], accuracy: float | None = None, flight: Any = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: EngineState,
+        meta: dict[str, Any],
+        accuracy: float | None = None,
+        flight: Any = None,
+    ) -> None:
         """Begins to write a checkpoint and returns once the arrays are copied; `finish` or the next save waits for the rest.
 
         Args:
@@ -134,7 +145,9 @@ class Checkpoints:
             try:
                 if self._manager:
                     self._manager.close()
-            except Exception as error:  # the same failure again, which `finish` or `save` has told already
+            except (
+                Exception
+            ) as error:  # the same failure again, which `finish` or `save` has told already
                 _LOG.debug("closing the checkpoints: %s", error)
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -164,20 +177,34 @@ class Checkpoints:
         if which == "best":
             before: list[int] = []
             while steps != before:  # a training may have replaced some while others were looked at
-                scored = [(accuracy, step) for step in steps if (accuracy := self._accuracy_of(step)) is not None]
+                scored = [
+                    (accuracy, step)
+                    for step in steps
+                    if (accuracy := self._accuracy_of(step)) is not None
+                ]
                 before, steps = steps, self.steps()
             if not scored:
-                raise UserError(f"{self.directory}: no checkpoint has a validation accuracy; use --checkpoint=newest or a step")
+                raise UserError(
+                    f"{self.directory}: no checkpoint has a validation accuracy; use --checkpoint=newest or a step"
+                )
             return [max(scored)[1]]
         if which.isdecimal() and int(which) in steps:
             return [int(which)]
-        raise UserError(f"--checkpoint={which}: there are: newest, best, {', '.join(map(str, steps))}")
+        raise UserError(
+            f"--checkpoint={which}: there are: newest, best, {', '.join(map(str, steps))}"
+        )
 
     def restore_module(self, k: int, prepare: Prepare) -> ModuleState:
         """Reads one module of the newest whole checkpoint onto its devices; `restore` says what is raised."""
         return self.restore(prepare, only=k).state.modules[0]
 
-    def restore(self, prepare: Prepare, which: str = "newest", set_aside: bool = False, only: int | None = None) -> Restored:
+    def restore(
+        self,
+        prepare: Prepare,
+        which: str = "newest",
+        set_aside: bool = False,
+        only: int | None = None,
+    ) -> Restored:
         """Reads a checkpoint onto devices, whatever layout it was written from.
 
         One that a training has removed meanwhile gives way to the newest there is. A damaged one is reported and the one before
@@ -193,7 +220,9 @@ class Checkpoints:
         """
         failed: dict[int, str] = {}
         while True:
-            there = self.select(which)  # anew each time: a training may have replaced what could not be read
+            there = self.select(
+                which
+            )  # anew each time: a training may have replaced what could not be read
             if sum(step not in there for step in failed) > _RETRIES:
                 raise UserError(
                     f"{self.directory}: a training there replaces checkpoints faster than they can be read; "
@@ -201,19 +230,29 @@ class Checkpoints:
                 )
             step = next((step for step in there if step not in failed), None)
             if step is None:
-                names = f"every checkpoint ({', '.join(map(str, there))}) is" if len(there) > 1 else f"checkpoint {there[0]} is"
+                names = (
+                    f"every checkpoint ({', '.join(map(str, there))}) is"
+                    if len(there) > 1
+                    else f"checkpoint {there[0]} is"
+                )
                 self._report({step: failed[step] for step in there})
-                raise UserError(f"{self.directory}: {names} damaged; restore the files, or begin anew in another --workdir")
+                raise UserError(
+                    f"{self.directory}: {names} damaged; restore the files, or begin anew in another --workdir"
+                )
             try:
                 found = self._load(step, prepare, only)
-            except Exception as error:  # Orbax and its storage layer raise many kinds for a damaged file
+            except (
+                Exception
+            ) as error:  # Orbax and its storage layer raise many kinds for a damaged file
                 if _not_the_file(error):
                     raise
                 failed[step] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 continue
             self._readable = True
             # Older ones that failed were on their way out.
-            damaged = {other: reason for other, reason in failed.items() if other > step and other in there}
+            damaged = {
+                other: reason for other, reason in failed.items() if other > step and other in there
+            }
             if damaged:
                 self._report(damaged)
                 _LOG.warning("falling back to checkpoint %d", step)
@@ -230,7 +269,10 @@ class Checkpoints:
         abstract, placement = prepare(meta)
         wanted: dict[str, Any] = {
             f"module_{k}": jax.tree.map(
-                lambda leaf, k=k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated(k)), module
+                lambda leaf, k=k: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=placement.replicated(k)
+                ),
+                module,
             )
             for k, module in enumerate(abstract)
             if only in (None, k)
@@ -239,14 +281,18 @@ class Checkpoints:
         modules = tuple(found[name] for name in wanted)
         return Restored(step, EngineState(modules), meta, found.get("flight"))
 
-    def _read(self, step: int, meta: dict[str, Any], wanted: dict[str, Any], flight: bool = True) -> dict[str, Any]:
+    def _read(
+        self, step: int, meta: dict[str, Any], wanted: dict[str, Any], flight: bool = True
+    ) -> dict[str, Any]:
         """The items `wanted`, and the flight if there is one, with the checksums they were saved with."""
         if flight and "flight" in meta["checksums"]:
             wanted = wanted | {"flight": None}
         found = ocp.load_checkpointables(self.directory / str(step), wanted)
         for name in wanted:
             if _checksum(found[name]) != meta["checksums"][name]:
-                raise ValueError(f"the arrays of {name} do not have the checksum they were saved with")
+                raise ValueError(
+                    f"the arrays of {name} do not have the checksum they were saved with"
+                )
         return found
 
     def _read_back(self, step: int, state: EngineState) -> None:
@@ -258,7 +304,11 @@ class Checkpoints:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host or leaf.sharding)
 
         try:
-            self._read(step, self.meta(step), {f"module_{k}": jax.tree.map(of, m) for k, m in enumerate(state.modules)})
+            self._read(
+                step,
+                self.meta(step),
+                {f"module_{k}": jax.tree.map(of, m) for k, m in enumerate(state.modules)},
+            )
         except Exception as error:
             if _not_the_file(error):
                 raise
@@ -276,7 +326,9 @@ class Checkpoints:
             if "accuracy" in meta:
                 return meta["accuracy"]
             # Older ones have it where Orbax keeps it.
-            return json.loads((self.directory / str(step) / "metrics" / "metrics").read_text("utf-8"))["accuracy"]
+            return json.loads(
+                (self.directory / str(step) / "metrics" / "metrics").read_text("utf-8")
+            )["accuracy"]
         except Exception as error:  # removed meanwhile, or damaged, which is told when it is read
             _LOG.debug("checkpoint %d: %s", step, error)
             return None
@@ -289,7 +341,9 @@ class Checkpoints:
         """Moves away what has a checkpoint's name and is none: Orbax would count it, and not write over it."""
         for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else ():
             if path.name.isdecimal() and not is_checkpoint(path):
-                _LOG.warning("%s is no checkpoint: moved to %s", path, self.directory.parent / "damaged")
+                _LOG.warning(
+                    "%s is no checkpoint: moved to %s", path, self.directory.parent / "damaged"
+                )
                 _move(path, self.directory.parent / "damaged" / path.name)
 
 
@@ -315,7 +369,9 @@ def check_path(directory: Path, flag: str = "") -> None:
             "use a path without it (a symbolic link to this folder would do)"
         )
     if path.exists() and not path.is_dir():
-        raise UserError(f"{name}: is a file, and must be a folder; move it away, or use another --workdir")
+        raise UserError(
+            f"{name}: is a file, and must be a folder; move it away, or use another --workdir"
+        )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -361,7 +417,9 @@ def _checksum(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        value = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data, value)
+        value = zlib.crc32(
+            np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data, value
+        )
     return value
 
 
@@ -387,9 +445,15 @@ def _write_errors(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise UserError(f"{directory}: the disk is full; free some space and run the same line again") from error
+            raise UserError(
+                f"{directory}: the disk is full; free some space and run the same line again"
+            ) from error
         found = _REFUSED.search(str(error))
-        reason = error.strerror if isinstance(error, OSError) and of_a_path(error) else found and found[0]
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and of_a_path(error)
+            else found and found[0]
+        )
         if reason:
             raise UserError(f"{directory}: cannot write there ({reason})") from error
         raise
@@ -397,4 +461,6 @@ def _write_errors(directory: Path) -> Iterator[None]:
 
 def _not_the_file(error: BaseException) -> bool:
     """Whether reading failed for a reason that leaves the checkpoint whole."""
-    return isinstance(error, PermissionError) or (not isinstance(error, OSError) and explain(error) is not None)
+    return isinstance(error, PermissionError) or (
+        not isinstance(error, OSError) and explain(error) is not None
+    )

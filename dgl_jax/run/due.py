@@ -48,7 +48,10 @@ class Due:
 
     def next_event(self, step: int) -> int:
         """Returns the first step after this one at which to evaluate or to save."""
-        return min([self.total_steps] + [(step // n + 1) * n for n in (self.evaluate_every, self.save_every)])
+        return min(
+            [self.total_steps]
+            + [(step // n + 1) * n for n in (self.evaluate_every, self.save_every)]
+        )
 
     def _at(self, step: int, every: int) -> bool:
         return step == self.total_steps or step % every == 0

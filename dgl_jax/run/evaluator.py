@@ -31,13 +31,18 @@ class Evaluator:
     def __init__(self, spec: TrainSpec, placement: Placement, codec: bool = True):
         """`codec`: apply it between modules as training does, with the published codebooks; else not at all."""
         if not codec:
-            spec = dataclasses.replace(spec, codec=Identity(spec.hops[0].activations.dtype.name if spec.hops else "float32"))
+            spec = dataclasses.replace(
+                spec,
+                codec=Identity(spec.hops[0].activations.dtype.name if spec.hops else "float32"),
+            )
         self.spec = spec
         self.placement = placement
         self.forward = [_jitted(spec, k) for k in range(len(spec.modules))]
         self.ensemble, self.metrics = _of_task(spec.task)
 
-    def answers(self, states: Sequence[ModuleState], batch: Batch) -> tuple[list[Array | None], Array, Context]:
+    def answers(
+        self, states: Sequence[ModuleState], batch: Batch
+    ) -> tuple[list[Array | None], Array, Context]:
         """Returns the answer of each head (None without one), that of the ensemble, and the context beside the latter."""
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).inputs
@@ -45,8 +50,12 @@ class Evaluator:
         for k, (forward, state) in enumerate(zip(self.forward, states, strict=True)):
             if k:
                 payload, context = put(incoming, self.placement.split(k))
-                incoming = Message(payload, put(books[k - 1], self.placement.replicated(k)), context=context)
-            incoming, answer = forward(*ema.evaluated(state), books[k], state.extras.get("published", {}), incoming)
+                incoming = Message(
+                    payload, put(books[k - 1], self.placement.replicated(k)), context=context
+                )
+            incoming, answer = forward(
+                *ema.evaluated(state), books[k], state.extras.get("published", {}), incoming
+            )
             heads.append(answer)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if h is None else put(h, end) for h in heads]
@@ -62,8 +71,12 @@ class Evaluator:
             for batch in source.evaluation(split):
                 heads, ensemble, context = self.answers(state.modules, batch)
                 end = self.placement.split(len(heads) - 1)
-                named = {m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None} | {"ensemble": ensemble}
-                counts.append({name: self.metrics(answer, context["label"]) for name, answer in named.items()})
+                named = {
+                    m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None
+                } | {"ensemble": ensemble}
+                counts.append(
+                    {name: self.metrics(answer, context["label"]) for name, answer in named.items()}
+                )
         return _summarise(read(counts), split)
 
 
@@ -78,7 +91,13 @@ def _of_task(task: Task) -> tuple[Any, Any]:
 
 
 def _forward(
-    spec: TrainSpec, k: int, params: Any, batch_stats: Any, codebook: Any, published: Any, incoming: Any
+    spec: TrainSpec,
+    k: int,
+    params: Any,
+    batch_stats: Any,
+    codebook: Any,
+    published: Any,
+    incoming: Any,
 ) -> tuple[Any, Any]:
     message, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
     # Without the codebook, which is here already: a result of the jit would be a copy.
@@ -90,7 +109,11 @@ def _summarise(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str,
     result = {}
     for name in counts[0] if counts else ():
         for metric in counts[0][name]:
-            if name != "ensemble" or metric != "loss":  # which modules minimise, and the ensemble does not
-                total, number = (sum(float(of_batch[name][metric][i]) for of_batch in counts) for i in range(2))
+            if (
+                name != "ensemble" or metric != "loss"
+            ):  # which modules minimise, and the ensemble does not
+                total, number = (
+                    sum(float(of_batch[name][metric][i]) for of_batch in counts) for i in range(2)
+                )
                 result[f"{split}/{name}/{metric}"] = total / number
     return result

@@ -23,7 +23,12 @@ from dgl_jax.run.writers import write_text
 _LOG = logging.getLogger(__name__)
 
 
-def train_loop(experiment: Experiment, workdir: Path, interruption: Interruption, weights: Trained | None = None) -> Summary:
+def train_loop(
+    experiment: Experiment,
+    workdir: Path,
+    interruption: Interruption,
+    weights: Trained | None = None,
+) -> Summary:
     """Trains up to the last step, from the newest checkpoint if there is one, and tests what was learnt.
 
     Args:
@@ -38,10 +43,17 @@ def train_loop(experiment: Experiment, workdir: Path, interruption: Interruption
       UserError: the run diverged, a module failed for good, the disk is full, or every checkpoint is damaged.
       Interrupted: a signal came; a checkpoint was written first.
     """
-    settings, engine, source, total = experiment.settings, experiment.engine, experiment.source, experiment.total_steps
+    settings, engine, source, total = (
+        experiment.settings,
+        experiment.engine,
+        experiment.source,
+        experiment.total_steps,
+    )
     with ExitStack() as stack:
         evaluator = Evaluator(experiment.spec, engine.placement, settings.eval.codec)
-        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep)))
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep))
+        )
         begun = begin(experiment, workdir, checkpoints, weights)
         state, step = begun.state, begun.step
         record = stack.enter_context(recording(experiment, workdir, begun))
@@ -73,7 +85,11 @@ def train_loop(experiment: Experiment, workdir: Path, interruption: Interruption
                     record.add(report, step - before)
                     if step > before and due.log(step):
                         record.write_training(step, state)
-                    if engine.continuous and step < total and (ready := copies.ready(report, step, before)):
+                    if (
+                        engine.continuous
+                        and step < total
+                        and (ready := copies.ready(report, step, before))
+                    ):
                         evaluate_and_save(*ready)
                         del ready  # before the next copy is made: each is as large as the modules
                         record.throughput.start()

@@ -22,7 +22,9 @@ class Window:
     """The training metrics since the last record; part of a checkpoint, so that a resumed record is the same."""
 
     def __init__(self, values: list[Any] | None = None):
-        self._values = values or []  # of each report: [updates of each module, metrics of each module]
+        self._values = (
+            values or []
+        )  # of each report: [updates of each module, metrics of each module]
         self._unread: list[tuple[list[int], tuple[dict[str, Any], ...]]] = []
 
     def add(self, report: Report) -> None:
@@ -37,13 +39,20 @@ class Window:
         """
         metrics = read([of_modules for _, of_modules in self._unread])
         for (updates, _), of_modules in zip(self._unread, metrics):
-            self._values.append([updates, [{name: _pair(v) for name, v in of_module.items()} for of_module in of_modules]])
+            self._values.append(
+                [
+                    updates,
+                    [{name: _pair(v) for name, v in of_module.items()} for of_module in of_modules],
+                ]
+            )
         self._unread = []
         for updates, of_modules in self._values:
             for k, of_module in enumerate(of_modules):
                 total, count = of_module.get("loss", (0.0, 1.0))
                 if not math.isfinite(total):
-                    raise diverged(f"the loss of module_{k} is {total / count} at step {updates[k]}")
+                    raise diverged(
+                        f"the loss of module_{k} is {total / count} at step {updates[k]}"
+                    )
         return self._values
 
     def close(self) -> dict[str, float]:
@@ -54,7 +63,10 @@ class Window:
                 for name, value in of_module.items():
                     pairs.setdefault(f"train/module_{k}/{name}", []).append(value)
         self._values = []
-        return {name: math.fsum(s for s, _ in found) / math.fsum(n for _, n in found) for name, found in pairs.items()}
+        return {
+            name: math.fsum(s for s, _ in found) / math.fsum(n for _, n in found)
+            for name, found in pairs.items()
+        }
 
 
 def _pair(value: Any) -> list[float]:

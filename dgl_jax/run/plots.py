@@ -55,7 +55,15 @@ Record = Mapping[str, Any]
 Line = tuple[list[float], list[float]]  # epochs, values
 Row = tuple[str, Any, Sequence[Line]]  # name, colour, the lines whose last values stand beside it
 _ENSEMBLE = "#d1495b"
-_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")  # Okabe and Ito, without yellow
+_RUNS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#555555",
+)  # Okabe and Ito, without yellow
 _GREY = "#666666"
 _TEST = "\N{BLACK DIAMOND} test"
 
@@ -84,11 +92,17 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     drawn = {name: figure_of(records, *title) for name, figure_of in figures_of.items()}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
     if not figures:
-        raise UserError(f"{workdir / 'metrics.jsonl'}: no accuracy and no loss yet; plot again after a log event")
+        raise UserError(
+            f"{workdir / 'metrics.jsonl'}: no accuracy and no loss yet; plot again after a log event"
+        )
     return [_save(figure, workdir / "plots" / f"{name}.png") for name, figure in figures.items()]
 
 
-def compare(runs: Mapping[str, str | os.PathLike[str] | Sequence[Record]], path: str | os.PathLike[str], title: str = "") -> Path:
+def compare(
+    runs: Mapping[str, str | os.PathLike[str] | Sequence[Record]],
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> Path:
     """Draws the last module's validation and test accuracy of several runs into one picture.
 
     Args:
@@ -99,15 +113,25 @@ def compare(runs: Mapping[str, str | os.PathLike[str] | Sequence[Record]], path:
     Raises:
       UserError: a workdir has no metrics.jsonl, or no run has a validation or test accuracy.
     """
-    loaded = {name: _records(Path(run)) if isinstance(run, str | os.PathLike) else run for name, run in runs.items()}
+    loaded = {
+        name: _records(Path(run)) if isinstance(run, str | os.PathLike) else run
+        for name, run in runs.items()
+    }
     figure = compare_figure(loaded, title)
     if figure is None:
-        raise UserError(f"{', '.join(runs) or 'no runs'}: no validation or test accuracy to compare")
+        raise UserError(
+            f"{', '.join(runs) or 'no runs'}: no validation or test accuracy to compare"
+        )
     return _save(figure, Path(path))
 
 
 def draw_turns(
-    path: str | os.PathLike[str], turns: Sequence[tuple[int, float, float]], unit: str, step: int, title: str, subtitle: str
+    path: str | os.PathLike[str],
+    turns: Sequence[tuple[int, float, float]],
+    unit: str,
+    step: int,
+    title: str,
+    subtitle: str,
 ) -> Path:
     """Draws turns, each (module, begin, end) in that unit, up to a step, into one picture."""
     figure = timeline_figure([{"turns": turns, "unit": unit, "step": step}], title, subtitle)
@@ -115,7 +139,9 @@ def draw_turns(
     return _save(figure, Path(path))
 
 
-def accuracy_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
+def accuracy_figure(
+    records: Sequence[Record], title: str = "", subtitle: str = ""
+) -> Figure | None:
     """Validation accuracy a module and of the ensemble, training accuracy faintly, the test result as diamonds."""
     names = _heads(records, r"(?:train|validation|test)/(module_\d+|ensemble)/accuracy")
     if not names:
@@ -123,7 +149,9 @@ def accuracy_figure(records: Sequence[Record], title: str = "", subtitle: str = 
     figure, axes = _axes(title, subtitle, "accuracy", records, len(names))
     colors, rows, lowest = _colors(records, names), [], []
     for name in names:
-        train, validation, test = (series(records, f"{s}/{name}/accuracy") for s in ("train", "validation", "test"))
+        train, validation, test = (
+            series(records, f"{s}/{name}/accuracy") for s in ("train", "validation", "test")
+        )
         _line(axes, train, colors[name], f"train {name}", alpha=0.35, linewidth=0.9)
         style = {"linestyle": (0, (4, 1.5)), "zorder": 3} if name == "ensemble" else {}
         _line(axes, validation, colors[name], f"validation {name}", linewidth=1.8, **style)
@@ -158,18 +186,24 @@ def loss_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
     return figure
 
 
-def timeline_figure(records: Sequence[Record], title: str = "", subtitle: str = "") -> Figure | None:
+def timeline_figure(
+    records: Sequence[Record], title: str = "", subtitle: str = ""
+) -> Figure | None:
     """Which module worked when, over the newest turns that were written."""
     found = [record for record in records if record.get("turns")]
     if not found:
         return None
     turns, unit = found[-1]["turns"], found[-1]["unit"]
     colors = _colors(records, [f"module_{k}" for k, _, _ in turns])
-    names = [name for name in colors if name != "ensemble"]  # of those, too, that had no turn lately
+    names = [
+        name for name in colors if name != "ensemble"
+    ]  # of those, too, that had no turn lately
     figure, axes = _bare(title, subtitle, 1.6 + 0.4 * len(names))
     for k, name in enumerate(names):
         spans = [(a, b - a) for module, a, b in turns if module == k]
-        axes.broken_barh(spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6)
+        axes.broken_barh(
+            spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6
+        )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xlim(min(turn[1] for turn in turns), max(turn[2] for turn in turns))
@@ -197,8 +231,12 @@ def ages_figure(records: Sequence[Record], title: str = "", subtitle: str = "") 
         share = [counts[name][start] / sum(counts[name].values()) for start in starts]
         places = np.arange(len(starts)) - 0.42 + width * (n + 0.5)
         axes.bar(places, share, 0.9 * width, color=colors[name], label=name.replace("_", " "))
-    labels = [f"{a}" if b == a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in itertools.pairwise(starts)]
-    labels.append(f"{starts[-1]}+" if starts[-1] > 1 else f"{starts[-1]}")  # up to the size of the ring
+    labels = [
+        f"{a}" if b == a + 1 else f"{a}\N{EN DASH}{b - 1}" for a, b in itertools.pairwise(starts)
+    ]
+    labels.append(
+        f"{starts[-1]}+" if starts[-1] > 1 else f"{starts[-1]}"
+    )  # up to the size of the ring
     axes.set_xticks(range(len(starts)), labels)
     axes.set_xlabel("age of a packet when it was read, in packets of its producer", fontsize=11)
     axes.set_ylabel("share of reads", fontsize=11)
@@ -214,11 +252,22 @@ def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "")
     colors, shown = _colors(records, names), []
     for name in names:
         keys = (f"wire/{name}/compression", f"train/{name}/codec_error")
-        points = [tuple(map(float, (record[key] for key in keys))) for record in records if all(record.get(key) for key in keys)]
+        points = [
+            tuple(map(float, (record[key] for key in keys)))
+            for record in records
+            if all(record.get(key) for key in keys)
+        ]
         if points:
             rates, errors = zip(*((32.0 / compression, error) for compression, error in points))
             axes.plot(rates[:-1], errors[:-1], ".", color=colors[name], alpha=0.25)
-            axes.plot(rates[-1], errors[-1], "o", color=colors[name], markersize=8, label=f"after {name.replace('_', ' ')}")
+            axes.plot(
+                rates[-1],
+                errors[-1],
+                "o",
+                color=colors[name],
+                markersize=8,
+                label=f"after {name.replace('_', ' ')}",
+            )
             shown += points
     if not shown:
         return None
@@ -228,7 +277,9 @@ def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "")
     found = [32.0 / compression for compression, _ in shown]
     axes.set_xlim(min(found) / 2.5, max(found) * 2.5)  # at least one tick
     axes.set_ylim(0.0, 1.1 * max(error for _, error in shown))
-    axes.set_xlabel("bits a value on the wire (of 32), labels, ids and codebooks included", fontsize=11)
+    axes.set_xlabel(
+        "bits a value on the wire (of 32), labels, ids and codebooks included", fontsize=11
+    )
     axes.set_ylabel("relative reconstruction error", fontsize=11)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -242,7 +293,9 @@ def compare_figure(runs: Mapping[str, Sequence[Record]], title: str = "") -> Fig
     rows = []
     for number, (name, records) in enumerate(runs.items()):
         if modules := _heads(records, r"(?:validation|test)/(module_\d+)/accuracy"):
-            validation, test = (series(records, f"{s}/{modules[-1]}/accuracy") for s in ("validation", "test"))
+            validation, test = (
+                series(records, f"{s}/{modules[-1]}/accuracy") for s in ("validation", "test")
+            )
             color, style = _RUNS[number % len(_RUNS)], ("-", "--", ":")[number // len(_RUNS) % 3]
             _line(axes, validation, color, f"validation {name}", linewidth=1.8, linestyle=style)
             _mark(axes, test, color, f"test {name}")
@@ -260,7 +313,9 @@ def series(records: Iterable[Record], key: str) -> Line:
 def _records(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --workdir must name the directory of a run that has trained")
+        raise UserError(
+            f"{path}: no such file; --workdir must name the directory of a run that has trained"
+        )
     if records := read_jsonl(path):
         return records
     raise UserError(f"{path}: holds no record yet; plot again after a log event")
@@ -268,14 +323,24 @@ def _records(workdir: Path) -> list[dict[str, Any]]:
 
 def _title(workdir: Path) -> tuple[str, str]:
     """The run's name, and what summary.json knows of it: absent while the run still goes on, or if it cannot be read."""
-    forms = {"method": "{}", "engine": "{}", "modules": "modules: {}", "steps": "steps: {:,}", "seed": "seed: {}"}
+    forms = {
+        "method": "{}",
+        "engine": "{}",
+        "modules": "modules: {}",
+        "steps": "steps: {:,}",
+        "seed": "seed: {}",
+    }
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         modules = {"modules": len(summary["modules"])} if "modules" in summary else {}
-        known = [form.format((summary | modules)[key]) for key, form in forms.items() if key in summary]
+        known = [
+            form.format((summary | modules)[key]) for key, form in forms.items() if key in summary
+        ]
     except (OSError, ValueError, TypeError):
         known = []
-    name = os.fsencode(workdir.resolve().name).decode("utf-8", "replace")  # no font has a picture for half a character
+    name = os.fsencode(workdir.resolve().name).decode(
+        "utf-8", "replace"
+    )  # no font has a picture for half a character
     return name, ", ".join(known)
 
 
@@ -289,8 +354,12 @@ def _heads(records: Iterable[Record], pattern: str) -> list[str]:
 def _colors(records: Iterable[Record], names: Sequence[str]) -> dict[str, Any]:
     """Light to dark with depth, a module's own in every picture of a run; yellow, the lightest end, vanishes on white."""
     keys = itertools.chain(names, *records)
-    modules = 1 + max((int(number) for key in keys for number in re.findall(r"module_(\d+)", key)), default=0)
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, modules) if modules > 1 else [0.8])
+    modules = 1 + max(
+        (int(number) for key in keys for number in re.findall(r"module_(\d+)", key)), default=0
+    )
+    shades = matplotlib.colormaps["viridis_r"](
+        np.linspace(0.2, 0.95, modules) if modules > 1 else [0.8]
+    )
     return {f"module_{k}": shade for k, shade in enumerate(shades)} | {"ensemble": _ENSEMBLE}
 
 
@@ -299,13 +368,18 @@ def _place(record: Record) -> float:
     return float(record.get("step", 0) if epoch is None else epoch)
 
 
-def _axes(title: str, subtitle: str, ylabel: str, records: Sequence[Record], rows: int) -> tuple[Figure, Axes]:
+def _axes(
+    title: str, subtitle: str, ylabel: str, records: Sequence[Record], rows: int
+) -> tuple[Figure, Axes]:
     figure, axes = _bare(title, subtitle, max(4.4, 0.24 * rows + 1.6))
     places = [_place(record) for record in records]
     left, right = min(places, default=0.0), max(places, default=1.0)
     axes.set_xlim(min(left, 0.0) if right > 0 else -0.5, right or 0.5)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=right >= 4, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("epoch" if any(record.get("epoch") is not None for record in records) else "step", fontsize=11)
+    axes.set_xlabel(
+        "epoch" if any(record.get("epoch") is not None for record in records) else "step",
+        fontsize=11,
+    )
     axes.set_ylabel(ylabel, fontsize=11)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     return figure, axes
@@ -331,14 +405,31 @@ def _line(axes: Axes, data: Line, color: Any, label: str, **style: Any) -> None:
     if data[0]:
         # One point makes no line: a run of a single evaluation still shows a dot.
         marker = "o" if len(data[0]) == 1 else ""
-        axes.plot(*data, color=color, label=label, marker=marker, markersize=4, solid_capstyle="round", **style)
+        axes.plot(
+            *data,
+            color=color,
+            label=label,
+            marker=marker,
+            markersize=4,
+            solid_capstyle="round",
+            **style,
+        )
 
 
 def _mark(axes: Axes, data: Line, color: Any, label: str) -> None:
     """The newest test result: an extended run holds one for each of its ends."""
     if data[0]:
         end = (data[0][-1:], data[1][-1:])
-        axes.plot(*end, "D", color=color, markersize=6, markeredgecolor="white", label=label, clip_on=False, zorder=5)
+        axes.plot(
+            *end,
+            "D",
+            color=color,
+            markersize=6,
+            markeredgecolor="white",
+            label=label,
+            clip_on=False,
+            zorder=5,
+        )
 
 
 def _table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: str = ".3f") -> None:
@@ -347,13 +438,25 @@ def _table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: str = "
     A row stands as near to the end of its first line as the others allow, tied to it by a thin leader.
     """
     height = axes.figure.bbox.height / axes.figure.dpi - 1.4  # of the axes, roughly, in inches
-    ends = [(n, c, [[(x, y) for x, y in zip(*ln) if math.isfinite(y)][-1:] for ln in lines]) for n, c, lines in rows]
-    tied = [(next(end[0] for end in found if end), name, color, found) for name, color, found in ends if any(found)]
+    ends = [
+        (n, c, [[(x, y) for x, y in zip(*ln) if math.isfinite(y)][-1:] for ln in lines])
+        for n, c, lines in rows
+    ]
+    tied = [
+        (next(end[0] for end in found if end), name, color, found)
+        for name, color, found in ends
+        if any(found)
+    ]
     if not tied:
         return
     tied.sort(key=lambda row: row[0][1])
-    axes.get_xlim(), axes.get_ylim()  # the limits follow the lines only when asked for, and the transform does not ask
-    to_axes = axes.transScale + axes.transLimits  # fractions of the axes, whatever the layout will be
+    (
+        axes.get_xlim(),
+        axes.get_ylim(),
+    )  # the limits follow the lines only when asked for, and the transform does not ask
+    to_axes = (
+        axes.transScale + axes.transLimits
+    )  # fractions of the axes, whatever the layout will be
     wanted = np.array([to_axes.transform(point)[1] for point, *_ in tied])
     # Least squares under a smallest gap: once the gaps below are taken off, the places need only be in order.
     gap = min(0.2 / height, 1 / max(1, len(tied) - 1))
@@ -373,9 +476,20 @@ def _table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: str = "
         for n, spot in spots.items():
             text = format(found[n][0][1], form) if found[n] else ""
             axes.text(1, place, text, ha="right", transform=right(spot), **style)
-        axes.text(1, place, name, transform=right(max(spots.values()) + 14), fontweight="bold", **style)
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "linestyle": ":", "shrinkA": 0, "shrinkB": 3}
-        axes.annotate("", point, (1, place), textcoords=right(26), arrowprops=arrow, annotation_clip=False)
+        axes.text(
+            1, place, name, transform=right(max(spots.values()) + 14), fontweight="bold", **style
+        )
+        arrow = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.8,
+            "linestyle": ":",
+            "shrinkA": 0,
+            "shrinkB": 3,
+        }
+        axes.annotate(
+            "", point, (1, place), textcoords=right(26), arrowprops=arrow, annotation_clip=False
+        )
 
 
 def _increasing(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -40,9 +40,13 @@ class Progress(contextlib.AbstractContextManager):
         """Begins at `done` of `total_steps` updates a module; only the rest counts for speed and ETA."""
         self.close()
         self._total, self._step, self._advances = total_steps, done, 0
-        self._marks = deque([(self._clock(), done)], maxlen=64)  # long enough to hold evaluations too
+        self._marks = deque(
+            [(self._clock(), done)], maxlen=64
+        )  # long enough to hold evaluations too
         if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2)
+            self._live = Live(
+                console=self._console, get_renderable=self._picture, refresh_per_second=2
+            )
             self._live.start()
 
     def update(self, step: int, scalars: Scalars) -> None:
@@ -57,14 +61,18 @@ class Progress(contextlib.AbstractContextManager):
         if self._live:
             return self._live.refresh()
         epoch = [f"epoch {float(scalars['epoch']):.2f}"] if "epoch" in scalars else []
-        _LOG.info("%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()]))
+        _LOG.info(
+            "%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()])
+        )
 
     def eta(self) -> float | None:
         """Seconds until the last step, judged by the latest updates; None while all that is known has compilation in it."""
         if self._advances < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
-        return max(0.0, end + max(0, self._total - last) * (end - start) / (last - first) - self._clock())
+        return max(
+            0.0, end + max(0, self._total - last) * (end - start) / (last - first) - self._clock()
+        )
 
     def message(self, text: str) -> None:
         """Prints a line above the bar, or logs it."""
@@ -83,14 +91,28 @@ class Progress(contextlib.AbstractContextManager):
         self.close()
 
     def _left(self) -> str:
-        return "ETA -" if (eta := self.eta()) is None else f"ETA {datetime.timedelta(seconds=round(min(eta, 1e9)))}"
+        return (
+            "ETA -"
+            if (eta := self.eta()) is None
+            else f"ETA {datetime.timedelta(seconds=round(min(eta, 1e9)))}"
+        )
 
     def _picture(self) -> Group:
         """The bar, and below it the accuracies, which need more room the more modules there are."""
         row = Table.grid(Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1))
-        row.add_row(ProgressBar(max(1, self._total), self._step), f"{self._step}/{self._total} {self._left()}")
+        row.add_row(
+            ProgressBar(max(1, self._total), self._step),
+            f"{self._step}/{self._total} {self._left()}",
+        )
         return Group(
-            row, Text(" | ".join(self._status[kind] for kind in (*_SHOWN, "age", "rate", "speed") if kind in self._status))
+            row,
+            Text(
+                " | ".join(
+                    self._status[kind]
+                    for kind in (*_SHOWN, "age", "rate", "speed")
+                    if kind in self._status
+                )
+            ),
         )
 
 
@@ -131,7 +153,9 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     for other in logging.getLogger().handlers:  # what the libraries say: warnings only
         other.setLevel(logging.WARNING)
-        other.addFilter(lambda record: record.name not in ("absl", "asyncio"))  # Orbax logs in full what it raises anyway
+        other.addFilter(
+            lambda record: record.name not in ("absl", "asyncio")
+        )  # Orbax logs in full what it raises anyway
 
 
 def status(scalars: Scalars) -> dict[str, str]:
@@ -141,17 +165,27 @@ def status(scalars: Scalars) -> dict[str, str]:
         if found := _ACCURACY.fullmatch(key):
             split, module = found.groups()
             text = f"{float(value):.2f}"
-            heads.setdefault(split, []).append((int(module), text) if module else (math.inf, f"(ensemble {text})"))
+            heads.setdefault(split, []).append(
+                (int(module), text) if module else (math.inf, f"(ensemble {text})")
+            )
     # In asynchronous training a module may have made no update lately: its place stays.
     modules = {int(found[1]) for key in scalars if (found := _ASYNCHRONOUS.match(key))}
     if "train" in heads:
         there = {k for k, _ in heads["train"]}
         heads["train"] += [(k, "-") for k in range(max(modules, default=-1) + 1) if k not in there]
-    texts = {s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))]) for s in _SHOWN if s in heads}
-    ages = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key)))
+    texts = {
+        s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))])
+        for s in _SHOWN
+        if s in heads
+    }
+    ages = sorted(
+        (int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key))
+    )
     if ages:
         texts["age"] = " ".join(["age", *(f"{age:.1f}" for _, age in ages)])
-    rates = sorted((int(found[1]), float(v)) for key, v in scalars.items() if (found := _RATE.fullmatch(key)))
+    rates = sorted(
+        (int(found[1]), float(v)) for key, v in scalars.items() if (found := _RATE.fullmatch(key))
+    )
     if rates:
         texts["rate"] = " ".join([*(f"{rate:.1f}" for _, rate in rates), "updates/s"])
     if "images_per_second" in scalars:

@@ -34,7 +34,9 @@ class Record:
         self.throughput = Throughput(experiment.spec.batch_size)
         self._window = Window(begun.meta.get("window"))
         self._clock = begun.clock
-        self._written: dict[str, int] = {}  # the step of each of `latest` that this process has measured
+        self._written: dict[
+            str, int
+        ] = {}  # the step of each of `latest` that this process has measured
 
     def add(self, report: Report, advance: int) -> None:
         """Takes a report, which says that `advance` more steps are done; reads nothing from the devices."""
@@ -59,13 +61,21 @@ class Record:
           UserError: a loss is not finite.
         """
         engine = self.experiment.engine
-        self.write(step, self._window.close() | self.pace(step) | engine.traffic().gauges() | engine.gauges(state))
+        self.write(
+            step,
+            self._window.close()
+            | self.pace(step)
+            | engine.traffic().gauges()
+            | engine.gauges(state),
+        )
         if state.flight is not None:
             self.writer.write_turns(step, state.flight.recent(), state.flight.unit)
 
     def pace(self, step: int) -> dict[str, float]:
         """Returns the learning rate of the update that led to a step, and the images per second if they are known."""
-        with jax.default_device(system.host_device()):  # one scalar: not worth an accelerator's while
+        with jax.default_device(
+            system.host_device()
+        ):  # one scalar: not worth an accelerator's while
             pace = {"learning_rate": float(self.experiment.schedule(step - 1))}
         rate = self.throughput.rate()
         return pace | ({"images_per_second": rate} if rate else {})
@@ -84,7 +94,11 @@ class Record:
         Raises:
           UserError: a loss is not finite.
         """
-        return {"window": self._window.values(), "latest": self.latest, "wall_seconds": self.wall_seconds()}
+        return {
+            "window": self._window.values(),
+            "latest": self.latest,
+            "wall_seconds": self.wall_seconds(),
+        }
 
 
 @contextmanager
@@ -99,7 +113,12 @@ def recording(experiment: Experiment, workdir: Path, begun: Begun) -> Iterator[R
 
 
 def summarise(
-    experiment: Experiment, begun: Begun, record: Record, step: int, state: EngineState, test: dict[str, float]
+    experiment: Experiment,
+    begun: Begun,
+    record: Record,
+    step: int,
+    state: EngineState,
+    test: dict[str, float],
 ) -> Summary:
     """Sums up a run that has ended.
 
@@ -117,7 +136,9 @@ def summarise(
             "validation_accuracy": record.latest.get(f"validation/{module.name}/accuracy"),
             "test_accuracy": test.get(f"test/{module.name}/accuracy"),
         }
-        for module, trained, group, updates in zip(spec.modules, state.modules, engine.placement.groups, counts(state), strict=True)
+        for module, trained, group, updates in zip(
+            spec.modules, state.modules, engine.placement.groups, counts(state), strict=True
+        )
     ]
     traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
     return Summary(
@@ -134,12 +155,20 @@ def summarise(
         raw_bytes_per_image=list(traffic.raw),
         wire="measured" if traffic.measured else "simulated",
         codebook_share=[c / w for c, w in zip(traffic.codebook, traffic.wire)],
-        codec_error=[record.latest.get(f"train/module_{k}/codec_error", 0.0) for k in range(len(traffic.raw))],
+        codec_error=[
+            record.latest.get(f"train/module_{k}/codec_error", 0.0) for k in range(len(traffic.raw))
+        ],
         wall_seconds=round(record.wall_seconds(), 3),
         dataset=experiment.info.name,
         versions=begun.versions,
         cpu_threads=begun.cpu_threads,
-        staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules] if asynchronous else None,
-        ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in spec.modules] if asynchronous else None,
-        reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in spec.modules] if asynchronous else None,
+        staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules]
+        if asynchronous
+        else None,
+        ring_bytes=[int(gauges.get(f"replay/{m.name}/bytes", 0)) for m in spec.modules]
+        if asynchronous
+        else None,
+        reuse=[gauges.get(f"replay/{m.name}/reuse", 1.0) for m in spec.modules]
+        if asynchronous
+        else None,
     )

@@ -44,12 +44,17 @@ def read_settings(workdir: Path, flag: str = "--workdir") -> Settings:
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"{flag}={workdir}: holds no run (no config.json); train one with --mode=train")
+        raise UserError(
+            f"{flag}={workdir}: holds no run (no config.json); train one with --mode=train"
+        )
     return load_settings(path)
 
 
 def load_trained(
-    workdir: Path, which: str = "newest", devices: Sequence[jax.Device] | None = None, flag: str = "--workdir"
+    workdir: Path,
+    which: str = "newest",
+    devices: Sequence[jax.Device] | None = None,
+    flag: str = "--workdir",
 ) -> Trained:
     """Restores a run's networks for evaluation, prediction or export; needs no data set.
 
@@ -97,7 +102,9 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
         )
     modules = experiment.spec.abstract_states()
     if len(modules) != len(other.spec.modules):
-        raise UserError(f"--init_from: that run has {len(other.spec.modules)} modules, this one {len(modules)}")
+        raise UserError(
+            f"--init_from: that run has {len(other.spec.modules)} modules, this one {len(modules)}"
+        )
     for k, (own, borrowed) in enumerate(zip(modules, other.restored.state.modules)):
         wanted, given = (own.params, own.batch_stats), ema.evaluated(borrowed)
         if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
@@ -109,10 +116,16 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
             if mine.shape != theirs.shape:
                 told.append(f"examples are {theirs.shape} there and {mine.shape} here")
             why = "; ".join(told) or "the modules begin at other blocks"
-            raise UserError(f"--init_from: module_{k} of that run has parameters of other shapes: {why}")
+            raise UserError(
+                f"--init_from: module_{k} of that run has parameters of other shapes: {why}"
+            )
     if mine.class_names != theirs.class_names:
         there, here = listed(theirs.class_names, mine.class_names)
-        _LOG.warning("--init_from: that run knows %s, this one %s: the heads begin with weights of other classes", there, here)
+        _LOG.warning(
+            "--init_from: that run knows %s, this one %s: the heads begin with weights of other classes",
+            there,
+            here,
+        )
 
 
 def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> EngineState:
@@ -124,5 +137,7 @@ def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> Engin
         modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
     # What modules know of each other begins with these weights too.
     for k, module in enumerate(modules):
-        modules[k] = dataclasses.replace(module, extras=module.extras | spec.method.extras(spec, k, modules))
+        modules[k] = dataclasses.replace(
+            module, extras=module.extras | spec.method.extras(spec, k, modules)
+        )
     return EngineState(tuple(modules), state.flight)

@@ -14,10 +14,16 @@ from dgl_jax.run.record import Record
 class Saver:
     """Decides what goes into a checkpoint, and gives single modules back from the newest one."""
 
-    def __init__(self, experiment: Experiment, checkpoints: Checkpoints, record: Record, begun: Begun):
+    def __init__(
+        self, experiment: Experiment, checkpoints: Checkpoints, record: Record, begun: Begun
+    ):
         self.experiment, self.checkpoints, self.record = experiment, checkpoints, record
-        self._saved = begun.step  # the step of the newest checkpoint; at step 0 there is nothing to save
-        self._flight_saved = begun.step if begun.flight else -1  # and of the newest with what was under way
+        self._saved = (
+            begun.step
+        )  # the step of the newest checkpoint; at step 0 there is nothing to save
+        self._flight_saved = (
+            begun.step if begun.flight else -1
+        )  # and of the newest with what was under way
 
     def save(self, step: int, state: EngineState) -> None:
         """Saves a state under its step, unless that is done; returns before everything is on the disk.
@@ -39,7 +45,9 @@ class Saver:
         flight = None
         if state.flight is not None and self.takes_flight(step):
             flight, self._flight_saved = state.flight.snapshot(), step
-        accuracy = self.record.value(f"validation/{experiment.spec.modules[-1].name}/accuracy", step)
+        accuracy = self.record.value(
+            f"validation/{experiment.spec.modules[-1].name}/accuracy", step
+        )
         self.checkpoints.save(step, state, meta, accuracy, flight)
         self._saved = step
 

@@ -14,7 +14,9 @@ class Interrupted(Exception):
     """A signal asked the run to stop; a checkpoint is written."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}; the same line goes on from there")
+        super().__init__(
+            f"{signal.Signals(signum).name}: stopped at step {step}; the same line goes on from there"
+        )
         self.signum = signum
 
 
@@ -31,7 +33,10 @@ class Interruption:
         if self.signum is not None:  # a second one quits at once
             raise KeyboardInterrupt
         self.signum = signum
-        _LOG.info("%s: finishing the step and writing a checkpoint; again to quit at once", signal.Signals(signum).name)
+        _LOG.info(
+            "%s: finishing the step and writing a checkpoint; again to quit at once",
+            signal.Signals(signum).name,
+        )
 
 
 @contextmanager
@@ -40,7 +45,9 @@ def interruptible(reports: Any) -> Iterator[Any]:
     try:
         yield reports
     except KeyboardInterrupt as interrupt:
-        reports.throw(interrupt)  # just closed, the engine would wait for its workers, and one may never end
+        reports.throw(
+            interrupt
+        )  # just closed, the engine would wait for its workers, and one may never end
         raise
     finally:
         reports.close()

@@ -38,14 +38,24 @@ class Summary:
     wall_seconds: float
     dataset: str
     versions: dict[str, str]
-    cpu_threads: int | None = None  # of XLA's pool, which decide how sums are rounded; None: of an accelerator, or unknown
-    staleness: list[float] | None = None  # asynchronous engines: mean age of the packets read, in updates of their producer
+    cpu_threads: int | None = (
+        None  # of XLA's pool, which decide how sums are rounded; None: of an accelerator, or unknown
+    )
+    staleness: list[float] | None = (
+        None  # asynchronous engines: mean age of the packets read, in updates of their producer
+    )
     reuse: list[float] | None = None  # and reads a packet, one entry a module
-    ring_bytes: list[int] | None = None  # held by the ring at each module's entrance, codebooks included
+    ring_bytes: list[int] | None = (
+        None  # held by the ring at each module's entrance, codebooks included
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in _ASYNCHRONOUS}
+        return {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if v is not None or k not in _ASYNCHRONOUS
+        }
 
 
 def read_summary(workdir: Path) -> Summary | None:
@@ -55,7 +65,11 @@ def read_summary(workdir: Path) -> Summary | None:
         return None
     try:
         summary = Summary(**json.loads(path.read_text(encoding="utf-8")))
-        numbers = (summary.epochs, summary.steps, *(module["updates"] for module in summary.modules))
+        numbers = (
+            summary.epochs,
+            summary.steps,
+            *(module["updates"] for module in summary.modules),
+        )
         if all(isinstance(number, int | float) for number in numbers):
             return summary
         reason = "its numbers are none"
@@ -82,4 +96,6 @@ def _version(name: str) -> str:
         found = importlib.metadata.version(name)
     except Exception:  # not installed, or its metadata are damaged, in one of many ways
         found = None
-    return str(found or getattr(sys.modules.get(name.replace("-", ".")), "__version__", None) or "unknown")
+    return str(
+        found or getattr(sys.modules.get(name.replace("-", ".")), "__version__", None) or "unknown"
+    )

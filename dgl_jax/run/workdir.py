@@ -31,7 +31,11 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        reason = "" if isinstance(values, dict) else f"it holds {type(values).__name__} and not an object"
+        reason = (
+            ""
+            if isinstance(values, dict)
+            else f"it holds {type(values).__name__} and not an object"
+        )
         missing = [key for key in keys if not reason and key not in values]
         reason = reason or (f"it lacks {missing[0]}" if missing else "")
     except FileNotFoundError:
@@ -62,7 +66,9 @@ def get_config(workdir: str) -> "ConfigDict":
     config = default_config(settings.plugins)
     for name, value in settings.to_dict().items():
         if isinstance(value, dict):
-            config[name].update({leaf: tuple(of) if isinstance(of, list) else of for leaf, of in value.items()})
+            config[name].update(
+                {leaf: tuple(of) if isinstance(of, list) else of for leaf, of in value.items()}
+            )
         else:
             config[name] = tuple(value) if isinstance(value, list) else value
     return config
@@ -78,9 +84,14 @@ def with_own_config(argv: list[str]) -> list[str]:
     if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
         return argv
     flag = re.compile(r"--?workdir=(.+)")
-    workdir = next((expand(match[1], "--workdir") for argument in argv if (match := flag.match(argument))), None)
+    workdir = next(
+        (expand(match[1], "--workdir") for argument in argv if (match := flag.match(argument))),
+        None,
+    )
     if workdir is None or not (Path(workdir) / "config.json").is_file():
-        raise UserError(f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run that has one")
+        raise UserError(
+            f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run that has one"
+        )
     return [argv[0], f"--config={__file__}:{workdir}", *argv[1:]]
 
 
@@ -113,7 +124,9 @@ def reporting(workdir: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise UserError(f"{workdir}: the disk is full; free some space and run the same line again") from error
+            raise UserError(
+                f"{workdir}: the disk is full; free some space and run the same line again"
+            ) from error
         if isinstance(error, OSError) and (text := of_a_path(error)):
             raise UserError(text) from error
         if not_opened(error) or (text := out_of_memory(error)) is None:
@@ -154,7 +167,9 @@ def holds_checkpoint(workdir: Path) -> bool:
 
 
 def _steps(workdir: Path) -> list[int]:
-    from dgl_jax.run.checkpoint import checkpoint_steps  # here: the command line reads its flags before JAX is imported
+    from dgl_jax.run.checkpoint import (
+        checkpoint_steps,
+    )  # here: the command line reads its flags before JAX is imported
 
     return checkpoint_steps(workdir / "checkpoints")
 

@@ -54,7 +54,14 @@ class JsonLinesWriter:
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
         values = {key: _finite(value) for key, value in scalars.items()}
         given = values.pop("epoch", None)
-        self._write({"step": int(step), "epoch": given if epoch is None else _finite(epoch), "time": self._clock()} | values)
+        self._write(
+            {
+                "step": int(step),
+                "epoch": given if epoch is None else _finite(epoch),
+                "time": self._clock(),
+            }
+            | values
+        )
 
     def write_turns(self, step: int, turns: Turns, unit: str) -> None:
         rounded = [[k, round(begin, 6), round(end, 6)] for k, begin, end in turns]
@@ -131,7 +138,9 @@ def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> in
     path = Path(path)
     lines = _lines(path) if path.exists() else []
     unwanted = lambda record: bool(without) and any(key.startswith(without) for key in record)  # noqa: E731
-    kept = [line for line, record in lines if record.get("step", 0) <= step and not unwanted(record)]
+    kept = [
+        line for line, record in lines if record.get("step", 0) <= step and not unwanted(record)
+    ]
     content = b"".join(line + b"\n" for line in kept)
     if path.exists() and content != path.read_bytes():
         write_atomically({path: content})
@@ -165,8 +174,12 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"{what}: the disk is full; free some space and run the same line again") from error
-        raise UserError(f"{what}: cannot write there ({error.strerror or error}); choose a place that can be written") from error
+            raise UserError(
+                f"{what}: the disk is full; free some space and run the same line again"
+            ) from error
+        raise UserError(
+            f"{what}: cannot write there ({error.strerror or error}); choose a place that can be written"
+        ) from error
 
 
 def check_writable(path: Path, what: str, folder: bool = False) -> None:
@@ -213,7 +226,9 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each whole line with its record."""
-    numbered = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    numbered = [
+        (n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()
+    ]
     result = []
     for number, line in numbered:
         try:

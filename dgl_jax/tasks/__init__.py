@@ -6,4 +6,12 @@ from dgl_jax.tasks.image_classification import ImageClassification
 
 register_task = TASKS.register
 
-__all__ = ["TASKS", "ImageClassification", "Task", "TaskInputs", "TaskKind", "augment_key", "register_task"]
+__all__ = [
+    "TASKS",
+    "ImageClassification",
+    "Task",
+    "TaskInputs",
+    "TaskKind",
+    "augment_key",
+    "register_task",
+]

@@ -40,10 +40,14 @@ class Task:
 
     def inputs(self, batch: int) -> jax.ShapeDtypeStruct:
         """Returns shape and dtype of a batch of network inputs."""
-        found = jax.eval_shape(self.evaluate, jax.ShapeDtypeStruct((batch, *self.example.shape), self.example.dtype))
+        found = jax.eval_shape(
+            self.evaluate, jax.ShapeDtypeStruct((batch, *self.example.shape), self.example.dtype)
+        )
         return jax.ShapeDtypeStruct(found.shape, found.dtype)
 
-    def train(self, key: Key[Array, ""], inputs: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
+    def train(
+        self, key: Key[Array, ""], inputs: Shaped[AnyArray, "B ..."]
+    ) -> Shaped[Array, "B ..."]:
         """Makes network inputs of stored ones to learn from, augmented with draws from `key`; by default as `evaluate` does."""
         return self.evaluate(inputs)
 
@@ -60,7 +64,9 @@ class Task:
         weights = [0.0 if a is None else 2.0**k for k, a in enumerate(answers)]
         return sum(w * a for w, a in zip(weights, answers) if a is not None) / sum(weights)  # type: ignore[return-value]
 
-    def metrics(self, answer: Float[Array, "*B C"], label: Int[Array, "*B"]) -> dict[str, tuple[Array, Array]]:
+    def metrics(
+        self, answer: Float[Array, "*B C"], label: Int[Array, "*B"]
+    ) -> dict[str, tuple[Array, Array]]:
         """Measures the answers to a batch.
 
         Args:
@@ -71,8 +77,13 @@ class Task:
         """
         real = label != PADDING
         correct = (jnp.argmax(answer, axis=-1) == label) & real
-        nats = optax.softmax_cross_entropy_with_integer_labels(jnp.log(jnp.maximum(answer, 1e-30)), jnp.maximum(label, 0))
-        return {"accuracy": (correct.sum(), real.sum()), "loss": (jnp.where(real, nats, 0.0).sum(), real.sum())}
+        nats = optax.softmax_cross_entropy_with_integer_labels(
+            jnp.log(jnp.maximum(answer, 1e-30)), jnp.maximum(label, 0)
+        )
+        return {
+            "accuracy": (correct.sum(), real.sum()),
+            "loss": (jnp.where(real, nats, 0.0).sum(), real.sum()),
+        }
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from dgl_jax.tasks.base import Task, TaskInputs, TaskKind
 from dgl_jax.types import AnyArray
 
 
-def draw_crop_flip(key: Key[Array, ""], batch: int, padding: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
+def draw_crop_flip(
+    key: Key[Array, ""], batch: int, padding: int
+) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
     """Where each image of a batch is cut and whether it is mirrored.
 
     Returns:
@@ -41,10 +43,16 @@ class ImageClassification(Task):
     std: tuple[float, ...] = ()
     padding: int = 4
 
-    def train(self, key: Key[Array, ""], images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
+    def train(
+        self, key: Key[Array, ""], images: UInt8[AnyArray, "B H W C"]
+    ) -> Float[Array, "B H W C"]:
         """Augments a batch, then normalises it (float32). An image's draws depend on the key and its place."""
         if self.augment == "crop_flip":
-            images = _crop_flip(*draw_crop_flip(key, images.shape[0], self.padding), self.padding, jnp.asarray(images))
+            images = _crop_flip(
+                *draw_crop_flip(key, images.shape[0], self.padding),
+                self.padding,
+                jnp.asarray(images),
+            )
         elif self.augment == "inception_crop":
             _, flips = draw_crop_flip(key, images.shape[0], 0)
             images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
@@ -58,7 +66,10 @@ class ImageClassification(Task):
 
 
 def _crop_flip(
-    offsets: Int[Array, "B 2"], flips: Bool[Array, " B"], padding: int, images: UInt8[Array, "B H W C"]
+    offsets: Int[Array, "B 2"],
+    flips: Bool[Array, " B"],
+    padding: int,
+    images: UInt8[Array, "B H W C"],
 ) -> UInt8[Array, "B H W C"]:
     """Pad, crop and mirror as a single gather.
 
@@ -69,7 +80,9 @@ def _crop_flip(
     rows = offsets[:, :1] + jnp.arange(height) - padding
     columns = offsets[:, 1:] + jnp.arange(width) - padding
     columns = jnp.where(flips[:, None], columns[:, ::-1], columns)
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, :
+    ]
 
     def take(image: Array, rows: Array, columns: Array) -> Array:
         return image.at[rows[:, None], columns[None, :]].get(mode="promise_in_bounds")
@@ -79,9 +92,15 @@ def _crop_flip(
 
 
 def _make(options: TaskSettings, inputs: TaskInputs) -> ImageClassification:
-    images = len(inputs.example.shape) == 3 and inputs.example.dtype == np.uint8 and not inputs.label
-    inputs.require(images, options.name, "uint8 images (height, width, channels) with one label each")
-    return ImageClassification(inputs.example, augment=inputs.augment, mean=inputs.mean, std=inputs.std)
+    images = (
+        len(inputs.example.shape) == 3 and inputs.example.dtype == np.uint8 and not inputs.label
+    )
+    inputs.require(
+        images, options.name, "uint8 images (height, width, channels) with one label each"
+    )
+    return ImageClassification(
+        inputs.example, augment=inputs.augment, mean=inputs.mean, std=inputs.std
+    )
 
 
 TASKS.ship(image_classification=TaskKind(_make, images=True))

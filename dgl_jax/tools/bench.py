@@ -34,7 +34,9 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     # As long a training as is measured: an asynchronous engine makes no update beyond its end.
-    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=_WARM_UP + steps))
+    settings = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, steps=_WARM_UP + steps)
+    )
     experiment = make_experiment(settings)
     engine = experiment.engine
     state = engine.init()
@@ -52,7 +54,9 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
         "engine": settings.engine.name,
         "images_per_second": round(steps * settings.data.batch_size / wall, 1),
         "tick_milliseconds": round(1e3 * wall / steps, 3),
-        "module_milliseconds": [round(1e3 * elapsed.seconds, 3) for elapsed in module_times(experiment, state)],
+        "module_milliseconds": [
+            round(1e3 * elapsed.seconds, 3) for elapsed in module_times(experiment, state)
+        ],
         "python_milliseconds_per_tick": round(1e3 * processor / steps, 3),
         "peak_memory_bytes": _peak_memory(),
         "steps": steps,
@@ -62,7 +66,9 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     }
 
 
-def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1) -> list[Elapsed]:
+def module_times(
+    experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1
+) -> list[Elapsed]:
     """What each module's program takes by itself, on its devices; `state` is used up. Empty where modules cannot be taken apart.
 
     `company`: see `clocked`; of modules on a device each.
@@ -79,7 +85,9 @@ def module_times(experiment: Experiment, state: EngineState, repeats: int = 10, 
             context = put(spec.carried(k, context, incoming.context), placement.split(k))
             incoming = put(incoming._replace(context=()), placement.message(k))
         inbox = Inbox(incoming, oldest(mail))
-        elapsed, (_, (incoming, _), _) = clocked(program, module, inbox, context, repeats=repeats, company=company)
+        elapsed, (_, (incoming, _), _) = clocked(
+            program, module, inbox, context, repeats=repeats, company=company
+        )
         times.append(elapsed)
     return times
 

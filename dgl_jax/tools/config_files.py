@@ -31,7 +31,9 @@ def resolve(value: str) -> str:
         return f"{SHIPPED / stem[1]}.py{colon}{argument}"
     if path.exists() or (path.suffix == ".py" and path.parent.is_dir() and path.parent != Path()):
         return f"{path}{colon}{argument}"  # where it is read, an error names what lies beside it
-    raise UserError(f"--config={name}: neither a file nor a configuration of dgl_jax; {nearest(stem[1], shipped)}")
+    raise UserError(
+        f"--config={name}: neither a file nor a configuration of dgl_jax; {nearest(stem[1], shipped)}"
+    )
 
 
 def with_files(argv: Sequence[str]) -> list[str]:

@@ -68,8 +68,12 @@ def plan_run(
 
         turns = [(span.module, 1e3 * span.begin, 1e3 * span.end) for span in spans]
         batches = 1 + max(span.batch for span in spans)
-        subtitle = f"{found['ticks_per_second']:.4g} ticks/s, {found['speedup']:.2f} times one device"
-        plots.draw_turns(picture, turns, "milliseconds", batches, f"plan of {found['devices']} devices", subtitle)
+        subtitle = (
+            f"{found['ticks_per_second']:.4g} ticks/s, {found['speedup']:.2f} times one device"
+        )
+        plots.draw_turns(
+            picture, turns, "milliseconds", batches, f"plan of {found['devices']} devices", subtitle
+        )
     found |= {"timeline": str(picture) if picture else None}
     return json.dumps(found) if as_json else "\n".join(_text(found))
 
@@ -99,7 +103,9 @@ def plan(
     """
     engines = METHODS[settings.method.name].engines
     if engines is not None and "pipeline" not in engines:
-        raise UserError(f"config.method.name={settings.method.name}: its modules cannot work at once, which --mode=plan is about")
+        raise UserError(
+            f"config.method.name={settings.method.name}: its modules cannot work at once, which --mode=plan is about"
+        )
     for flag, value in (("bandwidth", bandwidth), ("cores", cores)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
@@ -108,9 +114,14 @@ def plan(
     company = 1
     if not stated and device.platform == "cpu":
         usable = system.cpu_count()
-        cores, company = cores or usable, min(usable or 1, devices or sum(_group_sizes(settings)) or settings.model.modules)
+        cores, company = (
+            cores or usable,
+            min(usable or 1, devices or sum(_group_sizes(settings)) or settings.model.modules),
+        )
     alike = [1.0] * settings.model.modules
-    make_pipeline(settings, alike, alike, devices)  # refuses what does not fit, before anything is measured
+    make_pipeline(
+        settings, alike, alike, devices
+    )  # refuses what does not fit, before anything is measured
 
     @cache
     def measured() -> BlockTimes:
@@ -123,13 +134,18 @@ def plan(
     times = measured()
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(network.blocks)]
-    seconds, processor = ([of.module(first, end) for first, end in zip(starts, ends)] for of in times)
+    seconds, processor = (
+        [of.module(first, end) for first, end in zip(starts, ends)] for of in times
+    )
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, bandwidth, cores)
     count = devices or groups[-1][-1] + 1
     codecs = _codecs(pipeline, spec, settings)
     wire = spec.traffic().wire
     rate, busy, spans = pipeline.steady(wire)
-    idle = [1.0 - next((busy[group[0]] for group in groups if number in group), 0.0) for number in range(count)]
+    idle = [
+        1.0 - next((busy[group[0]] for group in groups if number in group), 0.0)
+        for number in range(count)
+    ]
     turns = [work.seconds for work in pipeline.works]
     rows = [
         dataclasses.asdict(cost) | {"devices": list(group), "milliseconds": 1e3 * turn}
@@ -140,7 +156,10 @@ def plan(
         "cores": cores,
         "bandwidth": bandwidth,
         "codec": settings.codec.name,
-        "codec_sizes": {name: getattr(_codec_options(settings, "vq"), name) for name in ("dims", "codes", "stages")},
+        "codec_sizes": {
+            name: getattr(_codec_options(settings, "vq"), name)
+            for name in ("dims", "codes", "stages")
+        },
         "block_times": "stated" if stated else f"measured on {system.device_kind(device)}",
         "batch_size": spec.batch_size,
         "ticks_per_second": rate,
@@ -152,7 +171,9 @@ def plan(
         "codecs": codecs,
         "peak_memory_bytes": _memory(spec, groups, spans, pipeline.ticks_in_flight, count),
         "memory_compiled_for": device.platform,
-        "block_milliseconds": {name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()},
+        "block_milliseconds": {
+            name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()
+        },
     }
     return found, pipeline.spans(wire, len(starts) + _DRAWN)
 
@@ -174,9 +195,15 @@ def make_pipeline(
     modules, sizes = len(seconds), _group_sizes(settings)
     groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
     check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
-    works = [Work(g[0], s / len(g), cores=len(g) * used / s) for g, s, used in zip(groups, seconds, processor)]
+    works = [
+        Work(g[0], s / len(g), cores=len(g) * used / s)
+        for g, s, used in zip(groups, seconds, processor)
+    ]
     limits = bandwidth or math.inf, cores or math.inf
-    ticks, method = getattr(settings.engine, "ticks_in_flight", 2), METHODS[settings.method.name].make(settings.method)
+    ticks, method = (
+        getattr(settings.engine, "ticks_in_flight", 2),
+        METHODS[settings.method.name].make(settings.method),
+    )
     return Pipeline(tuple(works), settings.data.batch_size, *limits, ticks, method), groups
 
 
@@ -204,9 +231,16 @@ class Pipeline:
 
     def spans(self, wire: Sequence[float], batches: int) -> list[Span]:
         """The turns of a run of so many batches, with the bytes an image that each hop sends."""
-        packets = [bytes_ * self.batch_size / (1e9 * self.bandwidth) if c else 0.0 for bytes_, c in zip(wire, self.crosses())]
-        works = [dataclasses.replace(work, transfer=t) for work, t in zip(self.works, [*packets, 0.0])]
-        ticks = self.method.schedule([0] * len(works), batches, batches, overlap=any(self.crosses()))  # as the engine does
+        packets = [
+            bytes_ * self.batch_size / (1e9 * self.bandwidth) if c else 0.0
+            for bytes_, c in zip(wire, self.crosses())
+        ]
+        works = [
+            dataclasses.replace(work, transfer=t) for work, t in zip(self.works, [*packets, 0.0])
+        ]
+        ticks = self.method.schedule(
+            [0] * len(works), batches, batches, overlap=any(self.crosses())
+        )  # as the engine does
         return simulate(ticks, works, self.cores, self.ticks_in_flight)
 
     def steady(self, wire: Sequence[float]) -> tuple[float, dict[int, float], list[Span]]:
@@ -214,19 +248,29 @@ class Pipeline:
         batches = 8 * len(self.works) + 64
         spans, last = self.spans(wire, batches), len(self.works) - 1
         done = [span.end for span in spans if span.module == last]
-        begin, end = done[batches // 4], done[3 * batches // 4]  # filling and draining are over, and not begun
+        begin, end = (
+            done[batches // 4],
+            done[3 * batches // 4],
+        )  # filling and draining are over, and not begun
         rate = (3 * batches // 4 - batches // 4) / (end - begin)
         # By the length of turns, not by how many there are meanwhile: a module that is hardly faster than the slowest runs ahead
         # for long before it must wait.
         busy = {work.device: 0.0 for work in self.works}
         for k, work in enumerate(self.works):
-            turns = [span.end - span.begin for span in spans if span.module == k and batches // 4 <= span.batch < 3 * batches // 4]
+            turns = [
+                span.end - span.begin
+                for span in spans
+                if span.module == k and batches // 4 <= span.batch < 3 * batches // 4
+            ]
             busy[work.device] += rate * sum(turns) / (3 * batches // 4 - batches // 4)
         return rate, {device: min(1.0, share) for device, share in busy.items()}, spans
 
     def alone(self, seconds: Sequence[float]) -> float:
         """Seconds of a batch on one device, all modules one after the other."""
-        return sum(s * max(1.0, work.cores * work.seconds / s / self.cores) for s, work in zip(seconds, self.works))
+        return sum(
+            s * max(1.0, work.cores * work.seconds / s / self.cores)
+            for s, work in zip(seconds, self.works)
+        )
 
 
 def _group_sizes(settings: Settings) -> tuple[int, ...]:
@@ -235,7 +279,9 @@ def _group_sizes(settings: Settings) -> tuple[int, ...]:
 
 def _codec_options(settings: Settings, name: str) -> CodecSettings:
     """Returns the options of a codec as they are configured, whatever codec is."""
-    given = vars(settings.codec) | {n.removeprefix("codec."): v for n, v in settings.unused.items() if n.startswith("codec.")}
+    given = vars(settings.codec) | {
+        n.removeprefix("codec."): v for n, v in settings.unused.items() if n.startswith("codec.")
+    }
     having = {f.name for f in dataclasses.fields(CODECS[name].options or CodecSettings)} - {"name"}
     return options("codec", name=name, **{n: v for n, v in given.items() if n in having})
 
@@ -251,7 +297,9 @@ def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str
             found[name] = None
             continue
         rate, _, _ = pipeline.steady(traffic.wire)
-        crossing = [bytes_ if crosses else 0.0 for bytes_, crosses in zip(traffic.wire, pipeline.crosses())]
+        crossing = [
+            bytes_ if crosses else 0.0 for bytes_, crosses in zip(traffic.wire, pipeline.crosses())
+        ]
         found[name] = {
             "ticks_per_second": rate,
             "bytes_per_image": list(traffic.wire),
@@ -262,7 +310,11 @@ def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str
 
 
 def _memory(
-    spec: TrainSpec, groups: Sequence[range], spans: Sequence[Span], ticks_in_flight: int, devices: int
+    spec: TrainSpec,
+    groups: Sequence[range],
+    spans: Sequence[Span],
+    ticks_in_flight: int,
+    devices: int,
 ) -> list[int | None]:
     """Returns the bytes that each device needs at most; None where XLA does not tell what programs need.
 
@@ -270,14 +322,18 @@ def _memory(
     """
     sizes = {len(group) for group in groups}
     _LOG.info("compiling the modules' programs, for the memory that they need")
-    programs = {n: module_memory(dataclasses.replace(spec, batch_size=spec.batch_size // n)) for n in sizes}
+    programs = {
+        n: module_memory(dataclasses.replace(spec, batch_size=spec.batch_size // n)) for n in sizes
+    }
     held, largest = [0] * devices, [0] * devices
     for k, group in enumerate(groups):
         of_group = programs[len(group)]
         if of_group is None:
             return [None] * devices
         program = of_group[k]
-        packets = waiting(spans, k) if k else ticks_in_flight + 1  # batches are put on the device as ticks are dispatched
+        packets = (
+            waiting(spans, k) if k else ticks_in_flight + 1
+        )  # batches are put on the device as ticks are dispatched
         for device in group:
             held[device] += program.arguments + (packets - 1) * program.packet
             largest[device] = max(largest[device], program.temporary + program.added)
@@ -293,18 +349,38 @@ def _stated(text: str, network: Blocks) -> BlockTimes:
             given = given.get("block_milliseconds", given) if isinstance(given, dict) else given
         else:
             given = [float(part) for part in text.split(",")]
-        rows = {name: [float(t) / 1e3 for t in row] for name, row in (given if isinstance(given, dict) else {"all": given}).items()}
+        rows = {
+            name: [float(t) / 1e3 for t in row]
+            for name, row in (given if isinstance(given, dict) else {"all": given}).items()
+        }
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: neither milliseconds such as 1.5,2,3 nor a JSON file of them ({error})") from error
+        raise UserError(
+            f"{where}: neither milliseconds such as 1.5,2,3 nor a JSON file of them ({error})"
+        ) from error
     if rows.keys() not in ({"all"}, {"first", "inner", "head"}):
-        raise UserError(f"{where}: holds {', '.join(rows) or 'nothing'}, where first, inner and head are needed")
-    if wrong := next((name for name, row in rows.items() if len(row) != count or not all(0 < t < math.inf for t in row)), None):
+        raise UserError(
+            f"{where}: holds {', '.join(rows) or 'nothing'}, where first, inner and head are needed"
+        )
+    if wrong := next(
+        (
+            name
+            for name, row in rows.items()
+            if len(row) != count or not all(0 < t < math.inf for t in row)
+        ),
+        None,
+    ):
         times = "" if wrong == "all" else f" of {wrong!r}"
-        raise UserError(f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed")
+        raise UserError(
+            f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed"
+        )
     if "all" in rows:
         operations = block_flops(network)
         per_operation = sum(rows["all"]) / (sum(operations.inner) or 1.0)
-        rows = {"first": rows["all"], "inner": rows["all"], "head": [per_operation * head for head in operations.head]}
+        rows = {
+            "first": rows["all"],
+            "inner": rows["all"],
+            "head": [per_operation * head for head in operations.head],
+        }
     seconds = BlockCosts(**{name: tuple(row) for name, row in rows.items()})
     return BlockTimes(seconds, seconds)
 
@@ -312,24 +388,46 @@ def _stated(text: str, network: Blocks) -> BlockTimes:
 def _text(found: dict[str, Any]) -> list[str]:
     """The numbers as lines to read."""
     fields = {f.name for f in dataclasses.fields(ModuleCost)}
-    rows = [ModuleCost(**{name: value for name, value in row.items() if name in fields}) for row in found["modules"]]
+    rows = [
+        ModuleCost(**{name: value for name, value in row.items() if name in fields})
+        for row in found["modules"]
+    ]
     shared = f", which share {found['cores']:g} cores" if found["cores"] else ""
     link = f"{found['bandwidth']:g} GB/s a link" if found["bandwidth"] else "packets take no time"
     turns = [["module", "ms a turn", "on devices"]]
-    turns += [[row["name"], f"{row['milliseconds']:.4g}", ", ".join(map(str, row["devices"]))] for row in found["modules"]]
+    turns += [
+        [row["name"], f"{row['milliseconds']:.4g}", ", ".join(map(str, row["devices"]))]
+        for row in found["modules"]
+    ]
     devices = [["device", "idle", "peak memory, MiB"]]
     for number, (idle, memory) in enumerate(zip(found["idle"], found["peak_memory_bytes"])):
-        devices.append([str(number), f"{100 * idle:.0f} %", "-" if memory is None else f"{memory / 2**20:,.1f}"])
+        devices.append(
+            [
+                str(number),
+                f"{100 * idle:.0f} %",
+                "-" if memory is None else f"{memory / 2**20:,.1f}",
+            ]
+        )
     hops, sizes = [f"after {row['name']}" for row in found["modules"][:-1]], found["codec_sizes"]
-    labels = {"int8": f"int8, dims={sizes['dims']}", "vq": "vq, " + ", ".join(f"{name}={size}" for name, size in sizes.items())}
+    labels = {
+        "int8": f"int8, dims={sizes['dims']}",
+        "vq": "vq, " + ", ".join(f"{name}={size}" for name, size in sizes.items()),
+    }
     codecs, unfit = [["codec, bytes an image", *hops, "MB/s in all", "ticks/s"]], []
     for name, codec in found["codecs"].items():
         if codec is None:
-            unfit.append(f"codec {name}: config.codec.dims does not divide the channels of every hop")
+            unfit.append(
+                f"codec {name}: config.codec.dims does not divide the channels of every hop"
+            )
             continue
         sent = [f"{bytes_:,.0f}" for bytes_ in codec["bytes_per_image"]]
         codecs.append(
-            [labels.get(name, name), *sent, f"{sum(codec['megabytes_per_second']):,.1f}", f"{codec['ticks_per_second']:.4g}"]
+            [
+                labels.get(name, name),
+                *sent,
+                f"{sum(codec['megabytes_per_second']):,.1f}",
+                f"{codec['ticks_per_second']:.4g}",
+            ]
         )
     parts = [
         [f"{found['devices']} devices{shared}; block times {found['block_times']}; {link}"],

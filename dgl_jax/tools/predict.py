@@ -39,7 +39,9 @@ def predict_probabilities(
     return np.concatenate(of_last), np.concatenate(of_all)
 
 
-def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], output: str | Path | None) -> None:
+def predict_run(
+    workdir: str | Path, checkpoint: str, patterns: Sequence[str], output: str | Path | None
+) -> None:
     """Writes one row an image: path, label by name, its probability, and the ensemble's label and probability.
 
     Args:
@@ -52,14 +54,18 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
     """
     task = read_settings(Path(workdir)).task.name
     if not TASKS[task].images:
-        raise UserError(f"config.task.name={task}: --mode=predict reads images; --mode=export gives a network that takes arrays")
+        raise UserError(
+            f"config.task.name={task}: --mode=predict reads images; --mode=export gives a network that takes arrays"
+        )
     if output is not None:
         if Path(output).suffix not in (".csv", ".jsonl"):
             raise UserError(f"--output={output}: must end in .csv or .jsonl")
         check_writable(Path(output), f"--output={output}")
     files = find_images(patterns)
     trained = load_trained(Path(workdir), checkpoint)
-    images = _read(files, trained.info.example_shape, DATA_SETS[trained.settings.data.name].photographs)
+    images = _read(
+        files, trained.info.example_shape, DATA_SETS[trained.settings.data.name].photographs
+    )
     names = trained.info.class_names
     rows = []
     for file, last, together in zip(files, *predict_probabilities(trained, images)):
@@ -72,7 +78,9 @@ def predict_run(workdir: str | Path, checkpoint: str, patterns: Sequence[str], o
                 "ensemble_probability": round(float(together.max()), 6),
             }
         )
-    text = _as_jsonl(rows) if output is not None and Path(output).suffix == ".jsonl" else _as_csv(rows)
+    text = (
+        _as_jsonl(rows) if output is not None and Path(output).suffix == ".jsonl" else _as_csv(rows)
+    )
     if output is None:
         write_stdout(text)
     else:
@@ -96,8 +104,14 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         if os.path.exists(pattern):  # such as a[1].png, which as a pattern is a1.png
             matches = [Path(pattern)]
         else:
-            matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.name.startswith("."))
-        found = [file for path in matches for file in (_images_below(path) if path.is_dir() else [path])]
+            matches = sorted(
+                path
+                for path in map(Path, glob.glob(pattern, recursive=True))
+                if not path.name.startswith(".")
+            )
+        found = [
+            file for path in matches for file in (_images_below(path) if path.is_dir() else [path])
+        ]
         if not found:
             raise UserError(f"--images={pattern}: no image there ({', '.join(sorted(SUFFIXES))})")
         files += found
@@ -106,10 +120,16 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 def _images_below(folder: Path) -> list[Path]:
     images = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(
+        path
+        for path in images
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
-def _read(files: Sequence[Path], shape: tuple[int, ...], centre: bool) -> UInt8[np.ndarray, "N H W C"]:
+def _read(
+    files: Sequence[Path], shape: tuple[int, ...], centre: bool
+) -> UInt8[np.ndarray, "N H W C"]:
     return decode_images(
         len(files),
         lambda i: files[i],
@@ -120,7 +140,9 @@ def _read(files: Sequence[Path], shape: tuple[int, ...], centre: bool) -> UInt8[
     )
 
 
-def _batches(images: UInt8[np.ndarray, "N H W C"], size: int, dtype: str) -> Iterator[tuple[Batch, int]]:
+def _batches(
+    images: UInt8[np.ndarray, "N H W C"], size: int, dtype: str
+) -> Iterator[tuple[Batch, int]]:
     for start in range(0, len(images), size):
         part = images[start : start + size]
         padded = np.zeros((size, *part.shape[1:]), dtype)

@@ -50,7 +50,9 @@ class _Running:
     left: float  # seconds of work, at full speed
 
 
-def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.inf, ticks_in_flight: int = 2) -> list[Span]:
+def simulate(
+    ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.inf, ticks_in_flight: int = 2
+) -> list[Span]:
     """Every turn of a schedule in time, in the order in which they end.
 
     Args:
@@ -65,7 +67,9 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
         unfinished.append(len(tick))
         for turn in tick:
             queues[works[turn.module].device].append((number, turn))
-    arrival: dict[tuple[int, int, bool], float] = {}  # of what a turn needs: module, batch, whether it comes from above
+    arrival: dict[
+        tuple[int, int, bool], float
+    ] = {}  # of what a turn needs: module, batch, whether it comes from above
     link_free = [0.0] * len(works)
     running: dict[int, _Running] = {}
     now, done, spans = 0.0, 0, list[Span]()
@@ -76,13 +80,21 @@ def simulate(ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.i
                 continue
             number, turn = queue[0]
             above = turn.kind == "backward"
-            ready = arrival.get((turn.module, turn.batch, above), math.inf) if turn.module or above else 0.0
+            ready = (
+                arrival.get((turn.module, turn.batch, above), math.inf)
+                if turn.module or above
+                else 0.0
+            )
             if ready <= now:
                 queue.popleft()
-                running[device] = _Running(turn, number, now, works[turn.module].seconds / (1 if turn.updates() else 3))
+                running[device] = _Running(
+                    turn, number, now, works[turn.module].seconds / (1 if turn.updates() else 3)
+                )
             else:
                 waits.append(ready)
-        speed = min(1.0, cores / max(sum(works[r.turn.module].cores for r in running.values()), 1e-12))
+        speed = min(
+            1.0, cores / max(sum(works[r.turn.module].cores for r in running.values()), 1e-12)
+        )
         ends = {device: now + r.left / speed for device, r in running.items()}
         then = min([*ends.values(), *waits])
         assert then < math.inf, "the schedule gives a turn to a module whose packet is never made"

@@ -13,10 +13,14 @@ class Echo(Adapter):
     """Adds a 1x1 convolution of the image, averaged to the size of the map; it begins at zero, where nothing is added."""
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B H W C"], context: Context, train: bool) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, inputs: Float[Array, "B H W C"], context: Context, train: bool
+    ) -> Float[Array, "B H W C"]:
         """Returns what the blocks read."""
         image = jnp.asarray(context["image"])
-        small = jax.image.resize(image, (*inputs.shape[:-1], image.shape[-1]), "linear", antialias=True)
+        small = jax.image.resize(
+            image, (*inputs.shape[:-1], image.shape[-1]), "linear", antialias=True
+        )
         drawn = nn.Dense(inputs.shape[-1], kernel_init=nn.initializers.zeros, name="draw")(small)
         return inputs + drawn.astype(inputs.dtype)
 

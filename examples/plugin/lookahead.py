@@ -7,7 +7,14 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
-from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, classification, register_objective
+from dgl_jax.objectives import (
+    LocalLoss,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveKind,
+    classification,
+    register_objective,
+)
 from dgl_jax.types import Context
 
 
@@ -21,13 +28,23 @@ class Lookahead(Objective):
     head: nn.Module
     following: nn.Module | None
 
-    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+    def __call__(
+        self,
+        features: Float[Array, "B ..."],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
         """See `Objective`."""
         return classification(self.predict(features, published, train), context["label"])
 
-    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
+    def predict(
+        self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
+    ) -> Array:
         """Returns the logits."""
-        return self.head(features if self.following is None else self.following(features, train), train)
+        return self.head(
+            features if self.following is None else self.following(features, train), train
+        )
 
 
 def make(options: ObjectiveSettings, inputs: ObjectiveInputs) -> Lookahead:

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
 from dgl_jax.fields import number
-from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, classification, register_objective
+from dgl_jax.objectives import (
+    LocalLoss,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveKind,
+    classification,
+    register_objective,
+)
 from dgl_jax.types import Context
 
 
@@ -27,16 +34,26 @@ class Mirror(Objective):
 
     reads: ClassVar[tuple[str, ...]] = ("next_block",)
 
-    def __call__(self, features: Float[Array, "B ..."], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+    def __call__(
+        self,
+        features: Float[Array, "B ..."],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
         """See `Objective`."""
         return classification(self.predict(features, published, train), context["label"])
 
-    def predict(self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool) -> Array:
+    def predict(
+        self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
+    ) -> Array:
         """Returns the logits."""
         if self.following is not None and "next_block" in published:
             copy = jax.lax.stop_gradient(published["next_block"])
             block: Any = self.following.clone(parent=None)
-            features, _ = block.apply(copy, features, train, mutable=["batch_stats"])  # of which nothing is kept
+            features, _ = block.apply(
+                copy, features, train, mutable=["batch_stats"]
+            )  # of which nothing is kept
         return self.head(features, train)
 
 

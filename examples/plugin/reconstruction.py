@@ -11,7 +11,14 @@ from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
 from dgl_jax.fields import number
-from dgl_jax.objectives import LocalLoss, Objective, ObjectiveInputs, ObjectiveKind, classification, register_objective
+from dgl_jax.objectives import (
+    LocalLoss,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveKind,
+    classification,
+    register_objective,
+)
 from dgl_jax.types import Context
 
 
@@ -27,9 +34,18 @@ class Reconstruction(Objective):
     needs: ClassVar[tuple[str, ...]] = ("label", "image")
 
     @nn.compact
-    def __call__(self, features: Float[Array, "B H W C"], context: Context, published: Mapping[str, Any], train: bool) -> LocalLoss:
+    def __call__(
+        self,
+        features: Float[Array, "B H W C"],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
         """See `Objective`; gives `loss`, `accuracy` and `reconstruction` (the error)."""
-        image, answered = context["image"], classification(self.head(features, train), context["label"])
+        image, answered = (
+            context["image"],
+            classification(self.head(features, train), context["label"]),
+        )
         drawn = nn.Dense(image.shape[-1], name="draw")(features)
         small = jax.image.resize(image, drawn.shape, "linear", antialias=True)
         error, count = jnp.mean(jnp.square(drawn - small)), jnp.float32(len(image))
@@ -37,7 +53,9 @@ class Reconstruction(Objective):
         own = {"loss": (loss * count, count), "reconstruction": (error * count, count)}
         return LocalLoss(loss, answered.metrics | own, answered.predictions)
 
-    def predict(self, features: Float[Array, "B H W C"], published: Mapping[str, Any], train: bool) -> Array:
+    def predict(
+        self, features: Float[Array, "B H W C"], published: Mapping[str, Any], train: bool
+    ) -> Array:
         """Returns the logits."""
         return self.head(features, train)
 

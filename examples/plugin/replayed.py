@@ -35,7 +35,12 @@ class Replayed:
     sends: ClassVar[bool] = True
 
     def schedule(
-        self, counts: Sequence[int], until: int, total: int, stop: Callable[[], bool] = never, overlap: bool = False
+        self,
+        counts: Sequence[int],
+        until: int,
+        total: int,
+        stop: Callable[[], bool] = never,
+        overlap: bool = False,
     ) -> Iterator[Tick]:
         """Yields ticks until the first module, which is the last to learn, has `until` updates; nothing is drained."""
         made, last, ahead = list(counts), len(counts) - 1, max(counts) + len(counts)
@@ -43,7 +48,11 @@ class Replayed:
             # A gradient that was made in an earlier tick has arrived.
             learnt = [Turn(k, made[k], "backward") for k in range(last) if made[k] < made[k + 1]]
             new = made[last]
-            seen = [*(Turn(k, new, "forward") for k in range(last)), Turn(last, new)] if new < total else []
+            seen = (
+                [*(Turn(k, new, "forward") for k in range(last)), Turn(last, new)]
+                if new < total
+                else []
+            )
             yield (*learnt, *seen)
             for turn in (*learnt, *seen):
                 made[turn.module] += turn.updates()
@@ -72,13 +81,17 @@ class Replayed:
             batch = state.extras["seen"]
             outputs, stats = forward_step(module, state, inputs, train=True, number=batch)
             kept = state.extras["inputs"].at[batch % delay].set(inputs)
-            state = dataclasses.replace(state, batch_stats=stats, extras=state.extras | {"inputs": kept, "seen": batch + 1})
+            state = dataclasses.replace(
+                state, batch_stats=stats, extras=state.extras | {"inputs": kept, "seen": batch + 1}
+            )
             return state, Outbox(ports.hand_on(outputs, (), inputs)), {}
 
         def backward(state, inbox, context):
             inputs = state.extras["inputs"][state.updates % delay]
             # Batch norm has seen this batch: the second pass leaves the running averages alone.
-            new, _, gradient = backward_step(module, spec.optimizer, state, inputs, inbox.above.payload)
+            new, _, gradient = backward_step(
+                module, spec.optimizer, state, inputs, inbox.above.payload
+            )
             new = dataclasses.replace(new, batch_stats=state.batch_stats)
             return new, Outbox(below=Message(gradient) if k else None), {}
 
@@ -118,5 +131,11 @@ class ReplayedOptions(MethodSettings):
 
 
 register_method(
-    "replayed", MethodKind(lambda options: Replayed(), ReplayedOptions, local=False, engines=("fused", "pipeline", "serial"))
+    "replayed",
+    MethodKind(
+        lambda options: Replayed(),
+        ReplayedOptions,
+        local=False,
+        engines=("fused", "pipeline", "serial"),
+    ),
 )

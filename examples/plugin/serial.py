@@ -22,7 +22,9 @@ class SerialEngine(Synchronous):
         self.spec, self.placement, self.total_steps = spec, placement, total_steps
         self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
 
-    def run(self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never) -> Iterator[Report]:
+    def run(
+        self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
+    ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
         yield from run_turns(self, state, source, until, stop)
 

@@ -22,7 +22,9 @@ class Strided(nn.Module):
 
 def make(width: int, num_classes: int, dtype: DTypeLike) -> list[nn.Module]:
     """Returns four blocks."""
-    return [Strided(width * scale, stride, dtype) for scale, stride in ((1, 1), (2, 2), (2, 1), (4, 2))]
+    return [
+        Strided(width * scale, stride, dtype) for scale, stride in ((1, 1), (2, 2), (2, 1), (4, 2))
+    ]
 
 
 register_network("strided", make)

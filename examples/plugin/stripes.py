@@ -22,7 +22,12 @@ def draw(count: int, size: int, seed: int) -> Examples:
 def load(settings: DataSettings) -> DataSet:
     """Returns 512 training and 128 test images of `config.data.image_size` (default 8) pixels."""
     size = settings.image_size or 8
-    return DataSet("stripes", tuple(f"direction {k}" for k in range(CLASSES)), draw(512, size, 0), draw(128, size, 1))
+    return DataSet(
+        "stripes",
+        tuple(f"direction {k}" for k in range(CLASSES)),
+        draw(512, size, 0),
+        draw(128, size, 1),
+    )
 
 
 register_data_set("stripes", DataKind(load, shape=(8, 1, CLASSES)))

@@ -32,7 +32,9 @@ def draw(count: int, seed: int) -> Examples:
 
 def load(settings: DataSettings) -> DataSet:
     """Returns 4096 training and 500 test sequences."""
-    return DataSet("token_sums", tuple(f"sum {k}" for k in range(SYMBOLS)), draw(4096, 0), draw(500, 1))
+    return DataSet(
+        "token_sums", tuple(f"sum {k}" for k in range(SYMBOLS)), draw(4096, 0), draw(500, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,8 @@ class EachToken(nn.Module):
 
 register_data_set("token_sums", DataKind(load))
 register_task("token_labels", TaskKind(make_task, TokenOptions))
-register_network("token_conv", lambda width, classes, dtype: Network((Mix(width, dtype),) * 4, EachToken(classes)))
+register_network(
+    "token_conv",
+    lambda width, classes, dtype: Network((Mix(width, dtype),) * 4, EachToken(classes)),
+)
 register_head("each_token", HeadKind(EachToken))

@@ -27,10 +27,16 @@ class PatchEmbedding(nn.Module):
     def __call__(self, x: Float[Array, "B H W c"], train: bool) -> Float[Array, "B T C"]:
         batch, height, across, channels = x.shape
         if height % self.patch or across % self.patch:
-            raise UserError(f"config.data.image_size: images of {height}x{across} do not fall into patches of {self.patch} pixels")
-        x = x.reshape(batch, height // self.patch, self.patch, across // self.patch, self.patch, channels)
+            raise UserError(
+                f"config.data.image_size: images of {height}x{across} do not fall into patches of {self.patch} pixels"
+            )
+        x = x.reshape(
+            batch, height // self.patch, self.patch, across // self.patch, self.patch, channels
+        )
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, self.patch**2 * channels)
-        position = self.param("position", nn.initializers.normal(0.02), (x.shape[1], self.width), jnp.float32)
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (x.shape[1], self.width), jnp.float32
+        )
         return nn.Dense(self.width, dtype=self.dtype)(x) + position.astype(self.dtype)
 
 
@@ -43,7 +49,9 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T C"], train: bool) -> Float[Array, "B T C"]:
         width = x.shape[-1]
-        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
+        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(
+            nn.LayerNorm(dtype=self.dtype)(x)
+        )
         y = nn.gelu(nn.Dense(2 * width, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)))
         return x + nn.Dense(width, dtype=self.dtype)(y)
 
@@ -63,8 +71,13 @@ class Classifier(nn.Module):
 def vit(width: int, num_classes: int, dtype: DTypeLike) -> Network:
     """Block 0 makes tokens of `width` channels, a multiple of the number of attention heads; the others are encoder blocks."""
     if width % HEADS:
-        raise UserError(f"config.model.width={width}: must be a multiple of the {HEADS} attention heads")
-    return Network((PatchEmbedding(width, PATCH, dtype), *[EncoderBlock(HEADS, dtype)] * DEPTH), Classifier(num_classes, dtype))
+        raise UserError(
+            f"config.model.width={width}: must be a multiple of the {HEADS} attention heads"
+        )
+    return Network(
+        (PatchEmbedding(width, PATCH, dtype), *[EncoderBlock(HEADS, dtype)] * DEPTH),
+        Classifier(num_classes, dtype),
+    )
 
 
 register_network("vit", vit)

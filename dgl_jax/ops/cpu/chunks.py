@@ -41,7 +41,9 @@ def sum_chunks(function: Callable[..., Array], size: int, *arrays: Shaped[Array,
     return lax.fori_loop(0, len(arrays[0]) // size, one, jnp.zeros(like.shape, like.dtype))
 
 
-def map_chunks(function: Callable[[Array], Array], size: int, x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+def map_chunks(
+    function: Callable[[Array], Array], size: int, x: Shaped[Array, "B ..."]
+) -> Shaped[Array, "B ..."]:
     """Applies a function to all chunks and puts its results together in the order of the batch.
 
     Args:
@@ -56,5 +58,7 @@ def map_chunks(function: Callable[[Array], Array], size: int, x: Shaped[Array, "
         return lax.dynamic_update_index_in_dim(results, function(chunk(x, size, i)), i, 1)
 
     like = jax.eval_shape(lambda x: function(chunk(x, size, 0)), x)
-    results = lax.fori_loop(0, len(x) // size, one, jnp.zeros((size, len(x) // size, *like.shape[1:]), like.dtype))
+    results = lax.fori_loop(
+        0, len(x) // size, one, jnp.zeros((size, len(x) // size, *like.shape[1:]), like.dtype)
+    )
     return results.reshape(-1, *like.shape[1:])

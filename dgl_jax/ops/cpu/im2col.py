@@ -26,21 +26,31 @@ def fits_outputs(x: Array, kernel: Array) -> bool:
     return fits(x, kernel) and kernel.shape[3] <= _FEATURES
 
 
-def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]
+) -> Float[Array, "B H W F"]:
     """Convolves with stride 1, without a flip, with one row and column of zeros beyond each edge; W is even."""
-    y = lax.dot_general(_im2col(x), _pair_kernel(kernel), (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    y = lax.dot_general(
+        _im2col(x), _pair_kernel(kernel), (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+    )
     return y.reshape(*x.shape[:3], -1)
 
 
-def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "3 3 C F"]:
+def kernel_gradient(
+    x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]
+) -> Float[Array, "3 3 C F"]:
     """Computes the gradient of `convolve` by its kernel."""
     channels, features = x.shape[-1], cotangent.shape[-1]
 
     def one(x: Array, cotangent: Array) -> Array:
         pairs = cotangent.reshape(-1, 2 * features)
-        return lax.dot_general(_im2col(x), pairs, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        return lax.dot_general(
+            _im2col(x), pairs, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+        )
 
-    total = chunks.sum_chunks(one, chunks.chunk_size(len(x), 2 * _PAIRS // (x.shape[1] * x.shape[2])), x, cotangent)
+    total = chunks.sum_chunks(
+        one, chunks.chunk_size(len(x), 2 * _PAIRS // (x.shape[1] * x.shape[2])), x, cotangent
+    )
     kernel = jax.ShapeDtypeStruct((3, 3, channels, features), total.dtype)
     return jax.linear_transpose(_pair_kernel, kernel)(total)[0]
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def windows(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h height w width C"]:
+def windows(
+    x: Float[Array, "B H W C"], height: int, width: int
+) -> Float[Array, "B h height w width C"]:
     """Cuts maps into windows that do not overlap: h rows of w windows."""
     batch, rows, columns, channels = x.shape
     return x.reshape(batch, rows // height, height, columns // width, width, channels)

@@ -33,28 +33,41 @@ def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
         """Returns the coefficients, the constant one first, of the product of all x - root."""
         product = [Fraction(1)]
         for root in roots:
-            product = [a - root * b for a, b in zip([Fraction(0), *product], [*product, Fraction(0)])]
+            product = [
+                a - root * b for a, b in zip([Fraction(0), *product], [*product, Fraction(0)])
+            ]
         return product
 
     others = [[q for q in points if q != p] for p in points]
     at_input = [[*from_roots(rest), Fraction(0)] for rest in others] + [from_roots(points)]
-    at_kernel = [[p**j / prod(p - q for q in rest) for j in range(3)] for p, rest in zip(points, others)] + [[0, 0, 1]]
+    at_kernel = [
+        [p**j / prod(p - q for q in rest) for j in range(3)] for p, rest in zip(points, others)
+    ] + [[0, 0, 1]]
     at_output = [[*(p**i for p in points), int(i == _OUT - 1)] for i in range(_OUT)]
-    return tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in (at_input, at_kernel, at_output))  # type: ignore[return-value]
+    return tuple(
+        tuple(tuple(map(float, row)) for row in matrix)
+        for matrix in (at_input, at_kernel, at_output)
+    )  # type: ignore[return-value]
 
 
 # Of the points tried these have the smallest errors, a fifth of those of 0, 1, -1, 2, -2.
-_INPUT, _KERNEL, _OUTPUT = _matrices([Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)])
+_INPUT, _KERNEL, _OUTPUT = _matrices(
+    [Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)]
+)
 
 
 def fits(x: Array, kernel: Array) -> bool:
     """Returns whether this pays for a 3x3 convolution of stride 1 in float32, which takes enough channels and tiles."""
     if min(kernel.shape[2:]) < _CHANNELS or min(x.shape[1:3]) < _OUT:
         return False
-    return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES  # a program for any batch has no number there
+    return (
+        isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES
+    )  # a program for any batch has no number there
 
 
-def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]
+) -> Float[Array, "B H W F"]:
     """Convolves with stride 1, without a flip, with one row and column of zeros beyond each edge."""
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
@@ -68,12 +81,16 @@ def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Flo
     return chunks.map_chunks(one, _chunk_size(x), x)
 
 
-def input_gradient(kernel: Float[Array, "3 3 C F"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "B H W C"]:
+def input_gradient(
+    kernel: Float[Array, "3 3 C F"], cotangent: Float[Array, "B H W F"]
+) -> Float[Array, "B H W C"]:
     """Computes the gradient of `convolve` by its input: the convolution with the kernel turned around."""
     return convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
-def kernel_gradient(x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]) -> Float[Array, "3 3 C F"]:
+def kernel_gradient(
+    x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]
+) -> Float[Array, "3 3 C F"]:
     """Computes the gradient of `convolve` by its kernel."""
     channels, features = x.shape[-1], cotangent.shape[-1]
 
@@ -96,7 +113,11 @@ def _tiles(x: Array) -> int:
 
 def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
     height, width = (-(-size // _OUT) for size in x.shape[1:3])
-    edges = [(0, 0), *((1, 1 + _OUT * n - size) for n, size in zip((height, width), x.shape[1:3])), (0, 0)]
+    edges = [
+        (0, 0),
+        *((1, 1 + _OUT * n - size) for n, size in zip((height, width), x.shape[1:3])),
+        (0, 0),
+    ]
     padded = jnp.pad(x, edges)
     rows = _stacked(_INPUT, _strided(padded, 1, _IN, height), 0)
     return _stacked(_INPUT, _strided(rows, 3, _IN, width), 1)
@@ -105,7 +126,10 @@ def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
 def _output_tiles(y: Float[Array, "B H W F"]) -> Float[Array, "6 6 B h w F"]:
     """Computes the adjoint of `_joined`."""
     height, width = (-(-size // _OUT) for size in y.shape[1:3])
-    padded = jnp.pad(y, [(0, 0), *((0, _OUT * n - size) for n, size in zip((height, width), y.shape[1:3])), (0, 0)])
+    padded = jnp.pad(
+        y,
+        [(0, 0), *((0, _OUT * n - size) for n, size in zip((height, width), y.shape[1:3])), (0, 0)],
+    )
     rows = _stacked(_transposed(_OUTPUT), _strided(padded, 1, _OUT, height), 0)
     return _stacked(_transposed(_OUTPUT), _strided(rows, 3, _OUT, width), 1)
 
@@ -120,8 +144,14 @@ def _joined(tiles: Float[Array, "6 6 B h w F"]) -> Float[Array, "B H W F"]:
 
 def _both(matrix: Matrix, x: Array, axis: int) -> Array:
     """Applies the matrix to `axis` and to the one behind it."""
-    rows = _stacked(matrix, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis)
-    return _stacked(matrix, [lax.index_in_dim(rows, i, axis + 1, keepdims=False) for i in range(x.shape[axis + 1])], axis + 1)
+    rows = _stacked(
+        matrix, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis
+    )
+    return _stacked(
+        matrix,
+        [lax.index_in_dim(rows, i, axis + 1, keepdims=False) for i in range(x.shape[axis + 1])],
+        axis + 1,
+    )
 
 
 def _strided(x: Array, axis: int, count: int, tiles: int) -> list[Array]:
@@ -135,7 +165,10 @@ def _stacked(matrix: Matrix, parts: Sequence[Array], axis: int) -> Array:
 
 def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
     """Multiplies the matrix with the parts, leaving out terms that are 0: sums of a few arrays are faster than a 6x6 product."""
-    return [reduce(jnp.add, (p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c)) for row in matrix]
+    return [
+        reduce(jnp.add, (p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c))
+        for row in matrix
+    ]
 
 
 def _transposed(matrix: Matrix) -> Matrix:
@@ -143,4 +176,6 @@ def _transposed(matrix: Matrix) -> Matrix:
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(
+        a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
+    )
