@@ -84,7 +84,7 @@ class Replayed:
             state = dataclasses.replace(
                 state, batch_stats=stats, extras=state.extras | {"inputs": kept, "seen": batch + 1}
             )
-            return state, Outbox(ports.hand_on(outputs, (), inputs)), {}
+            return state, Outbox(ports.emit(outputs, (), inputs)), {}
 
         def backward(state, inbox, context):
             inputs = state.extras["inputs"][state.updates % delay]
