@@ -4,8 +4,8 @@
 
     testing.check_codec("mine", options("codec", name="mine"))
 
-Each check trains a small network on synthetic images for a few steps, takes seconds, and raises
-AssertionError with the invariant that is violated.
+Each check takes seconds, at most a few training steps of a small network on synthetic images. It
+raises AssertionError with the invariant that is violated.
 """
 
 import dataclasses

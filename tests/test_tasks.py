@@ -309,8 +309,8 @@ def task_inputs() -> TaskInputs:
         (
             {"task__name": "image_classification"},
             r"^config\.task\.name=image_classification: needs uint8 images "
-            r"\(height, width, channels\) with one label each, but config\.data\.name=token_sums has int32 examples of shape "
-            r"\(16,\) with labels of shape \(16,\)$",
+            r"\(height, width, channels\) with one label each, but config\.data\.name=token_sums "
+            r"has int32 examples of shape \(16,\) with labels of shape \(16,\)$",
         ),
         (
             {"data__name": "digits"},

@@ -151,7 +151,8 @@ class Method(Protocol):
     ) -> Iterator[Tick]:
         """Yields the ticks that bring every module to `until` updates.
 
-        Every module makes at least one update, even if `stop()` returns True at once.
+        Ends early once `stop()` returns True; a method with delayed updates does so only after
+        every module has made at least one update.
 
         Args:
           counts: current number of updates per module.
