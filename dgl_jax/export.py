@@ -1,4 +1,4 @@
-"""Parameters as safetensors beside a config.json: what other programs read."""
+"""Export of a trained network as safetensors and config.json, for use by other programs."""
 
 import dataclasses
 import json
@@ -28,11 +28,14 @@ from dgl_jax.types import AnyArray
 
 @dataclass(frozen=True)
 class Exported:
-    """A network read back from an export.
+    """Network loaded from an export.
 
     Attributes:
-      variables: of each module {"params": ..., "batch_stats": ..., "codebook": ..., "published": ...}, host arrays: the codebook is
-        `()` where the codec has none, and what is published {} where the objective reads nothing.
+      spec: description of the run.
+      class_names: names of the classes.
+      variables: {"params": ..., "batch_stats": ..., "codebook": ..., "published": ...} per module,
+        as host arrays. The codebook is `()` if the codec has none; `published` is {} if the
+        objective reads no publication.
     """
 
     spec: TrainSpec
@@ -42,7 +45,15 @@ class Exported:
     def logits(
         self, inputs: Shaped[AnyArray, "B ..."]
     ) -> list[Float[Array, "B *T classes"] | None]:
-        """Returns the logits of each module's head (None without one; the last are the network's) for inputs as stored."""
+        """Computes the logits of every module's head for stored inputs.
+
+        Args:
+          inputs: batch of examples as the data set stores them, [B, ...].
+
+        Returns:
+          The logits per module, [B, classes] or [B, T, classes]; None for a module without a head.
+          The last entry holds the logits of the whole network.
+        """
         incoming: Any = inputs
         results = []
         for k, variables in enumerate(self.variables):
@@ -54,13 +65,22 @@ class Exported:
 def export_run(
     workdir: str | Path, checkpoint: str = "newest", output: str | Path | None = None
 ) -> Path:
-    """Writes `model.safetensors` and `config.json` to `output` (default: `<workdir>/export`); gives the folder.
+    """Writes `model.safetensors` and `config.json` of a trained run.
 
-    Tensors are named `module_0/params/body/block_0/...`; config.json holds the configuration, the data set's class names, shapes
-    and normalisation, the first block of each module, and the step.
+    Tensors are named `module_0/params/body/block_0/...`. config.json holds the configuration, the
+    class names, shapes and normalization of the data set, the first block of each module, and the
+    step.
+
+    Args:
+      workdir: directory of the run.
+      checkpoint: checkpoint to export, see `load_trained`.
+      output: folder to write to; by default `<workdir>/export`.
+
+    Returns:
+      The folder.
 
     Raises:
-      UserError: `output` cannot be written; or see `load_trained`.
+      UserError: `output` cannot be written, or the checkpoint cannot be loaded.
     """
     folder = Path(output) if output else Path(workdir) / "export"
     name = f"--output={folder}"
@@ -78,7 +98,7 @@ def export_run(
         "step": trained.restored.step,
     }
     files = {
-        # Not safetensors' own save_file, whose files nobody but the owner may read.
+        # safetensors' save_file would make the file readable by its owner only.
         folder / "model.safetensors": save(
             {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         ),
@@ -90,10 +110,10 @@ def export_run(
 
 
 def load_exported(folder: str | Path) -> Exported:
-    """Reads what `export_run` wrote; needs neither the run nor its data set.
+    """Loads an export that `export_run` wrote; needs neither the run nor its data set.
 
     Raises:
-      UserError: the folder holds no export.
+      UserError: the folder contains no export.
     """
     described = read_json(Path(folder) / "config.json", "dataset", "config", "first_blocks")
     info = DatasetInfo.from_dict(described["dataset"])

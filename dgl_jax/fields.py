@@ -1,4 +1,4 @@
-"""Declares the fields of a configuration, and checks a value against its field."""
+"""Declarations of configuration fields, and the check of a value against its field."""
 
 import dataclasses
 import math
@@ -16,8 +16,9 @@ from dgl_jax.registry import Registry, nearest
 MANY = 2**31 - 1  # update counts are int32 on the devices
 
 
-# What an option applies to: other fields (`schedule.name`) or traits of the chosen kinds (`engine.asynchronous`), each with the
-# values that have a use for the option. All must hold, but for a field that the chosen kind does not have.
+# Conditions under which an option applies: names of other fields (`schedule.name`) or of traits of
+# the chosen kinds (`engine.asynchronous`), each with the values that use the option. All conditions
+# must hold; one on a field that the chosen kind does not have is ignored.
 Applies = Mapping[str, tuple[Any, ...]]
 
 
@@ -28,14 +29,18 @@ def option(default: Any, applies: Applies = ALWAYS, free: bool = False, **metada
     """Declares a field of the configuration.
 
     Args:
-      applies: see `Applies`; always by default. An option of a kind applies wherever that kind is chosen.
-      free: it may differ between a run and its resumption, as it changes nothing of what was learnt before.
+      default: default value.
+      applies: conditions under which the option applies, see `Applies`; by default it always does.
+        An option of a kind applies only if that kind is chosen.
+      free: True if the value may change when a run is resumed, because it does not affect the
+        updates made before.
+      metadata: further metadata of the dataclass field.
     """
     return field(default=default, metadata={"applies": applies, "free": free, **metadata})
 
 
 def choice(default: str, *others: str, **metadata: Any) -> Any:
-    """Declares a field that holds one of a few names; see `option`."""
+    """Declares a field that accepts one of a few names; see `option`."""
     return option(default, choices=(default, *others), **metadata)
 
 
@@ -47,18 +52,23 @@ def kind_of(kinds: Registry, default: str, **metadata: Any) -> Any:
 def number(
     default: float, minimum: float, maximum: float, exclusive: bool = False, **metadata: Any
 ) -> Any:
-    """Declares a number in [minimum, maximum], or in (minimum, maximum) if `exclusive`; see `option`."""
+    """Declares a number in [minimum, maximum], or in (minimum, maximum) if `exclusive`.
+
+    See `option` for the other arguments.
+    """
     return option(default, range=(minimum, maximum, exclusive), **metadata)
 
 
 def check_value(f: dataclasses.Field, value: Any, name: str) -> Any:
-    """Returns a value in the type of its field.
+    """Returns a value converted to the type of its field.
 
     Args:
-      name: what the user calls the field.
+      f: field with its type and metadata.
+      value: value to check.
+      name: name of the field in error messages.
 
     Raises:
-      UserError: it is of another type, out of its range, or no such name.
+      UserError: the value has the wrong type, is out of range, or is not a known name.
     """
     wanted = type_of(f)
     if typing.get_origin(wanted) is tuple:
@@ -66,11 +76,13 @@ def check_value(f: dataclasses.Field, value: Any, name: str) -> Any:
         if element is str:
             value = tuple(filter(None, value.split(","))) if isinstance(value, str) else value
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-                raise UserError(f"{name}={value!r}: a tuple of names, such as ('one','other')")
+                raise UserError(
+                    f"{name}={value!r}: must be a tuple of names, such as ('one','other')"
+                )
             return tuple(value)
         if not isinstance(value, list | tuple) or not all(_is_number(v, element) for v in value):
             raise UserError(
-                f"{name}={value!r}: a tuple of numbers, such as ({element(1)},{element(2)})"
+                f"{name}={value!r}: must be a tuple of numbers, such as ({element(1)},{element(2)})"
             )
         return tuple(element(v) for v in value)
     if wanted in (int, float):
@@ -87,7 +99,7 @@ def check_value(f: dataclasses.Field, value: Any, name: str) -> Any:
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: no such name; {nearest(value, choices)}")
     if "kinds" in f.metadata:
-        f.metadata["kinds"][value]  # raises where there is none
+        f.metadata["kinds"][value]  # raises UserError for an unknown name
     if "range" in f.metadata:
         low, high, exclusive = f.metadata["range"]
         if not (low < value < high if exclusive else low <= value <= high):
@@ -97,7 +109,7 @@ def check_value(f: dataclasses.Field, value: Any, name: str) -> Any:
 
 
 def type_of(f: dataclasses.Field) -> Any:
-    """Returns the type itself, of a user's dataclass whose annotations are strings as well."""
+    """Returns the type of a field, evaluated if the annotation is a string."""
     return _evaluated(f.type) if isinstance(f.type, str) else f.type
 
 
@@ -113,21 +125,22 @@ def _is_number(value: Any, wanted: type) -> bool:
 
 
 def expand(path: str, name: str) -> str:
-    """Returns a path whose leading `~` or `~user` has become the home directory.
+    """Expands a leading `~` or `~user` of a path to the home directory.
 
-    A shell does that only where a word begins: `--workdir=~/runs` comes as it is written.
+    A shell expands `~` only at the start of a word, so `--workdir=~/runs` arrives unexpanded.
 
     Args:
-      path: as the user wrote it.
-      name: the flag or field that holds it.
+      path: path as the user wrote it.
+      name: flag or field that holds the path, for the error message.
 
     Raises:
-      UserError: no such home is known here.
+      UserError: the home directory is unknown.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(expanded):
         home = expanded.partition("/")[0]
         raise UserError(
-            f"{name}={path}: the home directory {home} is not known here; write the path in full, or ./{home}"
+            f"{name}={path}: the home directory {home} is not known here; write the path in full, "
+            f"or ./{home}"
         )
     return expanded

@@ -1,11 +1,12 @@
-"""Maps the names in a configuration to what they stand for: one registry for each field that chooses by name.
+"""Registries of named kinds, one for each configuration field that selects something by name.
 
-The package registers its own kinds where they are defined, and users register theirs in the same way:
+The package registers its built-in kinds where they are defined. Users register theirs the same way:
 
     register_codec("mine", CodecKind(make_mine, MyOptions))
 
-A kind is a frozen dataclass that holds the factory, the dataclass of its options (the fields of its configuration group), and its
-traits, which decide what applies to it. Nothing else in the package lists names.
+A kind is a frozen dataclass with the factory, the dataclass of its options (the fields of its
+configuration group), and its traits, which decide which options apply. No other place in the
+package lists names.
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ from dgl_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a name stands for.
+    """Registry entry: the factory and the options behind a name.
 
     Attributes:
-      make: the factory; each registry's own class of kinds says how it is called.
-      options: dataclass of the group's fields under this name, derived from the group's common one; None: the common one.
+      make: factory; the subclass for each registry documents its arguments.
+      options: dataclass with the fields of the configuration group under this name, derived from
+        the common dataclass of the group; None for the common one.
     """
 
     make: Callable[..., Any]
@@ -35,31 +37,32 @@ AnyKind = TypeVar("AnyKind", bound=Kind)
 
 
 class Registry(Generic[AnyKind]):
-    """The kinds that a field of the configuration chooses from."""
+    """Kinds by name, from which a field of the configuration selects one."""
 
-    def __init__(self, field: str, room: str):
-        """Begins empty.
+    def __init__(self, field: str, provider: str):
+        """Creates an empty registry.
 
         Args:
-          field: the dotted name of the field, such as codec.name.
-          room: the module that registers the package's own kinds; it is imported at the first look.
+          field: dotted name of the configuration field, such as codec.name.
+          provider: dotted name of the Python module that registers the built-in kinds. It is
+            imported on the first lookup.
         """
-        self.field, self._room = field, room
+        self.field, self._provider = field, provider
         self._kinds: dict[str, AnyKind] = {}
-        self._own: set[str] = set()
+        self._shipped: set[str] = set()
 
     def register(self, name: str, kind: AnyKind) -> None:
-        """Adds a kind: from here on the field chooses it by this name.
+        """Registers a kind, so that the field can select it by this name.
 
-        Registering a name again replaces a kind of the user's.
+        Registering a name again replaces the earlier kind, unless it is built in.
 
         Raises:
-          UserError: the package has a kind of this name, or an option has the name of another kind's option and another type or
-            default.
+          UserError: the name belongs to a built-in kind, or the kind has an option that another
+            kind declares with a different type or default.
         """
-        if name in self._own:
+        if name in self._shipped:
             raise UserError(
-                f"config.{self.field}={name!r}: the package has one of this name; choose another"
+                f"config.{self.field}={name!r}: dgl_jax already defines this name; choose another"
             )
         fields = {
             f.name: f
@@ -72,32 +75,33 @@ class Registry(Generic[AnyKind]):
             if (f.type, f.default) != (same.type, same.default) and f.name != "name":
                 group = self.field.partition(".")[0]
                 raise UserError(
-                    f"config.{self.field}={name!r}: its option config.{group}.{f.name} is {f.type} with the default "
-                    f"{f.default!r}, and another kind's is {same.type} with {same.default!r}; choose another name for it"
+                    f"config.{self.field}={name!r}: its option config.{group}.{f.name} has type "
+                    f"{f.type} and default {f.default!r}, but another kind declares it with type "
+                    f"{same.type} and default {same.default!r}; choose another name for the option"
                 )
         self._kinds[name] = kind
 
     def ship(self, **kinds: AnyKind) -> None:
-        """Registers kinds of the package itself, which nobody may replace."""
+        """Registers built-in kinds, which users cannot replace."""
         for name, kind in kinds.items():
             self.register(name, kind)
-        self._own |= set(kinds)
+        self._shipped |= set(kinds)
 
     def __getitem__(self, name: str) -> AnyKind:
-        """Returns the kind of that name.
+        """Returns the kind registered under a name.
 
         Raises:
-          UserError: there is none; gives the nearest names.
+          UserError: the name is unknown; the message suggests similar names.
         """
         self._load()
         if name not in self._kinds:
             near = nearest(name, self._kinds)
-            own = (
+            hint = (
                 ""
                 if near.startswith("did")
-                else " (one of your own is registered by a module that config.plugins names)"
+                else " (if it is your own, config.plugins must list the module that registers it)"
             )
-            raise UserError(f"config.{self.field}={name!r}: no such name{own}; {near}")
+            raise UserError(f"config.{self.field}={name!r}: no such name{hint}; {near}")
         return self._kinds[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -109,11 +113,11 @@ class Registry(Generic[AnyKind]):
         return [(name, self._kinds[name]) for name in self]
 
     def is_shipped(self, name: str) -> bool:
-        """Tells whether a kind is the package's own."""
-        return name in self._own
+        """Returns True if the name belongs to a built-in kind."""
+        return name in self._shipped
 
     def _load(self) -> None:
-        importlib.import_module(self._room)
+        importlib.import_module(self._provider)
 
 
 def _options(kind: Kind) -> tuple[dataclasses.Field, ...]:
@@ -121,7 +125,7 @@ def _options(kind: Kind) -> tuple[dataclasses.Field, ...]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns 'did you mean a or b?' for a mistyped name, or the whole list if nothing is near."""
+    """Returns 'did you mean a or b?' for a mistyped name, or all names if none is similar."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"

@@ -1,10 +1,11 @@
-"""Checks that a part of a user's own keeps what the package relies on: call them from your tests.
+"""Checks of user-defined parts against the invariants of the package, for use in your tests.
 
     from dgl_jax import testing
 
     testing.check_codec("mine", options("codec", name="mine"))
 
-Each raises AssertionError with what does not hold, and takes seconds: a few steps of a small network on made-up images.
+Each check takes seconds, at most a few training steps of a small network on synthetic images. It
+raises AssertionError with the invariant that is violated.
 """
 
 import dataclasses
@@ -33,33 +34,46 @@ _SMALL: dict[str, Any] = {
 
 
 def small_settings(**groups: Any) -> Settings:
-    """Returns the settings of the small run with some groups changed: `small_settings(codec={"name": "mine"})`."""
+    """Returns the settings of a small run, with some of the groups changed.
+
+    Example: `small_settings(codec={"name": "mine"})`.
+
+    Args:
+      groups: fields that differ, as a dict per configuration group.
+    """
     return make_settings(
         {name: _SMALL.get(name, {}) | dict(groups.get(name, {})) for name in {**_SMALL, **groups}}
     )
 
 
 def check_objective(**groups: Any) -> None:
-    """Checks the objective of a configuration: `check_objective(objective={"name": "mine"})`.
+    """Checks the objective of a configuration, as in `check_objective(objective={"name": "mine"})`.
 
-    Checked are: equal inputs make equal, hashable objectives, so that programs are found again; the loss is a finite scalar and
-    every metric a (sum, count); its gradient reaches the module's body; nothing flows to the module below; the context it reads is
-    all that it asks for.
+    The invariants are:
+
+    - Equal settings create equal, hashable objectives, so that compiled programs are reused.
+    - The loss is a finite scalar, and every metric is a (sum, count) pair.
+    - The gradient of the loss reaches the body of the module, but not the module below.
+    - The objective reads no context except `id` and what it declares in `needs`.
+
+    Args:
+      groups: changes to the small run, see `small_settings`.
 
     Raises:
-      AssertionError: one of them does not hold.
+      AssertionError: an invariant is violated.
     """
     settings = small_settings(**groups)
     spec, again = (make_experiment(settings, jax.devices()[:1]).spec for _ in range(2))
-    assert hash(spec.modules) == hash(again.modules) and spec.modules == again.modules, (
-        "equal settings make unequal objectives"
+    assert hash(spec.modules) == hash(again.modules), (
+        "equal settings create objectives of unequal hash"
     )
+    assert spec.modules == again.modules, "equal settings create unequal objectives"
     (state, *_), (module, *_) = spec.init(), spec.modules
     inputs, shapes = (
         jnp.ones(spec.inputs().shape) * 0.5,
         {"image": spec.inputs(), **spec.context(0)},
     )
-    assert module.objective is not None, "the method gives modules no objective"
+    assert module.objective is not None, "the first module has no objective under this method"
     context: Any = {
         name: jnp.ones(shapes[name].shape, shapes[name].dtype)
         for name in ("id", *module.objective.needs)
@@ -70,35 +84,49 @@ def check_objective(**groups: Any) -> None:
         return module.apply_objective(params, state.batch_stats, features, context, train=True)[0]
 
     local = jax.jit(loss_of)(state.params, inputs)
-    assert local.loss.shape == () and bool(jnp.isfinite(local.loss)), f"the loss is {local.loss}"  # noqa: PT018
+    assert local.loss.shape == (), f"the loss has shape {local.loss.shape}, but must be a scalar"
+    assert bool(jnp.isfinite(local.loss)), f"the loss is {local.loss}"
     assert all(isinstance(pair, tuple) and len(pair) == 2 for pair in local.metrics.values()), (
-        "a metric is no (sum, count)"
+        "a metric is not a (sum, count) pair"
     )
     gradient = jax.jit(jax.grad(lambda params: loss_of(params, inputs).loss))(state.params)
     assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["body"])), (
         "no gradient reaches the body"
     )
-    # What a step hands on and what it reads are detached: no module trains another one.
-    step = lambda x: local_step(module, spec.optimizer, state, x, context)[1].sum()  # noqa: E731
-    assert float(jnp.abs(jax.grad(step)(inputs)).max()) == 0, "a gradient reaches the module below"
+
+    # Inputs and outputs of a step must be detached, so that no module trains another one.
+    def output_sum(inputs: jax.Array) -> jax.Array:
+        return local_step(module, spec.optimizer, state, inputs, context)[1].sum()
+
+    input_gradient = jax.grad(output_sum)(inputs)
+    assert float(jnp.abs(input_gradient).max()) == 0, "a gradient reaches the module below"
 
 
 def check_codec(
     name: str, options: CodecSettings, shape: Sequence[int] = (8, 4, 4, 16), dtype: str = "float32"
 ) -> None:
-    """Checks a registered codec on activations of a shape.
+    """Checks a registered codec on random activations.
 
-    Checked are: codecs made of equal options are equal and hashable; decoding gives back shape and type, without NaN; a codec that
-    calls itself lossless changes no bit; encoding is a function of codebook and activations alone, jitted or not.
+    The invariants are:
+
+    - Equal options create equal, hashable codecs.
+    - Decoding returns the shape and dtype of the activations, and finite values.
+    - A codec that declares itself lossless changes no bit.
+    - Encoding depends on codebook and activations alone, jitted or not.
+
+    Args:
+      name: registered name of the codec.
+      options: options of the codec.
+      shape: shape of the activations.
+      dtype: dtype of the activations.
 
     Raises:
-      AssertionError: one of them does not hold.
+      AssertionError: an invariant is violated.
     """
     codec, again = (CODECS[name].make(options, dtype) for _ in range(2))
-    assert codec == again and hash(codec) == hash(again), "equal options make unequal codecs"  # noqa: PT018
-    assert codec.lossless == CODECS[name].lossless, (
-        "the codec and its kind do not agree on `lossless`"
-    )
+    assert codec == again, "equal options create unequal codecs"
+    assert hash(codec) == hash(again), "equal options create codecs of unequal hash"
+    assert codec.lossless == CODECS[name].lossless, "the codec and its kind disagree on `lossless`"
     key, x = jax.random.key(0), jax.random.normal(jax.random.key(1), shape).astype(dtype)
     state = codec.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
     for updates in range(2):
@@ -112,27 +140,35 @@ def check_codec(
     assert (decoded.shape, decoded.dtype) == (x.shape, x.dtype), (
         f"decodes to {decoded.shape} {decoded.dtype}"
     )
-    assert bool(jnp.isfinite(decoded).all()), "decodes to numbers that are not finite"
+    assert bool(jnp.isfinite(decoded).all()), "decodes to values that are not finite"
     assert not codec.lossless or float(relative_error(x, decoded)) == 0, (
-        "calls itself lossless, and changes activations"
+        "the codec declares itself lossless, but changes activations"
     )
 
 
 def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
     """Checks a registered engine on the first devices.
 
-    Checked are: every module makes as many updates as it is asked for, whole or in two parts; the second part, on the state of the
-    first as a checkpoint holds it, ends with the bits of an undisturbed run, if the engine is not continuous; and so does `fused`,
-    if the engine is of its family.
+    The invariants are:
+
+    - Every module makes the requested number of updates.
+    - A run that stops halfway and resumes from the state in a checkpoint equals an uninterrupted
+      run bit for bit (not checked for continuous engines).
+    - An engine of the family of `fused` equals `fused` bit for bit.
+
+    Args:
+      name: registered name of the engine.
+      devices: number of devices to use.
+      groups: changes to the small run, see `small_settings`.
 
     Raises:
-      AssertionError: one of them does not hold.
+      AssertionError: an invariant is violated.
     """
     kind = ENGINES[name]
     groups = {"engine": {"name": name}} | groups
     whole, _ = _trained(make_experiment(small_settings(**groups), jax.devices()[:devices]), _STEPS)
     assert [int(module.updates) for module in whole] == [_STEPS] * len(whole), (
-        "not every module has all its updates"
+        "not every module made the requested number of updates"
     )
     if not kind.continuous:
         made = make_experiment(small_settings(**groups), jax.devices()[:devices])
@@ -143,7 +179,7 @@ def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
         resumed, _ = _trained(
             dataclasses.replace(made, engine=again), _STEPS, again.resume(placed, flight)
         )
-        assert _same(whole, resumed), "a resumed run differs from a whole one"
+        assert _same(whole, resumed), "a resumed run differs from an uninterrupted one"
     if kind.family == ENGINES["fused"].family:
         fused, _ = _trained(
             make_experiment(
@@ -151,17 +187,24 @@ def check_engine(name: str, devices: int = 1, **groups: Any) -> None:
             ),
             _STEPS,
         )
-        assert _same(whole, fused), "is of the family of `fused`, and gives other numbers"
+        assert _same(whole, fused), "the engine is of the family of `fused`, but results differ"
 
 
 def check_method(name: str, **groups: Any) -> None:
-    """Checks a registered method.
+    """Checks a registered training method.
 
-    Checked are: under each synchronous engine that runs it, every module makes its updates, a run resumes exactly, and the bits are
-    those of `fused`; with a single module it is back-propagation, bit for bit.
+    The invariants are:
+
+    - `check_engine` passes with every engine that the method names, or with `fused` and `pipeline`
+      if it names none.
+    - With a single module the method equals `backprop` bit for bit.
+
+    Args:
+      name: registered name of the method.
+      groups: changes to the small run, see `small_settings`.
 
     Raises:
-      AssertionError: one of them does not hold.
+      AssertionError: an invariant is violated.
     """
     engines = METHODS[name].engines or ("fused", "pipeline")
     for engine in engines:
@@ -172,16 +215,16 @@ def check_method(name: str, **groups: Any) -> None:
             **groups,
         )
     model = {"model": _SMALL["model"] | {"modules": 1}, "engine": {"name": engines[0]}}
-    # Heads do not apply where there is but the network's classifier.
+    # The single module uses the network's classifier, so `model.head` has no effect.
     one, other = (
         small_settings(**groups | model | {"method": {"name": method}})
         for method in (name, "backprop")
     )
-    found = [
+    results = [
         _trained(make_experiment(settings, jax.devices()[:1]), _STEPS)[0]
         for settings in (one, other)
     ]
-    assert _same(*found), "a single module gives other numbers than back-propagation"
+    assert _same(*results), "with a single module the results differ from `backprop`"
 
 
 def _trained(
@@ -193,7 +236,7 @@ def _trained(
 
 
 def _copied(leaf: jax.Array) -> Any:
-    """Returns an array on the host, and keys as they are."""
+    """Copies an array to the host; returns random keys unchanged."""
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf)
 
 

@@ -1,1 +1,1 @@
-"""Own networks, each in a folder with a config file."""
+"""Examples of extensions: a network with its config file, and one plugin for each kind of part."""

@@ -1,4 +1,4 @@
-"""Augmentation: against a plain NumPy loop over images, and normalisation by hand."""
+"""Augmentation against a NumPy loop over images, and normalization against known values."""
 
 from dataclasses import replace
 
@@ -22,16 +22,16 @@ def images(batch=16, height=12, width=9, seed=0):
 
 
 def oracle(key, x, padding=4, *, flip=True, fill=0):
-    """What torchvision does, image by image: pad with black, cut, mirror, then normalise."""
+    """Augments image by image as torchvision does: pad with black, crop, mirror, normalize."""
     offsets, flips = (np.asarray(a) for a in draw_crop_flip(key, len(x), padding))
-    out = []
+    augmented = []
     for image, (row, column), mirrored in zip(x, offsets, flips, strict=True):
         padded = np.pad(
             image, ((padding, padding), (padding, padding), (0, 0)), constant_values=fill
         )
-        cut = padded[row : row + image.shape[0], column : column + image.shape[1]]
-        out.append(cut[:, ::-1] if flip and mirrored else cut)
-    return (np.stack(out) / 255 - MEAN) / STD
+        crop = padded[row : row + image.shape[0], column : column + image.shape[1]]
+        augmented.append(crop[:, ::-1] if flip and mirrored else crop)
+    return (np.stack(augmented) / 255 - MEAN) / STD
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -41,16 +41,16 @@ def test_crop_flip_equals_a_loop_over_images(seed):
 
 
 @pytest.mark.parametrize("broken", [{"flip": False}, {"fill": 1}, {"padding": 3}])
-def test_the_loop_tells_a_broken_crop_flip(broken):
+def test_twin_broken_crop_flip_differs_from_the_loop(broken):
     key, x = augment_key(0, 7), images()
     assert np.abs(np.asarray(CROP_FLIP.train(key, x)) - oracle(key, x, **broken)).max() > 1e-3
 
 
-def test_of_images_cut_already_half_are_mirrored():
+def test_inception_crop_only_mirrors_half_of_the_images():
     key, x = augment_key(0, 7), images()
-    found = np.asarray(replace(CROP_FLIP, augment="inception_crop").train(key, x))
-    np.testing.assert_allclose(found, oracle(key, x, padding=0), atol=2e-6)
-    assert np.abs(found - oracle(key, x, padding=0, flip=False)).max() > 1e-3
+    mirrored = np.asarray(replace(CROP_FLIP, augment="inception_crop").train(key, x))
+    np.testing.assert_allclose(mirrored, oracle(key, x, padding=0), atol=2e-6)
+    assert np.abs(mirrored - oracle(key, x, padding=0, flip=False)).max() > 1e-3
 
 
 def test_offsets_and_flips_take_every_value():
@@ -61,7 +61,7 @@ def test_offsets_and_flips_take_every_value():
     assert abs(flips.mean() - 0.5) < 0.03
 
 
-def test_normalisation_by_hand():
+def test_normalization_against_known_values():
     x = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
     # (0/255 - .5)/.2, (51/255 - .25)/.5, (255/255 - .1)/1
     y = CROP_FLIP.evaluate(x)
@@ -69,7 +69,7 @@ def test_normalisation_by_hand():
     assert y.dtype == jnp.float32
 
 
-def test_without_augmentation_training_sees_what_evaluation_sees():
+def test_training_without_augmentation_equals_evaluation():
     plain = replace(CROP_FLIP, augment="none")
     np.testing.assert_array_equal(
         plain.train(augment_key(0, 0), images()), plain.evaluate(images())
@@ -77,7 +77,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees():
     assert np.abs(CROP_FLIP.train(augment_key(0, 0), images()) - plain.evaluate(images())).max() > 1
 
 
-def test_the_key_is_a_function_of_seed_and_step_traced_or_not():
+def test_augmentation_key_depends_on_seed_and_step_traced_or_not():
     def data(key):
         return jax.random.key_data(key).tolist()
 
@@ -92,8 +92,8 @@ def test_the_key_is_a_function_of_seed_and_step_traced_or_not():
     )
 
 
-def test_grey_images_and_a_static_argument():
-    grey = replace(CROP_FLIP, mean=(0.0,), std=(1.0,))
+def test_grayscale_images_with_the_task_as_static_argument():
+    grayscale = replace(CROP_FLIP, mean=(0.0,), std=(1.0,))
     x = images()[..., :1]
     train = jax.jit(ImageClassification.train, static_argnums=0)
     offsets, flips = (np.asarray(a) for a in draw_crop_flip(augment_key(1, 1), len(x), 4))
@@ -101,17 +101,18 @@ def test_grey_images_and_a_static_argument():
         0, offsets[0, 0] : offsets[0, 0] + 12, offsets[0, 1] :
     ][:, :9]
     first = padded[:, ::-1] if flips[0] else padded
-    np.testing.assert_allclose(train(grey, augment_key(1, 1), x)[0], first / 255, atol=1e-6)
+    np.testing.assert_allclose(train(grayscale, augment_key(1, 1), x)[0], first / 255, atol=1e-6)
 
 
-def test_a_batch_cut_over_devices_needs_no_exchange():
+def test_batch_sharded_over_devices_needs_no_communication():
     mesh = jax.make_mesh((len(jax.devices()),), ("batch",), axis_types=(AxisType.Auto,))
-    cut, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    sharded = NamedSharding(mesh, PartitionSpec("batch"))
+    replicated = NamedSharding(mesh, PartitionSpec())
     key, x = augment_key(0, 0), images(4 * len(jax.devices()))
 
-    def exchanges(function):
+    def communicates(function):
         text = (
-            jax.jit(function, in_shardings=(whole, cut), out_shardings=cut)
+            jax.jit(function, in_shardings=(replicated, sharded), out_shardings=sharded)
             .lower(key, x)
             .compile()
             .as_text()
@@ -122,7 +123,7 @@ def test_a_batch_cut_over_devices_needs_no_exchange():
         rows = draw_crop_flip(key, len(x), 4)[0][:, :1] % 3 + jnp.arange(9)
         return x[jnp.arange(len(x))[:, None, None], rows[:, :, None], rows[:, None, :]]
 
-    assert not exchanges(CROP_FLIP.train)
-    assert exchanges(indexed)  # the obvious way to write it
-    train = jax.jit(CROP_FLIP.train, in_shardings=(whole, cut), out_shardings=cut)
+    assert not communicates(CROP_FLIP.train)
+    assert communicates(indexed)  # the obvious implementation
+    train = jax.jit(CROP_FLIP.train, in_shardings=(replicated, sharded), out_shardings=sharded)
     np.testing.assert_allclose(train(key, x), oracle(key, x), atol=2e-6)

@@ -1,4 +1,4 @@
-"""The example of an own network: a Vision Transformer learns the digits, cut in two, in one program and on two devices."""
+"""Example of a user-defined network: a Vision Transformer in two modules learns the digits."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from examples.vit import config as vit_config
 
 
 def accuracy(engine, workdir, **train):
-    """Test accuracy of the last module; and the devices of all."""
+    """Trains the example; returns the test accuracy of the last module and all modules' devices."""
     config = vit_config.get_config()
     config.engine.name = engine
     config.engine.group_sizes = (1, 1)
     config.train.update(train)
-    config.eval.every = config.checkpoint.every = 10_000  # at the end
+    config.eval.every = config.checkpoint.every = 10_000  # only at the end of training
     modules = train_and_evaluate(config, workdir).modules
     return modules[-1]["test_accuracy"], [m["devices"] for m in modules]
 
@@ -29,18 +29,18 @@ def accuracy(engine, workdir, **train):
 @pytest.mark.parametrize(
     ("engine", "devices"), [("fused", [[0, 1], [0, 1]]), ("pipeline", [[0], [1]])]
 )
-def test_a_transformer_learns_digits(engine, devices, tmp_path):
-    found, where = accuracy(engine, tmp_path)
-    assert found >= 0.95
-    assert where == devices
+def test_transformer_learns_digits(engine, devices, tmp_path):
+    last_accuracy, module_devices = accuracy(engine, tmp_path)
+    assert last_accuracy >= 0.95
+    assert module_devices == devices
 
 
 @pytest.mark.slow
-def test_twin_an_untrained_one_does_not_know_them(tmp_path):
+def test_twin_untrained_transformer_does_not_know_the_digits(tmp_path):
     assert accuracy("pipeline", tmp_path, steps=1)[0] < 0.5
 
 
-def test_tokens_between_blocks():
+def test_every_block_passes_tokens_and_every_head_returns_logits():
     network = make_network("vit", 8, 10, (8, 8, 1))
     modules = make_modules(network.blocks, range(5), [network.classifier] * 5)
     images = jax.ShapeDtypeStruct((2, 8, 8, 1), "float32")
@@ -55,8 +55,11 @@ def test_tokens_between_blocks():
         assert (x.shape, logits.shape) == ((2, 16, 8), (2, 10))  # 4x4 patches
 
 
-def test_patches_are_cut_in_rows():
-    """Of an image whose pixels are numbered, a patch's token sums its own four pixels, with ones for weights."""
+def test_patches_are_ordered_row_by_row():
+    """Checks which pixels each patch contains.
+
+    With numbered pixels and all weights equal to one, a token is the sum of its patch's pixels.
+    """
     embedding = make_network("vit", 4, 10, (4, 6, 1)).blocks[0]
     x = jnp.arange(24.0).reshape(1, 4, 6, 1)
     shapes = jax.eval_shape(lambda key: embedding.init(key, x, False), jax.random.key(0))
@@ -70,7 +73,7 @@ def test_patches_are_cut_in_rows():
     ("width", "size", "words"),
     [(30, 8, "config.model.width=30"), (32, 9, "config.data.image_size: images of 9x9")],
 )
-def test_sizes_that_do_not_fit(width, size, words):
+def test_invalid_width_and_image_size_are_refused(width, size, words):
     def trace():
         block = make_network("vit", width, 10, (size, size, 1)).blocks[0]
         jax.eval_shape(

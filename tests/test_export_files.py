@@ -1,4 +1,4 @@
-"""What an export leaves in its folder: whole files, with the permissions that the umask gives, or what was there before."""
+"""Files of an export: complete, with permissions by the umask, and the old ones after a failure."""
 
 import errno
 import json
@@ -40,20 +40,20 @@ def modes(folder):
 @pytest.mark.parametrize(
     ("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)]
 )
-def test_the_umask_decides_who_may_read(workdir, tmp_path, umask, mask, mode):
+def test_umask_decides_file_permissions(workdir, tmp_path, umask, mask, mode):
     umask(mask)
     folder = export_run(workdir, output=tmp_path / "export")
     assert names(folder) == FILES
     assert modes(folder) == [mode, mode]
 
 
-def test_an_older_export_is_replaced_and_not_written_over(workdir, tmp_path, umask):
+def test_older_export_is_replaced_atomically(workdir, tmp_path, umask):
     folder = tmp_path / "export"
     folder.mkdir()
     for name in FILES:
         (folder / name).write_text("older")
         (folder / name).chmod(0o600)
-        os.link(folder / name, tmp_path / name)  # what a reader that has opened the file still sees
+        os.link(folder / name, tmp_path / name)  # stands for a reader with the old file open
     export_run(workdir, output=folder)
     assert names(folder) == FILES
     assert modes(folder) == [0o644, 0o644]
@@ -62,21 +62,21 @@ def test_an_older_export_is_replaced_and_not_written_over(workdir, tmp_path, uma
     assert len(load_exported(folder).variables) == 2
 
 
-def test_a_full_disk_leaves_the_older_export(workdir, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_older_export(workdir, tmp_path, monkeypatch):
     folder = export_run(workdir, output=tmp_path / "export")
     for name in FILES:
         (folder / name).write_text(f"older {name}")
     calls = []
 
-    def full(descriptor):
+    def fail_on_second_file(descriptor):
         calls.append(os.fstat(descriptor).st_size)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_on_second_file)
     with pytest.raises(UserError, match="export: the disk is full; free some space"):
         export_run(workdir, output=folder)
-    assert len(calls) == 2  # the first file was whole, and still has not taken its place
+    assert len(calls) == 2  # the first file was complete, but must not replace the old one
     assert min(calls) > 100
     assert names(folder) == FILES
     assert [(folder / name).read_text() for name in FILES] == [f"older {name}" for name in FILES]

@@ -86,7 +86,7 @@ def test_every_engine_trains_it(engine):
 
 def test_names_of_the_package_are_taken():
     with pytest.raises(
-        UserError, match=r"config\.model\.name='cnn4': the package has one of this name"
+        UserError, match=r"config\.model\.name='cnn4': dgl_jax already defines this name"
     ):
         register_network("cnn4", of_tokens)
 
@@ -148,7 +148,7 @@ def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 2
     # Without the file nobody knows the name.
-    assert "config.model.name='mine': no such name (one of your own is registered" in fails(
+    assert "config.model.name='mine': no such name (if it is your own, config.plugins" in fails(
         "--mode=export", f"--workdir={workdir}"
     )
     assert launch("--mode=export", f"--workdir={workdir}", f"--config={file}").returncode == 0

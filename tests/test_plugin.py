@@ -1,15 +1,14 @@
-"""Parts of a user's own (`examples/plugin`): each is one file and one registration, and runs wherever its traits allow."""
-
-from typing import Any
+"""User-defined parts (`examples/plugin`): one file and one registration each, under all engines."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import arrays, records, small_config
+from plugin_runs import config, equal, furthest, trained
+from runs import arrays, records
 
-from dgl_jax.config import default_config, make_settings, options
+from dgl_jax.config import make_settings, options
 from dgl_jax.core import rngs
 from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
@@ -26,14 +25,8 @@ from dgl_jax.types import Header
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 
 
-PLUGIN = {
-    "plugins": ("examples.plugin",),
-    "data__name": "stripes",
-    "data__train_examples": 48,
-    "data__augment": "none",
-}
 IMAGE = {"objective__name": "reconstruction"}
-OWN = {
+PLUGIN_PARTS = {
     "model__name": "strided",
     "model__head": "maximum",
     "codec__name": "signs",
@@ -42,41 +35,21 @@ OWN = {
 }
 
 
-def config(**fields: Any) -> Any:
-    """The small run, with the parts of the plugin."""
-    made = default_config(PLUGIN["plugins"])
-    made.update(
-        small_config(
-            **{name: value for name, value in PLUGIN.items() if name != "plugins"}
-        ).to_dict()
-        | {"plugins": made.plugins}
-    )
-    for name, value in fields.items():
-        group, _, leaf = name.partition("__")
-        setattr(made[group], leaf, value)
-    return made
-
-
-def equal(one, other):
-    one, other = jax.tree.leaves(one), jax.tree.leaves(other)
-    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other))
-
-
 # An objective that reads the image
 
 
 def by_hand(steps: int, weight: float):
-    """Two modules that minimise cross entropy and the error of a drawn image, in plain JAX."""
-    made = make_experiment(
+    """Trains two modules on cross entropy plus reconstruction error, in plain JAX."""
+    experiment = make_experiment(
         make_settings(config(objective__name="reconstruction", objective__weight=weight)),
         jax.devices()[:1],
     )
-    spec, states = made.spec, made.spec.init()
+    spec, states = experiment.spec, experiment.spec.init()
     params, stats = (
         [getattr(state, name) for state in states] for name in ("params", "batch_stats")
     )
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9))
-    kept = [optimizer.init(p) for p in params]
+    opt_states = [optimizer.init(p) for p in params]
 
     def loss_of(p, module, s, x, image, label, key):
         features, body = module.apply_body(p, s, x, train=True, rng=key)
@@ -85,55 +58,42 @@ def by_hand(steps: int, weight: float):
             "params": p["objective"]["head"],
             "batch_stats": s["objective"].get("head", {}),
         }
-        logits, new = head.apply(variables, features, train=True, mutable=["batch_stats"])
-        drawn = features @ p["objective"]["draw"]["kernel"] + p["objective"]["draw"]["bias"]
+        logits, updated = head.apply(variables, features, train=True, mutable=["batch_stats"])
+        reconstructed = features @ p["objective"]["draw"]["kernel"] + p["objective"]["draw"]["bias"]
         error = jnp.square(
-            drawn - jax.image.resize(image, drawn.shape, "linear", antialias=True)
+            reconstructed - jax.image.resize(image, reconstructed.shape, "linear", antialias=True)
         ).mean()
         nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1).mean()
-        own = {"head": new["batch_stats"]} if new else {}
-        return nats + weight * error, (features, {"body": body, "objective": own})
+        head_stats = {"head": updated["batch_stats"]} if updated else {}
+        return nats + weight * error, (features, {"body": body, "objective": head_stats})
 
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=1)
     for number in range(steps):
-        batch = made.source.batch(number)
+        batch = experiment.source.batch(number)
         x = image = spec.task.evaluate(batch.inputs)
         for k, module in enumerate(spec.modules):
             key = rngs.micro_batch(rngs.update(states[k].rng, number), 0)
             (_, (x, stats[k])), gradient = step(
                 params[k], module, stats[k], x, image, batch.context["label"], key
             )
-            updates, kept[k] = optimizer.update(gradient, kept[k], params[k])
+            updates, opt_states[k] = optimizer.update(gradient, opt_states[k], params[k])
             params[k] = optax.apply_updates(params[k], updates)
     return params
 
 
-def trained(steps: int, devices: int = 2, **fields):
-    made = make_experiment(make_settings(config(**fields)), jax.devices()[:devices])
-    *_, last = made.engine.run(made.engine.init(), made.source, steps)
-    return [jax.device_get(module.params) for module in last.snapshot().modules]
-
-
-def furthest(one, other):
-    return max(
-        float(np.max(np.abs(a - b)))
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
-def test_a_reconstruction_is_the_hand_written_loop(engine):
+def test_reconstruction_objective_equals_plain_jax_loop(engine):
     expected = by_hand(3, 0.5)
     assert (
         furthest(trained(3, objective__weight=0.5, engine__name=engine, **IMAGE), expected) < 1e-5
     )
     assert (
         furthest(trained(3, objective__weight=0.4, engine__name=engine, **IMAGE), expected) > 1e-4
-    ), "the image went unnoticed"
+    ), "the weight of the image has no effect"
 
 
-def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire():
+def test_image_is_sent_only_if_an_objective_needs_it_and_counts_as_traffic():
     plain, image = (
         make_experiment(make_settings(config(**fields)), jax.devices()[:1]).spec
         for fields in ({}, IMAGE)
@@ -147,20 +107,20 @@ def test_the_image_travels_only_where_an_objective_asks_and_weighs_on_the_wire()
 @pytest.mark.parametrize(
     "objective", [pytest.param("reconstruction", marks=pytest.mark.full_compile), "lookahead"]
 )
-def test_synchronous_engines_agree_to_the_bit(objective):
+def test_synchronous_engines_agree_bit_for_bit(objective):
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
-    found = {
+    params = {
         name: trained(6, count, objective__name=objective, engine__name=name)
         for name, count in devices.items()
     }
-    assert equal(found["fused"], found["pipeline"])
-    assert equal(found["fused"], found["serial"])
-    assert not equal(found["fused"], trained(6, 1, objective__name="classifier"))
+    assert equal(params["fused"], params["pipeline"])
+    assert equal(params["fused"], params["serial"])
+    assert not equal(params["fused"], trained(6, 1, objective__name="classifier"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
-def test_asynchronous_engines_carry_the_image_through_rings(engine, tmp_path):
+def test_asynchronous_engines_pass_the_image_through_rings(engine, tmp_path):
     summary = train_and_evaluate(
         config(engine__name=engine, replay__rule="newest_half", replay__size=3, **IMAGE), tmp_path
     )
@@ -173,30 +133,33 @@ def test_asynchronous_engines_carry_the_image_through_rings(engine, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused", "pipeline", "simulated", "threads"])
-def test_parts_of_ones_own_run_under_every_engine(engine):
+def test_user_defined_parts_run_under_every_engine(engine):
     replay = (
         {"replay__rule": "newest_half", "replay__size": 2}
         if engine in ("simulated", "threads")
         else {}
     )
-    made = make_experiment(
+    experiment = make_experiment(
         make_settings(
-            config(**OWN | replay | {"engine__name": engine, "objective__name": "lookahead"})
+            config(
+                **PLUGIN_PARTS | replay | {"engine__name": engine, "objective__name": "lookahead"}
+            )
         )
     )
-    *_, last = made.engine.run(made.engine.init(), made.source, 12)
+    *_, last = experiment.engine.run(experiment.engine.init(), experiment.source, 12)
     assert [int(module.updates) for module in last.snapshot().modules] == [12, 12]
-    # Signs: a bit a value and a scale for each image; label and id.
-    _, activations = made.spec.shapes(made.spec.abstract_states())
-    assert made.engine.traffic().wire == (activations.size / activations.shape[0] / 8 + 4 + 8,)
+    # Per image: one bit per value, a scale of 4 bytes, and 8 bytes for label and id.
+    _, activations = experiment.spec.shapes(experiment.spec.abstract_states())
+    bytes_per_image = activations.size / activations.shape[0] / 8 + 4 + 8
+    assert experiment.engine.traffic().wire == (bytes_per_image,)
 
 
 @pytest.mark.slow
-def test_a_run_of_parts_of_ones_own_resumes_exactly_evaluates_and_exports(tmp_path):
+def test_run_with_user_defined_parts_resumes_exactly_evaluates_and_exports(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
-    train_and_evaluate(config(**OWN, **IMAGE), whole)
-    train_and_evaluate(config(**OWN, **IMAGE, train__steps=4), part)
-    train_and_evaluate(config(**OWN, **IMAGE), part)
+    train_and_evaluate(config(**PLUGIN_PARTS, **IMAGE), whole)
+    train_and_evaluate(config(**PLUGIN_PARTS, **IMAGE, train__steps=4), part)
+    train_and_evaluate(config(**PLUGIN_PARTS, **IMAGE), part)
     assert equal(arrays(whole), arrays(part))
     evaluated = evaluate_run(whole)
     exported = load_exported(export_run(whole))
@@ -205,10 +168,10 @@ def test_a_run_of_parts_of_ones_own_resumes_exactly_evaluates_and_exports(tmp_pa
     assert evaluated["step"] == 12
 
 
-# Parts alone
+# Single parts
 
 
-def test_signs_by_hand():
+def test_signs_codec_against_hand_computed_values():
     codec, x = (
         CODECS["signs"].make(options("codec", name="signs"), "float32"),
         jnp.array([[1.0, -2, 3, -4, 5, -6, 7, -8]]),
@@ -219,19 +182,19 @@ def test_signs_by_hand():
     np.testing.assert_allclose(codec.decode((), payload), [[4.5, -4.5] * 4], rtol=1e-6)
 
 
-def test_strided_blocks_and_the_maximum_head_by_hand():
+def test_strided_blocks_and_maximum_head_equal_plain_jax():
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     network = make_network("strided", 4, 5, (8, 8, 3))
     head, x = make_head("maximum", 5), images
     for block, stride in zip(network.blocks, (1, 2, 1, 2), strict=True):
         variables = block.init(jax.random.key(1), x, False)
         kernel, bias = (variables["params"]["Conv_0"][name] for name in ("kernel", "bias"))
-        by_hand = jax.lax.conv_general_dilated(
+        expected = jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        by_hand = jax.nn.gelu(by_hand + bias)
+        expected = jax.nn.gelu(expected + bias)
         x = block.apply(variables, x, False)
-        np.testing.assert_allclose(x, by_hand, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
     assert x.shape == (2, 2, 2, 16)
     variables = head.init(jax.random.key(2), x, False)
     kernel, bias = (variables["params"]["Dense_0"][name] for name in ("kernel", "bias"))
@@ -240,7 +203,7 @@ def test_strided_blocks_and_the_maximum_head_by_hand():
     )
 
 
-def test_stripes_run_along_the_direction_of_their_label():
+def test_stripes_have_the_direction_of_their_label():
     source = make_source(
         options("data", name="stripes", batch_size=8, validation_fraction=0.0), seed=0
     )
@@ -251,9 +214,11 @@ def test_stripes_run_along_the_direction_of_their_label():
     )
     batch = source.batch(0)
     rows, columns = np.mgrid[:8, :8]
-    wave = lambda label: np.exp(
-        2j * (rows * np.sin(np.pi * label / 8) + columns * np.cos(np.pi * label / 8))
-    )
+
+    def wave(label: int) -> np.ndarray:
+        angle = np.pi * label / 8
+        return np.exp(2j * (rows * np.sin(angle) + columns * np.cos(angle)))
+
     strength = np.abs(
         np.einsum(
             "bij,lij->bl",
@@ -264,7 +229,7 @@ def test_stripes_run_along_the_direction_of_their_label():
     assert strength.argmax(1).tolist() == batch.context["label"].tolist()
 
 
-def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
+def test_newest_half_reads_newer_messages_up_to_their_limit_before_older_ones():
     ring = Ring(
         (jax.ShapeDtypeStruct((1,), np.float32), {"id": jax.ShapeDtypeStruct((1,), np.int32)}),
         4,
@@ -279,7 +244,7 @@ def test_newest_half_reads_no_older_packet_while_a_newer_one_may_be_read():
 
 
 @pytest.mark.slow
-def test_a_plan_knows_the_extra_operations():
+def test_plan_counts_the_operations_of_the_copied_block():
     settings = [
         make_settings(config(model__modules=2, **fields))
         for fields in ({}, {"objective__name": "lookahead"})
@@ -289,14 +254,14 @@ def test_a_plan_knows_the_extra_operations():
 
 
 @pytest.mark.slow
-def test_a_split_by_time_measures_an_objective_that_reads_the_image():
+def test_split_by_time_works_with_an_objective_that_reads_the_image():
     settings = make_settings(config(model__split="time", **IMAGE))
     spec = make_experiment(settings, jax.devices()[:1]).spec
     assert spec.modules[0].first == 0
     assert len(spec.modules) == 2
 
 
-def test_all_parts_are_registered():
+def test_all_plugin_parts_are_registered():
     parts = {
         "signs": CODECS,
         "serial": ENGINES,
@@ -309,15 +274,16 @@ def test_all_parts_are_registered():
     assert all(name in list(kinds) for name, kinds in parts.items())
 
 
-def test_a_missing_plugin_is_one_line():
+def test_missing_plugin_is_a_one_line_error():
     with pytest.raises(
         UserError,
-        match=r"^config\.plugins='nowhere\.at_all': no such module; install it, or put its folder on PYTHONPATH$",
+        match=r"^config\.plugins='nowhere\.at_all': no such module; "
+        r"install it, or put its folder on PYTHONPATH$",
     ):
         make_settings({"plugins": ("nowhere.at_all",)})
 
 
-def test_an_option_of_another_type_is_refused():
+def test_conflicting_option_type_and_built_in_name_are_refused():
     from dataclasses import dataclass
 
     from dgl_jax.codecs import CodecKind, register_codec
@@ -330,10 +296,11 @@ def test_an_option_of_another_type_is_refused():
 
     with pytest.raises(
         UserError,
-        match=r"config\.codec\.name='wrong': its option config\.codec\.dims is .*choose another name for it",
+        match=r"config\.codec\.name='wrong': its option config\.codec\.dims has type "
+        r".*; choose another name for the option$",
     ):
         register_codec("wrong", CodecKind(lambda options, dtype: None, Wrong))
     with pytest.raises(
-        UserError, match=r"config\.codec\.name='vq': the package has one of this name"
+        UserError, match=r"config\.codec\.name='vq': dgl_jax already defines this name"
     ):
         register_codec("vq", CodecKind(lambda options, dtype: None))

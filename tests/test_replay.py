@@ -1,4 +1,4 @@
-"""The ring and its rules against a plain NumPy oracle (invariant 7), and what it must never do."""
+"""Replay ring and rules against a plain Python oracle (invariant 7), and safety of the ring."""
 
 import threading
 
@@ -19,8 +19,8 @@ EXAMPLE = (
 )
 
 
-def packet(n: int):
-    """Packet n: every number in it says so."""
+def make_message(n: int):
+    """Returns payload, context and header of message n, filled with values derived from n."""
     return (
         np.full((2, 3), n, np.float32),
         {"label": np.full(2, n, np.int32), "id": np.full(2, 100 + n, np.int32)},
@@ -29,7 +29,7 @@ def packet(n: int):
 
 
 def read(ring: Ring):
-    """(number, age, use) of the packet read, checked for consistency; None where nothing is given."""
+    """Samples a ring, checks the message and returns (number, age, use); None if it has none."""
     sample = ring.sample()
     if sample is None:
         return None
@@ -41,33 +41,36 @@ def read(ring: Ring):
 
 
 class Oracle:
-    """A list of [number, uses], oldest first; the released rule by its slots, as published."""
+    """Reference implementation: a list of [number, uses], oldest first.
+
+    The rule `released` works on slots, as in the published code.
+    """
 
     def __init__(self, size: int, rule: str, max_reuse: int):
         self.size, self.rule, self.max_reuse = size, rule, max_reuse
-        self.packets, self.written = [], 0
+        self.messages, self.written = [], 0
 
     def add(self):
-        self.packets = [*self.packets, [self.written, 0]][-self.size :]
+        self.messages = [*self.messages, [self.written, 0]][-self.size :]
         self.written += 1
 
     def sample(self):
-        shown = (
-            [1 if self.size == 1 else uses + 1 for _, uses in self.packets]
+        released_uses = (
+            [1 if self.size == 1 else uses + 1 for _, uses in self.messages]
             if self.rule == "released"
             else None
         )
-        uses = shown or [uses for _, uses in self.packets]
+        uses = released_uses or [uses for _, uses in self.messages]
         if not uses or (self.max_reuse and min(uses) >= self.max_reuse):
             return None
-        least = [p for p, u in zip(self.packets, uses) if u == min(uses)]
+        least = [m for m, u in zip(self.messages, uses) if u == min(uses)]
         if self.rule == "released":
             pointer = self.written % self.size
             rank = {
                 n % self.size: (n % self.size) - (self.size if n % self.size > pointer else 0)
                 for n, _ in least
             }
-            chosen = max(least, key=lambda p: rank[p[0] % self.size])
+            chosen = max(least, key=lambda m: rank[m[0] % self.size])
         else:
             chosen = least[-1] if self.rule == "least_used_latest" else least[0]
         chosen[1] += 1
@@ -85,22 +88,22 @@ def test_rules_equal_the_oracle_on_any_history(rule, size, max_reuse, history):
     ring, oracle = Ring(EXAMPLE, size, rule, max_reuse), Oracle(size, rule, max_reuse)
     for writes in history:
         if writes:
-            ring.add(*packet(oracle.written))
+            ring.add(*make_message(oracle.written))
             oracle.add()
         else:
             ready = ring.ready()
-            found = read(ring)
-            assert found == oracle.sample()
-            assert ready == (found is not None)
+            result = read(ring)
+            assert result == oracle.sample()
+            assert ready == (result is not None)
 
 
-def test_a_full_ring_by_hand():
+def test_full_ring_against_known_reads_and_statistics():
     ring = Ring(EXAMPLE, 3)
     assert read(ring) is None
-    for n in range(4):  # packet 0 is written over
-        ring.add(*packet(n))
+    for n in range(4):  # overwrites message 0
+        ring.add(*make_message(n))
     assert [read(ring) for _ in range(4)] == [(3, 0, 1), (2, 1, 1), (1, 2, 1), (3, 0, 2)]
-    ring.add(*packet(4))  # over packet 1
+    ring.add(*make_message(4))  # overwrites message 1
     assert read(ring) == (4, 0, 1)
     tally = ring.tally
     assert (tally.written, tally.read, tally.age, tally.oldest, tally.reused, tally.never_used) == (
@@ -114,107 +117,106 @@ def test_a_full_ring_by_hand():
     assert (tally.mean_age(), tally.reuse()) == (3 / 5, 5 / 4)
 
 
-def test_the_released_rule_takes_the_oldest_for_the_newest():
+def test_released_rule_takes_the_oldest_message_for_the_newest():
     rings = {rule: Ring(EXAMPLE, 3, rule) for rule in ("least_used_latest", "released")}
     for ring in rings.values():
         for n in range(3):
-            ring.add(*packet(n))
+            ring.add(*make_message(n))
     assert [read(rings["least_used_latest"])[0] for _ in range(3)] == [2, 1, 0]
     assert [read(rings["released"])[0] for _ in range(3)] == [0, 2, 1]
 
 
-def test_max_reuse_and_the_released_count():
+def test_max_reuse_and_the_count_of_the_released_rule():
     ring = Ring(EXAMPLE, 2, max_reuse=2)
-    ring.add(*packet(0))
+    ring.add(*make_message(0))
     assert [read(ring) for _ in range(3)] == [(0, 0, 1), (0, 0, 2), None]
     assert not ring.ready()
-    ring.add(*packet(1))
+    ring.add(*make_message(1))
     assert read(ring) == (1, 0, 1)
 
     counted_from_one = Ring(EXAMPLE, 2, "released", max_reuse=2)
-    counted_from_one.add(*packet(0))
+    counted_from_one.add(*make_message(0))
     assert [read(counted_from_one) for _ in range(2)] == [(0, 0, 1), None]
     never_counts = Ring(EXAMPLE, 1, "released", max_reuse=2)
-    never_counts.add(*packet(0))
+    never_counts.add(*make_message(0))
     assert [read(never_counts)[2] for _ in range(4)] == [1, 2, 3, 4]
 
 
-def test_uniform_reads_all_alike_and_repeats_itself():
+def test_uniform_rule_is_uniform_and_repeats_with_the_same_seed():
     def draws(ring):
         for n in range(4):
-            ring.add(*packet(n))
+            ring.add(*make_message(n))
         return [read(ring)[0] for _ in range(2000)]
 
-    found = draws(Ring(EXAMPLE, 4, "uniform", seed=3))
-    assert found == draws(Ring(EXAMPLE, 4, "uniform", seed=3))
-    assert found != draws(Ring(EXAMPLE, 4, "uniform", seed=4))
-    np.testing.assert_allclose(np.bincount(found) / 2000, 0.25, atol=0.04)
+    numbers = draws(Ring(EXAMPLE, 4, "uniform", seed=3))
+    assert numbers == draws(Ring(EXAMPLE, 4, "uniform", seed=3))
+    assert numbers != draws(Ring(EXAMPLE, 4, "uniform", seed=4))
+    np.testing.assert_allclose(np.bincount(numbers) / 2000, 0.25, atol=0.04)
 
 
-def test_uniform_keeps_to_max_reuse():
+def test_uniform_rule_respects_max_reuse():
     ring = Ring(EXAMPLE, 4, "uniform", max_reuse=2)
     for n in range(4):
-        ring.add(*packet(n))
+        ring.add(*make_message(n))
     assert sorted(read(ring)[0] for _ in range(8)) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert read(ring) is None
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_snapshot_goes_on_the_same(rule):
+def test_restored_snapshot_continues_identically(rule):
     ring, other = Ring(EXAMPLE, 3, rule, seed=1), Ring(EXAMPLE, 3, rule, seed=1)
     for n in range(5):
-        ring.add(*packet(n))
+        ring.add(*make_message(n))
         read(ring)
     saved = ring.snapshot()
-    ring.add(*packet(5))  # the snapshot does not see it
+    ring.add(*make_message(5))  # must not change the snapshot
     other.restore(saved)
-    other.add(*packet(5))
+    other.add(*make_message(5))
     for n in range(6, 12):
         assert read(ring) == read(other)
-        ring.add(*packet(n))
-        other.add(*packet(n))
+        ring.add(*make_message(n))
+        other.add(*make_message(n))
     assert ring.tally == other.tally
     fresh = Ring(EXAMPLE, 3, rule, seed=1)
-    fresh.add(*packet(5))
+    fresh.add(*make_message(5))
     assert ring.tally != fresh.tally
 
 
 def aligned(shape):
-    """Float32 zeros that begin at a multiple of 64 bytes, where the CPU backend aliases."""
+    """Returns float32 zeros aligned to 64 bytes, which the CPU backend aliases."""
     raw = np.zeros(int(np.prod(shape)) * 4 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + int(np.prod(shape)) * 4].view(np.float32).reshape(shape)
 
 
-def test_what_was_read_is_not_changed_by_what_is_written_later():
+def test_later_writes_do_not_change_a_message_that_was_read():
     example = (jax.ShapeDtypeStruct((16, 16), np.float32), EXAMPLE[1])
 
     def corrupted(copied: bool) -> int:
         ring, wrong = Ring(example, 1), 0
         ring._slots[0] = aligned((1, 16, 16))
         for n in range(20):
-            ring.add(np.full((16, 16), n, np.float32), *packet(n)[1:])
+            ring.add(np.full((16, 16), n, np.float32), *make_message(n)[1:])
             payload = ring.sample().message.payload if copied else ring._slots[0][0]
             array = jax.device_put(payload, jax.devices()[0])
-            ring.add(np.full((16, 16), -1, np.float32), *packet(n)[1:])
+            ring.add(np.full((16, 16), -1, np.float32), *make_message(n)[1:])
             wrong += bool((np.asarray(array) != n).any())
         return wrong
 
     assert corrupted(copied=True) == 0
-    assert (
-        corrupted(copied=False) > 0
-    )  # the twin: without the copy the device reads the later packet
+    # Twin: without the copy the device reads the later message.
+    assert corrupted(copied=False) > 0
 
 
-def test_a_packet_of_another_form_is_refused():
+def test_message_of_another_dtype_or_structure_is_refused():
     ring = Ring(EXAMPLE, 2)
     with pytest.raises((TypeError, ValueError)):
-        ring.add(np.zeros((2, 3), np.float64), *packet(0)[1:])
+        ring.add(np.zeros((2, 3), np.float64), *make_message(0)[1:])
     with pytest.raises((TypeError, ValueError)):
-        ring.add((np.zeros((2, 3), np.float32),) * 2, *packet(0)[1:])
+        ring.add((np.zeros((2, 3), np.float32),) * 2, *make_message(0)[1:])
 
 
-def test_a_payload_of_several_arrays():
+def test_payload_of_several_arrays_is_stored_and_read():
     example = (
         {
             "codes": jax.ShapeDtypeStruct((2, 4), np.uint8),
@@ -226,27 +228,27 @@ def test_a_payload_of_several_arrays():
     for n in range(3):
         ring.add(
             {"codes": np.full((2, 4), n, np.uint8), "scale": np.full(2, n / 2, np.float32)},
-            *packet(n)[1:],
+            *make_message(n)[1:],
         )
     for n in (2, 1):
-        found = ring.sample().message
-        assert found.payload.keys() == {"codes", "scale"}
-        np.testing.assert_array_equal(found.payload["codes"], np.full((2, 4), n))
-        np.testing.assert_array_equal(found.payload["scale"], [n / 2, n / 2])
-        np.testing.assert_array_equal(found.context["id"], [100 + n, 100 + n])
+        message = ring.sample().message
+        assert message.payload.keys() == {"codes", "scale"}
+        np.testing.assert_array_equal(message.payload["codes"], np.full((2, 4), n))
+        np.testing.assert_array_equal(message.payload["scale"], [n / 2, n / 2])
+        np.testing.assert_array_equal(message.context["id"], [100 + n, 100 + n])
     with pytest.raises((TypeError, ValueError)):
-        ring.add(packet(3)[0], *packet(3)[1:])
+        ring.add(make_message(3)[0], *make_message(3)[1:])
     with pytest.raises((TypeError, ValueError)):
-        ring.add({"codes": np.zeros((2, 4), np.uint8)}, *packet(3)[1:])
+        ring.add({"codes": np.zeros((2, 4), np.uint8)}, *make_message(3)[1:])
 
 
-def test_a_snapshot_by_hand():
+def test_snapshot_against_known_values():
     ring = Ring(EXAMPLE, 3)
     for n in range(2):
-        ring.add(*packet(n))
+        ring.add(*make_message(n))
     assert ring.snapshot()["written"].tolist() == [0, 1, 0]
-    for n in range(2, 5):  # slots hold the packets 3, 4, 2
-        ring.add(*packet(n))
+    for n in range(2, 5):  # slots hold messages 3, 4, 2
+        ring.add(*make_message(n))
     assert [read(ring)[0] for _ in range(4)] == [4, 3, 2, 4]
     saved = ring.snapshot()
     assert {name: saved[name].tolist() for name in ("headers", "reads", "written", "tally")} == {
@@ -258,37 +260,35 @@ def test_a_snapshot_by_hand():
     np.testing.assert_array_equal(saved["slots"][0][:, 0, 0], [3, 4, 2])
 
 
-def test_two_threads_never_see_a_half_written_packet():
+def test_concurrent_reads_never_see_a_half_written_message():
     example = (jax.ShapeDtypeStruct((2, 20_000), np.float32), EXAMPLE[1])
-    ring, packets = Ring(example, 2), 300
+    ring, count = Ring(example, 2), 300
 
     def write():
-        for n in range(packets):
-            ring.add(np.full((2, 20_000), n, np.float32), *packet(n)[1:])
+        for n in range(count):
+            ring.add(np.full((2, 20_000), n, np.float32), *make_message(n)[1:])
 
     writer = threading.Thread(target=write)
     with ring.changed:
         writer.start()
         assert ring.changed.wait_for(ring.ready, timeout=30)
     last = -1
-    while last < packets - 1:
-        found = ring.sample()
-        n = found.header.sequence
-        assert (found.message.payload == n).all()
-        assert (found.message.context["id"] == 100 + n).all()
+    while last < count - 1:
+        sample = ring.sample()
+        n = sample.header.sequence
+        assert (sample.message.payload == n).all()
+        assert (sample.message.context["id"] == 100 + n).all()
         last = max(last, n)
     writer.join()
 
 
-def test_memory_is_refused_with_the_size_that_fits():
-    one = 2 * 3 * 4 + 2 * 2 * 4
-    form = RingSpec(EXAMPLE)
-    assert form.nbytes(5) == 5 * one
-    assert Ring(EXAMPLE, 5).nbytes == 5 * one
-    check_memory([form, form], 5, available=10 * one)
-    with pytest.raises(
-        UserError, match=r"config\.replay\.size=6: the rings would take .* 5 would fit"
-    ):
-        check_memory([form, form], 6, available=10 * one + 3)
+def test_rings_larger_than_memory_are_refused_with_a_size_that_fits():
+    message_bytes = 2 * 3 * 4 + 2 * 2 * 4
+    spec = RingSpec(EXAMPLE)
+    assert spec.nbytes(5) == 5 * message_bytes
+    assert Ring(EXAMPLE, 5).nbytes == 5 * message_bytes
+    check_memory([spec, spec], 5, available=10 * message_bytes)
+    with pytest.raises(UserError, match=r"config\.replay\.size=6: the rings need .* 5 would fit"):
+        check_memory([spec, spec], 6, available=10 * message_bytes + 3)
     with pytest.raises(UserError, match="not even 1 would fit"):
-        check_memory([form], 1, available=3)
+        check_memory([spec], 1, available=3)

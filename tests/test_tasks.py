@@ -1,4 +1,4 @@
-"""Tasks: a user's own with a label a token (`examples/plugin/tokens.py`) under all engines, what it counts, and what is refused."""
+"""Tasks: one label per token (`examples/plugin/tokens.py`) under all engines, and refused ones."""
 
 from typing import Any
 
@@ -38,14 +38,14 @@ LENGTH, SYMBOLS = 16, 8
 
 
 def config(**fields: Any) -> Any:
-    """The small run on tokens."""
-    made = default_config(("examples.plugin",))
-    made.update(small_config().to_dict() | {"plugins": made.plugins})
-    made.data.augment, made.data.image_size = "none", 0
+    """Returns the configuration of the small run on tokens, with `fields` set."""
+    token_config = default_config(("examples.plugin",))
+    token_config.update(small_config().to_dict() | {"plugins": token_config.plugins})
+    token_config.data.augment, token_config.data.image_size = "none", 0
     for name, value in (TOKENS | {"model__width": 16} | fields).items():
         group, _, leaf = name.partition("__")
-        setattr(made[group], leaf, value)
-    return made
+        setattr(token_config[group], leaf, value)
+    return token_config
 
 
 def experiment(devices: int = 1, **fields: Any):
@@ -53,8 +53,8 @@ def experiment(devices: int = 1, **fields: Any):
 
 
 def trained(steps: int, devices: int = 2, **fields: Any):
-    made = experiment(devices, **fields)
-    *_, last = made.engine.run(made.engine.init(), made.source, steps)
+    built = experiment(devices, **fields)
+    *_, last = built.engine.run(built.engine.init(), built.source, steps)
     return [jax.device_get(module.params) for module in last.snapshot().modules]
 
 
@@ -69,12 +69,12 @@ def furthest(one, other):
 
 
 def by_hand(steps: int, hidden: float, shift: int = 0):
-    """Two modules on tokens in plain JAX; `shift` moves the labels, as a mistake would."""
-    made = experiment(task__hidden=hidden)
-    params = [state.params for state in made.spec.init()]
+    """Trains two modules on tokens in plain JAX; a `shift` of the labels simulates a bug."""
+    built = experiment(task__hidden=hidden)
+    params = [state.params for state in built.spec.init()]
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9))
-    kept = [optimizer.init(p) for p in params]
-    data, order = made.source._stored["train"], made.source._order
+    opt_states = [optimizer.init(p) for p in params]
+    data, order = built.source._stored["train"], built.source._order
 
     def features_of(p, blocks, x):
         for number, block in blocks:
@@ -92,26 +92,24 @@ def by_hand(steps: int, hidden: float, shift: int = 0):
     for number in range(steps):
         ids = order.training(number)
         label = np.roll(data.labels[ids], shift, axis=1)
-        unseen = jax.random.bernoulli(
+        is_hidden = jax.random.bernoulli(
             rngs.augmentation(rngs.root(0), number), hidden, (len(ids), LENGTH)
         )
-        x = jnp.where(unseen, SYMBOLS, data.inputs[ids])
-        for k, module in enumerate(made.spec.modules):
+        x = jnp.where(is_hidden, SYMBOLS, data.inputs[ids])
+        for k, module in enumerate(built.spec.modules):
             blocks = tuple(enumerate(module.blocks, module.first))
             (_, x), gradient = step(params[k], blocks, x, label)
-            updates, kept[k] = optimizer.update(gradient, kept[k], params[k])
+            updates, opt_states[k] = optimizer.update(gradient, opt_states[k], params[k])
             params[k] = optax.apply_updates(params[k], updates)
     return params
 
 
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
-def test_labels_a_token_are_the_hand_written_loop(engine):
-    found = trained(3, task__hidden=0.25, engine__name=engine)
-    assert furthest(found, by_hand(3, 0.25)) < 1e-5
-    assert furthest(found, by_hand(3, 0.25, shift=1)) > 1e-4, (
-        "labels of other tokens went unnoticed"
-    )
-    assert furthest(found, by_hand(3, 0.0)) > 1e-4, "what hides tokens went unnoticed"
+def test_token_labels_equal_plain_jax_loop(engine):
+    params = trained(3, task__hidden=0.25, engine__name=engine)
+    assert furthest(params, by_hand(3, 0.25)) < 1e-5
+    assert furthest(params, by_hand(3, 0.25, shift=1)) > 1e-4, "shifted labels have no effect"
+    assert furthest(params, by_hand(3, 0.0)) > 1e-4, "hiding tokens has no effect"
 
 
 @pytest.mark.slow
@@ -119,7 +117,7 @@ def test_labels_a_token_are_the_hand_written_loop(engine):
 @pytest.mark.parametrize(
     "fields", [{}, {"model__remat": True, "train__accumulate": 2}, {"codec__name": "bf16"}]
 )
-def test_synchronous_engines_agree_to_the_bit(fields):
+def test_synchronous_engines_agree_bit_for_bit(fields):
     one, other = (
         trained(4, count, engine__name=name, **fields)
         for name, count in (("fused", 1), ("pipeline", 2))
@@ -129,14 +127,14 @@ def test_synchronous_engines_agree_to_the_bit(fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
-def test_asynchronous_engines_carry_rows_of_labels_through_rings(engine, tmp_path):
+def test_asynchronous_engines_pass_token_labels_through_rings(engine, tmp_path):
     summary = train_and_evaluate(config(engine__name=engine, replay__size=3), tmp_path)
     assert [module["updates"] for module in summary.modules] == [12, 12]
     assert all(0 <= module["test_accuracy"] <= 1 for module in summary.modules)
 
 
 @pytest.mark.slow
-def test_the_second_module_learns_what_the_first_cannot_see(tmp_path):
+def test_second_module_learns_sums_outside_the_receptive_field_of_the_first(tmp_path):
     fields = {
         "train__steps": 600,
         "data__batch_size": 64,
@@ -164,7 +162,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_whole_run(run, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
     fields = {"task__hidden": 0.1, "data__validation_fraction": 0.1, "codec__name": "bf16"}
     train_and_evaluate(config(**fields, train__steps=4), tmp_path)
     train_and_evaluate(config(**fields), tmp_path)
@@ -175,39 +173,39 @@ def test_a_resumed_run_is_the_whole_run(run, tmp_path):
         train_and_evaluate(config(**fields | {"task__hidden": 0.2}), tmp_path)
 
 
-def test_accuracies_are_over_tokens_as_counted_in_numpy(run):
-    """500 sequences in batches of 8: the last batch is padded."""
+def test_accuracies_count_tokens_and_equal_numpy(run):
+    """Checks accuracies on 500 sequences in batches of 8, so that the last batch is padded."""
     workdir, summary = run
     network = load_exported(export_run(workdir))
     source = make_experiment(make_settings(config()), jax.devices()[:1]).source
     stored = source._stored["test"]
     logits = network.logits(stored.inputs)
     assert [answer.shape for answer in logits] == [(500, LENGTH, SYMBOLS)] * 2
-    right = [np.asarray(answer).argmax(-1) == stored.labels for answer in logits]
-    found = evaluate_run(workdir)
-    for k, of_module in enumerate(right):
-        assert found[f"test/module_{k}/accuracy"] == pytest.approx(
-            of_module.sum() / (500 * LENGTH), abs=1e-9
+    correct = [np.asarray(answer).argmax(-1) == stored.labels for answer in logits]
+    metrics = evaluate_run(workdir)
+    for k, module_correct in enumerate(correct):
+        assert metrics[f"test/module_{k}/accuracy"] == pytest.approx(
+            module_correct.sum() / (500 * LENGTH), abs=1e-9
         )
-        odds = np.asarray(jax.nn.log_softmax(logits[k]), np.float64)
-        nats = -np.take_along_axis(odds, stored.labels[..., None], -1).mean()
-        assert found[f"test/module_{k}/loss"] == pytest.approx(nats, rel=1e-5)
-        assert of_module.all(1).mean() < found[f"test/module_{k}/accuracy"], (
-            "whole sequences were counted"
+        log_odds = np.asarray(jax.nn.log_softmax(logits[k]), np.float64)
+        nats = -np.take_along_axis(log_odds, stored.labels[..., None], -1).mean()
+        assert metrics[f"test/module_{k}/loss"] == pytest.approx(nats, rel=1e-5)
+        assert module_correct.all(1).mean() < metrics[f"test/module_{k}/accuracy"], (
+            "accuracy counts whole sequences instead of tokens"
         )
     odds = [np.asarray(jax.nn.softmax(answer), np.float64) for answer in logits]
     expected = ((odds[0] + 2 * odds[1]).argmax(-1) == stored.labels).mean()
-    assert found["test/ensemble/accuracy"] == pytest.approx(expected, abs=2 / (500 * LENGTH))
-    assert found["test/ensemble/accuracy"] == pytest.approx(summary.ensemble_accuracy)
-    assert "test/ensemble/loss" not in found
+    assert metrics["test/ensemble/accuracy"] == pytest.approx(expected, abs=2 / (500 * LENGTH))
+    assert metrics["test/ensemble/accuracy"] == pytest.approx(summary.ensemble_accuracy)
+    assert "test/ensemble/loss" not in metrics
     assert [record for record in records(workdir) if "validation/module_1/accuracy" in record]
 
 
-def test_a_run_on_tokens_is_drawn(run):
+def test_plots_of_a_token_run_are_drawn(run):
     assert {path.name for path in plot(run[0])} >= {"accuracy.png", "loss.png"}
 
 
-def test_predict_reads_images_alone(run):
+def test_predict_refuses_tasks_other_than_images(run):
     with pytest.raises(
         UserError,
         match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export gives",
@@ -215,7 +213,7 @@ def test_predict_reads_images_alone(run):
         predict_run(run[0], "newest", ["nowhere"], None)
 
 
-def test_what_travels_is_counted_with_a_label_a_token():
+def test_traffic_counts_one_label_per_token():
     spec = experiment().spec
     assert spec.inputs() == jax.ShapeDtypeStruct((8, LENGTH), np.int32)
     assert spec.context(1)["label"].shape == (8, LENGTH)
@@ -225,27 +223,28 @@ def test_what_travels_is_counted_with_a_label_a_token():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["flops", "time"])
-def test_tokens_are_cut_by_cost(split):
+def test_token_network_is_split_by_cost(split):
     assert experiment(model__split=split).spec.modules[0].first == 0
 
 
 # Metrics and padding
 
 
-def test_what_is_padding_does_not_count():
+def test_padding_does_not_count_in_metrics():
     task = Task(jax.ShapeDtypeStruct((3,), np.int32), (3,))
     answer = np.float32(
         [[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]]]
     )
     label = np.int32([[0, 0, PADDING], [PADDING] * 3])
-    found = {
+    measured = {
         name: (float(total), int(count))
         for name, (total, count) in task.metrics(answer, label).items()
     }
-    assert found["accuracy"] == (1.0, 2)
-    assert found["loss"] == (pytest.approx(-np.log(0.9) - np.log(0.2)), 2)
-    counted = task.metrics(answer, np.where(label == PADDING, 0, label))
-    assert (float(counted["accuracy"][0]), int(counted["accuracy"][1])) == (4.0, 6)
+    assert measured["accuracy"] == (1.0, 2)
+    assert measured["loss"] == (pytest.approx(-np.log(0.9) - np.log(0.2)), 2)
+    without_padding = task.metrics(answer, np.where(label == PADDING, 0, label))
+    correct, count = without_padding["accuracy"]
+    assert (float(correct), int(count)) == (4.0, 6)
 
 
 def sequences(train: int = 24, test: int = 5) -> DataSet:
@@ -256,7 +255,7 @@ def sequences(train: int = 24, test: int = 5) -> DataSet:
     return DataSet("sequences", ("a", "b", "c"), numbered(train), numbered(test))
 
 
-def test_rows_of_labels_go_through_batches_shapes_and_padding():
+def test_source_handles_rows_of_labels_in_batches_and_padding():
     source = ArraySource(
         sequences(), batch_size=4, seed=0, validation_fraction=0.25, train_examples=12
     )
@@ -274,7 +273,7 @@ def test_rows_of_labels_go_through_batches_shapes_and_padding():
     assert last.context["id"].tolist() == [4, PADDING, PADDING, PADDING]
 
 
-def test_examples_of_several_labels_are_held_out_by_a_plain_draw():
+def test_validation_split_with_several_labels_per_example_is_not_stratified():
     rows = np.zeros((20, 4), np.int32)
     chosen = [stratified(rows, 5, np.random.Philox(seed)).tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
@@ -284,7 +283,7 @@ def test_examples_of_several_labels_are_held_out_by_a_plain_draw():
     assert chosen[0] == sorted(order[:5].tolist())
 
 
-def test_draws_of_a_task_are_of_the_seed_and_the_step():
+def test_random_draws_of_a_task_depend_on_seed_and_step():
     task = TASKS["token_labels"].make(make_settings(config(task__hidden=0.5)).task, task_inputs())
     tokens = np.zeros((64, LENGTH), np.int32)
     one, again, later = (np.asarray(task.train(augment_key(0, step), tokens)) for step in (3, 3, 4))
@@ -297,11 +296,11 @@ def test_draws_of_a_task_are_of_the_seed_and_the_step():
 def task_inputs() -> TaskInputs:
     example = jax.ShapeDtypeStruct((LENGTH,), np.int32)
     return TaskInputs(
-        name="some", example=example, label=(LENGTH,), classes=8, mean=(), std=(), augment="none"
+        name="tokens", example=example, label=(LENGTH,), classes=8, mean=(), std=(), augment="none"
     )
 
 
-# What does not fit
+# Combinations that are refused
 
 
 @pytest.mark.parametrize(
@@ -309,21 +308,24 @@ def task_inputs() -> TaskInputs:
     [
         (
             {"task__name": "image_classification"},
-            r"^config\.task\.name=image_classification: works on uint8 images \(height, width, channels\) with one label each, and "
-            r"config\.data\.name=token_sums holds int32 examples of shape \(16,\) with labels of shape \(16,\)$",
+            r"^config\.task\.name=image_classification: needs uint8 images "
+            r"\(height, width, channels\) with one label each, but config\.data\.name=token_sums "
+            r"has int32 examples of shape \(16,\) with labels of shape \(16,\)$",
         ),
         (
             {"data__name": "digits"},
-            r"^config\.task\.name=token_labels: works on tokens \(T,\) with a label each, and "
-            r"config\.data\.name=digits holds uint8 examples of shape \(8, 8, 1\) with labels of shape \(\)$",
+            r"^config\.task\.name=token_labels: needs tokens \(T,\) with one label each, but "
+            r"config\.data\.name=digits has uint8 examples of shape \(8, 8, 1\) "
+            r"with labels of shape \(\)$",
         ),
         (
             {"model__name": "cnn4"},
-            r"^config\.model\.name='cnn4': reads images \(height, .*\), not examples of shape \(16,\)",
+            r"^config\.model\.name='cnn4': reads images \(height, .*\), "
+            r"not examples of shape \(16,\)",
         ),
         (
             {"model__head": "linear"},
-            r"^config\.model\.head: gives logits of shape \(8, 8\) for labels of shape \(8, 16\)",
+            r"^config\.model\.head: returns logits of shape \(8, 8\) for labels of shape \(8, 16\)",
         ),
         (
             {"task__name": "token_label"},
@@ -331,12 +333,12 @@ def task_inputs() -> TaskInputs:
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(fields, message):
+def test_mismatched_parts_are_a_one_line_error(fields, message):
     with pytest.raises(UserError, match=message):
         experiment(**fields).spec.abstract_states()
 
 
-def test_options_of_images_do_not_apply_to_tokens():
+def test_image_options_do_not_apply_to_tokens():
     with pytest.raises(
         UserError,
         match=r"^config\.data\.augment='crop_flip': applies to config\.task\.name=image_class",
@@ -352,7 +354,7 @@ def test_options_of_images_do_not_apply_to_tokens():
         )
 
 
-def test_only_images_are_known_before_they_are_read():
+def test_only_image_data_sets_have_shapes_known_before_loading():
     with pytest.raises(
         UserError,
         match=r"^config\.data\.name=token_sums: .* known once it is read; plan with images of",
@@ -360,12 +362,12 @@ def test_only_images_are_known_before_they_are_read():
         known_info(make_settings(config()).data)
 
 
-def test_a_head_must_answer_each_label():
-    with pytest.raises(UserError, match=r"a row of logits for each label"):
+def test_head_must_return_logits_for_each_label():
+    with pytest.raises(UserError, match=r"one row of logits for each label"):
         cross_entropy(jnp.zeros((4, 3)), jnp.zeros((4, 2), jnp.int32))
 
 
-def test_the_usual_task_is_image_classification():
+def test_default_task_is_image_classification():
     settings = make_settings(small_config())
     assert settings.task.name == "image_classification"
     task = make_experiment(settings, jax.devices()[:1]).spec.task

@@ -1,4 +1,4 @@
-"""The checks for users' own parts: the package's parts and those of `examples/plugin` pass, and broken ones do not."""
+"""Checks of `dgl_jax.testing`: built-in and `examples/plugin` parts pass, broken parts fail."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,13 +21,13 @@ CODEC_OPTIONS = {"int8": {"dims": 8}, "vq": {"dims": 8, "codes": 16}}
 @pytest.mark.parametrize(
     "name", ["identity", "bf16", "int8", pytest.param("vq", marks=pytest.mark.slow), "signs"]
 )
-def test_codecs(name):
+def test_codecs_pass_their_check(name):
     testing.check_codec(name, options("codec", name=name, **CODEC_OPTIONS.get(name, {})))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["classifier", "reconstruction", "lookahead", "mirror"])
-def test_objectives(name):
+def test_objectives_pass_their_check(name):
     testing.check_objective(objective={"name": name})
 
 
@@ -37,13 +37,13 @@ def test_objectives(name):
     ("name", "devices", "replay"),
     [("fused", 1, {}), ("pipeline", 2, {}), ("simulated", 1, {"size": 2}), ("serial", 1, {})],
 )
-def test_engines(name, devices, replay):
+def test_engines_pass_their_check(name, devices, replay):
     testing.check_engine(name, devices, replay=replay)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dgl", "backprop"])
-def test_methods(name):
+def test_methods_pass_their_check(name):
     testing.check_method(name)
 
 
@@ -61,22 +61,22 @@ class Rounded(Stateless):
         return payload.astype(jnp.float32)
 
 
-def test_a_codec_that_calls_itself_lossless_is_noticed(monkeypatch):
+def test_twin_lossy_codec_declared_lossless_fails_the_check(monkeypatch):
     monkeypatch.setitem(
         CODECS._kinds, "rounded", CodecKind(lambda options, dtype: Rounded(), lossless=True)
     )
-    with pytest.raises(AssertionError, match="calls itself lossless"):
+    with pytest.raises(AssertionError, match="declares itself lossless"):
         testing.check_codec("rounded", options("codec", name="rounded"))
 
 
 class Blind(Classifier):
-    """Never looks at the features."""
+    """Classifier that ignores its features."""
 
     def __call__(self, features, context, published, train):
         return super().__call__(0.0 * features, context, published, train)
 
 
-def test_an_objective_without_a_gradient_is_noticed(monkeypatch):
+def test_twin_objective_without_gradient_fails_the_check(monkeypatch):
     monkeypatch.setitem(
         OBJECTIVES._kinds, "blind", ObjectiveKind(lambda options, inputs: Blind(inputs.head))
     )
@@ -85,17 +85,17 @@ def test_an_objective_without_a_gradient_is_noticed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_engine_that_skips_a_batch_is_noticed(monkeypatch):
+def test_twin_engine_that_skips_a_batch_fails_the_check(monkeypatch):
     class Skipping(fused.FusedEngine):
         def run(self, state, source, until, stop=lambda: False):
-            later = type(
-                "Later", (), {"batches": staticmethod(lambda start: source.batches(start + 1))}
+            shifted = type(
+                "Shifted", (), {"batches": staticmethod(lambda start: source.batches(start + 1))}
             )
-            yield from super().run(state, later, until, stop)
+            yield from super().run(state, shifted, until, stop)
 
     def make(inputs, options):
         return Skipping(inputs.spec, fused.one_group(inputs.devices[:1], 2))
 
     monkeypatch.setitem(ENGINES._kinds, "skipping", EngineKind(make, family="synchronous"))
-    with pytest.raises(AssertionError, match="gives other numbers"):
+    with pytest.raises(AssertionError, match="results differ"):
         testing.check_engine("skipping")

@@ -1,4 +1,4 @@
-"""Training rules: what one turn of a module computes, and what travels between modules."""
+"""Training methods: the program of each turn, the schedule, and the messages between modules."""
 
 from dgl_jax.methods import backprop, dgl
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed

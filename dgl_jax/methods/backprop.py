@@ -1,7 +1,8 @@
-"""Back-propagation through the whole network: the row that every table needs.
+"""Backpropagation through the whole network, the baseline for every comparison.
 
-Same blocks, data, optimizer and loop as the decoupled engines; one loss, at the last module's head, whose gradient goes down
-through all modules. The heads of the other modules do not exist.
+Blocks, data, optimizer and training loop are the same as for decoupled training, but there is only
+one loss, at the head of the last module, and its gradient flows down through all modules. The other
+modules have no heads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from dgl_jax.types import Batch
 
 @dataclass(frozen=True)
 class Backprop:
-    """Back-propagation: one loss for all modules, whose gradient goes through all of them at once."""
+    """Backpropagation of a single loss through all modules in one program."""
 
     sends: ClassVar[bool] = False
 
@@ -33,11 +34,11 @@ class Backprop:
         stop: Callable[[], bool] = never,
         overlap: bool = False,
     ) -> Iterator[Tick]:
-        """Yields a batch a tick."""
+        """Yields one batch per tick."""
         return schedule.aligned(counts, until, stop, overlap=False)
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """Returns one update of all modules on the last one's loss."""
+        """Returns the function that updates all modules on the loss of the last one."""
         modules = spec.modules
 
         def loss_function(params, batch_stats, inputs, context, keys):
@@ -60,8 +61,8 @@ class Backprop:
             keys = [rngs.update(state.rng, state.updates) for state in states]
             ports = Ports(spec, 0)
             inputs, _ = ports.receive(batch)
-            context = ports.whole(inputs, batch.context)
-            gradients, stats, _, of_last = mean_gradient(
+            context = ports.full_context(inputs, batch.context)
+            gradients, stats, _, last_metrics = mean_gradient(
                 loss_function, params, stats, inputs, context, keys, spec.accumulate
             )
             new = [
@@ -71,13 +72,13 @@ class Backprop:
             if spec.ema:
                 new = [ema.advance(state, spec.ema) for state in new]
             metrics: list[Metrics] = [{} for _ in modules]
-            metrics[-1] = of_last
+            metrics[-1] = last_metrics
             return tuple(new), tuple(metrics)
 
         return step
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
-        """Returns nothing: no message waits."""
+        """Returns an empty dict, because no message waits between ticks."""
         return {}
 
 

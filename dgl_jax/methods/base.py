@@ -1,4 +1,4 @@
-"""What training rules share: the way of a batch through a module, the programs of turns, and how they make up a step."""
+"""Shared parts of training methods: module inputs and outputs, turn programs, whole steps."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,38 +15,41 @@ from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import augment_key
 from dgl_jax.types import Batch, Context, Inbox, Message, Outbox
 
-# (state, what came in, the context of its examples) -> (state, what goes out, metrics)
+# (state, inbox, context of the examples in the inbox) -> (new state, outbox, metrics)
 Program = Callable[[ModuleState, Inbox, Context], tuple[ModuleState, Outbox, Metrics]]
 
 
 States = tuple[ModuleState, ...]
 
-# (states of all modules, batch, or None if no turn reads one) -> (states, metrics of each turn)
+# (states of all modules, batch or None if no turn reads one) -> (new states, metrics per turn)
 TrainStep = Callable[[States, Batch | None], tuple[States, tuple[Metrics, ...]]]
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where batches enter module k and leave it: receive, apply the module, hand on.
+    """Input and output of module k: decode a message, encode the next one.
 
-    Training, feeding, evaluation and export all go this way, so a network answers as it was trained.
+    Training, feeding by finished modules, evaluation and export all use this class, so that a
+    network is evaluated on the same inputs as it was trained on.
     """
 
     spec: TrainSpec
     k: int
 
     def receive(self, incoming: Batch | Message | jax.Array | None) -> tuple[jax.Array, Metrics]:
-        """Makes the module's inputs of what comes in.
+        """Converts a batch or a message to the module's inputs.
 
         Args:
-          incoming: a Batch to learn from, which is augmented; stored inputs to answer about; or what the module below handed on.
+          incoming: a Batch to train on, which is augmented; stored inputs to evaluate; or the
+            message from the module below.
 
         Returns:
-          The inputs; and, if the newest codebook decodes, `codec_drift`: how far they are from what was sent.
+          The inputs, and the metric `codec_drift` if the newest codebook decodes them: their
+          relative distance from the values that the sender encoded.
         """
-        assert incoming is not None, "a turn that reads what comes from below was given nothing"
+        assert incoming is not None, "a turn that reads from below got no input"
         if isinstance(incoming, Batch):
-            return entrance(self.spec, incoming), {}
+            return training_inputs(self.spec, incoming), {}
         if not isinstance(incoming, Message):
             return self.spec.task.evaluate(incoming), {}
         inputs = self.spec.codec.decode(incoming.codebook, incoming.payload)
@@ -55,23 +58,27 @@ class Ports:
         drifted = self.spec.codec.decode(incoming.newest, incoming.payload)
         return drifted, {"codec_drift": relative_error(inputs, drifted)}
 
-    def whole(self, inputs: jax.Array, context: Context, answering: bool = False) -> Context:
-        """Returns the context with what the module adds: the first one the image, as the network sees it, if somebody reads it.
+    def full_context(self, inputs: jax.Array, context: Context, answering: bool = False) -> Context:
+        """Returns the context together with the arrays that this module adds to it.
+
+        Only the first module adds one: `image`, its preprocessed inputs, if any module needs it.
 
         Args:
-          answering: of an evaluation, in which objectives read nothing.
+          answering: True in evaluation, where objectives read no context.
         """
         return context | self._added(inputs, self.spec.needs(0, answering))
 
-    def hand_on(
+    def emit(
         self, outputs: jax.Array, codebook: Any, inputs: jax.Array, answering: Context | None = None
     ) -> Message:
-        """Encodes the module's outputs for the next one.
+        """Encodes the module's outputs as the message to the next module.
 
         Args:
-          codebook: of the codec; `()` if it has none.
-          inputs: the module's, of which the context may need something above.
-          answering: in an evaluation, the whole context of this module.
+          outputs: activations of the module.
+          codebook: codebook of the codec; `()` if it has none.
+          inputs: inputs of the module, which modules above may need as context.
+          answering: in evaluation the full context of this module; None in training, where the
+            caller carries the received context forward and the message holds only additions.
         """
         if answering is None:
             added = self._added(inputs, self.spec.needs(1))
@@ -92,36 +99,44 @@ def evaluate(
     published: Mapping[str, Any],
     incoming: Message | jax.Array,
 ) -> tuple[Message | None, jax.Array | None]:
-    """Evaluates module k.
+    """Evaluates module k on one batch.
 
     Args:
-      codebook: the published one of this module; `()` if the codec has none.
-      published: what the module's objective reads of others; {} if nothing.
-      incoming: stored inputs for the first module, else what the module below handed on.
+      spec: description of the run.
+      k: index of the module.
+      params: parameters of the module.
+      batch_stats: running statistics of batch norm.
+      codebook: published codebook of this module; `()` if the codec has none.
+      published: publications that the module's objective reads; {} if none.
+      incoming: stored inputs for the first module, otherwise the message from the module below.
 
     Returns:
-      What goes to the next module (None from the last), and what this one answers (None without an answer).
+      The message to the next module (None from the last one), and the predictions of this module
+      (None if it makes none).
     """
     ports = Ports(spec, k)
     inputs, _ = ports.receive(incoming)
     carried: Context = dict(incoming.context or {}) if isinstance(incoming, Message) else {}
-    context = ports.whole(inputs, carried, answering=True)
+    context = ports.full_context(inputs, carried, answering=True)
     outputs, answer = eval_step(spec.modules[k], params, batch_stats, inputs, context, published)
-    return None if k == len(spec.modules) - 1 else ports.hand_on(
+    return None if k == len(spec.modules) - 1 else ports.emit(
         outputs, codebook, inputs, context
     ), answer
 
 
-def entrance(spec: TrainSpec, batch: Batch) -> jax.Array:
-    """Makes network inputs of a stored batch: the augmentation of step n is drawn from the seed and n alone."""
+def training_inputs(spec: TrainSpec, batch: Batch) -> jax.Array:
+    """Converts a stored batch to augmented network inputs.
+
+    The augmentation of step n is drawn from the seed and n alone.
+    """
     return spec.task.train(augment_key(spec.seed, batch.step), batch.inputs)
 
 
 class Method(Protocol):
-    """A training rule, as pure functions of a `TrainSpec`; a frozen dataclass.
+    """Training rule as pure functions of a `TrainSpec`; implementations are frozen dataclasses.
 
     Attributes:
-      sends: messages travel between modules.
+      sends: True if messages travel between modules.
     """
 
     sends: bool
@@ -134,43 +149,55 @@ class Method(Protocol):
         stop: Callable[[], bool] = never,
         overlap: bool = False,
     ) -> Iterator[Tick]:
-        """Yields the ticks after which every module has `until` updates; ends early once `stop()`, after at least one update each.
+        """Yields the ticks that bring every module to `until` updates.
+
+        Ends early once `stop()` returns True; a method with delayed updates does so only after
+        every module has made at least one update.
 
         Args:
-          counts: updates that the modules have now.
-          total: updates that every module will have at the end of training: those that run ahead stop there.
-          overlap: modules have devices of their own and work at once.
+          counts: current number of updates per module.
+          until: updates per module at which the schedule ends.
+          total: updates per module at the end of training; modules that run ahead stop there.
+          stop: polled between ticks; the schedule ends early once it returns True.
+          overlap: True if modules have separate devices and work at the same time.
         """
 
     def ports(self, spec: TrainSpec, k: int, kind: str) -> tuple[Inbox, Outbox]:
-        """Returns what a turn reads and sends: None for what it does not, any other value for what it does."""
+        """Returns the ports that a turn of module k reads from and sends to.
+
+        A port that the turn uses holds any value other than None.
+        """
 
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
-        """Returns what a turn of module k does, for `jax.jit` (donate the state)."""
+        """Returns the program of a turn of module k, ready for `jax.jit` (donate the state)."""
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """Returns the turns (module, kind) of a tick as one function; usually `composed`."""
+        """Returns one function for all turns (module, kind) of a tick; usually `composed`."""
 
     def feed(
         self, spec: TrainSpec, k: int, train: bool
     ) -> Callable[[ModuleState, Any, Context], Message]:
-        """Returns what a module that is done does in asynchronous engines: it hands on, and updates nothing."""
+        """Returns the forward-only program of a finished module in asynchronous engines.
+
+        It encodes the message to the next module and updates nothing.
+        """
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
-        """Returns what the method keeps with the fresh state of module k, by name; checkpoints hold it.
+        """Returns the method's additions to the initial state of module k, by name.
 
-        Messages that wait between ticks are kept under `above` and `below`, by where they come from: a tuple, the oldest first. A
-        turn reads the oldest; a new one comes in behind, and the oldest goes.
+        They are part of every checkpoint. Messages that wait between ticks are stored under the
+        port they arrive at, `above` or `below`, as a tuple with the oldest first. A turn reads the
+        oldest message; a new message is appended and the oldest is dropped.
         """
 
 
 @dataclass(frozen=True)
 class MethodKind(Kind):
-    """A training rule: `make(options)` returns a `Method`.
+    """Registry entry of a training method: `make(options)` returns a `Method`.
 
     Attributes:
-      local: every module carries an objective of its own; else the last one's is the only one.
-      engines: names of the engines that run it; None: all.
+      local: True if every module has an objective; otherwise only the last one does.
+      engines: names of the engines that support the method; None for all.
     """
 
     local: bool = True
@@ -178,47 +205,49 @@ class MethodKind(Kind):
 
 
 def steps_alone(spec: TrainSpec) -> bool:
-    """Returns whether every module's turns are updates on what comes from below, so that a module can be run by itself."""
+    """Returns True if every turn is an update on input from below, so a module can run alone."""
     first = next(spec.method.schedule([0] * len(spec.modules), 1, 1))
     return spec.method.sends and all(turn.kind == "step" for turn in first)
 
 
-# Messages that wait at a module, by where they come from; see `Method.extras`.
+# Messages that wait at a module, by the port they arrived at; see `Method.extras`.
 Mail = dict[str, tuple[Any, ...]]
 
 
 def opened(state: ModuleState) -> tuple[ModuleState, Mail]:
-    """Parts a state from the messages that wait in it."""
+    """Splits a state into the state without waiting messages and those messages."""
     mail = {port: state.extras[port] for port in Inbox._fields if port in state.extras}
     rest = {name: value for name, value in state.extras.items() if name not in mail}
     return replace(state, extras=rest) if mail else state, mail
 
 
 def closed(state: ModuleState, mail: Mail) -> ModuleState:
-    """Returns the state with its messages: undoes `opened`."""
+    """Returns the state with its waiting messages put back; the inverse of `opened`."""
     return replace(state, extras=state.extras | mail) if mail else state
 
 
 def delivered(mail: Mail, port: str, message: Any) -> Mail:
-    """Returns the mail with a new message in place of the oldest from there."""
+    """Appends a message to a port's queue and drops the oldest one there."""
     return mail | {port: (*mail[port][1:], message)}
 
 
 def oldest(mail: Mail) -> Message | None:
-    """Returns what a turn reads of the messages from above."""
+    """Returns the oldest message from above, which the next turn reads; None without a queue."""
     return mail["above"][0] if "above" in mail else None
 
 
 class Post:
-    """Carries what the turns of synchronous modules send to the turns that read it, inside a jit or outside.
+    """Delivers messages between the turns of synchronous modules, inside a jit or outside.
 
     Args:
-      states: of all modules, with the messages that wait in them.
-      move: `move(k, number, message, context)` returns a message and its context on the devices of module k, which reads them;
-        what comes from above has no context (None). By default nothing has to move.
+      spec: description of the run.
+      states: states of all modules, including their waiting messages.
+      move: `move(k, number, message, context)` returns the message and its context on the devices
+        of module k, which reads them. A message from above has no context (None). By default
+        nothing is moved.
 
     Attributes:
-      states: of the modules, without messages.
+      states: states of the modules without waiting messages.
     """
 
     def __init__(
@@ -233,12 +262,15 @@ class Post:
         )
         self.states, self._mails = map(list, zip(*map(opened, states), strict=True))
         self._below: dict[int, tuple[Message, Context]] = {}
-        self._reads: dict[tuple[int, str], Inbox] = {}  # of the turns so far
+        self._reads: dict[tuple[int, str], Inbox] = {}  # cache: ports read, by (module, kind)
 
     def read(
         self, k: int, number: int, kind: str, batch: Callable[[int], Batch]
     ) -> tuple[Inbox, Context]:
-        """Returns what a turn of module k on batch `number` reads; asks for that batch if it reads one."""
+        """Returns the inbox and context for a turn of module k on batch `number`.
+
+        Calls `batch(number)` only if the turn takes its input from the source.
+        """
         if (reads := self._reads.get((k, kind))) is None:
             reads, _ = self._spec.method.ports(self._spec, k, kind)
             self._reads[k, kind] = reads
@@ -253,39 +285,44 @@ class Post:
         return Inbox(message, above), context
 
     def send(self, k: int, number: int, context: Context, sent: Outbox) -> None:
-        """Takes what a turn of module k on batch `number` sends; `context` is what it has read."""
+        """Delivers the outbox of a turn of module k on batch `number`.
+
+        Args:
+          context: context of the batch that the turn has read.
+        """
         if sent.above is not None:
             carried = self._spec.carried(k + 1, context, sent.above.context)
-            packet = self._move(k + 1, number, sent.above._replace(context=()), carried)
+            moved = self._move(k + 1, number, sent.above._replace(context=()), carried)
             if "below" in self._mails[k + 1]:
-                self._mails[k + 1] = delivered(self._mails[k + 1], "below", packet)
+                self._mails[k + 1] = delivered(self._mails[k + 1], "below", moved)
             else:
-                self._below[k + 1] = packet
+                self._below[k + 1] = moved
         if sent.below is not None:
             message, _ = self._move(k - 1, number, sent.below, None)
             self._mails[k - 1] = delivered(self._mails[k - 1], "above", message)
 
     def closed(self) -> States:
-        """Returns the states with the messages that wait."""
+        """Returns the states of all modules, including their waiting messages."""
         return tuple(map(closed, self.states, self._mails))
 
 
 def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-    """Returns the turns of a tick, one after the other, as one pure function."""
+    """Composes the turns of a tick, in order, into one pure function."""
     programs = [spec.method.program(spec, *turn) for turn in turns]
 
     def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
         post, metrics = Post(spec, states), []
         for (k, kind), program in zip(turns, programs, strict=True):
             inbox, context = post.read(k, 0, kind, lambda _: batch)  # type: ignore[arg-type, return-value]
-            # Each turn is compiled as it would be alone, which keeps every bit equal to the pipeline's.
-            # But for what the CPU's compiler fuses once it has taken the barrier out: `int8` in front of a layer norm is rounded
-            # otherwise, by 1e-7. To keep the barrier until then (xla_disable_hlo_passes) costs a sixth of the speed.
-            post.states[k], sent, of_turn = jax.lax.optimization_barrier(
+            # With the barrier XLA compiles each turn as it would alone, so `fused` and `pipeline`
+            # agree bit for bit. One exception: the CPU compiler removes barriers before its last
+            # fusion pass, and then rounds `int8` in front of a layer norm differently (by 1e-7).
+            # Keeping the barrier until the end (xla_disable_hlo_passes) costs a sixth of the speed.
+            post.states[k], sent, turn_metrics = jax.lax.optimization_barrier(
                 program(post.states[k], inbox, context)
             )
             post.send(k, 0, context, sent)
-            metrics.append(of_turn)
+            metrics.append(turn_metrics)
         return post.closed(), tuple(metrics)
 
     return step

@@ -1,4 +1,4 @@
-"""Decoupled Greedy Learning: what a turn of a module computes, from what comes in to what goes out."""
+"""Decoupled Greedy Learning (DGL): the program of a module's turn, from its inbox to its outbox."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,10 @@ from dgl_jax.types import Context, Inbox, Message, Outbox
 
 
 def _published(state: ModuleState, message: Message, decay: float) -> ModuleState:
-    """Takes in what another module has published: all of it, or as a step of a moving average."""
+    """Updates the stored copy of a publication: replaces it, or advances its moving average."""
     old = state.extras["published"]["next_block"]
-    # A copy without an average too: the state is given away at the next update, and the message may be read again.
+    # Copy even without an average: the next update donates the state, but the message may be read
+    # again after that.
     mix = (
         (lambda old, new: decay * old + (1 - decay) * new)
         if decay
@@ -34,7 +35,7 @@ def _published(state: ModuleState, message: Message, decay: float) -> ModuleStat
 
 
 def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
-    """Returns a copy of the variables of a module's first block."""
+    """Returns a copy of the parameters and batch statistics of a module's first block."""
     name = f"block_{spec.modules[k].first}"
     return jax.tree.map(
         jnp.copy,
@@ -50,7 +51,10 @@ def _learn(
     outputs: jax.Array,
     message: Any,
 ) -> tuple[ModuleState, Metrics]:
-    """Lets the codec, in the state `published`, learn from what was enmessage; returns the module's new state, and metrics."""
+    """Updates the codec on the outputs that were just encoded; returns the new state and metrics.
+
+    `published` is the state of the codec after its publication for this update.
+    """
     codec = spec.codec
     metrics = (
         {}
@@ -59,15 +63,18 @@ def _learn(
             "codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))
         }
     )
-    learnt, health = codec.update(published, key, outputs)
+    learned, health = codec.update(published, key, outputs)
     if "codec" in state.extras:
-        state = dataclasses.replace(state, extras=state.extras | {"codec": learnt})
+        state = dataclasses.replace(state, extras=state.extras | {"codec": learned})
     return state, metrics | health
 
 
 @dataclass(frozen=True)
 class Dgl:
-    """Every module updates on its own loss and hands its activations on, detached (Belilovsky et al. 2020, Algorithm 1)."""
+    """Training rule of Belilovsky et al. 2020, Algorithm 1: each module minimizes its own loss.
+
+    A module sends its activations to the next one without a gradient path back.
+    """
 
     sends: ClassVar[bool] = True
 
@@ -79,20 +86,20 @@ class Dgl:
         stop: Callable[[], bool] = never,
         overlap: bool = False,
     ) -> Iterator[Tick]:
-        """Yields a batch a tick, or a pipeline that is filled and drained; see `schedule.py`."""
+        """Yields one batch per tick, or with `overlap` a pipeline that fills and drains."""
         return schedule.aligned(counts, until, stop, overlap)
 
     def ports(self, spec: TrainSpec, k: int, kind: str = "step") -> tuple[Inbox, Outbox]:
-        """Returns what a turn reads and sends; parameters go down where an objective reads them."""
+        """Returns the ports of a turn; parameters travel down if the objective below reads them."""
         last = k == len(spec.modules) - 1
         reads, sends = ("next_block" in spec.reads(j) or None for j in (k, k - 1))
         return Inbox(True, reads), Outbox(None if last else True, sends)  # type: ignore[arg-type]
 
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
-        """Returns what a turn of module k does: decode what comes in, update, encode what goes out.
+        """Returns the program of a turn of module k: decode the input, update, encode the output.
 
-        The first module takes a Batch, the others a Message; the last one hands nothing on. A module whose first block the one
-        below reads sends it down.
+        The first module takes a Batch as input, the others a Message. The last module sends no
+        activations. A module sends its first block down if the objective below reads it.
         """
         module, ports = spec.modules[k], Ports(spec, k)
         _, sends = self.ports(spec, k)
@@ -100,7 +107,7 @@ class Dgl:
         def program(
             state: ModuleState, inbox: Inbox, context: Context
         ) -> tuple[ModuleState, Outbox, Metrics]:
-            inputs, of_input = ports.receive(inbox.below)
+            inputs, input_metrics = ports.receive(inbox.below)
             updates = state.updates
             if inbox.above is not None:
                 state = _published(state, inbox.above, module.objective.decay)  # type: ignore[union-attr]
@@ -109,7 +116,7 @@ class Dgl:
                 spec.optimizer,
                 state,
                 inputs,
-                ports.whole(inputs, context),
+                ports.full_context(inputs, context),
                 published=state.extras.get("published", {}),
                 accumulate=spec.accumulate,
             )
@@ -118,47 +125,50 @@ class Dgl:
             )
             if spec.ema:
                 state = ema.advance(state, spec.ema)
-            metrics |= of_input
+            metrics |= input_metrics
             if sends.above is None:
                 return state, Outbox(below=down), metrics
             key = rngs.codec(state.rng, updates)
             published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
-            message = ports.hand_on(outputs, spec.codec.codebook(published), inputs)
-            state, of_codec = _learn(spec, state, published, key, outputs, message)
-            return state, Outbox(message, down), metrics | of_codec
+            message = ports.emit(outputs, spec.codec.codebook(published), inputs)
+            state, codec_metrics = _learn(spec, state, published, key, outputs, message)
+            return state, Outbox(message, down), metrics | codec_metrics
 
         program.__name__ = module.name
         return program
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """See `composed`."""
+        """Composes the turns of a tick into one function; see `composed`."""
         return composed(spec, turns)
 
     def feed(
         self, spec: TrainSpec, k: int, train: bool
     ) -> Callable[[ModuleState, Any, Context], Message]:
-        """Returns what a module that is done does: from what comes in to what goes on; nothing is updated.
+        """Returns the forward-only program of a finished module that still feeds the next one.
 
         Args:
-          train: batch norm goes on using the statistics of the batch, as in its updates; otherwise the running ones.
+          train: True if batch norm keeps using the statistics of the batch, as in updates;
+            otherwise it uses the running statistics.
         """
         module, ports = spec.modules[k], Ports(spec, k)
 
         def program(state: ModuleState, incoming: Any, context: Context) -> Message:
             inputs, _ = ports.receive(incoming)
-            whole = ports.whole(inputs, context)
+            full_context = ports.full_context(inputs, context)
             outputs, _ = forward_step(
-                module, state, inputs, whole, train=train, accumulate=spec.accumulate
+                module, state, inputs, full_context, train=train, accumulate=spec.accumulate
             )
-            return ports.hand_on(outputs, spec.codebook(state), inputs)
+            return ports.emit(outputs, spec.codebook(state), inputs)
 
         return program
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
-        """Returns the copy of the next module's first block, and the newest two on their way, where an objective reads it.
+        """Returns the copy of the next module's first block and two messages with it in flight.
 
-        Two, so that no module waits for another: in a pipeline, module k + 1 works on batch b - 1 while module k works on batch b,
-        which therefore reads what was sent after batch b - 2; the other engines keep to the same.
+        Both exist only if the objective of module k reads that block. With two messages in flight
+        no module waits for another: in a pipeline, module k + 1 works on batch b - 1 while module k
+        works on batch b, so module k reads the message that was sent after batch b - 2. The other
+        engines use the same delay.
         """
         if "next_block" not in spec.reads(k):
             return {}

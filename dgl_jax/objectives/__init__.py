@@ -1,4 +1,4 @@
-"""What modules minimise: one Flax module of loss, metrics and predictions an objective."""
+"""Objectives: local losses that modules minimize, each one a Flax module."""
 
 from dgl_jax.objectives.base import (
     Context,

@@ -1,4 +1,4 @@
-"""What an objective is: a Flax module that makes a loss of a module's features."""
+"""Interface of objectives: Flax modules that compute a local loss from a module's features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from dgl_jax.types import Context
 
 
 class LocalLoss(NamedTuple):
-    """The loss of a module on a batch.
+    """Loss, metrics and predictions of one module on one batch.
 
     Attributes:
-      loss: a scalar to minimise.
-      metrics: by name (sum, count) over the batch, so that batches of unequal weight can be averaged.
-      predictions: what the module answers, such as logits; None if it answers nothing.
+      loss: scalar to minimize.
+      metrics: (sum, count) over the batch by name, so that averages over batches are weighted by
+        count.
+      predictions: prediction of the module, such as logits; None if it makes none.
     """
 
     loss: Float[Array, ""]
@@ -26,18 +27,20 @@ class LocalLoss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A loss that a module minimises, and its parameters.
+    """Local loss of a module, together with its own parameters (such as those in a head).
 
     Attributes:
-      needs: names of the context that `__call__` reads; they travel with the activations up to the last module that asks.
-      reads: names of the publications that it reads. There is `next_block`: {"params": ..., "batch_stats": ...} of the first block
-        of the next module, as it was two updates ago.
-      decay: of the moving average that is read in place of each publication; 0: the publication itself.
+      needs: names of the context arrays that `__call__` reads. They travel with the activations up
+        to the last module that needs them.
+      reads: names of the publications that the objective reads. The only one is `next_block`:
+        {"params": ..., "batch_stats": ...} of the next module's first block, two updates old.
+      decay: decay of the moving average that is read in place of each publication; 0 reads the
+        publication itself.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
     reads: ClassVar[tuple[str, ...]] = ()
-    decay = 0.0  # without a type, so that a subclass may have a field of this name
+    decay = 0.0  # no annotation, hence no dataclass field: a subclass may declare one of this name
 
     def __call__(
         self,
@@ -46,25 +49,29 @@ class Objective(nn.Module):
         published: Mapping[str, Any],
         train: bool,
     ) -> LocalLoss:
-        """Returns the loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
-          features: the module's activations.
-          context: see `Context`.
-          published: publications of other modules, by name; none for the last module, and while the cost of a module is measured.
-          train: whether batch norm uses the statistics of the batch, and dropout is on.
+          features: activations of the module, [B, ...].
+          context: arrays with one row per example, by name.
+          published: publications of other modules by name; empty for the last module, and while the
+            cost of a module is measured.
+          train: True if batch norm uses the statistics of the batch and dropout is active.
+
+        Returns:
+          The loss, metrics and predictions of the batch.
         """
         raise NotImplementedError
 
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array | None:
-        """Returns what the module answers, without a context; None if it answers nothing."""
+        """Returns predictions from the features alone (no context); None if there are none."""
         return None
 
 
 def means(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns metrics as numbers: the mean of those that are (sum, count)."""
+    """Converts metrics to numbers: each (sum, count) becomes its mean, other values stay."""
     return {
         name: value[0] / value[1] if isinstance(value, tuple) else value
         for name, value in metrics.items()
@@ -73,17 +80,19 @@ def means(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ObjectiveInputs:
-    """What the factory of an objective is told.
+    """Arguments of an objective's factory.
 
     Attributes:
-      k: number of the module; None while it is not decided where the network is cut, and what a module would cost is asked.
-      modules: how many there are; None as well.
+      k: index of the module; None if the network has not been cut yet and the factory is called
+        only to estimate the cost of a module.
+      modules: number of modules; None in the same case.
       blocks: all blocks of the network.
-      end: number of the first block behind the module: `blocks[end:]` follow, and the module is the last one where none do.
-      classes: of the data set.
-      head: makes a fresh head of the configured kind, a Flax module called as `head(x, train)`; the network's classifier for the
-        last module.
-      dtype: of the arithmetic.
+      end: index of the first block after the module. `blocks[end:]` follow it; if there are none,
+        the module is the last one.
+      classes: number of classes of the data set.
+      head: fresh head of the configured kind, a Flax module called as `head(x, train)`; the
+        network's classifier for the last module.
+      dtype: dtype of the computation.
       label_smoothing: share of each target that is spread over all classes.
     """
 
@@ -99,10 +108,12 @@ class ObjectiveInputs:
 
 @dataclass(frozen=True)
 class ObjectiveKind(Kind):
-    """An objective: `make(options, inputs)` returns an `Objective` for one module; `inputs` are `ObjectiveInputs`.
+    """Registry entry of an objective.
+
+    `make(options, inputs)` returns the `Objective` of one module; `inputs` is an `ObjectiveInputs`.
 
     Attributes:
-      heads: it has a head, which `config.model.head` chooses.
+      heads: True if the objective has a head, which `config.model.head` chooses.
     """
 
     heads: bool = True

@@ -1,4 +1,4 @@
-"""The usual local loss: every module minimises the cross entropy of its own head (Belilovsky et al. 2020, section 3)."""
+"""Default local loss: cross entropy of a head per module (Belilovsky et al. 2020, section 3)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,11 @@ from dgl_jax.types import AnyArray
 
 
 class Classifier(Objective):
-    """A head and the cross entropy of its logits; its parameters are the head's.
+    """Cross entropy of a head's logits; its parameters are those in the head.
 
     Attributes:
-      head: Flax module called as `head(x, train)` that gives logits (B, classes), or (B, T, classes) for a label a token.
+      head: Flax module called as `head(x, train)`. It returns logits [B, classes], or
+        [B, T, classes] for one label per token.
       label_smoothing: see `cross_entropy`.
     """
 
@@ -27,7 +28,7 @@ class Classifier(Objective):
     label_smoothing: float = 0.0
 
     def setup(self) -> None:
-        """Gives the head this module's own scope: no name stands between them."""
+        """Shares this module's scope with the head, so parameter paths get no extra level."""
         nn.share_scope(self, self.head)
 
     def __call__(
@@ -37,40 +38,50 @@ class Classifier(Objective):
         published: Mapping[str, Any],
         train: bool,
     ) -> LocalLoss:
-        """See `Objective`; needs `label`, int (B,) or (B, T); gives `loss` (nats) and `accuracy`."""
+        """Computes cross entropy and accuracy for `label`, int [B] or [B, T]; see `Objective`."""
         return classification(self.head(features, train), context["label"], self.label_smoothing)
 
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array:
-        """Returns the logits."""
+        """Returns the logits of the head."""
         return self.head(features, train)
 
 
 def classification(
     logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0
 ) -> LocalLoss:
-    """Returns the cross entropy with the metrics `loss` (nats) and `accuracy` over all labels; see `cross_entropy`."""
+    """Computes cross entropy with the metrics `loss` (nats) and `accuracy` over all labels.
+
+    Args:
+      logits: one row of C logits per label, [..., C].
+      label: class indices, [...].
+      smoothing: see `cross_entropy`.
+    """
     loss, count = cross_entropy(logits, label, smoothing), jnp.float32(label.size)
-    right = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
-    return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (right, count)}, logits)
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
+    return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (correct, count)}, logits)
 
 
 def cross_entropy(
     logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"], smoothing: float = 0.0
 ) -> Float[Array, ""]:
-    """Returns the mean over the batch, in nats, computed in float32.
+    """Computes the mean cross entropy over all labels, in nats and in float32.
 
     Args:
-      smoothing: share of each target that is spread evenly over all C classes, its own included (Szegedy et al. 2016, section 7).
+      logits: one row of C logits per label, [..., C].
+      label: class indices, [...].
+      smoothing: share of each target that is spread evenly over all C classes, including the
+        labeled one (Szegedy et al. 2016, section 7).
 
     Raises:
-      UserError: the logits are not one row a label.
+      UserError: the logits do not have one row per label.
     """
     if logits.shape[:-1] != label.shape:
         raise UserError(
-            f"config.model.head: gives logits of shape {logits.shape} for labels of shape {label.shape}, and must give a row of "
-            "logits for each label; choose another head (the classifier of the network is the last module's)"
+            f"config.model.head: returns logits of shape {logits.shape} for labels of shape "
+            f"{label.shape}, but must return one row of logits for each label; choose another head "
+            "(the last module uses the network's classifier instead)"
         )
     logits = logits.astype(jnp.float32)
     if not smoothing:
@@ -80,7 +91,7 @@ def cross_entropy(
 
 
 def accuracy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"]) -> Float[Array, ""]:
-    """Returns the fraction of the batch whose largest logit is the label's, from 0 to 1."""
+    """Returns the fraction (0 to 1) of labels whose class has the largest logit."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == label)
 
 

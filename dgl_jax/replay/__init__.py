@@ -1,4 +1,4 @@
-"""The ring of packets at a module's entrance, and the rules that choose what is read next."""
+"""Replay rings of messages at module entrances, and rules that choose the message to read."""
 
 from dgl_jax.registry import RULES
 from dgl_jax.replay.ring import Ring, RingSpec, Sample, Tally, check_memory

@@ -1,7 +1,8 @@
-"""The ring of packets at a module's entrance: host memory, taken once; and the rules that choose what is read next.
+"""Replay ring in host memory at a module's entrance.
 
-A ring holds the newest M packets its producer made (Belilovsky et al. 2020, Algorithm 2). A packet is written over the oldest one
-and may be read any number of times before; labels and example ids lie in the same slot as their activations.
+A ring holds the newest M messages of its producer (Belilovsky et al. 2020, Algorithm 2). A new
+message overwrites the oldest one; until then a message may be read any number of times. Labels and
+example ids are stored in the same slot as their activations.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ from dgl_jax.types import Context, Header, Message, nbytes
 
 
 class Sample(NamedTuple):
-    """A packet read from a ring, in arrays of its own.
+    """Message read from a ring, copied into separate arrays.
 
     Attributes:
-      message: payload, codebook and the whole context.
-      header: that it came with.
-      age: packets its producer has made since (0 = the newest).
-      use: how often it has been read, this time included.
+      message: payload, codebook and the full context.
+      header: header that was added with the message.
+      age: number of messages that the producer has sent since (0: it is the newest).
+      use: number of times the message has been read, including this one.
     """
 
     message: Message
@@ -38,36 +39,39 @@ class Sample(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of a ring's packets, summed since the start."""
+    """Cumulative usage statistics of a ring."""
 
     written: int = 0
     read: int = 0
     age: int = 0  # sum over reads
     oldest: int = 0  # largest age of a read
-    reused: int = 0  # reads of a packet that had been read before
-    never_used: int = 0  # packets written over unread
+    reused: int = 0  # reads of a message that had been read before
+    never_used: int = 0  # messages overwritten before any read
 
     def mean_age(self) -> float:
-        """Of the packets read, in packets of the producer; 0 before the first read."""
+        """Returns the mean age of the reads, in messages; 0 before the first read."""
         return self.age / self.read if self.read else 0.0
 
     def reuse(self) -> float:
-        """Reads a packet that was read at all; 0 before the first read."""
+        """Returns the mean number of reads per message read at least once; 0 before any read."""
         return self.read / (self.read - self.reused) if self.read else 0.0
 
 
 class Ring:
-    """M packets in arrays taken once: one copy in, one copy out. Safe to write and read from two threads.
+    """Ring of M messages in preallocated arrays, with one copy per write and one per read.
+
+    One thread may write while another one reads.
 
     Args:
-      example: a packet of shapes and dtypes, as `jax.eval_shape` gives them: (payload, context).
-      size: M.
-      rule: a name in `RULES`.
-      max_reuse: reads a packet allows; 0: any number. Under the rule `released` a packet counts as used once when it is written,
-        so that k allows k - 1 reads, and a ring of one packet never counts.
-      seed: of the rule `uniform`.
-      codebook: shapes of what decodes the payloads, where the codec has one. A version of it is kept as long as a packet refers to
-        it, and the newest one always.
+      example: shapes and dtypes of a message, (payload, context), as `jax.eval_shape` returns them.
+      size: number of slots, M.
+      rule: name of the rule that chooses the message to read, from `RULES`.
+      max_reuse: number of times a message may be read; 0 for no limit. Under the rule `released` a
+        message counts as used once when it is written, so that a limit of k allows k - 1 reads; in
+        a ring of one slot that rule counts no further use.
+      seed: seed of the rule `uniform`.
+      codebook: shapes of the codebook that decodes the payloads, if the codec has one. The ring
+        keeps the newest version, and older ones as long as a stored message refers to them.
     """
 
     def __init__(
@@ -84,14 +88,17 @@ class Ring:
         self._form: Any  # a PyTreeDef
         leaves, self._form = jax.tree.flatten(example)
         self._names = sorted(example[1])  # in the order of the leaves
-        self._one_array = jax.tree_util.treedef_is_leaf(
-            jax.tree.structure(example[0])
-        )  # the usual payload needs no walk
-        # full, not zeros: the memory is taken here and now, not at the first write.
+        # The usual payload is a single array and needs no tree traversal.
+        self._one_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(example[0]))
+        # np.full, not np.zeros: it commits the memory now instead of at the first write.
         self._slots = [np.full((size, *leaf.shape), 0, leaf.dtype) for leaf in leaves]
         self._headers: list[Header | None] = [None] * size
-        # Reads of the packet in slot s, at -s % size and again at `size` more: the packets lie in a row, newest first, wherever the
-        # newest is.
+        # Read counts in reverse slot order, stored twice, so that newest-to-oldest is always one
+        # contiguous view. With three slots and the newest message in slot 1:
+        #
+        #     index  0  1  2  3  4  5
+        #     slot   0  2  1  0  2  1
+        #                  '-----'      newest to oldest
         self._reads = np.zeros(2 * size, np.int64)
         self._rule, self._limit = RULES[rule].make, limit_of(rule, size, max_reuse)
         self._books: dict[int, Any] = {}  # codebooks by version, 1, 2, ...
@@ -102,26 +109,33 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the packets take, full or not, and the codebooks that are kept."""
+        """Returns the bytes of all slots, filled or not, and of the stored codebooks."""
         return sum(slots.nbytes for slots in self._slots) + nbytes(self._books)
 
     @property
     def newest_codebook(self) -> tuple[int, Any]:
-        """Its version and the codebook; (0, ()) before the first."""
+        """Returns the version of the newest codebook and the codebook; (0, ()) before the first."""
         with self._lock:
             version = max(self._books, default=0)
             return version, self._books.get(version, ())
 
     def versions(self) -> set[int]:
-        """Of the codebooks that are kept."""
+        """Returns the versions of the stored codebooks."""
         with self._lock:
             return set(self._books)
 
     def add(self, payload: Any, context: Context, header: Header, codebook: Any = None) -> None:
-        """Copies a packet (host arrays) over the oldest one.
+        """Copies a message (host arrays) into the slot of the oldest one.
 
         Args:
-          codebook: what the payload was encoded with, where it is a new one; else it was the one before. Not copied.
+          payload: encoded activations, of the same structure as the example.
+          context: arrays with one row per example; must have all names of the example's context.
+          header: header of the message; the ring fills in the codebook version.
+          codebook: new codebook that encoded the payload; None if it is the same as for the
+            previous message. It is stored without a copy.
+
+        Raises:
+          TypeError: an array has another dtype than the ring.
         """
         leaves = (
             (payload, *(context[name] for name in self._names))
@@ -135,10 +149,11 @@ class Ring:
             if tally.written >= size and not self._reads[place]:
                 tally.never_used += 1
             for slots, leaf in zip(self._slots, leaves, strict=True):
-                # Cheaper than `np.copyto(..., casting="no")`, which matters for small packets.
+                # Cheaper than `np.copyto(..., casting="no")`, which matters for small messages.
                 if getattr(leaf, "dtype", None) != slots.dtype:
                     raise TypeError(
-                        f"the ring holds {slots.dtype}, the packet {getattr(leaf, 'dtype', type(leaf))}"
+                        f"the ring stores {slots.dtype}, but the message has "
+                        f"{getattr(leaf, 'dtype', type(leaf))}"
                     )
                 slots[slot] = leaf
             if codebook is not None:
@@ -146,9 +161,9 @@ class Ring:
             if self._books:
                 header = dataclasses.replace(header, codebook=max(self._books))
                 self._headers[slot] = header
-                kept = {h.codebook for h in self._headers if h is not None}
+                used = {h.codebook for h in self._headers if h is not None}
                 self._books = {
-                    version: book for version, book in self._books.items() if version in kept
+                    version: book for version, book in self._books.items() if version in used
                 }
             self._headers[slot] = header
             self._reads[place] = self._reads[place + size] = 0
@@ -156,12 +171,15 @@ class Ring:
             self.changed.notify_all()
 
     def sample(self) -> Sample | None:
-        """The packet that the rule chooses, copied out; None where there is none or `max_reuse` holds all of them back."""
+        """Reads the message that the rule chooses, as a copy; None if no message may be read.
+
+        That is the case if the ring is empty, or if all messages have reached `max_reuse`.
+        """
         with self._lock:
             slot = self._choose()
             if slot is None:
                 return None
-            # Private arrays: `device_put` may alias them, and the slot is written again.
+            # Copy: `device_put` may alias a host array, and the slot will be overwritten.
             leaves = [slots[slot].copy() for slots in self._slots]
             tally, size = self.tally, self.size
             age = (tally.written - 1 - slot) % size
@@ -184,12 +202,12 @@ class Ring:
         return Sample(Message(payload, codebook, context=context), header, age, use)
 
     def ready(self) -> bool:
-        """Whether `sample` would give a packet."""
+        """Returns True if `sample` would return a message."""
         with self._lock:
             return self._uses() is not None
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it as host arrays and numbers, copied; `restore` takes it back."""
+        """Returns a copy of the ring as a pytree of host arrays, for `restore`."""
         with self._lock:
             headers = [
                 [-1, -1, -1] if h is None else [h.sequence, h.updates, h.codebook]
@@ -200,7 +218,7 @@ class Ring:
                 "slots": [arrays.copy() for arrays in self._slots],
                 "headers": np.array(headers, np.int64),
                 "reads": self._reads[-slots % self.size],
-                # The number of the write that filled the slot.
+                # Index of the write that filled each slot.
                 "written": np.where(
                     slots < written, written - 1 - (written - 1 - slots) % self.size, 0
                 ),
@@ -213,7 +231,7 @@ class Ring:
             }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from a snapshot of a ring of the same form."""
+        """Restores a snapshot of a ring with the same shapes and size."""
         with self._lock:
             for slots, values in zip(self._slots, saved["slots"], strict=True):
                 np.copyto(slots, values)
@@ -229,7 +247,7 @@ class Ring:
             self.tally = Tally(*(int(n) for n in np.asarray(saved["tally"])))
 
     def _uses(self) -> np.ndarray | None:
-        """Reads of the packets there are, newest first (a view); None where none may be read."""
+        """Returns a view of the read counts, newest first; None if no message may be read."""
         written, size = self.tally.written, self.size
         first = (1 - written) % size
         uses = self._reads[first : first + min(written, size)]
@@ -242,7 +260,7 @@ class Ring:
         if uses is None:
             return None
         newest = (self.tally.written - 1) % self.size
-        # Seeded by the count of reads: a resumed ring draws what the whole one would have drawn.
+        # The seed includes the number of reads, so a resumed ring repeats the same draws.
         return (
             newest
             - self._rule(uses, newest, self.size, self._limit, (*self._seed, self.tally.read))
@@ -250,20 +268,27 @@ class Ring:
 
 
 class RingSpec(NamedTuple):
-    """What a ring holds, as shapes: a packet (payload, context), a codebook, and the updates from one codebook to the next."""
+    """Shapes and dtypes of a ring's contents."""
 
-    packet: tuple[Any, Context]
-    codebook: Any = ()
-    period: int = 0
+    packet: tuple[Any, Context]  # a message: (payload, context)
+    codebook: Any = ()  # () if the codec has none
+    period: int = 0  # updates from one codebook to the next; 0 if the codec has none
 
     def nbytes(self, size: int) -> int:
-        """Bytes that a ring of `size` packets will take at most."""
+        """Returns the maximum number of bytes in a ring of `size` messages."""
         books = 2 + (size - 1) // self.period if self.period else 0
         return size * nbytes(self.packet) + books * nbytes(self.codebook)
 
 
 def check_memory(forms: Sequence[RingSpec], size: int, available: int | None = None) -> None:
-    """Raises UserError where the rings would take more than the free memory, with the size that fits."""
+    """Raises UserError, with a size that would fit, if the rings need more than the free memory.
+
+    Args:
+      forms: one entry per ring.
+      size: number of messages per ring.
+      available: free memory in bytes; by default what the operating system reports. If that is
+        unknown, nothing is checked.
+    """
     available = system.free_memory() if available is None else available
     needed = sum(form.nbytes(size) for form in forms)
     if available is not None and needed > available:
@@ -276,10 +301,12 @@ def check_memory(forms: Sequence[RingSpec], size: int, available: int | None = N
                 else (fits, half)
             )
         raise UserError(
-            f"config.replay.size={size}: the rings would take {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB are free; "
+            f"config.replay.size={size}: the rings need {needed / 2**30:.2f} GiB of memory, but "
+            f"only {available / 2**30:.2f} GiB are free; "
             + (
                 f"{fits} would fit"
                 if fits
-                else "not even 1 would fit; a smaller config.data.batch_size or another config.codec.name"
+                else "not even 1 would fit: reduce config.data.batch_size or choose another "
+                "config.codec.name"
             )
         )

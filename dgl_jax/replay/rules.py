@@ -1,4 +1,4 @@
-"""The rules that choose what is read next from a ring."""
+"""Replay rules, which choose the next message to read from a ring."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,32 +8,34 @@ from jaxtyping import Int
 
 from dgl_jax.registry import RULES, Kind
 
-# (uses of the packets, newest first; slot of the newest; slots of the ring; uses allowed; seed) -> age of the packet to read
+# (read counts, newest message first; slot of the newest message; number of slots; maximum number of
+# uses per message; seed) -> age of the message to read
 Rule = Callable[[Int[np.ndarray, " n"], int, int, int, tuple[int, ...]], int]
 
 
 def least_used_latest(
     uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]
 ) -> int:
-    """The paper's rule: of the packets used least often the newest."""
+    """Chooses the newest of the least used messages; the rule of the DGL paper."""
     return int(uses.argmin())
 
 
 def fifo(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
-    """Of the packets used least often the oldest."""
+    """Chooses the oldest of the least used messages."""
     return len(uses) - 1 - int(uses[::-1].argmin())
 
 
 def uniform(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
-    """Any packet, all equally likely."""
+    """Chooses any message below the limit with equal probability."""
     slots = np.sort((newest - np.flatnonzero(uses < limit)) % size)
     return (newest - int(np.random.default_rng(seed).choice(slots))) % size
 
 
 def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
-    """What the authors' published code does: `least_used_latest`, but the oldest packet of a full ring passes for the newest.
+    """Reproduces the authors' released code, which differs from `least_used_latest` by an error.
 
-    There `>` stands where `>=` was meant. Its count of uses also begins at 1 (see `Ring`), which matters for `max_reuse` alone.
+    That code compares with `>` instead of `>=`, so that it takes the oldest message of a full ring
+    for the newest. It also counts uses from 1 (see `Ring`), which affects only `max_reuse`.
     """
     age = int(uses.argmin())
     return size - 1 if len(uses) == size and uses[-1] == uses[age] else age
@@ -41,10 +43,10 @@ def released(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[i
 
 @dataclass(frozen=True)
 class RuleKind(Kind):
-    """A rule: `make` is the `Rule` itself.
+    """Registry entry of a replay rule; its `make` is the `Rule` function itself.
 
     Attributes:
-      counts_from_one: a packet counts as used once when it is written; see `limit_of`.
+      counts_from_one: True if writing a message counts as its first use; see `limit_of`.
     """
 
     counts_from_one: bool = False
@@ -62,7 +64,8 @@ ANY_NUMBER = np.iinfo(np.int64).max
 
 
 def limit_of(rule: str, size: int, max_reuse: int) -> int:
-    """Reads a packet allows."""
-    if RULES[rule].counts_from_one and max_reuse:  # counts from 1; a ring of one packet stays there
+    """Returns the number of times a message may be read."""
+    if RULES[rule].counts_from_one and max_reuse:
+        # In a ring of one slot that rule's count stays at 1.
         return max_reuse - 1 if size > 1 or max_reuse == 1 else ANY_NUMBER
     return max_reuse or ANY_NUMBER

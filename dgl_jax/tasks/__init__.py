@@ -1,4 +1,4 @@
-"""What the examples of a data set are, and what happens to them on the device."""
+"""Tasks: preprocessing on the device, metrics and the ensemble rule for a kind of examples."""
 
 from dgl_jax.registry import TASKS
 from dgl_jax.tasks.base import Task, TaskInputs, TaskKind, augment_key

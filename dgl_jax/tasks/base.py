@@ -1,4 +1,4 @@
-"""What a task is: what the examples of a run are, what networks read of them, and how answers are measured."""
+"""Interface of tasks: how examples become network inputs, and how predictions are measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from dgl_jax.types import PADDING, AnyArray
 
 
 def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) -> Key[Array, ""]:
-    """Returns the key that a batch is augmented with; see `rngs.augmentation`.
+    """Returns the random key for augmenting a batch; see `rngs.augmentation`.
 
-    It depends on nothing but its two arguments, so a resumed run draws what the whole run would have drawn. Both may
-    be traced.
+    The key depends on the two arguments alone, so a resumed run draws the same augmentations as an
+    uninterrupted one. Both arguments may be traced.
     """
     return rngs.augmentation(rngs.root(seed), step)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the examples of a run are; a frozen, hashable dataclass of pure functions on whole batches, which are jitted.
+    """Description of a run's examples: a frozen, hashable dataclass of pure functions on batches.
 
-    As it stands it classifies: a network answers with logits for each label, of which an example has one, or one for each token. A
-    task of another kind overrides what differs.
+    Callers jit these functions. This base class classifies: an example has one label, or one per
+    token, and the network returns logits for each label. Other tasks override what differs.
 
     Attributes:
-      example: shape and dtype of an example as it is stored.
-      label: shape of the label of an example: (), or such as (T,) for a label a token.
+      example: shape and dtype of a stored example.
+      label: shape of the label of an example: () for one label, (T,) for one label per token.
     """
 
     example: jax.ShapeDtypeStruct
@@ -40,40 +40,48 @@ class Task:
 
     def inputs(self, batch: int) -> jax.ShapeDtypeStruct:
         """Returns shape and dtype of a batch of network inputs."""
-        found = jax.eval_shape(
+        converted = jax.eval_shape(
             self.evaluate, jax.ShapeDtypeStruct((batch, *self.example.shape), self.example.dtype)
         )
-        return jax.ShapeDtypeStruct(found.shape, found.dtype)
+        return jax.ShapeDtypeStruct(converted.shape, converted.dtype)
 
     def train(
         self, key: Key[Array, ""], inputs: Shaped[AnyArray, "B ..."]
     ) -> Shaped[Array, "B ..."]:
-        """Makes network inputs of stored ones to learn from, augmented with draws from `key`; by default as `evaluate` does."""
+        """Converts stored inputs to network inputs for training, augmented with draws from `key`.
+
+        By default there is no augmentation: the result is the same as that of `evaluate`.
+        """
         return self.evaluate(inputs)
 
     def evaluate(self, inputs: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
-        """Makes network inputs of stored ones to answer about; by default they are the same."""
+        """Converts stored inputs to network inputs for evaluation; by default unchanged."""
         return jnp.asarray(inputs)
 
     def answer(self, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        """Turns what a head gives into what is measured: class probabilities (float32)."""
+        """Converts logits to the predictions that are measured: class probabilities (float32)."""
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     def ensemble(self, answers: Sequence[Float[Array, "*B C"] | None]) -> Float[Array, "*B C"]:
-        """Returns the mean of the modules' answers, module k with a weight proportional to 2^k; None is left out."""
+        """Returns the weighted mean of the modules' predictions; those that are None are left out.
+
+        The weight of module k is proportional to 2^k.
+        """
         weights = [0.0 if a is None else 2.0**k for k, a in enumerate(answers)]
         return sum(w * a for w, a in zip(weights, answers) if a is not None) / sum(weights)  # type: ignore[return-value]
 
     def metrics(
         self, answer: Float[Array, "*B C"], label: Int[Array, "*B"]
     ) -> dict[str, tuple[Array, Array]]:
-        """Measures the answers to a batch.
+        """Computes the evaluation metrics of a batch.
 
         Args:
-          label: class numbers; places labelled PADDING do not count.
+          answer: class probabilities, [..., C].
+          label: class indices, [...]; entries equal to PADDING do not count.
 
         Returns:
-          By name (sum, count) over the labels: `accuracy`, by which the best checkpoint is chosen, and `loss` in nats.
+          (sum, count) over the labels by name: `accuracy`, which selects the best checkpoint, and
+          `loss` in nats.
         """
         real = label != PADDING
         correct = (jnp.argmax(answer, axis=-1) == label) & real
@@ -88,15 +96,15 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What the factory of a task is told of the data set.
+    """Facts about the data set that the factory of a task receives.
 
     Attributes:
-      name: of the data set, as `config.data.name` has it.
-      example: shape and dtype of an example as it is stored.
+      name: name of the data set, `config.data.name`.
+      example: shape and dtype of a stored example.
       label: shape of the label of an example.
-      classes: how many there are.
-      mean, std: of each channel; empty if the data set has none.
-      augment: `config.data.augment`.
+      classes: number of classes.
+      mean, std: mean and standard deviation per channel; empty if the data set has none.
+      augment: value of `config.data.augment`.
     """
 
     name: str
@@ -108,25 +116,28 @@ class TaskInputs:
     augment: str
 
     def require(self, fits: bool, task: str, needed: str) -> None:
-        """Raises UserError unless the data set fits.
+        """Raises UserError unless the data set fits the task.
 
         Args:
+          fits: True if the data set fits.
           task: name of the task.
-          needed: the examples that it works on, in words.
+          needed: description of the examples that the task needs, for the message.
         """
         if not fits:
             raise UserError(
-                f"config.task.name={task}: works on {needed}, and config.data.name={self.name} holds {self.example.dtype} examples "
-                f"of shape {self.example.shape} with labels of shape {self.label}"
+                f"config.task.name={task}: needs {needed}, but config.data.name={self.name} has "
+                f"{self.example.dtype} examples of shape {self.example.shape} with labels of shape "
+                f"{self.label}"
             )
 
 
 @dataclass(frozen=True)
 class TaskKind(Kind):
-    """A task: `make(options, inputs)` returns a `Task`; `inputs` are `TaskInputs`.
+    """Registry entry of a task: `make(options, inputs)` returns a `Task` for `TaskInputs`.
 
     Attributes:
-      images: the stored examples are images: the fields of `config.data` about them apply, and `--mode=predict` can read files.
+      images: True if the stored examples are images. Then the image fields of `config.data` apply,
+        and `--mode=predict` can read image files.
     """
 
     images: bool = False

@@ -1,4 +1,4 @@
-"""Image classification: augmentation and normalisation on whole batches, jitted where the batch already is."""
+"""Image classification: augmentation and normalization of whole batches, on the batch's devices."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ from dgl_jax.types import AnyArray
 def draw_crop_flip(
     key: Key[Array, ""], batch: int, padding: int
 ) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
-    """Where each image of a batch is cut and whether it is mirrored.
+    """Draws where each image of a batch is cropped and whether it is mirrored.
 
     Returns:
-      offsets: row and column of the crop's corner in the padded image, uniform over 0 ... 2 * padding.
-      flips: true for half of the images, on average.
+      offsets: row and column of the crop's corner in the padded image, uniform over
+        0 ... 2 * padding.
+      flips: True for half of the images on average.
     """
     offset_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)
@@ -29,13 +30,16 @@ def draw_crop_flip(
 
 @dataclass(frozen=True)
 class ImageClassification(Task):
-    """Images (height, width, channels) of uint8 with one label each; hashable, so it may be a static argument of a jit.
+    """Classification of uint8 images (height, width, channels) with one label each.
+
+    Hashable, so it may be a static argument of a jit.
 
     Attributes:
-      augment: `none`, or `crop_flip`: `padding` black pixels all round, a random crop of the first size, mirrored half
-        the time; or `inception_crop`, whose crop the source has made: mirrored half the time.
-      mean, std: of each channel, of pixel values scaled to 0 ... 1.
-      padding: pixels.
+      augment: `none`; `crop_flip`, which pads with `padding` black pixels on every side, takes a
+        random crop of the original size and mirrors it with probability 1/2; or `inception_crop`,
+        which only mirrors with probability 1/2, because the source has already cropped the image.
+      mean, std: mean and standard deviation per channel of pixel values scaled to 0 ... 1.
+      padding: width of the padding in pixels.
     """
 
     augment: str = "none"
@@ -46,7 +50,10 @@ class ImageClassification(Task):
     def train(
         self, key: Key[Array, ""], images: UInt8[AnyArray, "B H W C"]
     ) -> Float[Array, "B H W C"]:
-        """Augments a batch, then normalises it (float32). An image's draws depend on the key and its place."""
+        """Augments a batch and normalizes it to float32.
+
+        The draws for an image depend on the key and on its position in the batch.
+        """
         if self.augment == "crop_flip":
             images = _crop_flip(
                 *draw_crop_flip(key, images.shape[0], self.padding),
@@ -59,7 +66,7 @@ class ImageClassification(Task):
         return self.evaluate(images)
 
     def evaluate(self, images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
-        """(x / 255 - mean) / std of each channel, float32."""
+        """Normalizes each channel to (x / 255 - mean) / std, float32."""
         mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
         scale, shift = np.float32(1 / (255 * std)), np.float32(-mean / std)
         return jnp.asarray(images).astype(jnp.float32) * scale + shift
@@ -71,10 +78,10 @@ def _crop_flip(
     padding: int,
     images: UInt8[Array, "B H W C"],
 ) -> UInt8[Array, "B H W C"]:
-    """Pad, crop and mirror as a single gather.
+    """Pads, crops and mirrors images in a single gather.
 
-    The vmap is what lets XLA cut the gather along the batch: written with an index array for the examples, the same
-    gather makes every device of a group fetch the whole batch first.
+    The vmap lets XLA partition the gather along the batch. The same gather with an index array for
+    the examples would make every device of a group fetch the whole batch first.
     """
     _, height, width, _ = images.shape
     rows = offsets[:, :1] + jnp.arange(height) - padding

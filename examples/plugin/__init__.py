@@ -1,7 +1,9 @@
-"""Parts that dgl_jax does not have, each one file and one registration: import this module by `config.plugins`.
+"""Example plugins: user-defined parts, each in one file with one registration.
 
-python launch.py --config=configs/digits.py --workdir=runs/plugin --config.plugins=examples.plugin \\
-    --config.objective.name=reconstruction
+List this package in `config.plugins` to import it:
+
+python launch.py --config=configs/digits.py --workdir=runs/plugin \\
+    --config.plugins=examples.plugin --config.objective.name=reconstruction
 """
 
 from examples.plugin import (

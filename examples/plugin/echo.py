@@ -1,4 +1,4 @@
-"""An input adapter: every module adds a small learnt encoding of the image to what it reads, in training and in evaluation."""
+"""Input adapter that adds a small learned encoding of the image to each module's inputs."""
 
 import flax.linen as nn
 import jax
@@ -10,23 +10,27 @@ from dgl_jax.types import Context
 
 
 class Echo(Adapter):
-    """Adds a 1x1 convolution of the image, averaged to the size of the map; it begins at zero, where nothing is added."""
+    """Adds a 1x1 convolution of the image, downsampled to the size of the feature map.
+
+    The kernel is initialized to zero, so the adapter adds nothing at the start of training. It is
+    active in training and in evaluation.
+    """
 
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "B H W C"], context: Context, train: bool
     ) -> Float[Array, "B H W C"]:
-        """Returns what the blocks read."""
+        """Returns the inputs of the module's blocks."""
         image = jnp.asarray(context["image"])
         small = jax.image.resize(
             image, (*inputs.shape[:-1], image.shape[-1]), "linear", antialias=True
         )
-        drawn = nn.Dense(inputs.shape[-1], kernel_init=nn.initializers.zeros, name="draw")(small)
-        return inputs + drawn.astype(inputs.dtype)
+        encoding = nn.Dense(inputs.shape[-1], kernel_init=nn.initializers.zeros, name="draw")(small)
+        return inputs + encoding.astype(inputs.dtype)
 
 
 def make(k: int, dtype: str) -> Echo | None:
-    """Returns the adapter of module k; the first one reads the image itself."""
+    """Returns the adapter of module k; None for the first module, whose input is the image."""
     return Echo() if k else None
 
 

@@ -1,4 +1,4 @@
-"""An objective that is built from the following blocks: the head of a module looks at what the next block would make of it."""
+"""Objective built from the blocks that follow: the head reads features after a copy of the next."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +19,13 @@ from dgl_jax.types import Context
 
 
 class Lookahead(Objective):
-    """Cross entropy of a head behind a copy of the next block, which trains with the head and goes nowhere else.
+    """Cross entropy of a head on top of a private copy of the next block.
+
+    The copy is trained together with the head and is used nowhere else.
 
     Attributes:
-      following: the next block of the network; None of the last module.
+      head: Flax module called as `head(x, train)`.
+      following: next block of the network; None for the last module.
     """
 
     head: nn.Module
@@ -35,20 +38,20 @@ class Lookahead(Objective):
         published: Mapping[str, Any],
         train: bool,
     ) -> LocalLoss:
-        """See `Objective`."""
+        """Computes the cross entropy of the logits against `label`; see `Objective`."""
         return classification(self.predict(features, published, train), context["label"])
 
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array:
-        """Returns the logits."""
+        """Returns the logits of the head."""
         return self.head(
             features if self.following is None else self.following(features, train), train
         )
 
 
 def make(options: ObjectiveSettings, inputs: ObjectiveInputs) -> Lookahead:
-    """Returns the objective of one module."""
+    """Returns the objective of one module, with a copy of the block after it."""
     following = inputs.blocks[inputs.end] if inputs.end < len(inputs.blocks) else None
     return Lookahead(inputs.head, following)
 

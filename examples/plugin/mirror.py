@@ -1,4 +1,4 @@
-"""An objective that reads a moving average of the first block of the next module, which it puts in front of its head."""
+"""Objective whose head reads features after a moving average of the next module's first block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +22,14 @@ from dgl_jax.types import Context
 
 
 class Mirror(Objective):
-    """Cross entropy of a head that sees the features as the next module would; gradients go through the copy, not into it.
+    """Cross entropy of a head that reads the features after a copy of the next block.
+
+    The copy comes from the next module. Gradients pass through it but do not change it.
 
     Attributes:
-      following: the next block of the network; None of the last module.
+      head: Flax module called as `head(x, train)`.
+      following: next block of the network; None for the last module.
+      decay: decay of the moving average that forms the copy.
     """
 
     head: nn.Module
@@ -41,31 +45,30 @@ class Mirror(Objective):
         published: Mapping[str, Any],
         train: bool,
     ) -> LocalLoss:
-        """See `Objective`."""
+        """Computes the cross entropy of the logits against `label`; see `Objective`."""
         return classification(self.predict(features, published, train), context["label"])
 
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array:
-        """Returns the logits."""
+        """Returns the logits of the head."""
         if self.following is not None and "next_block" in published:
             copy = jax.lax.stop_gradient(published["next_block"])
             block: Any = self.following.clone(parent=None)
-            features, _ = block.apply(
-                copy, features, train, mutable=["batch_stats"]
-            )  # of which nothing is kept
+            # The updated batch statistics are discarded: the next module owns them.
+            features, _ = block.apply(copy, features, train, mutable=["batch_stats"])
         return self.head(features, train)
 
 
 @dataclass(frozen=True)
 class MirrorOptions(ObjectiveSettings):
-    """How slowly the copy follows."""
+    """Options of the objective `mirror`: the decay of the moving average."""
 
     decay: float = number(0.9, 0.0, 0.999999)
 
 
 def make(options: MirrorOptions, inputs: ObjectiveInputs) -> Mirror:
-    """Returns the objective of one module."""
+    """Returns the objective of one module, which applies the block after it."""
     following = inputs.blocks[inputs.end] if inputs.end < len(inputs.blocks) else None
     return Mirror(inputs.head, following, options.decay)
 

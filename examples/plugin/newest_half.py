@@ -1,4 +1,4 @@
-"""A replay rule: any packet of the newer half of the ring, equally likely."""
+"""Replay rule that reads messages from the newer half of the ring with equal probability."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from dgl_jax.replay import RuleKind, register_rule
 
 
 def newest_half(uses: np.ndarray, newest: int, size: int, limit: int, seed: tuple[int, ...]) -> int:
-    """Returns the age of the packet to read; see `dgl_jax.replay.Rule`."""
+    """Returns the age of the message to read; see `dgl_jax.replay.Rule`."""
     allowed = np.flatnonzero(uses[: -(-len(uses) // 2)] < limit)
-    if not len(allowed):  # of the older ones the newest that may be read
+    if not len(allowed):  # fall back to the newest readable message of the older half
         return int(np.flatnonzero(uses < limit)[0])
     return int(np.random.default_rng(seed).choice(allowed))
 

@@ -1,4 +1,4 @@
-"""An objective that reads the image: the cross entropy of a head, and how well the image can be drawn from the features."""
+"""Objective that reads the image: cross entropy of a head plus an image reconstruction error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +23,14 @@ from dgl_jax.types import Context
 
 
 class Reconstruction(Objective):
-    """Cross entropy plus `weight` times the mean squared error of the image, drawn by one 1x1 convolution.
+    """Cross entropy plus `weight` times the mean squared error of a reconstructed image.
 
-    The image is averaged to the size of the map: features that have been pooled cannot know more.
+    One 1x1 convolution reconstructs the image from the features. The target is the image
+    downsampled to the size of the feature map, because pooled features cannot contain finer detail.
+
+    Attributes:
+      head: Flax module called as `head(x, train)`.
+      weight: weight of the reconstruction error.
     """
 
     head: nn.Module
@@ -41,34 +46,34 @@ class Reconstruction(Objective):
         published: Mapping[str, Any],
         train: bool,
     ) -> LocalLoss:
-        """See `Objective`; gives `loss`, `accuracy` and `reconstruction` (the error)."""
-        image, answered = (
+        """Computes the loss with `accuracy` and `reconstruction` (the error); see `Objective`."""
+        image, classified = (
             context["image"],
             classification(self.head(features, train), context["label"]),
         )
-        drawn = nn.Dense(image.shape[-1], name="draw")(features)
-        small = jax.image.resize(image, drawn.shape, "linear", antialias=True)
-        error, count = jnp.mean(jnp.square(drawn - small)), jnp.float32(len(image))
-        loss = answered.loss + self.weight * error
-        own = {"loss": (loss * count, count), "reconstruction": (error * count, count)}
-        return LocalLoss(loss, answered.metrics | own, answered.predictions)
+        reconstructed = nn.Dense(image.shape[-1], name="draw")(features)
+        small = jax.image.resize(image, reconstructed.shape, "linear", antialias=True)
+        error, count = jnp.mean(jnp.square(reconstructed - small)), jnp.float32(len(image))
+        loss = classified.loss + self.weight * error
+        local_metrics = {"loss": (loss * count, count), "reconstruction": (error * count, count)}
+        return LocalLoss(loss, classified.metrics | local_metrics, classified.predictions)
 
     def predict(
         self, features: Float[Array, "B H W C"], published: Mapping[str, Any], train: bool
     ) -> Array:
-        """Returns the logits."""
+        """Returns the logits of the head."""
         return self.head(features, train)
 
 
 @dataclass(frozen=True)
 class ReconstructionOptions(ObjectiveSettings):
-    """How much the image counts."""
+    """Options of the objective `reconstruction`: the weight of the error."""
 
     weight: float = number(0.1, 0.0, 1e6)
 
 
 def make(options: ReconstructionOptions, inputs: ObjectiveInputs) -> Reconstruction:
-    """Returns the objective of one module."""
+    """Returns the objective of one module, with the configured weight."""
     return Reconstruction(inputs.head, options.weight)
 
 

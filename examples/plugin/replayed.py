@@ -1,9 +1,10 @@
-"""A training method with messages that go down: every module but the last learns from a gradient that is a few batches old.
+"""Features replay (after Huo et al. 2018): a training method with gradients a few batches late.
 
-Module k keeps the inputs of its last batches. At tick t it makes the forward pass of batch t, and the update on batch
-t - (K - 1 - k), whose gradient has come down one module a tick: its forward pass is made again from the inputs that were kept
-(features replay, after Huo et al. 2018; here a tick begins with the updates). For three modules, with f for a forward pass, s for a
-step on the loss, and b for an update by a gradient from above:
+Module k stores the inputs of its last batches. At tick t it runs the forward pass of batch t and
+updates on batch t - (K - 1 - k), whose gradient has traveled down one module per tick. For that
+update it repeats the forward pass from the stored inputs. Unlike in the paper, a tick begins with
+the updates. Three modules, with f for a forward pass, s for a step on the loss, and b for an update
+by a gradient from above:
 
     tick 0    m0:f0   m1:f0   m2:s0
     tick 1    m1:b0   m0:f1   m1:f1   m2:s1
@@ -30,7 +31,7 @@ from dgl_jax.types import Inbox, Message, Outbox
 
 @dataclass(frozen=True)
 class Replayed:
-    """Delayed gradients on inputs that were kept; one loss, at the end of the network."""
+    """Training rule with delayed gradients on stored inputs and one loss at the last module."""
 
     sends: ClassVar[bool] = True
 
@@ -42,29 +43,34 @@ class Replayed:
         stop: Callable[[], bool] = never,
         overlap: bool = False,
     ) -> Iterator[Tick]:
-        """Yields ticks until the first module, which is the last to learn, has `until` updates; nothing is drained."""
+        """Yields ticks until the first module, which lags the most, has `until` updates.
+
+        Messages in flight are not drained; they are part of the checkpointed state.
+        """
         made, last, ahead = list(counts), len(counts) - 1, max(counts) + len(counts)
         while made[0] < until and not (made[last] >= ahead and stop()):
-            # A gradient that was made in an earlier tick has arrived.
-            learnt = [Turn(k, made[k], "backward") for k in range(last) if made[k] < made[k + 1]]
+            # A module updates only on a gradient that was sent in an earlier tick.
+            backward_turns = [
+                Turn(k, made[k], "backward") for k in range(last) if made[k] < made[k + 1]
+            ]
             new = made[last]
-            seen = (
+            forward_turns = (
                 [*(Turn(k, new, "forward") for k in range(last)), Turn(last, new)]
                 if new < total
                 else []
             )
-            yield (*learnt, *seen)
-            for turn in (*learnt, *seen):
+            yield (*backward_turns, *forward_turns)
+            for turn in (*backward_turns, *forward_turns):
                 made[turn.module] += turn.updates()
 
     def ports(self, spec: TrainSpec, k: int, kind: str) -> tuple[Inbox, Outbox]:
-        """Returns what a turn reads and sends."""
+        """Returns the ports that a turn reads from and sends to."""
         down: Any = True if k and kind != "forward" else None
         reads = Inbox(above=True) if kind == "backward" else Inbox(below=True)  # type: ignore[arg-type]
         return reads, Outbox(True if kind == "forward" else None, down)  # type: ignore[arg-type]
 
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
-        """Returns what a turn of module k does."""
+        """Returns the program of a turn of module k."""
         module, ports, delay = spec.modules[k], Ports(spec, k), len(spec.modules) - 1 - k
 
         def step(state, inbox, context):
@@ -77,18 +83,20 @@ class Replayed:
 
         def forward(state, inbox, context):
             inputs, _ = ports.receive(inbox.below)
-            # Batch b is kept at place b modulo the delay, and learnt from at update b.
+            # Batch b is stored at index b modulo the delay and used by update number b.
             batch = state.extras["seen"]
             outputs, stats = forward_step(module, state, inputs, train=True, number=batch)
-            kept = state.extras["inputs"].at[batch % delay].set(inputs)
+            stored = state.extras["inputs"].at[batch % delay].set(inputs)
             state = dataclasses.replace(
-                state, batch_stats=stats, extras=state.extras | {"inputs": kept, "seen": batch + 1}
+                state,
+                batch_stats=stats,
+                extras=state.extras | {"inputs": stored, "seen": batch + 1},
             )
-            return state, Outbox(ports.hand_on(outputs, (), inputs)), {}
+            return state, Outbox(ports.emit(outputs, (), inputs)), {}
 
         def backward(state, inbox, context):
             inputs = state.extras["inputs"][state.updates % delay]
-            # Batch norm has seen this batch: the second pass leaves the running averages alone.
+            # The first pass has already updated the running averages with this batch.
             new, _, gradient = backward_step(
                 module, spec.optimizer, state, inputs, inbox.above.payload
             )
@@ -100,34 +108,36 @@ class Replayed:
         return program
 
     def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """See `composed`."""
+        """Composes the turns of a tick into one function; see `composed`."""
         return composed(spec, turns)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
-        """Returns the inputs that are kept, how many batches have been seen, and the gradients on their way down."""
+        """Returns the stored inputs, the number of batches seen, and the gradient in flight."""
         delay, shapes = len(spec.modules) - 1 - k, spec.shapes(states)
         if not delay:
             return {}
         inputs, gradient = shapes[k], shapes[k + 1]
-        kept = jnp.zeros((delay, *inputs.shape), inputs.dtype)
+        stored = jnp.zeros((delay, *inputs.shape), inputs.dtype)
         above = (Message(jnp.zeros(gradient.shape, gradient.dtype)),)
-        return {"inputs": kept, "seen": jnp.zeros((), jnp.int32), "above": above}
+        return {"inputs": stored, "seen": jnp.zeros((), jnp.int32), "above": above}
 
 
 @dataclass(frozen=True)
 class ReplayedOptions(MethodSettings):
-    """None of its own."""
+    """Options of the method `replayed`; it adds no field, only a check."""
 
     def check(self, settings: Settings) -> None:
-        """Raises UserError where it is asked for what it does not do."""
-        for field, value, fit in (
+        """Raises UserError if a setting is not supported by this method."""
+        for field, value, required in (
             ("codec.name", settings.codec.name, "identity"),
             ("train.accumulate", settings.train.accumulate, 1),
             ("train.ema", settings.train.ema, 0.0),
             ("model.adapter", settings.model.adapter, "none"),
         ):
-            if value != fit:
-                raise UserError(f"config.{field}={value}: config.method.name=replayed needs {fit}")
+            if value != required:
+                raise UserError(
+                    f"config.{field}={value}: config.method.name=replayed requires {required}"
+                )
 
 
 register_method(

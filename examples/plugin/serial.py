@@ -1,4 +1,4 @@
-"""An engine: one program a module, all on one device, each batch all the way through before the next."""
+"""Engine that runs one program per module on a single device, one batch at a time."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ from dgl_jax.spec import TrainSpec
 
 
 class SerialEngine(Synchronous):
-    """Gives the numbers of `fused` with the memory of one module's step at a time."""
+    """Engine with the results of `fused` and the memory use of one module's step at a time."""
 
     ticks_in_flight = 2
 
@@ -30,10 +30,10 @@ class SerialEngine(Synchronous):
 
 
 def make(inputs: EngineInputs, options: EngineSettings) -> SerialEngine:
-    """Returns the engine on the first device."""
+    """Returns the engine, placed on the first device."""
     placement = inputs.checked(one_group(inputs.devices[:1], len(inputs.spec.modules)))
     return SerialEngine(inputs.spec, placement, inputs.total_steps)
 
 
-# Of the family of `fused` and `pipeline`: a run of one goes on under another.
+# Same family as `fused` and `pipeline`: a run of one engine can resume under another.
 register_engine("serial", EngineKind(make, family=ENGINES["fused"].family))

@@ -1,4 +1,4 @@
-"""A codec of one bit a value: signs, and the mean magnitude of each example."""
+"""Codec with one bit per value: the signs, and the mean magnitude of each example."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,24 +12,24 @@ from dgl_jax.config import CodecSettings
 
 @dataclass(frozen=True)
 class Signs(Stateless):
-    """Eight signs a byte along the last axis, whose length must be a multiple of eight."""
+    """Packs eight signs into a byte along the last axis, whose length must be a multiple of 8."""
 
     dtype: str
     lossless: ClassVar[bool] = False
 
     def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> dict[str, Array]:
-        """Returns `bits` (uint8, an eighth of the last axis) and `scale` (float32, one an example)."""
+        """Returns `bits`, uint8 [B, ..., C / 8], and `scale`, float32 [B]."""
         scale = jnp.abs(activations.astype(jnp.float32)).mean(tuple(range(1, activations.ndim)))
         return {"bits": jnp.packbits(activations >= 0, axis=-1), "scale": scale}
 
     def decode(self, codebook: Any, payload: dict[str, Array]) -> Float[Array, "B ..."]:
-        """Returns plus or minus the scale."""
+        """Returns plus or minus the scale of each example."""
         signs = 2.0 * jnp.unpackbits(payload["bits"], axis=-1).astype(jnp.float32) - 1.0
         return (signs * payload["scale"].reshape(-1, *[1] * (signs.ndim - 1))).astype(self.dtype)
 
 
 def make(options: CodecSettings, dtype: str) -> Signs:
-    """Returns the codec for activations of that dtype."""
+    """Returns the codec for activations of a dtype."""
     return Signs(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A data set: stripes of eight directions under noise, drawn when it is asked for."""
+"""Data set of noisy stripes in eight directions, generated when it is loaded."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ CLASSES = 8
 
 
 def draw(count: int, size: int, seed: int) -> Examples:
-    """Returns grey images and the number of each one's direction."""
+    """Generates grayscale images, uint8 [N, H, W, 1], and the index of each image's direction."""
     random, labels = np.random.default_rng(seed), (np.arange(count) % CLASSES).astype(np.int32)
     rows, columns = np.mgrid[:size, :size]
     angles = np.pi * labels[:, None, None] / CLASSES
@@ -20,7 +20,7 @@ def draw(count: int, size: int, seed: int) -> Examples:
 
 
 def load(settings: DataSettings) -> DataSet:
-    """Returns 512 training and 128 test images of `config.data.image_size` (default 8) pixels."""
+    """Returns 512 training and 128 test images of size `config.data.image_size` (default 8)."""
     size = settings.image_size or 8
     return DataSet(
         "stripes",

@@ -1,8 +1,10 @@
-"""A task on tokens with a label each, with a data set, a network and a head for it.
+"""Task with one label per token, together with a data set, a network and a head for it.
 
-The label of a token is its sum with the token two places before, modulo the number of symbols: out of the first block's sight.
+The label of a token is the sum of the token and the one two positions earlier, modulo the number of
+symbols. The first block cannot see that far.
 
-python launch.py --config=configs/digits.py --workdir=runs/tokens --config.plugins=examples.plugin --config.data.name=token_sums \\
+python launch.py --config=configs/digits.py --workdir=runs/tokens \\
+    --config.plugins=examples.plugin --config.data.name=token_sums \\
     --config.task.name=token_labels --config.model.name=token_conv --config.model.head=each_token
 """
 
@@ -21,11 +23,11 @@ from dgl_jax.fields import number
 from dgl_jax.models import HeadKind, Network, register_head, register_network
 from dgl_jax.tasks import Task, TaskInputs, TaskKind, register_task
 
-SYMBOLS, LENGTH = 8, 16  # the symbol SYMBOLS stands for one that is hidden
+SYMBOLS, LENGTH = 8, 16  # index SYMBOLS marks a hidden token
 
 
 def draw(count: int, seed: int) -> Examples:
-    """Returns sequences of random tokens, int32 [N, T], and their labels, int32 [N, T]."""
+    """Generates random token sequences, int32 [N, T], and their labels, int32 [N, T]."""
     tokens = np.random.default_rng(seed).integers(0, SYMBOLS, (count, LENGTH), np.int32)
     return Examples(tokens, (tokens + np.pad(tokens, ((0, 0), (2, 0)))[:, :LENGTH]) % SYMBOLS)
 
@@ -39,31 +41,38 @@ def load(settings: DataSettings) -> DataSet:
 
 @dataclass(frozen=True)
 class TokenLabels(Task):
-    """Tokens (T,) with a label each, of which a share is hidden in training."""
+    """Classification of tokens [T] with one label each.
+
+    Attributes:
+      hidden: share of the tokens that is hidden in training.
+    """
 
     hidden: float = 0.0
 
     def train(self, key: Key[Array, ""], inputs: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """Hides tokens at random."""
+        """Replaces random tokens by the symbol for hidden ones."""
         return jnp.where(jax.random.bernoulli(key, self.hidden, inputs.shape), SYMBOLS, inputs)
 
 
 @dataclass(frozen=True)
 class TokenOptions(TaskSettings):
-    """How many tokens are hidden."""
+    """Options of the task `token_labels`: the share of hidden tokens."""
 
     hidden: float = number(0.0, 0.0, 1.0)
 
 
 def make_task(options: TokenOptions, inputs: TaskInputs) -> TokenLabels:
-    """Returns the task on sequences of that length."""
+    """Returns the task; raises UserError if the data set has no label per token."""
     fits = len(inputs.example.shape) == 1 and inputs.label == inputs.example.shape
-    inputs.require(fits, options.name, "tokens (T,) with a label each")
+    inputs.require(fits, options.name, "tokens (T,) with one label each")
     return TokenLabels(inputs.example, inputs.label, options.hidden)
 
 
 class Mix(nn.Module):
-    """Embedding, of the first block; then what a convolution over three tokens and a linear layer add to the features."""
+    """Residual block of a convolution over three tokens and a linear layer.
+
+    The first block of the network also embeds the tokens.
+    """
 
     features: int
     dtype: DTypeLike
@@ -76,7 +85,7 @@ class Mix(nn.Module):
 
 
 class EachToken(nn.Module):
-    """Linear layer at every token; logits in float32."""
+    """Head that applies a linear layer to every token; logits are float32."""
 
     num_classes: int
     dtype: DTypeLike = "float32"

@@ -1,1 +1,1 @@
-"""A Vision Transformer."""
+"""Example of a user-defined network: a Vision Transformer."""

@@ -1,11 +1,13 @@
-"""A Vision Transformer of four encoder blocks on scikit-learn's digits, two modules with a head each.
+"""Vision Transformer with four encoder blocks on scikit-learn's digits, cut into two modules.
 
 python launch.py --config=examples/vit/config.py --workdir=runs/vit
 
-In under a minute on one CPU core: test accuracy 98.1 and 97.5 % of modules 0 and 1, 97.8 % of their ensemble, seed 0.
+Takes less than a minute on one CPU core. Test accuracy with seed 0: 98.1 % (module 0), 97.5 %
+(module 1), 97.8 % (ensemble).
 
-Block 0 makes tokens of patches, blocks 1 to 4 are the encoder; any cut between them works, such as --config.model.modules=5
---config.model.split=count, and any engine.
+Block 0 converts patches to tokens, blocks 1 to 4 are the encoder. The network may be cut anywhere
+between them, for example with --config.model.modules=5 --config.model.split=count, and trained with
+any engine.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """See the top of this file."""
+    """Returns the configuration described at the top of this file."""
     config = default_config()
     config.data.name = "digits"
     config.data.batch_size = 32

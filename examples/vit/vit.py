@@ -1,6 +1,7 @@
-"""A small Vision Transformer (Dosovitskiy et al. 2021) as an own network: a list of blocks, and one line that registers it.
+"""Small Vision Transformer (Dosovitskiy et al. 2021) as an example of a user-defined network.
 
-Between blocks go tokens (B, T, C), so the network may be cut anywhere and each module's head averages over its tokens.
+It is a list of blocks and one line that registers it. Blocks exchange tokens [B, T, C], so the
+network may be cut anywhere, and each module's head averages over its tokens.
 """
 
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ from jaxtyping import Array, Float
 from dgl_jax import UserError
 from dgl_jax.models import Network, register_network
 
-PATCH = 2  # pixels a side
-DEPTH = 4  # encoder blocks
-HEADS = 4  # of the attention
+PATCH = 2  # side of a patch in pixels
+DEPTH = 4  # number of encoder blocks
+HEADS = 4  # number of attention heads
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts images into patches; a Linear layer makes a token of each, and a learnt vector of its position is added."""
+    """Block that projects patches of the image to tokens and adds learned position embeddings."""
 
     width: int
     patch: int
@@ -25,13 +26,14 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W c"], train: bool) -> Float[Array, "B T C"]:
-        batch, height, across, channels = x.shape
-        if height % self.patch or across % self.patch:
+        batch, height, image_width, channels = x.shape
+        if height % self.patch or image_width % self.patch:
             raise UserError(
-                f"config.data.image_size: images of {height}x{across} do not fall into patches of {self.patch} pixels"
+                f"config.data.image_size: images of {height}x{image_width} pixels do not split "
+                f"into patches of {self.patch}x{self.patch} pixels"
             )
         x = x.reshape(
-            batch, height // self.patch, self.patch, across // self.patch, self.patch, channels
+            batch, height // self.patch, self.patch, image_width // self.patch, self.patch, channels
         )
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, self.patch**2 * channels)
         position = self.param(
@@ -41,7 +43,7 @@ class PatchEmbedding(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Layer norm and self-attention, layer norm and a hidden layer of 2C; each pair is added to what came in."""
+    """Transformer block: self-attention and an MLP of width 2C, each with pre-norm and residual."""
 
     heads: int
     dtype: DTypeLike
@@ -57,7 +59,7 @@ class EncoderBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Layer norm, average over the tokens, Linear."""
+    """Layer norm, average over the tokens, and a linear layer."""
 
     num_classes: int
     dtype: DTypeLike
@@ -69,7 +71,16 @@ class Classifier(nn.Module):
 
 
 def vit(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Block 0 makes tokens of `width` channels, a multiple of the number of attention heads; the others are encoder blocks."""
+    """Returns the network: block 0 embeds patches as tokens, the other blocks are the encoder.
+
+    Args:
+      width: number of channels per token, a multiple of the number of attention heads.
+      num_classes: number of classes.
+      dtype: dtype of the computation.
+
+    Raises:
+      UserError: `width` is not a multiple of the number of attention heads.
+    """
     if width % HEADS:
         raise UserError(
             f"config.model.width={width}: must be a multiple of the {HEADS} attention heads"
