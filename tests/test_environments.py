@@ -86,19 +86,24 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param({"JAX_ENABLE_X64": "1"}, id="x64"),
-        pytest.param({"JAX_DEBUG_NANS": "1"}, id="nans"),
-        # Two that know nothing of each other at a time: a run takes ten seconds.
+        # Settings that do not affect each other share a run, which takes ten seconds.
         pytest.param(
             {
+                "JAX_ENABLE_X64": "1",
                 "JAX_DEFAULT_PRNG_IMPL": "rbg",
                 "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             },
-            id="rbg, plots",
+            id="x64, rbg, plots",
         ),
         pytest.param(
-            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": ""},
-            id="ascii, homeless",
+            {
+                "JAX_DEBUG_NANS": "1",
+                "LC_ALL": "C",
+                "PYTHONUTF8": "0",
+                "PYTHONCOERCECLOCALE": "0",
+                "HOME": "",
+            },
+            id="nans, ascii, homeless",
         ),
     ],
 )
