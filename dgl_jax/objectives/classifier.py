@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dgl_jax.errors import UserError
 from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
 from dgl_jax.registry import OBJECTIVES
-from dgl_jax.types import AnyArray
+from dgl_jax.types import PADDING, AnyArray
 
 
 class Classifier(Objective):
@@ -55,11 +55,12 @@ def classification(
 
     Args:
       logits: one row of C logits per label, [..., C].
-      label: class indices, [...].
+      label: class indices, [...]; places labeled PADDING do not count.
       smoothing: see `cross_entropy`.
     """
-    loss, count = cross_entropy(logits, label, smoothing), jnp.float32(label.size)
-    correct = jnp.sum(jnp.argmax(logits, axis=-1) == label, dtype=jnp.float32)
+    loss, real = cross_entropy(logits, label, smoothing), label != PADDING
+    count = jnp.sum(real, dtype=jnp.float32) if label.ndim > 1 else jnp.float32(label.size)
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == label) & real, dtype=jnp.float32)
     return LocalLoss(loss, {"loss": (loss * count, count), "accuracy": (correct, count)}, logits)
 
 
@@ -70,7 +71,8 @@ def cross_entropy(
 
     Args:
       logits: one row of C logits per label, [..., C].
-      label: class indices, [...].
+      label: class indices, [B] or [B, T]. Of several labels per example, those that are PADDING do
+        not count; the loss is 0 if no other is left.
       smoothing: share of each target that is spread evenly over all C classes, including the
         labeled one (Szegedy et al. 2016, section 7).
 
@@ -84,10 +86,15 @@ def cross_entropy(
             "(the last module uses the network's classifier instead)"
         )
     logits = logits.astype(jnp.float32)
-    if not smoothing:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-    targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
+    if smoothing:
+        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    if label.ndim == 1:  # whole examples are padding in evaluation only
+        return losses.mean()
+    real = label != PADDING
+    return jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(real.sum(), 1)
 
 
 def accuracy(logits: Float[Array, "*B C"], label: Int[AnyArray, "*B"]) -> Float[Array, ""]:
