@@ -153,7 +153,7 @@ def test_an_adapter_that_asks_for_the_label_is_refused(monkeypatch):
     monkeypatch.setattr(echo.Echo, "needs", ("label",))
     with pytest.raises(
         UserError,
-        match=r"^config\.model\.adapter=echo: needs 'label', and an evaluation has nothing but 'image'$",
+        match=r"^config\.model\.adapter=echo: needs 'label', but evaluation provides only 'image'$",
     ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1])
 

@@ -355,7 +355,7 @@ def test_options_of_images_do_not_apply_to_tokens():
 def test_only_images_are_known_before_they_are_read():
     with pytest.raises(
         UserError,
-        match=r"^config\.data\.name=token_sums: .* known once it is read; plan with images of",
+        match=r"^config\.data\.name=token_sums: .* not known before it is read; use one of",
     ):
         known_info(make_settings(config()).data)
 
