@@ -89,7 +89,7 @@ def make_experiment(
       first_blocks: index of the first block of each module, if an earlier part of the run has
         chosen the cuts; by default they are chosen now.
       info: description of the data set from an earlier part of the run. Its mean and standard
-        deviation take precedence over those of the data.
+        deviation are used in place of the ones measured now.
 
     Returns:
       The experiment.

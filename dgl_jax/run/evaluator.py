@@ -58,8 +58,9 @@ class Evaluator:
           batch: the batch, in host memory.
 
         Returns:
-          The predictions of each head (None for a module without one), those of the ensemble, and
-          the context of the batch on the devices of the last module, where the ensemble is.
+          The predictions of each head (None for a module without one), the predictions of the
+          ensemble, and the context of the batch on the devices of the last module, where the
+          ensemble is computed.
         """
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).inputs
