@@ -20,7 +20,7 @@ SEED = 12
 
 @pytest.fixture(scope="module")
 def state(tiny):
-    """State whose heads are perturbed, so that modules disagree and some predictions are correct."""
+    """Returns a state with perturbed heads: they disagree, and some predictions are correct."""
     modules, random = [], np.random.default_rng(SEED)
     for module in tiny.init(tiny.spec()):
         head = jax.tree.map(

@@ -14,7 +14,7 @@ from dgl_jax.schedule import aligned
 
 
 def report(step, *losses):
-    """Returns a report with device scalars, as engines do; module k has accuracy k / 10 + step / 100."""
+    """Returns a report as engines do; the accuracy of module k is k / 10 + step / 100."""
     metrics_of_modules = tuple(
         {"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)}
         for k, loss in enumerate(losses)

@@ -16,7 +16,7 @@ TOTAL, BATCH = 8, 8
 
 
 class Clock:
-    """Fake clock: advances 1 s per call of a module's program and 1000 s per JAX compilation."""
+    """Fake clock that advances 1 s per call of a program and 1000 s per JAX compilation."""
 
     def __init__(self) -> None:
         self.now, self.calls, self.compiled_late = 0.0, 0, 0
@@ -32,7 +32,7 @@ class Clock:
                 self.compiled_late += bool(self.calls)
 
     def timed(self, programs: list, before: Callable[[int], None] = lambda k: None) -> None:
-        """Wraps programs to advance the clock after each call; `before(k)` runs ahead of module k."""
+        """Makes programs advance the clock after each call; `before(k)` runs before module k's."""
         for k, program in enumerate(programs):
 
             def call(*args, k=k, program=program):
