@@ -156,7 +156,7 @@ def test_average_equals_the_weighted_mean_over_updates(history):
             averaged = ema.evaluated(updates[n - 1][k])
             assert largest_error(averaged, weighted(updates[:n], k, weights)) < 1e-6
         last = updates[-1][k]
-        # A decay of 1 gives a different average, and so does no average at all.
+        # Neither a decay of 1 nor the absence of an average would pass.
         assert largest_error(ema.evaluated(last), weighted(updates, k, [1, 1, 1])) > 1e-5
         assert largest_error(ema.evaluated(last), (last.params, last.batch_stats)) > 1e-4
 

@@ -1,4 +1,4 @@
-"""Start of a run: fresh modules, the weights of another run, or the newest own checkpoint."""
+"""Start of a run: fresh modules, weights of another run, or the newest checkpoint of this run."""
 
 import json
 import logging
