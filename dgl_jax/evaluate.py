@@ -1,4 +1,4 @@
-"""Measures every module's head, and all heads together, on a split: every label counts once."""
+"""Evaluation entry point for library users: metrics of every head and of the ensemble."""
 
 from pathlib import Path
 
@@ -16,19 +16,24 @@ def evaluate_run(
     split: str = "test",
     settings: Settings | None = None,
 ) -> dict[str, float]:
-    """Measures a run's checkpoint on a split of its data set; see `Evaluator.evaluate` for what comes back.
+    """Evaluates a checkpoint of a run on a split of its data set.
 
     Args:
-      checkpoint: newest, best (on validation) or a step.
-      settings: of the same run; may say where the data lie now.
+      workdir: folder of the run.
+      checkpoint: "newest", "best" (on validation) or a step.
+      split: "train", "validation" or "test".
+      settings: settings of the same run, if they differ from the stored ones in fields that may
+        change, such as the folder of the data.
+
+    Returns:
+      The metrics of `Evaluator.evaluate`, and the step of the checkpoint as `step`.
 
     Raises:
-      UserError: there is no such run, checkpoint or split, `settings` are another run's, or the data are others.
+      UserError: there is no such run, checkpoint or split, `settings` belong to another run, or the
+        data differ from those the run was trained on.
     """
     stored = read_settings(Path(workdir))
-    if settings is not None and (
-        changed := differences(stored, settings)
-    ):  # before anything is restored
+    if settings is not None and (changed := differences(stored, settings)):
         raise UserError(
             f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}"
         )
@@ -37,7 +42,7 @@ def evaluate_run(
     source = make_source(settings.data, settings.seed)
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
-        raise UserError(f"--split={split}: {source.name} has no such examples here")
+        raise UserError(f"--split={split}: {source.name} has no {split} examples")
     result = Evaluator(trained.spec, trained.placement, settings.eval.codec).evaluate(
         trained.restored.state, source, split
     )

@@ -1,4 +1,4 @@
-"""Trains a run from settings: what library users and the command line call."""
+"""Training entry point for library users and the command line."""
 
 import logging
 from collections.abc import Mapping
@@ -29,25 +29,34 @@ def train_and_evaluate(
     workdir: str | Path,
     init_from: str | Path | None = None,
 ) -> Summary:
-    """Trains the configured run in `workdir`, or goes on with the one that is there, and tests it at the end.
+    """Trains the configured run in `workdir`, or resumes the run found there, and tests it.
+
+    A run that has already finished is not trained again: its stored summary is returned.
 
     Args:
-      config: see `config.py`.
-      workdir: made where missing; afterwards holds config.json, metrics.jsonl, summary.json, checkpoints/ and plots/.
-      init_from: workdir of another run of the same network, whose newest weights this one starts from.
+      config: the configuration, see `dgl_jax.config`.
+      workdir: folder of the run, created if missing. At the end it holds config.json,
+        metrics.jsonl, summary.json, checkpoints/ and plots/.
+      init_from: workdir of another run of the same network; a new run starts from its newest
+        weights, a resumed run ignores it.
+
+    Returns:
+      The content of `summary.json`.
 
     Raises:
-      UserError: a mistake the user can correct, a run that diverged, or too little memory.
-      Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
+      UserError: the user made a mistake, the run diverged, or memory or disk space ran out.
+      Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written first.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     workdir = Path(workdir)
     check(workdir, settings)
-    done = finished(workdir, settings)
-    if done:
-        _LOG.info("this run is finished: %s/summary.json", workdir)
-        return done
-    require("--mode=train", "matplotlib")  # for the pictures at the end
+    summary = finished(workdir, settings)
+    if summary:
+        _LOG.info("this run is finished, see %s/summary.json", workdir)
+        return summary
+    require(
+        "--mode=train", "matplotlib"
+    )  # plots are drawn at the end; fail before training, not after it
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
     check_writable(workdir, f"--workdir={workdir}", folder=True)
@@ -56,17 +65,20 @@ def train_and_evaluate(
         for line in remarks(experiment):
             _LOG.warning("%s", line)
         if init_from and holds_checkpoint(workdir):
-            _LOG.info("--init_from is ignored: this run goes on from its own checkpoint")
+            _LOG.info("--init_from is ignored: this run resumes from its own checkpoint")
             init_from = None
-        other = load_trained(Path(init_from), flag="--init_from") if init_from else None
-        if other:
-            check_weights(experiment, other)
+        initial = load_trained(Path(init_from), flag="--init_from") if init_from else None
+        if initial:
+            check_weights(experiment, initial)
         with lock(workdir), interrupted_by_signals() as interruption:
-            return train_loop(experiment, workdir, interruption, other)
+            return train_loop(experiment, workdir, interruption, initial)
 
 
 def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
-    """Reads what the run in a workdir chose and found when it began, for `make_experiment`; {} if there is none."""
+    """Returns arguments of `make_experiment` that a resumed run takes from its newest checkpoint.
+
+    These are the dataset info and, for measured splits, the cuts: a new measurement could differ.
+    """
     meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
     stored: dict[str, Any] = (
         {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}

@@ -351,7 +351,7 @@ def test_a_file_with_options_without_use_gets_one_line_of_the_log(caplog):
     with caplog.at_level("INFO", logger="dgl_jax"):
         make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
     assert [line for line in caplog.messages if "ignored" in line] == [
-        "set, and ignored here: config.replay.size=7: applies to config.engine.name=simulated or threads, not to fused; "
+        "set but ignored: config.replay.size=7: applies to config.engine.name=simulated or threads, not to fused; "
         "config.codec.codes=16: applies to config.codec.name=vq, not to identity"
     ]
 

@@ -183,7 +183,7 @@ def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     four = write(tmp_path / "four", classes=(*CLASSES, "zebra"))
     with pytest.raises(
         UserError,
-        match=r"^--init_from: that run knows 3 classes \(ape, cat, ñandú\) of data.name=folder",
+        match=r"^--init_from: that run has 3 classes \(ape, cat, ñandú\) of data.name=folder",
     ) as error:
         train_and_evaluate(config_of(four), tmp_path / "new", init_from=run)
     assert "this one 4 classes (ape, cat, zebra, ñandú) of data.name=folder" in str(error.value)
@@ -207,7 +207,7 @@ def test_weights_of_a_run_with_other_classes(run, images, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="dgl_jax"):
         restore.check_weights(make_experiment(make_settings(config_of(four))), load_trained(run))
     assert (
-        "that run knows 3 classes (ape, cat, ñandú), this one 3 classes (ape, bee, ñandú): the heads begin"
+        "that run has 3 classes (ape, cat, ñandú), this one 3 classes (ape, bee, ñandú): the heads start"
         in caplog.text
     )
 
@@ -359,7 +359,7 @@ def test_hidden_colour_and_frames_are_said(tmp_path, caplog):
     [
         (
             {"checkpoint__every": 4, "eval__every": 6, "train__steps": 12},
-            "meet at the last step alone",
+            "coincide only at the last step",
         ),
         ({"checkpoint__every": 4, "eval__every": 6, "train__steps": 13}, ""),
         ({"checkpoint__every": 4, "eval__every": 2, "train__steps": 12}, ""),
@@ -388,7 +388,7 @@ def test_a_single_class_is_said(tmp_path, monkeypatch, caplog):
         pytest.raises(UserError, match="before anything"),
     ):
         train_and_evaluate(config_of(root, train__steps=1, data__batch_size=4), tmp_path / "run")
-    assert "folder: there is a single class: every answer is right" in caplog.text
+    assert "folder: has a single class, so every prediction is correct" in caplog.text
 
 
 # Another locale

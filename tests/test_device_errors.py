@@ -283,8 +283,8 @@ def test_a_full_device_leaves_a_run_that_goes_on(engine, full_after, tmp_path):
         assert "the last checkpoint is good" in told
     else:
         assert told.endswith(
-            f"; the checkpoint of step {step} is good, and the run goes on from there under another "
-            "config.train.accumulate or config.model.remat; another config.data.batch_size is another run"
+            f"; the checkpoint of step {step} is good: resume from it with another "
+            "config.train.accumulate or config.model.remat, but the same config.data.batch_size"
         )
     assert load_trained(tmp_path).restored.step == step
     config.model.remat = engine == "fused"  # as it was told

@@ -1,4 +1,4 @@
-"""Accuracies against NumPy: every example once, padding never, each head and all of them together; which images are predicted."""
+"""Evaluation against NumPy, without padding, and the file patterns of predicted images."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ SEED = 12
 
 @pytest.fixture(scope="module")
 def state(tiny):
-    """Heads sharpened and drawn so that modules disagree and right answers happen."""
+    """Returns a state with perturbed heads: they disagree, and some predictions are correct."""
     modules, random = [], np.random.default_rng(SEED)
     for module in tiny.init(tiny.spec()):
         head = jax.tree.map(
@@ -45,7 +45,7 @@ def softmax(logits):
 
 
 def oracle(spec, modules: tuple[ModuleState, ...], source, split):
-    """One example at a time would be the same: (x / 255 - mean) / std, module by module, and the shares of right answers."""
+    """Computes the expected metrics of a split in NumPy, apart from the modules' forward passes."""
     stored, ids = source._stored[split], source._order.splits[split]
     x = (stored.inputs[ids] / 255 - 0.5) / 0.25
     x, heads = np.float32(x), []
@@ -53,14 +53,14 @@ def oracle(spec, modules: tuple[ModuleState, ...], source, split):
         x, logits = eval_step(module, state.params, state.batch_stats, x)
         heads.append(None if logits is None else softmax(np.asarray(logits)))
     label = stored.labels[ids]
-    found = {}
+    metrics = {}
     for k, p in enumerate(heads):
         if p is not None:
-            found[f"{split}/module_{k}/accuracy"] = np.mean(p.argmax(1) == label)
-            found[f"{split}/module_{k}/loss"] = np.mean(-np.log(p[np.arange(len(label)), label]))
+            metrics[f"{split}/module_{k}/accuracy"] = np.mean(p.argmax(1) == label)
+            metrics[f"{split}/module_{k}/loss"] = np.mean(-np.log(p[np.arange(len(label)), label]))
     weighted = sum(2**k * p for k, p in enumerate(heads) if p is not None)
-    found[f"{split}/ensemble/accuracy"] = np.mean(weighted.argmax(1) == label)
-    return found
+    metrics[f"{split}/ensemble/accuracy"] = np.mean(weighted.argmax(1) == label)
+    return metrics
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +77,27 @@ def one(tiny, devices):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_every_head_against_numpy(tiny, state, one, expected, split):
-    assert tiny.source.examples(split) % tiny.batch_size, "the last batch must be padded"
-    found = one.evaluate(place(state, one.placement), tiny.source, split)
-    assert found == pytest.approx(expected[split], rel=1e-5)
+def test_metrics_of_every_head_equal_numpy(tiny, state, one, expected, split):
+    assert tiny.source.examples(split) % tiny.batch_size, "the test needs a padded last batch"
+    metrics = one.evaluate(place(state, one.placement), tiny.source, split)
+    assert metrics == pytest.approx(expected[split], rel=1e-5)
     accuracies = {value for name, value in expected[split].items() if name.endswith("accuracy")}
-    assert len(accuracies) > 1, "heads that all agree would show nothing"
+    assert len(accuracies) > 1, "the test needs heads with different accuracies"
 
 
-def test_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
-    monkeypatch.setattr(base, "PADDING", -2)  # of another value than the source's
+def test_twin_counted_padding_is_noticed(tiny, state, one, expected, monkeypatch):
+    monkeypatch.setattr(base, "PADDING", -2)  # differs from the value that the source uses
     broken = Evaluator(tiny.spec(), one.placement)
+    # A new jit, because the cached one was traced with the correct value.
     broken.forward, broken.metrics = (
         one.forward,
         jax.jit(lambda *args: broken.spec.task.metrics(*args)),
-    )  # traced anew
-    found = broken.evaluate(place(state, one.placement), tiny.source, "test")
-    assert found != pytest.approx(expected["test"], rel=1e-5)
+    )
+    metrics = broken.evaluate(place(state, one.placement), tiny.source, "test")
+    assert metrics != pytest.approx(expected["test"], rel=1e-5)
 
 
-def test_every_example_once(tiny, state, one):
+def test_every_example_is_evaluated_once(tiny, state, one):
     ids, padding = [], 0
     for batch in tiny.source.evaluation("test"):
         *_, context = one.answers(place(state, one.placement).modules, batch)
@@ -107,8 +108,8 @@ def test_every_example_once(tiny, state, one):
     assert padding == 4
 
 
-def test_weights_of_the_ensemble(tiny):
-    # 1 : 2 : 4, and without the middle head 1 : 4
+def test_ensemble_doubles_the_weight_with_depth(tiny):
+    # Weights 1 : 2 : 4, and 1 : 4 without the middle head.
     ensemble = tiny.spec().task.ensemble
     heads = [np.float32([[1, 0]]), np.float32([[0, 1]]), np.float32([[0.5, 0.5]])]
     np.testing.assert_allclose(ensemble(heads), [[3 / 7, 4 / 7]], rtol=1e-6)
@@ -116,25 +117,29 @@ def test_weights_of_the_ensemble(tiny):
     np.testing.assert_allclose(ensemble([None, None, heads[0]]), heads[0], rtol=1e-6)
 
 
-def test_heads_that_were_not_trained_are_absent(tiny, devices, expected):
+def test_modules_without_a_head_have_no_metrics(tiny, devices, expected):
     spec = tiny.spec(heads=False)
     evaluator = Evaluator(spec, one_group(devices[:1], 3))
     states = EngineState(tuple(m.replace(rng=jax.random.key(0)) for m in tiny.init(spec)))
-    found = evaluator.evaluate(place(states, evaluator.placement), tiny.source, "test")
-    assert set(found) == {"test/module_2/accuracy", "test/module_2/loss", "test/ensemble/accuracy"}
-    assert found["test/ensemble/accuracy"] == found["test/module_2/accuracy"]
-    assert found == pytest.approx(oracle(spec, states.modules, tiny.source, "test"), rel=1e-5)
-    assert set(found) < set(expected["test"])
+    metrics = evaluator.evaluate(place(states, evaluator.placement), tiny.source, "test")
+    assert set(metrics) == {
+        "test/module_2/accuracy",
+        "test/module_2/loss",
+        "test/ensemble/accuracy",
+    }
+    assert metrics["test/ensemble/accuracy"] == metrics["test/module_2/accuracy"]
+    assert metrics == pytest.approx(oracle(spec, states.modules, tiny.source, "test"), rel=1e-5)
+    assert set(metrics) < set(expected["test"])
 
 
 @pytest.mark.parametrize("groups", [(1, 1, 1), (1, 2, 1)])
-def test_several_devices_equal_one(tiny, state, devices, expected, groups):
+def test_metrics_on_several_devices_equal_one_device(tiny, state, devices, expected, groups):
     evaluator = Evaluator(tiny.spec(), assign(devices, 3, groups))
-    found = evaluator.evaluate(place(state, evaluator.placement), tiny.source, "test")
-    assert found == pytest.approx(expected["test"], rel=1e-5)
+    metrics = evaluator.evaluate(place(state, evaluator.placement), tiny.source, "test")
+    assert metrics == pytest.approx(expected["test"], rel=1e-5)
 
 
-def test_a_split_without_examples_has_no_entries(tiny, state, one):
+def test_split_without_examples_has_no_metrics(tiny, state, one):
     class Empty:
         def evaluation(self, split):
             return iter(())
@@ -142,11 +147,11 @@ def test_a_split_without_examples_has_no_entries(tiny, state, one):
     assert one.evaluate(place(state, one.placement), Empty(), "validation") == {}
 
 
-def test_one_read_for_a_whole_split(tiny, state, one, monkeypatch):
+def test_results_are_read_once_per_split(tiny, state, one, monkeypatch):
     reads, read = [], evaluation.read
     monkeypatch.setattr(evaluation, "read", lambda tree: reads.append(len(tree)) or read(tree))
     one.evaluate(place(state, one.placement), tiny.source, "test")
-    assert reads == [3]  # batches, in one go
+    assert reads == [3]  # three batches in one transfer
 
 
 @pytest.fixture
@@ -168,32 +173,32 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "found"),
+    ("pattern", "expected"),
     [
         ("photos", ["a.png", "a1.png", "a[1].png", "sub/c.JPG"]),
         ("photos/*.png", ["a.png", "a1.png", "a[1].png"]),
         ("photos/**/*.JPG", ["sub/c.JPG"]),
         ("photos/s*", ["sub/c.JPG"]),
-        ("photos/a[1].png", ["a[1].png"]),  # a file of that name, though the pattern means a1.png
+        ("photos/a[1].png", ["a[1].png"]),  # a file of that name wins over the pattern
         ("photos/a[0-9].png", ["a1.png"]),
-        ("photos/.b.png", [".b.png"]),  # named, not found on the way
+        ("photos/.b.png", [".b.png"]),  # hidden files only if named
         ("photos/.thumbs", [".thumbs/d.png"]),
     ],
 )
-def test_images_that_a_pattern_names(photos, pattern, found):
+def test_pattern_selects_images(photos, pattern, expected):
     assert [path.as_posix() for path in find_images([pattern])] == [
-        f"photos/{name}" for name in found
+        f"photos/{name}" for name in expected
     ]
 
 
 @pytest.mark.parametrize(
     "pattern", ["", "photos/.*.png", "photos/b.png", "photos/a[2].png", "photos/" + "[a]" * 200]
 )
-def test_patterns_that_name_nothing(photos, pattern):
+def test_pattern_without_an_image_is_an_error(photos, pattern):
     with pytest.raises(UserError, match="no image there"):
         find_images([pattern])
 
 
 def test_images_keep_the_order_of_the_patterns(photos):
-    found = find_images(["photos/sub", "photos/a*.png"])
-    assert [path.name for path in found] == ["c.JPG", "a.png", "a1.png", "a[1].png"]
+    images = find_images(["photos/sub", "photos/a*.png"])
+    assert [path.name for path in images] == ["c.JPG", "a.png", "a1.png", "a[1].png"]

@@ -86,7 +86,7 @@ LIBRARIES = {
     "cv2": ("data",),
     "simplejpeg": ("data",),
     "rich": ("run/progress.py",),
-    "matplotlib": ("run/plots.py", "tools"),
+    "matplotlib": ("run/axes.py", "tools"),
     "safetensors": ("export.py",),
 }
 PLAIN_TOO = ("dgl_jax.schedule", "dgl_jax.errors")
@@ -107,7 +107,7 @@ EXCEPT = {
     ("data/streaming.py", "absl.flags"),
     ("cli.py", "absl.flags"),
     ("cli.py", "os.environ"),
-    ("run/plots.py", "os.environ"),
+    ("run/axes.py", "os.environ"),
 }
 
 

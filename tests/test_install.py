@@ -147,7 +147,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     assert first["versions"]["dgl_jax"] == dgl_jax.__version__
     assert "unknown" not in first["versions"].values()
     assert {"accuracy.png", "loss.png"} <= {path.name for path in (run / "plots").iterdir()}
-    assert "going on from step 2" in call(*launch, "--config.train.steps=3", cwd=checkout).stderr
+    assert "resuming from step 2" in call(*launch, "--config.train.steps=3", cwd=checkout).stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
     # The wheel in a folder of its own: the shipped configurations by name and by path, and what an extra brings.

@@ -233,7 +233,7 @@ def test_mistakes_get_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
-    assert "--checkpoint=7: there are: newest, best, " in fails(
+    assert "--checkpoint=7: no such checkpoint; use newest, best, " in fails(
         "--mode=eval", f"--workdir={trained}", "--checkpoint=7"
     )
 

@@ -1,4 +1,4 @@
-"""The window of training metrics between two records."""
+"""Window of training metrics between two records."""
 
 import json
 
@@ -14,25 +14,25 @@ from dgl_jax.schedule import aligned
 
 
 def report(step, *losses):
-    """Device scalars, as engines give them; module k's accuracy is k / 10 + step / 100."""
-    of_modules = tuple(
+    """Returns a report as engines do; the accuracy of module k is k / 10 + step / 100."""
+    metrics_of_modules = tuple(
         {"loss": jnp.float32(loss), "accuracy": jnp.float32(k / 10 + step / 100)}
         for k, loss in enumerate(losses)
     )
-    return Report((step,) * len(losses), of_modules, lambda: None, step=step)
+    return Report((step,) * len(losses), metrics_of_modules, lambda: None, step=step)
 
 
 def filled(window=None, start=1):
+    """Returns the window with three more reports of two modules."""
     window = Window() if window is None else window
     for step, losses in enumerate([(2.0, 1.0), (4.0, 0.5), (3.0, 0.75)], start):
         window.add(report(step, *losses))
     return window
 
 
-def test_means_by_hand():
+def test_close_returns_the_means_and_empties_the_window():
     window = filled()
-    found = window.close()
-    assert found == pytest.approx(
+    assert window.close() == pytest.approx(
         {
             "train/module_0/loss": 3.0,
             "train/module_0/accuracy": 0.02,
@@ -49,7 +49,7 @@ def test_modules_without_metrics_have_no_entries():
     assert window.close() == {"train/module_1/loss": 2.0}
 
 
-def test_nothing_is_read_before_the_record(monkeypatch):
+def test_metrics_are_read_once_per_record(monkeypatch):
     reads = []
     monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))
     window = filled()
@@ -58,7 +58,7 @@ def test_nothing_is_read_before_the_record(monkeypatch):
     assert reads == [3]
 
 
-def test_values_survive_json():
+def test_resumed_window_equals_an_uninterrupted_one():
     whole, first = filled(), filled()
     saved = json.loads(json.dumps(first.values()))
     resumed = Window(saved)
@@ -71,7 +71,7 @@ def test_values_survive_json():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_loss_that_is_not_finite_names_module_and_step(bad, resumed):
+def test_error_for_a_nonfinite_loss_names_module_and_step(bad, resumed):
     window = (
         Window([[[10, 10], [{"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}]]]) if resumed else Window()
     )
@@ -85,19 +85,19 @@ def test_a_loss_that_is_not_finite_names_module_and_step(bad, resumed):
         window.close()
 
 
-def test_diverged_says_what_helps():
+def test_divergence_error_suggests_a_remedy():
     assert "config.optimizer.learning_rate" in str(diverged("x"))
 
 
-def test_read_gives_host_values():
-    found = read({"a": jnp.arange(3), "b": [jnp.float32(2)], "c": 5})
-    assert isinstance(found["a"], np.ndarray)
-    assert found["a"].tolist() == [0, 1, 2]
-    assert found["b"] == [2.0]
-    assert found["c"] == 5
+def test_read_returns_host_values():
+    values = read({"a": jnp.arange(3), "b": [jnp.float32(2)], "c": 5})
+    assert isinstance(values["a"], np.ndarray)
+    assert values["a"].tolist() == [0, 1, 2]
+    assert values["b"] == [2.0]
+    assert values["c"] == 5
 
 
-def test_updates_of_unequal_modules(tiny):
+def test_unequal_update_counts_are_an_error(tiny):
     first, *others = tiny.init(tiny.spec(2))
     with pytest.raises(ValueError, match=r"unequal update counts: \[0, 1\]"):
         aligned(counts(EngineState((first.replace(updates=np.int32(1)), *others))), 2)

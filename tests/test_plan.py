@@ -286,7 +286,7 @@ def test_what_it_prints(stated, tmp_path):
         (
             {"data__name": "folder"},
             {},
-            ["config.data.name=folder", "known once it is read", "cifar10"],
+            ["config.data.name=folder", "not known before it is read", "cifar10"],
         ),
         ({}, {"stated": "1,2"}, ["--block_times=1,2", "4 blocks, so 4 times"]),
         ({}, {"stated": "1,2,3,0"}, ["--block_times=1,2,3,0", "above 0"]),

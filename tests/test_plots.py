@@ -1,4 +1,4 @@
-"""Each picture holds the lines that the records hold, and says so where there is nothing to draw."""
+"""Plots contain the curves of the records, and report missing metrics."""
 
 import contextlib
 import itertools
@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgba
 
 from dgl_jax.errors import UserError
 from dgl_jax.run import plots
+from dgl_jax.run.axes import _increasing
 from dgl_jax.run.plots import (
-    _increasing,
     accuracy_figure,
     compare,
     compare_figure,
@@ -26,17 +26,19 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def make_records(modules, epochs=3, heads=None, ensemble=True):
-    """Half-epoch training records, validation every epoch, test at the end."""
+    """Returns records with training every half epoch, validation every epoch, test at the end."""
     heads, records = range(modules) if heads is None else heads, []
     for half in range(1, 2 * epochs + 1):
         head = {"step": 5 * half, "epoch": half / 2, "time": 0.0}
-        right = {k: 1 - 1 / (half + k + 2) for k in heads}
+        accuracies = {k: 1 - 1 / (half + k + 2) for k in heads}
         losses = {f"train/module_{k}/loss": 3.0 * 0.3**half / (k + 1) for k in heads}
-        records.append(head | losses | {f"train/module_{k}/accuracy": a for k, a in right.items()})
+        records.append(
+            head | losses | {f"train/module_{k}/accuracy": a for k, a in accuracies.items()}
+        )
         splits = ["validation"] * (half % 2 == 0) + ["test"] * (half == 2 * epochs)
         for split in splits:
             records.append(
-                head | {f"{split}/module_{k}/accuracy": a - 0.05 for k, a in right.items()}
+                head | {f"{split}/module_{k}/accuracy": a - 0.05 for k, a in accuracies.items()}
             )
             records[-1] |= {f"{split}/ensemble/accuracy": 0.9} if ensemble else {}
     return records
@@ -45,8 +47,8 @@ def make_records(modules, epochs=3, heads=None, ensemble=True):
 def make_run(workdir, records):
     with contextlib.closing(JsonLinesWriter(workdir / "metrics.jsonl")) as writer:
         for record in records:
-            rest = {key: math.nan if value is None else value for key, value in record.items()}
-            writer.write_scalars(rest.pop("step"), rest)
+            scalars = {key: math.nan if value is None else value for key, value in record.items()}
+            writer.write_scalars(scalars.pop("step"), scalars)
     return workdir
 
 
@@ -59,10 +61,12 @@ def texts(figure):
 
 
 @pytest.mark.parametrize("modules", [1, 4, 10])
-def test_accuracy_has_a_line_a_module_and_split(modules):
+def test_accuracy_plot_has_one_line_per_module_and_split(modules):
     figure = accuracy_figure(make_records(modules, ensemble=modules > 1), "run", "fused")
     lines = drawn(figure)
-    ensembles = 2 if modules > 1 else 0  # validation and test; training measures none
+    ensembles = (
+        2 if modules > 1 else 0
+    )  # validation and test; there is no training accuracy of the ensemble
     assert len(figure.axes[0].lines) == len(lines) == 3 * modules + ensembles
     np.testing.assert_array_equal(lines["validation module_0"].get_xdata(), [1, 2, 3])
     assert len(lines["train module_0"].get_xdata()) == 6
@@ -73,7 +77,7 @@ def test_accuracy_has_a_line_a_module_and_split(modules):
     assert value in texts(figure)
 
 
-def test_colours_darken_with_depth_and_agree_between_pictures():
+def test_colors_darken_with_depth_and_agree_between_plots():
     records = make_records(6)
     accuracy, loss = drawn(accuracy_figure(records)), drawn(loss_figure(records))
     shades = [accuracy[f"validation module_{k}"].get_color() for k in range(6)]
@@ -83,7 +87,7 @@ def test_colours_darken_with_depth_and_agree_between_pictures():
         np.testing.assert_array_equal(loss[f"train module_{k}"].get_color(), shades[k])
 
 
-def test_names_never_overlap():
+def test_row_names_do_not_overlap():
     records = [
         {"step": 1, "epoch": 1.0} | {f"validation/module_{k}/accuracy": 0.9 for k in range(30)}
     ]
@@ -100,14 +104,14 @@ def test_names_never_overlap():
 
 
 def middle(figure, label):
-    """The height of a label's middle, in pixels."""
-    (found,) = [text for text in figure.axes[0].texts if text.get_text() == label]
-    box = found.get_window_extent()
+    """Returns the vertical center of a label in pixels."""
+    (text,) = [text for text in figure.axes[0].texts if text.get_text() == label]
+    box = text.get_window_extent()
     return (box.y0 + box.y1) / 2
 
 
 @pytest.mark.parametrize("last", [0.9, 0.62, 0.3])
-def test_labels_stand_at_the_ends_of_their_lines(last):
+def test_labels_are_at_the_ends_of_their_lines(last):
     runs = {
         "a": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.1), (2, last))],
         "b": [{"step": s, "validation/module_0/accuracy": y} for s, y in ((1, 0.15), (2, 0.45))],
@@ -116,10 +120,8 @@ def test_labels_stand_at_the_ends_of_their_lines(last):
         {"step": s, "train/module_0/loss": y, "train/module_1/loss": 2 * y}
         for s, y in ((1, 2.5), (2, last))
     ]
-    steep = [
-        {"step": 0, "train/module_0/loss": 60.0, "train/module_1/loss": 70.0},
-        *losses,
-    ]  # a logarithmic axis
+    # Enough decades for a logarithmic axis.
+    steep = [{"step": 0, "train/module_0/loss": 60.0, "train/module_1/loss": 70.0}, *losses]
     for figure, ends in (
         (compare_figure(runs), {"a": last, "b": 0.45}),
         (loss_figure(losses), {"module 0": last, "module 1": 2 * last}),
@@ -128,13 +130,14 @@ def test_labels_stand_at_the_ends_of_their_lines(last):
         figure.canvas.draw()
         axes = figure.axes[0]
         for label, y in ends.items():
-            # Within three points: text is not quite centred on its box, and neighbours stand fourteen apart.
+            # 6 pixels are 3 points: text is not exactly centered in its box, and rows are 14 points
+            # apart.
             assert middle(figure, label) == pytest.approx(
                 axes.transData.transform((2, y))[1], abs=6
             )
 
 
-def test_labels_that_would_overlap_share_the_way():
+def test_increasing_averages_values_out_of_order():
     assert _increasing([1.0, 2.0, 2.5]).tolist() == [1, 2, 2.5]
     assert _increasing([3.0, 1.0, 2.0]).tolist() == [2, 2, 2]
     assert _increasing([1.0, 3.0, 2.0, 4.0]).tolist() == [1, 2.5, 2.5, 4]
@@ -143,7 +146,7 @@ def test_labels_that_would_overlap_share_the_way():
 
 
 @pytest.mark.parametrize("value", [2.0, 0.0123, 0.00123, 0.000123, 1.23e-5])
-def test_leaders_end_before_the_numbers(value):
+def test_dotted_lines_end_before_the_numbers(value):
     records = [
         {"step": s, "train/module_0/loss": value * m, "train/module_1/loss": 1.01 * value * m}
         for s, m in ((1, 3), (2, 1))
@@ -161,7 +164,7 @@ def test_leaders_end_before_the_numbers(value):
     assert max(leaders) + 2 < min(numbers)
 
 
-def test_a_module_without_a_head_has_no_line():
+def test_module_without_a_head_has_no_line():
     records = make_records(4, heads=[3], ensemble=False)
     assert set(drawn(accuracy_figure(records))) == {
         "train module_3",
@@ -171,12 +174,12 @@ def test_a_module_without_a_head_has_no_line():
     assert set(drawn(loss_figure(records))) == {"train module_3"}
 
 
-def test_loss_is_logarithmic_only_where_it_spans():
+def test_loss_axis_is_logarithmic_only_for_a_wide_range():
     assert loss_figure(make_records(2)).axes[0].get_yscale() == "log"
     assert loss_figure(make_records(2, epochs=1)).axes[0].get_yscale() == "linear"
 
 
-def test_null_breaks_a_line_and_steps_stand_in_for_epochs():
+def test_null_breaks_a_line_and_steps_replace_missing_epochs():
     key = "train/module_0/loss"
     records = [
         {"step": 1, key: 2.0},
@@ -193,7 +196,7 @@ def test_null_breaks_a_line_and_steps_stand_in_for_epochs():
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.0, 1.0])
-def test_odd_values_are_drawn(tmp_path, value):
+def test_extreme_values_are_drawn(tmp_path, value):
     records = [
         {
             "step": 0,
@@ -206,7 +209,7 @@ def test_odd_values_are_drawn(tmp_path, value):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_plot_writes_pictures(tmp_path, finished):
+def test_plot_writes_png_files(tmp_path, finished):
     workdir = make_run(tmp_path / "digits", make_records(4))
     if finished:
         summary = {
@@ -225,12 +228,12 @@ def test_plot_writes_pictures(tmp_path, finished):
         assert len(content) > 10_000
 
 
-def test_plot_draws_what_there_is(tmp_path):
+def test_plot_draws_only_available_metrics(tmp_path):
     records = [{"step": 1, "epoch": 0.1, "train/module_0/loss": 2.0}]
     assert [path.name for path in plot(make_run(tmp_path, records))] == ["loss.png"]
 
 
-def test_plot_says_what_is_missing(tmp_path):
+def test_plot_reports_missing_metrics(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl: no such file"):
         plot(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tra')
@@ -242,7 +245,7 @@ def test_plot_says_what_is_missing(tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-def test_compare_takes_the_last_module_of_workdirs_and_records(tmp_path):
+def test_compare_draws_the_last_module_of_workdirs_and_records(tmp_path):
     workdir = make_run(tmp_path / "run", make_records(4))
     other = make_records(4, epochs=2, heads=[3], ensemble=False)
     path = compare({"DGL": workdir, "backprop": other}, tmp_path / "out" / "compare.png", "Digits")
@@ -259,7 +262,7 @@ def test_compare_takes_the_last_module_of_workdirs_and_records(tmp_path):
         compare({"DGL": [{"step": 1}]}, tmp_path / "none.png")
 
 
-def test_ages_by_hand():
+def test_ages_plot_shows_shares_of_reads():
     records = [
         {"step": n, "replay/module_1/ages_from_0": 3.0 * n, "replay/module_1/ages_from_1": 1.0 * n}
         for n in (1, 2)
@@ -270,7 +273,7 @@ def test_ages_by_hand():
     assert plots.ages_figure([{"step": 1, "replay/module_1/ages_from_0": 0.0}]) is None
 
 
-def test_the_timeline_by_hand():
+def test_timeline_shows_the_newest_turns():
     records = [
         {"step": 3, "unit": "turns", "turns": [[0, 5.0, 6.0]]},
         {"step": 6, "unit": "seconds", "turns": [[1, 2.0, 4.0], [0, 1.0, 2.0]]},
@@ -282,9 +285,8 @@ def test_the_timeline_by_hand():
     spans = [path.vertices[:, 0] for bars in axes.collections for path in bars.get_paths()]
     assert [(x.min(), x.max()) for x in spans] == [(1.0, 2.0), (2.0, 4.0)]
     assert plots.timeline_figure([{"step": 3}]) is None
-    (axes,) = plots.timeline_figure(
-        [*records, {"step": 6, "train/module_2/loss": 1.0}]
-    ).axes  # done before the others
+    # Module 2 finished before the others and has no recent turn.
+    (axes,) = plots.timeline_figure([*records, {"step": 6, "train/module_2/loss": 1.0}]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "module 0",
         "module 1",
@@ -292,8 +294,8 @@ def test_the_timeline_by_hand():
     ]
 
 
-def test_a_module_has_its_color_in_every_picture():
-    """The first module reads no ring, and the last sends nothing."""
+def test_module_has_the_same_color_in_every_plot():
+    # The first module reads no ring and the last one sends nothing, so plots differ in modules.
     record = {f"train/module_{k}/loss": 1.0 for k in range(3)} | {"epoch": 1.0}
     record |= {f"replay/module_{k}/ages_from_0": 1.0 for k in (1, 2)}
     record |= {f"train/module_{k}/codec_error": 0.5 for k in (0, 1)} | {

@@ -111,7 +111,7 @@ def test_adapter_that_needs_the_label_is_refused(monkeypatch):
     with pytest.raises(
         UserError,
         match=r"^config\.model\.adapter=echo: needs 'label', "
-        r"and an evaluation has nothing but 'image'$",
+        r"but evaluation provides only 'image'$",
     ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1])
 

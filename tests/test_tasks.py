@@ -357,7 +357,7 @@ def test_image_options_do_not_apply_to_tokens():
 def test_only_image_data_sets_have_shapes_known_before_loading():
     with pytest.raises(
         UserError,
-        match=r"^config\.data\.name=token_sums: .* known once it is read; plan with images of",
+        match=r"^config\.data\.name=token_sums: .* not known before it is read; use one of",
     ):
         known_info(make_settings(config()).data)
 

@@ -1,4 +1,4 @@
-"""Numbers come back as they went out, whatever the end of the process; progress tells the truth after a resumption."""
+"""Metric writers and readers, also after a killed process, and the progress display."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ class Clock:
         return self.now
 
 
-def test_records_come_back(path):
+def test_records_are_read_as_written(path):
     records = read_jsonl(path)
     assert [record["step"] for record in records] == [10, 20, 20, 30]
     assert list(records[0]) == ["step", "epoch", "time", "train/module_0/loss"]
@@ -51,19 +51,19 @@ def test_records_come_back(path):
     }
 
 
-def test_epoch_among_the_scalars_and_array_scalars(tmp_path):
+def test_epoch_and_values_may_be_array_scalars(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = JsonLinesWriter(path)
     writer.write_scalars(np.int64(3), {"epoch": np.float32(0.5), "learning_rate": np.float32(0.25)})
     writer.write_scalars(4, {"learning_rate": 1})
-    first, second = read_jsonl(path)  # flushed line by line: the writer is still open
+    first, second = read_jsonl(path)  # every line is flushed while the writer is open
     assert (first["step"], first["epoch"], first["learning_rate"]) == (3, 0.5, 0.25)
     assert second["epoch"] is None
     writer.close()
     writer.close()
 
 
-def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path):
+def test_nonfinite_values_are_null_in_valid_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(JsonLinesWriter(path)) as writer:
         writer.write_scalars(
@@ -71,28 +71,28 @@ def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path):
         )
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     record = json.loads(path.read_text(), parse_constant=refuse)
     assert [record[key] for key in ("a", "b", "c", "d", "epoch")] == [None, None, None, 2.0, None]
 
 
 @pytest.mark.parametrize(
-    ("step", "kept"), [(0, []), (19, [10]), (20, [10, 20, 20]), (99, [10, 20, 20, 30])]
+    ("step", "remaining"), [(0, []), (19, [10]), (20, [10, 20, 20]), (99, [10, 20, 20, 30])]
 )
-def test_truncate_keeps_the_step_itself_and_changes_no_byte_of_it(path, step, kept):
+def test_truncate_keeps_records_up_to_the_step_unchanged(path, step, remaining):
     lines = path.read_bytes().splitlines(keepends=True)
-    assert truncate(path, step) == len(lines) - len(kept)
-    assert path.read_bytes() == b"".join(lines[: len(kept)])
+    assert truncate(path, step) == len(lines) - len(remaining)
+    assert path.read_bytes() == b"".join(lines[: len(remaining)])
     assert os.listdir(path.parent) == ["metrics.jsonl"]
 
 
-def test_truncate_of_nothing(tmp_path):
+def test_truncate_of_a_missing_file_creates_nothing(tmp_path):
     assert truncate(tmp_path / "metrics.jsonl", 5) == 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_truncation_leaves_the_file_whole(path, monkeypatch):
+def test_failed_truncation_leaves_the_file_unchanged(path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -100,7 +100,7 @@ def test_a_failed_truncation_leaves_the_file_whole(path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_a_last_line_torn_anywhere_is_dropped(path):
+def test_incomplete_last_line_is_dropped(path):
     whole = path.read_bytes()
     start = whole.rstrip(b"\n").rindex(b"\n") + 1
     for end in range(start, len(whole) - 1):
@@ -108,19 +108,19 @@ def test_a_last_line_torn_anywhere_is_dropped(path):
         assert [record["step"] for record in read_jsonl(path)] == [10, 20, 20]
     truncate(path, 100)
     assert path.read_bytes() == whole[:start]
-    path.write_bytes(whole[:-1])  # only the line's end is missing: the record is whole
+    path.write_bytes(whole[:-1])  # only the newline is missing: the record is complete
     assert truncate(path, 100) == 0
     assert path.read_bytes() == whole
 
 
-def test_a_writer_goes_on_after_a_torn_line(path):
+def test_writer_continues_after_an_incomplete_line(path):
     path.write_bytes(path.read_bytes()[:-9])
     with contextlib.closing(JsonLinesWriter(path)) as writer:
         writer.write_scalars(40, {})
     assert [record["step"] for record in read_jsonl(path)] == [10, 20, 20, 40]
 
 
-def test_a_broken_line_in_the_middle_is_named(path):
+def test_damaged_line_in_the_middle_is_an_error_with_its_number(path):
     lines = path.read_text().splitlines()
     lines[1] = lines[1][:-4]
     path.write_text("\n".join(lines) + "\n")
@@ -129,22 +129,25 @@ def test_a_broken_line_in_the_middle_is_named(path):
 
 
 def read_events(directory):
-    """(step, tag, value) of every event file, read as the format says: length, its CRC, the event, its CRC."""
+    """Returns (step, tag, value) of all event files.
+
+    A record consists of the length of the event (8 bytes), a CRC (4), the event, and a CRC (4).
+    """
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    events = []
     for file in sorted(directory.glob("events.out.tfevents.*")):
         data = file.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
             event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            events += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
             if event.HasField("session_log"):
-                found.append((event.step, "restart", event.session_log.status))
-    return found
+                events.append((event.step, "restart", event.session_log.status))
+    return events
 
 
-def test_tensorboard_events_come_back(tmp_path):
+def test_tensorboard_events_are_read_as_written(tmp_path):
     with contextlib.closing(TensorBoardWriter(tmp_path)) as writer:
         writer.write_scalars(5, {"train/module_0/loss": 0.5, "learning_rate": 0.25}, epoch=1.5)
     assert read_events(tmp_path) == [
@@ -154,15 +157,17 @@ def test_tensorboard_events_come_back(tmp_path):
     ]
 
 
-def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):
+def test_tensorboard_hides_events_after_the_checkpoint(tmp_path):
     TensorBoardWriter(tmp_path, resumed_at=20).close()
-    assert read_events(tmp_path) == [
-        (21, "restart", 1)
-    ]  # 1: START, from which TensorBoard drops steps 21 and later
+    # Status 1 is START: TensorBoard drops older events from step 21 on.
+    assert read_events(tmp_path) == [(21, "restart", 1)]
 
 
-def test_importing_writers_is_light():
-    code = "import sys, dgl_jax.run.writers; print([m for m in ('tensorboardX', 'matplotlib', 'orbax') if m in sys.modules])"
+def test_importing_writers_loads_no_heavy_library():
+    code = (
+        "import sys, dgl_jax.run.writers; "
+        "print([m for m in ('tensorboardX', 'matplotlib', 'orbax') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -171,7 +176,7 @@ def test_importing_writers_is_light():
     )
 
 
-def test_multi_writer_writes_to_all_and_closes_the_rest_when_one_fails(tmp_path):
+def test_multi_writer_closes_all_writers_even_if_one_fails(tmp_path):
     class Failing(JsonLinesWriter):
         def close(self):
             super().close()
@@ -190,7 +195,7 @@ def test_multi_writer_writes_to_all_and_closes_the_rest_when_one_fails(tmp_path)
     MultiWriter([]).write_scalars(1, {"x": 1.0})
 
 
-def test_status_orders_modules_by_number_and_leaves_out_missing_heads():
+def test_status_orders_modules_by_number_and_omits_missing_heads():
     scalars = {f"train/module_{k}/accuracy": k / 100 for k in (10, 9, 2)}
     scalars |= {
         "validation/ensemble/accuracy": 0.956,
@@ -205,7 +210,7 @@ def test_status_orders_modules_by_number_and_leaves_out_missing_heads():
     assert status({"learning_rate": 0.1, "train/module_0/loss": 1.0}) == {}
 
 
-def test_a_module_without_an_update_keeps_its_place_in_the_line():
+def test_status_shows_a_dash_for_a_module_without_an_update():
     rates = {f"work/module_{k}/updates_per_second": float(k) for k in range(4)}
     assert status({"train/module_1/accuracy": 0.25, "train/module_2/accuracy": 0.5} | rates) == {
         "train": "train - 0.25 0.50 -",
@@ -213,17 +218,17 @@ def test_a_module_without_an_update_keeps_its_place_in_the_line():
     }
     ages = {f"replay/module_{k}/age": 1.0 for k in (1, 2)}
     assert status({"train/module_2/accuracy": 0.5} | ages)["train"] == "train - - 0.50"
-    # Heads that are not trained, and an evaluation, have no such places.
+    # There is no dash for heads that are never trained, nor in evaluations.
     assert status({"train/module_1/accuracy": 0.25}) == {"train": "train 0.25"}
     assert status({"test/module_1/accuracy": 0.25} | rates)["test"] == "test 0.25"
 
 
-def test_eta_counts_only_what_this_process_did():
+def test_eta_counts_only_steps_of_this_process():
     clock = Clock()
     progress = Progress(Console(file=io.StringIO(), force_terminal=False), clock)
     progress.start(1000, done=600)
     assert progress.eta() is None
-    clock.now += 50  # compilation included
+    clock.now += 50  # includes the compilation
     progress.update(610, {})
     assert progress.eta() is None
     for step in (620, 630, 640):
@@ -237,7 +242,7 @@ def test_eta_counts_only_what_this_process_did():
     assert progress.eta() == 0
 
 
-def test_progress_without_a_terminal_logs_a_line_an_update(caplog):
+def test_progress_without_a_terminal_logs_one_line_per_update(caplog):
     clock, out = Clock(), io.StringIO()
     with (
         caplog.at_level("INFO", logger="dgl_jax.run.progress"),
@@ -262,7 +267,7 @@ def test_progress_without_a_terminal_logs_a_line_an_update(caplog):
 
 
 @pytest.mark.parametrize("modules", [1, 2, 10])
-def test_progress_on_a_terminal(modules):
+def test_progress_on_a_terminal_shows_accuracies_and_eta(modules):
     clock, out = Clock(), io.StringIO()
     with Progress(Console(file=out, force_terminal=True, width=80), clock) as progress:
         progress.start(200, done=50)

@@ -1,1 +1,1 @@
-"""One training run: from a configuration to a workdir."""
+"""Everything that turns a configuration into a trained workdir: set-up, loop, files."""

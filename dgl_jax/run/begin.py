@@ -1,4 +1,4 @@
-"""Begins a run: from fresh modules, from the weights of another run, or from its own newest checkpoint."""
+"""Start of a run: fresh modules, weights of another run, or the newest checkpoint of this run."""
 
 import json
 import logging
@@ -23,17 +23,18 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Where this process takes up a run.
+class RunStart:
+    """State from which this process starts or resumes a run.
 
     Attributes:
-      state: of the modules, on their devices.
-      step: 0 of a new run.
-      meta: of the checkpoint it goes on from, as `Saver.save` wrote it; {} of a new run.
-      flight: the checkpoint held what was under way.
-      clock: `time.monotonic()` when the run began, as if it had never been stopped.
-      versions: of the libraries, now and not at the end of a long run.
-      cpu_threads: of XLA's pool; None on an accelerator.
+      state: states of the modules, on their devices.
+      step: step to start from; 0 for a new run.
+      meta: metadata of the checkpoint, as `Saver.save` wrote it; {} for a new run.
+      flight: True if the checkpoint held the in-flight state (replay rings).
+      clock: value of `time.monotonic()` at the start of the run, shifted as if the run had never
+        been stopped.
+      versions: library versions at the start; the installation may change during a long run.
+      cpu_threads: size of XLA's thread pool; None on an accelerator.
     """
 
     state: EngineState
@@ -47,14 +48,22 @@ class Begun:
 
 def begin(
     experiment: Experiment, workdir: Path, checkpoints: Checkpoints, weights: Trained | None = None
-) -> Begun:
-    """Restores the newest checkpoint if there is one; makes config.json and metrics.jsonl agree with where the run begins.
+) -> RunStart:
+    """Restores the newest checkpoint, if there is one, or initializes a new run.
+
+    Also writes config.json and cuts metrics.jsonl back to the step of the start.
 
     Args:
-      weights: another run's, which a new one starts from.
+      experiment: the run to start.
+      workdir: folder of the run, locked by the caller.
+      checkpoints: the checkpoints in `workdir`.
+      weights: another run, whose weights a new run starts from.
+
+    Returns:
+      The state to train from.
 
     Raises:
-      UserError: there are checkpoints, and all are damaged.
+      UserError: there are checkpoints, but all of them are damaged.
     """
     now = time.monotonic()
     step, flight = 0, False
@@ -75,7 +84,7 @@ def begin(
     )
     for line in table(module_costs(experiment.spec)):
         _LOG.info("%s", line)
-    return Begun(
+    return RunStart(
         state, step, meta, flight, now - meta.get("wall_seconds", 0.0), versions(), cpu_threads
     )
 
@@ -83,20 +92,22 @@ def begin(
 def _restored(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[EngineState, int, dict[str, Any], bool]:
-    """Returns the state of the newest whole checkpoint, its step and meta, and whether it held what was under way."""
+    """Returns state, step, metadata of the newest intact checkpoint; True if it held a flight."""
     restored = checkpoints.restore(
         lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True
     )
     state = experiment.engine.resume(restored.state, restored.flight)
     if state.flight is not None and restored.flight is None:
         _LOG.warning(
-            "the checkpoint holds no replay rings: they are filled anew, and the run is no exact repetition"
+            "the checkpoint holds no replay rings: they start empty, and the run will differ from "
+            "an uninterrupted one"
         )
-    _LOG.info("going on from step %d", restored.step)
+    _LOG.info("resuming from step %d", restored.step)
     planned = restored.meta["total_steps"]
     if SCHEDULES[experiment.settings.schedule.name].whole and planned != experiment.total_steps:
         _LOG.warning(
-            "the cosine now ends at step %d, not %d: this is not what one run of that length would have done",
+            "the cosine schedule now ends at step %d, not %d: the result differs from that of one "
+            "uninterrupted run of this length",
             experiment.total_steps,
             planned,
         )
@@ -104,13 +115,16 @@ def _restored(
 
 
 def _tidy(workdir: Path, step: int, recorded: bool) -> None:
-    """Removes what an earlier part of the run wrote after `step`, and its test, which comes again at the end."""
+    """Removes the metrics written after `step`, the test metrics and summary.json.
+
+    The resumed run writes all of them again.
+    """
     metrics = workdir / "metrics.jsonl"
     (workdir / "summary.json").unlink(missing_ok=True)
     truncate(metrics, step, without="test/")
     if recorded and not (metrics.exists() and read_jsonl(metrics)):
         _LOG.warning(
-            "%s: holds nothing of the steps up to %d: their curves are lost, training goes on",
+            "%s: the metrics of the steps up to %d are missing and lost; training continues",
             metrics,
             step,
         )

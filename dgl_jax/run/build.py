@@ -1,4 +1,4 @@
-"""From settings to all that trains or answers: data, modules, devices, engine. Writes nothing to disk."""
+"""Construction of a run from its settings: data, network, modules, engine. Writes no files."""
 
 import logging
 import math
@@ -30,16 +30,19 @@ _LOG = logging.getLogger(__name__)
 
 
 def known_info(settings: DataSettings) -> DatasetInfo:
-    """Returns what is known of a set of images before any is read or downloaded; normalised as if it lay around 0.
+    """Returns the description of an image data set without reading or downloading it.
+
+    Mean and standard deviation are unknown before the data are read: 0 and 1 stand in for them.
 
     Raises:
-      UserError: the set is of the user's own making, or holds no images.
+      UserError: the shape of this data set is not known in advance.
     """
     shape = DATA_SETS[settings.name].shape
     if shape is None:
         raise UserError(
-            f"config.data.name={settings.name}: what it holds is known once it is read; plan with images of "
-            f"{', '.join(name for name, kind in DATA_SETS.items() if kind.shape)} and config.data.image_size"
+            f"config.data.name={settings.name}: its shapes are not known before it is read; use "
+            f"one of {', '.join(name for name, kind in DATA_SETS.items() if kind.shape)} instead, "
+            "with config.data.image_size"
         )
     size, channels, classes = shape
     size = settings.image_size or size
@@ -51,11 +54,16 @@ def known_info(settings: DataSettings) -> DatasetInfo:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training run, ready to begin.
+    """A training run that is ready to start.
 
     Attributes:
-      schedule: learning rate by update count.
-      total_steps: updates every module will have at the end.
+      settings: configuration of the run.
+      source: batches of the data set.
+      info: description of the data set that is stored in every checkpoint.
+      spec: device-independent description of the training.
+      engine: engine that runs the modules on their devices.
+      schedule: learning rate as a function of the update count.
+      total_steps: number of updates that every module has at the end.
     """
 
     settings: Settings
@@ -73,39 +81,47 @@ def make_experiment(
     first_blocks: Sequence[int] = (),
     info: DatasetInfo | None = None,
 ) -> Experiment:
-    """Builds everything a run needs, and checks that it fits together.
+    """Builds all parts of a run and checks that they fit together.
 
     Args:
-      devices: those to use; all that JAX finds by default.
-      first_blocks: of each module, where an earlier part of the run has chosen them.
-      info: of the data set, as an earlier part of the run found it; its mean and deviation are kept.
+      settings: configuration of the run.
+      devices: devices to use; by default all that JAX finds.
+      first_blocks: index of the first block of each module, if an earlier part of the run has
+        chosen the cuts; by default they are chosen now.
+      info: description of the data set from an earlier part of the run. Its mean and standard
+        deviation are used in place of the ones measured now.
+
+    Returns:
+      The experiment.
 
     Raises:
-      UserError: the data is missing, broken or another than `info` says, or data, network and devices do not fit.
+      UserError: the data are missing, damaged or differ from `info`, or data, network and devices
+        do not fit together.
     """
     if settings.ignored:
-        _LOG.info("set, and ignored here: %s", "; ".join(settings.ignored.values()))
+        _LOG.info("set but ignored: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
     if DATA_SETS[settings.data.name].shape is not None:
-        make_task(
-            settings, known_info(settings.data)
-        )  # refuses what does not fit before anything is downloaded
+        # Report a task that does not fit the data set before anything is downloaded.
+        make_task(settings, known_info(settings.data))
     source = make_source(settings.data, settings.seed)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:
-        what = (
+        # The update counts are int32.
+        length = (
             "less than one step"
             if total_steps < 1
-            else f"{total_steps} steps, more than can be counted,"
+            else f"{total_steps} steps (the limit is {2**31 - 1})"
         )
         raise UserError(
-            f"config.train.epochs={settings.train.epochs}: {what} of {settings.data.batch_size} examples"
+            f"config.train.epochs={settings.train.epochs}: {length} of "
+            f"{settings.data.batch_size} examples"
         )
-    found = DatasetInfo.of(source)
+    source_info = DatasetInfo.of(source)
     if info is not None:
-        info.check(found, settings.data)
-    info = info or found
+        info.check(source_info, settings.data)
+    info = info or source_info
     network = make_blocks(settings, info)
     first_blocks = first_blocks or choose_cuts(settings, network, device=devices[0])
     schedule = make_schedule(
@@ -117,20 +133,20 @@ def make_experiment(
 
 
 def make_task(settings: Settings, info: DatasetInfo) -> Task:
-    """Returns the configured task, for a data set.
+    """Returns the configured task for a data set.
 
     Raises:
-      UserError: the task is not one for this data set.
+      UserError: the task does not fit the data set.
     """
     example = jax.ShapeDtypeStruct(info.example_shape, info.example_dtype)
-    given = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
+    details = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
     return TASKS[settings.task.name].make(
-        settings.task, TaskInputs(settings.data.name, example, *given)
+        settings.task, TaskInputs(settings.data.name, example, *details)
     )
 
 
 def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
-    """Returns the network with the objective that may stand behind each block, before it is cut.
+    """Returns the uncut network, with the objective that a module ending at each block would have.
 
     Raises:
       UserError: there is no such network, or it does not fit the examples.
@@ -166,11 +182,13 @@ def _objective(
     k: int | None = None,
     modules: int | None = None,
 ) -> Objective | None:
-    """Returns the objective of a module that ends in front of block `end`; None under a method that gives it none."""
+    """Returns the objective of a module whose last block is `end - 1`.
+
+    Returns None if the method trains without local objectives and this is not the last module.
+    """
     model, last = settings.model, end == len(network.blocks)
     if not last and not METHODS[settings.method.name].local:
         return None
-    # The classifier of the network is the head of the last module.
     head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
     inputs = ObjectiveInputs(
         k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing
@@ -184,11 +202,13 @@ def choose_cuts(
     times: Callable[[], BlockCosts] | None = None,
     device: jax.Device | None = None,
 ) -> tuple[int, ...]:
-    """Returns the first block of each module, by `config.model.split`.
+    """Returns the index of the first block of each module, as `config.model.split` asks.
 
     Args:
-      times: what blocks take, where that is known; else a split by time measures it.
-      device: to measure on; the first one by default.
+      settings: configuration of the run.
+      network: the uncut network with its objectives, see `make_blocks`.
+      times: returns known running times of the blocks; by default a split by time measures them.
+      device: device to measure on; the first one by default.
 
     Raises:
       UserError: the split does not fit the network.
@@ -200,14 +220,14 @@ def choose_cuts(
             return block_flops(network)
         if times is not None:
             return times()
-        where = device or jax.devices()[0]
+        measured_on = device or jax.devices()[0]
         _LOG.info(
             "config.model.split=time: measuring every block and head on %s %d",
-            system.device_kind(where),
-            where.id,
+            system.device_kind(measured_on),
+            measured_on.id,
         )
         return block_times(
-            network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), where
+            network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), measured_on
         ).seconds
 
     starts = cuts(model.split, len(network.blocks), model.modules, costs)
@@ -226,22 +246,25 @@ def make_spec(
     first_blocks: Sequence[int],
     schedule: optax.Schedule | None = None,
 ) -> TrainSpec:
-    """Returns what is trained, and how.
+    """Returns the device-independent description of a training run.
 
     Args:
-      first_blocks: of each module, see `choose_cuts`.
-      schedule: of the learning rate; without one the spec can restore and evaluate, not train.
+      settings: configuration of the run.
+      info: description of its data set.
+      first_blocks: index of the first block of each module, see `choose_cuts`.
+      schedule: learning-rate schedule. Without one the spec can restore and evaluate but not train.
 
     Raises:
-      UserError: the method sends nothing that a codec could encode, or the adapter asks for what is not there.
+      UserError: a codec is set although the method sends no messages, or the input adapter needs an
+        array that evaluation does not provide.
     """
     model, task = settings.model, make_task(settings, info)
     network = _network(settings, info, task)
     method = METHODS[settings.method.name].make(settings.method)
     if not method.sends and settings.codec.name != "identity":
         raise UserError(
-            f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} sends nothing between modules; "
-            "use identity"
+            f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} "
+            "sends nothing between modules; use identity"
         )
     ends, classes, count = (
         [*first_blocks[1:], len(network.blocks)],
@@ -252,11 +275,12 @@ def make_spec(
         _objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)
     ]
     adapters = [ADAPTERS[model.adapter].make(k, model.dtype) for k in range(count)]
-    if wrong := next(
+    if missing := next(
         (name for adapter in adapters if adapter for name in adapter.needs if name != "image"), None
     ):
         raise UserError(
-            f"config.model.adapter={model.adapter}: needs {wrong!r}, and an evaluation has nothing but 'image'"
+            f"config.model.adapter={model.adapter}: needs {missing!r}, but evaluation provides "
+            "only 'image'"
         )
     return TrainSpec(
         modules=make_modules(
@@ -277,15 +301,16 @@ def make_spec(
 def make_engine(
     settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int
 ) -> Engine:
-    """Returns the configured engine on these devices.
+    """Returns the configured engine on the given devices.
 
     Raises:
-      UserError: it does not run the method, or the devices do not fit.
+      UserError: the engine does not support the method, or the devices do not fit the modules.
     """
     name, engines = settings.engine.name, METHODS[settings.method.name].engines
     if engines is not None and name not in engines:
         raise UserError(
-            f"config.engine.name={name}: config.method.name={settings.method.name} runs under {' or '.join(engines)}"
+            f"config.engine.name={name}: config.method.name={settings.method.name} runs under "
+            f"{' or '.join(engines)}"
         )
     return ENGINES[name].make(
         EngineInputs(spec, devices, settings.replay, total_steps), settings.engine
@@ -293,21 +318,24 @@ def make_engine(
 
 
 def remarks(experiment: Experiment) -> list[str]:
-    """Lists what this run will do that its user may not expect."""
+    """Returns warnings about consequences of the settings that the user may not expect."""
     settings, steps = experiment.settings, experiment.source.steps_per_epoch
-    told = []
+    warnings = []
     if len(experiment.info.class_names) == 1:
-        told.append(
-            f"{experiment.info.name}: there is a single class: every answer is right, and nothing is learnt"
+        warnings.append(
+            f"{experiment.info.name}: has a single class, so every prediction is correct and "
+            "nothing is learned"
         )
     save, evaluate = settings.checkpoint.every or steps, settings.eval.every or steps
     if not experiment.source.examples("validation"):
-        told.append(
-            "no examples are held out for validation (config.data.validation_fraction): no checkpoint will be the best"
+        warnings.append(
+            "no examples are held out for validation (config.data.validation_fraction): "
+            "no checkpoint will be the best"
         )
     elif save < experiment.total_steps <= math.lcm(save, evaluate):
-        told.append(
-            f"checkpoints (every {save} steps) and evaluations (every {evaluate}) meet at the last step alone: "
-            "only that checkpoint can be the best; let config.checkpoint.every be a multiple of config.eval.every"
+        warnings.append(
+            f"checkpoints (every {save} steps) and evaluations (every {evaluate}) coincide only at "
+            "the last step, so only that checkpoint can be the best; make config.checkpoint.every "
+            "a multiple of config.eval.every"
         )
-    return told
+    return warnings

@@ -1,4 +1,4 @@
-"""When a run logs, evaluates and saves."""
+"""Steps at which a run logs, evaluates and saves checkpoints."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from dgl_jax.run.build import Experiment
 
 
 class Events(NamedTuple):
-    """What is due at a step."""
+    """Events that are due at a step."""
 
     evaluate: bool = False
     save: bool = False
@@ -15,11 +15,13 @@ class Events(NamedTuple):
 
 @dataclass(frozen=True)
 class Due:
-    """Tells what is due at which step: every so many steps, and at the last one.
+    """Schedule of the events of a run; all of them are also due at the last step.
 
     Attributes:
-      log_every, evaluate_every, save_every: in updates of each module.
-      total_steps: updates each module will have at the end.
+      log_every: updates per module between two records of the training metrics.
+      evaluate_every: updates per module between two evaluations.
+      save_every: updates per module between two checkpoints.
+      total_steps: number of updates that every module has at the end.
     """
 
     log_every: int
@@ -29,7 +31,7 @@ class Due:
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Due":
-        """Reads the settings of a run, where 0 stands for an epoch."""
+        """Returns the schedule of a run; intervals set to 0 become one epoch."""
         settings, epoch = experiment.settings, experiment.source.steps_per_epoch
         return cls(
             log_every=settings.log.every or epoch,
@@ -39,15 +41,15 @@ class Due:
         )
 
     def log(self, step: int) -> bool:
-        """Tells whether the training metrics are to be written."""
+        """Returns True if the training metrics are due at `step`."""
         return self._at(step, self.log_every)
 
     def at(self, step: int) -> Events:
-        """Returns what is due at a step, which is not 0."""
+        """Returns the events that are due at `step`, which must be positive."""
         return Events(self._at(step, self.evaluate_every), self._at(step, self.save_every))
 
     def next_event(self, step: int) -> int:
-        """Returns the first step after this one at which to evaluate or to save."""
+        """Returns the first step after `step` with an evaluation or a checkpoint."""
         return min(
             [self.total_steps]
             + [(step // n + 1) * n for n in (self.evaluate_every, self.save_every)]

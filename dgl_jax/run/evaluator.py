@@ -1,4 +1,4 @@
-"""Metrics of every module's head, and of all heads together, on a split: every label counts once."""
+"""Evaluation of every head, and of the ensemble of all heads, on a split of the data set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,13 +23,21 @@ from dgl_jax.types import Batch, Context, Message
 
 
 class Evaluator:
-    """Runs the modules one after the other on batches of a split, each on its own devices.
+    """Forward pass through all modules for evaluation and prediction, each on its own devices.
 
-    Dispatch is asynchronous and nothing is read before the end, so the modules' devices work on different batches at once.
+    Dispatch is asynchronous and results are read only at the end, so that the modules' devices work
+    on different batches at the same time.
     """
 
     def __init__(self, spec: TrainSpec, placement: Placement, codec: bool = True):
-        """`codec`: apply it between modules as training does, with the published codebooks; else not at all."""
+        """Prepares the jitted programs.
+
+        Args:
+          spec: description of the training run.
+          placement: devices of the modules.
+          codec: True to encode the messages between modules as training does, with the published
+            codebooks; False to pass the activations unchanged.
+        """
         if not codec:
             spec = dataclasses.replace(
                 spec,
@@ -43,7 +51,17 @@ class Evaluator:
     def answers(
         self, states: Sequence[ModuleState], batch: Batch
     ) -> tuple[list[Array | None], Array, Context]:
-        """Returns the answer of each head (None without one), that of the ensemble, and the context beside the latter."""
+        """Returns the predictions for one batch.
+
+        Args:
+          states: state of each module, on its devices.
+          batch: the batch, in host memory.
+
+        Returns:
+          The predictions of each head (None for a module without one), the predictions of the
+          ensemble, and the context of the batch on the devices of the last module, where the
+          ensemble is computed.
+        """
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).inputs
         books = [self.spec.codebook(state) for state in states]
@@ -53,31 +71,40 @@ class Evaluator:
                 incoming = Message(
                     payload, put(books[k - 1], self.placement.replicated(k)), context=context
                 )
-            incoming, answer = forward(
+            incoming, predictions = forward(
                 *ema.evaluated(state), books[k], state.extras.get("published", {}), incoming
             )
-            heads.append(answer)
+            heads.append(predictions)
         end = self.placement.split(len(heads) - 1)
-        gathered = [None if h is None else put(h, end) for h in heads]
+        gathered = [None if head is None else put(head, end) for head in heads]
         return heads, self.ensemble(gathered), put(batch.context, end)
 
     def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
-        """Measures what the task measures: `<split>/module_0/accuracy`, `<split>/module_0/loss`, ..., `<split>/ensemble/accuracy`.
+        """Returns the metrics of the task on a split; every label counts once.
 
-        A module without a head has no entries. Empty where the split has no example.
+        Args:
+          state: state of all modules, on their devices.
+          source: source of the examples.
+          split: "train", "validation" or "test".
+
+        Returns:
+          `<split>/module_0/accuracy`, `<split>/module_0/loss`, ..., `<split>/ensemble/accuracy`.
+          A module without a head has no entries; the dict is empty if the split has no examples.
         """
         counts = []
         with jax.transfer_guard("disallow"):
             for batch in source.evaluation(split):
                 heads, ensemble, context = self.answers(state.modules, batch)
                 end = self.placement.split(len(heads) - 1)
-                named = {
-                    m.name: put(h, end) for m, h in zip(self.spec.modules, heads) if h is not None
+                predictions = {
+                    module.name: put(head, end)
+                    for module, head in zip(self.spec.modules, heads)
+                    if head is not None
                 } | {"ensemble": ensemble}
                 counts.append(
-                    {name: self.metrics(answer, context["label"]) for name, answer in named.items()}
+                    {name: self.metrics(p, context["label"]) for name, p in predictions.items()}
                 )
-        return _summarise(read(counts), split)
+        return _summarize(read(counts), split)
 
 
 @kept(256)
@@ -100,20 +127,20 @@ def _forward(
     incoming: Any,
 ) -> tuple[Any, Any]:
     message, logits = evaluate(spec, k, params, batch_stats, codebook, published, incoming)
-    # Without the codebook, which is here already: a result of the jit would be a copy.
-    handed_on = None if message is None else (message.payload, message.context)
-    return handed_on, None if logits is None else spec.task.answer(logits)
+    # Leave the codebook out: the caller has it already, and a jit output would be a copy.
+    sent = None if message is None else (message.payload, message.context)
+    return sent, None if logits is None else spec.task.answer(logits)
 
 
-def _summarise(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str, float]:
+def _summarize(counts: list[dict[str, dict[str, Any]]], split: str) -> dict[str, float]:
+    """Averages the (sum, count) pairs of all batches."""
     result = {}
     for name in counts[0] if counts else ():
         for metric in counts[0][name]:
-            if (
-                name != "ensemble" or metric != "loss"
-            ):  # which modules minimise, and the ensemble does not
+            # The ensemble has no loss of its own: nothing minimizes it.
+            if name != "ensemble" or metric != "loss":
                 total, number = (
-                    sum(float(of_batch[name][metric][i]) for of_batch in counts) for i in range(2)
+                    sum(float(batch[name][metric][i]) for batch in counts) for i in range(2)
                 )
                 result[f"{split}/{name}/{metric}"] = total / number
     return result

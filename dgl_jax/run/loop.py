@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: trains, logs, evaluates, saves and tests one run."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.copies import Copies
 from dgl_jax.run.due import Due, Events
 from dgl_jax.run.evaluator import Evaluator
-from dgl_jax.run.record import recording, summarise
+from dgl_jax.run.record import recording, summarize
 from dgl_jax.run.restore import Trained
 from dgl_jax.run.saver import Saver
 from dgl_jax.run.signals import Interrupted, Interruption, interruptible
@@ -29,19 +29,21 @@ def train_loop(
     interruption: Interruption,
     weights: Trained | None = None,
 ) -> Summary:
-    """Trains up to the last step, from the newest checkpoint if there is one, and tests what was learnt.
+    """Trains to the last step, from the newest checkpoint if there is one, and tests the result.
 
     Args:
-      workdir: locked by the caller.
-      interruption: tells when to stop.
-      weights: another run's, which a new one starts from.
+      experiment: the run to train.
+      workdir: folder of the run, locked by the caller.
+      interruption: tells if a signal has asked the run to stop.
+      weights: another run, whose weights a new run starts from.
 
     Returns:
-      What `summary.json` then holds.
+      The content of `summary.json`.
 
     Raises:
-      UserError: the run diverged, a module failed for good, the disk is full, or every checkpoint is damaged.
-      Interrupted: a signal came; a checkpoint was written first.
+      UserError: the run diverged, a module failed permanently, the disk is full, or every
+        checkpoint is damaged.
+      Interrupted: a signal arrived; a checkpoint was written first.
     """
     settings, engine, source, total = (
         experiment.settings,
@@ -54,10 +56,10 @@ def train_loop(
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep))
         )
-        begun = begin(experiment, workdir, checkpoints, weights)
-        state, step = begun.state, begun.step
-        record = stack.enter_context(recording(experiment, workdir, begun))
-        saver, due = Saver(experiment, checkpoints, record, begun), Due.of(experiment)
+        start = begin(experiment, workdir, checkpoints, weights)
+        state, step = start.state, start.step
+        record = stack.enter_context(recording(experiment, workdir, start))
+        saver, due = Saver(experiment, checkpoints, record, start), Due.of(experiment)
         copies = Copies(due, saver)
         if getattr(settings.engine, "restart_workers", False):
             engine.recover = saver.recover
@@ -69,18 +71,19 @@ def train_loop(
                 saver.save(step, state)
 
         if step < total:
-            record.pace(step)  # what compiles at the first call does so before anything is timed
-            _LOG.info("compiling; the first step follows")
+            record.pace(step)  # compiles the learning-rate schedule before anything is timed
+            _LOG.info("compiling the training programs before the first step")
         while step < total:
-            # A synchronous engine trains up to the next event and drains: nothing is under way while its modules are evaluated
-            # and saved. A continuous one goes all the way, and what is due is done beside it, on a copy.
+            # A synchronous engine trains to the next event and drains, so that no message is in
+            # flight while the modules are evaluated and saved. A continuous engine trains to the
+            # end in one go; events are then handled on snapshots while it trains.
             until = total if engine.continuous else due.next_event(step)
             first = step
             report: Report | None = None
             record.throughput.start()
             with interruptible(engine.run(state, source, until, stop=interruption.came)) as reports:
                 for report in reports:
-                    # A module that was restarted falls back; the step of the run does not.
+                    # A restarted module falls back to its checkpoint; the step of the run does not.
                     before, step = step, max(step, report.step)
                     record.add(report, step - before)
                     if step > before and due.log(step):
@@ -91,13 +94,16 @@ def train_loop(
                         and (ready := copies.ready(report, step, before))
                     ):
                         evaluate_and_save(*ready)
-                        del ready  # before the next copy is made: each is as large as the modules
+                        del (
+                            ready
+                        )  # frees the snapshot, as large as the modules, before the next one
                         record.throughput.start()
             if report is not None:
                 state = report.snapshot()
             if step > first:
                 evaluate_and_save(state, due.at(step))
-            # A signal may have come at any time: the engine has stopped early, or will not be started again.
+            # A signal may arrive at any time: either the engine has stopped early because of it, or
+            # it came between two calls of `run`, and the engine is not started again.
             if interruption.signum and step < total:
                 saver.save(step, state)
                 checkpoints.finish()
@@ -106,12 +112,12 @@ def train_loop(
 
         test = evaluator.evaluate(state, source, "test") if source.examples("test") else {}
         record.write(step, test)
-        summary = summarise(experiment, begun, record, step, state, test)
+        summary = summarize(experiment, start, record, step, state, test)
         write_text(workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
-        from dgl_jax.run import plots  # matplotlib takes a second to import
+        from dgl_jax.run import plots  # here: matplotlib takes a second to import
 
         try:
             plots.plot(workdir)
-        except UserError as error:  # the run is whole without pictures
-            _LOG.warning("no pictures: %s", error)
+        except UserError as error:  # a missing plot must not make a finished run fail
+            _LOG.warning("no plots: %s", error)
         return summary

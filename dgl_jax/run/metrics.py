@@ -1,4 +1,4 @@
-"""Metrics are device scalars until somebody needs them: one function reads them, late, many at a time."""
+"""Training metrics, which stay on the devices until they are written; one transfer reads many."""
 
 import math
 from typing import Any
@@ -10,7 +10,10 @@ from dgl_jax.errors import UserError
 
 
 def read(tree: Any) -> Any:
-    """Device arrays to host values, blocking until they are computed; None for arrays that live in another process."""
+    """Returns a pytree of device arrays as host values; blocks until they are computed.
+
+    Arrays that live in another process become None.
+    """
     return jax.device_get(jax.tree.map(lambda x: x if _is_here(x) else None, tree))
 
 
@@ -19,36 +22,43 @@ def _is_here(x: Any) -> bool:
 
 
 class Window:
-    """The training metrics since the last record; part of a checkpoint, so that a resumed record is the same."""
+    """Training metrics since the last record.
+
+    The window is part of every checkpoint, so that the first record of a resumed run covers the
+    same steps as in an uninterrupted run.
+    """
 
     def __init__(self, values: list[Any] | None = None):
-        self._values = (
-            values or []
-        )  # of each report: [updates of each module, metrics of each module]
+        # One entry per report: [updates per module, metrics per module].
+        self._values = values or []
         self._unread: list[tuple[list[int], tuple[dict[str, Any], ...]]] = []
 
     def add(self, report: Report) -> None:
-        """Takes a report's metrics without reading them."""
+        """Stores the metrics of a report without reading them from the devices."""
         self._unread.append((list(report.updates), report.metrics))
 
     def values(self) -> list[Any]:
-        """[updates, metrics as [sum, count]] of every report in the window, oldest first, as JSON values, read in one go.
+        """Returns the content of the window as JSON values, read from the devices in one transfer.
+
+        Returns:
+          One entry `[updates, metrics]` per report, oldest first, with one dict of metrics per
+          module whose values are `[sum, count]`.
 
         Raises:
-          UserError: a loss is not finite; names the module and the step.
+          UserError: a loss is not finite; the message names the module and the step.
         """
-        metrics = read([of_modules for _, of_modules in self._unread])
-        for (updates, _), of_modules in zip(self._unread, metrics):
+        reports = read([metrics for _, metrics in self._unread])
+        for (updates, _), metrics in zip(self._unread, reports):
             self._values.append(
                 [
                     updates,
-                    [{name: _pair(v) for name, v in of_module.items()} for of_module in of_modules],
+                    [{name: _pair(v) for name, v in values.items()} for values in metrics],
                 ]
             )
         self._unread = []
-        for updates, of_modules in self._values:
-            for k, of_module in enumerate(of_modules):
-                total, count = of_module.get("loss", (0.0, 1.0))
+        for updates, metrics in self._values:
+            for k, values in enumerate(metrics):
+                total, count = values.get("loss", (0.0, 1.0))
                 if not math.isfinite(total):
                     raise diverged(
                         f"the loss of module_{k} is {total / count} at step {updates[k]}"
@@ -56,25 +66,32 @@ class Window:
         return self._values
 
     def close(self) -> dict[str, float]:
-        """Means over the window as `train/module_0/loss` and so on; empties it."""
+        """Returns the means over the window as `train/module_0/loss`, ..., and empties the window.
+
+        Raises:
+          UserError: a loss is not finite; the message names the module and the step.
+        """
         pairs: dict[str, list[tuple[float, float]]] = {}
-        for _, of_modules in self.values():
-            for k, of_module in enumerate(of_modules):
-                for name, value in of_module.items():
+        for _, metrics in self.values():
+            for k, values in enumerate(metrics):
+                for name, value in values.items():
                     pairs.setdefault(f"train/module_{k}/{name}", []).append(value)
         self._values = []
         return {
-            name: math.fsum(s for s, _ in found) / math.fsum(n for _, n in found)
-            for name, found in pairs.items()
+            name: math.fsum(s for s, _ in window) / math.fsum(n for _, n in window)
+            for name, window in pairs.items()
         }
 
 
 def _pair(value: Any) -> list[float]:
-    """Returns [sum, count] of a metric, which is such a pair or a scalar."""
+    """Returns `[sum, count]` for a metric that is such a pair or a scalar."""
     return [float(v) for v in value] if isinstance(value, tuple | list) else [float(value), 1.0]
 
 
-def diverged(what: str) -> UserError:
-    """The error of a run whose numbers are no longer finite."""
-    advice = "a smaller config.optimizer.learning_rate or a warm-up may help (in another --workdir once this holds a checkpoint)"
-    return UserError(f"training diverged: {what}; {advice}")
+def diverged(reason: str) -> UserError:
+    """Returns the error for a run whose values are no longer finite."""
+    advice = (
+        "a smaller config.optimizer.learning_rate or a warm-up may help "
+        "(in another --workdir if this one holds a checkpoint)"
+    )
+    return UserError(f"training diverged: {reason}; {advice}")

@@ -1,4 +1,4 @@
-"""What a waiting person sees: a bar on a terminal, log lines elsewhere."""
+"""Progress display: a bar on a terminal, log lines elsewhere."""
 
 import contextlib
 import datetime
@@ -23,10 +23,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Progress(contextlib.AbstractContextManager):
-    """What a waiting person sees: a bar with accuracies and ETA on a terminal, a log line an update elsewhere.
+    """Progress display: a bar with accuracies and ETA on a terminal, log lines elsewhere.
 
-    Every `update` is shown, so the caller's log events set the pace. Elsewhere the lines need the logger's level INFO.
-    `console` is where to draw (default: standard error) and tells whether there is a terminal; `clock` gives seconds.
+    Every call of `update` is shown, so the caller decides how often. The log lines have level INFO.
+
+    Args:
+      console: where to draw, by default standard error; it also tells if there is a terminal.
+      clock: returns seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -37,36 +40,48 @@ class Progress(contextlib.AbstractContextManager):
         self._live: Live | None = None
 
     def start(self, total_steps: int, done: int = 0) -> None:
-        """Begins at `done` of `total_steps` updates a module; only the rest counts for speed and ETA."""
+        """Starts the display of a run.
+
+        Args:
+          total_steps: updates per module at the end of the run.
+          done: updates per module before this process, which do not count for speed and ETA.
+        """
         self.close()
         self._total, self._step, self._advances = total_steps, done, 0
-        self._marks = deque(
-            [(self._clock(), done)], maxlen=64
-        )  # long enough to hold evaluations too
+        # Long enough to average over evaluations and checkpoints.
+        self._marks = deque([(self._clock(), done)], maxlen=64)
         if self._console.is_terminal:
             self._live = Live(
-                console=self._console, get_renderable=self._picture, refresh_per_second=2
+                console=self._console, get_renderable=self._render, refresh_per_second=2
             )
             self._live.start()
 
     def update(self, step: int, scalars: Scalars) -> None:
-        """Shows that every module has done `step` updates, with the accuracies and the speed among `scalars`."""
+        """Shows the current step and the metrics.
+
+        Args:
+          step: updates per module so far.
+          scalars: metrics; accuracies, ages, rates and speed are shown, see `status`.
+        """
         if self._marks and step > self._marks[-1][1]:
             self._marks.append((self._clock(), step))
             self._advances += 1
             if self._advances == 2:
-                self._marks.popleft()  # the first stretch, from `start`, held the compilation
-        self._step, news = step, status(scalars)
-        self._status |= news
+                self._marks.popleft()  # the first interval includes the compilation
+        self._step, texts = step, status(scalars)
+        self._status |= texts
         if self._live:
             return self._live.refresh()
         epoch = [f"epoch {float(scalars['epoch']):.2f}"] if "epoch" in scalars else []
         _LOG.info(
-            "%s", " | ".join([f"step {step}/{self._total}", *epoch, *news.values(), self._left()])
+            "%s", " | ".join([f"step {step}/{self._total}", *epoch, *texts.values(), self._left()])
         )
 
     def eta(self) -> float | None:
-        """Seconds until the last step, judged by the latest updates; None while all that is known has compilation in it."""
+        """Estimates the seconds until the last step from the latest updates.
+
+        Returns None before the second update, because the first one includes the compilation.
+        """
         if self._advances < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
@@ -75,14 +90,14 @@ class Progress(contextlib.AbstractContextManager):
         )
 
     def message(self, text: str) -> None:
-        """Prints a line above the bar, or logs it."""
+        """Prints a line above the bar, or logs it if there is no terminal."""
         if self._console.is_terminal:
             self._console.print(Text(text))
         else:
             _LOG.info("%s", text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands; a second call does nothing."""
+        """Stops the bar and leaves it on the screen; a second call does nothing."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -97,8 +112,8 @@ class Progress(contextlib.AbstractContextManager):
             else f"ETA {datetime.timedelta(seconds=round(min(eta, 1e9)))}"
         )
 
-    def _picture(self) -> Group:
-        """The bar, and below it the accuracies, which need more room the more modules there are."""
+    def _render(self) -> Group:
+        """Draws the bar with the metrics below it, which are long for many modules."""
         row = Table.grid(Column(ratio=1), Column(no_wrap=True), expand=True, padding=(0, 1))
         row.add_row(
             ProgressBar(max(1, self._total), self._step),
@@ -117,26 +132,21 @@ class Progress(contextlib.AbstractContextManager):
 
 
 _ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
-
-
 _AGE = re.compile(r"replay/module_(\d+)/age")
-
-
 _RATE = re.compile(r"work/module_(\d+)/updates_per_second")
-
-
 _ASYNCHRONOUS = re.compile(r"(?:replay|work)/module_(\d+)/")
-
-
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
 
 
 class StderrHandler(logging.StreamHandler):
-    """Log lines to whatever `sys.stderr` is when they come: while a bar is drawn, to the stream that puts them above it."""
+    """Log handler that looks up `sys.stderr` for every line.
+
+    While a bar is drawn, rich replaces `sys.stderr` by a stream that prints above the bar.
+    """
 
     @property
     def stream(self) -> Any:
-        """The current standard error."""
+        """Returns the current standard error stream."""
         return sys.stderr
 
     @stream.setter
@@ -145,46 +155,58 @@ class StderrHandler(logging.StreamHandler):
 
 
 def log_to_stderr() -> None:
-    """Shows what the package logs, as lines with the time of day; the command line calls this, the package never does."""
+    """Sends the log of the package to standard error, with the time of day.
+
+    Only the command line calls this function: a library must not configure logging.
+    """
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("dgl_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    for other in logging.getLogger().handlers:  # what the libraries say: warnings only
+    for other in logging.getLogger().handlers:  # other libraries: warnings only
         other.setLevel(logging.WARNING)
-        other.addFilter(
-            lambda record: record.name not in ("absl", "asyncio")
-        )  # Orbax logs in full what it raises anyway
+        # Through these loggers Orbax logs the full traceback of errors that it raises anyway.
+        other.addFilter(lambda record: record.name not in ("absl", "asyncio"))
 
 
 def status(scalars: Scalars) -> dict[str, str]:
-    """Short texts by kind: {'train': 'train 0.91 0.95', 'validation': 'val 0.90 (ensemble 0.95)', 'speed': ...}."""
+    """Returns short texts of the metrics to display.
+
+    Args:
+      scalars: metrics by name.
+
+    Returns:
+      Texts by kind: `{"train": "train 0.91 0.95", "validation": "val 0.90 (ensemble 0.95)",
+      "age": ..., "rate": ..., "speed": ...}`, without the kinds that have no metric.
+    """
     heads: dict[str, list[tuple[float, str]]] = {}
     for key, value in scalars.items():
-        if found := _ACCURACY.fullmatch(key):
-            split, module = found.groups()
+        if match := _ACCURACY.fullmatch(key):
+            split, module = match.groups()
             text = f"{float(value):.2f}"
             heads.setdefault(split, []).append(
                 (int(module), text) if module else (math.inf, f"(ensemble {text})")
             )
-    # In asynchronous training a module may have made no update lately: its place stays.
-    modules = {int(found[1]) for key in scalars if (found := _ASYNCHRONOUS.match(key))}
+    # In asynchronous training a module may have made no update since the last record: show a dash.
+    modules = {int(match[1]) for key in scalars if (match := _ASYNCHRONOUS.match(key))}
     if "train" in heads:
-        there = {k for k, _ in heads["train"]}
-        heads["train"] += [(k, "-") for k in range(max(modules, default=-1) + 1) if k not in there]
+        present = {k for k, _ in heads["train"]}
+        heads["train"] += [
+            (k, "-") for k in range(max(modules, default=-1) + 1) if k not in present
+        ]
     texts = {
         s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))])
         for s in _SHOWN
         if s in heads
     }
     ages = sorted(
-        (int(found[1]), float(v)) for key, v in scalars.items() if (found := _AGE.fullmatch(key))
+        (int(match[1]), float(v)) for key, v in scalars.items() if (match := _AGE.fullmatch(key))
     )
     if ages:
         texts["age"] = " ".join(["age", *(f"{age:.1f}" for _, age in ages)])
     rates = sorted(
-        (int(found[1]), float(v)) for key, v in scalars.items() if (found := _RATE.fullmatch(key))
+        (int(match[1]), float(v)) for key, v in scalars.items() if (match := _RATE.fullmatch(key))
     )
     if rates:
         texts["rate"] = " ".join([*(f"{rate:.1f}" for _, rate in rates), "updates/s"])

@@ -1,4 +1,4 @@
-"""The numbers of a run on their way to metrics.jsonl, to TensorBoard and to whoever waits."""
+"""Record of a run: collects its measurements and writes them to files and to the terminal."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import jax
 from dgl_jax import system
 from dgl_jax.core.module import count_parameters
 from dgl_jax.engines import EngineState, Report, counts
-from dgl_jax.run.begin import Begun
+from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.progress import Progress
@@ -21,30 +21,34 @@ from dgl_jax.run.writers import JsonLinesWriter, MultiWriter, TensorBoardWriter,
 
 
 class Record:
-    """Keeps what a run has measured, and writes it.
+    """Measurements of a run, and the writer and progress display that they go to.
 
     Attributes:
-      latest: the newest value of every metric.
-      throughput: images per second of training.
+      latest: newest value of every metric, including those from before a resume.
+      throughput: meter of the images per second of training.
     """
 
-    def __init__(self, experiment: Experiment, begun: Begun, writer: Writer, progress: Progress):
+    def __init__(self, experiment: Experiment, start: RunStart, writer: Writer, progress: Progress):
         self.experiment, self.writer, self.progress = experiment, writer, progress
-        self.latest: dict[str, float] = begun.meta.get("latest", {})
+        self.latest: dict[str, float] = start.meta.get("latest", {})
         self.throughput = Throughput(experiment.spec.batch_size)
-        self._window = Window(begun.meta.get("window"))
-        self._clock = begun.clock
-        self._written: dict[
-            str, int
-        ] = {}  # the step of each of `latest` that this process has measured
+        self._window = Window(start.meta.get("window"))
+        self._clock = start.clock
+        # Step at which this process has measured each metric in `latest`.
+        self._written: dict[str, int] = {}
 
     def add(self, report: Report, advance: int) -> None:
-        """Takes a report, which says that `advance` more steps are done; reads nothing from the devices."""
+        """Adds a report of an engine without reading its metrics from the devices.
+
+        Args:
+          report: the report.
+          advance: number of steps that the run has advanced since the previous report.
+        """
         self.throughput.count(advance, report.at)
         self._window.add(report)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes and shows what was measured at a step."""
+        """Writes and displays metrics that were measured at `step`."""
         self.latest = self.latest | scalars
         self._written |= dict.fromkeys(scalars, step)
         scalars = {"epoch": step / self.experiment.source.steps_per_epoch} | scalars
@@ -52,10 +56,11 @@ class Record:
         self.progress.update(step, scalars)
 
     def write_training(self, step: int, state: EngineState) -> None:
-        """Writes the means of the training metrics since the last time, and what the engine says of itself.
+        """Writes the means of the training metrics since the last call, and the engine's gauges.
 
         Args:
-          state: whose flight is what is under way now.
+          step: current step of the run.
+          state: current state; its `flight` provides the newest turns of an asynchronous engine.
 
         Raises:
           UserError: a loss is not finite.
@@ -72,24 +77,25 @@ class Record:
             self.writer.write_turns(step, state.flight.recent(), state.flight.unit)
 
     def pace(self, step: int) -> dict[str, float]:
-        """Returns the learning rate of the update that led to a step, and the images per second if they are known."""
-        with jax.default_device(
-            system.host_device()
-        ):  # one scalar: not worth an accelerator's while
+        """Returns the learning rate of the update before `step`, and the images/s if known."""
+        # On the host: a transfer from an accelerator costs more than computing one scalar.
+        with jax.default_device(system.host_device()):
             pace = {"learning_rate": float(self.experiment.schedule(step - 1))}
         rate = self.throughput.rate()
         return pace | ({"images_per_second": rate} if rate else {})
 
     def value(self, name: str, step: int) -> float | None:
-        """Returns a metric if it was measured at this very step."""
+        """Returns a metric if this process has measured it at exactly this step, otherwise None."""
         return self.latest.get(name) if self._written.get(name) == step else None
 
     def wall_seconds(self) -> float:
-        """Returns how long the run has taken, earlier parts included."""
+        """Returns the duration of the run in seconds, including the parts before a resume."""
         return time.monotonic() - self._clock
 
     def meta(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds of it, as JSON values, so that a resumed run writes the same.
+        """Returns the state that a checkpoint stores, as JSON values.
+
+        With it a resumed run writes the same records as an uninterrupted one.
 
         Raises:
           UserError: a loss is not finite.
@@ -102,41 +108,45 @@ class Record:
 
 
 @contextmanager
-def recording(experiment: Experiment, workdir: Path, begun: Begun) -> Iterator[Record]:
-    """Opens the files that numbers go to, and the bar; closes them behind the block."""
+def recording(experiment: Experiment, workdir: Path, start: RunStart) -> Iterator[Record]:
+    """Opens the metric files and the progress display for the duration of a `with` block."""
     writers: list[Writer] = [JsonLinesWriter(workdir / "metrics.jsonl")]
     if experiment.settings.log.tensorboard:
-        writers.append(TensorBoardWriter(workdir / "tensorboard", begun.step or None))
+        writers.append(TensorBoardWriter(workdir / "tensorboard", start.step or None))
     with closing(MultiWriter(writers)) as writer, Progress() as progress:
-        progress.start(experiment.total_steps, begun.step)
-        yield Record(experiment, begun, writer, progress)
+        progress.start(experiment.total_steps, start.step)
+        yield Record(experiment, start, writer, progress)
 
 
-def summarise(
+def summarize(
     experiment: Experiment,
-    begun: Begun,
+    start: RunStart,
     record: Record,
     step: int,
     state: EngineState,
     test: dict[str, float],
 ) -> Summary:
-    """Sums up a run that has ended.
+    """Returns the summary of a run that has ended.
 
     Args:
-      step, state: those of the end.
-      test: the metrics of the test.
+      experiment: the run.
+      start: state from which this process started the run.
+      record: its measurements.
+      step: its last step.
+      state: its final state.
+      test: metrics on the test split.
     """
     settings, spec, engine = experiment.settings, experiment.spec, experiment.engine
     modules = [
         {
             "name": module.name,
-            "parameters": count_parameters(trained),
+            "parameters": count_parameters(module_state),
             "devices": [d.id for d in group.devices.flat],
             "updates": updates,
             "validation_accuracy": record.latest.get(f"validation/{module.name}/accuracy"),
             "test_accuracy": test.get(f"test/{module.name}/accuracy"),
         }
-        for module, trained, group, updates in zip(
+        for module, module_state, group, updates in zip(
             spec.modules, state.modules, engine.placement.groups, counts(state), strict=True
         )
     ]
@@ -160,8 +170,8 @@ def summarise(
         ],
         wall_seconds=round(record.wall_seconds(), 3),
         dataset=experiment.info.name,
-        versions=begun.versions,
-        cpu_threads=begun.cpu_threads,
+        versions=start.versions,
+        cpu_threads=start.cpu_threads,
         staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules]
         if asynchronous
         else None,

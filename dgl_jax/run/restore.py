@@ -1,4 +1,4 @@
-"""Reads a run back from its workdir: for evaluation, prediction and export, and for its weights."""
+"""Restoring of a run from its workdir, for evaluation, prediction, export and `--init_from`."""
 
 import dataclasses
 import logging
@@ -27,7 +27,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A run read back from its workdir, on one group of all devices."""
+    """A trained run that was read back from its workdir onto a single device.
+
+    Attributes:
+      settings: configuration of the run.
+      info: description of its data set.
+      spec: device-independent description of the training; its learning rate is 0.
+      placement: placement of all modules on that device.
+      restored: the checkpoint.
+    """
 
     settings: Settings
     info: DatasetInfo
@@ -37,10 +45,14 @@ class Trained:
 
 
 def read_settings(workdir: Path, flag: str = "--workdir") -> Settings:
-    """The configuration that a workdir was made with.
+    """Reads the configuration of the run in a workdir.
+
+    Args:
+      workdir: folder of the run.
+      flag: flag that the user gave the folder with, for the message.
 
     Raises:
-      UserError: it holds no run, or its config.json is damaged.
+      UserError: the folder holds no run, or its config.json is damaged.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
@@ -56,11 +68,13 @@ def load_trained(
     devices: Sequence[jax.Device] | None = None,
     flag: str = "--workdir",
 ) -> Trained:
-    """Restores a run's networks for evaluation, prediction or export; needs no data set.
+    """Restores the modules of a run for evaluation, prediction or export, without its data set.
 
     Args:
-      which: newest, best (on validation) or a step.
-      flag: what the user calls this folder.
+      workdir: folder of the run.
+      which: "newest", "best" (on validation) or a step.
+      devices: the first of these devices is used; by default the first that JAX finds.
+      flag: flag that the user gave the folder with, for the messages.
 
     Raises:
       UserError: the workdir holds no run, or no such checkpoint.
@@ -70,13 +84,13 @@ def load_trained(
     directory = Path(workdir) / "checkpoints"
     if not directory.exists():
         raise UserError(f"{flag}={workdir}: holds no checkpoint yet")
-    made: dict[str, Any] = {}
+    built: dict[str, Any] = {}
 
     def prepare(meta: dict[str, Any]) -> tuple[Sequence[ModuleState], Placement]:
         info = DatasetInfo.from_dict(meta["dataset"])
         spec = make_spec(settings, info, meta["first_blocks"])
         placement = one_group((devices or jax.devices())[:1], len(spec.modules))
-        made.update(info=info, spec=spec, placement=placement)
+        built.update(info=info, spec=spec, placement=placement)
         return spec.abstract_states(), placement
 
     checkpoints = Checkpoints(directory, read_only=True)
@@ -84,58 +98,73 @@ def load_trained(
         restored = checkpoints.restore(prepare, which)
     finally:
         checkpoints.close()
-    return Trained(settings=settings, restored=restored, **made)
+    return Trained(settings=settings, restored=restored, **built)
 
 
 def check_weights(experiment: Experiment, other: Trained) -> None:
-    """Checks that another run's weights fit this one's modules.
+    """Checks that the weights of another run fit the modules of this one.
+
+    Args:
+      experiment: this run.
+      other: the run that the weights are taken from.
 
     Raises:
-      UserError: they do not; says what differs.
+      UserError: they do not fit; the message names the differences.
     """
     mine, theirs = experiment.info, other.info
     if len(mine.class_names) != len(theirs.class_names):
         there, here = listed(theirs.class_names, mine.class_names)
         raise UserError(
-            f"--init_from: that run knows {there} of data.name={theirs.name}, this one {here} of data.name={mine.name}; "
-            "their heads have other shapes: weights can be taken only from a run with as many classes"
+            f"--init_from: that run has {there} of data.name={theirs.name}, this one {here} of "
+            f"data.name={mine.name}; weights can be taken only from a run with the same number of "
+            "classes"
         )
     modules = experiment.spec.abstract_states()
     if len(modules) != len(other.spec.modules):
         raise UserError(
             f"--init_from: that run has {len(other.spec.modules)} modules, this one {len(modules)}"
         )
-    for k, (own, borrowed) in enumerate(zip(modules, other.restored.state.modules)):
-        wanted, given = (own.params, own.batch_stats), ema.evaluated(borrowed)
+    for k, (module, source) in enumerate(zip(modules, other.restored.state.modules)):
+        wanted, given = (module.params, module.batch_stats), ema.evaluated(source)
         if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
-            told = [
+            reasons = [
                 f"config.model.{name} is {was} there and {now} here"
                 for name, was in dataclasses.asdict(other.settings.model).items()
                 if was != (now := getattr(experiment.settings.model, name))
             ]
             if mine.shape != theirs.shape:
-                told.append(f"examples are {theirs.shape} there and {mine.shape} here")
-            why = "; ".join(told) or "the modules begin at other blocks"
+                reasons.append(f"examples are {theirs.shape} there and {mine.shape} here")
+            reason = "; ".join(reasons) or "the modules begin at other blocks"
             raise UserError(
-                f"--init_from: module_{k} of that run has parameters of other shapes: {why}"
+                f"--init_from: module_{k} of that run has parameters of other shapes: {reason}"
             )
     if mine.class_names != theirs.class_names:
         there, here = listed(theirs.class_names, mine.class_names)
         _LOG.warning(
-            "--init_from: that run knows %s, this one %s: the heads begin with weights of other classes",
+            "--init_from: that run has %s, this one %s: "
+            "the heads start from weights of other classes",
             there,
             here,
         )
 
 
 def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> EngineState:
-    """Gives another run's parameters and batch statistics, as it is evaluated, a fresh optimizer state and count."""
+    """Returns a fresh state with the parameters and batch statistics of another run.
+
+    If that run has an EMA of its parameters, the averages are taken. Optimizer states and update
+    counts stay fresh.
+
+    Args:
+      spec: description of the new run.
+      state: fresh state of the new run.
+      other: the run that the weights are taken from, see `check_weights`.
+    """
     modules = []
     for mine, theirs in zip(state.modules, other.restored.state.modules, strict=True):
         # Through the host: the two runs may use different devices.
         params, batch_stats = jax.device_get(ema.evaluated(theirs))
         modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
-    # What modules know of each other begins with these weights too.
+    # Copies of neighboring modules' weights that a method keeps must match the new weights.
     for k, module in enumerate(modules):
         modules[k] = dataclasses.replace(
             module, extras=module.extras | spec.method.extras(spec, k, modules)

@@ -1,35 +1,39 @@
-"""Saves what a run can go on from, and nothing that has diverged."""
+"""Saving of checkpoints during a run; a diverged state is never saved."""
 
 import dataclasses
 
 from dgl_jax.core.module import ModuleState
 from dgl_jax.engines import EngineState
-from dgl_jax.run.begin import Begun
+from dgl_jax.run.arrays import all_finite
+from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
-from dgl_jax.run.checkpoint import Checkpoints, all_finite
+from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.metrics import diverged
 from dgl_jax.run.record import Record
 
 
 class Saver:
-    """Decides what goes into a checkpoint, and gives single modules back from the newest one."""
+    """Writer of a run's checkpoints; also restores single modules from the newest one."""
 
     def __init__(
-        self, experiment: Experiment, checkpoints: Checkpoints, record: Record, begun: Begun
+        self, experiment: Experiment, checkpoints: Checkpoints, record: Record, start: RunStart
     ):
         self.experiment, self.checkpoints, self.record = experiment, checkpoints, record
-        self._saved = (
-            begun.step
-        )  # the step of the newest checkpoint; at step 0 there is nothing to save
-        self._flight_saved = (
-            begun.step if begun.flight else -1
-        )  # and of the newest with what was under way
+        # Step of the newest checkpoint. A new run counts as saved at step 0: nothing to save yet.
+        self._saved = start.step
+        # Step of the newest checkpoint that holds the in-flight state; -1 if there is none.
+        self._flight_saved = start.step if start.flight else -1
 
     def save(self, step: int, state: EngineState) -> None:
-        """Saves a state under its step, unless that is done; returns before everything is on the disk.
+        """Starts to save a checkpoint, unless one of this step exists; see `Checkpoints.save`.
+
+        Args:
+          step: step of the checkpoint.
+          state: state of the run.
 
         Raises:
-          UserError: a loss or a parameter is not finite; nothing is saved then.
+          UserError: a loss or a parameter is not finite (nothing is saved), or the checkpoint
+            cannot be written.
         """
         if step == self._saved:
             return
@@ -52,12 +56,12 @@ class Saver:
         self._saved = step
 
     def takes_flight(self, step: int) -> bool:
-        """Tells whether a checkpoint of this step holds what is under way, which is large."""
+        """Returns True if a checkpoint at `step` stores the in-flight state, which is large."""
         every = self.experiment.settings.checkpoint.replay_every
         return bool(every) and (self._flight_saved < 0 or step - self._flight_saved >= every)
 
     def recover(self, k: int) -> ModuleState | None:
-        """Reads module k, and no other, from the newest checkpoint; returns None if there is none."""
+        """Restores only module k from the newest checkpoint; returns None if there is none."""
         self.checkpoints.finish()
         if not self.checkpoints.steps():
             return None

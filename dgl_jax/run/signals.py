@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the run finishes its step and writes a checkpoint."""
+"""Handling of SIGINT and SIGTERM: the run finishes its step and writes a checkpoint."""
 
 import logging
 import signal
@@ -11,43 +11,47 @@ _LOG = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint is written."""
+    """Raised after a signal has stopped a run and its checkpoint is written."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(
-            f"{signal.Signals(signum).name}: stopped at step {step}; the same line goes on from there"
+            f"{signal.Signals(signum).name}: stopped at step {step}; run the same command again to "
+            "resume"
         )
         self.signum = signum
 
 
 class Interruption:
-    """The first SIGINT or SIGTERM, once it has come."""
+    """Signal handler that remembers the first SIGINT or SIGTERM.
+
+    Attributes:
+      signum: number of that signal; None as long as none has arrived.
+    """
 
     signum: int | None = None
 
     def came(self) -> bool:
-        """Tells whether to stop."""
+        """Returns True once a signal has arrived."""
         return self.signum is not None
 
     def __call__(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:  # a second one quits at once
+        if self.signum is not None:  # a second signal quits without a checkpoint
             raise KeyboardInterrupt
         self.signum = signum
         _LOG.info(
-            "%s: finishing the step and writing a checkpoint; again to quit at once",
+            "%s: finishing the step and writing a checkpoint; send it again to quit immediately",
             signal.Signals(signum).name,
         )
 
 
 @contextmanager
 def interruptible(reports: Any) -> Iterator[Any]:
-    """Closes an engine's reports behind the block, however it ends."""
+    """Closes the report iterator of an engine at the end of a `with` block, on errors too."""
     try:
         yield reports
     except KeyboardInterrupt as interrupt:
-        reports.throw(
-            interrupt
-        )  # just closed, the engine would wait for its workers, and one may never end
+        # Pass the interrupt on: a mere `close` would wait for workers, and one may never end.
+        reports.throw(interrupt)
         raise
     finally:
         reports.close()
@@ -55,7 +59,10 @@ def interruptible(reports: Any) -> Iterator[Any]:
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[Interruption]:
-    """Handles both signals inside the block (of the main thread; elsewhere signals are the caller's)."""
+    """Handles SIGINT and SIGTERM inside a `with` block.
+
+    Outside the main thread Python allows no signal handlers: nothing is handled there.
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption

@@ -1,4 +1,4 @@
-"""What a finished run says of itself in `summary.json`."""
+"""Summary of a finished run, stored as `summary.json`."""
 
 import dataclasses
 import importlib.util
@@ -13,13 +13,42 @@ from dgl_jax import __version__
 
 _LOG = logging.getLogger(__name__)
 
-
 _ASYNCHRONOUS = ("staleness", "reuse", "ring_bytes")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary.json` holds; accuracies are fractions, null for heads that were not trained."""
+    """Content of `summary.json`.
+
+    Accuracies are fractions, and None for heads that were not trained. Lists have one entry per
+    hop, except for `modules`, `staleness`, `reuse` and `ring_bytes`, which have one per module.
+
+    Attributes:
+      engine: name of the engine.
+      method: name of the training method.
+      config_hash: hash of the settings.
+      seed: seed of the run.
+      epochs: number of epochs trained.
+      steps: updates per module.
+      modules: name, parameter count, device ids, update count and accuracies of each module.
+      ensemble_accuracy: test accuracy of all heads together.
+      images_per_second: training throughput, without compilation, evaluation and checkpoints.
+      wire_bytes_per_image: bytes per image that cross each hop.
+      raw_bytes_per_image: the same without a codec.
+      wire: "measured" if messages crossed devices, otherwise "simulated".
+      codebook_share: share of the codebooks in the bytes on the wire.
+      codec_error: newest relative reconstruction error of the codec.
+      wall_seconds: duration of the run, including the parts before a resume.
+      dataset: name of the data set.
+      versions: library versions, see `versions`.
+      cpu_threads: size of XLA's thread pool, which decides how sums are rounded; None if unknown
+        or on an accelerator.
+      staleness: asynchronous engines only: mean age of the messages read, in updates of the
+        producing module.
+      reuse: asynchronous engines only: reads per message.
+      ring_bytes: asynchronous engines only: bytes held by the replay ring at each module's
+        entrance, codebooks included.
+    """
 
     engine: str
     method: str
@@ -33,24 +62,18 @@ class Summary:
     wire_bytes_per_image: list[float]
     raw_bytes_per_image: list[float]
     wire: str
-    codebook_share: list[float]  # of the bytes on the wire
+    codebook_share: list[float]
     codec_error: list[float]
     wall_seconds: float
     dataset: str
     versions: dict[str, str]
-    cpu_threads: int | None = (
-        None  # of XLA's pool, which decide how sums are rounded; None: of an accelerator, or unknown
-    )
-    staleness: list[float] | None = (
-        None  # asynchronous engines: mean age of the packets read, in updates of their producer
-    )
-    reuse: list[float] | None = None  # and reads a packet, one entry a module
-    ring_bytes: list[int] | None = (
-        None  # held by the ring at each module's entrance, codebooks included
-    )
+    cpu_threads: int | None = None
+    staleness: list[float] | None = None
+    reuse: list[float] | None = None
+    ring_bytes: list[int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As summary.json holds it: what only asynchronous engines have is left out elsewhere."""
+        """Returns the JSON form, without the asynchronous fields if the engine was synchronous."""
         return {
             k: v
             for k, v in dataclasses.asdict(self).items()
@@ -59,7 +82,7 @@ class Summary:
 
 
 def read_summary(workdir: Path) -> Summary | None:
-    """Reads `summary.json`; one that cannot be read counts as none."""
+    """Returns the content of `summary.json`; None if it is missing or cannot be read."""
     path = workdir / "summary.json"
     if not path.exists():
         return None
@@ -72,30 +95,33 @@ def read_summary(workdir: Path) -> Summary | None:
         )
         if all(isinstance(number, int | float) for number in numbers):
             return summary
-        reason = "its numbers are none"
+        reason = "a field that must be a number is not one"
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = str(error)
-    _LOG.warning("%s cannot be read (%s): the run is tested again", path, reason.splitlines()[0])
+    _LOG.warning("%s cannot be read (%s): testing the run again", path, reason.splitlines()[0])
     return None
 
 
-# Those that decide the numbers of a run, by their names in pip.
+# Libraries that influence the numerical results of a run, by their names on PyPI.
 _RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of this package and of each library that decides a run's numbers, by their names in pip.
+    """Returns the versions of this package and of the libraries that influence numerical results.
 
-    A library without metadata (a source tree on the path) answers with its `__version__`, or as "unknown".
+    Keys are names on PyPI. The version of a library without package metadata (a source tree on the
+    path) is its `__version__`, or "unknown".
     """
     return {"dgl_jax": __version__} | {name: _version(name) for name in _RECORDED}
 
 
 def _version(name: str) -> str:
     try:
-        found = importlib.metadata.version(name)
-    except Exception:  # not installed, or its metadata are damaged, in one of many ways
-        found = None
+        version = importlib.metadata.version(name)
+    except Exception:  # not installed, or damaged metadata, which raise many kinds of exceptions
+        version = None
     return str(
-        found or getattr(sys.modules.get(name.replace("-", ".")), "__version__", None) or "unknown"
+        version
+        or getattr(sys.modules.get(name.replace("-", ".")), "__version__", None)
+        or "unknown"
     )

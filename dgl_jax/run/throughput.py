@@ -1,15 +1,15 @@
-"""Images per second of training alone."""
+"""Meter of the training throughput in images per second."""
 
 import time
 from collections.abc import Callable
 
 
 class Throughput:
-    """Images per second of training alone: without compiling, evaluating or saving.
+    """Meter of images per second, not counting compilation, evaluation and checkpoints.
 
     Args:
-      batch_size: images of a batch.
-      clock: seconds; the one that reports are stamped with.
+      batch_size: number of images per batch.
+      clock: returns seconds; must be the clock that stamps the reports.
     """
 
     def __init__(self, batch_size: int, clock: Callable[[], float] = time.monotonic):
@@ -19,16 +19,21 @@ class Throughput:
         self._warm = False
 
     def start(self) -> None:
-        """Begins a stretch of training; the first one of a process may begin by compiling and counts from its first report on."""
+        """Starts the clock for a period of training.
+
+        The first period of a process counts from its first report on, because it may start by
+        compiling.
+        """
         self._since = self._last = self.clock()
 
     def count(self, batches: int, at: float | None = None) -> None:
-        """Takes a report that says so many more batches are done by all modules.
+        """Counts batches that all modules have finished.
 
         Args:
-          batches: since the last report.
-          at: when that was, now by default. Of an engine that trains while its reports are read, what was done before the stretch
-            began (during an evaluation) is not counted, as the time it took is not.
+          batches: number of batches since the previous report.
+          at: time at which they were finished, by default now. A continuous engine also trains
+            during an evaluation: batches that were finished before the current period started are
+            not counted, because their time is not counted either.
         """
         now = self.clock() if at is None else at
         if not self._warm:
@@ -39,5 +44,5 @@ class Throughput:
             self._last = max(now, self._last)
 
     def rate(self) -> float | None:
-        """Returns images per second, None before the second batch."""
+        """Returns images per second, or None before the second batch."""
         return round(self.images / self.seconds, 2) if self.seconds and self.images else None

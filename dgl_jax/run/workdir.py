@@ -1,6 +1,7 @@
-"""The folder of a run: its lock, its configuration, and whether it is finished.
+"""Folder of a run: its lock, its configuration, and if the run is finished.
 
-Starts no device: the command line says how many there are after it has read a configuration.
+This file must not import JAX: the command line reads a configuration from a workdir before it
+decides how many devices JAX starts with.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dgl_jax.config import Settings, default_config, differences, make_settings
 from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
 from dgl_jax.fields import expand
+from dgl_jax.run.checkpoint_folder import check_path, checkpoint_steps
 from dgl_jax.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
@@ -24,17 +26,19 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Reads a JSON file that holds an object, with at least these keys.
+    """Reads a JSON object from a file.
+
+    Args:
+      path: the file.
+      keys: keys that the object must have.
 
     Raises:
-      UserError: it is missing, or holds something else; names the file.
+      UserError: the file is missing, damaged, or lacks a key; the message names the file.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         reason = (
-            ""
-            if isinstance(values, dict)
-            else f"it holds {type(values).__name__} and not an object"
+            "" if isinstance(values, dict) else f"it holds a {type(values).__name__}, not an object"
         )
         missing = [key for key in keys if not reason and key not in values]
         reason = reason or (f"it lacks {missing[0]}" if missing else "")
@@ -51,7 +55,7 @@ def load_settings(path: Path) -> Settings:
     """Reads the configuration of a run from its `config.json`.
 
     Raises:
-      UserError: see `read_json`, or it is no configuration; names the file.
+      UserError: the file cannot be read or is not a configuration; the message names the file.
     """
     values = read_json(path)
     try:
@@ -61,13 +65,17 @@ def load_settings(path: Path) -> Settings:
 
 
 def get_config(workdir: str) -> "ConfigDict":
-    """A run's configuration: this file is a configuration file itself, `--config=dgl_jax/run/workdir.py:runs/digits`."""
+    """Returns the configuration of the run in a workdir.
+
+    This function makes the present file a configuration file for ml_collections:
+    `--config=dgl_jax/run/workdir.py:runs/digits` loads the configuration of `runs/digits`.
+    """
     settings = load_settings(Path(workdir) / "config.json")
     config = default_config(settings.plugins)
     for name, value in settings.to_dict().items():
         if isinstance(value, dict):
             config[name].update(
-                {leaf: tuple(of) if isinstance(of, list) else of for leaf, of in value.items()}
+                {leaf: tuple(v) if isinstance(v, list) else v for leaf, v in value.items()}
             )
         else:
             config[name] = tuple(value) if isinstance(value, list) else value
@@ -75,10 +83,18 @@ def get_config(workdir: str) -> "ConfigDict":
 
 
 def with_own_config(argv: list[str]) -> list[str]:
-    """Command lines that override fields and name the workdir of a run, but no configuration: they mean that run's.
+    """Adds `--config` to a command line that overrides fields but names no configuration.
+
+    Such a command line changes the configuration of the run in its `--workdir`.
+
+    Args:
+      argv: the command line.
+
+    Returns:
+      The command line, with the configuration of that run if it was needed.
 
     Raises:
-      UserError: there is no such run.
+      UserError: the workdir holds no run.
     """
     override = next((argument for argument in argv if re.match(r"--?config\.", argument)), None)
     if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
@@ -90,14 +106,21 @@ def with_own_config(argv: list[str]) -> list[str]:
     )
     if workdir is None or not (Path(workdir) / "config.json").is_file():
         raise UserError(
-            f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run that has one"
+            f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run "
+            "that has one"
         )
     return [argv[0], f"--config={__file__}:{workdir}", *argv[1:]]
 
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Makes the workdir and keeps a second training off it; the system lets go of the lock when the process ends, however."""
+    """Creates the workdir and locks it against a second training for the `with` block.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+
+    Raises:
+      UserError: the workdir cannot be written, or another training holds the lock.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / "lock", "w")  # noqa: SIM115
@@ -113,10 +136,12 @@ def lock(workdir: Path) -> Iterator[None]:
 
 @contextmanager
 def reporting(workdir: Path) -> Iterator[None]:
-    """Turns a full disk, a path that cannot be used and used-up memory into one line; the last says what the run can go on from.
+    """Turns a full disk, an unusable path, or exhausted memory into a one-line error.
+
+    After exhausted memory the message also tells from which checkpoint the run can resume.
 
     Raises:
-      UserError: in their place.
+      UserError: one of these errors occurred inside the `with` block.
     """
     try:
         yield
@@ -125,33 +150,31 @@ def reporting(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise UserError(
-                f"{workdir}: the disk is full; free some space and run the same line again"
+                f"{workdir}: the disk is full; free some space and run the same command again"
             ) from error
         if isinstance(error, OSError) and (text := of_a_path(error)):
             raise UserError(text) from error
         if not_opened(error) or (text := out_of_memory(error)) is None:
             raise
-        kept = "no checkpoint was written yet"
+        advice = "no checkpoint was written yet"
         if steps := _steps(workdir):
-            kept = (
-                f"the checkpoint of step {max(steps)} is good, and the run goes on from there under another "
-                "config.train.accumulate or config.model.remat; another config.data.batch_size is another run"
+            advice = (
+                f"the checkpoint of step {max(steps)} is good: resume from it with another "
+                "config.train.accumulate or config.model.remat, but the same config.data.batch_size"
             )
-        raise UserError(f"{text}; {kept}") from error
+        raise UserError(f"{text}; {advice}") from error
 
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Checks that the workdir can hold this run, and holds no run of another configuration.
+    """Checks that the workdir can hold this run and does not hold a run of another configuration.
 
     Raises:
-      UserError: it does, with the fields that differ; or nobody can tell, as its config.json is missing or damaged; or
-        checkpoints could not be read back from there.
+      UserError: it holds another run (the message names the fields that differ), its config.json is
+        missing or damaged, or checkpoints could not be read back from this path.
     """
-    from dgl_jax.run.checkpoint import check_path
-
     check_path(workdir, "--workdir")
     check_path(workdir / "checkpoints")
-    if not holds_checkpoint(workdir):  # nothing would be lost
+    if not holds_checkpoint(workdir):  # without checkpoints nothing is lost by starting over
         return
     changed = differences(load_settings(workdir / "config.json"), settings)
     if changed:
@@ -162,26 +185,28 @@ def check(workdir: Path, settings: Settings) -> None:
 
 
 def holds_checkpoint(workdir: Path) -> bool:
-    """Tells whether there is something to go on from, whole or not."""
+    """Returns True if the workdir holds a checkpoint, intact or damaged."""
     return bool(_steps(workdir))
 
 
 def _steps(workdir: Path) -> list[int]:
-    from dgl_jax.run.checkpoint import (
-        checkpoint_steps,
-    )  # here: the command line reads its flags before JAX is imported
-
     return checkpoint_steps(workdir / "checkpoints")
 
 
 def finished(workdir: Path, settings: Settings) -> Summary | None:
-    """Returns the summary of a run that has nothing left to do under these settings."""
+    """Returns the summary of a finished run, or None if there is something left to train.
+
+    Args:
+      workdir: folder of the run.
+      settings: new settings of the run; more steps or epochs than before extend it.
+    """
     summary = read_summary(workdir)
     if summary is None or not (workdir / "config.json").exists():
         return None
     before = load_settings(workdir / "config.json").train
-    asked = settings.train
-    if asked == before or (asked.steps and asked.steps <= summary.steps):
+    wanted = settings.train
+    if wanted == before or (wanted.steps and wanted.steps <= summary.steps):
         return summary
-    more = asked.epochs > summary.epochs + 1e-3 if not asked.steps else True
+    # The summary rounds epochs to three digits.
+    more = wanted.epochs > summary.epochs + 1e-3 if not wanted.steps else True
     return None if more else summary

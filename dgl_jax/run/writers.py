@@ -1,6 +1,6 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, and the eyes of whoever waits.
+"""Metric writers (JSON lines, TensorBoard), and atomic file writing with one-line errors.
 
-The method names are those of clu's metric writers (whose package needs TensorFlow): `write_scalars`, `close`.
+The writers have the method names of clu's metric writers, whose package needs TensorFlow.
 """
 
 import contextlib
@@ -25,23 +25,40 @@ Turns = Sequence[tuple[int, float, float]]  # (module, begin, end)
 
 
 class Writer(Protocol):
-    """Takes what was measured at `step` updates a module; `epoch` may stand among the scalars instead.
+    """Interface of a destination for the metrics of a run."""
 
-    Turns are which module worked when: (module, begin, end) in `unit`.
-    """
+    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
+        """Writes metrics that were measured after `step` updates per module.
 
-    def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None: ...
+        Args:
+          step: updates per module.
+          scalars: metrics by name; may contain `epoch` instead of the argument.
+          epoch: number of epochs at this step, if known.
+        """
 
-    def write_turns(self, step: int, turns: Turns, unit: str) -> None: ...
+    def write_turns(self, step: int, turns: Turns, unit: str) -> None:
+        """Writes which module worked when.
 
-    def close(self) -> None: ...
+        Args:
+          step: updates per module.
+          turns: turns as (module, begin, end).
+          unit: unit of `begin` and `end`, such as "seconds".
+        """
+
+    def close(self) -> None:
+        """Writes everything to its destination and closes it."""
 
 
 class JsonLinesWriter:
-    """Appends one JSON object a line: `step`, `epoch` (null where unknown), `time` (unix seconds), then the scalars.
+    """Writer that appends one JSON object per line to a file.
 
-    JSON knows neither NaN nor infinity: both are written as null. Every line is flushed, so a killed run loses at most
-    the line it was writing; what is left of such a line is removed when the file is opened again.
+    An object holds `step`, `epoch` (null if unknown), `time` (Unix seconds) and the scalars. NaN
+    and infinity do not exist in JSON and become null. Every line is flushed, so that a killed
+    process loses at most the line it was writing; the next writer removes such an incomplete line.
+
+    Args:
+      path: the file; missing folders above it are created.
+      clock: returns the value of `time`.
     """
 
     def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time):
@@ -53,11 +70,11 @@ class JsonLinesWriter:
 
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
         values = {key: _finite(value) for key, value in scalars.items()}
-        given = values.pop("epoch", None)
+        epoch_in_scalars = values.pop("epoch", None)
         self._write(
             {
                 "step": int(step),
-                "epoch": given if epoch is None else _finite(epoch),
+                "epoch": epoch_in_scalars if epoch is None else _finite(epoch),
                 "time": self._clock(),
             }
             | values
@@ -76,16 +93,20 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard, through tensorboardX, which is imported when the first of these is made.
+    """Writer of TensorBoard event files through tensorboardX.
 
-    With `resumed_at`, a checkpoint's step, TensorBoard hides what an earlier attempt wrote after that step. A thread
-    writes every ten seconds; tensorboardX's `flush` does not wait for it, `close` does.
+    A thread of tensorboardX writes every ten seconds; `close` waits for it.
+
+    Args:
+      directory: folder of the event files.
+      resumed_at: step of the checkpoint that the run resumed from. TensorBoard then hides what was
+        written for later steps before the resume.
     """
 
     def __init__(self, directory: str | os.PathLike[str], resumed_at: int | None = None):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # here: an optional dependency
 
-        # purge_step hides the step itself too, whose records are kept here as they are in metrics.jsonl.
+        # `purge_step` also hides the step itself, whose records are still valid.
         purge = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(os.fspath(directory), purge_step=purge, flush_secs=10)
 
@@ -94,14 +115,14 @@ class TensorBoardWriter:
             self._writer.add_scalar(key, float(value), int(step))
 
     def write_turns(self, step: int, turns: Turns, unit: str) -> None:
-        """Nothing: TensorBoard has no picture for them."""
+        """Does nothing: TensorBoard has no display for turns."""
 
     def close(self) -> None:
         self._writer.close()
 
 
 class MultiWriter:
-    """Hands everything to each of `writers`; with none of them it is the writer of a process that writes nothing."""
+    """Writer that forwards everything to each of `writers`; without any it discards everything."""
 
     def __init__(self, writers: Iterable[Writer]):
         self._writers = tuple(writers)
@@ -115,47 +136,59 @@ class MultiWriter:
             writer.write_turns(step, turns, unit)
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # closes the others even where one fails
+        with contextlib.ExitStack() as stack:  # closes the others even if one fails
             for writer in self._writers:
                 stack.callback(writer.close)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, without a last line that was torn by the end of its process.
+    """Returns the records of a JSON-lines file.
+
+    An incomplete last line, left by a killed process, is ignored.
 
     Raises:
-      UserError: a line other than the last is not a JSON object.
+      UserError: another line is not a JSON object.
     """
     return [record for _, record in _lines(Path(path))]
 
 
 def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> int:
-    """Cuts a JSON-lines file back to its records up to `step`, that step included, and drops a torn last line.
+    """Removes records after `step` and an incomplete last line from a JSON-lines file.
 
-    Replaces the file in one piece: call it before a writer opens it. `without` names the beginning of keys whose records go too.
-    Returns how many whole records were dropped.
+    The file is replaced atomically, so no writer may have it open.
+
+    Args:
+      path: the file; a missing one is left missing.
+      step: last step to keep.
+      without: also remove records with a key that starts with this prefix.
+
+    Returns:
+      The number of complete records removed.
     """
     path = Path(path)
     lines = _lines(path) if path.exists() else []
-    unwanted = lambda record: bool(without) and any(key.startswith(without) for key in record)  # noqa: E731
-    kept = [
+
+    def unwanted(record: dict[str, Any]) -> bool:
+        return bool(without) and any(key.startswith(without) for key in record)
+
+    remaining = [
         line for line, record in lines if record.get("step", 0) <= step and not unwanted(record)
     ]
-    content = b"".join(line + b"\n" for line in kept)
+    content = b"".join(line + b"\n" for line in remaining)
     if path.exists() and content != path.read_bytes():
         write_atomically({path: content})
-    return len(lines) - len(kept)
+    return len(lines) - len(remaining)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file as `write_atomically` does, in UTF-8; bytes of file names that are not UTF-8 come out as they were."""
+    """Writes a text file atomically in UTF-8; undecodable bytes of file names are restored."""
     write_atomically({path: _encoded(text)})
 
 
 def write_stdout(text: str) -> None:
-    """Writes to standard output the bytes that `write_text` writes to a file, whatever the locale."""
+    """Writes to standard output the bytes that `write_text` writes, independent of the locale."""
     stream = getattr(sys.stdout, "buffer", None)
-    if stream is None:  # not a file: a notebook's, or a test's
+    if stream is None:  # not a file but the stream of a notebook or a test
         sys.stdout.write(text)
         return
     sys.stdout.flush()
@@ -168,48 +201,61 @@ def _encoded(text: str) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns a failure to write inside the block into a UserError that begins with `what`, such as `--output=labels.csv`."""
+def writing(name: str) -> Iterator[None]:
+    """Turns failures to write inside a `with` block into one-line errors.
+
+    Args:
+      name: what is written, such as `--output=labels.csv`; the message starts with it.
+
+    Raises:
+      UserError: the disk is full, or the file cannot be written.
+    """
     try:
         yield
     except OSError as error:
         if is_disk_full(error):
             raise UserError(
-                f"{what}: the disk is full; free some space and run the same line again"
+                f"{name}: the disk is full; free some space and run the same command again"
             ) from error
         raise UserError(
-            f"{what}: cannot write there ({error.strerror or error}); choose a place that can be written"
+            f"{name}: cannot write there ({error.strerror or error}); choose a writable place"
         ) from error
 
 
-def check_writable(path: Path, what: str, folder: bool = False) -> None:
-    """Checks that a file can be written, before the work whose result it is to hold. Leaves no trace.
+def check_writable(path: Path, name: str, folder: bool = False) -> None:
+    """Checks that a file can be written, before the work that produces its content.
+
+    Creates nothing.
 
     Args:
-      path: the file, or the folder that files will be written into; it and folders above it may be missing.
-      what: as for `writing`.
-      folder: whether `path` is the folder.
+      path: the file, or the folder of the files; it and the folders above it may be missing.
+      name: name for the message, see `writing`.
+      folder: True if `path` is a folder.
 
     Raises:
-      UserError: it cannot.
+      UserError: it cannot be written.
     """
-    with writing(what):
+    with writing(name):
         if not folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         place = path if folder else path.parent
-        place = next(each for each in (place, *place.parents) if os.path.lexists(each))
+        place = next(p for p in (place, *place.parents) if os.path.lexists(p))
         with tempfile.TemporaryFile(dir=place):
             pass
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
-    """Each file whole or, after a crash or on a full disk, as it was before; all are written before the first is replaced.
+    """Replaces files atomically: after a crash or on a full disk each has its old or new content.
 
-    Folders above them are made. Plain files: the umask decides who may read them.
+    All new contents are written before the first file is replaced. Missing folders are created.
+    File permissions follow the umask.
+
+    Args:
+      files: content by path.
     """
     for folder in {path.parent for path in files}:
         folder.mkdir(parents=True, exist_ok=True)
-    # A name of its own length: with something added to it, the longest would be too long.
+    # A short fixed name: a suffix could make the longest allowed file name too long.
     scratch = {path: path.with_name(f".dgl_jax.{os.getpid()}.{n}") for n, path in enumerate(files)}
     try:
         for path, content in files.items():
@@ -225,7 +271,7 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line with its record."""
+    """Returns every complete line with its record."""
     numbered = [
         (n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()
     ]
@@ -238,7 +284,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if isinstance(record, dict):
             result.append((line, record))
         elif number != numbered[-1][0]:
-            raise UserError(f"{path}, line {number}: not a JSON object; mend or remove the line")
+            raise UserError(f"{path}, line {number}: not a JSON object; repair or remove the line")
     return result
 
 

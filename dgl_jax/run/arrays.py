@@ -1,0 +1,39 @@
+"""Checks of the arrays that go into a checkpoint: finite values and checksums."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgl_jax.engines import EngineState
+
+
+def all_finite(state: EngineState) -> list[bool]:
+    """Checks that the parameters and batch statistics of the modules are finite.
+
+    Blocks until the arrays are computed.
+
+    Returns:
+      One entry per module, True if all its values are finite.
+    """
+    checks = [_finite((module.params, module.batch_stats)) for module in state.modules]
+    return [bool(ok) for ok in jax.device_get(checks)]
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def checksum(tree: Any) -> int:
+    """Returns the CRC-32 of the bytes of all arrays in a pytree."""
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = zlib.crc32(
+            np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data, value
+        )
+    return value

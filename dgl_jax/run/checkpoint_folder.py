@@ -1,0 +1,114 @@
+"""Checkpoint folders as plain files: path checks, listing, one-line errors. No JAX, no Orbax."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dgl_jax.errors import UserError, explain, is_disk_full, of_a_path
+
+# Orbax finds its files by globbing its path: these characters would make the path itself a pattern.
+_PATTERN = "[]*?\\"
+_REFUSED = re.compile("Permission denied|PERMISSION_DENIED|Read-only file system|Not a directory")
+
+
+def check_path(directory: Path, flag: str = "") -> None:
+    """Checks that checkpoints written below this folder can be read back.
+
+    Args:
+      directory: folder of the checkpoints, or the workdir that contains it.
+      flag: flag that the user gave the folder with, such as `--workdir`, for the message.
+
+    Raises:
+      UserError: the absolute path contains characters that Orbax cannot read, or it is a file.
+    """
+    path = directory.absolute()
+    text, name = str(path), f"{flag}={directory}" if flag else str(path)
+    wrong = next((c for c in text if c in _PATTERN), "gs:/" if "gs:/" in text else "")
+    # Lone surrogates are how Python represents undecodable bytes of a path.
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        wrong = "bytes that are not UTF-8"
+    if wrong:
+        name += "" if directory.is_absolute() else f" (that is {text})"
+        raise UserError(
+            f"{name}: checkpoints under a path with {wrong} cannot be read back; "
+            "use another path (a symbolic link to this folder works)"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            f"{name}: is a file but must be a folder; move it away, or use another --workdir"
+        )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns True if `path` is a checkpoint, intact or damaged.
+
+    A checkpoint is a folder that is named by its step and not empty.
+    """
+    try:
+        return path.name.isdecimal() and str(int(path.name)) == path.name and any(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Lists the steps of the checkpoints in a folder in ascending order."""
+    try:
+        return sorted(int(path.name) for path in directory.iterdir() if is_checkpoint(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def move(path: Path, target: Path) -> None:
+    """Moves a file or folder to `target`, replacing what is there."""
+    target.parent.mkdir(exist_ok=True)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+    path.rename(target)
+
+
+@contextmanager
+def write_errors(directory: Path) -> Iterator[None]:
+    """Turns a full disk or a folder without write access into a one-line error.
+
+    The storage layer below Orbax raises such failures as many different exceptions.
+
+    Args:
+      directory: folder to name in the message.
+
+    Raises:
+      UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"{directory}: the disk is full; free some space and run the same command again"
+            ) from error
+        refusal = _REFUSED.search(str(error))
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and of_a_path(error)
+            else refusal and refusal[0]
+        )
+        if reason:
+            raise UserError(f"{directory}: cannot write there ({reason})") from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's text, shortened; its type if there is no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def is_file_intact(error: BaseException) -> bool:
+    """Returns True if reading a checkpoint failed for another reason than its being damaged."""
+    return isinstance(error, PermissionError) or (
+        not isinstance(error, OSError) and explain(error) is not None
+    )
