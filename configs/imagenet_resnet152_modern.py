@@ -4,7 +4,8 @@ python launch.py --config=configs/imagenet_resnet152_modern.py --workdir=runs/re
 
 Differs from configs/imagenet_resnet152.py in the recipe (cosine schedule with warm-up over 100
 epochs, Nesterov momentum, label smoothing, an exponential moving average of the parameters) and in
-the arithmetic, which is bfloat16. If memory is short, use --config.model.remat=True or --config.train.accumulate=2.
+the arithmetic, which is bfloat16. If memory is short, use --config.model.remat=True or
+--config.train.accumulate=2.
 
 Time: not run here. To beat: 74.5 % top-1 accuracy of the last module with the paper's recipe
 (K = 2).

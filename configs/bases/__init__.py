@@ -54,8 +54,8 @@ def imagenet() -> ConfigDict:
 def modern(config: ConfigDict, ema: float) -> ConfigDict:
     """Changes an experiment to a modern recipe and returns it.
 
-    The recipe is a cosine schedule with warm-up over 100 epochs, Nesterov momentum, label smoothing,
-    and an exponential moving average of the parameters.
+    The recipe is a cosine schedule with warm-up over 100 epochs, Nesterov momentum, label
+    smoothing, and an exponential moving average of the parameters.
 
     Args:
       config: the experiment, which is changed in place.
