@@ -12,23 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dgl_jax.config.groups import (
-    CheckpointSettings,
-    CodecSettings,
-    DataSettings,
-    EngineSettings,
-    EvalSettings,
-    Group,
-    LogSettings,
-    MethodSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    ReplaySettings,
-    ScheduleSettings,
-    TaskSettings,
-    TrainSettings,
-)
+from dgl_jax.config import groups
 from dgl_jax.errors import UserError
 from dgl_jax.fields import ALWAYS, check_value, number, option
 from dgl_jax.registry import Registry, nearest
@@ -56,20 +40,20 @@ class Settings:
 
     seed: int = number(0, 0, 2**31 - 1)
     plugins: tuple[str, ...] = option((), free=True)
-    data: DataSettings = field(default_factory=lambda: options("data"))
-    task: TaskSettings = field(default_factory=lambda: options("task"))
-    model: ModelSettings = field(default_factory=lambda: options("model"))
-    objective: ObjectiveSettings = field(default_factory=lambda: options("objective"))
-    method: MethodSettings = field(default_factory=lambda: options("method"))
-    optimizer: OptimizerSettings = field(default_factory=lambda: options("optimizer"))
-    schedule: ScheduleSettings = field(default_factory=lambda: options("schedule"))
-    train: TrainSettings = field(default_factory=lambda: options("train"))
-    engine: EngineSettings = field(default_factory=lambda: options("engine"))
-    replay: ReplaySettings = field(default_factory=lambda: options("replay"))
-    codec: CodecSettings = field(default_factory=lambda: options("codec"))
-    checkpoint: CheckpointSettings = field(default_factory=lambda: options("checkpoint"))
-    eval: EvalSettings = field(default_factory=lambda: options("eval"))
-    log: LogSettings = field(default_factory=lambda: options("log"))
+    data: groups.DataSettings = field(default_factory=lambda: options("data"))
+    task: groups.TaskSettings = field(default_factory=lambda: options("task"))
+    model: groups.ModelSettings = field(default_factory=lambda: options("model"))
+    objective: groups.ObjectiveSettings = field(default_factory=lambda: options("objective"))
+    method: groups.MethodSettings = field(default_factory=lambda: options("method"))
+    optimizer: groups.OptimizerSettings = field(default_factory=lambda: options("optimizer"))
+    schedule: groups.ScheduleSettings = field(default_factory=lambda: options("schedule"))
+    train: groups.TrainSettings = field(default_factory=lambda: options("train"))
+    engine: groups.EngineSettings = field(default_factory=lambda: options("engine"))
+    replay: groups.ReplaySettings = field(default_factory=lambda: options("replay"))
+    codec: groups.CodecSettings = field(default_factory=lambda: options("codec"))
+    checkpoint: groups.CheckpointSettings = field(default_factory=lambda: options("checkpoint"))
+    eval: groups.EvalSettings = field(default_factory=lambda: options("eval"))
+    log: groups.LogSettings = field(default_factory=lambda: options("log"))
     ignored: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     unused: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -83,10 +67,10 @@ class Settings:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-_GROUPS: dict[str, type[Group]] = {
+_GROUPS: dict[str, type[groups.Group]] = {
     f.name: f.type
     for f in dataclasses.fields(Settings)
-    if isinstance(f.type, type) and issubclass(f.type, Group)
+    if isinstance(f.type, type) and issubclass(f.type, groups.Group)
 }
 # The fields outside of any group, such as `seed`.
 _ALONE = tuple(f for f in dataclasses.fields(Settings) if f.compare and f.name not in _GROUPS)

@@ -54,26 +54,26 @@ class DatasetInfo:
         }
         return cls(**fields)
 
-    def check(self, found: "DatasetInfo", settings: DataSettings) -> None:
+    def check(self, current: "DatasetInfo", settings: DataSettings) -> None:
         """Checks that a data set has the classes and the example shape that a run was trained on.
 
         Mean and standard deviation may differ, for example after images were added: the run keeps
         the stored ones.
 
         Args:
-          found: current metadata of the data set.
+          current: present metadata of the data set.
           settings: the group `config.data`; names the data set in the error message.
 
         Raises:
           UserError: classes or shapes differ; the message shows both.
         """
         problems = []
-        if self.class_names != found.class_names:
-            known, now = listed(self.class_names, found.class_names)
+        if self.class_names != current.class_names:
+            known, now = listed(self.class_names, current.class_names)
             problems.append(f"the run was trained on {known}, the data have {now}")
-        if self.shape != found.shape:
+        if self.shape != current.shape:
             problems.append(
-                f"the run expects examples of {self.shape}, the data have {found.shape}"
+                f"the run expects examples of {self.shape}, the data have {current.shape}"
             )
         if problems:
             folder = getattr(settings, "dir", "")
