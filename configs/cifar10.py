@@ -1,10 +1,16 @@
-"""The paper's 6-layer CNN on CIFAR-10, one module a layer, each with an MLP-SR head (Belilovsky et al. 2020, Table 1).
+"""The paper's 6-layer CNN on CIFAR-10, one module per layer (Belilovsky et al. 2020, Table 1).
 
 python launch.py --config=configs/cifar10.py --workdir=runs/cifar10
-python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.engine.name=pipeline   # a device group a module
+python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.engine.name=pipeline
 
-Not run here at this size (one epoch takes hours on two CPU cores). Published: 91.2 % test accuracy of the last module (recalled
-from the paper's Table 1). At width 32, 16 epochs: 80.2 %, benchmarks/cifar10_accuracy.
+Every module but the last has an MLP-SR head. The second command runs each module on its own device
+group.
+
+Hardware: one accelerator, or with `pipeline` one per module. Time: not run here at this size (one
+epoch takes hours on two CPU cores).
+
+Published: 91.2 % test accuracy of the last module (recalled from the paper's Table 1). At width 32,
+16 epochs: 80.2 %, benchmarks/cifar10_accuracy.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +19,7 @@ from dgl_jax.configs.bases import cifar10
 
 
 def get_config() -> ConfigDict:
-    """See the top of this file."""
+    """Returns the configuration of this experiment."""
     config = cifar10()
     config.model.name = "cnn6"
     config.model.width = 128

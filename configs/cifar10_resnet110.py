@@ -1,18 +1,20 @@
-"""ResNet-110 on CIFAR-10 in two modules: the comparison with delayed gradients (Belilovsky et al. 2020, Table 2).
+"""ResNet-110 on CIFAR-10 in two modules (Belilovsky et al. 2020, Table 2).
 
 python launch.py --config=configs/cifar10_resnet110.py --workdir=runs/cifar10_resnet110
 
-The first module is the stem, 18 blocks of 16 channels and 8 of 32; its head reads 32 channels at 16x16.
+This is the paper's comparison with delayed gradients. The first module consists of the stem, 18
+blocks of 16 channels and 8 of 32 channels; its head reads 32 channels at 16x16.
 
-Hardware: one accelerator, or one a module with --config.engine.name=pipeline. Time: not run here.
+Hardware: one accelerator, or one per module with --config.engine.name=pipeline. Time: not run here.
 
-Published, test accuracy of the last module:
+Published test accuracy of the last module:
 
-    DGL, K = 2           93.5 +- 0.1 % over three runs; re-run by others 93.74 %
+    DGL, K = 2           93.5 +- 0.1 % over three runs; reproduced by others: 93.74 %
     backprop             93.53 %
     delayed gradients    93.41 % (unconfirmed)
 
-A tenth of the training images is held out; the published runs trained on all of them (--config.data.validation_fraction=0).
+A tenth of the training images is held out. The published runs trained on all of them
+(--config.data.validation_fraction=0).
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ from dgl_jax.configs.bases import cifar10_resnet
 
 
 def get_config() -> ConfigDict:
-    """See the top of this file."""
+    """Returns the configuration of this experiment."""
     config = cifar10_resnet()
     config.model.name = "resnet110"
     config.model.width = 16

@@ -1,11 +1,13 @@
-"""ResNet-18 on Imagenette, ten classes of ImageNet at 128 pixels: the real pictures that one machine can manage.
+"""ResNet-18 on Imagenette (ten classes of ImageNet) at 128 pixels, affordable on one machine.
 
 python launch.py --config=configs/imagenette.py --workdir=runs/imagenette
 
-Four modules, one a stage of the network: the stem and the blocks of 64 channels, then those of 128, 256 and 512. 9,469
-training images, 0.6 10^9 multiplications an image and forward pass.
+Four modules, one per stage of the network: the stem and the blocks of 64 channels, then the blocks
+of 128, 256 and 512 channels. 9,469 training images; a forward pass takes 0.6e9 multiplications per
+image.
 
-Hardware: one accelerator, or a patient CPU. Time and accuracy: not run here, and no figure of DGL is published for this set.
+Hardware: one accelerator, or a CPU and patience. Time and accuracy: not run here, and no result of
+DGL on this data set is published.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ from dgl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """See the top of this file."""
+    """Returns the configuration of this experiment."""
     config = default_config()
     config.data.name = "imagenette"
     config.data.batch_size = 64

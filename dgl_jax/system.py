@@ -1,7 +1,8 @@
-"""Asks the operating system, JAX and XLA what they may leave unanswered; None means unknown.
+"""Optional questions to the operating system, JAX and XLA; None means the answer is unknown.
 
-Accelerator plug-ins answer less than the CPU's: `cost_analysis()` and `memory_analysis()` may be None, `memory_stats()` lack keys,
-and any of them may raise. macOS has no CPU affinity, Windows no `resource`. No other file asks; a caller never sees an exception.
+Accelerator plug-ins answer less than the CPU backend: `cost_analysis()` and `memory_analysis()` may
+return None, `memory_stats()` may lack keys, and any of them may raise. macOS has no CPU affinity,
+Windows no `resource`. Only this file asks such questions, and its functions never raise.
 """
 
 import os
@@ -19,12 +20,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device's memory; None where unknown.
+    """Memory of a device in bytes; None if unknown.
 
     Attributes:
-      free: that programs can still take.
-      limit: that they can take in all.
-      peak: most that was ever in use.
+      free: bytes that programs can still allocate.
+      limit: bytes that programs can allocate in total.
+      peak: most bytes that were ever in use.
     """
 
     free: int | None = None
@@ -34,13 +35,13 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """Bytes that XLA plans for a compiled program.
+    """Memory that XLA plans for a compiled program, in bytes.
 
     Attributes:
-      arguments: taken by its inputs, donated ones included.
-      outputs: taken by its results, those in donated inputs included.
-      donated: of `outputs`, in the place of donated inputs.
-      temporary: scratch.
+      arguments: inputs, including donated ones.
+      outputs: results, including those that reuse the memory of donated inputs.
+      donated: the part of `outputs` that reuses the memory of donated inputs.
+      temporary: scratch memory.
     """
 
     arguments: int
@@ -55,32 +56,34 @@ def usable_cpus() -> list[int] | None:
 
 
 def machine_cpus() -> int | None:
-    """Returns how many processors the machine has."""
+    """Returns the number of processors of the machine."""
     return _answer(os.cpu_count)
 
 
 def cpu_count() -> int | None:
-    """Returns how many processors this process may use; those of the machine where no more is known."""
+    """Returns the number of processors this process may use, or else that of the machine."""
     usable = usable_cpus()
     return len(usable) if usable else machine_cpus()
 
 
 def cpu_threads() -> int | None:
-    """Returns how many threads XLA's pool for CPU devices has, once JAX has devices: they decide how long sums are rounded."""
+    """Returns the number of threads in XLA's pool for CPU devices; None before JAX has devices.
+
+    The number affects the rounding of long sums.
+    """
     return _answer(_thread_names, lambda names: names.count("tf_XLAEigen") or None)
 
 
 def free_memory() -> int | None:
-    """Returns the bytes of host memory that can be taken without swapping."""
+    """Returns the bytes of host memory that can be allocated without swapping."""
     available = _answer(
         _meminfo, lambda text: 1024 * int(text.partition("MemAvailable:")[2].split()[0])
     )
     if available is not None:
         return available
     pages, size = (_answer(partial(_sysconf, name)) for name in ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE"))
-    return (
-        pages * size if pages and size and min(pages, size) > 0 else None
-    )  # -1: the system does not tell
+    # -1 means that the system does not know.
+    return pages * size if pages and size and min(pages, size) > 0 else None
 
 
 def process_peak() -> int | None:
@@ -90,12 +93,12 @@ def process_peak() -> int | None:
 
 
 def device_kind(device: Any) -> str:
-    """Returns the name of a device's model, such as "NVIDIA H100 80GB HBM3"; that of its platform where it has none."""
+    """Returns the model name of a device, such as "NVIDIA H100 80GB HBM3", or else its platform."""
     return _answer(lambda: device.device_kind, str) or str(device.platform)
 
 
 def device_memory(device: Any) -> DeviceMemory:
-    """Returns the memory of a JAX device; a CPU's is the host's."""
+    """Returns the memory of a JAX device; for a CPU device that of the host."""
     if device.platform == "cpu":
         return DeviceMemory(free=free_memory(), peak=process_peak())
     stats = _answer(lambda: device.memory_stats(), dict) or {}
@@ -109,12 +112,12 @@ def device_memory(device: Any) -> DeviceMemory:
 
 
 def host_device() -> Any | None:
-    """Returns JAX's first CPU device; None where JAX_PLATFORMS leaves out the CPU, as JAX_PLATFORMS=cuda does."""
+    """Returns JAX's first CPU device; None if JAX_PLATFORMS excludes the CPU (such as `cuda`)."""
     return _answer(_cpu_devices, lambda devices: devices[0])
 
 
 def fullest_device() -> tuple[str, DeviceMemory] | None:
-    """Returns name and memory of the device of this process with the least free; None where none tells."""
+    """Returns name and memory of the local device with the least free memory; None if unknown."""
 
     def read(devices: Any) -> list[tuple[str, DeviceMemory]]:
         return [(f"{device.platform}:{device.id}", device_memory(device)) for device in devices]
@@ -124,7 +127,7 @@ def fullest_device() -> tuple[str, DeviceMemory] | None:
         for name, memory in _answer(_local_devices, read) or ()
         if memory.free is not None
     ]
-    return min(known, key=lambda found: found[1].free or 0, default=None)
+    return min(known, key=lambda entry: entry[1].free or 0, default=None)
 
 
 def program_plan(program: Any) -> ProgramPlan | None:
@@ -138,16 +141,16 @@ def program_plan(program: Any) -> ProgramPlan | None:
 
 
 def _answer(ask: Callable[[], Any], read: Callable[[Any], T] = lambda answer: answer) -> T | None:
-    """Returns what is read out of an answer; None where it is None, holds something else, or asking raises."""
+    """Returns `read(ask())`; None if the answer is None or malformed, or if either call raises."""
     try:
         answer = ask()
         return None if answer is None else read(answer)
-    except Exception:  # plug-ins raise kinds of their own
+    except Exception:  # plug-ins raise exception types of their own
         return None
 
 
 def _local_devices() -> Any:
-    import jax  # here: a mistyped flag need not wait for it
+    import jax  # not at the top, so that a mistyped flag is reported without this slow import
 
     return jax.local_devices()
 
@@ -179,19 +182,19 @@ def _sysconf(name: str) -> int:
 
 
 def _usage() -> Any:
-    import resource  # absent on Windows
+    import resource  # missing on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def cache_dir() -> Path:
-    """Returns where the project keeps what it can make again: prepared data sets (`tfds/`), decoded images, labels.
+    """Returns the project's cache directory: prepared data sets (`tfds/`), decoded images, labels.
 
-    Below the home directory; where there is none that can be written, as under a user without one in a container, below the
-    system's directory of temporary files.
+    It is `~/.cache/dgl_jax`. Without a writable home directory, as for some users in containers, it
+    lies in the system's directory for temporary files.
     """
     home = Path(os.path.expanduser("~"))
-    kept = home / ".cache" / "dgl_jax"
-    if home.is_absolute() and (kept.is_dir() or os.access(home, os.W_OK)):
-        return kept
+    cache = home / ".cache" / "dgl_jax"
+    if home.is_absolute() and (cache.is_dir() or os.access(home, os.W_OK)):
+        return cache
     return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"

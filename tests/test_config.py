@@ -1,4 +1,4 @@
-"""Settings: what is refused and in which words, what a resumed run may change, and that choices equal the registries."""
+"""Checks of the configuration: refused values and their messages, and changes on resume."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import typing
 
 import jax
 import pytest
-from runs import small_config, spec_of
+from runs import small_config
 
 from dgl_jax.config import (
     Settings,
@@ -17,14 +17,12 @@ from dgl_jax.config import (
     fields_of,
     make_settings,
 )
-from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
-from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment
+from dgl_jax.run.build import make_experiment
 
 
 def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
-    """{'a': {'b': value}} of 'a.b'."""
+    """Returns {'a': {'b': value}} for the name 'a.b'."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return value
@@ -40,15 +38,15 @@ def find(name: str) -> dataclasses.Field:
 
 
 def other(name: str) -> typing.Any:
-    """A valid value that is not the default."""
+    """Returns a valid value of a field that is not its default."""
     field = find(name)
     if "kinds" in field.metadata:
         return [kind for kind in field.metadata["kinds"] if kind != field.default][-1]
     if "choices" in field.metadata:
         return field.metadata["choices"][-1]
     if name == "plugins":
-        return ["json"]  # any module
-    if name == "engine.slowdown":  # a factor a module
+        return ["json"]  # any module that can be imported
+    if name == "engine.slowdown":  # one factor per module
         return [1.0, 1.5, 1.0, 1.0]
     if typing.get_origin(field.type) is tuple:
         return [1 if typing.get_args(field.type)[0] is int else 1.0]
@@ -60,16 +58,17 @@ def other(name: str) -> typing.Any:
 
 
 def kinds_for(name: str) -> dict[str, typing.Any]:
-    """The choices that have a use for a field, nested."""
+    """Returns a nested configuration in which a field applies."""
     group, _, leaf = name.rpartition(".")
     config: dict[str, typing.Any] = {}
     for condition, fitting in find(name).metadata["applies"].items():
-        of, trait = condition.split(".")
-        if trait in fields_of(of):
-            config.setdefault(of, {})[trait] = fitting[0]
-        elif trait != "continuous":  # with `asynchronous`: the first of those
-            kinds = fields_of(of)["name"].metadata["kinds"]
-            config.setdefault(of, {})["name"] = next(
+        other_group, trait = condition.split(".")
+        if trait in fields_of(other_group):
+            config.setdefault(other_group, {})[trait] = fitting[0]
+        # `continuous` is only used with `asynchronous`, whose first engine is not continuous.
+        elif trait != "continuous":
+            kinds = fields_of(other_group)["name"].metadata["kinds"]
+            config.setdefault(other_group, {})["name"] = next(
                 n for n, kind in kinds.items() if getattr(kind, trait) in fitting
             )
     if group and "name" in fields_of(group) and leaf != "name":
@@ -79,12 +78,8 @@ def kinds_for(name: str) -> dict[str, typing.Any]:
             for n, kind in kinds.items()
             if kind.options and leaf in {f.name for f in dataclasses.fields(kind.options)}
         ]
-        if leaf not in {
-            f.name
-            for f in dataclasses.fields(
-                type(Settings.__dataclass_fields__[group].default_factory()).__mro__[0]
-            )
-        }:
+        default = Settings.__dataclass_fields__[group].default_factory()
+        if leaf not in {f.name for f in dataclasses.fields(default)}:
             config.setdefault(group, {}).setdefault("name", having[0])
     return config
 
@@ -92,15 +87,15 @@ def kinds_for(name: str) -> dict[str, typing.Any]:
 def changed(name: str) -> Settings:
     config = kinds_for(name)
     value = nest(name, other(name))
-    if name in ("data.mean", "data.std"):  # they must come together
+    if name in ("data.mean", "data.std"):  # both must have the same length
         value = {"data": {"mean": [1.0], "std": [1.0]}}
     for group, fields in value.items():
         config[group] = config.get(group, {}) | fields if isinstance(fields, dict) else fields
     return make_settings(config)
 
 
+# Each entry: a field and a wrong value, and parts of the message.
 MISTAKES = [
-    # a mistake: the field, the value, and what would work
     (
         ("optimizer.learning_rat", 0.1),
         [
@@ -161,14 +156,14 @@ MISTAKES = [
         ("schedule.boundaries", (1.0, 1.0)),
         ["config.schedule.boundaries=(1.0, 1.0)", "positive and increasing"],
     ),
-    (("data.mean", (0.5,)), ["config.data.mean has 1", "config.data.std 0"]),
+    (("data.mean", (0.5,)), ["config.data.mean has 1", "config.data.std has 0"]),
 ]
 
 
 @pytest.mark.parametrize(
     ("mistake", "words"), MISTAKES, ids=[f"{name}={value}" for (name, value), _ in MISTAKES]
 )
-def test_mistakes_are_named(mistake, words):
+def test_mistakes_are_reported_in_one_line(mistake, words):
     config = nest(*mistake)
     if "boundaries" in mistake[0]:
         config["schedule"]["name"] = "step"
@@ -178,12 +173,12 @@ def test_mistakes_are_named(mistake, words):
     assert "\n" not in str(error.value)
 
 
-def test_standard_deviations_are_positive():
+def test_standard_deviations_must_be_positive():
     with pytest.raises(UserError, match=r"config\.data\.std=\(0\.2, 0\.0\).*above 0"):
         make_settings({"data": {"mean": (0.0, 0.0), "std": (0.2, 0.0)}})
 
 
-def test_types_are_those_of_the_fields():
+def test_values_are_converted_to_the_types_of_the_fields():
     settings = make_settings(
         {
             "data": {"batch_size": 8.0},
@@ -191,11 +186,9 @@ def test_types_are_those_of_the_fields():
             "engine": {"group_sizes": [1, 2.0]},
         }
     )
-    assert (settings.data.batch_size, type(settings.data.batch_size)) == (8, int)
-    assert (settings.optimizer.learning_rate, type(settings.optimizer.learning_rate)) == (
-        1.0,
-        float,
-    )
+    batch_size, learning_rate = settings.data.batch_size, settings.optimizer.learning_rate
+    assert (batch_size, type(batch_size)) == (8, int)
+    assert (learning_rate, type(learning_rate)) == (1.0, float)
     assert settings.engine.group_sizes == (1, 2)
     assert all(type(n) is int for n in settings.engine.group_sizes)
 
@@ -230,9 +223,9 @@ def test_hash_changes_with_every_field(name):
 
 
 @pytest.mark.parametrize("name", CHANGEABLE)
-def test_what_a_resumed_run_may_change(name):
+def test_a_resumed_run_may_change_only_free_fields(name):
     old, new = make_settings(kinds_for(name)), changed(name)
-    found = differences(old, new)
+    refused = differences(old, new)
     free = (
         name.startswith(
             (
@@ -249,15 +242,15 @@ def test_what_a_resumed_run_may_change(name):
         or name in ("plugins", "data.dir", "data.manual_dir", "data.workers", "model.remat")
     ) and name != "train.ema"
     if free:
-        assert found == []
+        assert refused == []
     elif name in ("data.mean", "data.std"):
-        assert len(found) == 2
+        assert len(refused) == 2
     else:
         was = old.to_dict()
         for part in name.split("."):
             was = was[part]
-        assert f"config.{name} (was {was!r}, is now {other(name)!r})" in found
-        assert found[1:] == [] or name.endswith(".name")
+        assert f"config.{name} (was {was!r}, is now {other(name)!r})" in refused
+        assert refused[1:] == [] or name.endswith(".name")
 
 
 # Options that do not apply
@@ -274,7 +267,7 @@ OF_VQ = {
 }
 OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
 OF_SIMULATED = {"engine.order", "replay.at_limit"}
-# All kinds that have uses for many options; `simulated` has none for these.
+# Kinds to which most options apply, and the options that do not apply to `simulated`.
 RICH = {
     "data": {"name": "imagenet"},
     "schedule": {"name": "step"},
@@ -285,7 +278,7 @@ NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
 
 
 @pytest.mark.parametrize(
-    ("kind", "chosen", "without_use"),
+    ("kind", "chosen", "expected"),
     [
         ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
         ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
@@ -307,78 +300,57 @@ NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
         ("data.name", "synthetic", NOT_SIMULATED | {"data.workers", "data.manual_dir", "data.dir"}),
     ],
 )
-def test_which_options_a_choice_has_no_use_for(kind, chosen, without_use):
+def test_options_that_do_not_apply_are_ignored_or_refused(kind, chosen, expected):
     base: dict[str, typing.Any] = {}
     for group, leaves in (RICH | {kind.split(".")[0]: RICH.get(kind.split(".")[0], {})}).items():
         base[group] = dict(leaves)
     base[kind.split(".")[0]][kind.split(".")[1]] = chosen
-    found = set()
-    for name in {name for name in field_names() if "." in name and not name.endswith(".name")} - {
-        kind,
-        *ONE_KIND,
-    }:
+    ignored = set()
+    names = {name for name in field_names() if "." in name and not name.endswith(".name")}
+    for name in names - {kind, *ONE_KIND}:
         group, _, leaf = name.rpartition(".")
         partner = (
             {"std": [1.0]} if name == "data.mean" else {"mean": [1.0]} if name == "data.std" else {}
         )
         config = base | {group: base.get(group, {}) | {leaf: other(name)} | partner}
         settings = make_settings(config)
-        found |= {name} & set(settings.ignored)
+        ignored |= {name} & set(settings.ignored)
         if name in settings.ignored:
             with pytest.raises(UserError, match=re.escape(settings.ignored[name])):
                 make_settings(config, given=[name])
-            assert differences(make_settings(base), settings) == [], (
-                "what decided nothing may change"
-            )
+            # A field without effect may change when the run resumes.
+            assert differences(make_settings(base), settings) == []
         else:
             make_settings(config, given=[name])
-    assert found == without_use
+    assert ignored == expected
 
 
-def test_an_option_without_use_is_named_with_what_it_applies_to():
+def test_the_message_names_the_kinds_to_which_an_option_applies():
     config = {"engine": {"slowdown": (2, 1, 1, 1)}}
-    reason = "config.engine.slowdown=(2.0, 1.0, 1.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
+    reason = (
+        "config.engine.slowdown=(2.0, 1.0, 1.0, 1.0): "
+        "applies to config.engine.name=simulated or threads, not to fused"
+    )
     assert make_settings(config).ignored == {"engine.slowdown": reason}
     for given in ("engine.slowdown", "engine"):
         with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
             make_settings(config, given=[given])
     make_settings({"engine": {"slowdown": ()}}, given=["engine.slowdown"])  # equal to the default
-    make_settings(config, given=["engine.name", "seed"])  # of a file: the log says so
+    make_settings(config, given=["engine.name", "seed"])  # set by a file: only logged
 
 
-def test_a_file_with_options_without_use_gets_one_line_of_the_log(caplog):
+def test_ignored_options_of_a_file_are_logged_in_one_line(caplog):
     fields = {"replay__size": 7, "codec__codes": 16, "data__name": "synthetic"}
     with caplog.at_level("INFO", logger="dgl_jax"):
         make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
     assert [line for line in caplog.messages if "ignored" in line] == [
-        "set but ignored: config.replay.size=7: applies to config.engine.name=simulated or threads, not to fused; "
+        "set but ignored: config.replay.size=7: applies to "
+        "config.engine.name=simulated or threads, not to fused; "
         "config.codec.codes=16: applies to config.codec.name=vq, not to identity"
     ]
 
 
-@pytest.mark.parametrize(
-    ("was", "now", "allowed"),
-    [
-        ("fused", "pipeline", True),
-        ("pipeline", "fused", True),
-        ("fused", "simulated", False),
-        ("simulated", "pipeline", False),
-        ("threads", "simulated", False),
-        ("threads", "threads", True),
-    ],
-)
-def test_engines_that_share_checkpoints(was, now, allowed):
-    old, new = (make_settings({"engine": {"name": name}}) for name in (was, now))
-    found = differences(old, new)
-    assert found[:1] == ([] if allowed else [f"config.engine.name (was {was!r}, is now {now!r})"])
-
-
-def test_another_method_is_another_run():
-    old, new = (make_settings({"method": {"name": name}}) for name in ("dgl", "backprop"))
-    assert differences(old, new) == ["config.method.name (was 'dgl', is now 'backprop')"]
-
-
-def test_a_field_that_an_older_run_did_not_know_had_its_default():
+def test_fields_missing_in_an_older_run_take_their_defaults():
     values = Settings().to_dict()
     del values["codec"], values["model"]["dtype"]
     old = make_settings(values)
@@ -387,59 +359,12 @@ def test_a_field_that_an_older_run_did_not_know_had_its_default():
     assert differences(old, new) == ["config.codec.name (was 'identity', is now 'bf16')"]
 
 
-def test_tuples_equal_their_json_lists():
+def test_tuples_compare_equal_to_their_json_lists():
     settings = make_settings({"schedule": {"boundaries": (1.0, 2.5)}})
     assert differences(make_settings(json.loads(json.dumps(settings.to_dict()))), settings) == []
 
 
-# Choices and registries
-
-
-def test_names_choose_from_the_registries():
-    chosen = {
-        "data.name": DATA_SETS,
-        "model.name": NETWORKS,
-        "model.head": HEADS,
-        "engine.name": ENGINES,
-        "codec.name": CODECS,
-    }
-    assert all(find(name).metadata["kinds"] is kinds for name, kinds in chosen.items())
-    assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
-    assert [*METHODS] == ["backprop", "dgl"]
-
-
-def engine_of(name: str, method: str = "dgl") -> Engine:
-    settings = make_settings(
-        {
-            "engine": {"name": name},
-            "method": {"name": method},
-            "model": {"width": 4, "modules": 2},
-            "data": {"batch_size": 8},
-        }
-    )
-    info = DatasetInfo("synthetic", ("a", "b"), (8, 8, 3), (0.5,) * 3, (0.2,) * 3)
-    return make_engine(settings, spec_of(settings, info), jax.devices(), 10)
-
-
-def test_every_engine_name_has_an_engine_of_its_own():
-    engines = [FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine]
-    assert [type(engine_of(name)) for name in ENGINES] == engines
-
-
-def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
-    for method in METHODS:
-        assert [module.objective is None for module in engine_of("fused", method).spec.modules] == [
-            method == "backprop",
-            False,
-        ]
-    with pytest.raises(
-        UserError,
-        match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$",
-    ):
-        engine_of("pipeline", "backprop")
-
-
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_numbers_are_finite(value):
+def test_infinity_and_nan_are_refused(value):
     with pytest.raises(UserError, match=r"config\.train\.epochs=(inf|nan): a number is needed"):
         make_settings({"train": {"epochs": value}})

@@ -1,4 +1,4 @@
-"""Which file `--config` means, and `~` in every path of a command line."""
+"""Lookup of the file that `--config` names, and expansion of `~` in the paths of a command line."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own, without the current directory on its path."""
+    """Runs Python code in a new process, without the current directory on its path."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
         [sys.executable, "-P", "-c", code],
@@ -31,7 +31,7 @@ def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Comple
     )
 
 
-def test_what_is_shipped_is_the_folder_at_the_root():
+def test_shipped_configurations_are_the_folder_at_the_root():
     assert SHIPPED.resolve() == (ROOT / "configs").resolve()
 
 
@@ -42,7 +42,7 @@ def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypa
     assert resolve(f"{name}:an:argument") == f"{SHIPPED / 'digits.py'}:an:argument"
 
 
-def test_the_users_files_come_first(tmp_path, monkeypatch):
+def test_user_files_take_precedence_over_shipped_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("digits.py", "configs/digits.py", "mine.py"):
@@ -50,12 +50,12 @@ def test_the_users_files_come_first(tmp_path, monkeypatch):
         Path(name).touch()
         assert resolve(name) == name
     assert resolve("~/mine.py") == str(tmp_path / "mine.py")
-    (tmp_path / "digits").mkdir()  # such as a workdir: no file
+    (tmp_path / "digits").mkdir()  # a directory, such as a workdir, is not a configuration
     assert resolve("digits") == f"{SHIPPED / 'digits.py'}"
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         (
             "digit",
@@ -65,17 +65,17 @@ def test_the_users_files_come_first(tmp_path, monkeypatch):
         ("zzz", "there are: cifar10, cifar10_modern, "),
         (
             "~nobody-of-that-name/x.py",
-            "--config=~nobody-of-that-name/x.py: the home directory ~nobody-of-that-name is not known",
+            "--config=~nobody-of-that-name/x.py: the home directory ~nobody-of-that-name is not ",
         ),
     ],
 )
-def test_a_mistyped_name_gets_its_neighbours(name, words, tmp_path, monkeypatch):
+def test_a_mistyped_name_lists_similar_ones(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         resolve(name)
 
 
-def test_what_experiments_share_is_none_itself(tmp_path, monkeypatch):
+def test_shared_settings_are_not_a_configuration(tmp_path, monkeypatch):
     assert (SHIPPED / "bases" / "__init__.py").exists()
     monkeypatch.chdir(tmp_path)
     for name in ("bases", "bases.py", "configs/bases", "configs/bases.py"):
@@ -85,7 +85,7 @@ def test_what_experiments_share_is_none_itself(tmp_path, monkeypatch):
             resolve(name)
 
 
-def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
+def test_both_forms_of_the_flag_are_resolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = f"{SHIPPED / 'digits.py'}"
     argv = [
@@ -97,7 +97,7 @@ def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
         "digits",
         "digits",
     ]
-    found = [
+    expected = [
         "launch.py",
         "--config.seed=1",
         f"--config={digits}",
@@ -106,13 +106,16 @@ def test_both_ways_of_writing_the_flag(tmp_path, monkeypatch):
         digits,
         "digits",
     ]
-    assert with_files(argv) == found
+    assert with_files(argv) == expected
 
 
-def test_a_shipped_configuration_needs_no_package_called_configs(tmp_path):
-    """Those that build on another one, copied elsewhere as a user would; in a process that imported none of them."""
+def test_a_copied_configuration_needs_no_package_called_configs(tmp_path):
+    """Checks a copy of a configuration that builds on another one, in a fresh process."""
     shutil.copy(SHIPPED / "cifar10_modern.py", tmp_path / "mine.py")
-    code = "import sys; sys.path.insert(0, '.'); import mine; print(mine.get_config().train.ema, 'configs' in sys.modules)"
+    code = (
+        "import sys; sys.path.insert(0, '.'); import mine; "
+        "print(mine.get_config().train.ema, 'configs' in sys.modules)"
+    )
     done = python(code, cwd=tmp_path)
     assert done.stdout == "0.999 False\n", done.stderr
 
@@ -121,11 +124,12 @@ FLAGS = """
 import json
 from dgl_jax import cli
 cli._parse(["dgl-jax", *json.loads({arguments!r})])
-print(json.dumps([f.value for f in (cli._WORKDIR, cli._INIT_FROM, cli._OUTPUT, cli._IMAGES, cli._TIMES)]))
+flags = cli._WORKDIR, cli._INIT_FROM, cli._OUTPUT, cli._IMAGES, cli._TIMES
+print(json.dumps([flag.value for flag in flags]))
 """
 
 
-def test_every_path_of_a_command_line_may_begin_at_home():
+def test_tilde_is_expanded_in_every_path_of_a_command_line():
     paths = [
         "--workdir=~/a",
         "--init_from",
@@ -142,7 +146,7 @@ def test_every_path_of_a_command_line_may_begin_at_home():
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """As under a user without an entry among the system's, and with no HOME: such as any number in a container."""
+    """Simulates a user without HOME and without a system entry, as in some containers."""
 
     def nobody(_):
         raise KeyError("no such user")
@@ -151,32 +155,30 @@ def homeless(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
 
 
-def test_a_home_that_is_not_known_is_said(homeless, tmp_path, monkeypatch):
+def test_an_unknown_home_directory_is_reported(homeless, tmp_path, monkeypatch):
     with pytest.raises(
         UserError,
         match="--workdir=~/runs: the home directory ~ is not known here; write the path in full",
     ):
         expand("~/runs", "--workdir")
     monkeypatch.chdir(tmp_path)
-    Path("~").mkdir()  # of just that name
+    Path("~").mkdir()  # a directory whose name is a tilde
     assert expand("~", "--workdir") == "~"
     assert expand("/a/~", "--workdir") == "/a/~"
 
 
-def test_the_cache_lives_without_a_home(homeless, monkeypatch, tmp_path):
+def test_without_a_home_the_cache_is_in_the_temporary_directory(homeless, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"
 
 
-def test_the_cache_lives_where_home_cannot_be_written(monkeypatch, tmp_path):
+def test_with_a_read_only_home_the_cache_is_in_the_temporary_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for home in ("/", "", str(tmp_path / "nowhere")):
         monkeypatch.setenv("HOME", home)
-        monkeypatch.setattr(
-            os, "access", lambda *_: False
-        )  # whoever runs the tests may be allowed everything
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root could write everywhere
         assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"
     monkeypatch.setenv("HOME", str(tmp_path))
-    kept = tmp_path / ".cache" / "dgl_jax"
-    kept.mkdir(parents=True)  # what was prepared before is read
-    assert cache.cache_dir() == kept
+    existing = tmp_path / ".cache" / "dgl_jax"
+    existing.mkdir(parents=True)  # an existing cache is used even if it is read-only
+    assert cache.cache_dir() == existing

@@ -1,31 +1,21 @@
-"""Sources: random access, epochs, shards, held-out images, folders and the cache of decoded images."""
+"""Sources of data sets in memory: random access, epochs, shards, evaluation, held-out examples."""
 
-import os
-from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from dgl_jax.config import options
-from dgl_jax.data import DataSet, Shard, cache, folder, make_source, synthetic
+from dgl_jax.data import DataSet, Shard, make_source, synthetic
 from dgl_jax.data.memory import ArraySource, channel_statistics
 from dgl_jax.data.source import Examples, stratified
 from dgl_jax.errors import UserError
 from dgl_jax.types import PADDING
 
 
-@pytest.fixture(autouse=True)
-def cache_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "cache_dir", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 def numbered(train=53, test=11, classes=3):
-    """Images that show their own index."""
+    """Returns a data set in which every pixel of an image equals the image's index."""
 
     def split(n):
         images = np.broadcast_to(
@@ -73,12 +63,12 @@ def test_an_epoch_visits_every_example_at_most_once_and_drops_the_remainder():
     first, second = (ids_of(islice(s.batches(6 * epoch), 6)) for epoch in range(2))
     assert len(set(first.tolist())) == len(first) == 48
     assert first.tolist() != second.tolist()
-    # A window that is no epoch repeats examples: the assertion above would notice.
+    # Batches across an epoch boundary repeat examples, so the assertion above is not trivial.
     window = ids_of(islice(s.batches(3), 6))
     assert len(set(window.tolist())) < 48
 
 
-def test_an_epoch_of_whole_batches_visits_every_example_exactly_once():
+def test_an_epoch_without_remainder_visits_every_example_exactly_once():
     s = ArraySource(numbered(48), batch_size=8, seed=0)
     assert is_permutation(ids_of(islice(s.batches(6), 6)), range(48))
     assert not is_permutation(ids_of(islice(s.batches(7), 6)), range(48))
@@ -99,7 +89,7 @@ def test_the_seed_decides_order_and_split():
     assert order(1) == order(1) != order(2)
 
 
-def test_a_batch_may_be_overwritten():
+def test_overwriting_a_batch_does_not_change_later_batches():
     s = source()
     before = s.batch(0)
     changed = s.batch(0)
@@ -111,7 +101,7 @@ def test_a_batch_may_be_overwritten():
 # Shards
 
 
-def test_shards_are_disjoint_and_together_the_global_batch():
+def test_shards_concatenate_to_the_global_batch():
     s = source()
     whole = s.batch(9)
     parts = [s.batch(9, Shard(i, 4)) for i in range(4)]
@@ -121,7 +111,7 @@ def test_shards_are_disjoint_and_together_the_global_batch():
     assert ids_of(parts[::-1]).tolist() != whole.context["id"].tolist()
 
 
-def test_shards_of_an_evaluation_cover_it_with_padding_at_the_end():
+def test_shards_of_an_evaluation_concatenate_to_the_global_batch():
     s = source()
     whole = list(s.evaluation("test"))
     parts = [list(s.evaluation("test", Shard(i, 4))) for i in range(4)]
@@ -129,8 +119,9 @@ def test_shards_of_an_evaluation_cover_it_with_padding_at_the_end():
         np.testing.assert_array_equal(ids_of(p[step] for p in parts), batch.context["id"])
 
 
-def test_hosts_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match=r"batch_size=8: the 3 hosts do not divide it; 9 would do"):
+def test_a_batch_that_is_not_divisible_by_the_hosts_is_refused():
+    message = r"batch_size=8: not divisible by the 3 hosts; 9 would work"
+    with pytest.raises(UserError, match=message):
         source().batch(0, Shard(0, 3))
     with pytest.raises(ValueError, match="no such shard"):
         source().batch(0, Shard(4, 4))
@@ -175,11 +166,11 @@ def test_stratification_is_exact(seed):
     labels = np.random.default_rng(seed).permutation(np.repeat([0, 1, 2], [50, 30, 20]))
     random = np.random.Philox(seed)
     assert np.bincount(labels[stratified(labels, 10, random)]).tolist() == [5, 3, 2]
-    # 7 % of 50, 30, 20 is 3.5, 2.1, 1.4: the one left over goes to the class that lost most.
+    # 7 % of 50, 30, 20 is 3.5, 2.1, 1.4: the missing one goes to the class that lost most.
     chosen = stratified(labels, 7, random)
     assert np.bincount(labels[chosen]).tolist() == [4, 2, 1]
     assert chosen.tolist() == sorted(set(chosen.tolist()))
-    # A plain draw does not keep the shares: the assertions above are not trivial.
+    # Plain draws do not keep the shares, so the assertions above are not trivial.
     plain = [
         np.bincount(labels[np.random.default_rng(k).permutation(100)[:10]]).tolist()
         for k in range(5)
@@ -187,52 +178,52 @@ def test_stratification_is_exact(seed):
     assert plain != [[5, 3, 2]] * 5
 
 
-def test_a_subset_is_taken_from_what_validation_left():
+def test_a_training_subset_does_not_change_the_validation_split():
     whole, part = (
         source(validation_fraction=0.15),
         source(validation_fraction=0.15, train_examples=15),
     )
-    held = [
+    held_out = [
         [i for i in ids_of(s.evaluation("validation")).tolist() if i >= 0] for s in (whole, part)
     ]
-    assert held[0] == held[1]
-    kept = [b.context for b in part.evaluation("train")]
-    labels = np.concatenate([t["label"] for t in kept])
+    assert held_out[0] == held_out[1]
+    contexts = [b.context for b in part.evaluation("train")]
+    labels = np.concatenate([c["label"] for c in contexts])
     assert np.bincount(labels[labels >= 0]).tolist() == [5, 5, 5]
     assert part.examples("train") == 15
     assert part.steps_per_epoch == 1
 
 
-def test_what_does_not_fit():
+def test_sizes_that_do_not_fit_the_data_are_refused():
     with pytest.raises(
         UserError, match=r"config.data.batch_size=54: there are only 53 training examples"
     ):
         source(batch_size=54)
     assert source(batch_size=53).steps_per_epoch == 1
-    with pytest.raises(UserError, match=r"config.data.train_examples=54: numbered has 53"):
+    with pytest.raises(UserError, match=r"config.data.train_examples=54: numbered has only 53"):
         source(train_examples=54)
     with pytest.raises(
-        UserError, match=r"config.data.mean=\(0.1, 0.2\): one value a channel .* has 1"
+        UserError, match=r"config.data.mean=\(0.1, 0.2\): needs one value per channel.* has 1 "
     ):
         source(mean=(0.1, 0.2), std=(1.0, 1.0))
 
 
-def test_statistics_by_hand():
+def test_channel_statistics_equal_hand_computed_values():
     images = np.zeros((3, 1, 2, 2), np.uint8)
     images[0, 0, :, 0], images[1, 0, :, 0] = 255, 255
-    images[2] = 255  # not among the chosen ones
+    images[2] = 255  # not among the ids of the first call
     mean, std = channel_statistics(images, np.array([0, 1]), at_once=1)
     assert mean == (1.0, 0.0)
-    assert std == (1 / 255, 1 / 255)  # no contrast at all
+    assert std == (1 / 255, 1 / 255)  # constant channels
     mean, std = channel_statistics(images, np.array([0, 2]))
     assert mean == (1.0, 0.5)
     assert std == (1 / 255, 0.5)
 
 
-# By name
+# Data sets by name
 
 
-def test_synthetic_images_can_be_learnt_and_have_the_size_asked_for():
+def test_synthetic_images_are_separable_and_have_the_configured_size():
     s = make_source(options("data", name="synthetic", image_size=8), seed=0)
     assert s.example_shape == (8, 8, 3)
     assert [s.examples(split) for split in ("train", "validation", "test")] == [1843, 205, 128]
@@ -256,203 +247,8 @@ def test_settings_override_mean_and_std():
     assert (source.mean, source.std) == (settings.mean, settings.std)
 
 
-def test_unknown_name():
+def test_an_unknown_name_lists_similar_ones():
     with pytest.raises(
         UserError, match=r"config.data.name='cifar': no such name; did you mean cifar10"
     ):
         make_source(options("data", name="cifar"), 0)
-
-
-# Folders
-
-
-def write_folder(root, size=(6, 5), per_class=3):
-    random = np.random.default_rng(0)
-    stored = {}
-    for split in ("train", "test"):
-        for number, name in enumerate(("zebra", "ape", "cat")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = random.integers(0, 256, (size[1], size[0], 3), np.uint8)
-                path = root / split / name / f"{i}.{('png', 'PNG', 'png')[number]}"
-                Image.fromarray(pixels).save(path)
-                stored[path] = pixels
-    return stored
-
-
-def settings_of(root, **kwargs):
-    return options(
-        "data", name="folder", dir=str(root), batch_size=2, validation_fraction=0.0, **kwargs
-    )
-
-
-@pytest.fixture
-def images(tmp_path):
-    write_folder(tmp_path / "set")
-    return tmp_path / "set"
-
-
-def test_folder_holds_the_pixels_in_order(tmp_path):
-    stored = write_folder(tmp_path / "set")
-    (tmp_path / "set" / "train" / "ape" / "notes.txt").write_text("not an image")
-    (tmp_path / "set" / "train" / ".hidden").mkdir()
-    data = folder.load(settings_of(tmp_path / "set"))
-    assert data.class_names == ("ape", "cat", "zebra")
-    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    expected = [stored[path] for path in sorted(stored) if "/train/" in str(path)]
-    np.testing.assert_array_equal(data.train.inputs, expected)
-    assert not np.array_equal(data.train.inputs, expected[::-1])
-    s = make_source(settings_of(tmp_path / "set"), 0)
-    np.testing.assert_allclose(s.mean, np.mean(expected, axis=(0, 1, 2)) / 255)
-    np.testing.assert_allclose(s.std, np.std(expected, axis=(0, 1, 2)) / 255)
-
-
-def test_folder_resizes_and_converts(images):
-    Image.new("L", (40, 30), 128).save(images / "train" / "ape" / "9.jpeg")
-    data = folder.load(settings_of(images, image_size=7))
-    assert data.train.inputs.shape == (10, 7, 7, 3)
-    np.testing.assert_allclose(data.train.inputs[3].astype(int), 128, atol=1)
-
-
-def broken(what):
-    def apply(root):
-        if what == "missing":
-            return root / "nowhere"
-        if what == "no test":
-            (root / "test").rename(root / "tset")
-        elif what == "empty split":
-            (root / "train").rename(root / "old")
-            (root / "train").mkdir()
-        elif what == "empty class":
-            (root / "train" / "dog").mkdir()
-        elif what == "unknown class":
-            (root / "train" / "cat").rename(root / "old")
-        elif what == "unreadable":
-            (root / "train" / "cat" / "1.png").write_bytes(b"\x89PNG but no more")
-        elif what == "truncated":
-            path = root / "test" / "cat" / "1.png"
-            path.write_bytes(path.read_bytes()[:60])
-        elif what == "size":
-            Image.new("RGB", (9, 9)).save(root / "train" / "cat" / "1.png")
-        elif what == "size of test":
-            for path in (root / "test").glob("*/*"):
-                Image.new("RGB", (9, 9)).save(path)
-        return root
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("missing", r"config.data.dir=.*nowhere: no such directory"),
-        ("no test", r"set/test: no such directory; images belong in .*test/<class>/"),
-        ("empty split", r"set/train: holds no class directories"),
-        ("empty class", r"train/dog: holds no images \(.jpg, .jpeg, .png, "),
-        ("unknown class", r"test/cat: the class cat has no directory in .*set/train"),
-        ("unreadable", r"train/cat/1.png: not an image that can be read"),
-        ("truncated", r"test/cat/1.png: not an image that can be read"),
-        (
-            "size",
-            r"train/cat/1.png has 9x9 pixels and .*train/ape/0.PNG 6x5: set config.data.image_size",
-        ),
-        (
-            "size of test",
-            r"images in train have 6x5 pixels and images in test 9x9: set config.data.image_size",
-        ),
-    ],
-)
-def test_folder_errors(images, what, message):
-    make_source(settings_of(images), 0)  # nothing is wrong yet
-    with pytest.raises(UserError, match=message):
-        make_source(settings_of(broken(what)(images)), 0)
-
-
-def test_folder_needs_a_directory():
-    with pytest.raises(UserError, match=r"config.data.dir is empty"):
-        make_source(options("data", name="folder"), 0)
-
-
-# The cache of decoded images
-
-
-def test_decoded_images_are_kept_and_found_again(images, cache_directory, monkeypatch):
-    small = folder.load(settings_of(images))
-    assert not cache_directory.exists()  # a small set is decoded every time
-    monkeypatch.setattr(cache, "LARGE", 1)
-    folder.load(settings_of(images))
-    assert len(list(cache_directory.glob("decoded/*/images.npy"))) == 2
-
-    def fail(*args, **kwargs):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(folder, "decode_images", fail)
-    again = folder.load(settings_of(images))
-    np.testing.assert_array_equal(again.train.inputs, small.train.inputs)
-    np.testing.assert_array_equal(again.train.labels, small.train.labels)
-    assert not again.train.inputs.flags.writeable
-    with pytest.raises(AssertionError, match="decoded again"):
-        folder.load(replace(settings_of(images), image_size=9))
-    Image.new("RGB", (6, 5)).save(images / "train" / "cat" / "1.png")
-    with pytest.raises(AssertionError, match="decoded again"):
-        folder.load(settings_of(images))
-
-
-def test_a_damaged_entry_is_replaced(images, cache_directory, monkeypatch):
-    monkeypatch.setattr(cache, "LARGE", 1)
-    before = folder.load(settings_of(images))
-    for path in cache_directory.glob("decoded/*/images.npy"):
-        path.write_bytes(path.read_bytes()[:-10])
-    after = folder.load(settings_of(images))
-    np.testing.assert_array_equal(after.train.inputs, before.train.inputs)
-    assert all(np.load(path).ndim == 4 for path in cache_directory.glob("decoded/*/images.npy"))
-    assert len(list(cache_directory.glob("decoded/*"))) == 2
-
-
-@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
-@pytest.mark.parametrize(
-    "size", [0, 3, 20, 128]
-)  # nothing, half the magic, half the header, no data
-def test_an_entry_cut_short_is_replaced(images, cache_directory, monkeypatch, name, size):
-    monkeypatch.setattr(cache, "LARGE", 1)
-    before = folder.load(settings_of(images))
-    paths = list(cache_directory.glob(f"decoded/*/{name}"))
-    sizes = [path.stat().st_size for path in paths]
-    assert len(paths) == 2
-    assert min(sizes) > 128
-    for path in paths:
-        os.truncate(path, size)
-    after = folder.load(settings_of(images))
-    np.testing.assert_array_equal(after.train.inputs, before.train.inputs)
-    np.testing.assert_array_equal(after.test.labels, before.test.labels)
-    assert [path.stat().st_size for path in paths] == sizes
-
-
-def test_an_entry_is_on_the_disk_before_it_has_its_name(images, cache_directory, monkeypatch):
-    monkeypatch.setattr(cache, "LARGE", 1)
-    synced, renamed, fsync, rename = {}, [], os.fsync, os.rename
-
-    def note_fsync(descriptor):
-        fsync(descriptor)
-        stat = os.fstat(descriptor)
-        synced[stat.st_ino] = stat.st_size
-
-    def note_rename(source, target):
-        renamed.append(
-            {
-                path.name: path.stat().st_size == synced.get(path.stat().st_ino)
-                for path in Path(source).iterdir()
-            }
-        )
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "rename", note_rename)
-    folder.load(settings_of(images))
-    assert renamed == [{"images.npy": True, "labels.npy": True}] * 2
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(images, cache_directory, monkeypatch):
-    monkeypatch.setattr(cache, "LARGE", 1)
-    cache_directory.write_text("a file, where a directory should be")
-    assert len(folder.load(settings_of(images)).train.labels) == 9

@@ -1,4 +1,4 @@
-"""TFDS sets, prepared and read without TensorFlow and without a network."""
+"""TFDS data sets that are prepared and read without TensorFlow and without a network."""
 
 import io
 import json
@@ -43,44 +43,44 @@ def digits_directory(tmp_path_factory):
 # Digits
 
 
-def test_digits_are_scikit_learns(digits_directory):
+def test_digits_equal_those_of_scikit_learn(digits_directory):
     data = load(options("data", name="digits", dir=str(digits_directory)))
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     assert data.class_names == tuple("0123456789")
     assert (len(data.train.labels), len(data.test.labels)) == (1438, 359)
     number = {image.tobytes(): i for i, image in enumerate(pixels)}
-    assert len(number) == 1797  # no image occurs twice, so each one names its place
-    found = {}
+    assert len(number) == 1797  # no image occurs twice, so each image identifies its index
+    indices = {}
     for split in ("train", "test"):
         stored = getattr(data, split)
-        found[split] = [number[image.tobytes()] for image in stored.inputs]
-        assert found[split] == sorted(found[split])
-        np.testing.assert_array_equal(stored.labels, labels[found[split]])
-        assert (stored.labels != labels[np.roll(found[split], 1)]).any()
-    assert sorted(found["train"] + found["test"]) == list(range(1797))
-    # A fifth of every class, to a whole image.
+        indices[split] = [number[image.tobytes()] for image in stored.inputs]
+        assert indices[split] == sorted(indices[split])
+        np.testing.assert_array_equal(stored.labels, labels[indices[split]])
+        assert (stored.labels != labels[np.roll(indices[split], 1)]).any()
+    assert sorted(indices["train"] + indices["test"]) == list(range(1797))
+    # The test split holds a fifth of every class, to a whole image.
     shares = np.bincount(data.test.labels) / np.bincount(labels)
     assert np.abs(np.bincount(data.test.labels) - np.bincount(labels) / 5).max() < 1, shares
 
 
-def test_digits_source_in_the_default_directory(cache_directory):
+def test_digits_are_prepared_in_the_default_directory(cache_directory):
     source = make_source(options("data"), 0)
     assert (cache_directory / "tfds" / "optical_digits" / "1.0.0" / "dataset_info.json").exists()
     assert source.example_shape == (8, 8, 1)
     assert [source.examples(split) for split in ("train", "validation", "test")] == [1294, 144, 359]
     assert source.batch(0).inputs.shape == (128, 8, 8, 1)
-    # 0.1 of each of about 144 images a class
+    # A tenth of about 144 training images per class.
     labels = np.concatenate([b.context["label"] for b in source.evaluation("validation")])
     assert set(np.bincount(labels[labels >= 0]).tolist()) <= {14, 15}
 
 
-def test_image_size_resizes(digits_directory):
+def test_image_size_resizes_all_images(digits_directory):
     data = load(options("data", name="digits", dir=str(digits_directory), image_size=16))
     assert data.train.inputs.shape == (1438, 16, 16, 1)
 
 
-def test_folder_and_tfds_hold_the_same(digits_directory, tmp_path):
+def test_folder_and_tfds_decode_to_the_same_pixels(digits_directory, tmp_path):
     data = load(options("data", name="digits", dir=str(digits_directory)))
     for split, stored in (("train", data.train), ("test", data.test)):
         for i, (image, label) in enumerate(
@@ -95,7 +95,7 @@ def test_folder_and_tfds_hold_the_same(digits_directory, tmp_path):
     np.testing.assert_array_equal(other.train.labels, data.train.labels[:40][order])
 
 
-def test_whoever_comes_second_waits_and_prepares_nothing(digits_directory, tmp_path, monkeypatch):
+def test_a_second_process_waits_and_does_not_prepare_again(digits_directory, tmp_path, monkeypatch):
     settings = options("data", name="digits", dir=str(tmp_path))
 
     def fail(*args):
@@ -114,11 +114,11 @@ def test_whoever_comes_second_waits_and_prepares_nothing(digits_directory, tmp_p
             pool.submit(load, settings).result(timeout=30)
 
 
-# CIFAR from archives of the right layout
+# CIFAR from generated archives
 
 
 def write_archive(name, path, train=30, test=10, seed=0):
-    """Returns the images and the rows of labels of each split."""
+    """Writes an archive of random images; returns images and rows of labels of each split."""
     random = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, names, train_files = {
@@ -156,7 +156,7 @@ def write_archive(name, path, train=30, test=10, seed=0):
 
 
 def expect(name, archive, monkeypatch):
-    """Registers the made-up archive's checksum in place of the genuine one."""
+    """Replaces the checksum of the published archive by that of a generated one."""
     from tensorflow_datasets.core.download import checksums
 
     (url,) = builder_class(name).url_infos
@@ -170,7 +170,7 @@ def no_network(url):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monkeypatch):
+def test_a_local_archive_is_prepared_and_read_back_exactly(name, tmp_path, monkeypatch):
     file = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}[name]
     archive = tmp_path / "downloads" / "manual" / file
     stored = write_archive(name, archive)
@@ -180,29 +180,25 @@ def test_archive_in_place_is_prepared_and_read_back_exactly(name, tmp_path, monk
     data = load(settings)
     for split in ("train", "test"):
         images, labels = stored[split]
-        found = getattr(data, split)
-        # TFDS stores a set in an order of its own.
+        prepared = getattr(data, split)
+        # TFDS shuffles the examples when it writes them.
         number = {image.tobytes(): i for i, image in enumerate(images)}
-        order = [number[image.tobytes()] for image in found.inputs]
+        order = [number[image.tobytes()] for image in prepared.inputs]
         assert sorted(order) == list(range(len(images)))
-        np.testing.assert_array_equal(found.labels, labels[order, -1])
+        np.testing.assert_array_equal(prepared.labels, labels[order, -1])
     assert len(data.class_names) == {"cifar10": 10, "cifar100": 100}[name]
-    assert (
-        data.class_names[:3]
-        == {"cifar10": ("b0", "b1", "b2"), "cifar100": ("f0", "f1", "f2")}[name]
-    )
-    # Prepared once: the archive is needed no more.
+    first_names = {"cifar10": ("b0", "b1", "b2"), "cifar100": ("f0", "f1", "f2")}
+    assert data.class_names[:3] == first_names[name]
+    # Once the set is prepared, the archive is not needed.
     archive.unlink()
     np.testing.assert_array_equal(load(settings).train.inputs, data.train.inputs)
     assert "tensorflow" not in sys.modules
     source = make_source(options("data", name=name, dir=str(tmp_path), batch_size=4), 0)
-    assert (
-        source.mean
-        == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
-    )
+    means = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}
+    assert source.mean == means[name]
 
 
-def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
+def test_stock_tfds_reads_the_prepared_set(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
@@ -215,12 +211,12 @@ def test_stock_tfds_reads_what_was_prepared(tmp_path, monkeypatch):
     assert {r["id"] for r in stock} == {b"train_%05d" % i for i in range(30)}
 
 
-def test_an_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
+def test_an_archive_that_differs_from_the_published_one_is_refused(tmp_path, monkeypatch):
     archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     write_archive("cifar10", archive)
-    with pytest.raises(
-        UserError, match=rf"{archive} has {archive.stat().st_size} bytes and the archive 170052171"
-    ):
+    size = archive.stat().st_size
+    message = rf"{archive} has {size} bytes, but the published archive has 170052171"
+    with pytest.raises(UserError, match=message):
         load(options("data", name="cifar10", dir=str(tmp_path)))
     expect("cifar10", archive, monkeypatch)
     content = bytearray(archive.read_bytes())
@@ -233,7 +229,7 @@ def test_an_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("cifar10/*/dataset_info.json"))
 
 
-def test_archives_may_lie_elsewhere(tmp_path, monkeypatch):
+def test_archives_are_read_from_manual_dir(tmp_path, monkeypatch):
     archive = tmp_path / "elsewhere" / "cifar-10-binary.tar.gz"
     write_archive("cifar10", archive)
     expect("cifar10", archive, monkeypatch)
@@ -244,19 +240,20 @@ def test_archives_may_lie_elsewhere(tmp_path, monkeypatch):
         load(options("data", name="cifar10", manual_dir=str(tmp_path / "nowhere")))
 
 
-def test_no_network_is_said_at_once(cache_directory, monkeypatch):
+def test_a_missing_network_is_reported_at_once(cache_directory, monkeypatch):
     monkeypatch.setattr(tfds_sets, "reachable", no_network)
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         load(options("data", name="cifar100"))
-    archive = "put cifar-100-binary.tar.gz (from https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz)"
-    assert f"{archive} into {cache_directory}/tfds/downloads/manual/" in str(error.value)
+    file = "cifar-100-binary.tar.gz"
+    advice = f"put {file} (from https://www.cs.toronto.edu/~kriz/{file})"
+    assert f"{advice} into {cache_directory}/tfds/downloads/manual/" in str(error.value)
     assert "config.data.name=folder" in str(error.value)
     assert time.monotonic() - start < 3
-    assert not cache_directory.exists()  # nothing was begun
+    assert not cache_directory.exists()  # nothing was written
 
 
-def test_reachable(monkeypatch):
+def test_reachable_asks_the_server_except_behind_a_proxy(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/file"
@@ -269,7 +266,7 @@ def test_reachable(monkeypatch):
     assert not reachable(url)
 
 
-def test_a_server_that_never_answers_costs_no_more_than_the_patience(monkeypatch):
+def test_a_server_that_never_answers_costs_only_the_timeout(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(tfds_sets, "_PATIENCE", 0.1)
 
@@ -286,14 +283,14 @@ def test_a_server_that_never_answers_costs_no_more_than_the_patience(monkeypatch
 # Directories
 
 
-def test_missing_directory(tmp_path):
+def test_a_missing_directory_is_refused(tmp_path):
     for name in ("digits", "cifar10"):
         with pytest.raises(UserError, match=r"config.data.dir=.*nowhere: no such directory"):
             load(options("data", name=name, dir=str(tmp_path / "nowhere")))
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_another_file_format(digits_directory, tmp_path):
+def test_another_file_format_is_refused(digits_directory, tmp_path):
     info = json.loads(
         (digits_directory / "optical_digits" / "1.0.0" / "dataset_info.json").read_text()
     )
@@ -307,7 +304,7 @@ def test_another_file_format(digits_directory, tmp_path):
         load(options("data", name="digits", dir=str(tmp_path)))
 
 
-def test_a_directory_that_cannot_be_written(cache_directory):
+def test_an_unwritable_directory_is_refused(cache_directory):
     cache_directory.write_text("a file, where a directory should be")
     with pytest.raises(
         UserError, match=r"does not hold optical_digits and cannot be written .*set config.data.dir"
@@ -315,7 +312,7 @@ def test_a_directory_that_cannot_be_written(cache_directory):
         load(options("data", name="digits"))
 
 
-def test_preparing_says_nothing(tmp_path, capfd):
+def test_preparing_prints_nothing(tmp_path, capfd):
     load(options("data", name="digits", dir=str(tmp_path)))
     out, err = capfd.readouterr()
     assert out == ""
@@ -323,7 +320,7 @@ def test_preparing_says_nothing(tmp_path, capfd):
     assert "ArrayRecord" not in err
 
 
-def test_a_large_set_is_decoded_once(digits_directory, cache_directory, monkeypatch):
+def test_a_large_set_is_decoded_only_once(digits_directory, cache_directory, monkeypatch):
     monkeypatch.setattr(cache, "LARGE", 1)
     settings = options("data", name="digits", dir=str(digits_directory))
     first = load(settings)

@@ -1,4 +1,4 @@
-"""Decoding by hand-made images: what the files say and Pillow or OpenCV leave to do."""
+"""Decoding of hand-made images: 16-bit pixels, EXIF orientation, center crop, damaged EXIF."""
 
 import io
 import struct
@@ -34,19 +34,18 @@ def test_sixteen_bits_are_scaled_to_eight():
     levels = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
     data = encoded(levels)
     with Image.open(io.BytesIO(data)) as image:
-        assert image.mode.startswith("I")  # so that Pillow's own conversion would clip
+        assert image.mode.startswith("I")  # Pillow's own conversion would clip these values
     assert decoded_image(data)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 128, 255)]
     assert decoded_image(data, channels=1)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
-    # 32 bits, and the other order of bytes, in a form that stores them.
-    for kind in (np.int32, np.dtype(">u2")):
-        assert decoded_image(encoded(levels.astype(kind), "TIFF"), channels=1)[
-            0, :, 0
-        ].tolist() == [0, 0, 1, 1, 128, 255]
-    beyond = np.array([[-5, 70000]], np.int32)
-    assert decoded_image(encoded(beyond, "TIFF"), channels=1)[0, :, 0].tolist() == [0, 255]
+    # TIFF stores 32 bits and the other byte order as well.
+    for dtype in (np.int32, np.dtype(">u2")):
+        pixels = decoded_image(encoded(levels.astype(dtype), "TIFF"), channels=1)
+        assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+    out_of_range = np.array([[-5, 70000]], np.int32)
+    assert decoded_image(encoded(out_of_range, "TIFF"), channels=1)[0, :, 0].tolist() == [0, 255]
 
 
-def test_eight_bits_stay_as_they_are():
+def test_eight_bits_are_kept_unchanged():
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(decoded_image(encoded(pixels), channels=1)[..., 0], pixels)
     np.testing.assert_array_equal(decoded_image(encoded(pixels)), np.stack([pixels] * 3, axis=-1))
@@ -65,19 +64,17 @@ def test_eight_bits_stay_as_they_are():
         (8, [[30, 60], [20, 50], [10, 40]]),
     ],
 )
-def test_images_are_turned_as_their_exif_says(orientation, expected):
+def test_images_are_rotated_by_their_exif_orientation(orientation, expected):
     pixels = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
-    assert (
-        decoded_image(encoded(pixels, exif=oriented(orientation)), channels=1)[..., 0].tolist()
-        == expected
-    )
+    eight = encoded(pixels, exif=oriented(orientation))
+    assert decoded_image(eight, channels=1)[..., 0].tolist() == expected
     sixteen = encoded(pixels.astype(np.uint16) * 257, exif=oriented(orientation))
     assert decoded_image(sixteen, channels=1)[..., 0].tolist() == expected
 
 
-def test_a_photograph_is_turned():
+def test_a_jpeg_is_rotated_by_its_exif_orientation():
     pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, :8] = 200  # the left half is light, hence the upper one after a quarter clockwise
+    pixels[:, :8] = 200  # the left half is light; rotating clockwise makes it the upper half
     image = decoded_image(encoded(pixels, "JPEG", quality=95, exif=oriented(6)))
     assert image.shape == (16, 8, 3)
     np.testing.assert_allclose(image[:8].astype(int), 200, atol=4)
@@ -86,7 +83,7 @@ def test_a_photograph_is_turned():
     assert upright.shape == (8, 16, 3)
 
 
-def test_the_middle_of_a_photograph():
+def test_center_equals_center_crop_approximately():
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
     for width, height in ((96, 64), (64, 128)):
         data = encoded(
@@ -95,7 +92,7 @@ def test_the_middle_of_a_photograph():
             quality=95,
         )
         middle = decoded_image(data, image_size=28, centre=True).astype(int)
-        # Not to the pixel: this one averages when it makes smaller.
+        # Only approximately, because Pillow averages when it reduces an image.
         assert np.abs(middle - centre_crop(data, 28)).mean() < 4
         assert np.abs(decoded_image(data, image_size=28) - middle).mean() > 10
 
@@ -105,7 +102,7 @@ def test_damaged_exif_leaves_the_image_as_stored():
     data = encoded(pixels)
     junk = b"eXIfgarbage!"
     chunk = struct.pack(">I", len(junk) - 4) + junk + struct.pack(">I", zlib.crc32(junk))
-    data = data[:33] + chunk + data[33:]  # after the header, which is always as long
+    data = data[:33] + chunk + data[33:]  # after the signature and the header, 33 bytes
     with Image.open(io.BytesIO(data)) as image, pytest.raises(SyntaxError, match="not a TIFF file"):
         image.getexif()
     assert decoded_image(data, channels=1)[..., 0].tolist() == pixels.tolist()

@@ -1,4 +1,4 @@
-"""Every engine learns the embedded digits: the shipped configuration, shortened, on one device a module."""
+"""Accuracy on the digits: the shipped configuration, shortened, under several engines."""
 
 import statistics
 from functools import cache
@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.full_compile]
 
 @pytest.fixture(scope="module")
 def accuracies(tmp_path_factory):
-    """Returns a function of engine, seed and training length that gives the test accuracy of every module."""
+    """Returns a function that trains with an engine, a seed and a length, and caches its results.
+
+    The function returns the test accuracy of every module.
+    """
 
     @cache
     def run(engine: str, seed: int = 0, **train: float) -> list[float]:
@@ -25,11 +28,12 @@ def accuracies(tmp_path_factory):
         else:
             config.engine.name = engine
         config.train.update(train or {"epochs": 8.0})
-        config.eval.every = config.checkpoint.every = 10_000  # at the end
-        every = jax.devices()
+        config.eval.every = config.checkpoint.every = 10_000  # only at the end
+        devices = jax.devices()
+        visible = devices if engine == "pipeline" else devices[:1]
         with pytest.MonkeyPatch.context() as patched:
-            # Each module computes on one device under every engine, which makes equal bits.
-            patched.setattr(jax, "devices", lambda *_: every if engine == "pipeline" else every[:1])
+            # One device per module under every engine, because only then all bits are equal.
+            patched.setattr(jax, "devices", lambda *_: visible)
             modules = train_and_evaluate(config, tmp_path_factory.mktemp(engine)).modules
         assert [module["devices"] for module in modules] == (
             [[0], [1], [2], [3]] if engine == "pipeline" else [[0]] * 4
@@ -40,14 +44,14 @@ def accuracies(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["fused", "backprop"])
-def test_digits_to_97_percent(accuracies, engine):
-    of_last = [accuracies(engine, seed)[-1] for seed in range(3)]
-    assert statistics.mean(of_last) >= 0.97, of_last
+def test_last_module_reaches_97_percent(accuracies, engine):
+    last = [accuracies(engine, seed)[-1] for seed in range(3)]
+    assert statistics.mean(last) >= 0.97, last
 
 
-def test_a_pipeline_learns_the_same(accuracies):
+def test_pipeline_reaches_the_accuracies_of_fused(accuracies):
     assert accuracies("pipeline") == accuracies("fused")
 
 
-def test_twin_an_untrained_network_does_not_know_them(accuracies):
+def test_twin_a_network_after_one_step_is_below_50_percent(accuracies):
     assert accuracies("fused", steps=1)[-1] < 0.5

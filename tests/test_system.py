@@ -1,4 +1,4 @@
-"""Optional questions: the right answers where there are some, None where there are none, and nobody else who asks."""
+"""Optional questions to the system: correct answers, None if unknown, and no other file asks."""
 
 import os
 import re
@@ -15,10 +15,12 @@ from dgl_jax.system import DeviceMemory, ProgramPlan
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = (
-    r"\bcost_analysis\b|\bmemory_analysis\b|\bmemory_stats\b|\bdevice_kind\b|meminfo|sched_getaffinity|\bcpu_count\b"
-    r"|getrusage|local_devices\(backend|\bimport resource\b|\bsysconf\b"
+    r"\bcost_analysis\b|\bmemory_analysis\b|\bmemory_stats\b|\bdevice_kind\b|meminfo"
+    r"|sched_getaffinity|\bcpu_count\b|getrusage|local_devices\(backend|\bimport resource\b"
+    r"|\bsysconf\b"
 )
-# `accelerator.py` breaks the questions, this file tries them; and a benchmark binds itself before anything may be imported.
+# `accelerator.py` replaces the answers, this file tests them, and the benchmark sets its CPU
+# affinity before anything may be imported.
 MAY_ASK = {
     "dgl_jax/system.py",
     "tests/test_system.py",
@@ -28,18 +30,17 @@ MAY_ASK = {
 
 
 def asks(text):
-    """The optional questions in a file, but for those put to `system`."""
+    """Returns the optional questions in a file, except calls of `system`."""
     return re.findall(QUESTIONS, re.sub(r"\bsystem\.\w+|\bsystem, \"\w+\"", "", text))
 
 
-def test_nobody_else_asks():
+def test_only_system_asks_optional_questions():
     folders = ("dgl_jax", "tests", "benchmarks", "examples", "configs")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")] + [
-        ROOT / "launch.py"
-    ]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    files.append(ROOT / "launch.py")
     assert len(files) > 100
-    found = {str(path.relative_to(ROOT)): asks(path.read_text()) for path in files}
-    assert {name: words for name, words in found.items() if words and name not in MAY_ASK} == {}
+    questions = {str(path.relative_to(ROOT)): asks(path.read_text()) for path in files}
+    assert {name: asked for name, asked in questions.items() if asked and name not in MAY_ASK} == {}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_twin_a_question_elsewhere_is_noticed(source):
     assert not asks("system.device_kind(d); system.cpu_count()")
 
 
-def test_answers_of_this_machine():
+def test_answers_on_this_machine_are_correct():
     assert system.usable_cpus() == sorted(os.sched_getaffinity(0))
     assert system.cpu_count() == len(os.sched_getaffinity(0))
     assert system.machine_cpus() == os.cpu_count()
@@ -68,17 +69,17 @@ def test_answers_of_this_machine():
     )
     (device, *_) = jax.devices()
     assert system.device_kind(device) == "cpu"
-    found = system.device_memory(device)
-    assert (found.free > 2**20, found.limit, found.peak > 2**20) == (True, None, True)
+    memory = system.device_memory(device)
+    assert (memory.free > 2**20, memory.limit, memory.peak > 2**20) == (True, None, True)
     program = jax.jit(lambda x, y: (x + 1, jnp.sort(y)), donate_argnums=0)
     shapes = (jax.ShapeDtypeStruct((n,), "float32") for n in (1024, 256))
     plan = system.program_plan(program.lower(*shapes).compile())
     assert (plan.arguments, plan.donated) == (4096 + 1024, 4096)
-    assert plan.outputs == pytest.approx(4096 + 1024, abs=64)  # and pointers
+    assert plan.outputs == pytest.approx(4096 + 1024, abs=64)  # plus a few pointers
 
 
 class Device:
-    """Answers as it is told to: a function is called."""
+    """Fake device with given answers; an answer that is a function is called."""
 
     platform = "cuda"
 
@@ -86,14 +87,14 @@ class Device:
         self._stats, self._kind = stats, kind
 
     def memory_stats(self):
-        return _told(self._stats)
+        return _value(self._stats)
 
     @property
     def device_kind(self):
-        return _told(self._kind)
+        return _value(self._kind)
 
 
-def _told(answer):
+def _value(answer):
     return answer() if callable(answer) else answer
 
 
@@ -118,14 +119,14 @@ def fails():
         (fails, DeviceMemory()),
     ],
 )
-def test_memory_of_a_device(stats, memory):
+def test_device_memory_is_none_where_stats_are_missing(stats, memory):
     assert system.device_memory(Device(stats)) == memory
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("TPU v5e", "TPU v5e"), (None, "cuda"), ("", "cuda"), (fails, "cuda")]
 )
-def test_kind_of_a_device(kind, name):
+def test_device_kind_falls_back_to_the_platform(kind, name):
     assert system.device_kind(Device(kind=kind)) == name
 
 
@@ -137,7 +138,7 @@ def plan(**fields):
     return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
 
 
-def test_plan_of_a_program():
+def test_program_plan_is_none_if_the_analysis_is_incomplete():
     assert system.program_plan(plan()) == ProgramPlan(1, 2, 3, 4)
     assert system.program_plan(plan(temp_size_in_bytes=None)) is None
     assert system.program_plan(SimpleNamespace(memory_analysis=lambda: None)) is None
@@ -145,7 +146,7 @@ def test_plan_of_a_program():
     assert system.program_plan(SimpleNamespace(memory_analysis=fails)) is None
 
 
-def test_where_the_system_tells_less(monkeypatch, tmp_path):
+def test_answers_fall_back_on_systems_that_know_less(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS
     assert system.usable_cpus() is None
     assert system.cpu_count() == os.cpu_count()
@@ -166,7 +167,7 @@ def test_where_the_system_tells_less(monkeypatch, tmp_path):
     assert system.free_memory() == 7 * 1024
 
 
-def test_a_host_without_a_device(monkeypatch):
+def test_host_device_is_none_without_a_cpu_backend(monkeypatch):
     assert system.host_device().platform == "cpu"
 
     def unknown(backend):
@@ -176,14 +177,14 @@ def test_a_host_without_a_device(monkeypatch):
     assert system.host_device() is None
 
 
-def test_units_of_the_peak(monkeypatch):
+def test_process_peak_converts_the_unit_of_each_platform(monkeypatch):
     monkeypatch.setattr(system, "_usage", lambda: SimpleNamespace(ru_maxrss=5))
     for platform, bytes_ in (("linux", 5 * 1024), ("darwin", 5)):
         monkeypatch.setattr(system.sys, "platform", platform)
         assert system.process_peak() == bytes_
 
 
-def test_ctrl_c_is_no_answer():
+def test_keyboard_interrupt_is_not_suppressed():
     def interrupted():
         raise KeyboardInterrupt
 

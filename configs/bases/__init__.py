@@ -1,4 +1,4 @@
-"""What several experiments share, on top of the defaults: a page begins with one of these and sets what is its own."""
+"""Settings shared by several experiments; each experiment starts from one and sets the rest."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,10 @@ from dgl_jax.config import default_config
 
 
 def cifar10() -> ConfigDict:
-    """Returns the paper's data, optimizer and kind of schedule on CIFAR-10; the page sets when its rate falls."""
+    """Returns the paper's data, optimizer and step schedule on CIFAR-10.
+
+    The experiment sets the epochs at which the learning rate falls.
+    """
     config = default_config()
     config.data.name = "cifar10"
     config.data.batch_size = 128
@@ -19,7 +22,7 @@ def cifar10() -> ConfigDict:
 
 
 def cifar10_resnet() -> ConfigDict:
-    """Returns what the residual networks on CIFAR-10 share: two modules, 300 epochs."""
+    """Returns the settings shared by residual networks on CIFAR-10: two modules, 300 epochs."""
     config = cifar10()
     config.model.modules = 2
     config.schedule.boundaries = (150.0, 225.0)
@@ -29,7 +32,7 @@ def cifar10_resnet() -> ConfigDict:
 
 
 def imagenet() -> ConfigDict:
-    """Returns the paper's recipe on ImageNet; the page sets the network and where it is cut."""
+    """Returns the paper's recipe on ImageNet; the experiment sets the network and its cut."""
     config = default_config()
     config.data.name = "imagenet"
     config.data.batch_size = 256
@@ -49,16 +52,18 @@ def imagenet() -> ConfigDict:
 
 
 def modern(config: ConfigDict, ema: float) -> ConfigDict:
-    """Returns the experiment with today's recipe: cosine with warm-up, Nesterov's momentum, label smoothing, averaged parameters.
+    """Changes an experiment to a modern recipe and returns it.
+
+    The recipe is a cosine schedule with warm-up over 100 epochs, Nesterov momentum, label
+    smoothing, and an exponential moving average of the parameters.
 
     Args:
-      config: changed in place.
-      ema: decay of the average; a longer epoch wants one nearer to 1.
+      config: the experiment, which is changed in place.
+      ema: decay of the moving average; longer epochs need a decay closer to 1.
     """
     config.optimizer.nesterov = True
-    config.schedule = (
-        default_config().schedule
-    )  # without the boundaries of the paper's schedule, which a cosine has no use for
+    # Reset the group, because the boundaries of the paper's schedule do not apply to a cosine.
+    config.schedule = default_config().schedule
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 5.0
     config.train.epochs = 100.0

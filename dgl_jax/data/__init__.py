@@ -1,4 +1,4 @@
-"""Where images come from: `make_source` by name."""
+"""Data sets by name, and the sources that draw batches from them."""
 
 from dgl_jax.config import DataSettings
 from dgl_jax.data import folder, synthetic, tfds_sets  # noqa: F401 (they register their sets)
@@ -27,17 +27,24 @@ __all__ = [
 
 
 def make_source(settings: DataSettings, seed: int) -> Source:
-    """The source of a data set; the seed decides the held-out images and the order.
+    """Builds the batch source of a configured data set.
+
+    Args:
+      settings: the group `config.data`; its `name` chooses the data set.
+      seed: decides which examples are held out for validation, and the order of the batches.
+
+    Returns:
+      An `ArraySource` if the data set lies in memory, a `RecordSource` if it is decoded as needed.
 
     Raises:
-      UserError: no such set, or the set cannot be had or does not fit the settings.
+      UserError: the data set is unknown, cannot be loaded, or does not fit the settings.
     """
     kind = DATA_SETS[settings.name]
     data = kind.make(settings)
     if settings.augment == "inception_crop" and isinstance(data, DataSet):
         raise UserError(
-            f"config.data.augment=inception_crop: cuts photographs that are larger than the images trained on, and {data.name} "
-            "is kept in memory at one size; use crop_flip or none"
+            "config.data.augment=inception_crop: needs photographs larger than the training "
+            f"images, but {data.name} is kept in memory at a fixed size; use crop_flip or none"
         )
     make = ArraySource if isinstance(data, DataSet) else RecordSource
     return make(

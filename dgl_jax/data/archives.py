@@ -1,6 +1,7 @@
-"""TFDS's builders of published sets, made to read the original archives with Python's tarfile instead of TensorFlow.
+"""TFDS builders of published data sets that read the original archives without TensorFlow.
 
-What they write is what the stock builders write: same name, version, features, keys and order.
+They use Python's tarfile and write exactly what the stock TFDS builders write: the same name,
+version, features, keys and order of examples.
 """
 
 import functools
@@ -21,43 +22,67 @@ from dgl_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that a set is prepared from, as TFDS has it registered."""
+    """Published archive that a data set is prepared from, as registered in TFDS.
+
+    Attributes:
+      filename: name of the file as published.
+      url: where it is published.
+      size: bytes.
+      sha256: checksum as hexadecimal digits.
+      on_request: True if the user must register to get the archive; it is never downloaded.
+    """
 
     filename: str
     url: str
-    size: int  # bytes
+    size: int
     sha256: str
-    on_request: bool  # the user must register to get it: it is never downloaded
+    on_request: bool
 
     def verify(self, path: Path) -> None:
-        """Raises UserError where a file is not this archive; its size is compared first, which costs nothing."""
-        size = path.stat().st_size
+        """Checks that a file is this archive.
+
+        Raises:
+          UserError: the size or the checksum differs.
+        """
+        size = path.stat().st_size  # cheap, so it is compared before the checksum
         if size != self.size:
-            raise UserError(f"{path} has {size} bytes and the archive {self.size}: fetch it again")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
             raise UserError(
-                f"{path} has the wrong checksum (sha256 {found}, not {self.sha256}): fetch it again"
+                f"{path} has {size} bytes, but the published archive has {self.size}: "
+                "download it again"
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.sha256:
+            raise UserError(
+                f"{path} has the wrong checksum (sha256 {digest}, not {self.sha256}): "
+                "download it again"
             )
 
 
 def archives(name: str) -> list[Archive]:
-    """What the set called `name` or `name/config` is prepared from; empty where nothing is needed."""
+    """Lists the archives that a data set is prepared from; empty if it needs none.
+
+    Args:
+      name: TFDS name of the data set, `name` or `name/config`.
+    """
     name, _, config = name.partition("/")
     builder = builder_class(name)
     on_request = bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
-    found = []
+    needed = []
     for url, info in (builder.url_infos or {}).items():
         filename = info.filename or PurePosixPath(urllib.parse.urlsplit(url).path).name
         if not config or filename == f"{builder.builder_configs[config].dirname}.tgz":
-            found.append(Archive(filename, url, int(info.size), info.checksum, on_request))
-    return found
+            needed.append(Archive(filename, url, int(info.size), info.checksum, on_request))
+    return needed
 
 
 @functools.cache
 def builder_class(name: str) -> Any:
-    """The builder of a set."""
+    """Returns the TFDS builder class of a data set, modified to work without TensorFlow.
+
+    Args:
+      name: TFDS name of the data set, without its config.
+    """
     import tensorflow_datasets as tfds
 
     if name == "optical_digits":
@@ -65,8 +90,8 @@ def builder_class(name: str) -> Any:
 
         return OpticalDigits
     stock = tfds.builder_cls(name)
-    parts = {"imagenet2012": _ImageNet, "imagenette": _Imagenette}.get(name, _Cifar)
-    # TFDS would look beside this file for checksums and descriptions.
+    reader = {"imagenet2012": _ImageNet, "imagenette": _Imagenette}.get(name, _Cifar)
+    # Without these attributes TFDS would look for checksums and descriptions beside this file.
     attributes = {
         "url_infos": stock.url_infos,
         "pkg_dir_path": stock._get_pkg_dir_path(),
@@ -74,18 +99,19 @@ def builder_class(name: str) -> Any:
         "__module__": __name__,
     }
     with tfds.core.registered.skip_registration():
-        made = type(name, (parts, stock), attributes)
-    made.name = name  # type: ignore[attr-defined]
-    return made
+        builder = type(name, (reader, stock), attributes)
+    builder.name = name  # type: ignore[attr-defined]
+    return builder
 
 
 class _Cifar:
-    """CIFAR-10 and CIFAR-100: rows of labels and planes in one archive."""
+    """Reader of CIFAR-10 and CIFAR-100, one archive of rows of labels and color planes."""
 
     info: Any
 
     def _split_generators(self, dl_manager):
-        info, path = self._cifar_info, dl_manager.download(self._cifar_info.url)  # type: ignore[attr-defined]
+        info = self._cifar_info  # type: ignore[attr-defined]
+        path = dl_manager.download(info.url)
         with tarfile.open(path) as archive:
             files = {
                 file: archive.extractfile(info.prefix + file).read()  # type: ignore[union-attr]
@@ -112,9 +138,11 @@ class _Cifar:
 
 
 class _ImageNet:
-    """ImageNet 2012: training images in one archive of archives, a class each; validation images in a flat one.
+    """Reader of ImageNet 2012.
 
-    The two dozen images that are no RGB JPEGs are stored as such, as the stock builder does, but encoded by Pillow.
+    Training images lie in one archive that holds an archive per class, validation images in one
+    flat archive. About two dozen images are not RGB JPEGs; like the stock builder, this one
+    converts them to RGB JPEGs, but it encodes them with Pillow.
     """
 
     stock_module: Any
@@ -135,7 +163,7 @@ class _ImageNet:
         with tarfile.open(path, "r:") as archive:
             members = archive.getmembers()
             if validation_labels is not None:
-                # The list is in the order of the names, not of the archive.
+                # The labels are listed in the order of the file names, not of the archive.
                 labels = dict(
                     zip(sorted(member.name for member in members), validation_labels, strict=False)
                 )
@@ -143,8 +171,8 @@ class _ImageNet:
                     yield self._example(name, image, labels[name])
                 return
             for member in members:
-                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as of_class:
-                    for name, image in _files(of_class):
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as class_archive:
+                    for name, image in _files(class_archive):
                         yield self._example(name, image, member.name.removesuffix(".tar"))
 
     def _example(self, name: str, image: bytes, label: str) -> tuple[str, dict[str, Any]]:
@@ -154,7 +182,7 @@ class _ImageNet:
 
 
 class _Imagenette:
-    """Ten easy classes of ImageNet: `<archive>/train/<class>/*.JPEG`, `<archive>/val/<class>/*.JPEG`."""
+    """Reader of Imagenette: `<archive>/train/<class>/*.JPEG` and `<archive>/val/<class>/*.JPEG`."""
 
     builder_config: Any
 
@@ -170,20 +198,19 @@ class _Imagenette:
         with tarfile.open(path, "r|*") as archive:
             for name, image in _files(archive):
                 match PurePosixPath(name).parts:
-                    case (_, of_split, label, file) if of_split == directory and file.endswith(
-                        ".JPEG"
-                    ):
+                    case (_, split, label, file) if split == directory and file.endswith(".JPEG"):
                         yield file, {"image": image, "label": label}
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of every file, in the order of the archive."""
+    """Yields name and contents of every file, in the order of the archive."""
     for member in archive:
         if member.isfile():
             yield member.name, archive.extractfile(member).read()  # type: ignore[union-attr]
 
 
 def _rgb_jpeg(image: bytes) -> bytes:
+    """Re-encodes an image as an RGB JPEG, at the highest quality."""
     from PIL import Image
 
     buffer = io.BytesIO()

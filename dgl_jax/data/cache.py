@@ -1,4 +1,4 @@
-"""Decoded images and labels, kept in the project's cache directory."""
+"""Cache of decoded images and of labels, in the project's cache directory."""
 
 import hashlib
 import logging
@@ -15,62 +15,69 @@ from dgl_jax.system import cache_dir
 
 _LOG = logging.getLogger(__name__)
 
-_VERSION = 2  # raised when decoding gives other pixels than before: older entries are then not found any more
-LARGE = (
-    16 << 20
-)  # bytes of decoded images from which keeping them pays: less is decoded within a second or two
+_VERSION = 2  # increment when decoding changes the pixels, so that older entries are not used
+LARGE = 16 << 20  # bytes; smaller sets decode within a second or two and are not worth caching
 
 
 def decoded(
     key: Iterable[object], files: Iterable[Path], decode: Callable[[], Examples]
 ) -> Examples:
-    """The images of a split: from the cache, or decoded and, where they are many, kept for the next time.
+    """Returns the decoded images of a split from the cache, or decodes and caches them.
+
+    Only sets of at least `LARGE` bytes are cached.
 
     Args:
-      key: what determines the result besides the files, such as the name of the set and the image size.
-      files: what is decoded. Paths, sizes and modification times are compared, contents are not.
-      decode: makes the arrays; called where the cache has no such entry.
+      key: everything besides the files that determines the result, such as the name of the data set
+        and the image size.
+      files: the files that are decoded. An entry matches if paths, sizes and modification times
+        are equal; contents are not compared.
+      decode: decodes the images; called if the cache has no entry.
 
     Returns:
-      Arrays that may be mapped from a file, read-only.
+      Images and labels. The images may be a read-only memory map of a file.
     """
     entry = cache_dir() / "decoded" / _digest(key, files)
     try:
-        # asarray drops the memmap class and keeps the mapping.
+        # asarray drops the memmap class but keeps the mapping.
         images = np.asarray(np.load(entry / "images.npy", mmap_mode="r"))
         return Examples(images, np.load(entry / "labels.npy"))
-    except (OSError, ValueError, EOFError):  # none, cut short or empty
+    except (OSError, ValueError, EOFError):  # missing, truncated or empty
         pass
     examples = decode()
     if examples.inputs.nbytes >= LARGE:
         try:
             _write(entry, examples)
         except OSError as error:
-            _LOG.warning("decoded images are not kept for the next run: %s", error)
+            _LOG.warning("decoded images cannot be cached for the next run: %s", error)
     return examples
 
 
 def labels(
     key: Iterable[object], files: Iterable[Path], read: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """The labels of a split, or other numbers of its images: from the cache, or read and kept for the next time.
+    """Returns the labels of a split from the cache, or reads and caches them.
 
-    See `decoded` for the arguments.
+    Other numbers of the images, such as the kinds of `decode.image_kinds`, are cached alike.
+
+    Args:
+      key: see `decoded`.
+      files: see `decoded`.
+      read: reads the numbers; called if the cache has no entry.
     """
     entry = cache_dir() / "labels" / f"{_digest(key, files)}.npy"
     try:
         return np.load(entry)
     except (OSError, ValueError, EOFError):
         pass
-    found = read()
+    numbers = read()
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".npy", delete=False) as scratch:
-            _save(Path(scratch.name), found)
+            _save(Path(scratch.name), numbers)
         os.replace(scratch.name, entry)
     except OSError as error:
-        _LOG.warning("labels are not kept for the next run: %s", error)
-    return found
+        _LOG.warning("labels cannot be cached for the next run: %s", error)
+    return numbers
 
 
 def _digest(key: Iterable[object], files: Iterable[Path]) -> str:
@@ -82,17 +89,17 @@ def _digest(key: Iterable[object], files: Iterable[Path]) -> str:
 
 
 def _write(entry: Path, examples: Examples) -> None:
-    """Writes beside the entry and renames: a reader sees all of it or nothing, whoever else writes the same."""
+    """Writes an entry atomically: readers see all of it or nothing, even with several writers."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     try:
         _save(scratch / "images.npy", examples.inputs)
         _save(scratch / "labels.npy", examples.labels)
-        shutil.rmtree(entry, ignore_errors=True)  # an entry that could not be read
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, which could not be read
         os.rename(scratch, entry)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not (entry / "labels.npy").exists():  # else another process was first
+        if not (entry / "labels.npy").exists():  # if it exists, another process was faster
             raise
 
 
@@ -100,6 +107,5 @@ def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, array)
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # else a power cut after the rename could leave an empty file under the final name
+        # Otherwise a power cut after the rename could leave an empty file under the final name.
+        os.fsync(file.fileno())

@@ -1,10 +1,10 @@
-"""From the bytes of a photograph to a square of pixels: the random crop of training and the centre crop of evaluation.
+"""Crops of encoded photographs: the random crop of training and the center crop of evaluation.
 
-simplejpeg decodes (as fast as OpenCV and a third faster than Pillow on JPEGs of 500x375 pixels, and it reads the size at
-no cost), OpenCV resizes, bilinearly. Where the part that is needed has at least twice the pixels needed, the decoder
-itself halves, quarters or eighths the image, which is faster and averages, so that interpolating between neighbours
-never skips a pixel. An EXIF orientation is not followed: the figures that published work gives for ImageNet are of
-images as stored.
+simplejpeg decodes: on JPEGs of 500x375 pixels it is as fast as OpenCV and a third faster than
+Pillow, and it reads the image size at no cost. OpenCV resizes bilinearly. If the required part has
+at least twice the pixels needed, the decoder itself reduces the image by 2, 4 or 8. This is faster,
+and it averages, so that the bilinear interpolation never skips a pixel. The EXIF orientation is
+ignored, because published ImageNet results use the images as stored.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from jaxtyping import Float, UInt8
 if TYPE_CHECKING:
     from PIL import Image
 
-AREA = (0.08, 1.0)  # of the crop, as a share of the image's
-ASPECT = (3 / 4, 4 / 3)  # width over height
+AREA = (0.08, 1.0)  # range of the crop's area, as a fraction of the image's area
+ASPECT = (3 / 4, 4 / 3)  # range of the crop's width / height
 ATTEMPTS = 10
-DRAWS = (ATTEMPTS, 4)  # numbers that a random crop takes
-MARGIN = 256 / 224  # side of the resized image over that of the centre crop
-# What reading raises where bytes are no image, or only the first part of one.
+DRAWS = (ATTEMPTS, 4)  # shape of the random numbers that one random crop consumes
+MARGIN = 256 / 224  # shorter side of the resized image / side of its center crop
+# Exceptions raised when the bytes are not an image, or are a truncated one.
 UNREADABLE = (OSError, SyntaxError, ValueError)
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """Rectangular part of an image, in pixels."""
 
     left: int
     top: int
@@ -38,13 +38,19 @@ class Box(NamedTuple):
 
 
 def random_box(width: int, height: int, draws: Float[np.ndarray, "attempts 4"]) -> Box:
-    """Where a training image is cut (Szegedy et al. 2015): its area uniform in 8 to 100 %, its aspect between 3/4 and 4/3.
+    """Chooses the random crop of a training image (Szegedy et al. 2015).
+
+    The area is uniform between 8 and 100 % of the image, the aspect ratio log-uniform between 3/4
+    and 4/3.
 
     Args:
-      draws: uniform in [0, 1); a row decides area, aspect, column and row of one attempt.
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      draws: uniform in [0, 1); each row decides area, aspect, column and row of one attempt.
 
     Returns:
-      The first attempt that lies inside the image; else the largest centred box of a permitted aspect.
+      The first attempt that lies inside the image; if none does, the largest centered box with an
+      aspect ratio in the permitted range.
     """
     low, high = map(math.log, ASPECT)
     for area, aspect, column, row in draws.tolist():
@@ -61,10 +67,18 @@ def random_box(width: int, height: int, draws: Float[np.ndarray, "attempts 4"]) 
 def random_crop(
     data: bytes, draws: Float[np.ndarray, "attempts 4"], size: int
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """The part of an encoded image that `random_box` says, as `size` x `size` RGB pixels.
+    """Decodes the part of an image that `random_box` chooses.
+
+    Args:
+      data: the encoded image.
+      draws: see `random_box`.
+      size: side of the result, in pixels.
+
+    Returns:
+      RGB pixels of shape [size, size, 3].
 
     Raises:
-      One of UNREADABLE.
+      OSError, SyntaxError or ValueError (`UNREADABLE`): the image cannot be decoded.
     """
     width, height, simple = _header(data)
     box = random_box(width, height, draws)
@@ -74,10 +88,17 @@ def random_crop(
 
 
 def centre_crop(data: bytes, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """The middle `size` x `size` RGB pixels of an encoded image whose shorter side has become 256/224 times that.
+    """Decodes the center of an image that is resized so that its shorter side is 256/224 * `size`.
+
+    Args:
+      data: the encoded image.
+      size: side of the result, in pixels.
+
+    Returns:
+      RGB pixels of shape [size, size, 3].
 
     Raises:
-      One of UNREADABLE.
+      OSError, SyntaxError or ValueError (`UNREADABLE`): the image cannot be decoded.
     """
     short = round(size * MARGIN)
     width, height, simple = _header(data)
@@ -89,37 +110,42 @@ def centre_crop(data: bytes, size: int) -> UInt8[np.ndarray, "S S 3"]:
 
 
 def _header(data: bytes) -> tuple[int, int, bool]:
-    """Width, height, and whether it is a JPEG that simplejpeg can make RGB of."""
+    """Returns width, height, and True if it is a JPEG that simplejpeg can decode to RGB."""
     import simplejpeg
 
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        return width, height, colours not in ("CMYK", "YCCK")
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
+        return width, height, color_space not in ("CMYK", "YCCK")
     except ValueError:
-        with _opened(data) as opened:
-            return *opened.size, False
+        with _opened(data) as image:
+            return *image.size, False
 
 
 def _decode(
     data: bytes, width: int, height: int, simple: bool, spare: int
 ) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-    """RGB pixels, and how many times smaller than stored they are: 1, 2, 4 or 8, at most `spare`."""
+    """Decodes an image to RGB, reduced by the largest of the factors 1, 2, 4, 8 up to `spare`.
+
+    Returns:
+      The pixels, and the factor by which they are reduced.
+    """
     import simplejpeg
 
     if simple:
         factor = next((f for f in (8, 4, 2) if f <= spare), 1)
-        # What is only odd, such as bytes that belong to nothing (ImageNet has them), is an error here.
+        # simplejpeg rejects harmless oddities that ImageNet has, such as extraneous bytes.
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(
                 data, min_height=-(-height // factor), min_width=-(-width // factor)
             ), factor
-    # Other forms than JPEG, other colours than RGB, what is odd; and damaged files, of which Pillow says what is wrong.
-    with _opened(data) as opened:
-        return np.asarray(opened.convert("RGB")), 1
+    # Pillow reads other formats, other color spaces and odd files, and describes damaged ones.
+    with _opened(data) as image:
+        return np.asarray(image.convert("RGB")), 1
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator["Image.Image"]:
+    """Opens an image with Pillow; its DecompressionBombError becomes a ValueError."""
     from PIL import Image
 
     try:

@@ -1,7 +1,7 @@
-"""`optical_digits`: scikit-learn's 1,797 digits, 8x8 grey, as a TFDS data set; importing this file registers it.
+"""TFDS data set `optical_digits`: scikit-learn's 1,797 digits, 8x8 pixels in grayscale.
 
-The images come with scikit-learn, so preparing the set needs no network, and no TensorFlow either: images are handed
-to TFDS as PNG.
+Importing this file registers the data set. Preparing it needs no network, because the images come
+with scikit-learn, and no TensorFlow, because TFDS receives the images as PNG.
 """
 
 import io
@@ -16,9 +16,10 @@ _TEST_EXAMPLES = 359  # a fifth
 
 
 class OpticalDigits(tfds.core.GeneratorBasedBuilder):
-    """Optical recognition of handwritten digits (UCI), from scikit-learn; 1438 train and 359 test images.
+    """TFDS builder of UCI's handwritten digits, with 1438 training and 359 test images.
 
-    Both splits are stratified and keep scikit-learn's order. Grey levels 0 ... 16 are stored as 0 ... 255.
+    Both splits are stratified by class and keep scikit-learn's order. The gray levels 0 to 16 are
+    scaled to 0 to 255.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -26,7 +27,8 @@ class OpticalDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits, 8x8 grey pixels, from UCI through scikit-learn (CC BY 4.0).",
+            description="Handwritten digits, 8x8 grey pixels, from UCI through scikit-learn "
+            "(CC BY 4.0).",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(8, 8, 1)),
@@ -51,12 +53,12 @@ class OpticalDigits(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, images, labels, ids):
-        for i in ids.tolist():
-            yield i, {"image": io.BytesIO(png(images[i])), "label": int(labels[i])}
+        for index in ids.tolist():
+            yield index, {"image": io.BytesIO(png(images[index])), "label": int(labels[index])}
 
 
 def png(image: np.ndarray) -> bytes:
-    """An 8-bit image, encoded without loss."""
+    """Encodes an 8-bit image losslessly as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Images in directories: `<dir>/train/<class>/*` and `<dir>/test/<class>/*`."""
+"""Data set `folder`: images in `<dir>/train/<class>/*` and `<dir>/test/<class>/*`."""
 
 import logging
 import os
@@ -18,25 +18,24 @@ from dgl_jax.registry import DATA_SETS
 _LOG = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-_MANY = (
-    5000  # files from which looking at their headers takes a second, so that what was found is kept
-)
+_MANY = 5000  # reading the headers of this many files takes a second, so the result is cached
 
 
 def load(settings: StoredOptions) -> DataSet:
-    """Reads an image folder.
+    """Reads an image folder into memory.
 
-    Classes are the directories of `train`, sorted; images are sorted by name within a class. They become grey if all of them are,
-    RGB otherwise.
+    Classes are the directories of `train`, sorted by name; within a class, images are sorted by
+    name. The images have one channel if all of them are grayscale, otherwise three (RGB).
 
     Raises:
-      UserError: `config.data.dir` is empty or missing, lacks `train` or `test`, a directory holds no images, `test`
-        has a class that `train` has not, a file is no image, or the images differ in size and `config.data.image_size`
-        is 0.
+      UserError: `config.data.dir` is empty or missing, or lacks `train` or `test`; a directory
+        holds no images; `test` has a class that `train` lacks; a file is not an image; or the
+        images differ in size and `config.data.image_size` is 0.
     """
     if not settings.dir:
         raise UserError(
-            "config.data.dir is empty: data.name=folder needs a directory with train/<class>/ and test/<class>/"
+            "config.data.dir is empty: data.name=folder needs a directory with train/<class>/ "
+            "and test/<class>/"
         )
     root = Path(expand(settings.dir, "config.data.dir"))
     if not root.is_dir():
@@ -45,7 +44,8 @@ def load(settings: StoredOptions) -> DataSet:
     unknown = sorted(files["test"].keys() - files["train"].keys())
     if unknown:
         raise UserError(
-            f"{root / 'test' / unknown[0]}: the class {unknown[0]} has no directory in {root / 'train'}"
+            f"{root / 'test' / unknown[0]}: the class {unknown[0]} has no directory in "
+            f"{root / 'train'}"
         )
     class_names = tuple(sorted(files["train"]))
     paths = {
@@ -59,73 +59,70 @@ def load(settings: StoredOptions) -> DataSet:
     )
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         raise UserError(
-            f"{root}: images in train have {_pixels(train)} pixels and images in test {_pixels(test)}: "
-            "set config.data.image_size to resize all of them"
+            f"{root}: images in train have {_pixels(train)} pixels, but images in test have "
+            f"{_pixels(test)}: set config.data.image_size to resize all of them"
         )
     return DataSet("folder", class_names, train, test)
 
 
 def _list(directory: Path) -> dict[str, list[Path]]:
-    """The image files of each class; says which files are none."""
+    """Lists the image files of each class; logs how many files are ignored."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; images belong in {directory}/<class>/")
-    found: dict[str, list[Path]] = {}
+    classes: dict[str, list[Path]] = {}
     ignored: Counter[str] = Counter()
-    for each in directory.iterdir():
-        if each.name.startswith("."):
+    for folder in directory.iterdir():
+        if folder.name.startswith("."):
             continue
-        if not each.is_dir():
-            ignored["beside the classes"] += 1
+        if not folder.is_dir():
+            ignored["outside the class directories"] += 1
             continue
-        # Hidden files are no images: macOS leaves a ._name.jpg beside each name.jpg.
+        # Hidden files are not images: macOS leaves a ._name.jpg beside each name.jpg.
         images = []
-        for file in each.iterdir():
+        for file in folder.iterdir():
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
                 images.append(file)
             elif not file.name.startswith("."):
-                ignored[
-                    "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
-                ] += 1
-        # The same name and order whatever the locale makes of the bytes.
-        name = os.fsencode(each.name).decode("utf-8", "surrogateescape")
-        found[name] = sorted(images, key=lambda file: os.fsencode(file.name))
+                kind = "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
+                ignored[kind] += 1
+        # Names and their order must not depend on the locale, hence the raw bytes.
+        name = os.fsencode(folder.name).decode("utf-8", "surrogateescape")
+        classes[name] = sorted(images, key=lambda file: os.fsencode(file.name))
         if not images:
             raise UserError(
-                f"{each}: holds no images ({', '.join(SUFFIXES)}); remove the directory or fill it"
+                f"{folder}: holds no images ({', '.join(SUFFIXES)}); "
+                "remove the directory or fill it"
             )
-    if not found:
+    if not classes:
         raise UserError(
             f"{directory}: holds no class directories; images belong in {directory}/<class>/"
         )
     if ignored:
-        count, used = sum(ignored.values()), sum(map(len, found.values()))
+        count, used = sum(ignored.values()), sum(map(len, classes.values()))
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items()))
         _LOG.warning(
-            "%s: %d of %d files are no images and are ignored: %s",
+            "%s: %d of %d files are not images and are ignored: %s",
             directory,
             count,
             count + used,
             kinds,
         )
-    return found
+    return classes
 
 
 def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
-    """1 if all images of both splits are grey, else 3; says what of them will not be seen."""
+    """Returns 1 if all images of both splits are grayscale, else 3; logs which content is lost."""
     files = [path for split in paths.values() for path in split]
     many = len(files) >= _MANY
     kinds = (
         cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
     )
-    for kind, what in (
-        (
-            ALPHA,
-            "have transparent parts: transparency is ignored, and the colour stored under it is what counts",
-        ),
-        (FRAMES, "have several frames: the first is used"),
+    for kind, warning in (
+        (ALPHA, "have transparent parts: transparency is ignored, the stored color is used"),
+        (FRAMES, "have several frames: the first one is used"),
     ):
         if count := int(np.count_nonzero(kinds & kind)):
-            _LOG.warning("%s: %d of %d images %s", root, count, len(files), what)
+            _LOG.warning("%s: %d of %d images %s", root, count, len(files), warning)
     return 1 if np.all(kinds & GREY) else 3
 
 
@@ -137,6 +134,7 @@ def _read(
     channels: int,
     image_size: int,
 ) -> Examples:
+    """Reads the images of one split, from the cache if they are there."""
     labels = np.repeat(
         np.arange(len(class_names)), [len(files.get(name, ())) for name in class_names]
     )

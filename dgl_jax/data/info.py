@@ -1,4 +1,4 @@
-"""What a run remembers of its data set, and how it tells that the data are others."""
+"""Metadata of a run's data set, stored in every checkpoint and compared when the run resumes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from dgl_jax.errors import UserError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Describes a data set to a trained network; part of every checkpoint, so that it can answer without the data.
+    """Metadata of a data set, stored in checkpoints so that a network works without the data.
 
     Attributes:
-      class_names: by label.
-      example_shape, example_dtype: of a stored example, of images (height, width, channels) and uint8.
-      label_shape: of the label of an example.
-      mean, std: of each channel, of images scaled to 0 ... 1; empty unless the examples are images.
+      name: of the data set.
+      class_names: names of the classes, indexed by label.
+      example_shape: shape of a stored example; of images (height, width, channels).
+      mean: mean of each channel, of images scaled to [0, 1]; empty unless the examples are images.
+      std: standard deviation of each channel, likewise.
+      example_dtype: dtype of a stored example; of images uint8.
+      label_shape: shape of an example's label; () for one label per example.
     """
 
     name: str
@@ -30,7 +33,7 @@ class DatasetInfo:
 
     @property
     def shape(self) -> str:
-        """Returns shape and type of an example, and the shape of its label, as text for a message."""
+        """Returns shape and dtype of an example, and the shape of its label, as text."""
         example, label = (
             "x".join(map(str, shape)) for shape in (self.example_shape, self.label_shape)
         )
@@ -38,54 +41,71 @@ class DatasetInfo:
 
     @classmethod
     def of(cls, source: Source) -> "DatasetInfo":
-        """Describes a data source."""
+        """Collects the metadata of a data source."""
         mean, std = tuple(map(float, source.mean)), tuple(map(float, source.std))
-        shapes = source.example_shape, mean, std, source.example_dtype, source.label_shape
-        return cls(source.name, tuple(source.class_names), *shapes)
+        rest = source.example_shape, mean, std, source.example_dtype, source.label_shape
+        return cls(source.name, tuple(source.class_names), *rest)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        """Reads the JSON form, as `dataclasses.asdict` makes it."""
+        """Restores the metadata from `dataclasses.asdict`, also after a round trip through JSON."""
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**fields)
 
-    def check(self, found: "DatasetInfo", settings: DataSettings) -> None:
-        """Checks that the data found now are of the classes and the shape that a run was trained on.
+    def check(self, current: "DatasetInfo", settings: DataSettings) -> None:
+        """Checks that a data set has the classes and the example shape that a run was trained on.
 
-        Mean and deviation may differ, as they do when images are added: the run keeps its own.
+        Mean and standard deviation may differ, for example after images were added: the run keeps
+        the stored ones.
+
+        Args:
+          current: present metadata of the data set.
+          settings: the group `config.data`; names the data set in the error message.
 
         Raises:
-          UserError: they are not; shows both.
+          UserError: classes or shapes differ; the message shows both.
         """
-        told = []
-        if self.class_names != found.class_names:
-            known, now = listed(self.class_names, found.class_names)
-            told.append(f"the run knows {known}, the data have {now}")
-        if self.shape != found.shape:
-            told.append(f"the run takes examples of {self.shape}, the data are of {found.shape}")
-        if told:
+        problems = []
+        if self.class_names != current.class_names:
+            known, now = listed(self.class_names, current.class_names)
+            problems.append(f"the run was trained on {known}, the data have {now}")
+        if self.shape != current.shape:
+            problems.append(
+                f"the run expects examples of {self.shape}, the data have {current.shape}"
+            )
+        if problems:
             folder = getattr(settings, "dir", "")
             place = f"config.data.dir={folder}" if folder else f"config.data.name={settings.name}"
             raise UserError(
-                f"{place}: these are not the data of this run: {'; '.join(told)}; "
-                "put its data back, or train on these in another --workdir"
+                f"{place}: the data do not match this run: {'; '.join(problems)}; "
+                "restore the original data, or train on these in another --workdir"
             )
 
 
 def listed(one: Sequence[str], other: Sequence[str], most: int = 12) -> tuple[str, str]:
-    """Writes out two lists of class names for a message: whole, or of long ones the part where they begin to differ."""
+    """Formats two lists of class names for a message that shows how they differ.
+
+    Args:
+      one: the first list.
+      other: the second list.
+      most: lists of up to this length are shown whole; longer ones only around the first
+        difference.
+
+    Returns:
+      One text per list, such as "3 classes (ape, cat, zebra)".
+    """
     differ = next(
         (n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]),
         min(len(one), len(other)),
     )
     start = 0 if max(len(one), len(other)) <= most else max(0, differ - 2)
 
-    def shown(names: Sequence[str]) -> str:
+    def text(names: Sequence[str]) -> str:
         stop = len(names) if len(names) <= most and not start else start + 5
         short = [name if len(name) <= 40 else f"{name[:40]}..." for name in names[start:stop]]
-        dots = (["..."] if start else []), (["..."] if stop < len(names) else [])
-        return f"{len(names)} classes ({', '.join([*dots[0], *short, *dots[1]])})"
+        before, after = (["..."] if start else []), (["..."] if stop < len(names) else [])
+        return f"{len(names)} classes ({', '.join([*before, *short, *after])})"
 
-    return shown(one), shown(other)
+    return text(one), text(other)

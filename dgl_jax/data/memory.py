@@ -1,4 +1,4 @@
-"""The source of a data set in memory (or mapped into it)."""
+"""Source of batches from a data set that is held in memory or memory-mapped."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,10 @@ from dgl_jax.types import Batch
 
 
 class ArraySource(OrderedSource):
-    """A data set held in arrays, with validation examples held out of the training split as `Order` says."""
+    """Source of a data set held in arrays.
+
+    Validation examples are held out of the stored training split, see `Order`.
+    """
 
     def __init__(
         self,
@@ -21,10 +24,17 @@ class ArraySource(OrderedSource):
         std: tuple[float, ...] = (),
         **order: Any,
     ):
-        """Splits; `mean` and `std` empty: those of the images trained on, if the examples are images.
+        """Splits the data set and computes the channel statistics that are not given.
+
+        Args:
+          data: the stored examples.
+          mean: mean of each channel, of images scaled to [0, 1]; empty: computed from the images
+            that are trained on. Not used unless the examples are images.
+          std: standard deviation of each channel, likewise.
+          **order: batch_size, seed, validation_fraction and train_examples; see `Order`.
 
         Raises:
-          UserError: see `OrderedSource`, which takes `order`; or a mean does not fit the channels.
+          UserError: see `Order`; or `mean` or `std` does not have one value per channel.
         """
         super().__init__(data, lambda: data.train.labels, **order)
         self.example_shape, self.example_dtype = (
@@ -36,28 +46,27 @@ class ArraySource(OrderedSource):
         if len(self.example_shape) == 3 and self.example_dtype == "uint8":
             check_channels(data.name, self.example_shape[-1], mean, std)
             if not (mean and std):
-                found = channel_statistics(data.train.inputs, self._order.splits["train"])
-                mean, std = mean or found[0], std or found[1]
+                computed = channel_statistics(data.train.inputs, self._order.splits["train"])
+                mean, std = mean or computed[0], std or computed[1]
         self.mean, self.std = mean, std
 
     def batch(self, step: int, shard: Shard = Shard()) -> Batch:
-        """See `Source.batch`.
-
-        Returns:
-          A batch of arrays of its own: nobody else writes to them.
-        """
+        """Returns one training batch, see `Source.batch`; the caller may overwrite its arrays."""
         ids = self._order.training(int(step))
         return _gather(self._stored["train"], ids[shard.slice(self._order.batch_size)], step)
 
     def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
-        """See `Source.batches`. No thread reads ahead: a batch of small examples takes 0.1 ms to make."""
+        """Yields training batches, see `Source.batches`.
+
+        No thread reads ahead, because a batch of small examples takes only 0.1 ms.
+        """
         step = int(start)
         while True:
             yield self.batch(step, shard)
             step += 1
 
     def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
-        """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""
+        """Yields the batches of a split, see `Source.evaluation`; `Batch.step` counts them."""
         part = shard.slice(self._order.batch_size)
         for step, ids in enumerate(self._order.evaluation(split)):
             yield _gather(self._stored[split], ids[part], step, part.stop - part.start)
@@ -66,9 +75,16 @@ class ArraySource(OrderedSource):
 def channel_statistics(
     images: UInt8[np.ndarray, "N H W C"], ids: Int[np.ndarray, " n"], at_once: int = 4096
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over the chosen images, of pixel values scaled to 0 ... 1; exact.
+    """Computes mean and standard deviation of each channel exactly, from histograms.
 
-    A channel without any contrast gets the standard deviation of one grey level, so that dividing by it does no harm.
+    Args:
+      images: pixels, which are scaled to [0, 1].
+      ids: indices of the images to use.
+      at_once: images per chunk; limits the memory.
+
+    Returns:
+      The means, and the standard deviations. A constant channel gets the standard deviation 1/255
+      (one gray level), so that dividing by it is safe.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256))

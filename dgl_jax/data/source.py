@@ -1,4 +1,9 @@
-"""What a source of batches is, which examples a batch holds, and the source of a data set in memory (or mapped into it)."""
+"""Interface of batch sources, and the rule that decides which examples a batch holds.
+
+    DataSet or RecordSet  --OrderedSource-->  Source.batch(step, shard)
+
+`Order` maps the number of a batch to the ids of its examples; a source turns ids into arrays.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,24 +24,30 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Shard:
-    """The contiguous slice of each global batch that one host takes: number `index` of `count` equal ones."""
+    """Contiguous slice of each global batch that one host processes.
+
+    Attributes:
+      index: number of the slice, from 0.
+      count: how many slices of equal size the batch is split into.
+    """
 
     index: int = 0
     count: int = 1
 
     def slice(self, batch_size: int) -> slice:
-        """The slice of a batch of this many examples.
+        """Returns the slice of a batch of `batch_size` examples.
 
         Raises:
           UserError: `count` does not divide the batch.
-          ValueError: there is no such shard.
+          ValueError: `index` is out of range.
         """
         if not 0 <= self.index < self.count:
             raise ValueError(f"shard {self.index} of {self.count}: no such shard")
         if batch_size % self.count:
             works = batch_size + self.count - batch_size % self.count
             raise UserError(
-                f"config.data.batch_size={batch_size}: the {self.count} hosts do not divide it; {works} would do"
+                f"config.data.batch_size={batch_size}: not divisible by the {self.count} hosts; "
+                f"{works} would work"
             )
         size = batch_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
@@ -44,7 +55,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Examples:
-    """One split as it is stored: class numbers are the labels, one an example, or a row such as (T,) of them."""
+    """Stored examples of one split.
+
+    Attributes:
+      inputs: of shape [N, ...]; of images uint8 [N, H, W, C].
+      labels: class numbers, one per example, or several such as [N, T].
+    """
 
     inputs: Shaped[np.ndarray, "N ..."]
     labels: Int[np.ndarray, "N ..."]
@@ -55,7 +71,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as it is stored, before validation examples are held out."""
+    """Data set in memory, before validation examples are held out of `train`."""
 
     name: str
     class_names: tuple[str, ...]
@@ -65,13 +81,17 @@ class DataSet:
 
 @dataclass(frozen=True)
 class DataKind(Kind):
-    """A data set: `make(options)` returns a `DataSet` (in memory) or a `RecordSet` (decoded as needed).
+    """Registered data set: `make(options)` returns a `DataSet` or a `RecordSet`.
+
+    A `DataSet` lies in memory; the images of a `RecordSet` are decoded as needed.
 
     Attributes:
-      shape: of images with one label each, where known before they are read: pixels a side (as stored, or as published work crops
-        them), channels and classes.
-      mean, std: of each channel as published work uses them; else those of the training images.
-      photographs: images are cut from photographs of any proportions: of these a network sees the middle.
+      shape: (side in pixels, channels, classes) of images with one label each, if known before the
+        images are read; the side of the stored images, or of the crops used in published work.
+      mean: mean of each channel used in published work; empty: computed from the training images.
+      std: standard deviation of each channel, likewise.
+      photographs: True if the images are photographs of any proportions, of which the network sees
+        the center.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -82,20 +102,32 @@ class DataKind(Kind):
 
 @dataclass(frozen=True)
 class StoredOptions(DataSettings):
-    """Of sets that lie on the disk."""
+    """Options of data sets that are read from a directory.
 
-    dir: str = option("", free=True)  # empty: the project's own cache
+    Attributes:
+      dir: the directory; empty: the project's cache.
+    """
+
+    dir: str = option("", free=True)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Batches by number.
+    """Random-access source of batches, the interface of all data sets.
 
     Attributes:
-      example_shape, example_dtype: of an example as a batch holds it; of images (height, width, channels), after resizing.
-      label_shape: of the label of an example.
-      steps_per_epoch: whole batches in the training examples; what is left over waits for the next epoch's shuffle.
-      mean, std: of each channel, of pixel values scaled to 0 ... 1; empty unless the examples are images.
+      name: of the data set.
+      num_classes: number of classes.
+      class_names: names of the classes, indexed by label.
+      example_shape: shape of an example in a batch; of images (height, width, channels) after
+        resizing.
+      example_dtype: dtype of an example in a batch; of images uint8.
+      label_shape: shape of an example's label; () for one label per example.
+      steps_per_epoch: number of full batches per epoch; the incomplete last batch is dropped
+        (examples are reshuffled every epoch).
+      mean: mean of each channel, of pixel values scaled to [0, 1]; empty unless the examples are
+        images.
+      std: standard deviation of each channel, likewise.
     """
 
     name: str
@@ -109,27 +141,36 @@ class Source(Protocol):
     std: tuple[float, ...]
 
     def batch(self, step: int, shard: Shard = Shard()) -> Batch:
-        """Training batch number `step` of the run, or one host's part of it: a pure function of the seed and `step`."""
+        """Returns training batch number `step` of the run, or one host's shard of it.
+
+        The batch must be a pure function of the seed and `step`.
+        """
 
     def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
-        """`batch(start)`, `batch(start + 1)`, ... without end."""
+        """Yields `batch(start)`, `batch(start + 1)`, ... without end."""
 
     def examples(self, split: str) -> int:
-        """How many examples `train`, `validation` or `test` has."""
+        """Returns the number of examples in `train`, `validation` or `test`."""
 
     def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
-        """Every example of a split once, in the order of the ids; label and id PADDING fill the last batch up."""
+        """Yields every example of a split once, in the order of the ids.
+
+        The last batch is filled up with examples whose label and id are PADDING.
+        """
 
 
 class Order:
-    """Which examples each batch holds: a function of the seed.
+    """Order of the examples of a data set, a function of the seed.
 
-    Of each class the same share is held out (to a whole example), chosen by the seed; `train_examples` then keeps a
-    stratified part of what is left. Examples of several labels are drawn without regard to them. An example's id is its
-    index in the split as stored, so validation ids are indices into the training split.
+    The same fraction of each class, to a whole example, is held out for validation; the seed
+    chooses the examples. `train_examples` then keeps a stratified subset of the rest. Examples with
+    several labels are not stratified. The id of an example is its index in the stored split, so
+    validation ids are indices into the stored training split.
 
     Attributes:
       splits: the ids of each of `SPLITS`, in increasing order.
+      steps_per_epoch: number of full batches per epoch.
+      batch_size: examples per global batch.
     """
 
     def __init__(
@@ -144,15 +185,21 @@ class Order:
         validation_fraction: float = 0.0,
         train_examples: int = 0,
     ):
-        """Splits.
+        """Holds out the validation examples and selects the training examples.
 
         Args:
-          name: what to call the data set in an error message.
-          train, test: examples stored.
-          labels: those of the training examples; called only where something has to be stratified.
+          name: of the data set, for error messages.
+          train: number of stored training examples.
+          test: number of stored test examples.
+          labels: returns the labels of the stored training examples; called only if a stratified
+            draw is needed, because reading all labels may be slow.
+          batch_size: examples per global batch.
+          seed: decides the held-out examples, the subset and the order.
+          validation_fraction: fraction of the stored training examples to hold out.
+          train_examples: size of the stratified subset to train on; 0: all that are left.
 
         Raises:
-          UserError: the training examples are fewer than `train_examples` or than a batch.
+          UserError: there are fewer training examples than `train_examples` or than `batch_size`.
         """
         held_out = np.array([], np.int64)
         if validation_fraction:
@@ -161,50 +208,54 @@ class Order:
                 max(1, round(train * validation_fraction)),
                 rngs.bits(seed, rngs.VALIDATION),
             )
-        kept = np.setdiff1d(np.arange(train), held_out)
-        if train_examples > len(kept):
+        train_ids = np.setdiff1d(np.arange(train), held_out)
+        if train_examples > len(train_ids):
             raise UserError(
-                f"config.data.train_examples={train_examples}: {name} has {len(kept)} training examples "
-                "besides those of the validation; 0 takes them all"
+                f"config.data.train_examples={train_examples}: {name} has only {len(train_ids)} "
+                "training examples after validation is held out; 0 takes all of them"
             )
         if train_examples:
-            kept = kept[stratified(labels()[kept], train_examples, rngs.bits(seed, rngs.SUBSET))]
-        if batch_size > len(kept):
+            subset = stratified(labels()[train_ids], train_examples, rngs.bits(seed, rngs.SUBSET))
+            train_ids = train_ids[subset]
+        if batch_size > len(train_ids):
             raise UserError(
-                f"config.data.batch_size={batch_size}: there are only {len(kept)} training examples; at most that"
+                f"config.data.batch_size={batch_size}: there are only {len(train_ids)} training "
+                "examples; use at most that many"
             )
-        self.splits = {"train": kept, "validation": held_out, "test": np.arange(test)}
-        self.steps_per_epoch = len(kept) // batch_size
+        self.splits = {"train": train_ids, "validation": held_out, "test": np.arange(test)}
+        self.steps_per_epoch = len(train_ids) // batch_size
         self.batch_size = batch_size
         self._seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
     def training(self, step: int) -> Int[np.ndarray, " B"]:
-        """Ids of a training batch."""
+        """Returns the ids of the global training batch number `step`."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        return self._of_epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def _of_epoch(self, epoch: int) -> Int[np.ndarray, " N"]:
-        # An epoch's order costs milliseconds and serves all its steps; the last one is kept besides, for readers on both
-        # sides of an epoch's end.
+    def _permutation(self, epoch: int) -> Int[np.ndarray, " N"]:
+        """Returns the training ids in the order of an epoch."""
+        # Computing an order takes milliseconds, so it is kept for all steps of its epoch. Two are
+        # kept, because several readers may be on both sides of an epoch boundary.
         if (order := self._orders.get(epoch)) is None:
-            kept = self.splits["train"]
-            order = kept[
-                np.argsort(
-                    rngs.bits(self._seed, rngs.EPOCH, epoch).random_raw(len(kept)), kind="stable"
-                )
-            ]
+            ids = self.splits["train"]
+            bits = rngs.bits(self._seed, rngs.EPOCH, epoch).random_raw(len(ids))
+            order = ids[np.argsort(bits, kind="stable")]
             self._orders = dict([*self._orders.items(), (epoch, order)][-2:])
         return order
 
     def split(self, split: str) -> Int[np.ndarray, " N"]:
-        """Ids of a split."""
+        """Returns the ids of a split.
+
+        Raises:
+          ValueError: there is no such split.
+        """
         if split not in self.splits:
             raise ValueError(f"split {split!r}: there are {', '.join(SPLITS)}")
         return self.splits[split]
 
     def evaluation(self, split: str) -> list[Int[np.ndarray, " n"]]:
-        """Ids of each batch of an evaluation; the last batch may have fewer."""
+        """Returns the ids of each batch of an evaluation; the last batch may be shorter."""
         ids = self.split(split)
         return [
             ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)
@@ -212,12 +263,13 @@ class Order:
 
 
 class OrderedSource:
-    """What the sources of data sets share: an order in which examples come.
+    """Base class of the sources: names, sizes and the order of the examples.
 
     Args:
-      data: has a name, class names, and `train` and `test` of some length.
-      labels: those of the training examples; see `Order`.
-      order: the other arguments of `Order`: batch_size, seed, validation_fraction, train_examples.
+      data: data set with a name, class names, and `train` and `test` that have a length.
+      labels: returns the labels of the stored training examples; see `Order`.
+      **order: the other arguments of `Order`: batch_size, seed, validation_fraction and
+        train_examples.
 
     Raises:
       UserError: see `Order`.
@@ -233,34 +285,47 @@ class OrderedSource:
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def examples(self, split: str) -> int:
-        """See `Source.examples`."""
+        """Returns the number of examples of a split, see `Source.examples`."""
         return len(self._order.split(split))
 
 
 def check_channels(
     name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """Raises UserError where a mean or standard deviation is given and has not one value a channel."""
+    """Checks that mean and standard deviation, if given, have one value per channel.
+
+    Raises:
+      UserError: the number of values differs from `channels`.
+    """
     for field, values in (("mean", mean), ("std", std)):
         if values and len(values) != channels:
             raise UserError(
-                f"config.data.{field}={values}: one value a channel is needed, and {name} has {channels}"
+                f"config.data.{field}={values}: needs one value per channel, and {name} has "
+                f"{channels} channels"
             )
 
 
 def stratified(
     labels: Int[np.ndarray, "N ..."], count: int, random: np.random.BitGenerator
 ) -> Int[np.ndarray, " count"]:
-    """Indices, in increasing order, of `count` examples in which every class has its share to a whole example.
+    """Draws `count` examples so that every class keeps its share, to a whole example.
 
-    The examples left over by rounding down go to the classes that lost most, the first of them where they lost the
-    same. Examples with several labels count as one class.
+    Shares are rounded down; the missing examples go to the classes that lost most by rounding,
+    the first of them in case of a tie. Examples with several labels count as one class.
+
+    Args:
+      labels: class of each example; with more than one dimension, all examples form one class.
+      count: how many examples to draw.
+      random: source of the random numbers.
+
+    Returns:
+      Indices of the examples drawn, in increasing order.
     """
     if labels.ndim > 1:
         labels = np.zeros(len(labels), np.int32)
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * count // len(labels)
-    lost = sizes * count % len(labels)  # in whole numbers: equal classes must tie exactly
+    lost = sizes * count % len(labels)  # integers, so that equal classes tie exactly
     shares[np.argsort(-lost, kind="stable")[: count - shares.sum()]] += 1
     order = np.argsort(random.random_raw(len(labels)), kind="stable")
     chosen = [
@@ -276,7 +341,15 @@ def padded(
     step: int,
     size: int = 0,
 ) -> Batch:
-    """A batch of at least `size` examples: inputs of zeros whose labels and id are PADDING come last."""
+    """Builds a batch and pads it to at least `size` examples.
+
+    Args:
+      inputs: the examples.
+      labels: their labels; cast to int32.
+      ids: their ids; cast to int32.
+      step: number of the batch.
+      size: least number of examples; the padding has zeros as inputs and PADDING as label and id.
+    """
     labels, ids = labels.astype(np.int32), ids.astype(np.int32)
     missing = max(0, size - len(ids))
     if missing:

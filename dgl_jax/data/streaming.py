@@ -1,4 +1,4 @@
-"""Sets too large for memory (ImageNet, Imagenette): images are decoded when a batch needs them, by Grain's workers."""
+"""Data sets too large for memory (ImageNet, Imagenette), decoded by Grain's workers as needed."""
 
 import gc
 import logging
@@ -27,18 +27,22 @@ _LOG = logging.getLogger(__name__)
 
 _WHOLE = Shard()
 _DEFAULT_SIZE = 224
-_THREADS = 16  # at most, each of which holds a batch
-_AHEAD = 2  # batches that a worker process holds ready
+_THREADS = 16  # limit on decoding threads, because each one holds a batch
+_AHEAD = 2  # batches that each worker process prepares in advance
 
 
 @dataclass(frozen=True)
 class RecordSet:
-    """A data set as it is stored, before validation images are held out.
+    """Data set of encoded images, before validation images are held out of `train`.
 
-    Fields:
-      image_size: pixels a side of what is cut from each image.
-      workers: processes that decode; 0: threads of this one.
-      random_crop: of training images; false: they are cut as for an evaluation.
+    Attributes:
+      name: of the data set.
+      class_names: names of the classes, indexed by label.
+      train: stored training images.
+      test: stored test images.
+      image_size: side of the crops, in pixels.
+      workers: number of decoding processes; 0: threads of this process decode.
+      random_crop: True crops training images at random, False in the center as in evaluation.
     """
 
     name: str
@@ -52,28 +56,36 @@ class RecordSet:
 
 @dataclass(frozen=True)
 class DecodedOptions(tfds_sets.FetchedOptions):
-    """Of sets that are decoded as a batch needs them."""
+    """Options of data sets whose images are decoded as needed.
 
-    workers: int = number(
-        0, 0, 1024, free=True
-    )  # processes that decode images; 0: threads of this one
+    Attributes:
+      workers: number of decoding processes; 0: threads of the training process decode.
+    """
+
+    workers: int = number(0, 0, 1024, free=True)
 
 
 def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
-    """Finds a set, after preparing it where that has not been done; the published validation images are our test images.
+    """Opens a data set, and prepares it first if needed.
+
+    The published validation images are the `test` split here.
+
+    Args:
+      settings: the group `config.data`.
+      tfds_name: name of the data set in TFDS.
 
     Raises:
-      UserError: see `tfds_sets.prepared`, or training or validation images are missing.
+      UserError: see `tfds_sets.prepared`; or training or validation images are missing.
     """
-    require(
-        f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2"
-    )  # before hours of preparing
+    # Preparing may take hours, so missing libraries are reported before it.
+    require(f"config.data.name={settings.name}", "grain", "simplejpeg", "cv2")
     directory = tfds_sets.prepared(settings, tfds_name)
     info = tfds_sets.open_set(directory).info
     missing = {"train", "validation"} - set(info.splits)
     if missing:
         raise UserError(
-            f"{directory} was prepared without {' and '.join(sorted(missing))} images: prepare it again, or elsewhere"
+            f"{directory} was prepared without {' and '.join(sorted(missing))} images: "
+            "prepare it again, or set config.data.dir to another directory"
         )
     return RecordSet(
         settings.name,
@@ -87,14 +99,16 @@ def load(settings: DecodedOptions, tfds_name: str) -> RecordSet:
 
 
 class RecordSource(OrderedSource):
-    """A `Source` whose images are cut from photographs of any size as a batch needs them; uint8.
+    """Source of uint8 images that are decoded and cropped as a batch needs them.
 
-    Training images are cut at random, evaluated ones in the middle (`crops.py`); a training image's cut depends on the
-    seed, the step and its place in the batch. An example's id is its index in the split as TFDS stores it.
+    Training images are cropped at random, evaluated images in the center (`crops.py`). The crop of
+    a training image depends on the seed, the step and the position in the batch. The id of an
+    example is its index in the split as TFDS stores it.
 
-    Holding out validation images, or taking a part of the training images, needs the labels of all of them. They are
-    read once, which takes as long as reading the files (the images are not decoded), and kept in the project's cache;
-    `config.data.validation_fraction=0` needs none.
+    Holding out validation images or training on a subset requires the labels of all training
+    images. They are read once and kept in the project's cache. Reading them takes as long as
+    reading the files, but the images are not decoded. `config.data.validation_fraction=0` avoids
+    it.
     """
 
     def __init__(
@@ -106,10 +120,17 @@ class RecordSource(OrderedSource):
         std: tuple[float, ...],
         **order: Any,
     ):
-        """Splits.
+        """Splits the data set.
+
+        Args:
+          data: the stored images.
+          seed: decides the held-out images, the order and the crops.
+          mean: mean of each channel, of images scaled to [0, 1].
+          std: standard deviation of each channel, likewise.
+          **order: batch_size, validation_fraction and train_examples; see `Order`.
 
         Raises:
-          UserError: see `OrderedSource`, which takes `seed` and `order`; or `mean` or `std` has not three values.
+          UserError: see `Order`; or `mean` or `std` does not have three values.
         """
         check_channels(data.name, 3, mean, std)
         self._data, self._seed = data, seed
@@ -120,7 +141,7 @@ class RecordSource(OrderedSource):
         self.mean, self.std = mean, std
 
     def batch(self, step: int, shard: Shard = _WHOLE) -> Batch:
-        """See `Source.batch`.
+        """Returns one training batch, see `Source.batch`.
 
         Raises:
           UserError: an image cannot be read.
@@ -128,15 +149,18 @@ class RecordSource(OrderedSource):
         return _Training(self, int(step), shard)[0]
 
     def batches(self, start: int, shard: Shard = _WHOLE) -> Iterator[Batch]:
-        """See `Source.batches`; workers decode ahead. They end with the iterator (`close`)."""
+        """Yields training batches, see `Source.batches`.
+
+        Workers decode ahead; closing the iterator stops them.
+        """
         return self._ahead(_Training(self, int(start), shard))
 
     def evaluation(self, split: str, shard: Shard = _WHOLE) -> Iterator[Batch]:
-        """See `Source.evaluation`; `Batch.step` counts the batches of the evaluation."""
+        """Yields the batches of a split, see `Source.evaluation`; `Batch.step` counts them."""
         return self._ahead(_Evaluation(self, split, shard))
 
     def training_batch(self, step: int, part: slice) -> Batch:
-        """A slice of the training batch `step`."""
+        """Decodes the slice `part` of the global training batch number `step`."""
         draws = None
         if self._data.random_crop:
             bits = rngs.bits(self._seed, rngs.CROP, step).random_raw(
@@ -146,18 +170,18 @@ class RecordSource(OrderedSource):
         return self._cut(self._data.train, self._order.training(step)[part], step, 0, draws)
 
     def evaluation_batch(self, split: str, step: int, part: slice) -> Batch:
-        """A slice of number `step` of the batches of an evaluation."""
+        """Decodes the slice `part` of global batch number `step` of an evaluation."""
         stored = self._data.test if split == "test" else self._data.train
         return self._cut(
             stored, self._order.evaluation(split)[step][part], step, part.stop - part.start
         )
 
     def evaluation_steps(self, split: str) -> int:
-        """Batches of an evaluation."""
+        """Returns the number of batches of an evaluation."""
         return len(self._order.evaluation(split))
 
     def slice_of(self, shard: Shard) -> slice:
-        """A host's part of each batch."""
+        """Returns the slice of each global batch that belongs to a shard."""
         return shard.slice(self._order.batch_size)
 
     def _cut(
@@ -168,12 +192,13 @@ class RecordSource(OrderedSource):
         size: int,
         draws: Float[np.ndarray, "n attempts 4"] | None = None,
     ) -> Batch:
+        """Reads, decodes and crops the images `ids`: at random with `draws`, else in the center."""
         side = self._data.image_size
         images: UInt8[np.ndarray, "n S S 3"] = np.empty((len(ids), side, side, 3), np.uint8)
-        found = np.empty(len(ids), np.int32)
+        batch_labels = np.empty(len(ids), np.int32)
         for place, index in enumerate(ids.tolist()):
             (record,) = stored.read([index])
-            found[place] = record.label
+            batch_labels[place] = record.label
             try:
                 if draws is None:
                     images[place] = centre_crop(record.image, side)
@@ -181,13 +206,13 @@ class RecordSource(OrderedSource):
                     images[place] = random_crop(record.image, draws[place], side)
             except UNREADABLE as error:
                 raise UserError(
-                    f"{stored.describe(index)}: not an image that can be read ({error})"
+                    f"{stored.describe(index)}: cannot be read as an image ({error})"
                 ) from None
-        return padded(images, found, ids, step, size)
+        return padded(images, batch_labels, ids, step, size)
 
     def _ahead(self, batches: "_Training | _Evaluation") -> Iterator[Batch]:
-        """The batches in order, made ahead of time: whole ones by turns, in threads or processes."""
-        import grain  # defines flags when it is imported
+        """Yields batches in order, prepared in advance by threads or processes, one batch each."""
+        import grain  # not at the top, because importing Grain defines absl flags
 
         workers = self._data.workers
         threads = 0 if workers else min(_THREADS, system.cpu_count() or 1)
@@ -197,24 +222,25 @@ class RecordSource(OrderedSource):
         if workers:
             from absl import flags
 
+            # Grain passes absl's flags to its workers; library users have not parsed any.
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain hands its own to its workers; a library's user has parsed none
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))
         iterator = iter(dataset)
         try:
             for batch in iterator:
-                # A worker's arrays are mapped from memory that goes when they do, whoever still looks at a part of them.
+                # Copy: a worker's shared memory is freed with its array, even if views are alive.
                 yield jax.tree.map(np.array, batch) if workers else batch
         finally:
             iterator.close()
             del iterator
             if workers:
-                gc.collect()  # Grain's iterators are cycles, and hold shared memory
+                gc.collect()  # Grain's iterators are reference cycles that hold shared memory
 
 
 @dataclass(frozen=True)
 class _Training:
-    """Training batches from `start` on, by number; what Grain takes for a data source."""
+    """Grain data source of the training batches from number `start`."""
 
     source: RecordSource
     start: int
@@ -229,7 +255,7 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The batches of an evaluation, by number; what Grain takes for a data source."""
+    """Grain data source of the batches of one evaluation."""
 
     source: RecordSource
     split: str
@@ -245,10 +271,17 @@ class _Evaluation:
 
 
 def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
-    """Of every image of a split, from the project's cache or from the files."""
+    """Returns the label of every image of a split, from the project's cache or from the files.
+
+    Args:
+      records: the split.
+      at_once: records read per call.
+    """
 
     def read() -> Int[np.ndarray, " N"]:
-        _LOG.info("reading the labels of %d images in %s, once", len(records), records.directory)
+        _LOG.info(
+            "reading the labels of %d images in %s (only once)", len(records), records.directory
+        )
         parts = (
             records.read(range(start, min(start + at_once, len(records))))
             for start in range(0, len(records), at_once)

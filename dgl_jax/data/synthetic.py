@@ -1,4 +1,4 @@
-"""Made-up images that a network can learn: for tests and benchmarks, where no data set should be in the way."""
+"""Data set `synthetic`: generated images that a network can learn, for tests and benchmarks."""
 
 import numpy as np
 
@@ -11,12 +11,24 @@ _DEFAULT_SIZE = 32
 
 
 def load(settings: DataSettings) -> DataSet:
-    """2048 training and 128 test images of `config.data.image_size` (default 32) pixels, the same for every seed."""
+    """Generates 2048 training and 128 test images, the same for every `config.seed`.
+
+    `config.data.image_size` is the side in pixels, by default 32.
+    """
     return make(2048, 128, settings.image_size or _DEFAULT_SIZE)
 
 
 def make(train: int, test: int, image_size: int, seed: int = 0) -> DataSet:
-    """Images of 10 equally frequent classes: the class's coarse random pattern in noise as strong as it."""
+    """Generates RGB images of 10 equally frequent classes.
+
+    Each image is the random pattern of its class (4x4 cells) plus noise of the same strength.
+
+    Args:
+      train: number of training images.
+      test: number of test images.
+      image_size: side in pixels.
+      seed: of patterns and noise.
+    """
     random = np.random.default_rng(seed)
     coarse = random.normal(size=(_CLASSES, 4, 4, 3)).astype(np.float32)
     places = np.arange(image_size) * 4 // image_size

@@ -1,8 +1,8 @@
-"""Published sets through TensorFlow Datasets, kept as ArrayRecord; TensorFlow is never needed.
+"""Published data sets through TensorFlow Datasets (TFDS), stored as ArrayRecord.
 
-A set is looked for in `config.data.dir` (default: the project's cache) and prepared there once: from archives that lie
-in `config.data.manual_dir` (default: `<dir>/downloads/manual/`), else by downloading them. Checksums are compared in
-both cases.
+TensorFlow is not needed. A data set is looked up in `config.data.dir` (default: the project's
+cache). If it is not there, it is prepared once, from archives in `config.data.manual_dir` (default:
+`<dir>/downloads/manual/`) or from downloaded ones. Checksums are verified in both cases.
 """
 
 import contextlib
@@ -34,23 +34,26 @@ from dgl_jax.registry import DATA_SETS
 
 _LOG = logging.getLogger(__name__)
 
-_PATIENCE = 3.0  # seconds in which a server must answer
+_PATIENCE = 3.0  # seconds to wait for a server's answer
 
 
 @dataclass(frozen=True)
 class FetchedOptions(StoredOptions):
-    """Of sets whose archives are fetched from their publishers."""
+    """Options of data sets whose archives are downloaded from their publishers.
 
-    manual_dir: str = option(
-        "", free=True
-    )  # archives fetched by hand; empty: <dir>/downloads/manual
+    Attributes:
+      manual_dir: directory of archives downloaded by hand; empty: `<dir>/downloads/manual`.
+    """
+
+    manual_dir: str = option("", free=True)
 
 
 def load(settings: StoredOptions, tfds_name: str = "") -> DataSet:
-    """Reads a whole set into memory, after preparing it where that has not been done.
+    """Reads a whole data set into memory, and prepares it first if needed.
 
     Args:
-      tfds_name: what TFDS calls it; the same by default.
+      settings: the group `config.data`.
+      tfds_name: name of the data set in TFDS; empty: `settings.name`.
 
     Raises:
       UserError: see `prepared`.
@@ -59,14 +62,16 @@ def load(settings: StoredOptions, tfds_name: str = "") -> DataSet:
 
 
 def prepared(settings: StoredOptions, name: str) -> Path:
-    """The directory of a set, after preparing it where that has not been done.
+    """Returns the directory of a data set, and prepares it first if needed.
 
     Args:
-      name: of TFDS, with the variant behind a slash.
+      settings: the group `config.data`.
+      name: name of the data set in TFDS, `name` or `name/config`.
 
     Raises:
-      UserError: `config.data.dir` is missing or cannot be written, was written by TFDS in another file format, or an
-        archive is neither there nor can be had, or is not what TFDS expects.
+      UserError: `config.data.dir` is missing or cannot be written; the data set in it has another
+        file format; or an archive is missing and cannot be downloaded, or differs from the
+        published one.
     """
     require(f"config.data.name={settings.name}", "tensorflow_datasets", "array_record", "PIL")
     root = (
@@ -74,30 +79,30 @@ def prepared(settings: StoredOptions, name: str) -> Path:
         if settings.dir
         else cache.cache_dir() / "tfds"
     )
-    by_hand = getattr(settings, "manual_dir", "")
+    manual_dir = getattr(settings, "manual_dir", "")
     manual = (
-        Path(expand(by_hand, "config.data.manual_dir"))
-        if by_hand
+        Path(expand(manual_dir, "config.data.manual_dir"))
+        if manual_dir
         else root / "downloads" / "manual"
     )
     if settings.dir and not root.is_dir():
         raise UserError(
-            f"config.data.dir={settings.dir}: no such directory; create it, or leave config.data.dir empty "
-            f"for {cache.cache_dir() / 'tfds'}"
+            f"config.data.dir={settings.dir}: no such directory; create it, or leave "
+            f"config.data.dir empty to use {cache.cache_dir() / 'tfds'}"
         )
-    if by_hand and not manual.is_dir():
+    if manual_dir and not manual.is_dir():
         raise UserError(
-            f"config.data.manual_dir={by_hand}: no such directory; it holds archives as they were published"
+            f"config.data.manual_dir={manual_dir}: no such directory; it must hold the archives as "
+            "published"
         )
     directory = _prepared(root, name)
     if directory is None:
         if name == "optical_digits":
             require("config.data.name=digits", "sklearn")
-        _check_archives(
-            root, manual, name
-        )  # first of all: nothing is left in a directory that cannot be used
+        # Before anything is written, so that a failure leaves no files behind.
+        _check_archives(root, manual, name)
         with _locked(root, name):
-            directory = _prepared(root, name)  # another process may just have done it
+            directory = _prepared(root, name)  # another process may have prepared it meanwhile
             if directory is None:
                 _prepare(root, manual, name)
                 directory = _prepared(root, name)
@@ -106,9 +111,10 @@ def prepared(settings: StoredOptions, name: str) -> Path:
 
 
 def reachable(url: str) -> bool:
-    """Whether a server answers within three seconds.
+    """Checks that a server answers within three seconds.
 
-    TFDS goes on trying for more than three minutes. Behind a proxy the answer is yes: only the proxy could tell.
+    TFDS itself would retry for more than three minutes. Behind a proxy the result is always True,
+    because only the proxy can tell.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
@@ -123,7 +129,7 @@ def reachable(url: str) -> bool:
             socket.create_connection((parts.hostname or "", port), _PATIENCE).close()
             answered.set()
 
-    # In a thread, because looking up the name has a patience of its own that no argument shortens.
+    # In a thread, because the DNS lookup has a timeout that no argument can shorten.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
@@ -131,10 +137,14 @@ def reachable(url: str) -> bool:
 
 
 def _prepared(root: Path, name: str) -> Path | None:
-    """The newest version of a set in a directory of TFDS."""
-    found = [path.parent for path in (root / name).glob("*/dataset_info.json")]
+    """Returns the directory of the newest prepared version of a data set; None if there is none.
+
+    Raises:
+      UserError: it is stored in another file format than ArrayRecord.
+    """
+    folders = [path.parent for path in (root / name).glob("*/dataset_info.json")]
     versions = {
-        tuple(map(int, d.name.split("."))): d for d in found if d.name.replace(".", "").isdigit()
+        tuple(map(int, d.name.split("."))): d for d in folders if d.name.replace(".", "").isdigit()
     }
     if not versions:
         return None
@@ -144,22 +154,22 @@ def _prepared(root: Path, name: str) -> Path | None:
     )
     if file_format != "array_record":
         raise UserError(
-            f"{directory} was written as {file_format}, which only TensorFlow reads: choose another config.data.dir, "
-            "in which the set is then prepared as array_record"
+            f"{directory} was written as {file_format}, which only TensorFlow reads: choose "
+            "another config.data.dir, where the data set will be prepared as array_record"
         )
     return directory
 
 
 @contextlib.contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
-    """One process at a time prepares a set."""
+    """Holds a file lock, so that only one process at a time prepares a data set."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f".{name.replace('/', '.')}.lock").open("w")
     except OSError as error:
         raise UserError(
-            f"{root} does not hold {name} and cannot be written ({error.strerror}): "
-            "set config.data.dir to a directory that can, or to one in which TFDS has prepared the set"
+            f"{root} does not hold {name} and cannot be written ({error.strerror}): set "
+            "config.data.dir to a writable directory, or to one in which TFDS has prepared the set"
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -167,41 +177,48 @@ def _locked(root: Path, name: str) -> Iterator[None]:
 
 
 def _check_archives(root: Path, manual: Path, name: str) -> None:
-    """Raises UserError where an archive is missing and cannot be downloaded, or is not the published one."""
+    """Checks that the archives are there or can be downloaded, and verifies those that are there.
+
+    Raises:
+      UserError: an archive is missing and cannot be downloaded, or is not the published one.
+    """
     needed = archives(name)
     missing = [archive for archive in needed if not (manual / archive.filename).is_file()]
     instead = (
-        "or set config.data.manual_dir to the directory that holds it, or config.data.dir to one in which TFDS has prepared "
-        "the set as array_record, or read your own images with config.data.name=folder"
+        "or set config.data.manual_dir to the directory that holds it, or config.data.dir to one "
+        "in which TFDS has prepared the set as array_record, or read your own images with "
+        "config.data.name=folder"
     )
     on_request = [archive.filename for archive in missing if archive.on_request]
     if on_request:
         raise UserError(
-            f"{name} is not in {root}, and its archives must be asked for: put {' and '.join(on_request)} "
-            f"(from https://image-net.org/download-images, after registering) into {manual}/, {instead}"
+            f"{name} is not in {root}, and its archives require registration: put "
+            f"{' and '.join(on_request)} (from https://image-net.org/download-images) into "
+            f"{manual}/, {instead}"
         )
     for archive in missing:
+        # TFDS may have downloaded the archive before; this is how it names its downloads.
         stem, suffix = archive.filename.split(".", 1)
-        earlier = (root / "downloads").glob(
-            f"{name.partition('/')[0]}/*{stem}*.{suffix}"
-        )  # as TFDS names its downloads
-        if not any(earlier) and not reachable(archive.url):
+        downloads = (root / "downloads").glob(f"{name.partition('/')[0]}/*{stem}*.{suffix}")
+        if not any(downloads) and not reachable(archive.url):
+            host = urllib.parse.urlsplit(archive.url).hostname
             raise UserError(
-                f"{name} is not in {root}, and {urllib.parse.urlsplit(archive.url).hostname} cannot be reached: put "
-                f"{archive.filename} (from {archive.url}) into {manual}/, {instead}"
+                f"{name} is not in {root}, and {host} cannot be reached: put {archive.filename} "
+                f"(from {archive.url}) into {manual}/, {instead}"
             )
     for archive in needed:
         if archive not in missing:
-            _LOG.info("comparing the checksum of %s", archive.filename)
+            _LOG.info("verifying the checksum of %s", archive.filename)
             archive.verify(manual / archive.filename)
 
 
 def _prepare(root: Path, manual: Path, name: str) -> None:
+    """Downloads missing archives and writes the data set as ArrayRecord."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    _LOG.info("preparing %s in %s, once", name, root)
-    # No look at Google's storage for a prepared copy: those are TFRECORD.
+    _LOG.info("preparing %s in %s (only once)", name, root)
+    # Prepared copies in Google's storage are of no use, because they are TFRecord.
     config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=manual)
     name, _, variant = name.partition("/")
     try:
@@ -219,15 +236,24 @@ def _prepare(root: Path, manual: Path, name: str) -> None:
 
 
 class Record(NamedTuple):
-    """An example as it is stored."""
+    """Stored example of an image data set.
 
-    image: bytes  # encoded, as published
+    Attributes:
+      image: encoded image, as published.
+      label: class number.
+      file_name: name of the published file; empty if the data set has no names.
+    """
+
+    image: bytes
     label: int
-    file_name: str  # empty where the set has none
+    file_name: str
 
 
 class Records:
-    """One split of a prepared set, encoded, by index. May be pickled: it is opened where it is first read."""
+    """Random access to the encoded records of one split of a prepared data set.
+
+    Objects can be pickled; each process opens the files when it first reads them.
+    """
 
     def __init__(self, directory: Path, split: str):
         self.directory, self.split = directory, split
@@ -239,31 +265,26 @@ class Records:
         return len(self._opened)
 
     def read(self, ids: Sequence[int]) -> list[Record]:
-        """The records of these ids."""
+        """Returns the records with these indices."""
         from tensorflow_datasets.proto import tf_example_pb2
 
-        # Parsed here: what TFDS's features do besides takes as much time as all the rest of reading. And one record at a
-        # time, where one is asked for, takes half as long as by the list.
-        found = [self._opened[ids[0]]] if len(ids) == 1 else self._opened.__getitems__(list(ids))
+        # Parsed here, because decoding through TFDS's features would double the time. Reading one
+        # record by its index takes half as long as reading a list of one.
+        stored = [self._opened[ids[0]]] if len(ids) == 1 else self._opened.__getitems__(list(ids))
         records = []
-        for one in found:
-            features = tf_example_pb2.Example.FromString(one).features.feature
+        for serialized in stored:
+            features = tf_example_pb2.Example.FromString(serialized).features.feature
             name = (
                 features["file_name"].bytes_list.value[0].decode()
                 if "file_name" in features
                 else ""
             )
-            records.append(
-                Record(
-                    features["image"].bytes_list.value[0],
-                    features["label"].int64_list.value[0],
-                    name,
-                )
-            )
+            image = features["image"].bytes_list.value[0]
+            records.append(Record(image, features["label"].int64_list.value[0], name))
         return records
 
     def describe(self, index: int) -> str:
-        """What to call an image in an error message."""
+        """Returns the name of an image for error messages."""
         (record,) = self.read([index])
         return f"{self.directory}: {self.split} image {index}" + (
             f" ({record.file_name})" if record.file_name else ""
@@ -271,7 +292,7 @@ class Records:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """Those that hold the split."""
+        """Returns the paths of the files that hold the split."""
         return [Path(path) for path in open_set(self.directory).info.splits[self.split].filepaths]
 
     @functools.cached_property
@@ -286,7 +307,7 @@ class Records:
 
 
 def open_set(directory: Path) -> Any:
-    """TFDS's builder of a prepared set."""
+    """Returns the TFDS builder of a prepared data set."""
     import tensorflow_datasets as tfds
 
     with _quiet():
@@ -294,6 +315,7 @@ def open_set(directory: Path) -> Any:
 
 
 def _read(settings: StoredOptions, directory: Path) -> DataSet:
+    """Decodes a prepared data set, or takes the images from the cache."""
     features = open_set(directory).info.features
 
     def split(name: str) -> Examples:
@@ -319,7 +341,7 @@ def _read(settings: StoredOptions, directory: Path) -> DataSet:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's progress bars, its announcements on the standard output and its absl log lines."""
+    """Suppresses TFDS's progress bars, its output on stdout and its absl log lines."""
     import tensorflow_datasets as tfds
     from absl import logging as absl_logging
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgl_jax.config import nearest
 from dgl_jax.errors import UserError
 from dgl_jax.fields import expand
+from dgl_jax.registry import nearest
 
 # In a checkout a link to the folder `configs/` at its root.
 SHIPPED = Path(__file__).parents[1] / "configs"

@@ -1,0 +1,262 @@
+"""Groups of configuration fields, one frozen dataclass per group.
+
+A group with a field `name` chooses a registered kind by it (`registry.py`); the options of that
+kind derive from the group's dataclass and add fields to the group.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dgl_jax import registry
+from dgl_jax.errors import UserError
+from dgl_jax.fields import MANY, Applies, choice, kind_of, number, option
+
+if TYPE_CHECKING:
+    from dgl_jax.config.settings import Settings
+
+
+class Group:
+    """Base class of the groups, and of the options of the registered kinds."""
+
+    def check(self, settings: "Settings") -> None:
+        """Raises UserError if the fields contradict each other or the rest of the settings."""
+
+
+_IMAGES: Applies = {"task.images": (True,)}
+
+
+@dataclass(frozen=True)
+class DataSettings(Group):
+    """Group `data`: the examples.
+
+    Attributes:
+      name: data set.
+      batch_size: examples per update; at least 2, because batch norm needs a variance.
+      validation_fraction: fraction of the training examples that is held out, stratified by class;
+        0: none.
+      train_examples: size of a stratified subset of the training examples; 0: all of them.
+      augment: augmentation of training images.
+      image_size: side in pixels after resizing; 0: as stored (ImageNet: 224).
+      mean: mean of each channel, of images scaled to [0, 1]; empty: the published values, or those
+        of the training images.
+      std: standard deviation of each channel, likewise.
+    """
+
+    name: str = kind_of(registry.DATA_SETS, "digits")
+    batch_size: int = number(128, 2, MANY)
+    validation_fraction: float = number(0.1, 0.0, 0.9)
+    train_examples: int = number(0, 0, MANY)
+    augment: str = choice("none", "crop_flip", "inception_crop", applies=_IMAGES)
+    image_size: int = number(0, 0, 4096, applies=_IMAGES)
+    mean: tuple[float, ...] = option((), _IMAGES)
+    std: tuple[float, ...] = option((), _IMAGES)
+
+    def check(self, settings: "Settings") -> None:
+        """Raises UserError if mean and std differ in length, or a std is not above 0."""
+        if len(self.mean) != len(self.std):
+            raise UserError(
+                f"config.data.mean has {len(self.mean)} values, but config.data.std has "
+                f"{len(self.std)}"
+            )
+        if any(s <= 0 for s in self.std):
+            raise UserError(f"config.data.std={self.std}: every value must be above 0")
+
+
+@dataclass(frozen=True)
+class TaskSettings(Group):
+    """Group `task`: what the examples are and what the network predicts.
+
+    Attributes:
+      name: task.
+    """
+
+    name: str = kind_of(registry.TASKS, "image_classification")
+
+
+@dataclass(frozen=True)
+class ModelSettings(Group):
+    """Group `model`: the network and its cut into modules.
+
+    Attributes:
+      name: network.
+      width: channels of the first block.
+      modules: number of modules K.
+      split: where the network is cut: "count" (blocks), "flops", "time" (minimizes the time of the
+        slowest module), or the first block of each module such as "0,2,4".
+      head: head of every module but the last.
+      adapter: input adapter in front of every module.
+      dtype: dtype of the arithmetic; parameters and batch statistics stay float32.
+      remat: True recomputes each block in the backward pass instead of storing its intermediates.
+      ops: "auto" uses the fastest implementation on each platform; "xla" uses only XLA's own, which
+        support all derivatives.
+    """
+
+    name: str = kind_of(registry.NETWORKS, "cnn4")
+    width: int = number(64, 1, 65536)
+    modules: int = number(4, 1, 4096)
+    split: str = option("count")
+    head: str = kind_of(
+        registry.HEADS, "mlp_sr", applies={"method.local": (True,), "objective.heads": (True,)}
+    )
+    adapter: str = kind_of(registry.ADAPTERS, "none")
+    dtype: str = choice("float32", "bfloat16")
+    remat: bool = option(False, free=True)
+    ops: str = choice("auto", "xla")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings(Group):
+    """Group `objective`: what every module minimizes.
+
+    Attributes:
+      name: objective.
+    """
+
+    name: str = kind_of(registry.OBJECTIVES, "classifier")
+
+
+@dataclass(frozen=True)
+class MethodSettings(Group):
+    """Group `method`: the training rule.
+
+    Attributes:
+      name: method.
+    """
+
+    name: str = kind_of(registry.METHODS, "dgl")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(Group):
+    """Group `optimizer`: the update rule, the same for all modules.
+
+    Attributes:
+      name: optimizer.
+      learning_rate: the full rate, before the schedule.
+      weight_decay: factor of the parameters that is added to their gradients.
+    """
+
+    name: str = kind_of(registry.OPTIMIZERS, "sgd")
+    learning_rate: float = number(0.1, 0.0, 1e30, exclusive=True)
+    weight_decay: float = number(5e-4, 0.0, 1e6)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings(Group):
+    """Group `schedule`: the learning rate over the epochs.
+
+    The schedule is the same for all modules; each module follows it by its own update count.
+
+    Attributes:
+      name: schedule.
+      warmup_epochs: epochs of a linear rise from 0 before any schedule.
+    """
+
+    name: str = kind_of(registry.SCHEDULES, "constant")
+    warmup_epochs: float = number(0.0, 0.0, 1e6)
+
+
+@dataclass(frozen=True)
+class TrainSettings(Group):
+    """Group `train`: length of training and details of the update.
+
+    Attributes:
+      epochs: length of training.
+      steps: length in updates per module; if above 0, it overrides `epochs`.
+      accumulate: micro-batches per batch; their mean gradient makes one update.
+      label_smoothing: in the training loss of every head.
+      ema: decay of the moving average of the parameters that is evaluated; 0: none. Not free to
+        change on resume, because it decides which arrays a checkpoint holds.
+    """
+
+    epochs: float = number(50.0, 0.0, 1e6, free=True)
+    steps: int = number(0, 0, MANY, free=True)
+    accumulate: int = number(1, 1, MANY, free=True)
+    label_smoothing: float = number(0.0, 0.0, 1.0, free=True)
+    ema: float = number(0.0, 0.0, 0.999999)
+
+
+@dataclass(frozen=True)
+class EngineSettings(Group):
+    """Group `engine`: where and when modules run.
+
+    Attributes:
+      name: engine.
+    """
+
+    name: str = kind_of(registry.ENGINES, "fused")
+
+
+@dataclass(frozen=True)
+class ReplaySettings(Group):
+    """Group `replay`: the rings at the entrances of modules 1 to K-1 in asynchronous engines.
+
+    Attributes:
+      size: messages per ring.
+      rule: chooses the message to read.
+      max_reuse: how often a message may be read; 0: without limit.
+      at_limit: when no message may be read, "wait" postpones the turn and "skip" drops it.
+    """
+
+    size: int = number(50, 1, MANY, applies={"engine.asynchronous": (True,)})
+    rule: str = kind_of(
+        registry.RULES, "least_used_latest", applies={"engine.asynchronous": (True,)}
+    )
+    max_reuse: int = number(0, 0, MANY, applies={"engine.asynchronous": (True,)})
+    at_limit: str = choice(
+        "wait", "skip", applies={"engine.asynchronous": (True,), "engine.continuous": (False,)}
+    )
+
+
+@dataclass(frozen=True)
+class CodecSettings(Group):
+    """Group `codec`: encoding of the messages between modules, also inside the rings.
+
+    Attributes:
+      name: codec.
+    """
+
+    name: str = kind_of(registry.CODECS, "identity")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Group):
+    """Group `checkpoint`: when the run is saved.
+
+    Attributes:
+      every: steps between checkpoints; 0: once per epoch.
+      keep: number of newest checkpoints to keep; the best one on validation is kept in addition.
+      replay_every: least number of steps between two checkpoints that hold the replay rings, which
+        are large; 0: none does, and resuming is then not exact.
+    """
+
+    every: int = number(0, 0, MANY, free=True)
+    keep: int = number(2, 1, MANY, free=True)
+    replay_every: int = number(1, 0, MANY, free=True, applies={"engine.asynchronous": (True,)})
+
+
+@dataclass(frozen=True)
+class EvalSettings(Group):
+    """Group `eval`: when and how the run is evaluated on the validation examples.
+
+    Attributes:
+      every: steps between evaluations; 0: once per epoch.
+      codec: True encodes messages between modules as in training, with the published codebooks;
+        False passes the activations unencoded.
+    """
+
+    every: int = number(0, 0, MANY, free=True)
+    codec: bool = option(True, free=True, applies={"codec.lossless": (False,)})
+
+
+@dataclass(frozen=True)
+class LogSettings(Group):
+    """Group `log`: when and where training metrics are written.
+
+    Attributes:
+      every: steps between entries; 0: once per epoch.
+      tensorboard: True also writes TensorBoard files.
+    """
+
+    every: int = number(50, 0, MANY, free=True)
+    tensorboard: bool = option(False, free=True)

@@ -1,0 +1,78 @@
+"""Kinds in the configuration: names equal the registries, and each engine and method is built."""
+
+import jax
+import pytest
+from runs import spec_of
+
+from dgl_jax.config import differences, fields_of, make_settings
+from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
+from dgl_jax.errors import UserError
+from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
+from dgl_jax.run.build import DatasetInfo, make_engine
+
+
+def test_name_fields_choose_from_the_registries():
+    registries = {
+        "data.name": DATA_SETS,
+        "model.name": NETWORKS,
+        "model.head": HEADS,
+        "engine.name": ENGINES,
+        "codec.name": CODECS,
+    }
+    for name, kinds in registries.items():
+        group, _, leaf = name.partition(".")
+        assert fields_of(group)[leaf].metadata["kinds"] is kinds
+    assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
+    assert [*METHODS] == ["backprop", "dgl"]
+
+
+def engine_of(name: str, method: str = "dgl") -> Engine:
+    settings = make_settings(
+        {
+            "engine": {"name": name},
+            "method": {"name": method},
+            "model": {"width": 4, "modules": 2},
+            "data": {"batch_size": 8},
+        }
+    )
+    info = DatasetInfo("synthetic", ("a", "b"), (8, 8, 3), (0.5,) * 3, (0.2,) * 3)
+    return make_engine(settings, spec_of(settings, info), jax.devices(), 10)
+
+
+def test_every_engine_name_builds_its_engine():
+    engines = [FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine]
+    assert [type(engine_of(name)) for name in ENGINES] == engines
+
+
+def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
+    for method in METHODS:
+        first, last = engine_of("fused", method).spec.modules
+        assert (first.objective is None) == (method == "backprop")
+        assert last.objective is not None
+    with pytest.raises(
+        UserError,
+        match=r"^config\.engine\.name=pipeline: config\.method\.name=backprop runs under fused$",
+    ):
+        engine_of("pipeline", "backprop")
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "allowed"),
+    [
+        ("fused", "pipeline", True),
+        ("pipeline", "fused", True),
+        ("fused", "simulated", False),
+        ("simulated", "pipeline", False),
+        ("threads", "simulated", False),
+        ("threads", "threads", True),
+    ],
+)
+def test_a_resumed_run_may_change_to_an_engine_with_the_same_checkpoints(was, now, allowed):
+    old, new = (make_settings({"engine": {"name": name}}) for name in (was, now))
+    changed = differences(old, new)
+    assert changed[:1] == ([] if allowed else [f"config.engine.name (was {was!r}, is now {now!r})"])
+
+
+def test_a_resumed_run_may_not_change_its_method():
+    old, new = (make_settings({"method": {"name": name}}) for name in ("dgl", "backprop"))
+    assert differences(old, new) == ["config.method.name (was 'dgl', is now 'backprop')"]
