@@ -1,5 +1,7 @@
 """Tasks: one label per token (`examples/plugin/tokens.py`) under all engines, and refused ones."""
 
+import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -18,10 +20,11 @@ from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.objectives import classification, cross_entropy
 from dgl_jax.profile.memory import module_memory
-from dgl_jax.registry import TASKS
-from dgl_jax.run.build import known_info, make_experiment
+from dgl_jax.registry import DATA_SETS, TASKS
+from dgl_jax.run.build import make_experiment
 from dgl_jax.run.plots import plot
 from dgl_jax.tasks import ImageClassification, Task, TaskInputs, augment_key
+from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
@@ -354,12 +357,20 @@ def test_image_options_do_not_apply_to_tokens():
         )
 
 
-def test_only_image_data_sets_have_shapes_known_before_loading():
+def test_plan_needs_shapes_known_before_loading(monkeypatch):
+    """A token set that states its layout is planned; one that does not is refused."""
+    settings = make_settings(config())
+    report = json.loads(plan_run(settings, stated="1,2,3,4", as_json=True))
+    assert report["speedup"] > 1
+    # The first module sends [16, 16] float32 features, 16 labels and an id per sequence.
+    assert report["modules"][0]["wire_bytes"] == 4 * (16 * 16 + 16 + 1)
+    kind = dataclasses.replace(DATA_SETS["token_sums"], layout=None)
+    monkeypatch.setitem(DATA_SETS._kinds, "token_sums", kind)
     with pytest.raises(
         UserError,
-        match=r"^config\.data\.name=token_sums: .* not known before it is read; use one of",
+        match=r"^config\.data\.name=token_sums: its shapes are not known before it is read",
     ):
-        known_info(make_settings(config()).data)
+        plan_run(settings, stated="1,2,3,4")
 
 
 def test_head_must_return_logits_for_each_label():

@@ -3,7 +3,15 @@
 from dgl_jax.config import DataSettings
 from dgl_jax.data import folder, synthetic, tfds_sets  # noqa: F401 (they register their sets)
 from dgl_jax.data.memory import ArraySource
-from dgl_jax.data.source import DataKind, DataSet, Examples, Shard, Source, StoredOptions
+from dgl_jax.data.source import (
+    DataKind,
+    DataSet,
+    Examples,
+    Layout,
+    Shard,
+    Source,
+    StoredOptions,
+)
 from dgl_jax.data.streaming import RecordSet, RecordSource
 from dgl_jax.errors import UserError
 from dgl_jax.registry import DATA_SETS
@@ -16,6 +24,7 @@ __all__ = [
     "DataKind",
     "DataSet",
     "Examples",
+    "Layout",
     "RecordSet",
     "RecordSource",
     "Shard",

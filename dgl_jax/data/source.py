@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -79,6 +79,22 @@ class DataSet:
     test: Examples
 
 
+class Layout(NamedTuple):
+    """Examples of a data set, as known before they are read.
+
+    Attributes:
+      example: shape of a stored example.
+      dtype: dtype of a stored example.
+      label: shape of the label of an example; () for one label per example.
+      classes: number of classes.
+    """
+
+    example: tuple[int, ...]
+    dtype: str
+    label: tuple[int, ...]
+    classes: int
+
+
 @dataclass(frozen=True)
 class DataKind(Kind):
     """Registered data set: `make(options)` returns a `DataSet` or a `RecordSet`.
@@ -92,12 +108,14 @@ class DataKind(Kind):
       std: standard deviation of each channel, likewise.
       photographs: True if the images are photographs of any proportions, of which the network sees
         the center.
+      layout: shapes of examples that are not images, if known before they are read.
     """
 
     shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     photographs: bool = False
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)

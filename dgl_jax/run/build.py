@@ -30,26 +30,28 @@ _LOG = logging.getLogger(__name__)
 
 
 def known_info(settings: DataSettings) -> DatasetInfo:
-    """Returns the description of an image data set without reading or downloading it.
+    """Returns the description of a data set without reading or downloading it.
 
     Mean and standard deviation are unknown before the data are read: 0 and 1 stand in for them.
 
     Raises:
-      UserError: the shape of this data set is not known in advance.
+      UserError: the shapes of this data set are not known in advance.
     """
-    shape = DATA_SETS[settings.name].shape
-    if shape is None:
+    kind, name = DATA_SETS[settings.name], settings.name
+    if kind.layout is not None:
+        example, dtype, label, classes = kind.layout
+        names = tuple(map(str, range(classes)))
+        return DatasetInfo(name, names, example, example_dtype=dtype, label_shape=label)
+    if kind.shape is None:
+        known = (other for other, kind in DATA_SETS.items() if kind.shape or kind.layout)
         raise UserError(
-            f"config.data.name={settings.name}: its shapes are not known before it is read; use "
-            f"one of {', '.join(name for name, kind in DATA_SETS.items() if kind.shape)} instead, "
-            "with config.data.image_size"
+            f"config.data.name={name}: its shapes are not known before it is read; use one of "
+            f"{', '.join(known)} instead, for images with config.data.image_size"
         )
-    size, channels, classes = shape
+    size, channels, classes = kind.shape
     size = settings.image_size or size
     names = tuple(map(str, range(classes)))
-    return DatasetInfo(
-        settings.name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels
-    )
+    return DatasetInfo(name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def make_experiment(
     if settings.ignored:
         _LOG.info("set but ignored: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
-    if DATA_SETS[settings.data.name].shape is not None:
+    kind = DATA_SETS[settings.data.name]
+    if kind.shape is not None or kind.layout is not None:
         # Report a task that does not fit the data set before anything is downloaded.
         make_task(settings, known_info(settings.data))
     source = make_source(settings.data, settings.seed)

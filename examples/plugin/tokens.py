@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dgl_jax.config import DataSettings, TaskSettings
-from dgl_jax.data import DataKind, DataSet, Examples, register_data_set
+from dgl_jax.data import DataKind, DataSet, Examples, Layout, register_data_set
 from dgl_jax.fields import number
 from dgl_jax.models import HeadKind, Network, register_head, register_network
 from dgl_jax.tasks import Task, TaskInputs, TaskKind, register_task
@@ -95,7 +95,9 @@ class EachToken(nn.Module):
         return nn.Dense(self.num_classes)(x.astype(jnp.float32))
 
 
-register_data_set("token_sums", DataKind(load))
+register_data_set(
+    "token_sums", DataKind(load, layout=Layout((LENGTH,), "int32", (LENGTH,), SYMBOLS))
+)
 register_task("token_labels", TaskKind(make_task, TokenOptions))
 register_network(
     "token_conv",
