@@ -84,6 +84,7 @@ LONG = (
     *(
         "test_resume",
         "test_engines",
+        "test_engine_reports",
         "test_coding",
         "test_residual",
         "test_examples",
