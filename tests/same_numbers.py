@@ -1,9 +1,10 @@
-"""Compares the numbers of two commits on this machine, bit for bit: exported parameters after 60 steps of a small network.
+"""Compares the parameters that two commits export after 60 steps, bit for bit, on this machine.
 
     python tests/same_numbers.py OLD NEW
 
-Runs every deterministic engine and codec, back-propagation, an average of the parameters, micro-batches and a resumed run on the
-command line of each commit (`.` is the working tree), prints a line a run, and exits with 1 if any differ.
+Runs every deterministic engine and codec, back-propagation, an average of the parameters,
+micro-batches and a resumed run with the command line of each commit (`.` is the working tree).
+Prints one line per run, and exits with 1 if any arrays differ.
 """
 
 import os
@@ -45,48 +46,47 @@ RUNS: dict[str, dict[str, object]] = {
         **VQ,
     },
     "backprop": {"method.name": "backprop"},
-    "resumed": {"engine.name": "pipeline"},  # from step 30
+    "resumed": {"engine.name": "pipeline"},  # resumes at step 30
 }
 
 
 def launch(tree: Path, *arguments: str) -> str:
-    """Runs a command line of the package in `tree`; gives what it prints."""
+    """Runs the command line of the package in `tree` and returns its output."""
     environment = os.environ | {"PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "launch.py", "--cpu_devices=4", *arguments]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=tree, env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{tree}: {' '.join(command)}\n{done.stderr}")
-    return done.stdout
+    if process.returncode:
+        sys.exit(f"{tree}: {' '.join(command)}\n{process.stderr}")
+    return process.stdout
 
 
 def parameters(tree: Path, name: str, workdir: Path) -> dict[str, np.ndarray]:
-    """Trains one of `RUNS` and returns what it exports."""
+    """Trains one of `RUNS` and returns the exported parameters."""
     for steps in (30, 60) if name == "resumed" else (60,):
         fields = SHARED | RUNS[name] | {"train.steps": steps}
         if "method.name" in fields:
-            del fields["model.head"]  # which back-propagation has no use for
+            del fields["model.head"]  # back-propagation refuses this field
         if "method.name" in fields and not (tree / "dgl_jax" / "registry.py").exists():
-            fields["engine.name"] = fields.pop(
-                "method.name"
-            )  # where back-propagation was an engine
+            # Old commits have back-propagation as an engine.
+            fields["engine.name"] = fields.pop("method.name")
         launch(
             tree,
             "--config=configs/digits.py",
             f"--workdir={workdir}",
             *(f"--config.{k}={v}" for k, v in fields.items()),
         )
-    found = load_file(
+    arrays = load_file(
         Path(launch(tree, "--mode=export", f"--workdir={workdir}").splitlines()[-1])
         / "model.safetensors"
     )
-    # The objective of a module was its head once, and had that name.
-    return {name.replace("/head/", "/objective/"): array for name, array in found.items()}
+    # In old commits the objective is called head.
+    return {name.replace("/head/", "/objective/"): array for name, array in arrays.items()}
 
 
 def unequal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
-    """Names of the arrays that differ in value, or that only one side has."""
+    """Returns the names of arrays that differ in any bit or exist on one side only."""
     return sorted(
         name
         for name in one.keys() | other.keys()
@@ -95,7 +95,7 @@ def unequal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[st
 
 
 def main(commits: list[str]) -> int:
-    """Compares two commits; gives the exit code."""
+    """Compares two commits and returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         trees = []
         for side, commit in zip("ab", commits):
@@ -110,18 +110,18 @@ def main(commits: list[str]) -> int:
         try:
             different = 0
             for number, name in enumerate(RUNS):
-                found = [
+                exported = [
                     parameters(tree, name, Path(folder) / f"run_{number}_{side}")
                     for side, tree in zip("ab", trees)
                 ]
-                names = unequal(*found)
-                different += bool(names)
-                told = (
-                    f"{len(names)} arrays differ, first {names[0]}"
-                    if names
-                    else f"{len(found[0])} arrays are equal"
+                unequal_names = unequal(*exported)
+                different += bool(unequal_names)
+                result = (
+                    f"{len(unequal_names)} arrays differ, first {unequal_names[0]}"
+                    if unequal_names
+                    else f"{len(exported[0])} arrays are equal"
                 )
-                print(f"{name}: {told}", flush=True)
+                print(f"{name}: {result}", flush=True)
             return int(different > 0)
         finally:
             for tree in trees:

@@ -1,4 +1,4 @@
-"""Codecs: bits kept, rounding bounded, errors and bytes on the wire by hand."""
+"""Tests of single codecs: exactness, bounded rounding, relative errors, and bytes on the wire."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from dgl_jax.types import nbytes
 
 
 def through(codec, x):
-    """Encoded and decoded, by a codec that has no codebook."""
+    """Encodes and decodes with a codec that has no codebook."""
     return codec.decode((), codec.encode((), x))
 
 
@@ -29,8 +29,8 @@ def test_identity_changes_no_bit(dtype):
     np.testing.assert_array_equal(bits(jax.jit(lambda x: through(codec, x))(x)), bits(x))
 
 
-def test_bf16_is_exact_where_it_can_be():
-    # 8 significant bits at any exponent of a float32
+def test_bf16_is_exact_for_eight_significant_bits():
+    # Values with 8 significant bits, at any exponent of a float32.
     x = jnp.asarray(
         [s * m * 2.0**e for s in (-1, 1) for m in (128, 129, 200, 255) for e in (-70, -7, 0, 30)],
         jnp.float32,
@@ -45,21 +45,21 @@ def test_bf16_is_exact_where_it_can_be():
     assert float(relative_error(x, through(codec, x))) > 0
 
 
-def test_bf16_rounds_to_the_nearest():
+def test_bf16_rounds_to_nearest_even():
     random = np.random.default_rng(0)
     x = (random.normal(size=4096) * 10.0 ** random.integers(-20, 20, 4096)).astype(np.float32)
     decoded = np.asarray(through(Bf16(), jnp.asarray(x)))
     assert decoded.dtype == np.float32
     worst = np.abs(decoded - x) / np.abs(x)
     assert worst.max() <= 2.0**-8
-    assert worst.max() > 2.0**-9  # what rounding to nine bits would reach
-    # 1 + 2^-8 lies between two neighbours: to the even one, as 1 + 3 * 2^-8 does upwards
+    assert worst.max() > 2.0**-9  # the error of rounding to nine bits
+    # Ties go to the even neighbor: 1 + 2^-8 is rounded down, 1 + 3 * 2^-8 up.
     assert np.asarray(
         Bf16().encode((), jnp.float32([1 + 2**-8, 1 + 3 * 2**-8])), np.float32
     ).tolist() == [1.0, 1 + 2**-6]
 
 
-def test_make_codec_gives_back_the_dtype_of_the_activations():
+def test_decoded_dtype_equals_that_of_the_activations():
     assert make_codec(options("codec", name="bf16"), "float32") == Bf16("float32")
     assert make_codec(options("codec", name="identity"), "bfloat16") == Identity("bfloat16")
     for name, dtype in [(name, dtype) for name in CODECS for dtype in ("float32", "bfloat16")]:
@@ -73,7 +73,7 @@ def test_make_codec_gives_back_the_dtype_of_the_activations():
         assert hash(codec) == hash(make_codec(options("codec", name=name, **dims), dtype))
 
 
-def test_relative_error_by_hand():
+def test_relative_error_matches_hand_computed_values():
     original = jnp.asarray([[3.0, 0.0], [0.0, 4.0]])
     decoded = jnp.asarray([[3.0, 1.0], [2.0, 2.0]])  # off by (0, 1, 2, -2): 3 of 5
     np.testing.assert_allclose(relative_error(original, decoded), 0.6, rtol=1e-6)
@@ -89,14 +89,14 @@ def test_relative_error_by_hand():
 
 @pytest.mark.slow
 def test_bytes_on_the_wire(tiny):
-    # 4x4x4, then 2x2x4 numbers an image, and 4 bytes each for label and id
+    # 4x4x4 and 2x2x4 float32 per image, plus 4 bytes each for label and id.
     raw = (4 * 4 * 4 * 4 + 8, 2 * 2 * 4 * 4 + 8)
     for run, measured in (
         (tiny.engine("fused"), False),
         (tiny.engine("pipeline", (1, 1, 1)), True),
         (tiny.engine("pipeline"), False),
     ):
-        if hasattr(run, "meters"):  # the others count shapes
+        if hasattr(run, "meters"):  # other engines compute traffic from shapes
             tiny.run(run, 2)
         traffic = run.traffic()
         assert traffic.raw == raw

@@ -1,6 +1,7 @@
-"""One line for each way in which devices fail, and training that goes on from its checkpoint afterwards."""
+"""Tests of the one-line errors for failing devices, and of resuming after such errors."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,19 +26,22 @@ from dgl_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 FREE = "3.0 GiB of 79.0 GiB free on cuda:1"
-HELP = "; a smaller config.data.batch_size, a larger config.train.accumulate or config.model.remat=True needs less"
+HELP = (
+    "; a smaller config.data.batch_size, a larger config.train.accumulate or "
+    "config.model.remat=True needs less"
+)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """3 of 79 GiB are free."""
+    """Pretends that 3 of 79 GiB are free on the fullest device."""
     monkeypatch.setattr(
         system, "fullest_device", lambda: ("cuda:1", DeviceMemory(3 * 2**30, 79 * 2**30))
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             "Out of memory while trying to allocate 17179869184 bytes.",
@@ -50,29 +54,31 @@ def gpu(monkeypatch):
             f"2.5 GiB asked for, {FREE}",
         ),
         (
-            "Attempting to allocate 2.00G. That was not possible. There are 1.20G free.; (0x0x0_HBM0)",
+            "Attempting to allocate 2.00G. That was not possible. There are 1.20G free.; "
+            "(0x0x0_HBM0)",
             "2.0 GiB asked for, 1.2 GiB free",
         ),
         (
-            "Ran out of memory in memory space hbm. Used 18.22G of 15.48G hbm. Exceeded hbm capacity by 2.74G.",
+            "Ran out of memory in memory space hbm. Used 18.22G of 15.48G hbm. "
+            "Exceeded hbm capacity by 2.74G.",
             "18.2 GiB asked for, the device has 15.5 GiB",
         ),
         ("Attempting to reserve 500.00M at the bottom of memory.", f"500.0 MiB asked for, {FREE}"),
         ("Scratch is used up.\nmore", f"RESOURCE_EXHAUSTED: Scratch is used up.; {FREE}"),
     ],
 )
-def test_what_was_asked_and_what_is_free(gpu, text, told):
+def test_out_of_memory_reports_requested_and_free_bytes(gpu, text, message):
     assert (
         explain(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}"))
-        == f"out of memory ({told}){HELP}"
+        == f"out of memory ({message}){HELP}"
     )
 
 
-def test_where_nobody_knows_what_is_free(monkeypatch):
+def test_out_of_memory_without_known_free_bytes(monkeypatch):
     monkeypatch.setattr(system, "fullest_device", lambda: None)
     monkeypatch.setattr(system, "free_memory", lambda: None)
-    told = out_of_memory(RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
-    assert told == f"out of memory (INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory){HELP}"
+    message = out_of_memory(RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
+    assert message == f"out of memory (INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory){HELP}"
     assert (
         out_of_memory(MemoryError("Unable to allocate 16.0 GiB for an array"))
         == f"out of memory (16.0 GiB asked for){HELP}"
@@ -80,7 +86,7 @@ def test_where_nobody_knows_what_is_free(monkeypatch):
     assert out_of_memory(RuntimeError("Out of luck")) is None
 
 
-def test_a_cpu_and_numpy_run_out_of_memory():
+def test_out_of_memory_on_cpu_and_in_numpy():
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         jnp.zeros((2**44,), jnp.float32).block_until_ready()
     assert explain(error.value).startswith("out of memory (64.0 TiB asked for, ")
@@ -91,7 +97,7 @@ def test_a_cpu_and_numpy_run_out_of_memory():
     assert "iB free on this machine)" in explain(error.value)
 
 
-def test_the_fullest_device(monkeypatch):
+def test_fullest_device_is_the_one_with_least_free_memory(monkeypatch):
     memory = {0: DeviceMemory(), 1: DeviceMemory(7, 9), 2: DeviceMemory(5, None)}
     monkeypatch.setattr(
         system,
@@ -114,7 +120,7 @@ def test_the_fullest_device(monkeypatch):
         (2**60, "1.0 EiB"),
     ],
 )
-def test_readable_bytes(number, text):
+def test_readable_formats_bytes(number, text):
     assert readable(number) == text
 
 
@@ -125,7 +131,8 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
     ("text", "words"),
     [
         (
-            f"Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 123. No. {END}",
+            "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process "
+            f"with pid 123. No. {END}",
             ("another process holds the TPU", "pid 123", "end it or wait", "JAX_PLATFORMS=cpu"),
         ),
         (
@@ -137,7 +144,8 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
             ("another process holds the device", "pid 7"),
         ),
         (
-            f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory {END}",
+            "Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: "
+            f"out of memory {END}",
             (
                 "another process holds the CUDA",
                 "CUDA_ERROR_OUT_OF_MEMORY",
@@ -146,7 +154,8 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
             ),
         ),
         (
-            "INTERNAL: CUDA_ERROR_DEVICE_UNAVAILABLE: CUDA-capable device(s) is/are busy or unavailable",
+            "INTERNAL: CUDA_ERROR_DEVICE_UNAVAILABLE: CUDA-capable device(s) is/are busy or "
+            "unavailable",
             ("another process holds the device", "nvidia-smi"),
         ),
         (
@@ -154,7 +163,8 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
             ("holds the TPU", "/dev/vfio/0"),
         ),
         (
-            f"Unable to initialize backend 'cuda': FAILED_PRECONDITION: no visible GPU devices. {END}",
+            "Unable to initialize backend 'cuda': FAILED_PRECONDITION: no visible GPU devices. "
+            f"{END}",
             ("backend cuda", "no visible GPU", '"jax[cuda13]"'),
         ),
         (
@@ -163,14 +173,14 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
         ),
     ],
 )
-def test_devices_that_cannot_be_opened(text, words, monkeypatch):
+def test_devices_that_cannot_be_opened_are_explained(text, words, monkeypatch):
     monkeypatch.setattr(errors, "_platforms", lambda: "")
-    told = explain(RuntimeError(text))
-    assert [word for word in words if word not in told] == []
-    assert "\n" not in told
+    message = explain(RuntimeError(text))
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
 
 
-def test_other_errors_are_not_of_devices():
+def test_other_errors_are_not_device_errors():
     for error in (
         AssertionError(),
         RuntimeError("Address already in use"),
@@ -181,14 +191,14 @@ def test_other_errors_are_not_of_devices():
         assert explain(error) is None
 
 
-def test_the_command_line_prints_one_line(gpu, capsys):
+def test_command_line_prints_one_line(gpu, capsys):
     with pytest.raises(SystemExit) as ended, reported():
         raise jax.errors.JaxRuntimeError(FULL)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: out of memory (16.0 GiB asked for, {FREE}){HELP}\n"
 
 
-def test_a_device_that_is_held_is_no_full_one(tmp_path, monkeypatch):
+def test_device_held_by_another_process_is_not_out_of_memory(tmp_path, monkeypatch):
     def devices():
         raise RuntimeError(
             f"Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY {END}"
@@ -209,7 +219,10 @@ SHORT = {"train__steps": 6, "checkpoint__every": 2, "data__validation_fraction":
 
 @pytest.fixture
 def full_after(monkeypatch):
-    """Called with a number: the next engine's (last) program runs so often and then finds its device full."""
+    """Returns a function that lets the next run's device run out of memory.
+
+    `arm(calls)` makes the last module's program of the next engine fail after that many calls.
+    """
 
     def arm(calls):
         def make(*args, **options):
@@ -232,9 +245,8 @@ def full_after(monkeypatch):
                 return program(*arguments)
 
             programs[turn] = limited
-            if (
-                engine.continuous
-            ):  # fails once a checkpoint is on disk, which is written beside the worker
+            if engine.continuous:
+                # Checkpoints are written while workers train: fail only after one is on disk.
                 saved, save, fetch = threading.Event(), Checkpoints.save, engine.fetch
 
                 def save_and_tell(self, *arguments):
@@ -266,32 +278,32 @@ def full_after(monkeypatch):
         ),
     ],
 )
-def test_a_full_device_leaves_a_run_that_goes_on(engine, full_after, tmp_path):
+def test_run_resumes_after_out_of_memory(engine, full_after, tmp_path):
     config = small_config(engine__name=engine, **SHORT)
     full_after(4)
     with pytest.raises(UserError) as error:
         train_and_evaluate(config, tmp_path)
-    told, step = (
+    message, step = (
         str(error.value),
         max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()),
     )
-    assert "out of memory (16.0 GiB asked for, " in told
-    assert HELP in told
+    assert "out of memory (16.0 GiB asked for, " in message
+    assert HELP in message
     assert step in ((2, 3, 4) if engine == "threads" else (2, 4))
     if engine == "threads":
-        assert told.startswith("module_1 failed after 4 updates: out of memory")
-        assert "the last checkpoint is good" in told
+        assert message.startswith("module_1 failed after 4 updates: out of memory")
+        assert "the last checkpoint is good" in message
     else:
-        assert told.endswith(
+        assert message.endswith(
             f"; the checkpoint of step {step} is good: resume from it with another "
             "config.train.accumulate or config.model.remat, but the same config.data.batch_size"
         )
     assert load_trained(tmp_path).restored.step == step
-    config.model.remat = engine == "fused"  # as it was told
+    config.model.remat = engine == "fused"  # one of the suggested changes
     assert train_and_evaluate(config, tmp_path).steps == 6
 
 
-def test_a_device_too_small_for_the_first_step(full_after, tmp_path):
+def test_out_of_memory_at_the_first_step_leaves_no_checkpoint(full_after, tmp_path):
     full_after(0)
     with pytest.raises(
         UserError, match=r"out of memory \(16\.0 GiB asked for, .*; no checkpoint was written yet$"
@@ -299,13 +311,13 @@ def test_a_device_too_small_for_the_first_step(full_after, tmp_path):
         train_and_evaluate(small_config(**SHORT), tmp_path)
     workdir.check(
         tmp_path, make_settings(small_config(**SHORT | {"data__batch_size": 4}))
-    )  # may begin there all the same
+    )  # the workdir accepts a new run
 
 
 @pytest.mark.parametrize(
     "text", [FULL, "ABORTED: The TPU is already in use by process with pid 7."]
 )
-def test_a_checkpoint_is_not_blamed_for_the_device(text, tmp_path, monkeypatch):
+def test_device_errors_do_not_mark_checkpoints_as_damaged(text, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoints, "select", lambda which: [3, 2])
     error, tried = jax.errors.JaxRuntimeError(text), []
@@ -324,18 +336,18 @@ def test_a_checkpoint_is_not_blamed_for_the_device(text, tmp_path, monkeypatch):
     checkpoints.close()
 
 
-# A backend that is not there
+# A missing backend
 
 
 def launched(platforms, *arguments):
-    """The one line of a call that ends with status 2, under JAX_PLATFORMS."""
+    """Runs the command line under JAX_PLATFORMS and returns its single line of error output."""
     command = [sys.executable, "launch.py", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": platforms}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert process.returncode == 2, process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if line]
     return line
 
 
@@ -346,21 +358,24 @@ def launched(platforms, *arguments):
         (
             "cuda",
             "train",
-            'error: JAX_PLATFORMS=cuda: JAX cannot open it here; where the hardware is there, pip install -U "jax[cuda13]"',
+            "error: JAX_PLATFORMS=cuda: JAX cannot open it here; where the hardware is there, "
+            'pip install -U "jax[cuda13]"',
         ),
         (
             "tpu",
             "bench",
-            "error: JAX_PLATFORMS=tpu: JAX cannot open it here (INTERNAL: Failed to open libtpu.so: ",
+            "error: JAX_PLATFORMS=tpu: JAX cannot open it here (INTERNAL: Failed to open "
+            "libtpu.so: ",
         ),
         (
             "nonsense",
             "plan",
-            "error: JAX_PLATFORMS=nonsense: JAX cannot open it here (Backend 'nonsense' is not in the list of known ",
+            "error: JAX_PLATFORMS=nonsense: JAX cannot open it here (Backend 'nonsense' is not in "
+            "the list of known ",
         ),
     ],
 )
-def test_a_backend_that_is_missing(platforms, mode, words, tmp_path):
+def test_missing_backend_is_one_line(platforms, mode, words, tmp_path):
     config = ["--config=configs/digits.py", "--config.data.name=synthetic"]
     assert launched(
         platforms, *config, f"--mode={mode}", f"--workdir={tmp_path / 'run'}"

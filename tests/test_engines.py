@@ -1,4 +1,8 @@
-"""Engines agree: `pipeline` with `fused` bit for bit, many devices with one, stopped runs with whole ones, one trace, few waits."""
+"""Tests that engines compute the same numbers.
+
+`pipeline` is compared with `fused`, several devices with one, and stopped runs with uninterrupted
+ones.
+"""
 
 import itertools
 
@@ -7,14 +11,10 @@ import numpy as np
 import pytest
 
 from dgl_jax.config import options
-from dgl_jax.engines import EngineState
-from dgl_jax.engines.base import counts
 from dgl_jax.ops import conv
 from dgl_jax.ops.cpu import im2col, winograd
-from dgl_jax.run import metrics
-from dgl_jax.run.metrics import Window
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Inbox
+from dgl_jax.types import Batch
 
 pytestmark = pytest.mark.full_compile
 
@@ -24,7 +24,7 @@ ONE_EACH = {2: (1, 1), 3: (1, 1, 1)}
 
 
 def leaves(result):
-    """(states, metrics) as named arrays."""
+    """Flattens (states, metrics) into a dict of arrays by path."""
     return {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(result)
@@ -32,6 +32,7 @@ def leaves(result):
 
 
 def unequal(a, b):
+    """Returns the names of the arrays that differ in dtype or in any bit."""
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys()
     return [
@@ -42,7 +43,10 @@ def unequal(a, b):
 
 
 def furthest(a, b, floor=1e-2):
-    """Largest |a - b| / max(|b|, floor) over a tree; `floor` because a value near 0 has no relative error to speak of."""
+    """Returns the largest |a - b| / max(|b|, floor) over a tree.
+
+    The floor avoids large relative errors of values near 0.
+    """
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys()
     return max(
@@ -52,7 +56,7 @@ def furthest(a, b, floor=1e-2):
 
 @pytest.fixture(scope="module")
 def fused(tiny):
-    """Runs the oracle, once for each spec."""
+    """Runs the engine `fused`, once per spec."""
     runs = {}
 
     def run(**spec):
@@ -91,67 +95,68 @@ def fused(tiny):
         "int8",
     ],
 )
-def test_pipeline_is_fused_bit_for_bit(tiny, fused, groups, spec):
+def test_pipeline_equals_fused_bit_for_bit(tiny, fused, groups, spec):
     states, reports = tiny.run(tiny.engine("pipeline", groups, **spec), STEPS)
     assert len(reports) == STEPS
     assert unequal((states, reports), fused(**spec)) == []
     first = tiny.init(tiny.spec(**spec))
     assert all(
         unequal(after.params, before.params) for after, before in zip(states, first, strict=True)
-    ), "nothing was learnt"
+    ), "nothing was learned"
 
 
 @pytest.mark.slow
-def test_pipeline_is_fused_where_weight_gradients_are_summed_in_parts(tiny, monkeypatch):
-    monkeypatch.setattr(im2col, "_CHANNELS", 0)  # of so few channels they are one product
+def test_pipeline_equals_fused_with_weight_gradients_in_parts(tiny, monkeypatch):
+    # With so few channels im2col would otherwise use a single product.
+    monkeypatch.setattr(im2col, "_CHANNELS", 0)
     plain = tiny.run(tiny.new_engine("fused", (), tiny.spec(modules=2)), STEPS)
-    monkeypatch.setattr(conv, "CHUNK", 2)  # four parts a batch
+    monkeypatch.setattr(conv, "CHUNK", 2)  # four parts per batch
     spec = tiny.spec(modules=2)
-    found = [
+    results = [
         tiny.run(tiny.new_engine(name, groups, spec), STEPS)
         for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))
     ]
-    assert unequal(*found) == []
-    assert unequal(found[0], plain), "nothing was summed in parts"
+    assert unequal(*results) == []
+    assert unequal(results[0], plain), "nothing was summed in parts"
 
 
 @pytest.mark.slow
-def test_pipeline_is_fused_with_convolutions_in_transformed_tiles(tiny, fused, monkeypatch):
+def test_pipeline_equals_fused_with_winograd_convolutions(tiny, fused, monkeypatch):
     plain = fused(modules=2)
     monkeypatch.setattr(winograd, "_TILES", 8)
     monkeypatch.setattr(winograd, "_CHANNELS", 1)
     spec = tiny.spec(modules=2)
-    found = [
+    results = [
         tiny.run(tiny.new_engine(name, groups, spec), STEPS)
         for name, groups in (("fused", ()), ("pipeline", ONE_EACH[2]))
     ]
-    assert unequal(*found) == []
-    assert unequal(found[0], plain), "nothing was transformed"
+    assert unequal(*results) == []
+    assert unequal(results[0], plain), "nothing was transformed"
 
 
 @pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])
-def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
+def test_twin_broken_pipeline_differs_from_fused(tiny, fused, monkeypatch, broken):
     run = tiny.engine("pipeline", ONE_EACH[3])
-    broken_one = run.programs[1, "step"]
+    original = run.programs[1, "step"]
     previous = []
 
     def late(state, incoming, context):
-        """Module 1 works on the packet of the tick before."""
+        """Runs module 1 on the message of the previous tick."""
         previous.append((incoming, context))
-        return broken_one(state, *previous[max(0, len(previous) - 2)])
+        return original(state, *previous[max(0, len(previous) - 2)])
 
     def relabelled(state, incoming, context):
-        """Module 1 learns the labels of the batch before."""
+        """Runs module 1 with the labels of the previous batch."""
         previous.append(context)
-        return broken_one(state, incoming, previous[max(0, len(previous) - 2)])
+        return original(state, incoming, previous[max(0, len(previous) - 2)])
 
     def updated_first(state, incoming, context):
-        """Module 1 hands on what it makes of the batch after its update."""
-        state, _, of_step = broken_one(state, incoming, context)
+        """Sends the outputs that module 1 computes after its update."""
+        state, _, metrics = original(state, incoming, context)
         return (
             state,
-            broken_one(jax.tree.map(lambda x: x.copy(), state), incoming, context)[1],
-            of_step,
+            original(jax.tree.map(lambda x: x.copy(), state), incoming, context)[1],
+            metrics,
         )
 
     replacement = {
@@ -166,11 +171,14 @@ def test_a_broken_pipeline_is_not_fused(tiny, fused, monkeypatch, broken):
     assert furthest(states[2].params, expected[2].params) > 1e-3
 
 
-# Several devices a module
+# Several devices per module
 
 
 def single_steps(tiny, run, oracle_reports):
-    """Each step of `run` from the state that the oracle had there: rounding does not add up."""
+    """Returns the largest deviation of single steps from the reference.
+
+    Each step starts from the reference's state, so that rounding errors do not add up.
+    """
     worst = 0.0
     for step, (before, after, expected) in enumerate(oracle_reports):
         states, reports = tiny.run(run, step + 1, before)
@@ -184,7 +192,7 @@ def single_steps(tiny, run, oracle_reports):
 
 @pytest.fixture(scope="module")
 def oracle(tiny):
-    """(states before, states after, metrics) of each step of fused on one device."""
+    """Runs `fused` on one device; returns (states before, states after, metrics) of each step."""
 
     def run(modules, codec="identity"):
         one, steps = tiny.engine("fused", modules=modules, codec=codec), []
@@ -200,7 +208,7 @@ def oracle(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [(2, 2), (1, 2, 1)])
-def test_several_devices_a_module_within_rounding(tiny, oracle, groups):
+def test_several_devices_per_module_agree_within_rounding(tiny, oracle, groups):
     run = tiny.engine("pipeline", groups, modules=len(groups))
     assert single_steps(tiny, run, oracle[len(groups)]) < 1e-5
 
@@ -213,17 +221,17 @@ def test_several_devices_share_one_codebook(tiny, oracle, groups):
     for before, after, _ in oracle["vq"]:
         step = int(before[0].updates)
         report = list(run.run(tiny.place(run, before), tiny.source, step + 1))[-1]
-        found = report.snapshot().modules[0].extras["codec"]["learnt"].entries
+        entries = report.snapshot().modules[0].extras["codec"]["learnt"].entries
         np.testing.assert_allclose(
-            found, after[0].extras["codec"]["learnt"].entries, rtol=1e-5, atol=1e-6
+            entries, after[0].extras["codec"]["learnt"].entries, rtol=1e-5, atol=1e-6
         )
-        copies = [np.asarray(shard.data) for shard in found.addressable_shards]
+        copies = [np.asarray(shard.data) for shard in entries.addressable_shards]
         assert len(copies) == groups[0]
         assert all(np.array_equal(copies[0], other) for other in copies)
 
 
 @pytest.mark.slow
-def test_another_batch_is_beyond_rounding(tiny, oracle):
+def test_twin_other_batch_exceeds_rounding(tiny, oracle):
     before, after, reports = oracle[2][1]
     first_again = tuple(state.replace(updates=np.int32(0)) for state in before)
     assert (
@@ -237,9 +245,9 @@ def test_another_batch_is_beyond_rounding(tiny, oracle):
 # Back-propagation
 
 
-def test_backprop_of_one_module_is_fused_of_one_module(tiny, fused):
-    found = tiny.run(tiny.engine("backprop", modules=1), STEPS)
-    assert unequal(found, fused(modules=1)) == []
+def test_backprop_equals_fused_for_one_module(tiny, fused):
+    result = tiny.run(tiny.engine("backprop", modules=1), STEPS)
+    assert unequal(result, fused(modules=1)) == []
 
 
 def test_backprop_does_not_depend_on_the_cut(tiny, fused):
@@ -255,14 +263,14 @@ def test_backprop_does_not_depend_on_the_cut(tiny, fused):
     assert furthest([r[-1] for r in reports_three], [r[-1] for r in reports_one]) < 1e-6
     assert all("objective" not in state.params for state in three[:-1])
     decoupled, _ = fused()
-    assert furthest(body(decoupled), body(one)) > 1e-3  # local losses are another method
+    assert furthest(body(decoupled), body(one)) > 1e-3  # twin: local losses give other parameters
 
 
-# What follows the activations
+# Contexts travel with their activations
 
 
 def watched(run, monkeypatch):
-    """The example ids that each program received, in order, and the first module's batch numbers."""
+    """Records the example ids that each program receives, in order."""
     modules = range(len(run.spec.modules))
     seen = [[] for _ in modules]
 
@@ -285,17 +293,17 @@ def test_ids_follow_activations(tiny, monkeypatch, groups):
     run = tiny.engine("pipeline", groups)
     seen = watched(run, monkeypatch)
     tiny.run(run, STEPS)
-    for of_module in seen:
-        assert [ids.tolist() for ids in of_module] == [
+    for module_ids in seen:
+        assert [ids.tolist() for ids in module_ids] == [
             tiny.source.batch(t).context["id"].tolist() for t in range(STEPS)
         ]
 
 
-def test_swapped_contexts_are_noticed(tiny, monkeypatch):
+def test_twin_swapped_contexts_are_detected(tiny, monkeypatch):
     carried, before = TrainSpec.carried, {}
 
     def swapped(self, k, context, added=None):
-        """Pairs a message with the context of the one made before it."""
+        """Pairs each message with the context of the previous one."""
         before[k], earlier = carried(self, k, context, added), before.get(k)
         return earlier or before[k]
 
@@ -304,65 +312,11 @@ def test_swapped_contexts_are_noticed(tiny, monkeypatch):
         test_ids_follow_activations(tiny, monkeypatch, ())
 
 
-# One trace, few waits, reports
-
-
-def programs_of(run):
-    steps = [(k, "step") for k in range(len(run.spec.modules))]
-    return (
-        [run.programs[step] for step in steps]
-        if hasattr(run, "programs")
-        else [run.steps[tuple(steps)]]
-    )
-
-
-def traces(run):
-    return [program._cache_size() for program in programs_of(run)]
+# Stop and resume
 
 
 @pytest.mark.parametrize("name", ["fused", "pipeline"])
-def test_each_program_is_traced_once(tiny, name):
-    run = tiny.engine(name, modules=1) if name == "fused" else tiny.engine(name, ONE_EACH[3])
-    for program in programs_of(run):
-        program.clear_cache()
-    state = tiny.place(run, tiny.init(run.spec))
-    for until in (2, 3, 5):  # segments, as between evaluations
-        *_, last = run.run(state, tiny.source, until)
-        state = last.snapshot()
-    assert set(traces(run)) == {1}
-    # A batch of another size is a second trace.
-    batch = jax.tree.map(lambda x: x[:4] if x.ndim else x, tiny.source.batch(0))
-    moved = run.placement.put_batch(batch, 0)
-    if name == "fused":
-        programs_of(run)[0](state.modules, moved)
-    else:
-        programs_of(run)[0](state.modules[0], Inbox(moved), moved.context)
-    assert traces(run)[0] == 2
-
-
-@pytest.mark.parametrize("name", ["fused", "pipeline"])
-def test_reports(tiny, name):
-    run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
-    state = tiny.place(run, tiny.init(run.spec))
-    reports = list(run.run(state, tiny.source, STEPS))
-    assert [report.updates for report in reports] == [(step,) * 3 for step in range(1, STEPS + 1)]
-    assert [report.step for report in reports] == list(range(1, STEPS + 1))
-    assert all(
-        set(of_module) == {"loss", "accuracy"} for report in reports for of_module in report.metrics
-    )
-    for report in reports[:-1]:
-        with pytest.raises(RuntimeError, match="in the pipe"):
-            report.snapshot()
-    state = reports[-1].snapshot()
-    assert isinstance(state, EngineState)
-    assert set(counts(state)) == {STEPS}
-    assert list(run.run(state, tiny.source, STEPS)) == []
-    assert list(run.run(state, tiny.source, STEPS + 1, stop=lambda: True)) == []
-    assert set(counts(state)) == {STEPS}  # and not given away
-
-
-@pytest.mark.parametrize("name", ["fused", "pipeline"])
-def test_a_stopped_run_goes_on_to_the_same_numbers(tiny, fused, name):
+def test_stopped_run_resumes_to_same_numbers(tiny, fused, name):
     run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
     asked = itertools.count()
     states, first = tiny.run(run, STEPS, stop=lambda: next(asked) >= 2)
@@ -370,42 +324,6 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tiny, fused, name):
     assert len(first) == 2
     states, rest = tiny.run(run, STEPS, states)
     assert unequal((states, first + rest), fused()) == []
-    # Had the count not come along, the run would have begun with batch 0 again.
+    # Twin: without the update counts the second run starts again at batch 0.
     forgotten, _ = tiny.run(run, 2, [s.replace(updates=np.int32(0)) for s in tiny.run(run, 2)[0]])
     assert furthest([s.params for s in forgotten], [s.params for s in states]) > 1e-3
-
-
-@pytest.mark.parametrize("name", ["fused", "pipeline"])
-def test_waits_and_reads_are_few(tiny, monkeypatch, name):
-    steps, log_every, modules = 8, 4, 3
-    run = tiny.engine(name, ONE_EACH[3] if name == "pipeline" else ())
-    state = tiny.place(run, tiny.init(run.spec))
-    waits, reads, block, read = [], [], jax.block_until_ready, metrics.read
-    monkeypatch.setattr(
-        jax,
-        "block_until_ready",
-        lambda tree: waits.append(len(jax.tree.leaves(tree))) or block(tree),
-    )
-    monkeypatch.setattr(metrics, "read", lambda tree: reads.append(len(tree)) or read(tree))
-    window = Window()
-    for report in run.run(state, tiny.source, steps):
-        window.add(report)
-        if report.updates[-1] % log_every == 0:
-            window.close()
-    # One wait a tick, for sum and count of the two metrics of each module that worked in it, and one read a log record.
-    ticks = steps + (modules - 1 if name == "pipeline" else 0)
-    assert len(waits) == ticks
-    assert max(waits) == 4 * modules
-    assert sum(waits) == 4 * modules * steps
-    assert reads == [log_every] * (steps // log_every)
-
-
-def test_the_host_runs_ahead_by_no_more_than_asked(tiny, monkeypatch):
-    run = tiny.engine("fused")
-    events, (step,), block = [], programs_of(run), jax.block_until_ready
-    turns = tuple((k, "step") for k in range(len(run.spec.modules)))
-    monkeypatch.setitem(run.steps, turns, lambda *args: events.append("dispatch") or step(*args))
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: events.append("wait") or block(tree))
-    tiny.run(run, 5)
-    assert run.ticks_in_flight == 2
-    assert events == ["dispatch"] * 3 + ["wait", "dispatch"] * 2 + ["wait"] * 3

@@ -51,7 +51,7 @@ LEVELS = {
     "engines": (
         ("placement", "flight"),
         ("base",),
-        ("program",),
+        ("program", "synchronous"),
         ("fused", "pipeline", "asynchronous"),
         ("simulated", "worker"),
         ("threads",),

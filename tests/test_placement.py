@@ -1,4 +1,4 @@
-"""Devices for modules, the sharing of few devices, and moves that never alias the host's memory."""
+"""Tests of device placement, shared devices, and moves that never alias host memory."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def ids(placement):
         (4, 3, (1, 2, 1), (9, 1, 1), [[0], [1, 2], [3]]),
     ],
 )
-def test_assign(devices, count, modules, sizes, costs, expected):
+def test_assign_distributes_devices(devices, count, modules, sizes, costs, expected):
     placement = assign(devices[:count], modules, sizes, costs)
     assert ids(placement) == expected
     assert placement.count() == len({i for group in expected for i in group})
@@ -57,13 +57,13 @@ def test_assign(devices, count, modules, sizes, costs, expected):
         ),
     ],
 )
-def test_group_sizes_that_do_not_fit(devices, modules, sizes, words):
+def test_invalid_group_sizes_are_refused(devices, modules, sizes, words):
     with pytest.raises(UserError) as error:
         assign(devices, modules, sizes)
     assert [word for word in words if word not in str(error.value)] == []
 
 
-def test_one_group_and_its_description(devices):
+def test_one_group_places_all_modules_on_it(devices):
     placement = one_group(devices[:2], 3)
     assert ids(placement) == [[0, 1]] * 3
     assert placement.count() == 2
@@ -71,7 +71,7 @@ def test_one_group_and_its_description(devices):
     assert "module 2 on 0,1" in placement.describe()
 
 
-def test_layout_by_hand():
+def test_layout_returns_device_ranges():
     assert layout(8, 2) == [range(4), range(4, 8)]
     assert layout(5, 3, (1, 2, 1)) == [range(1), range(1, 3), range(3, 4)]
     assert layout(3, 4, (), (9.0, 1.0, 1.0, 1.0)) == [
@@ -86,7 +86,10 @@ def test_layout_by_hand():
 
 
 def aligned(values):
-    """A copy whose memory begins at a multiple of 64 bytes, where XLA's CPU client may use it in place."""
+    """Returns a copy that starts at a multiple of 64 bytes.
+
+    XLA's CPU client may use such memory in place.
+    """
     values = np.asarray(values)
     memory = np.empty(values.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -104,12 +107,12 @@ def test_put_copies_host_arrays(devices):
         assert moved.sharding == sharding
 
 
-def test_a_bare_device_put_would_alias(devices):
+def test_twin_plain_device_put_aliases(devices):
     source = aligned(np.arange(64, dtype=np.float32))
     moved = jax.block_until_ready(jax.device_put(source, one_group(devices[:1], 1).replicated(0)))
     source[:] = -1
     assert not np.array_equal(moved, np.arange(64)), (
-        "the copy in put() is no longer needed: this platform does not alias"
+        "this platform does not alias, so put() need not copy any more"
     )
 
 
@@ -125,13 +128,10 @@ def test_put_moves_between_groups_in_both_directions(devices):
     assert [s.data.shape for s in back.addressable_shards] == [(8,), (8,)]
 
 
-def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devices):
-    """From, to: numbers of devices; groups may share some."""
+def test_put_regroups_arrays_between_devices_without_the_host(devices):
     values = np.arange(24, dtype=np.float32).reshape(12, 2)
-    wholes = {
-        "split": lambda n: len(n),
-        "replicated": lambda n: 1,
-    }  # into how many parts the examples are cut
+    # Number of parts that the examples are split into on the devices of a group.
+    parts = {"split": lambda n: len(n), "replicated": lambda n: 1}
     for here, there in (
         ([0], [1, 2]),
         ([1, 2], [0]),
@@ -141,7 +141,7 @@ def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devic
         ([0, 1, 2, 3], [1]),
     ):
         groups = [one_group([devices[n] for n in numbers], 1) for numbers in (here, there)]
-        for before, after in itertools.product(wholes, repeat=2):
+        for before, after in itertools.product(parts, repeat=2):
             x = jax.block_until_ready(put(values, getattr(groups[0], before)(0)))
             target = getattr(groups[1], after)(0)
             with jax.transfer_guard("disallow"):
@@ -151,7 +151,7 @@ def test_put_moves_between_groups_of_other_sizes_and_cuts_without_the_host(devic
                 )
             assert moved["payload"].sharding == target
             assert moved["whole"][0].sharding == groups[1].replicated(0)
-            rows = 12 // wholes[after](there)
+            rows = 12 // parts[after](there)
             for shard in moved["payload"].addressable_shards:
                 first = rows * there.index(shard.device.id) if after == "split" else 0
                 np.testing.assert_array_equal(shard.data, values[first : first + rows])
@@ -182,12 +182,12 @@ def test_put_batch_splits_examples(devices):
     assert [s.data.tolist() for s in moved.step.addressable_shards] == [7, 7]
 
 
-def test_check_batch(devices):
+def test_check_batch_refuses_indivisible_batches(devices):
     sizes = assign(devices, 2, (1, 3)).sizes()
     assert sizes == [1, 3]
     check_batch(9, sizes)
     with pytest.raises(
         UserError,
-        match=r"config\.data\.batch_size=8: the 3 devices of module_1 do not divide it; 9 would do",
+        match=r"batch_size=8: not divisible by the 3 devices of module_1; 9 would do",
     ):
         check_batch(8, sizes)

@@ -1,4 +1,4 @@
-"""Vector quantisation in stages: what each adds, against its parts; and as the codec of an engine."""
+"""Tests of vector quantization in several stages, alone and as the codec of an engine."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from dgl_jax.codecs import Vq, relative_error, residual
 from dgl_jax.train import train_and_evaluate
 
 KEY = jax.random.key(0)
-# Compiled: operation by operation they would be compiled anew at every call.
+# Jitted, because unjitted calls compile each operation again every time.
 init = jax.jit(residual.init, static_argnums=(2, 3, 4))
 update = jax.jit(residual.update, static_argnames=("samples",))
 encode, decode = jax.jit(vq.encode), jax.jit(vq.decode)
@@ -23,15 +23,13 @@ def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_two_stages_by_hand():
-    entries = np.array(
-        [[[[0, 0], [10, 0]]], [[[1, 1], [-2, 0]]]], np.float32
-    )  # [stage, group, entry, value]
-    x = np.array(
-        [[7.5, 0.25], [2, 2]], np.float32
-    )  # nearest to (10, 0), then -2.5, 0.25 left; to (0, 0), then 2, 2
+def test_two_stages_match_hand_computed_codes():
+    # Axes: stage, group, entry, value.
+    entries = np.array([[[[0, 0], [10, 0]]], [[[1, 1], [-2, 0]]]], np.float32)
+    # Nearest to (10, 0) with residual (-2.5, 0.25), and to (0, 0) with residual (2, 2).
+    x = np.array([[7.5, 0.25], [2, 2]], np.float32)
     codes = vq.encode(entries, x)
-    np.testing.assert_array_equal(codes, [[0b11], [0b00]])  # the first stage in the lowest bit
+    np.testing.assert_array_equal(codes, [[0b11], [0b00]])  # the first stage is in the lowest bit
     np.testing.assert_array_equal(vq.decode(entries, codes), [[8, 0], [1, 1]])
     other_way_round = vq.decode(entries[::-1], codes)
     np.testing.assert_array_equal(other_way_round, [[8, 0], [1, 1]])
@@ -42,7 +40,7 @@ def test_two_stages_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [4, pytest.param(16, marks=pytest.mark.full_compile), 300])
-def test_one_stage_is_the_plain_quantiser(codes):
+def test_one_stage_equals_the_plain_quantizer(codes):
     x = jnp.asarray(normal((4, 6, 6, 8)))
     plain, staged = (
         jax.jit(vq.init, static_argnums=(2, 3))(KEY, x, codes, 4),
@@ -51,8 +49,11 @@ def test_one_stage_is_the_plain_quantiser(codes):
     one = jax.jit(vq.update)
     for n in range(3):
         key, batch = jax.random.fold_in(KEY, n), jnp.asarray(normal((4, 6, 6, 8), n))
-        (plain, health), (staged, of_stages) = one(plain, key, batch), update(staged, key, batch)
-        assert {k: float(v) for k, v in of_stages.items()} == {
+        (plain, health), (staged, staged_health) = (
+            one(plain, key, batch),
+            update(staged, key, batch),
+        )
+        assert {k: float(v) for k, v in staged_health.items()} == {
             k: float(v) for k, v in health.items()
         }
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), staged, plain)
@@ -63,9 +64,16 @@ def test_one_stage_is_the_plain_quantiser(codes):
 
 @cache
 def trained(stages, codes, dims, updates=40):
-    """Learns a stream of normal vectors with dependent values; the error on vectors not seen."""
+    """Trains on a stream of dependent normal vectors.
+
+    Returns:
+      The relative error on unseen vectors, and the metrics of the last update.
+    """
     mix = normal((16, 16), 5)
-    stream = lambda n: jnp.maximum(jnp.asarray(normal((16, 64, 16), n) @ mix), 0.0)  # noqa: E731
+
+    def stream(n):
+        return jnp.maximum(jnp.asarray(normal((16, 64, 16), n) @ mix), 0.0)
+
     book = init(KEY, stream(0), stages, codes, dims)
     for n in range(updates):
         book, health = update(book, jax.random.fold_in(KEY, n), stream(n))
@@ -74,21 +82,21 @@ def trained(stages, codes, dims, updates=40):
 
 
 @pytest.mark.slow
-def test_every_stage_lowers_the_error():
+def test_each_stage_lowers_the_error():
     errors = [trained(stages, 32, 8)[0] for stages in (1, 2, 3)]
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < 0.8 * errors[1]
 
 
 @pytest.mark.slow
-def test_stages_over_more_channels_beat_one_of_fewer_at_the_same_rate():
+def test_two_stages_beat_one_at_the_same_rate():
     (one, _), (two, health) = trained(1, 32, 8), trained(2, 32, 16)
     assert two < 0.95 * one
     assert float(health["dead"]) < 0.01
 
 
 @pytest.mark.slow
-def test_a_vector_that_is_not_finite_is_skipped_by_every_stage():
+def test_non_finite_vectors_are_skipped_by_every_stage():
     x = normal((8, 16, 8))
     book = init(KEY, jnp.asarray(x), 2, 16, 4)
     x[2, 3, 1] = np.nan
@@ -100,7 +108,7 @@ def test_a_vector_that_is_not_finite_is_skipped_by_every_stage():
     assert bool(jnp.isfinite(start.entries).all())
 
 
-def test_the_same_share_of_codebooks_whatever_the_stages():
+def test_default_period_counts_all_stages():
     x = jax.ShapeDtypeStruct((128, 8, 8, 64), "float32")
     assert [Vq(256, 8, stages=s).period(x) for s in (1, 2)] == [10, 10]
     assert Vq(256, 16, stages=2).period(x) == 20
@@ -114,7 +122,7 @@ def test_the_same_share_of_codebooks_whatever_the_stages():
 @pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "codes", "dims"), [(2, 256, 16), (4, 16, 8)])
-def test_temporary_memory_stays_under_twice_the_packet(stages, codes, dims):
+def test_temporary_memory_stays_under_twice_the_message(stages, codes, dims):
     shape = (128, 16, 16, 32)
     x = jax.ShapeDtypeStruct(shape, "float32")
     book = jax.eval_shape(lambda key, x: residual.init(key, x, stages, codes, dims), KEY, x)
@@ -125,10 +133,14 @@ def test_temporary_memory_stays_under_twice_the_packet(stages, codes, dims):
 
 
 @pytest.mark.slow
-def test_a_run_with_stages(tmp_path):
-    """Two stages of twice the channels take the bytes of one, where the codebooks, twice as large, travel half as often."""
+def test_run_with_stages_sends_the_same_bytes(tmp_path):
+    """Compares one stage with two stages of twice the channels.
+
+    Both send the same number of bytes, because the codebooks of two stages are twice as large and
+    are sent half as often.
+    """
     fields = {"codec__name": "vq", "codec__codes": 16, "train__steps": 20}
-    found = {}
+    bytes_per_image = {}
     for stages, dims in ((1, 2), (2, 4)):
         workdir = tmp_path / str(stages)
         summary = train_and_evaluate(
@@ -137,14 +149,14 @@ def test_a_run_with_stages(tmp_path):
             ),
             workdir,
         )
-        found[stages] = summary.wire_bytes_per_image
+        bytes_per_image[stages] = summary.wire_bytes_per_image
         assert all(0 < error < 1 for error in summary.codec_error)
         assert records(workdir)[-1]["step"] == 20
-    assert found[1] == found[2]
+    assert bytes_per_image[1] == bytes_per_image[2]
 
 
 @pytest.mark.slow
-def test_another_number_of_stages_is_another_run(tmp_path):
+def test_changed_number_of_stages_is_refused(tmp_path):
     fields = {"codec__name": "vq", "codec__codes": 16, "codec__dims": 2, "train__steps": 2}
     train_and_evaluate(small_config(**fields), tmp_path)
     with pytest.raises(UserError, match=r"config\.codec\.stages \(was 1, is now 2\)"):

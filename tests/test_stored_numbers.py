@@ -1,7 +1,8 @@
-"""Three steps of engines, codecs and methods give the numbers stored in `stored_numbers.json`, whatever is rearranged.
+"""Tests that three steps of engines, codecs and methods give the numbers in `stored_numbers.json`.
 
-A network without batch norm, maxima or kinks, and data in which no code or level lies near a tie: nothing that magnifies rounding.
-Where numbers are meant to change, `python tests/test_stored_numbers.py` writes them anew.
+The network has no batch norm, maxima or kinks, and no value of the data lies near a tie between two
+codes or levels, so nothing magnifies rounding errors. After an intended change of numbers, run
+`python tests/test_stored_numbers.py` to rewrite the file.
 """
 
 import json
@@ -46,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Smooth(nn.Module):
-    """3x3 convolution and GELU."""
+    """Block of a 3x3 convolution and GELU."""
 
     features: int
     stride: int
@@ -68,11 +69,14 @@ def _registered():
 
 
 def moved(before: Any, after: Any) -> dict[str, list[float]]:
-    """How far each array has moved, and in which direction: the norm, and the sum weighted by cosines of the places."""
+    """Returns two numbers per array that describe its change.
+
+    They are the norm of the change, and the sum of the change weighted by cosines of the index.
+    """
 
     def one(a: Any, b: Any) -> list[float]:
-        way = (np.asarray(b, np.float64) - np.asarray(a, np.float64)).ravel()
-        return [float(np.linalg.norm(way)), float(way @ np.cos(np.arange(len(way))))]
+        change = (np.asarray(b, np.float64) - np.asarray(a, np.float64)).ravel()
+        return [float(np.linalg.norm(change)), float(change @ np.cos(np.arange(len(change))))]
 
     pairs = jax.tree.map(one, before, after)
     leaves = jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda x: isinstance(x, list))
@@ -80,40 +84,40 @@ def moved(before: Any, after: Any) -> dict[str, list[float]]:
 
 
 def after_three_steps(**fields: Any) -> dict[str, list[float]]:
-    """Of each module the losses by step, and how its parameters (and their average) moved."""
-    made = make_experiment(make_settings(small_config(**SHARED | fields)), jax.devices()[:2])
-    start = made.engine.init()
+    """Returns each module's losses, and how its parameters and their average moved."""
+    experiment = make_experiment(make_settings(small_config(**SHARED | fields)), jax.devices()[:2])
+    start = experiment.engine.init()
     before = [jax.tree.map(np.array, module.params) for module in start.modules]
     losses: list[list[float]] = [[] for _ in before]
-    for report in made.engine.run(start, made.source, 3):
+    for report in experiment.engine.run(start, experiment.source, 3):
         snapshot = report.snapshot
-        for of_module, metrics in zip(losses, report.metrics):
-            of_module += [float(metrics["loss"][0] / metrics["loss"][1])] if metrics else []
-    found = {f"losses {k}": numbers for k, numbers in enumerate(losses) if numbers}
+        for module_losses, metrics in zip(losses, report.metrics):
+            module_losses += [float(metrics["loss"][0] / metrics["loss"][1])] if metrics else []
+    numbers_by_name = {f"losses {k}": values for k, values in enumerate(losses) if values}
     for k, (params, module) in enumerate(zip(before, snapshot().modules)):
-        found |= {
-            f"module {k}{path}": numbers for path, numbers in moved(params, module.params).items()
+        numbers_by_name |= {
+            f"module {k}{path}": values for path, values in moved(params, module.params).items()
         }
         if "ema" in module.extras:
-            found |= {
-                f"average {k}{path}": numbers
-                for path, numbers in moved(params, ema.evaluated(module)[0]).items()
+            numbers_by_name |= {
+                f"average {k}{path}": values
+                for path, values in moved(params, ema.evaluated(module)[0]).items()
             }
-    return found
+    return numbers_by_name
 
 
-def other(found: dict[str, list[float]], stored: dict[str, list[float]]) -> list[str]:
-    """What differs by more than a ten thousandth of the largest number of its row."""
+def differing(numbers: dict[str, list[float]], stored: dict[str, list[float]]) -> list[str]:
+    """Returns the names of rows that differ by more than 1e-4 of their largest number."""
 
     def same(name: str) -> bool:
         return np.allclose(
-            found[name], stored[name], rtol=0, atol=1e-4 * np.max(np.abs(stored[name]))
+            numbers[name], stored[name], rtol=0, atol=1e-4 * np.max(np.abs(stored[name]))
         )
 
     return [
         name
-        for name in found.keys() | stored.keys()
-        if name not in found or name not in stored or not same(name)
+        for name in numbers.keys() | stored.keys()
+        if name not in numbers or name not in stored or not same(name)
     ]
 
 
@@ -126,14 +130,14 @@ def stored():
     "name",
     ["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fused")],
 )
-def test_numbers_are_those_stored(name, stored):
-    assert other(after_three_steps(**RUNS[name]), stored[name]) == []
+def test_numbers_equal_the_stored_ones(name, stored):
+    assert differing(after_three_steps(**RUNS[name]), stored[name]) == []
 
 
 @pytest.mark.full_compile
 @pytest.mark.slow
-def test_as_users_compile(stored):
-    assert other(after_three_steps(), stored["fused"]) == []
+def test_numbers_equal_with_full_compilation(stored):
+    assert differing(after_three_steps(), stored["fused"]) == []
 
 
 @pytest.mark.parametrize(
@@ -145,10 +149,10 @@ def test_as_users_compile(stored):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_twin_other_numbers_are_noticed(fields, stored):
-    found = after_three_steps(**fields)
-    assert found.keys() == stored["fused"].keys()
-    assert other(found, stored["fused"])
+def test_twin_other_settings_are_detected(fields, stored):
+    numbers = after_three_steps(**fields)
+    assert numbers.keys() == stored["fused"].keys()
+    assert differing(numbers, stored["fused"])
 
 
 if __name__ == "__main__":

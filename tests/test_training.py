@@ -280,18 +280,18 @@ def test_twin_contiguous_micro_batches_are_exchanged(devices, monkeypatch):
             "fused",
             (),
             3,
-            "the 2 images that each device of module_0 has of a batch, and leave more than one; "
+            "the 2 images per device of module_0 into micro-batches of at least 2 images; "
             "1, 2 would do",
         ),
         (
             "pipeline",
             (1, 2),
             8,
-            "the 8 images that each device of module_0 has of a batch, and leave more than one; "
+            "the 8 images per device of module_0 into micro-batches of at least 2 images; "
             "1, 2, 4 would do",
         ),
-        ("pipeline", (2, 1), 8, "the 4 images that each device of module_0 has"),
-        ("simulated", (), 5, "the 8 images that each device of module_0 has"),
+        ("pipeline", (2, 1), 8, "the 4 images per device of module_0"),
+        ("simulated", (), 5, "the 8 images per device of module_0"),
         ("backprop", (), 8, "1, 2 would do"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a packet's payload looks like on the wire and in a replay ring: one frozen dataclass of pure functions a codec."""
+"""Codecs: how a message's payload is encoded on the wire and in replay rings."""
 
 from dgl_jax.codecs.base import (
     Codec,

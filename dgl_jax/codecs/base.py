@@ -1,4 +1,4 @@
-"""What a codec is: a frozen dataclass of pure functions that encode what crosses between modules, and what rings hold."""
+"""Interface of a codec, which encodes the activations that modules and rings exchange."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -15,10 +15,10 @@ from dgl_jax.registry import CODECS, Kind
 
 @dataclass(frozen=True)
 class CodecKind(Kind):
-    """A codec: `make(options, dtype)` returns a `Codec` for activations of that dtype.
+    """Registry entry of a codec: `make(options, dtype)` returns a `Codec` for that dtype.
 
     Attributes:
-      lossless: decoding gives back every bit.
+      lossless: decoding returns every bit of the activations.
     """
 
     lossless: bool = False
@@ -26,84 +26,107 @@ class CodecKind(Kind):
 
 @dataclass(frozen=True)
 class GroupOptions(CodecSettings):
-    """Of codecs that cut channels into groups."""
+    """Options of codecs that split the channels into groups."""
 
-    dims: int = number(8, 1, 65536)  # channels a group
+    dims: int = number(8, 1, 65536)  # channels per group
 
 
 class Codec(Protocol):
-    """Encodes activations on the producer's devices and decodes them on the consumer's; all functions are pure.
+    """Encodes activations on the producer's devices and decodes them on the consumer's.
 
-    A codec may learn a codebook while packets pass: its state lies with the producer, and a published copy travels to the consumer
-    every `period` updates. What is published encodes and decodes; what is learnt in between does not matter to a packet. Codecs
-    without a codebook have `()` for all of that.
+    A codec is a frozen dataclass of pure functions; the caller holds its state. It may learn a
+    codebook from the messages. The state then stays with the producer, and every `period` updates a
+    copy of the learned codebook is published and sent to the consumer. Only the published codebook
+    encodes and decodes, so updates in between do not affect any message. Codecs without a codebook
+    return `()` for state and codebook.
+
+    Attributes:
+      lossless: decoding returns every bit of the activations.
     """
 
     lossless: ClassVar[bool]
 
     def init(self, activations: jax.ShapeDtypeStruct) -> Any:
-        """The state before the first update; raises UserError where the codec does not fit such activations."""
+        """Returns the state before the first update; raises UserError if the shape does not fit."""
 
     def publish(
         self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
     ) -> Any:
-        """The state with which the packet of this update is encoded: publishes where `updates` is a multiple of the period."""
+        """Returns the state that encodes the message of this update.
+
+        Publishes the learned codebook if `updates` is a multiple of the period.
+
+        Args:
+          state: state of the codec.
+          key: random key.
+          activations: [B, ...] activations that are about to be encoded.
+          updates: [] number of updates that the producer has made.
+        """
 
     def update(
         self, state: Any, key: Array, activations: Float[Array, "B ..."]
     ) -> tuple[Any, dict[str, Array]]:
-        """The state that has learnt from a packet, and metrics."""
+        """Updates the state with a batch of activations.
+
+        Args:
+          state: state of the codec.
+          key: random key.
+          activations: [B, ...] activations to learn from.
+
+        Returns:
+          The new state, and metrics by name.
+        """
 
     def codebook(self, state: Any) -> Any:
-        """What is published."""
+        """Returns the published codebook."""
 
     def period(self, activations: Any) -> int:
-        """Updates from one publication to the next, for activations of this shape; 0: there is nothing to publish."""
+        """Returns the number of updates between publications; 0 if there is no codebook."""
 
     def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> Any:
-        """Activations to the payload, a pytree of arrays."""
+        """Returns the payload of the activations, a pytree of arrays with leading axis B."""
 
     def decode(self, codebook: Any, payload: Any) -> Float[Array, "B ..."]:
-        """The payload back to activations."""
+        """Returns the activations of a payload, [B, ...]."""
 
 
 class Stateless:
-    """Learns nothing and publishes nothing."""
+    """Base class of codecs that learn nothing and publish nothing."""
 
     def init(self, activations: jax.ShapeDtypeStruct) -> tuple[()]:
-        """Nothing."""
+        """Returns the empty state."""
         return ()
 
     def publish(
         self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
     ) -> tuple[()]:
-        """Nothing."""
+        """Returns the empty state."""
         return ()
 
     def update(
         self, state: Any, key: Array, activations: Float[Array, "B ..."]
     ) -> tuple[tuple[()], dict[str, Array]]:
-        """Nothing."""
+        """Returns the empty state and no metrics."""
         return (), {}
 
     def codebook(self, state: Any) -> tuple[()]:
-        """None."""
+        """Returns the empty codebook."""
         return ()
 
     def period(self, activations: Any) -> int:
-        """Never."""
+        """Returns 0, because there is nothing to publish."""
         return 0
 
 
 def make_codec(options: CodecSettings, dtype: str) -> Codec:
-    """Returns the configured codec for activations of that dtype."""
+    """Returns the configured codec for activations of the given dtype."""
     return CODECS[options.name].make(options, jnp.dtype(dtype).name)
 
 
 def relative_error(
     original: Float[Array, "B ..."], decoded: Float[Array, "B ..."]
 ) -> Float[Array, ""]:
-    """||decoded - original|| / ||original||, in float32."""
+    """Returns ||decoded - original|| / ||original|| over all values, computed in float32."""
     original, decoded = original.astype(jnp.float32), decoded.astype(jnp.float32)
     return jnp.linalg.norm((decoded - original).ravel()) / jnp.maximum(
         jnp.linalg.norm(original.ravel()), 1e-30
@@ -111,15 +134,16 @@ def relative_error(
 
 
 def check_dims(dims: int, channels: int) -> int:
-    """How many groups of so many channels there are.
+    """Returns the number of groups of `dims` channels each.
 
     Raises:
-      UserError: the channels do not divide.
+      UserError: `dims` does not divide the number of channels.
     """
     if dims < 1 or channels % dims:
-        fits = [d for d in range(1, channels + 1) if channels % d == 0]
-        near = sorted(sorted(fits, key=lambda d: abs(d - dims))[:3])
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        nearest = sorted(sorted(divisors, key=lambda d: abs(d - dims))[:3])
         raise UserError(
-            f"config.codec.dims={dims}: does not divide {channels} channels; {', '.join(map(str, near))} would do"
+            f"config.codec.dims={dims}: does not divide {channels} channels; "
+            f"{', '.join(map(str, nearest))} would do"
         )
     return channels // dims

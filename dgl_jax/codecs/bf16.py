@@ -1,4 +1,4 @@
-"""Activations rounded to bfloat16: half the bytes of float32, a relative error of at most 2^-8."""
+"""Codec `bf16`: activations rounded to bfloat16, half the bytes of float32."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,17 +12,21 @@ from dgl_jax.registry import CODECS
 
 @dataclass(frozen=True)
 class Bf16(Stateless):
-    """A cast; `dtype` is what decode gives back."""
+    """Casts activations to bfloat16, with a relative error of at most 2^-8.
+
+    Attributes:
+      dtype: dtype of the decoded activations.
+    """
 
     dtype: str = "float32"
     lossless: ClassVar[bool] = False
 
     def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> BFloat16[Array, "B ..."]:
-        """Rounds to the nearest bfloat16."""
+        """Rounds activations to the nearest bfloat16."""
         return activations.astype(jnp.bfloat16)
 
     def decode(self, codebook: Any, payload: BFloat16[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """Exact."""
+        """Casts the payload back to `dtype`, without a further rounding error."""
         return payload.astype(self.dtype)
 
 

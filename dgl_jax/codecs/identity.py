@@ -1,4 +1,4 @@
-"""Activations as they are."""
+"""Codec `identity`: activations without any encoding."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,17 +11,21 @@ from dgl_jax.registry import CODECS
 
 @dataclass(frozen=True)
 class Identity(Stateless):
-    """Changes no bit."""
+    """Sends activations unchanged.
+
+    Attributes:
+      dtype: dtype of the activations.
+    """
 
     dtype: str = "float32"
     lossless: ClassVar[bool] = True
 
     def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """The activations themselves."""
+        """Returns the activations unchanged."""
         return activations
 
     def decode(self, codebook: Any, payload: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """The payload itself."""
+        """Returns the payload unchanged."""
         return payload
 
 

@@ -1,4 +1,4 @@
-"""Activations as 256 evenly spaced values between the least and the greatest: a quarter of the bytes of float32."""
+"""Codec `int8`: activations as 256 evenly spaced levels, a quarter of the bytes of float32."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -11,7 +11,13 @@ from dgl_jax.registry import CODECS
 
 
 class Levels(NamedTuple):
-    """Value = low + number * step, with a low and a step for each example and channel group."""
+    """Payload of `int8`: value = low + number * step.
+
+    Attributes:
+      number: [B, ..., C] level of each value.
+      low: [B, G] lowest value of each example and channel group.
+      step: [B, G] distance between two levels.
+    """
 
     number: UInt8[Array, "B ..."]
     low: Float[Array, "B G"]
@@ -20,23 +26,30 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True)
 class Int8(Stateless):
-    """Affine, for each example and group of `dims` channels by itself: an image's result does not depend on its neighbours."""
+    """Quantizes affinely, with separate levels for each example and group of `dims` channels.
+
+    An example's result therefore does not depend on the others in its batch.
+
+    Attributes:
+      dims: channels per group.
+      dtype: dtype of the decoded activations.
+    """
 
     dims: int = 8
     dtype: str = "float32"
     lossless: ClassVar[bool] = False
 
     def init(self, activations: Any) -> tuple[()]:
-        """Nothing, once the channels are known to divide.
+        """Returns the empty state.
 
         Raises:
-          UserError: `dims` does not divide the channels.
+          UserError: `dims` does not divide the number of channels.
         """
         check_dims(self.dims, activations.shape[-1])
         return ()
 
     def encode(self, codebook: Any, activations: Float[Array, "B ..."]) -> Levels:
-        """Rounds to the nearest level; an error of at most half a step."""
+        """Rounds each value to the nearest level, with an error of at most half a step."""
         x = self._grouped(activations.astype(jnp.float32))
         low, high = x.min((1, 3)), x.max((1, 3))
         step = jnp.maximum((high - low) / 255.0, jnp.finfo(jnp.float32).tiny)
@@ -46,7 +59,7 @@ class Int8(Stateless):
         )
 
     def decode(self, codebook: Any, payload: Levels) -> Float[Array, "B ..."]:
-        """The levels."""
+        """Returns the values of the levels."""
         number = self._grouped(payload.number.astype(jnp.float32))
         x = payload.low[:, None, :, None] + number * payload.step[:, None, :, None]
         return x.reshape(payload.number.shape).astype(self.dtype)

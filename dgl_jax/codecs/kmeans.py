@@ -1,4 +1,8 @@
-"""Online k-means on groups of channels: where it starts, the nearest entry, sums over batches, and restarts of dead entries."""
+"""Online k-means on groups of channels: initialization, nearest entries, sums, and restarts.
+
+Axes in shapes: B examples, P positions, C channels, G channel groups of D channels each, N codebook
+entries, n vectors, S stages.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,35 +15,32 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dgl_jax.core import rngs
 
-SEEDED = 1024  # above so many codes k-means++ takes too long: the start is a sample then
+# Most codes for which k-means++ is fast enough; larger codebooks start from a plain sample.
+SEEDED = 1024
 
+_POOL = 4  # vectors per code in the pool that initial and restarted entries are drawn from
+_UNROLL = 8  # codes compared in one pass of the running minimum over the vectors
 
-_POOL = 4  # vectors a code from which the start and the restarts are drawn
+# Values per chunk, over all channels. They fit into a core's cache together with their distances.
+_CACHED = 2**16
 
+# Distance, relative to a vector's length, below which the vector counts as equal to its entry.
+ROUNDING = 2.0**-20
 
-_UNROLL = 8  # codes that the running minimum looks at in one pass over the vectors
-
-
-_CACHED = (
-    2**16
-)  # values of one pass, all channels: they stay in a core's cache, as do their distances
-
-
-ROUNDING = 2.0**-20  # of a vector's length: one that is no further from its entry has it already
-
-
-_LARGE = 1e30  # of a weight: so many that sums of them stay finite
+_LARGE = 1e30  # upper bound of a weight, so that sums of weights stay finite
 
 
 @struct.dataclass
 class Codebook:
-    """What online k-means knows; every field has a row a channel group.
+    """State of online k-means, one row per channel group.
 
     Attributes:
-      entries: the N vectors of each group.
-      counts: moving average of the share of vectors that each entry was nearest to; sums to 1 (to 0 before a vector was seen).
-      sums: moving average of their sum over their number; mini-batch k-means has no use for it.
-      seen: how many vectors each entry was nearest to, for mini-batch k-means.
+      entries: [G, N, D] entries of each group's codebook.
+      counts: [G, N] moving average of the share of vectors nearest to each entry. A group's counts
+        sum to 1, or to 0 before its first vector.
+      sums: [G, N, D] moving average of the sum of an entry's vectors, divided by the number of all
+        vectors; mini-batch k-means does not use it.
+      seen: [G, N] number of vectors that were nearest to each entry, for mini-batch k-means.
     """
 
     entries: Float[Array, "G N D"]
@@ -49,7 +50,11 @@ class Codebook:
 
 
 def rows_of(x: Shaped[Array, "..."]) -> Float[Array, "B P C"]:
-    """Examples, positions, channels: loops go over positions, since examples may be cut over devices."""
+    """Reshapes activations to float32 rows [examples, positions, channels].
+
+    Loops run over positions, because examples may be split over devices. Activations with fewer
+    than three axes count as one example.
+    """
     x = x.astype(jnp.float32)
     return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -59,7 +64,7 @@ def _vectors(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D n"]:
 
 
 def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
-    """About so many vectors (0: all), at random positions that all examples share."""
+    """Subsamples about `wanted` vectors (0: all) at random positions common to all examples."""
     examples, positions, _ = rows.shape
     count = -(-wanted // examples)
     if not wanted or count >= positions:
@@ -70,30 +75,40 @@ def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "
 def pool_of(
     key: Array, rows: Float[Array, "B P C"], codes: int, dims: int
 ) -> tuple[Float[Array, "G D n"], Array]:
-    """Some of the vectors (non-finite ones as zeros), and which of them are finite."""
+    """Samples a pool of vectors, and marks the finite ones; non-finite vectors become zeros.
+
+    Returns:
+      [G, D, n] pool, and [G, n] mask of finite vectors.
+    """
     pool = _vectors(draw(key, rows, _POOL * codes), dims)
     finite = jnp.isfinite(pool).all(1)
     return jnp.where(finite[:, None], pool, 0.0), finite
 
 
 def _square(vectors: Float[Array, "G D n"], entry: Float[Array, "G D"]) -> Float[Array, "G n"]:
-    """Squared distances, summed in order of the dimensions."""
+    """Returns squared distances, summed in the order of the dimensions."""
     return functools.reduce(
         jnp.add, (jnp.square(vectors[:, d] - entry[:, d, None]) for d in range(vectors.shape[1]))
     )
 
 
 def _pick(key: Array, weights: Float[Array, "G n"], wanted: int) -> Int[Array, "G wanted"]:
-    """Draws positions with probabilities in proportion to the weights, never one of weight 0; all 0: position 0."""
+    """Draws positions with probability proportional to their weights, never one of weight 0.
+
+    Returns position 0 if all weights are 0.
+    """
     weights = jnp.minimum(weights, _LARGE)
     cumulated = jnp.cumsum(weights, axis=-1)
     points = jax.random.uniform(key, (len(weights), wanted), jnp.float32) * cumulated[:, -1:]
-    found = jax.vmap(lambda c, p: jnp.searchsorted(c, p, side="right"))(cumulated, points)
-    # Rounding may lead to a neighbour: back to the last one before it that has a weight, or on to the first.
+    picked = jax.vmap(lambda sums, row: jnp.searchsorted(sums, row, side="right"))(
+        cumulated, points
+    )
+    # Rounding may select a neighbor of weight 0. Then move back to the last position that has a
+    # weight, or forward to the first one.
     places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    last = jax.lax.cummax(jnp.where(weights > 0, places, -1), axis=1)
-    found = jnp.take_along_axis(last, jnp.minimum(found, len(places) - 1), axis=1)
-    return jnp.where(found < 0, jax.lax.argmax(weights > 0, 1, jnp.int32)[:, None], found)
+    last_weighted = jax.lax.cummax(jnp.where(weights > 0, places, -1), axis=1)
+    picked = jnp.take_along_axis(last_weighted, jnp.minimum(picked, len(places) - 1), axis=1)
+    return jnp.where(picked < 0, jax.lax.argmax(weights > 0, 1, jnp.int32)[:, None], picked)
 
 
 def _at(pool: Float[Array, "G D n"], places: Int[Array, "G N"]) -> Float[Array, "G N D"]:
@@ -101,35 +116,39 @@ def _at(pool: Float[Array, "G D n"], places: Int[Array, "G N"]) -> Float[Array, 
 
 
 def first_finite(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D"]:
-    """Returns the first finite vector of each group; zeros where there is none."""
+    """Returns the first finite vector of each group, or zeros if there is none."""
     vectors = rows.reshape(-1, rows.shape[-1] // dims, dims)
     finite = jnp.isfinite(vectors).all(-1)
     place = jax.lax.argmax(finite, 0, jnp.int32)
-    found = jnp.take_along_axis(vectors, place[None, :, None], axis=0)[0]
-    return jnp.where(finite.any(0)[:, None], found, 0.0)
+    vector = jnp.take_along_axis(vectors, place[None, :, None], axis=0)[0]
+    return jnp.where(finite.any(0)[:, None], vector, 0.0)
 
 
 def sampled_start(
     key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int
 ) -> Float[Array, "G N D"]:
+    """Returns initial entries drawn uniformly from the finite vectors of the pool."""
     return _at(pool, _pick(rngs.first(key), finite.astype(jnp.float32), codes))
 
 
 def spread_start(
     key: Array, pool: Float[Array, "G D n"], finite: Array, codes: int
 ) -> Float[Array, "G N D"]:
-    """Draws each next vector with a probability in proportion to its squared distance from those that are chosen.
+    """Returns initial entries chosen by k-means++.
 
-    Once all vectors are chosen they are drawn again, equally likely.
+    Each entry is drawn with probability proportional to its squared distance from the nearest entry
+    chosen before. Once all distinct vectors are chosen, further ones are drawn uniformly.
     """
     first = _at(pool, _pick(rngs.first(key), finite.astype(jnp.float32), 1))
 
-    def add(n: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        entries, distance = found
+    def add(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        entries, distance = carry
         distance = jnp.minimum(distance, _square(pool, entries[:, n - 1]))
-        left = finite & (distance > 0)
+        candidates = finite & (distance > 0)
         weights = jnp.where(
-            left.any(-1, keepdims=True), jnp.where(left, distance, 0.0), finite.astype(jnp.float32)
+            candidates.any(-1, keepdims=True),
+            jnp.where(candidates, distance, 0.0),
+            finite.astype(jnp.float32),
         )
         entry = _at(pool, _pick(rngs.entry(key, n), weights, 1))
         return jax.lax.dynamic_update_slice_in_dim(entries, entry, n, 1), distance
@@ -141,7 +160,20 @@ def spread_start(
 
 
 def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Array) -> Codebook:
-    """Begins dead entries anew, where that helps a vector."""
+    """Replaces dead entries by vectors with a large error.
+
+    An entry stays dead if no vector would benefit from a new one.
+
+    Args:
+      book: codebook after an update.
+      key: random key.
+      rows: [B, P, C] vectors of the batch.
+      dead: [G, N] mask of dead entries.
+
+    Returns:
+      The codebook in which each new entry has the mean count 1 / N and the counts of the other
+      entries are scaled down so that all counts still sum to 1.
+    """
     _, codes, dims = book.entries.shape
     pool, finite = pool_of(rngs.restart_pool(key), rows, codes, dims)
     error = jnp.square(pool - entries_of(book.entries, nearest_entry(pool, book.entries))).sum(1)
@@ -149,11 +181,14 @@ def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: 
     fresh = _at(pool, _pick(rngs.restart(key), error, codes))
     dead &= error.max(-1, keepdims=True) > 0
     entries = jnp.where(dead[..., None], fresh, book.entries)
-    # Of equal vectors the lowest entry is the nearest, and the only one that would be used.
+    # If several entries drew equal vectors, restart only the lowest: ties go to it, so the others
+    # would stay unused.
     dead &= nearest_entry(entries.transpose(0, 2, 1), entries) == jnp.arange(codes, dtype=jnp.int32)
-    kept = jnp.where(dead, 0.0, book.counts).sum(-1, keepdims=True)
-    left = 1.0 - dead.mean(-1, keepdims=True, dtype=jnp.float32)
-    factor = jnp.where(dead.any(-1, keepdims=True), left / jnp.maximum(kept, 1e-30), 1.0)
+    remaining_counts = jnp.where(dead, 0.0, book.counts).sum(-1, keepdims=True)
+    remaining_share = 1.0 - dead.mean(-1, keepdims=True, dtype=jnp.float32)
+    factor = jnp.where(
+        dead.any(-1, keepdims=True), remaining_share / jnp.maximum(remaining_counts, 1e-30), 1.0
+    )
     return Codebook(
         jnp.where(dead[..., None], fresh, book.entries),
         jnp.where(dead, 1.0 / codes, factor * book.counts),
@@ -163,18 +198,29 @@ def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: 
 
 
 def with_stages(entries: Float[Array, "*S G N D"]) -> Float[Array, "S G N D"]:
+    """Returns entries with an axis of stages in front, which is added if missing."""
     return entries.reshape(-1, *entries.shape[-3:])
 
 
 def nearest_codes(
     rows: Float[Array, "B P C"], entries: Float[Array, "S G N D"]
 ) -> Int[Array, "B P SG"]:
-    """In chunks of positions, so that neither the distances of all vectors nor what a stage leaves over exist at once."""
+    """Returns the nearest entries of all vectors, stage by stage.
+
+    Works in chunks of positions, so that neither the distances of all vectors nor the residuals of
+    a stage exist in memory at once.
+
+    Args:
+      rows: [B, P, C] vectors.
+      entries: [S, G, N, D] entries of all stages.
+
+    Returns:
+      [B, P, S * G] entry numbers.
+    """
     (*_, codes, dims), (_, positions, _) = entries.shape, rows.shape
     in_cache = _positions_in_cache(rows)
-    in_memory = max(
-        1, min(positions, positions * dims // codes)
-    )  # as many bytes as the vectors themselves
+    # Distances of a chunk then take as many bytes as all the vectors.
+    in_memory = max(1, min(positions, positions * dims // codes))
     return jax.lax.platform_dependent(
         rows,
         entries,
@@ -191,7 +237,7 @@ def _positions_in_cache(rows: Float[Array, "B P C"]) -> int:
 def nearest_entry(
     vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
 ) -> Int[Array, "G n"]:
-    """Of a set of vectors that is small already."""
+    """Returns the nearest entry of each vector in one step, for small sets of vectors."""
     return jax.lax.platform_dependent(
         vectors, entries, cpu=_running_minimum, default=_all_distances
     )
@@ -205,35 +251,40 @@ def _chunked(
 ) -> Array:
     (stages, groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
 
-    def chunk(i: Array, found: Array) -> Array:
-        start = jnp.minimum(
-            i * length, positions - length
-        )  # the last one overlaps the one before, which changes nothing
+    def chunk(i: Array, all_codes: Array) -> Array:
+        # The last chunk overlaps the one before, which only computes the same codes twice.
+        start = jnp.minimum(i * length, positions - length)
         vectors, numbers = _vectors(jax.lax.dynamic_slice_in_dim(rows, start, length, 1), dims), []
         for stage in range(stages):
             numbers.append(nearest(vectors, entries[stage]))
             if stage + 1 < stages:
                 vectors = vectors - entries_of(entries[stage], numbers[-1])
         number = jnp.concatenate(numbers).T.reshape(examples, length, stages * groups)
-        return jax.lax.dynamic_update_slice_in_dim(found, number.astype(found.dtype), start, 1)
+        return jax.lax.dynamic_update_slice_in_dim(
+            all_codes, number.astype(all_codes.dtype), start, 1
+        )
 
-    found = jnp.zeros(
+    all_codes = jnp.zeros(
         (examples, positions, stages * groups), jnp.uint8 if codes <= 256 else jnp.uint16
     )
-    return jax.lax.fori_loop(0, -(-positions // length), chunk, found)
+    return jax.lax.fori_loop(0, -(-positions // length), chunk, all_codes)
 
 
 def _running_minimum(
     vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
 ) -> Int[Array, "G n"]:
-    """For a CPU: one loop over the entries that keeps the best, fused, in cache; a third of the time of the bare matrix product."""
+    """Finds nearest entries on a CPU, with one fused loop over entries that keeps the best so far.
+
+    The values stay in cache. The search takes a third of the time of a matrix product of vectors
+    and entries alone.
+    """
     codes = entries.shape[1]
 
     def look(n: Any, best: tuple[Array, Array]) -> tuple[Array, Array]:
         distance, number = best
-        found = _square(vectors, jax.lax.dynamic_index_in_dim(entries, n, 1, keepdims=False))
-        closer = found < distance
-        return jnp.where(closer, found, distance), jnp.where(closer, jnp.int32(n), number)
+        new_distance = _square(vectors, jax.lax.dynamic_index_in_dim(entries, n, 1, keepdims=False))
+        closer = new_distance < distance
+        return jnp.where(closer, new_distance, distance), jnp.where(closer, jnp.int32(n), number)
 
     def several(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         for j in range(_UNROLL):
@@ -251,23 +302,35 @@ def _running_minimum(
 def _all_distances(
     vectors: Float[Array, "G D n"], entries: Float[Array, "G N D"]
 ) -> Int[Array, "G n"]:
-    """For an accelerator: all distances, which the compiler fuses with the search for the least.
+    """Finds nearest entries on an accelerator, where XLA fuses all distances with the argmin.
 
-    The usual |v|^2 - 2 v e + |e|^2, a matrix product, cancels: at a mean of 100 and a deviation of 0.1 it takes the wrong entry for
-    every third vector. Over the few values of a group it has no advantage either.
+    The usual expansion |v|^2 - 2 v e + |e|^2, with a matrix product, cancels: for data with mean
+    100 and standard deviation 0.1 it picks the wrong entry for every third vector. With the few
+    values of a group it is no faster either.
     """
     distances = jax.vmap(_square, in_axes=(None, 1), out_axes=1)(vectors, entries)
     return jax.lax.argmin(distances, 1, jnp.int32)
 
 
 def entries_of(entries: Float[Array, "G N D"], number: Int[Array, "G n"]) -> Float[Array, "G D n"]:
+    """Returns the entries with the given numbers, [G, D, n]."""
     return jnp.take_along_axis(entries.transpose(0, 2, 1), number[:, None], axis=2)
 
 
 def sums_of(
     values: Float[Array, "G D n"], finite: Array, number: Int[Array, "G n"], codes: int
 ) -> tuple[Array, Array]:
-    """Returns how many vectors each entry has, and the sum of some values of them."""
+    """Counts the vectors of each entry and sums their values.
+
+    Args:
+      values: [G, D, n] values to sum, zero for vectors that do not count.
+      finite: [G, n] mask of the vectors that count.
+      number: [G, n] entry of each vector.
+      codes: number of entries N.
+
+    Returns:
+      [G, N] counts and [G, N, D] sums.
+    """
     groups, dims, _ = values.shape
     place = (number + codes * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
     rows = values.transpose(0, 2, 1).reshape(-1, dims)
@@ -279,23 +342,25 @@ def sums_of(
 
 
 def accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> tuple[Array, Array]:
-    """Returns counts, and sums of vector less entry, over all vectors that are finite; in chunks."""
+    """Returns the count of each entry and the sum of (vector - entry) over its finite vectors.
+
+    Works in chunks of positions to bound the temporary memory.
+    """
     (groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
     length = _positions_in_cache(rows)
 
-    def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * length, positions - length)
         part = jax.lax.dynamic_slice_in_dim(rows, start, length, 1)
-        fresh = jnp.tile(
-            start + jnp.arange(length) >= i * length, examples
-        )  # the last chunk overlaps the one before
+        # The last chunk overlaps the one before; count each vector once.
+        is_new = jnp.tile(start + jnp.arange(length) >= i * length, examples)
         vectors = _vectors(part, dims)
-        counted = jnp.isfinite(vectors).all(1) & fresh
+        counted = jnp.isfinite(vectors).all(1) & is_new
         vectors = jnp.where(counted[:, None], vectors, 0.0)
         number = nearest_entry(vectors, entries)
         moved = jnp.where(counted[:, None], vectors - entries_of(entries, number), 0.0)
         count, total = sums_of(moved, counted, number, codes)
-        return found[0] + count, found[1] + total
+        return totals[0] + count, totals[1] + total
 
     empty = (jnp.zeros((groups, codes), jnp.float32), jnp.zeros((groups, codes, dims), jnp.float32))
     return jax.lax.fori_loop(0, -(-positions // length), chunk, empty)

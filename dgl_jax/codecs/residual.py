@@ -1,8 +1,10 @@
-"""The vq codec: a codebook that is learnt while training goes on and published on a schedule, in one stage or in several.
+"""Codec `vq`: a codebook that is learned during training and published on a schedule.
 
-With S stages each codes what the ones before left over (residual vector quantisation, Juang and Gray 1982), so that S codes of D
-values take the bits of one code of D / S values, and see S times as many of them at once; the search takes S times as long.
-`init` and `update` are those of `vq.py` for codebooks with an axis of stages in front; `vq.encode` and `vq.decode` take both kinds.
+With S > 1 stages, each stage encodes the residual of the stages before (residual vector
+quantization, Juang and Gray 1982). S codes for D values then take as many bits as one code for each
+D / S values, but each code sees S times as many values at once; the search takes S times as long.
+`init` and `update` extend those in `vq.py` to codebooks with a leading axis of stages; `vq.encode`
+and `vq.decode` accept both kinds.
 """
 
 import math
@@ -21,7 +23,7 @@ from dgl_jax.core import rngs
 from dgl_jax.fields import MANY, choice, number
 from dgl_jax.registry import CODECS
 
-_STARTED_FROM = 8  # vectors a code, from which the start of a later stage is drawn
+_STARTED_FROM = 8  # vectors per code from which the second and later stages are initialized
 
 
 def init(
@@ -32,40 +34,59 @@ def init(
     dims: int = 8,
     start: str = "kmeans++",
 ) -> Codebook:
-    """Codebooks of all stages from data; see `vq.init`."""
+    """Creates the codebooks of all stages from data; see `vq.init`.
+
+    Args:
+      key: random key.
+      x: [..., C] activations.
+      stages: number of stages S.
+      codes: number of entries N per group and stage.
+      dims: channels per group D.
+      start: "kmeans++" or "sample".
+
+    Returns:
+      A codebook whose fields have a leading axis S.
+    """
     books = [vq.init(key, x, codes, dims, start)]
-    rest = vq.draw(rngs.rest(key), vq.rows_of(x), _STARTED_FROM * codes)
+    residual = vq.draw(rngs.rest(key), vq.rows_of(x), _STARTED_FROM * codes)
     for stage in range(1, stages):
-        rest = _left_over(books[-1].entries, rest)
-        books.append(vq.init(rngs.stage(key, stage), rest, codes, dims, start))
+        residual = _residual(books[-1].entries, residual)
+        books.append(vq.init(rngs.stage(key, stage), residual, codes, dims, start))
     return _stacked(books)
 
 
 def update(
     book: Codebook, key: Array, x: Float[Array, "..."], samples: int = 8, **how: Any
 ) -> tuple[Codebook, dict[str, Array]]:
-    """Moves the entries of all stages; see `vq.update`, whose figures are means over the stages, `skipped` the first one's.
+    """Moves the entries of all stages; see `vq.update`.
 
     Args:
-      samples: vectors a code that are drawn from `x`, the same ones for every stage; 0: all.
-      how: as of `vq.update`.
+      book: codebook of S stages.
+      key: random key.
+      x: [..., C] activations.
+      samples: vectors per code that are drawn from `x`, the same ones for every stage; 0: all.
+      **how: further arguments of `vq.update`.
+
+    Returns:
+      The new codebook, and the metrics of `vq.update` as means over the stages, except `skipped`,
+      which counts the first stage only.
     """
     stages = [jax.tree.map(lambda leaf, s=s: leaf[s], book) for s in range(len(book.entries))]
     updated, health = [], []
-    rest = vq.draw(rngs.sample(key), vq.rows_of(x), samples * book.entries.shape[2])
-    for s, of_stage in enumerate(stages):
+    residual = vq.draw(rngs.sample(key), vq.rows_of(x), samples * book.entries.shape[2])
+    for s, stage_book in enumerate(stages):
         if s == 0:
-            found = vq.update(of_stage, key, x, samples=samples, **how)
+            result = vq.update(stage_book, key, x, samples=samples, **how)
         else:
-            rest = _left_over(stages[s - 1].entries, rest)
-            found = vq.update(of_stage, rngs.stage(key, s), rest, samples=0, **how)
-        updated.append(found[0])
-        health.append(found[1])
-    mean = jax.tree.map(lambda *values: sum(values) / len(values), *health)
-    return _stacked(updated), mean | {"skipped": health[0]["skipped"]}
+            residual = _residual(stages[s - 1].entries, residual)
+            result = vq.update(stage_book, rngs.stage(key, s), residual, samples=0, **how)
+        updated.append(result[0])
+        health.append(result[1])
+    means = jax.tree.map(lambda *values: sum(values) / len(values), *health)
+    return _stacked(updated), means | {"skipped": health[0]["skipped"]}
 
 
-def _left_over(entries: Float[Array, "G N D"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _residual(entries: Float[Array, "G N D"], x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x - vq.decode(entries, vq.encode(entries, x))
 
 
@@ -75,38 +96,42 @@ def _stacked(books: Sequence[Codebook]) -> Codebook:
 
 @dataclass(frozen=True)
 class VqOptions(GroupOptions):
-    """Online vector quantisation; see `init` and `update`."""
+    """Options of online vector quantization; see `init` and `update`."""
 
-    codes: int = number(256, 1, 65536)  # entries of a group's codebook
-    stages: int = number(
-        1, 1, 64
-    )  # each codes what the ones before left over, with as many bits again
-    start: str = choice("kmeans++", "sample")  # from the first batch
-    rule: str = choice("ema", "minibatch")  # a moving average, or mini-batch k-means
-    decay: float = number(0.9, 0.0, 1.0)  # of the moving averages
+    codes: int = number(256, 1, 65536)  # entries per group
+    # Number of stages; each encodes the residual of the stages before and adds as many bits.
+    stages: int = number(1, 1, 64)
+    start: str = choice("kmeans++", "sample")  # initialization from the first batch
+    rule: str = choice("ema", "minibatch")  # moving average, or mini-batch k-means
+    decay: float = number(0.9, 0.0, 1.0)  # decay of the moving averages
     # Weight of an entry's old value, in units of the mean count.
     smoothing: float = number(1e-5, 0.0, 1.0, applies={"codec.rule": ("ema",)})
-    restart: float = number(
-        0.01, 0.0, 1.0
-    )  # an entry used less than this share of the mean begins anew
-    samples: int = number(8, 0, MANY)  # vectors a code that an update looks at; 0: all of the batch
-    # Steps; 0: so that codebooks take under a tenth of the codes' bytes.
+    # An entry used less than this share of the mean is restarted; 0: never.
+    restart: float = number(0.01, 0.0, 1.0)
+    samples: int = number(8, 0, MANY)  # vectors per code that an update uses; 0: the whole batch
+    # Updates between publications; 0: chosen so that codebooks take at most a tenth of the bytes.
     codebook_every: int = number(0, 0, MANY)
-    # With the codebook a packet was encoded with when it entered the ring, or the newest.
+    # Decode a message with the codebook it was encoded with, or with the newest one.
     decode: str = choice("sent", "latest", applies={"engine.asynchronous": (True,)})
 
 
 @dataclass(frozen=True)
 class Vq:
-    """The codec: a codebook that is learnt, and a published copy of it, which alone encodes and decodes.
+    """Encodes activations with the published copy of a codebook that is learned online.
 
     Attributes:
-      codes, dims: N and D.
-      stages: S; each codes what the ones before left over.
-      every: updates after which the learnt codebook is published (and then travels); 0: so seldom that codebooks take less than a
-        tenth of the bytes of the codes.
-      start, rule, decay, smoothing, restart, samples: see `init` and `update`.
-      dtype: of what `decode` gives.
+      codes: number of entries N per group.
+      dims: channels per group D.
+      stages: number of stages S; each encodes the residual of the stages before.
+      every: updates between publications of the learned codebook, which is then sent; 0: the
+        smallest number at which codebooks take at most a tenth of the bytes of the codes.
+      start: see `init`.
+      rule: see `vq.update`.
+      decay: see `vq.update`.
+      smoothing: see `vq.update`.
+      restart: see `vq.update`.
+      samples: see `update`.
+      dtype: dtype of the decoded activations.
     """
 
     codes: int = 256
@@ -123,7 +148,7 @@ class Vq:
     lossless: ClassVar[bool] = False
 
     def init(self, activations: jax.ShapeDtypeStruct) -> Any:
-        """Zeros of the right shapes: the first update begins with its own batch."""
+        """Returns a state of zeros; the first `publish` initializes it from its batch."""
         groups = vq.groups_of(self.codes, self.dims, activations.shape[-1])
         entries = jnp.zeros((self.stages, groups, self.codes, self.dims), jnp.float32)
         counts = jnp.zeros(entries.shape[:-1], jnp.float32)
@@ -132,7 +157,7 @@ class Vq:
     def publish(
         self, state: Any, key: Array, activations: Float[Array, "B ..."], updates: Int[Array, ""]
     ) -> Any:
-        """Before a packet is encoded: starts at the first update, publishes what has been learnt where it is time."""
+        """Initializes the codebook at the first update, and publishes it if publication is due."""
 
         def started() -> Codebook:
             return init(
@@ -140,47 +165,50 @@ class Vq:
             )
 
         learnt = jax.lax.cond(updates == 0, started, lambda: state["learnt"])
-        due = updates % self.period(activations) == 0
-        return {"learnt": learnt, "published": jnp.where(due, learnt.entries, state["published"])}
+        is_due = updates % self.period(activations) == 0
+        return {
+            "learnt": learnt,
+            "published": jnp.where(is_due, learnt.entries, state["published"]),
+        }
 
     def update(
         self, state: Any, key: Array, activations: Float[Array, "B ..."]
     ) -> tuple[Any, dict[str, Array]]:
-        """Learns from a packet; what is published stays."""
-        how = {
+        """Learns from a batch of activations; the published codebook does not change."""
+        options = {
             "rule": self.rule,
             "decay": self.decay,
             "smoothing": self.smoothing,
             "restart": self.restart,
         }
-        book, health = update(state["learnt"], key, activations, self.samples, **how)
+        book, health = update(state["learnt"], key, activations, self.samples, **options)
         return state | {"learnt": book}, {f"codec_{name}": value for name, value in health.items()}
 
     def codebook(self, state: Any) -> Float[Array, "S G N D"]:
-        """The published entries."""
+        """Returns the published entries."""
         return state["published"]
 
     def period(self, activations: Any) -> int:
-        """Updates from one publication to the next."""
+        """Returns the number of updates between publications."""
         if self.every:
             return self.every
         channels = activations.shape[-1]
         positions = math.prod(activations.shape[:-1])
-        packet = positions * math.ceil(
+        message_bytes = positions * math.ceil(
             self.stages * (channels // self.dims) * vq.bits_of(self.codes) / 8
         )
-        return math.ceil(10 * 4 * self.stages * self.codes * channels / packet)
+        return math.ceil(10 * 4 * self.stages * self.codes * channels / message_bytes)
 
     def encode(
         self, codebook: Float[Array, "S G N D"], activations: Float[Array, "B ..."]
     ) -> UInt[Array, "B ..."]:
-        """Codes."""
+        """Returns the codes of the activations, as `vq.encode` does."""
         return vq.encode(codebook, activations)
 
     def decode(
         self, codebook: Float[Array, "S G N D"], payload: UInt[Array, "B ..."]
     ) -> Float[Array, "B ..."]:
-        """Entries."""
+        """Returns the activations of the codes, as `vq.decode` does."""
         return vq.decode(codebook, payload, jnp.dtype(self.dtype))
 
 

@@ -1,15 +1,16 @@
-"""Online vector quantisation: activations as codes of a codebook that is learnt while training goes on.
+"""Online vector quantization: activations as codes of a codebook that is learned during training.
 
-C channels are cut into G = C / D groups. At every position each group's D values are replaced by the number of the nearest of N
-entries, so an image's hop takes `log2(N) / D` bits a value. The codebook is an online k-means of what passes by: an exponential
-moving average as in VQ-VAE (van den Oord et al. 2017, appendix A.1), or mini-batch k-means (Sculley 2010).
+C channels are split into G = C / D groups. At every position, each group's D values are replaced by
+the number of the nearest of N entries, so a hop takes `log2(N) / D` bits per value. The codebook is
+learned from the messages by online k-means: an exponential moving average as in VQ-VAE (van den
+Oord et al. 2017, appendix A.1), or mini-batch k-means (Sculley 2010).
 
-The functions are pure, can be jitted, and take any float array [..., C]:
+The functions are pure, can be jitted, and accept any float array [..., C]:
 
     book = vq.init(key, x, codes=256, dims=8)              # from a first batch
     codes = vq.encode(book.entries, x)                     # uint8 [..., G]
     x = vq.decode(book.entries, codes)                     # float32 [..., C]
-    book, health = vq.update(book, key, x)                 # learns from another batch; memory stays the same
+    book, health = vq.update(book, key, x)                 # learns from another batch
 """
 
 import functools
@@ -46,60 +47,80 @@ MAX_CODES = 65_536
 def init(
     key: Array, x: Float[Array, "..."], codes: int = 256, dims: int = 8, start: str = "kmeans++"
 ) -> Codebook:
-    """A codebook from data: N vectors of `x`, spread out by k-means++ (Arthur and Vassilvitskii 2007) or simply sampled.
+    """Creates a codebook from N vectors of `x`, chosen by k-means++ or by plain sampling.
+
+    For k-means++ see Arthur and Vassilvitskii (2007).
 
     Args:
-      x: [..., C]; non-finite vectors are never chosen. Where there are fewer finite ones than entries they repeat; a group without
-        one has zeros, which the restarts of `update` replace.
-      codes: N, from 1 to 65,536.
-      dims: D, must divide C.
-      start: kmeans++ or sample; above 1,024 codes always the latter.
+      key: random key.
+      x: [..., C] activations. Non-finite vectors are never chosen. If fewer vectors are finite than
+        there are entries, entries repeat. A group without a finite vector gets zeros, which the
+        restarts of `update` replace.
+      codes: number of entries N per group, from 1 to 65,536.
+      dims: channels per group D; must divide C.
+      start: "kmeans++" or "sample"; above 1,024 codes always "sample".
+
+    Returns:
+      The codebook.
 
     Raises:
-      UserError: N or D does not fit.
+      UserError: N is out of range or D does not divide C.
     """
     groups_of(codes, dims, x.shape[-1])
     rows = rows_of(x)
     pool, finite = pool_of(rngs.pool(key), rows, codes, dims)
     spread = start == "kmeans++" and codes <= SEEDED
     entries = (spread_start if spread else sampled_start)(key, pool, finite, codes)
-    # Of many broken vectors the pool may hold nothing else.
+    # If many vectors are non-finite, the pool may hold no finite one although `x` does.
     entries = jnp.where(finite.any(-1)[:, None, None], entries, first_finite(rows, dims)[:, None])
     number = nearest_entry(pool, entries)
     seen, moved = sums_of(
         jnp.where(finite[:, None], pool - entries_of(entries, number), 0.0), finite, number, codes
     )
-    all_of = jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
-    counts = seen / all_of
-    return Codebook(entries, counts, counts[..., None] * entries + moved / all_of[..., None], seen)
+    total = jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
+    counts = seen / total
+    return Codebook(entries, counts, counts[..., None] * entries + moved / total[..., None], seen)
 
 
 def encode(entries: Float[Array, "*S G N D"], x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Finds the nearest entry of each group of each vector: its number, of equally near ones the lowest.
+    """Returns the code of the nearest entry for each channel group of each vector.
 
-    A distance is the sum of the squared differences in float32, in order of the dimensions and on every backend, with a relative
-    error of at most (D + 2) 2^-24 whatever the mean and the spread of the data. So two entries whose squared distances differ by
-    more than twice that are told apart alike everywhere, and the chosen one is never further than that from the nearest; between
-    two that are closer compilers may decide differently, since some fuse a product and a sum into one rounding. Differences below
-    1e-19 and above 1e19 have no square in float32.
+    Distances are sums of squared differences in float32, in the order of the dimensions on every
+    backend. Their relative error is at most (D + 2) 2^-24, whatever the mean and the spread of the
+    data. Two entries whose squared distances differ by more than twice that are therefore
+    distinguished alike everywhere, and the chosen entry is never further away than the nearest by
+    more than that. Between closer entries compilers may decide differently, because some fuse a
+    product and a sum into one rounding. Exact ties go to the lowest number. The square of a
+    difference below 1e-19 or above 1e19 is not representable in float32.
 
     Args:
-      entries: of one stage, [G, N, D]; or of several (`residual.py`), each for what the ones before left over.
-      x: [..., C].
+      entries: [G, N, D] entries of one stage, or [S, G, N, D] of several stages (see
+        `residual.py`), each of which encodes the residual of the stages before.
+      x: [..., C] activations.
 
     Returns:
-      uint8 [..., S * G] for N <= 256, uint16 above; for N <= 16, 2 to 8 codes are packed into each byte of the last axis.
+      uint8 [..., S * G] for N <= 256, uint16 above. For N <= 16, 2 to 8 codes are packed into each
+      byte of the last axis.
     """
     entries = with_stages(entries)
     stages, groups, codes, _ = entries.shape
-    found = nearest_codes(rows_of(x), entries)
-    return _pack(found.reshape(*x.shape[:-1], stages * groups), codes)
+    numbers = nearest_codes(rows_of(x), entries)
+    return _pack(numbers.reshape(*x.shape[:-1], stages * groups), codes)
 
 
 def decode(
     entries: Float[Array, "*S G N D"], codes: UInt[Array, "..."], dtype: Any = jnp.float32
 ) -> Float[Array, "..."]:
-    """The entries of those numbers, summed over the stages, [..., C]."""
+    """Returns the entries of the given codes, summed over the stages.
+
+    Args:
+      entries: [G, N, D] or [S, G, N, D] entries, as in `encode`.
+      codes: codes as `encode` returns them.
+      dtype: dtype of the result.
+
+    Returns:
+      [..., C] activations.
+    """
     entries = with_stages(entries)
     stages, groups, count, dims = entries.shape
     numbers = jnp.split(_unpack(codes, count, stages * groups), stages, axis=-1)
@@ -121,24 +142,30 @@ def update(
     restart: float = 0.01,
     samples: int = 8,
 ) -> tuple[Codebook, dict[str, Float[Array, ""]]]:
-    """Moves the entries towards the vectors they are nearest to.
+    """Moves the entries toward the vectors that are nearest to them.
 
-    All sums are of differences between vectors and entries: an entry that is all its vectors' value stays, to the bit. Of a batch
-    cut over devices they go over all of them.
+    Sums are taken over differences between vectors and entries, so an entry whose vectors all equal
+    it does not change by a single bit. For a sharded batch, statistics are summed over all devices.
 
     Args:
-      x: [..., C]; non-finite vectors are left out.
-      rule: ema: entries follow a moving average of the data; minibatch: an entry moves by 1 / (vectors it has seen), and settles.
-      decay: of the moving averages.
-      smoothing: weight of an entry's old value (in units of the mean count), so that one which is hardly used moves slowly.
-      restart: an entry used less than this share of the mean is dead, and becomes a vector of `x` drawn with a probability in
-        proportion to its squared error; 0: never. It begins with the mean count, which the others give up in proportion. Vectors
-        that have their entry already, to rounding, are not drawn, and of entries that drew equal vectors one is restarted.
-      samples: vectors a code that are drawn from `x`, 0: all.
+      book: codebook to update.
+      key: random key.
+      x: [..., C] activations; non-finite vectors are ignored.
+      rule: "ema": entries follow a moving average of the data; "minibatch": an entry moves by 1 /
+        (number of vectors it has seen) and settles.
+      decay: decay of the moving averages.
+      smoothing: weight of an entry's old value in units of the mean count, so that rarely used
+        entries move slowly.
+      restart: an entry used less than this share of the mean is dead. It becomes a vector of `x`,
+        drawn with probability proportional to its squared error, and gets the mean count, which the
+        other entries give up in proportion. Vectors that equal their entry up to rounding are not
+        drawn, and if entries draw equal vectors only one is restarted. 0: never restart.
+      samples: vectors per code that are drawn from `x`; 0: all.
 
     Returns:
-      The new codebook, and `perplexity` (codes in use, exp of the entropy of the counts, mean over groups), `dead` (share of
-      codes), both before restarts, and `skipped` (non-finite vectors).
+      The new codebook, and scalar metrics: `perplexity` (codes in use, exp of the entropy of the
+      counts, mean over groups), `dead` (share of dead codes), both before restarts, and `skipped`
+      (number of non-finite vectors).
     """
     groups, codes, dims = book.entries.shape
     rows = rows_of(x)
@@ -151,20 +178,23 @@ def update(
         count / jnp.maximum(number, 1.0),
         moved / jnp.maximum(number, 1.0)[..., None],
     )
-    known = book.counts.sum(-1, keepdims=True) > 0
-    # Nothing finite: nothing learnt. Nothing known yet: the average is that of this batch.
-    weight = jnp.where(number > 0, jnp.where(known, 1.0 - decay, 1.0), 0.0)
+    has_counts = book.counts.sum(-1, keepdims=True) > 0
+    # Without a finite vector nothing changes. The first batch with one sets the averages outright.
+    weight = jnp.where(number > 0, jnp.where(has_counts, 1.0 - decay, 1.0), 0.0)
     counts = book.counts + weight * (share - book.counts)
     if rule == "ema":
-        # How far the sums are from what the entries make of the counts; but for the start and the smoothing not at all.
-        ahead = book.sums - book.counts[..., None] * book.entries
-        ahead = jnp.where(jnp.abs(ahead) > ROUNDING * jnp.abs(book.sums), ahead, 0.0)
-        ahead = (1.0 - weight[..., None]) * ahead + weight[..., None] * moved_mean
-        step = ahead / jnp.maximum(counts + smoothing / codes, 1e-30)[..., None]
+        # Difference between sums and counts * entries. It is 0 except after initialization and for
+        # the effect of smoothing, so rounding errors in it are removed.
+        excess = book.sums - book.counts[..., None] * book.entries
+        excess = jnp.where(jnp.abs(excess) > ROUNDING * jnp.abs(book.sums), excess, 0.0)
+        excess = (1.0 - weight[..., None]) * excess + weight[..., None] * moved_mean
+        step = excess / jnp.maximum(counts + smoothing / codes, 1e-30)[..., None]
         entries = jnp.where(number[..., None] > 0, book.entries + step, book.entries)
-        sums = jnp.where(number[..., None] > 0, counts[..., None] * book.entries + ahead, book.sums)
+        sums = jnp.where(
+            number[..., None] > 0, counts[..., None] * book.entries + excess, book.sums
+        )
         new = Codebook(entries, counts, sums, book.seen)
-    else:  # an entry is the mean of all that it has seen
+    else:  # an entry is the mean of all vectors it has seen
         seen = book.seen + count
         entries = book.entries + moved / jnp.maximum(seen, 1.0)[..., None]
         new = Codebook(entries, counts, book.sums, seen)
@@ -179,17 +209,17 @@ def update(
 
 
 def groups_of(codes: int, dims: int, channels: int) -> int:
-    """G; raises UserError where N or D does not fit."""
+    """Returns the number of groups G; raises UserError if N or D does not fit."""
     if not 1 <= codes <= MAX_CODES:
         raise UserError(f"config.codec.codes={codes}: a codebook has from 1 to {MAX_CODES} entries")
     return check_dims(dims, channels)
 
 
-# Codes of less than a byte
+# Codes smaller than a byte
 
 
 def bits_of(codes: int) -> int:
-    """Bits of a code: 1, 2, 4, 8 or 16."""
+    """Returns the number of bits of a code: 1, 2, 4, 8 or 16."""
     return next(bits for bits in (1, 2, 4, 8, 16) if codes <= 2**bits)
 
 

@@ -1,4 +1,4 @@
-"""Engines decide which module works when, and where."""
+"""Engines: where and when the modules' turns run."""
 
 from dgl_jax.engines.asynchronous import AsynchronousOptions
 from dgl_jax.engines.base import (

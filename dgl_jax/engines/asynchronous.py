@@ -1,4 +1,4 @@
-"""What asynchronous engines share: the turn of a module that reads and fills the rings of packets between modules."""
+"""Base class of the asynchronous engines, and the turn of a module that reads and fills rings."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
-from dgl_jax.engines.flight import Rings, Still, ring_specs
+from dgl_jax.engines.flight import FrozenRings, Rings, ring_specs
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
@@ -27,7 +27,17 @@ _LOG = logging.getLogger(__name__)
 
 
 class Asynchronous:
-    """What asynchronous engines have in common: rings in flight, a program a module, and one that only feeds."""
+    """Base class of asynchronous engines: a ring at each entrance, two programs per module.
+
+    Attributes:
+      unit: unit of the times of turns.
+      recover: returns a module's state from the newest checkpoint; see `Engine`.
+      programs: update program of each module.
+      feeds: forward-only program of each module but the last, for modules that have finished.
+      state_programs: further programs to compile in advance, called with a module's state alone.
+      codebooks: per module, the codebooks on its devices by their version in the ring that it
+        reads.
+    """
 
     unit: str
     recover: Callable[[int], ModuleState | None] | None = None
@@ -45,20 +55,20 @@ class Asynchronous:
         self.feeds = [
             jitted_feed(spec, k, engine.finished == "train", placement) for k in modules[:-1]
         ]
-        self.of_states: list[Any] = []  # further programs, of a module's state alone
+        self.state_programs: list[Any] = []
         self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
         self._prepared = False
-        # The codebooks that module k has on its devices, by their version in the ring it reads.
         self.codebooks: list[dict[int, Any]] = [{} for _ in modules]
 
     def prepare(self) -> None:
-        """Compiles all programs, those of different modules at once; a second call does nothing.
+        """Compiles all programs, modules in parallel; later calls do nothing.
 
-        Compiled before the first turn they can be in no measured time, and no module waits for another one's compiler.
+        Compiling before the first turn keeps compilation out of measured times, and no module waits
+        while another compiles.
         """
         if self._prepared:
             return
-        states, failed = self.spec.abstract_states(), []
+        states, errors = self.spec.abstract_states(), []
 
         def compile_all(k: int) -> None:
             try:
@@ -67,12 +77,12 @@ class Asynchronous:
                 self._steps[k].lower(state, Inbox(incoming, oldest(mail)), context).compile()
                 if k < len(self._feeding):
                     self._feeding[k].lower(state, incoming, context).compile()
-                for program in self.of_states:
+                for program in self.state_programs:
                     program.lower(state).compile()
             except Exception as error:
-                failed.append(error)
+                errors.append(error)
 
-        # Daemons: whoever quits at once does not wait for a compiler.
+        # Daemon threads, so that a process which exits does not wait for the compiler.
         compilers = [
             threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))
         ]
@@ -80,12 +90,12 @@ class Asynchronous:
             compiler.start()
         for compiler in compilers:
             compiler.join()
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
         self._prepared = True
 
     def _entering(self, k: int) -> tuple[Any, Context]:
-        """Returns shapes of what a turn of module k takes in, where it will lie."""
+        """Returns shapes and shardings of the message and context that module k reads."""
         split, everywhere = self.placement.split(k), self.placement.replicated(k)
         context: Any = _shapes(self.spec.context(k), split)
         if k == 0:
@@ -94,20 +104,24 @@ class Asynchronous:
                 _shapes(batch.inputs, split), context, _shapes(batch.step, everywhere)
             ), context
         hop = self.hops[k - 1]
-        book = _shapes(hop.codebook, everywhere)
-        newest = book if hop.period and self.spec.decode == "latest" else None
-        return Message(_shapes(hop.payload, split), book, newest), context
+        codebook = _shapes(hop.codebook, everywhere)
+        newest = codebook if hop.period and self.spec.decode == "latest" else None
+        return Message(_shapes(hop.payload, split), codebook, newest), context
 
     def init(self) -> EngineState:
-        """Fresh modules, empty rings."""
+        """Returns fresh modules and empty rings."""
         return self.resume(self.place(EngineState(self.spec.init())), None)
 
     def place(self, state: EngineState) -> EngineState:
-        """The modules on this engine's devices; the flight as it is."""
+        """Moves the modules to the engine's devices; the flight stays in host memory."""
         return EngineState(place_modules(state.modules, self.placement, put).modules, state.flight)
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
-        """With the rings of the checkpoint; without a snapshot they are empty, and turns begin anew, which fills them."""
+        """Returns the state with the rings of the checkpoint.
+
+        Without a snapshot the rings are empty and the count of turns starts at 0, so that the first
+        turns fill the rings.
+        """
         rings = Rings(self.spec, self.replay, batches=counts(state)[0], unit=self.unit)
         self.codebooks = [{} for _ in state.modules]
         if saved is not None:
@@ -117,7 +131,20 @@ class Asynchronous:
     def fetch(
         self, k: int, ring: Ring, message: Message, header: Header
     ) -> tuple[Message, Context]:
-        """Moves what was read from the ring of module k to its devices; a codebook moves when it is first needed there."""
+        """Moves a message that was read from the ring of module k to the module's devices.
+
+        A codebook is moved when a message first needs it, and dropped once its version has left the
+        ring.
+
+        Args:
+          k: index of the reading module.
+          ring: the ring that was read.
+          message: host arrays of the message.
+          header: header of the message.
+
+        Returns:
+          The message and its context, on the devices of module k.
+        """
         payload, context = put((message.payload, message.context), self.placement.split(k))
         if not header.codebook:
             return Message(payload), context
@@ -125,33 +152,40 @@ class Asynchronous:
         wanted = {header.codebook: message.codebook}
         if self.spec.decode == "latest":
             wanted[newest] = latest
-        kept = ring.versions()
-        here = {version: book for version, book in self.codebooks[k].items() if version in kept}
-        for version, book in wanted.items():
-            if version not in here:
-                here[version] = put(book, self.placement.replicated(k))
-        self.codebooks[k] = here
-        codebook = here[header.codebook]
+        held_versions = ring.versions()
+        on_devices = {
+            version: codebook
+            for version, codebook in self.codebooks[k].items()
+            if version in held_versions
+        }
+        for version, codebook in wanted.items():
+            if version not in on_devices:
+                on_devices[version] = put(codebook, self.placement.replicated(k))
+        self.codebooks[k] = on_devices
+        codebook = on_devices[header.codebook]
         return Message(
-            payload, codebook, here[newest] if self.spec.decode == "latest" else None
+            payload, codebook, on_devices[newest] if self.spec.decode == "latest" else None
         ), context
 
     def gauges(self, state: EngineState) -> dict[str, float]:
-        """Those of the rings."""
-        assert isinstance(state.flight, Rings | Still), "a snapshot without its flight has none"
+        """Returns the statistics of the rings."""
+        assert isinstance(state.flight, Rings | FrozenRings), (
+            "this snapshot was taken without its rings"
+        )
         return state.flight.gauges()
 
 
 @dataclass(eq=False)
 class RunningModule:
-    """A module during a run.
+    """A module during a run of an asynchronous engine.
 
     Attributes:
-      number: k.
-      state: None while an update is under way and after one that failed: the program takes the state over (donates it).
-      updates: made so far.
-      publisher: of what the module hands on; None for the last one.
-      mail: what waits from the module above, which replaces it.
+      number: index k of the module.
+      state: state without waiting messages; None during an update and after one that failed,
+        because the program donates the state.
+      updates: number of updates made so far.
+      publisher: publisher of the hop above; None for the last module.
+      mail: waiting messages from the module above, which replaces them.
     """
 
     number: int
@@ -165,17 +199,17 @@ class RunningModule:
             self.state, self.mail = opened(self.state)
 
     def whole(self, state: ModuleState) -> ModuleState:
-        """Returns a state of the module, or a copy of it, with the messages that wait."""
+        """Returns a state of this module (or a copy) with the waiting messages."""
         return closed(state, self.mail)
 
 
 class Intake(NamedTuple):
-    """What a turn reads, on the devices of its module.
+    """Inputs of a turn, on the devices of its module.
 
     Attributes:
       incoming: a Batch for the first module, a Message for the others.
-      context: of its examples.
-      sequence: number of the batch that it comes from.
+      context: context of the examples.
+      sequence: number of the batch that the examples come from.
     """
 
     incoming: Any
@@ -184,12 +218,13 @@ class Intake(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a turn made.
+    """Results of a turn.
 
     Attributes:
-      metrics: of the update, already computed; None if the module only fed the next one.
-      above: host arrays for the next module, with their header, and codebook None if its ring has it; None for the last module.
-      below: a message for the module below, on its devices; None if there is none.
+      metrics: metrics of the update, already computed; None if the module only fed the next one.
+      above: host arrays and header of the message to the next module, with codebook None if its
+        ring already has it; None for the last module.
+      below: message to the module below, on its devices; None if there is none.
     """
 
     metrics: Metrics | None
@@ -198,30 +233,37 @@ class Outcome(NamedTuple):
 
 
 class Turns:
-    """The turn of a module in three phases: `take` what it reads, `run` its program, `hand_on` what it made.
+    """Turns of modules in three phases: `take` inputs, `run` the program, `deliver` the results.
 
-    The engine decides who works when. It counts the update between `run` and `hand_on`, so that no packet is newer than the
-    count of its producer, and if other threads look at the module, it holds a lock over `run`.
+    The engine decides which module works when. It counts an update between `run` and `deliver`, so
+    that no message is newer than the update count of its producer. If other threads read the
+    module's state, the engine holds a lock around `run`.
 
     Args:
-      engine: has the programs, and moves packets to devices.
-      rings: of the run.
-      source: of the first module's batches.
-      until: updates after which a module only feeds the next one.
+      engine: engine that owns the programs and moves messages to devices.
+      rings: replay rings of the run.
+      source: source of the first module's batches.
+      until: number of updates after which a module only feeds the next one.
     """
 
     def __init__(self, engine: Asynchronous, rings: Rings, source: Source, until: int):
         self.rings, self.until = rings, until
         self._engine = engine
         self._batches = source.batches(rings.batches)
-        self._taken = rings.batches  # ahead of `rings.batches` while a batch is worked on
+        # Counts the batches taken; ahead of `rings.batches` while the first module works on one.
+        self._taken = rings.batches
 
     def finished(self, module: RunningModule) -> bool:
-        """Returns whether the module has made all its updates and only feeds the next one."""
+        """Returns True if the module has made all its updates and only feeds the next."""
         return module.updates >= self.until
 
     def take(self, k: int) -> Intake | None:
-        """Reads the next batch (k = 0) or a packet and moves it to the devices of module k; None if no packet may be read."""
+        """Reads the inputs of a turn of module k and moves them to the module's devices.
+
+        Returns:
+          The next batch (k = 0) or a message from the ring; None if the ring has no readable
+          message.
+        """
         if k == 0:
             batch = self._engine.placement.put_batch(next(self._batches), 0)
             self._taken += 1
@@ -233,17 +275,19 @@ class Turns:
         return Intake(incoming, context, sample.header.sequence)
 
     def run(self, module: RunningModule, intake: Intake) -> Outcome:
-        """Updates the module (or only feeds, once it is finished), and copies what goes to the next one to the host.
+        """Runs the module's program and copies its message for the next module to the host.
 
-        Waits until all is computed. Leaves `module.updates` as it is.
+        The program updates the module, or only feeds the next one if the module has finished.
+        Blocks until all results are computed, and leaves `module.updates` unchanged.
         """
-        k, state, done = module.number, module.state, self.finished(module)
+        k, state, finished = module.number, module.state, self.finished(module)
         metrics: Metrics | None = None
         below: Message | None = None
-        if done:
+        if finished:
             message = self._engine.feeds[k](state, intake.incoming, intake.context)
         else:
-            # Donated, and there again once the update is whole: a step that fails leaves nothing that could be copied.
+            # The program donates the state. It stays None until the update is complete, so that
+            # nobody copies the state of a module whose step failed.
             module.state = None
             inbox = Inbox(intake.incoming, oldest(module.mail))
             state, (message, below), metrics = self._engine.programs[k](
@@ -253,30 +297,40 @@ class Turns:
                 below = put(below, self._engine.placement.message(k - 1))
         above = None
         if module.publisher is not None:
-            fresh = module.publisher.fresh(message.codebook, None if done else module.updates)
+            codebook = module.publisher.fresh(
+                message.codebook, None if finished else module.updates
+            )
             context = self._engine.spec.carried(k + 1, intake.context, message.context)
-            found = jax.device_get(Message(message.payload, fresh, context=context))
-            above = found, Header(intake.sequence, module.updates + (not done))
+            on_host = jax.device_get(Message(message.payload, codebook, context=context))
+            above = on_host, Header(intake.sequence, module.updates + (not finished))
         jax.block_until_ready(metrics)
         module.state = state
         if k == 0:
             self.rings.batches = intake.sequence + 1
         return Outcome(metrics, above, below)
 
-    def hand_on(
-        self, modules: Sequence[RunningModule], k: int, made: Outcome, begin: float, end: float
+    def deliver(
+        self, modules: Sequence[RunningModule], k: int, outcome: Outcome, begin: float, end: float
     ) -> None:
-        """Sends what module k made to its neighbours and notes its turn, which lasted from `begin` to `end`."""
-        if made.above is not None:
-            self.rings.add(k, *made.above)
-        if made.below is not None:
-            modules[k - 1].mail = delivered(modules[k - 1].mail, "above", made.below)
+        """Sends the results of a turn of module k to its neighbors and records the turn.
+
+        Args:
+          modules: all modules of the run.
+          k: index of the module that had the turn.
+          outcome: results of the turn.
+          begin: time at which the turn began, in the unit of the rings' turns.
+          end: time at which the turn ended.
+        """
+        if outcome.above is not None:
+            self.rings.add(k, *outcome.above)
+        if outcome.below is not None:
+            modules[k - 1].mail = delivered(modules[k - 1].mail, "above", outcome.below)
         self.rings.turns.append((k, begin, end))
 
 
 def flight_of(state: EngineState) -> Rings:
-    """The rings of an asynchronous state."""
-    assert isinstance(state.flight, Rings), "an asynchronous engine begins with `init` or `resume`"
+    """Returns the rings of an asynchronous state."""
+    assert isinstance(state.flight, Rings), "asynchronous states come from `init` or `resume`"
     return state.flight
 
 
@@ -288,24 +342,26 @@ def _shapes(tree: Any, sharding: Any) -> Any:
 
 @dataclass(frozen=True)
 class AsynchronousOptions(EngineSettings):
-    """Of engines whose modules read packets from rings."""
+    """Options of engines whose modules read messages from replay rings."""
 
-    # Of each module, at least 1: its share of the turns, or its time.
+    # Factor of at least 1 per module, by which it gets fewer turns or takes more time.
     slowdown: tuple[float, ...] = option((), applies={"engine.order": ("random",)})
-    finished: str = choice("train", "eval")  # batch norm of a module that is done and only feeds
+    # Batch norm mode of a finished module, which only feeds the next one.
+    finished: str = choice("train", "eval")
 
     def check(self, settings: Any) -> None:
-        """Raises UserError if there is not one factor of at least 1 for each module."""
+        """Raises UserError if slowdowns are given but not one of at least 1 per module."""
         modules = settings.model.modules
         if self.slowdown and (len(self.slowdown) != modules or min(self.slowdown) < 1):
             raise UserError(
-                f"config.engine.slowdown={self.slowdown}: one factor of at least 1 for each of {modules} modules"
+                f"config.engine.slowdown={self.slowdown}: needs one factor of at least 1 for each "
+                f"of the {modules} modules"
             )
 
 
 def check_rings(run: EngineInputs) -> None:
-    """Raises UserError if the rings take more memory than is free; logs what they will take."""
-    size, forms = run.replay.size, ring_specs(run.spec)
-    sizes = ", ".join(f"{form.nbytes(size) / 2**20:.1f}" for form in forms)
-    _LOG.info("rings of %d packets will take %s MiB of host memory", size, sizes)
-    check_memory(forms, size)
+    """Raises UserError if the rings need more memory than is free, and logs their size."""
+    size, specs = run.replay.size, ring_specs(run.spec)
+    sizes = ", ".join(f"{spec.nbytes(size) / 2**20:.1f}" for spec in specs)
+    _LOG.info("replay rings of %d messages will take %s MiB of host memory", size, sizes)
+    check_memory(specs, size)

@@ -1,6 +1,5 @@
-"""What an engine is, and the loop that the synchronous ones share."""
+"""Interface of an engine, with the state and the reports that its callers see."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,25 +10,25 @@ from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
-from dgl_jax.engines.placement import Placement, assign, check_batch, put
+from dgl_jax.engines.placement import Placement, assign, check_batch
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import Post, closed, opened
+from dgl_jax.methods.base import closed, opened
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
-from dgl_jax.schedule import Tick, Turn, never
+from dgl_jax.schedule import never
 from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
-from dgl_jax.types import Batch, Message
 
 
 @dataclass(frozen=True)
 class EngineInputs:
-    """What every engine is made of.
+    """Inputs from which every engine is built.
 
     Attributes:
-      devices: those to use.
-      replay: of the rings of asynchronous engines.
-      total_steps: updates every module will have at the end.
+      spec: device-independent description of the training run.
+      devices: the devices the engine may use.
+      replay: settings of the replay rings; only asynchronous engines read them.
+      total_steps: updates that every module has at the end of training.
     """
 
     spec: TrainSpec
@@ -38,12 +37,12 @@ class EngineInputs:
     total_steps: int
 
     def checked(self, placement: Placement) -> Placement:
-        """Returns the placement; raises UserError if its device groups do not divide the batch."""
+        """Returns `placement`; raises UserError if a device group does not divide the batch."""
         check_batch(self.spec.batch_size, placement.sizes(), self.spec.accumulate)
         return placement
 
     def placed(self, group_sizes: Sequence[int]) -> Placement:
-        """Returns a device group for each module; raises UserError if the sizes or the batch do not fit."""
+        """Returns a device group per module; raises UserError if sizes or batch do not fit."""
         modules = len(self.spec.modules)
         costs = (
             [body + head for body, head in module_flops(self.spec)]
@@ -55,12 +54,13 @@ class EngineInputs:
 
 @dataclass(frozen=True)
 class EngineKind(Kind):
-    """An engine: `make(inputs, options)` returns an `Engine`; `inputs` are `EngineInputs`.
+    """Registry entry of an engine: `make(inputs: EngineInputs, options)` returns an `Engine`.
 
     Attributes:
-      asynchronous: modules read packets from rings, which may be stale.
+      asynchronous: modules read possibly stale messages from replay rings.
       continuous: see `Engine`.
-      family: engines of one family give the same numbers and read each other's checkpoints; "": on its own.
+      family: engines of one family compute the same numbers and can read each other's checkpoints;
+        "" if the engine is the only one of its family.
     """
 
     asynchronous: bool = False
@@ -70,69 +70,82 @@ class EngineKind(Kind):
 
 @dataclass(frozen=True)
 class PlacedOptions(EngineSettings):
-    """Of engines whose modules have devices of their own, or that use as many together."""
+    """Options of engines that distribute the modules over device groups."""
 
-    group_sizes: tuple[int, ...] = option(
-        (), free=True
-    )  # devices of each module; empty: as equal as the devices allow
+    # Number of devices per module; empty: as equal as the devices allow.
+    group_sizes: tuple[int, ...] = option((), free=True)
 
     def check(self, settings: Any) -> None:
         """Raises UserError if a module has no device."""
         if any(n < 1 for n in self.group_sizes):
             raise UserError(
-                f"config.engine.group_sizes={self.group_sizes}: every module needs at least one device"
+                f"config.engine.group_sizes={self.group_sizes}: every module needs at least one "
+                "device"
             )
 
 
 @dataclass(frozen=True)
 class SynchronousOptions(PlacedOptions):
-    """Of engines in which all modules advance together."""
+    """Options of engines in which all modules advance together."""
 
-    ticks_in_flight: int = number(2, 1, 64, free=True)  # how far the host runs ahead of the devices
+    # Number of ticks that the host may dispatch ahead of the devices.
+    ticks_in_flight: int = number(2, 1, 64, free=True)
 
 
 class Flight(Protocol):
-    """What is under way between modules where that belongs to the algorithm: rings, turns. Lives on the host, changes in place.
+    """Host-side mutable state of an asynchronous run, such as rings and counters, for checkpoints.
 
     Attributes:
-      unit: of the times in `recent`.
+      unit: unit of the times that `recent` returns.
     """
 
     unit: str
 
     def snapshot(self) -> Any:
-        """A pytree of host arrays, copied, for a checkpoint."""
+        """Copies everything into a pytree of host arrays for a checkpoint."""
 
     def recent(self) -> list[tuple[int, float, float]]:
-        """The newest turns as (module, begin, end), oldest first."""
+        """Returns the newest turns as (module, begin, end), oldest first."""
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """The states of all modules: one checkpoint form for every engine and device layout; `flight` is None in synchronous ones."""
+    """State of a run, with one checkpoint format for every engine and device layout.
+
+    Attributes:
+      modules: one state per module.
+      flight: what is in flight between modules; None in synchronous engines.
+    """
 
     modules: tuple[ModuleState, ...]
     flight: Flight | None = None
 
 
 class Snapshot(Protocol):
-    """Gives the state of an engine."""
+    """Function that returns the state of an engine."""
 
     def __call__(self, flight: bool = True) -> EngineState:
-        """Returns the modules' states and, unless `flight` is false, what is under way: an evaluation has no use for that."""
+        """Returns the states of the modules and, if `flight` is true, what is in flight.
+
+        Evaluation passes `flight=False`, because it needs the modules alone and copying rings takes
+        time.
+        """
 
 
 @dataclass
 class Report:
-    """What a synchronous engine says after an update of its last module, an asynchronous one after an update of any.
+    """Progress report: one per batch (synchronous engine) or module update (asynchronous engine).
 
     Attributes:
-      updates: updates made by each module.
-      metrics: of each module for its newest update, empty where this report brings none: device scalars, already computed.
-      snapshot: gives the EngineState. Of a synchronous engine only the last report of a run has one: before it, batches are in
-        the pipe.
-      step: the step that the run has reached: the updates that every module has made. Falls back with a restarted module.
-      at: seconds of a monotonic clock at which the update was done, if reports may be read later than they are made.
+      updates: number of updates made by each module.
+      metrics: metrics of each module's newest update, as device scalars that are already computed;
+        empty for a module that this report does not cover.
+      snapshot: returns the EngineState. In a synchronous engine only the last report of a run can
+        do so, because batches are in flight before it.
+      step: the step that the run has reached, which is the number of updates that every module has
+        made. It decreases when a module is restarted from a checkpoint.
+      at: time at which the update finished, in seconds of a monotonic clock; None if every
+        report is read at once.
     """
 
     updates: tuple[int, ...]
@@ -143,13 +156,15 @@ class Report:
 
 
 class Engine(Protocol):
-    """Decides which module works when, and where.
+    """Runs the turns of a schedule: decides which module works when, and on which devices.
 
     Attributes:
-      continuous: its modules go on while its reports are read, so that one `run` lasts until the end of training, whatever is done
-        with snapshots in between.
-      recover: gives a module's state from the newest checkpoint, and None if there is none: for engines that go on without a module
-        that has failed.
+      spec: device-independent description of the training run.
+      placement: device group of each module.
+      continuous: true if workers keep training while the caller handles reports. One `run` call
+        then spans all of training, and evaluation and checkpoints use snapshots.
+      recover: returns a module's state from the newest checkpoint, or None if there is no
+        checkpoint; used by engines that keep running when a module fails.
     """
 
     spec: TrainSpec
@@ -158,77 +173,66 @@ class Engine(Protocol):
     recover: Callable[[int], ModuleState | None] | None
 
     def traffic(self) -> Traffic:
-        """What the packets weigh."""
+        """Returns the number of bytes per image that messages take on each hop."""
 
     def init(self) -> EngineState:
-        """Fresh state on its devices."""
+        """Returns a fresh state on the engine's devices."""
 
     def place(self, state: EngineState) -> EngineState:
-        """A state (restored, or another engine's) on this engine's devices."""
+        """Moves a state (restored, or from another engine) to the engine's devices."""
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
-        """A restored state with its flight, from the snapshot in the checkpoint (None: it has none)."""
+        """Completes a restored state with what was in flight.
+
+        Args:
+          state: restored states of the modules.
+          saved: the flight's snapshot from the checkpoint; None if the checkpoint has none.
+
+        Returns:
+          The state on the engine's devices, ready for `run`.
+        """
 
     def gauges(self, state: EngineState) -> dict[str, float]:
-        """What the engine measures of itself, for the metrics."""
+        """Returns the engine's measurements of itself, by metric name."""
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates; takes over (donates) `state`.
+        """Trains until every module has `until` updates.
 
-        Once `stop()` is true no new batch is begun; a synchronous run ends with all modules at the same count.
+        Args:
+          state: state to start from; its arrays are donated.
+          source: random-access source of batches.
+          until: number of updates per module at which to stop.
+          stop: polled between turns. After it returns true no new batch enters, and a synchronous
+            run ends with all modules at the same number of updates.
+
+        Yields:
+          Progress reports in the order in which the updates finished.
         """
 
 
-class Synchronous:
-    """What synchronous engines have in common: nothing is under way when they rest."""
-
-    spec: TrainSpec
-    placement: Placement
-    continuous = False
-    recover: Callable[[int], ModuleState | None] | None = None
-
-    def traffic(self) -> Traffic:
-        """Returns what the encoded arrays weigh, as if they crossed devices."""
-        return self.spec.traffic()
-
-    def init(self) -> EngineState:
-        """Returns a fresh state, each module on its devices."""
-        return self.place(EngineState(self.spec.init()))
-
-    def place(self, state: EngineState) -> EngineState:
-        """Returns a state on this engine's devices."""
-        return place_modules(state.modules, self.placement, put)
-
-    def resume(self, state: EngineState, saved: Any) -> EngineState:
-        """Returns the state, with messages that wait where a turn reads them; there is nothing else."""
-        return self.place(state)
-
-    def gauges(self, state: EngineState) -> dict[str, float]:
-        """None."""
-        return {}
-
-
 class Publisher:
-    """Decides which packets of a hop bring their codebook along: the reader keeps it for the packets that follow.
+    """Decides which messages of a hop carry their codebook, which the reader keeps for later ones.
 
     Args:
-      hop: what crosses.
-      known: the reader already has the newest codebook.
+      hop: shapes and publication period of the hop's messages.
+      known: true if the reader already has the newest codebook.
     """
 
     def __init__(self, hop: MessageSpec, known: bool = False):
         self._hop, self._known = hop, known
 
     def fresh(self, codebook: Any, updates: int | None) -> Any:
-        """Returns what goes along with a packet: its codebook if the reader lacks it, else None.
+        """Returns the codebook to send along with a message, or None if the reader already has it.
 
-        The reader counts as having the codebook from then on, so every packet must be asked about once, in order.
+        The reader counts as having the codebook from then on, so this must be called once per
+        message, in order.
 
         Args:
-          codebook: the one that the packet is encoded with.
-          updates: the producer's count before the update that made the packet; None if it only feeds, which publishes nothing.
+          codebook: the codebook that the message is encoded with.
+          updates: the producer's number of updates before the update that produced the message;
+            None if the producer is finished and only forwards, in which case it publishes nothing.
         """
         publishes = updates is not None and self._hop.publishes(updates)
         if not self._hop.period or (self._known and not publishes):
@@ -237,139 +241,38 @@ class Publisher:
         return codebook
 
     def forget(self) -> None:
-        """Sends the codebook with the next packet: the producer was restarted, or a packet was lost."""
+        """Sends the codebook with the next message, because the producer was restarted."""
         self._known = False
 
 
-def run_ticks(
-    ticks: Iterator[Tick],
-    dispatch: Callable[[Tick], list[tuple[Turn, Metrics]]],
-    in_flight: int,
-    counts: Sequence[int],
-    snapshot: Snapshot,
-) -> Iterator[Report]:
-    """Dispatches ticks without waiting for their results, at most `in_flight` ahead, and reports each finished batch.
-
-    A report comes once all modules have made their update on its batch and their metrics are computed, so reading them never stalls
-    the devices. The last report alone can give a snapshot.
-
-    Args:
-      ticks: of the method's schedule.
-      dispatch: starts the turns of a tick; returns their metrics.
-      in_flight: ticks.
-      counts: updates that the modules have made before; a report brings no metrics of those.
-      snapshot: see `Report`.
-    """
-    waiting: deque[list[tuple[Turn, Metrics]]] = deque()
-    collected: dict[int, dict[int, Metrics]] = {}
-    late: Report | None = None
-    ahead = max(counts)
-
-    def awaited(batch: int) -> int:
-        return len(counts) if batch >= ahead else sum(count <= batch for count in counts)
-
-    def finished(results: list[tuple[Turn, Metrics]]) -> Iterator[Report]:
-        jax.block_until_ready([metrics for _, metrics in results])
-        for turn, metrics in results:
-            if turn.updates():
-                collected.setdefault(turn.batch, {})[turn.module] = metrics
-        for batch in sorted(b for b, found in collected.items() if len(found) == awaited(b)):
-            found = collected.pop(batch)
-            metrics_of = tuple(found.get(k, {}) for k in range(len(counts)))
-            yield Report((batch + 1,) * len(counts), metrics_of, _in_flight, step=batch + 1)
-
-    def reports() -> Iterator[Report]:
-        for tick in ticks:
-            # The guard is on inside a tick only: a generator must not leave it on in its caller.
-            with jax.transfer_guard("disallow"):
-                waiting.append(dispatch(tick))
-            while len(waiting) > in_flight:
-                yield from finished(waiting.popleft())
-        while waiting:
-            yield from finished(waiting.popleft())
-
-    for report in reports():
-        if late is not None:
-            yield late
-        late = report
-    if late is not None:
-        late.snapshot = snapshot
-        yield late
-
-
-def run_turns(
-    engine: Any,
-    state: EngineState,
-    source: Source,
-    until: int,
-    stop: Callable[[], bool],
-    move: Callable[..., tuple[Message, Any]] | None = None,
-    overlap: bool = False,
-) -> Iterator[Report]:
-    """Runs the schedule of the method with a program for each turn; see `Engine.run`.
-
-    Args:
-      engine: has `spec`, `placement`, `total_steps`, `ticks_in_flight`, and by (module, kind) `programs`.
-      move: moves messages to the devices of their reader, see `methods.base.Post`.
-      overlap: modules work at once.
-    """
-    post, read, made = Post(engine.spec, state.modules, move), reader(source), counts(state)
-
-    def batch(number: int) -> Batch:
-        return engine.placement.put_batch(read(number), 0)
-
-    def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
-        results = []
-        for turn in tick:
-            k, number, kind = turn
-            inbox, context = post.read(k, number, kind, batch)
-            post.states[k], sent, metrics = engine.programs[k, kind](post.states[k], inbox, context)
-            post.send(k, number, context, sent)
-            results.append((turn, metrics))
-        return results
-
-    ticks = engine.spec.method.schedule(made, until, max(until, engine.total_steps), stop, overlap)
-    yield from run_ticks(
-        ticks,
-        dispatch,
-        engine.ticks_in_flight,
-        made,
-        lambda flight=True: EngineState(post.closed()),
-    )
-
-
-def reader(source: Source) -> Callable[[int], Batch]:
-    """Returns what gives batch after batch, from the first one that is asked for."""
-    batches: Iterator[Batch] | None = None
-
-    def read(number: int) -> Batch:
-        nonlocal batches
-        batches = source.batches(number) if batches is None else batches
-        return next(batches)
-
-    return read
-
-
-def _in_flight(flight: bool = True) -> EngineState:
-    raise RuntimeError("batches are in the pipe: only the last report of a run gives a snapshot")
-
-
 def counts(state: EngineState) -> list[int]:
-    """The updates of each module."""
+    """Returns the number of updates of each module, as host integers."""
     return [int(jax.device_get(module.updates)) for module in state.modules]
 
 
 def place_modules(
     states: Sequence[ModuleState], placement: Placement, put: Callable[[Any, Any], Any]
 ) -> EngineState:
-    """Puts each module's state, whole, on every device of its group; of messages that wait, each device has its examples."""
+    """Puts each module's state, replicated, on every device of its group.
+
+    Messages that wait at a module are moved too, with their examples split over the devices of the
+    group.
+
+    Args:
+      states: one state per module.
+      placement: device group of each module.
+      put: moves a pytree to a sharding.
+    """
     placed = []
-    for k, waiting in enumerate(states):
-        state, mail = opened(waiting)
-        where = {"above": placement.message(k), "below": (placement.message(k), placement.split(k))}
+    for k, state_with_mail in enumerate(states):
+        state, waiting = opened(state_with_mail)
+        shardings = {
+            "above": placement.message(k),
+            "below": (placement.message(k), placement.split(k)),
+        }
         moved = {
-            port: tuple(put(message, where[port]) for message in messages)
-            for port, messages in mail.items()
+            port: tuple(put(message, shardings[port]) for message in messages)
+            for port, messages in waiting.items()
         }
         placed.append(closed(put(state, placement.replicated(k)), moved))
     return EngineState(tuple(placed))

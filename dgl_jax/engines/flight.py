@@ -1,4 +1,4 @@
-"""What is under way in an asynchronous state: the rings of packets between modules, and who had which turn."""
+"""In-flight state of asynchronous engines: replay rings, and a record of turns."""
 
 from collections import deque
 from typing import Any
@@ -11,11 +11,11 @@ from dgl_jax.replay import Ring, RingSpec, Sample
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Header, Message
 
-_TURNS = 64  # the newest, kept for the timeline
+_TURNS = 64  # number of newest turns kept for the timeline
 
 
 def ring_specs(spec: TrainSpec) -> list[RingSpec]:
-    """What each ring holds."""
+    """Returns the shapes of the messages and codebooks that each ring holds."""
     return [
         RingSpec((hop.payload, spec.context(k)), hop.codebook, hop.period)
         for k, hop in enumerate(spec.hops, 1)
@@ -23,55 +23,68 @@ def ring_specs(spec: TrainSpec) -> list[RingSpec]:
 
 
 class Rings:
-    """The flight of an asynchronous state.
+    """Replay rings of all modules and counters of turns and reads, as the flight of an engine.
 
     Attributes:
-      rings: those of modules 1, 2, ...
-      batches: batches that the first module has read, up to its last whole turn.
-      turn: turns drawn so far, where they are drawn.
-      waiting: modules that had a turn but no packet to read, and take it as soon as there is one.
-      skipped: of each module, turns lost for want of a packet.
-      turns: the newest of all modules as (module, begin, end).
-      unit: of begin and end: turns drawn, or seconds since the run began.
+      rings: rings of modules 1, 2, ...
+      batches: number of batches that the first module has read, counted when its turn is complete.
+      turn: number of turns drawn so far by the engine `simulated`.
+      waiting: 1 for modules that were drawn while no message was readable; they take their turn as
+        soon as one is.
+      skipped: number of turns that each module lost because its ring had no readable message.
+      ages: [K, bins] reads of each module by the age of the message.
+      turns: newest turns of all modules as (module, begin, end).
+      unit: unit of begin and end: turns drawn, or seconds since the run began.
     """
 
     def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
         self.rings = [
             Ring(
-                form.packet,
+                ring_spec.packet,
                 replay.size,
                 replay.rule,
                 replay.max_reuse,
                 rngs.ring(spec.seed, k),
-                form.codebook,
+                ring_spec.codebook,
             )
-            for k, form in enumerate(ring_specs(spec), 1)
+            for k, ring_spec in enumerate(ring_specs(spec), 1)
         ]
         self.turn, self.batches, self.unit = 0, batches, unit
         modules = len(self.rings) + 1
         self.waiting, self.skipped = np.zeros(modules, np.int64), np.zeros(modules, np.int64)
         self.turns: deque[tuple[int, float, float]] = deque(maxlen=_TURNS)
-        # How often module k read a packet of age 0, 1, 2 or 3, 4 to 7 and so on.
+        # Column i counts ages of i bits: 0, 1, 2 to 3, 4 to 7 and so on.
         self.ages = np.zeros((modules, (replay.size - 1).bit_length() + 1), np.int64)
 
     def ring(self, module: int) -> Ring:
-        """The one that module reads."""
+        """Returns the ring that a module reads."""
         return self.rings[module - 1]
 
     def sample(self, module: int) -> Sample | None:
-        """What the module reads next; None where no packet may be read."""
+        """Returns the next message for a module, or None if its ring has no readable message."""
         sample = self.ring(module).sample()
         if sample is not None:
             self.ages[module, sample.age.bit_length()] += 1
         return sample
 
     def add(self, producer: int, message: Message, header: Header) -> None:
-        """Copies a message (host arrays; codebook None: the same as before) from one module to the ring of the next."""
+        """Copies a message to the ring of the module above its producer.
+
+        Args:
+          producer: index of the module that sends.
+          message: message of host arrays; its codebook is None if the ring already has it.
+          header: description of the message.
+        """
         self.ring(producer + 1).add(message.payload, message.context, header, message.codebook)
 
     def gauges(self) -> dict[str, float]:
-        """Of each ring: mean and largest age of the packets read, reads a packet, packets never read, bytes held, ages."""
-        found: dict[str, float] = {}
+        """Returns statistics of each ring under `replay/module_k/`.
+
+        These are the mean (`age`) and largest age (`oldest`) of the messages read, reads per
+        message (`reuse`), messages overwritten unread (`never_used`), bytes of host memory, skipped
+        turns, and reads by age (`ages_from_n`).
+        """
+        gauges: dict[str, float] = {}
         for k, ring in enumerate(self.rings, 1):
             tally = ring.tally
             values = {
@@ -83,15 +96,15 @@ class Rings:
                 "skipped": self.skipped[k],
             }
             values |= {f"ages_from_{2**i // 2}": n for i, n in enumerate(self.ages[k])}
-            found |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
-        return found
+            gauges |= {f"replay/module_{k}/{name}": float(value) for name, value in values.items()}
+        return gauges
 
     def recent(self) -> list[tuple[int, float, float]]:
-        """The newest turns, oldest first."""
+        """Returns the newest turns, oldest first."""
         return list(self.turns)
 
     def snapshot(self) -> dict[str, Any]:
-        """Host arrays, copied."""
+        """Copies rings and counters into host arrays for a checkpoint."""
         rings = {f"ring_{k}": ring.snapshot() for k, ring in enumerate(self.rings, 1)}
         turns = np.array(self.recent(), np.float64).reshape(-1, 3)
         return rings | {
@@ -103,7 +116,7 @@ class Rings:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from a snapshot."""
+        """Restores rings and counters from a snapshot."""
         self.turn, self.batches = (int(n) for n in np.asarray(saved["counts"]))
         self.waiting[:], self.skipped[:], self.ages[:] = (
             saved["waiting"],
@@ -117,10 +130,11 @@ class Rings:
             ring.restore(saved[f"ring_{k}"])
 
 
-class Still:
-    """The rings as they were when a snapshot was taken, for a checkpoint that is written while the workers go on.
+class FrozenRings:
+    """Copy of the rings for a checkpoint that is written while the workers keep training.
 
-    Each ring is copied under its lock. The rings are copied before the modules: no packet is newer than its producer.
+    Each ring is copied under its lock, and the rings are copied before the modules, so no message
+    is newer than the saved state of its producer.
     """
 
     def __init__(self, rings: Rings):
@@ -131,12 +145,12 @@ class Still:
             rings.snapshot(),
         )
 
-    def begin_at(self, batches: int) -> None:
-        """Takes the count of batches that goes with the copy of the first module."""
+    def set_batches(self, batches: int) -> None:
+        """Sets the number of batches read to the one that matches the copy of the first module."""
         self._saved["counts"][1] = batches
 
     def gauges(self) -> dict[str, float]:
-        """Returns those of the rings."""
+        """Returns the ring statistics at the time of the snapshot."""
         return self._gauges
 
     def recent(self) -> list[tuple[int, float, float]]:
@@ -144,5 +158,5 @@ class Still:
         return self._turns
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns the copy itself."""
+        """Returns the copied rings and counters."""
         return self._saved

@@ -1,4 +1,7 @@
-"""All modules in ONE jitted function on one device group: the oracle, and the least dispatch."""
+"""Engine `fused`: one jitted function runs all turns of a tick on one device group.
+
+It needs the fewest dispatches and serves as the reference for the other engines.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -12,14 +15,12 @@ from dgl_jax.engines.base import (
     EngineKind,
     EngineState,
     Report,
-    Synchronous,
     SynchronousOptions,
     counts,
-    reader,
-    run_ticks,
 )
 from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import Programs
+from dgl_jax.engines.synchronous import Synchronous, reader, run_ticks
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Tick, Turn, never
@@ -32,7 +33,7 @@ def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
 
 
 class FusedEngine(Synchronous):
-    """Runs one jitted function for all turns of a tick."""
+    """Synchronous engine that runs all turns of a tick as one jitted function."""
 
     def __init__(
         self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0
@@ -40,9 +41,8 @@ class FusedEngine(Synchronous):
         self.spec = spec
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.steps = Programs(
-            lambda turns: _jitted(spec, turns)
-        )  # by the (module, kind) of a tick's turns
+        # The keys are the (module, kind) pairs of a tick's turns.
+        self.steps = Programs(lambda turns: _jitted(spec, turns))
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
@@ -52,24 +52,32 @@ class FusedEngine(Synchronous):
 
         def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
             nonlocal states
-            first = next(
+            reading_turn = next(
                 (turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None
             )
-            batch = None if first is None else self.placement.put_batch(read(first.batch), 0)
+            batch = (
+                None
+                if reading_turn is None
+                else self.placement.put_batch(read(reading_turn.batch), 0)
+            )
             states, metrics = self.steps[tuple((turn.module, turn.kind) for turn in tick)](
                 states, batch
             )
             return list(zip(tick, metrics, strict=True))
 
-        made = counts(state)
-        ticks = self.spec.method.schedule(made, until, max(until, self.total_steps), stop)
+        updates_before = counts(state)
+        ticks = self.spec.method.schedule(updates_before, until, max(until, self.total_steps), stop)
         yield from run_ticks(
-            ticks, dispatch, self.ticks_in_flight, made, lambda flight=True: EngineState(states)
+            ticks,
+            dispatch,
+            self.ticks_in_flight,
+            updates_before,
+            lambda flight=True: EngineState(states),
         )
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
-    """Builds the engine on one group: as many devices as the groups of a pipeline would have together."""
+    """Builds the engine on one group with as many devices as a pipeline with these options uses."""
     modules = len(run.spec.modules)
     count = (
         assign(run.devices, modules, options.group_sizes).count()

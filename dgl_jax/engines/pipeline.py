@@ -1,7 +1,8 @@
-"""Modules at the same time on their own devices: asynchronous dispatch from one thread fills the pipe.
+"""Engine `pipeline`: modules work at the same time on their own devices, dispatched by one thread.
 
-What waits at a module's entrance is already on its devices. A tick of DGL dispatches the deepest module first: all it needs was
-made a tick ago, so the devices of all modules start at once.
+A sent message moves to its reader's devices at once. Under `dgl` a tick
+dispatches the deepest module first: the previous tick produced all its inputs, so the devices of
+all modules start at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +15,11 @@ from dgl_jax.engines.base import (
     EngineState,
     Publisher,
     Report,
-    Synchronous,
     SynchronousOptions,
-    run_turns,
 )
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import Programs, jitted
+from dgl_jax.engines.synchronous import Synchronous, run_turns
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
@@ -27,25 +27,30 @@ from dgl_jax.types import Context, Message
 
 
 class PipelineEngine(Synchronous):
-    """Module k works on device group k; its packet moves to group k + 1 while group k begins the next batch."""
+    """Synchronous engine that runs module k on device group k.
+
+    The messages of module k move to group k + 1 while group k starts the next batch.
+
+    Attributes:
+      meters: bytes that crossed each hop.
+      publishers: during a run, the publisher of each hop.
+      published: codebook at each module's entrance, on its devices.
+      programs: jitted programs by (module, kind).
+    """
 
     def __init__(
         self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0
     ):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
-        self.meters = [Meter() for _ in spec.modules[1:]]  # of what crossed each hop
-        self.publishers: list[Publisher] = []  # of each hop, while a run lasts
-        self.published: list[
-            Any
-        ] = []  # the codebook that each module has at its entrance, on its devices
+        self.meters = [Meter() for _ in spec.modules[1:]]
+        self.publishers: list[Publisher] = []
+        self.published: list[Any] = []
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.programs = Programs(
-            lambda turn: jitted(spec, turn[0], placement, turn[1])
-        )  # by module and kind
+        self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
 
     def traffic(self) -> Traffic:
-        """Counted from the packets that crossed devices; by shape where modules share a device."""
+        """Returns bytes per image, measured once messages have crossed devices."""
         return self.spec.traffic(self.meters)
 
     def run(
@@ -54,7 +59,8 @@ class PipelineEngine(Synchronous):
         """Trains until every module has `until` updates; see `Engine.run`."""
         self.publishers = [Publisher(hop) for hop in self.hops]
         self.published = [()] * len(state.modules)
-        # On one device nothing overlaps: each batch goes all the way through, so that a single packet waits at a time.
+        # On one device nothing overlaps. Each batch then passes all modules before the next one
+        # enters, so that only one message waits at a time.
         yield from run_turns(
             self, state, source, until, stop, self._move, overlap=self.placement.count() > 1
         )
@@ -62,8 +68,12 @@ class PipelineEngine(Synchronous):
     def _move(
         self, k: int, number: int, message: Message, context: Context | None
     ) -> tuple[Message, Any]:
-        """To the devices of module k, with a codebook that was just published; nothing to do where they are the same."""
-        if context is None:  # from above
+        """Moves a message and its context to the devices of module k, which reads it.
+
+        Also moves a codebook that was just published. Does nothing if sender and reader share their
+        devices.
+        """
+        if context is None:  # messages from above carry no context
             if self.placement.crosses(k):
                 self.meters[k].came_down(message)
                 message = put(message, self.placement.message(k))

@@ -1,4 +1,4 @@
-"""Which devices each module has, and the one function that moves arrays between them, in either direction."""
+"""Device groups of the modules, and the one function that moves arrays between devices."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,44 +18,48 @@ from dgl_jax.types import Batch, Message
 
 @dataclass(frozen=True)
 class Placement:
-    """A device group (a one-axis mesh) for every module; modules that share devices share the mesh."""
+    """Device group of each module, as a mesh with one axis named "batch".
+
+    Attributes:
+      groups: mesh of each module; modules that share devices share the mesh.
+    """
 
     groups: tuple[Mesh, ...]
 
     def replicated(self, module: int) -> NamedSharding:
-        """The whole array on every device of the module's group: parameters, optimizer state, keys."""
+        """Returns the sharding that puts whole arrays on every device of the module's group."""
         return NamedSharding(self.groups[module], PartitionSpec())
 
     def split(self, module: int) -> NamedSharding:
-        """The leading (batch) axis cut over the devices of the module's group."""
+        """Returns the sharding that splits the leading (batch) axis over the module's group."""
         return NamedSharding(self.groups[module], PartitionSpec("batch"))
 
     def message(self, module: int) -> Message:
-        """Where the parts of a message are to be on the devices of a module: what belongs to no example is whole on each."""
+        """Returns a message's shardings on a module: per-example parts split, others replicated."""
         split, whole = self.split(module), self.replicated(module)
         return Message(split, whole, whole, split, whole)
 
     def crosses(self, hop: int) -> bool:
-        """Whether what module `hop` hands to module `hop + 1` changes devices."""
+        """Returns True if messages from module `hop` to module `hop + 1` change devices."""
         return self.groups[hop] != self.groups[hop + 1]
 
     def count(self) -> int:
-        """How many devices are used."""
+        """Returns the number of distinct devices in use."""
         return len({device for group in self.groups for device in group.devices.flat})
 
     def sizes(self) -> list[int]:
-        """How many devices each module has."""
+        """Returns the number of devices of each module."""
         return [group.size for group in self.groups]
 
     def put_batch(self, batch: Batch, module: int) -> Batch:
-        """Host to the devices of a module: examples split, the step number everywhere."""
+        """Moves a host batch to a module: examples are split, the step number is replicated."""
         split: Any = self.split(module)
         everywhere: Any = self.replicated(module)
-        # In one call: a call costs more than an array does.
+        # One call for all arrays: the overhead is per call, not per array.
         return put(batch, Batch(split, split, everywhere))
 
     def describe(self) -> str:
-        """One line for the log: which devices each module has."""
+        """Returns one line for the log that lists the devices of each module."""
         names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
         kinds = sorted({system.device_kind(d) for group in self.groups for d in group.devices.flat})
         return f"{', '.join(kinds)}: " + "; ".join(
@@ -64,16 +68,24 @@ class Placement:
 
 
 def put(tree: Any, sharding: Any) -> Any:
-    """Moves a pytree to a sharding (or a pytree of them): from the host or from other devices. The only such call in the package.
+    """Moves a pytree from the host or other devices to a sharding (or a pytree of shardings).
 
-    Host arrays are copied first: on the CPU `device_put` may alias an aligned NumPy array, and whoever overwrites that array
-    afterwards (a replay ring, a data loader) would change what the device reads. Nothing goes from devices to the host and nothing
-    waits for the arrays to be computed.
+    All such moves in the package go through this function. Host arrays are copied first: on the CPU
+    `device_put` may alias an aligned NumPy array, and overwriting that array later (as replay rings
+    and data loaders do) would change the values on the device. Nothing moves from devices to the
+    host, and the call does not wait for the arrays to be computed.
+
+    Args:
+      tree: pytree of host or device arrays.
+      sharding: target sharding of all leaves, or a prefix pytree of shardings.
+
+    Returns:
+      The pytree with its arrays on the target devices.
     """
     leaves, form = jax.tree.flatten(tree)
     wanted = jax.tree.leaves(jax.tree.broadcast(sharding, tree))
     moved = [_ready_to_put(leaf, target) for leaf, target in zip(leaves, wanted, strict=True)]
-    # In one call: a call costs more than an array does.
+    # One call for all arrays: the overhead is per call, not per array.
     return jax.tree.unflatten(form, jax.device_put(moved, wanted))
 
 
@@ -86,59 +98,66 @@ def _ready_to_put(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def _shard_for_shard(array: jax.Array, sharding: NamedSharding) -> bool:
-    """Returns whether the array stays on its devices, or each of its shards is what one of the new devices is to have.
+    """Returns True if `device_put` can move the array directly, shard by shard, without blocking.
 
-    Also true of an array that is cut along another axis than the first, which no module leaves behind.
+    This is so if the array stays on its devices, or if each of its shards is exactly what one
+    target device needs. Also returns True for arrays split along another axis than the first, which
+    no module produces.
     """
-    now = array.sharding
-    if now.device_set == sharding.device_set or now.num_devices == sharding.num_devices == 1:
+    source = array.sharding
+    if source.device_set == sharding.device_set or source.num_devices == sharding.num_devices == 1:
         return True
-    if now.shard_shape(array.shape)[1:] != array.shape[1:]:
+    if source.shard_shape(array.shape)[1:] != array.shape[1:]:
         return True
-    if now.num_devices != sharding.num_devices:
+    if source.num_devices != sharding.num_devices:
         return False
-    shards = [list(s.devices_indices_map(array.shape).values()) for s in (now, sharding)]
+    shards = [
+        list(placed.devices_indices_map(array.shape).values()) for placed in (source, sharding)
+    ]
     return shards[0] == shards[1]
 
 
 def _regrouped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Moves an array that is cut otherwise, piece by piece: `device_put` would wait for it and take it through the host."""
+    """Moves an array to a group that splits it differently, one piece of rows at a time.
+
+    A plain `device_put` would wait for the array and take it through the host.
+    """
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = _regrouped(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     shards, rows = array.addressable_shards, array.shape[0] if array.ndim else 1
-    held = [(shard.device, *_bounds(shard.index, rows), shard.data) for shard in shards]
-    whole = []
-    for n, (device, index) in enumerate(
+    source_shards = [(shard.device, *_bounds(shard.index, rows), shard.data) for shard in shards]
+    target_shards = []
+    for target_index, (device, index) in enumerate(
         sharding.addressable_devices_indices_map(array.shape).items()
     ):
-        at, end = _bounds(index, rows)
+        row, end = _bounds(index, rows)
         pieces = []
-        while at < end:
-            having = [shard for shard in held if shard[1] <= at < shard[2]]
+        while row < end:
+            holders = [shard for shard in source_shards if shard[1] <= row < shard[2]]
             _, first, last, data = next(
-                (s for s in having if s[0] == device), having[n % len(having)]
+                (s for s in holders if s[0] == device), holders[target_index % len(holders)]
             )
             stop = min(last, end)
             piece = (
                 data
-                if (at, stop) == (first, last)
-                else jax.lax.slice_in_dim(data, at - first, stop - first)
+                if (row, stop) == (first, last)
+                else jax.lax.slice_in_dim(data, row - first, stop - first)
             )
             pieces.append(jax.device_put(piece, device))
-            at = stop
-        whole.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, whole)
+            row = stop
+        target_shards.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, target_shards)
 
 
 def _bounds(index: tuple[slice, ...] | None, rows: int) -> tuple[int, int]:
-    """Returns the rows of a shard, which is cut along the first axis or not at all."""
+    """Returns first and end row of a shard, which is split along the first axis or not at all."""
     start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
     return start, stop
 
 
 def one_group(devices: Sequence[jax.Device], modules: int) -> Placement:
-    """All modules on one group of all the devices."""
+    """Places all modules on one group of all the devices."""
     return Placement((_mesh(devices),) * modules)
 
 
@@ -148,13 +167,23 @@ def assign(
     group_sizes: Sequence[int] = (),
     costs: Sequence[float] = (),
 ) -> Placement:
-    """Gives each module its devices.
+    """Assigns devices to modules.
 
-    With at least one device a module, each gets an equal number of consecutive ones and the rest stays idle; with fewer,
-    consecutive modules share a device so that the largest cost on one device is as small as possible. `group_sizes` overrides.
+    With at least one device per module, each module gets an equal number of consecutive devices and
+    the remaining ones stay idle. With fewer, consecutive modules share a device so that the largest
+    total cost on one device is minimal.
+
+    Args:
+      devices: available devices, in order.
+      modules: number of modules K.
+      group_sizes: number of devices per module, which overrides the rule above; empty: none.
+      costs: relative cost of each module, for modules that share devices; empty: all equal.
+
+    Returns:
+      The placement of the modules.
 
     Raises:
-      UserError: `group_sizes` has not one entry a module, or asks for more devices than there are.
+      UserError: `group_sizes` does not have K entries or asks for more devices than there are.
     """
     return Placement(
         tuple(
@@ -167,17 +196,31 @@ def assign(
 def layout(
     count: int, modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()
 ) -> list[range]:
-    """The numbers of the devices that `assign` gives each module, out of `count`; raises what it raises."""
+    """Returns the device indices of each module, as `assign` chooses them.
+
+    Args:
+      count: number of available devices.
+      modules: number of modules K.
+      group_sizes: number of devices per module; empty: chosen as in `assign`.
+      costs: relative cost of each module; empty: all equal.
+
+    Returns:
+      K ranges of indices in [0, count).
+
+    Raises:
+      UserError: `group_sizes` does not have K entries or asks for more than `count` devices.
+    """
     sizes = list(group_sizes)
     if sizes:
         if len(sizes) != modules:
             raise UserError(
-                f"config.engine.group_sizes={tuple(sizes)}: one size a module is needed, and there are {modules}"
+                f"config.engine.group_sizes={tuple(sizes)}: needs one size per module, and "
+                f"there are {modules} modules"
             )
         if sum(sizes) > count:
             raise UserError(
-                f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there are {count} "
-                "(on the CPU, --cpu_devices=N makes N)"
+                f"config.engine.group_sizes={tuple(sizes)}: needs {sum(sizes)} devices, and there "
+                f"are {count} (on the CPU, --cpu_devices=N provides N)"
             )
     elif count >= modules:
         sizes = [count // modules] * modules
@@ -195,25 +238,29 @@ def layout(
 
 
 def check_batch(batch_size: int, sizes: Sequence[int], micro_batches: int = 1) -> None:
-    """Raises UserError where a device group does not divide the batch, or `micro_batches` not what each device has of it.
+    """Raises UserError if the batch cannot be split over the devices and into micro-batches.
 
     Args:
-      sizes: devices of each module.
+      batch_size: number of examples in a batch.
+      sizes: number of devices of each module.
+      micro_batches: number of micro-batches per batch, which must divide each device's share of the
+        batch.
     """
     for k, size in enumerate(sizes):
         if batch_size % size:
-            works = batch_size + size - batch_size % size
+            next_multiple = batch_size + size - batch_size % size
             raise UserError(
-                f"config.data.batch_size={batch_size}: the {size} devices of module_{k} do not divide it; "
-                f"{works} would do, or another config.engine.group_sizes"
+                f"config.data.batch_size={batch_size}: not divisible by the {size} devices of "
+                f"module_{k}; {next_multiple} would do, or change config.engine.group_sizes"
             )
         share = batch_size // size
-        # Of one image batch norm has no variance.
-        fit = [n for n in range(1, share + 1) if share % n == 0 and batch_size // n > 1]
-        if micro_batches not in fit:
+        # A micro-batch needs two images: batch norm has no variance over a single one.
+        valid_counts = [n for n in range(1, share + 1) if share % n == 0 and batch_size // n > 1]
+        if micro_batches not in valid_counts:
             raise UserError(
-                f"config.train.accumulate={micro_batches}: must divide the {share} images that each device of module_{k} has "
-                f"of a batch, and leave more than one; {', '.join(map(str, fit))} would do"
+                f"config.train.accumulate={micro_batches}: must divide the {share} images per "
+                f"device of module_{k} into micro-batches of at least 2 images; "
+                f"{', '.join(map(str, valid_counts))} would do"
             )
 
 

@@ -1,4 +1,4 @@
-"""Jits the programs of modules for their devices; equal ones are made once."""
+"""Jitted programs of modules, cached so that equal programs are compiled once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from dgl_jax.types import Outbox
 
 
 class Programs(dict[Any, Any]):
-    """Programs by the turns that run them, each made when it is first asked for."""
+    """Dict of programs by turn, which builds each program when it is first looked up."""
 
     def __init__(self, make: Callable[[Any], Any]):
         super().__init__()
@@ -25,24 +25,38 @@ class Programs(dict[Any, Any]):
 
 @kept(256)
 def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
-    """Returns what a turn of module k runs on its devices; it takes over (donates) the state."""
+    """Returns the jitted program that a turn of module k runs on its devices; it donates the state.
+
+    Args:
+      spec: device-independent description of the training run.
+      k: index of the module.
+      placement: device group of each module.
+      kind: kind of the turn, such as "step" or "backward".
+    """
     return jax.jit(
         spec.method.program(spec, k, kind),
         donate_argnums=0,
-        out_shardings=exits(spec, k, placement, kind),
+        out_shardings=_output_shardings(spec, k, placement, kind),
     )
 
 
 @kept(256)
 def jitted_feed(spec: TrainSpec, k: int, train: bool, placement: Placement) -> Any:
-    """Returns the program of `feed` for the devices of module k."""
+    """Returns the jitted forward-only program of module k, for turns after its last update.
+
+    Args:
+      spec: device-independent description of the training run.
+      k: index of the module.
+      train: if true, batch norm normalizes with batch statistics, otherwise with the running ones.
+      placement: device group of each module.
+    """
     return jax.jit(spec.method.feed(spec, k, train), out_shardings=placement.message(k))
 
 
-def exits(
+def _output_shardings(
     spec: TrainSpec, k: int, placement: Placement, kind: str = "step"
 ) -> tuple[Any, Any, Any]:
-    """Returns where a turn of module k leaves its state, what it sends and its metrics, as shardings."""
+    """Returns the shardings of the state, the outbox and the metrics of a turn of module k."""
     _, sends = spec.method.ports(spec, k, kind)
     outbox = Outbox(*(None if sent is None else placement.message(k) for sent in sends))
     return placement.replicated(k), outbox, placement.replicated(k)

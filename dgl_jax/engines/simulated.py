@@ -1,8 +1,10 @@
-"""The paper's asynchronous protocol on one device (Belilovsky et al. 2020, Algorithm 2): seeded, exactly repeatable.
+"""Engine `simulated`: the paper's asynchronous protocol on one device, seeded and repeatable.
 
-One module works at a time. Which one is drawn, a slowed module less often; it reads a packet from the ring at its entrance,
-updates, and writes the packet it made to the ring of the next. Every module makes the same number of updates: one that is done goes
-on feeding its successor. Nothing here says how fast a real asynchronous run would be.
+This is Algorithm 2 of Belilovsky et al. (2020). One module works at a time. It is drawn at random
+(a slowed module less often), takes a message from the ring at its entrance, updates, and writes its
+own message to the ring of the next module. All modules make the same number of updates; a finished
+module keeps feeding the next one. The engine predicts accuracy, not the speed of a real
+asynchronous run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,15 +35,19 @@ from dgl_jax.spec import Traffic, TrainSpec
 
 @dataclass(frozen=True)
 class SimulatedOptions(AsynchronousOptions):
-    """Of one module at a time."""
+    """Options of the engine `simulated`."""
 
-    order: str = choice(
-        "random", "ordered"
-    )  # drawn in proportion to 1 / slowdown, or one after the other
+    # Modules are drawn with probability proportional to 1 / slowdown, or take turns in order.
+    order: str = choice("random", "ordered")
 
 
 class SimulatedEngine(Asynchronous):
-    """All modules on one device group, one at a time, with replay between them."""
+    """Asynchronous engine that runs one module at a time on one device group.
+
+    Attributes:
+      total: number of updates per module at the end of training.
+      module_of: returns the module that has turn n.
+    """
 
     continuous = False
     unit = "turns"
@@ -56,9 +62,8 @@ class SimulatedEngine(Asynchronous):
     ):
         super().__init__(spec, placement, engine, replay)
         self.total, modules = total, len(spec.modules)
-        if (
-            engine.order == "ordered"
-        ):  # all modules end in the same round: none of them ever only feeds
+        if engine.order == "ordered":
+            # All modules finish in the same round, so no forward-only program ever runs.
             self._feeding = ()
         self.module_of = (
             in_order(modules)
@@ -67,29 +72,31 @@ class SimulatedEngine(Asynchronous):
         )
 
     def traffic(self) -> Traffic:
-        """Nothing crosses devices: what the encoded arrays weigh."""
+        """Returns the sizes of the encoded arrays, because no message crosses devices."""
         return self.spec.traffic()
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates; see `Engine.run`. Every report gives a snapshot, good until the next."""
+        """Trains until every module has `until` updates; see `Engine.run`.
+
+        Every report can return a snapshot, which is valid until the next report.
+        """
         self.prepare()
         rings = flight_of(state)
-        # A ring that came out of a checkpoint already holds the newest codebook.
+        # A restored ring already holds the newest codebook.
         publishers = [
             Publisher(hop, known=bool(ring.newest_codebook[0]))
             for hop, ring in zip(self.hops, rings.rings, strict=True)
         ]
-        parts = zip(state.modules, counts(state), [*publishers, None], strict=True)
-        modules = [RunningModule(k, *part) for k, part in enumerate(parts)]
+        module_args = zip(state.modules, counts(state), [*publishers, None], strict=True)
+        modules = [RunningModule(k, *args) for k, args in enumerate(module_args)]
         turns = Turns(self, rings, source, self.total)
 
         def snapshot(flight: bool = True) -> EngineState:
-            # Between turns every state is there.
-            return EngineState(
-                tuple(module.whole(module.state) for module in modules), rings if flight else None
-            )  # type: ignore[arg-type]
+            # No state is None here, because snapshots are taken between turns.
+            states = tuple(module.whole(module.state) for module in modules)  # type: ignore[arg-type]
+            return EngineState(states, rings if flight else None)
 
         while min(module.updates for module in modules) < until and not stop():
             k = self._next(rings)
@@ -98,17 +105,20 @@ class SimulatedEngine(Asynchronous):
             with jax.transfer_guard("disallow"):
                 metrics = self._turn(modules, k, turns)
             if metrics is not None:
-                brought: list[Metrics] = [{} for _ in modules]
-                brought[k] = metrics
+                metrics_by_module: list[Metrics] = [{} for _ in modules]
+                metrics_by_module[k] = metrics
                 yield Report(
                     tuple(module.updates for module in modules),
-                    tuple(brought),
+                    tuple(metrics_by_module),
                     snapshot,
-                    step=min(m.updates for m in modules),
+                    step=min(module.updates for module in modules),
                 )
 
     def _next(self, flight: Rings) -> int | None:
-        """The module that works now, which then has a packet to read; None where a turn is lost."""
+        """Returns the module that works now, or None if the drawn module has nothing to read.
+
+        Modules that were drawn earlier and had to wait for a message come first.
+        """
         for waiting in map(int, np.flatnonzero(flight.waiting)):
             if flight.ring(waiting).ready():
                 flight.waiting[waiting] = 0
@@ -124,16 +134,16 @@ class SimulatedEngine(Asynchronous):
         return None
 
     def _turn(self, modules: Sequence[RunningModule], k: int, turns: Turns) -> Metrics | None:
-        """Gives module k its turn and returns the metrics of its update; None if it is done and only feeds the next one."""
+        """Runs a turn of module k; returns its metrics, or None if the module has finished."""
         module = modules[k]
-        if turns.finished(module) and module.publisher is None:  # the last one has nobody to feed
+        if turns.finished(module) and module.publisher is None:  # the last module feeds nobody
             return None
         intake = turns.take(k)
-        assert intake is not None, "a turn is given to modules that have something to read"
-        made = turns.run(module, intake)
-        module.updates += made.metrics is not None
-        turns.hand_on(modules, k, made, turns.rings.turn - 1, turns.rings.turn)
-        return made.metrics
+        assert intake is not None, "a turn was given to a module with nothing to read"
+        outcome = turns.run(module, intake)
+        module.updates += outcome.metrics is not None
+        turns.deliver(modules, k, outcome, turns.rings.turn - 1, turns.rings.turn)
+        return outcome.metrics
 
 
 def _make(run: EngineInputs, options: SimulatedOptions) -> SimulatedEngine:

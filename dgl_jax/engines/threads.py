@@ -1,9 +1,10 @@
-"""Asynchronous training for real: every module has a worker and devices of its own, and a ring of packets at its entrance.
+"""Engine `threads`: asynchronous training with a worker thread and a device group per module.
 
-A worker takes a packet from its ring at its own speed, updates, and writes what it made to the ring of the next module. It never
-waits for a slower neighbour (a full ring is written over) and never makes a faster one wait (a packet may be read again). It waits
-only for a first packet, or where `replay.max_reuse` holds all packets back. Nothing here is repeatable: the system's scheduler
-decides who works when.
+Each worker takes messages from the ring at its module's entrance at its own speed, updates, and
+writes its messages to the ring of the next module. It never waits for a slower neighbor, because a
+full ring is overwritten, and never makes a faster one wait, because a message may be read again. It
+waits only for the first message, or while `replay.max_reuse` blocks all messages. Runs are not
+repeatable, because the operating system's scheduler decides which worker runs when.
 """
 
 import logging
@@ -37,7 +38,7 @@ from dgl_jax.engines.base import (
     Report,
     counts,
 )
-from dgl_jax.engines.flight import Still
+from dgl_jax.engines.flight import FrozenRings
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
@@ -49,36 +50,35 @@ from dgl_jax.spec import Meter, Traffic, TrainSpec
 
 _LOG = logging.getLogger(__name__)
 
-_POLL_SECONDS = (
-    0.2  # how long the controlling thread sleeps at most before it looks after signals and workers
-)
-_RESTARTS = 3  # of a module that fails again and again without an update more
+_POLL_SECONDS = 0.2  # longest sleep of the controlling thread between checks of signals and workers
+_RESTARTS = 3  # restarts allowed in a row, without a new update in between
 
 
 @dataclass(frozen=True)
 class ThreadsOptions(AsynchronousOptions, PlacedOptions):
-    """Of a worker thread a module."""
+    """Options of the engine `threads`."""
 
-    restart_workers: bool = option(
-        False, free=True
-    )  # a module that fails goes on from its newest checkpoint
-    watchdog_seconds: float = number(
-        600.0, 0.0, 1e9, free=True
-    )  # without progress, then it is reported; 0: never
+    # Restart a failed module from its newest checkpoint instead of ending the run.
+    restart_workers: bool = option(False, free=True)
+    # Seconds without progress after which a warning names the module; 0: never.
+    watchdog_seconds: float = number(600.0, 0.0, 1e9, free=True)
 
     def check(self, settings: Any) -> None:
-        """Raises UserError if slowdowns or group sizes do not fit."""
+        """Raises UserError if slowdowns or group sizes do not fit the number of modules."""
         AsynchronousOptions.check(self, settings)
         PlacedOptions.check(self, settings)
 
 
 class ThreadsEngine(Asynchronous):
-    """A worker thread a module.
+    """Asynchronous engine with one worker thread per module.
 
     Attributes:
-      recover: gives a module's state from the newest checkpoint, and None where there is none; with it a failed module is restarted
-        while the others go on.
-      clock: seconds; a test brings its own.
+      recover: returns a module's state from the newest checkpoint, or None if there is no
+        checkpoint. If set, a failed module is restarted while the others keep training.
+      clock: returns monotonic seconds; replaceable by tests.
+      copy: copies a module's state on its devices; replaceable by tests.
+      meters: bytes sent across each hop.
+      paces: waiting time and update rate of each module.
     """
 
     continuous = True
@@ -94,35 +94,34 @@ class ThreadsEngine(Asynchronous):
         self.recover: Callable[[int], ModuleState | None] | None = None
         self.clock: Callable[[], float] = time.monotonic
         self.copy = _copy
-        self.of_states = [self.copy]
-        self.meters = [
-            Meter() for _ in modules[1:]
-        ]  # of what has left for the ring of module k + 1
+        self.state_programs = [self.copy]
+        self.meters = [Meter() for _ in modules[1:]]
         self.paces = [Pace() for _ in modules]
 
     def traffic(self) -> Traffic:
-        """What went through the rings; before the first packet, what the encoded arrays weigh."""
+        """Returns bytes per image, measured once a message was sent and computed before."""
         return self.spec.traffic(self.meters)
 
     def gauges(self, state: EngineState) -> dict[str, float]:
-        """Those of the rings, and of each module: updates a second lately, seconds waited for packets."""
-        found, now = super().gauges(state), self.clock()
+        """Returns the ring statistics plus recent updates/s and total wait time per module."""
+        gauges, now = super().gauges(state), self.clock()
         for k, pace in enumerate(self.paces):
             if (rate := pace.rate(now)) is not None:
-                found[f"work/module_{k}/updates_per_second"] = rate
-            found[f"work/module_{k}/wait_seconds"] = pace.waited
-        return found
+                gauges[f"work/module_{k}/updates_per_second"] = rate
+            gauges[f"work/module_{k}/wait_seconds"] = pace.waited
+        return gauges
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`.
 
-        Reports come while the workers go on; closing the iterator stops them after their current step. Every report gives a
-        snapshot: a copy of what the modules are then, which may be further than the report, or behind it if one was restarted.
+        Workers keep training while the caller handles reports. Closing the iterator stops them
+        after their current step. Every report can return a snapshot: a copy of the modules at the
+        time of the call, which may be ahead of the report, or behind it if a module was restarted.
 
         Raises:
-          UserError: a module failed, and was not to be restarted or failed again and again.
+          UserError: a module failed and restarting is off, or it failed repeatedly.
         """
         self.prepare()
         supervisor = Supervisor(self, state, source, until)
@@ -137,9 +136,8 @@ class ThreadsEngine(Asynchronous):
                 elif event is not None:
                     yield event
                 supervisor.watch()
-        except (
-            KeyboardInterrupt
-        ):  # to quit at once: the workers are daemons and nobody waits for them
+        except KeyboardInterrupt:
+            # Quit at once without joining the workers, which are daemon threads.
             supervisor.stop()
             supervisor.abandon()
             raise
@@ -154,13 +152,23 @@ def _copy(tree: Any) -> Any:
 
 
 class Supervisor:
-    """One call of `ThreadsEngine.run`: starts the workers, hears them, restarts, watches and copies them. Used by one thread."""
+    """Controls the workers during one call of `ThreadsEngine.run`; used by one thread.
+
+    It starts the workers, receives their events, restarts failed modules, warns about stalled ones
+    and takes snapshots.
+
+    Attributes:
+      workers: one worker per module.
+      crew: state shared by the workers.
+      pending_reports: reports received while this thread waited for the event of a failure.
+    """
 
     def __init__(self, engine: ThreadsEngine, state: EngineState, source: Source, until: int):
         self.engine, self.rings = engine, flight_of(state)
-        # Rings are saved before the modules, which may have published since: a codebook goes along with each first packet.
+        # Checkpoints save the rings before the modules, which may have published in between. So the
+        # first message of every restored module carries its codebook.
         publishers = [*(Publisher(hop) for hop in engine.hops), None]
-        modules = zip(
+        worker_args = zip(
             state.modules,
             counts(state),
             publishers,
@@ -169,25 +177,23 @@ class Supervisor:
             [*engine.meters, None],
             strict=True,
         )
-        self.workers = [Worker(k, *parts) for k, parts in enumerate(modules)]
+        self.workers = [Worker(k, *args) for k, args in enumerate(worker_args)]
         self.crew = Crew(self.workers, Turns(engine, self.rings, source, until), engine.clock)
         for pace in engine.paces:
             pace.begin(self.crew.began)
-        self.heard: deque[Report] = (
-            deque()
-        )  # reports that came while this thread waited for a failure to be told
+        self.pending_reports: deque[Report] = deque()
 
     def start(self) -> None:
-        """Starts all workers."""
+        """Starts the threads of all workers."""
         for worker in self.workers:
             worker.start(self.crew)
 
     def stop(self) -> None:
-        """Ends the workers after their current turn."""
+        """Tells the workers to end after their current turn."""
         self.crew.stop()
 
     def abandon(self) -> None:
-        """Waits for no worker any more, and takes all of them for ended."""
+        """Treats all workers as ended, so that nothing waits for their threads."""
         for worker in self.workers:
             worker.thread = None
 
@@ -197,66 +203,74 @@ class Supervisor:
             worker.join()
 
     def ended(self) -> bool:
-        """Returns whether all workers have ended, and everything they said has been heard."""
-        return not self._working() and self.crew.events.empty() and not self.heard
+        """Returns True if all workers have ended and all their events were received."""
+        return not self._working() and self.crew.events.empty() and not self.pending_reports
 
     def next_event(self) -> Report | Failure | None:
-        """Waits a little for what a worker says."""
-        return self.heard.popleft() if self.heard else self._listen()
+        """Returns the next report or failure, or None if none arrives within a short time."""
+        return self.pending_reports.popleft() if self.pending_reports else self._listen()
 
     def snapshot(self, flight: bool = True) -> EngineState:
-        """Copies the rings (unless `flight` is false), then one module after the other between two of its updates.
+        """Copies the rings (unless `flight` is false), then each module between two of its updates.
 
-        A worker waits no longer than its own copy takes to be asked for. A module that is down is restarted first. Once all workers
-        have ended, the rings come as they are.
+        Each worker is blocked only while its copy is dispatched. A module that has failed is
+        restarted first. After all workers have ended, the rings are returned without a copy.
         """
         ended = not self._working()
-        still = Still(self.rings) if flight and not ended else None
+        frozen = FrozenRings(self.rings) if flight and not ended else None
         modules = []
         for worker in self.workers:
             state, batches = self._copy(worker)
             modules.append(state)
-            if still and worker.number == 0:
-                still.begin_at(batches)
-        return EngineState(tuple(modules), self.rings if flight and ended else still)
+            if frozen and worker.number == 0:
+                frozen.set_batches(batches)
+        return EngineState(tuple(modules), self.rings if flight and ended else frozen)
 
     def restart(self, failure: Failure) -> None:
-        """Starts a failed module again from its newest checkpoint.
+        """Restarts a failed module from its newest checkpoint.
+
+        Args:
+          failure: event of the failed worker.
 
         Raises:
-          UserError: there is none, the module failed again and again, the run stops, or the user is to blame.
+          UserError: the error is a UserError itself, there is no checkpoint, the module failed too
+            often in a row, or the run is stopping.
         """
         worker, error = self.workers[failure.module], failure.error
         if isinstance(error, UserError):
             raise error
-        k, updates, last = worker.number, worker.updates, worker.failures
+        k, updates, previous = worker.number, worker.updates, worker.failures
         _LOG.error("module_%d failed after %d updates:\n%s", k, updates, failure.trace.rstrip())
-        # In a row: no update since the restart, or the same one failed again.
-        times = last.times + 1 if updates in (last.at, last.since) else 1
-        again = times <= _RESTARTS and not self.crew.stopping.is_set()
-        state = self.engine.recover(k) if self.engine.recover and again else None
+        # Failures are in a row if the module made no update since the restart, or if it failed at
+        # the same update as before.
+        in_a_row = (
+            previous.in_a_row + 1 if updates in (previous.failed_at, previous.resumed_at) else 1
+        )
+        may_restart = in_a_row <= _RESTARTS and not self.crew.stopping.is_set()
+        state = self.engine.recover(k) if self.engine.recover and may_restart else None
         if state is None:
-            in_a_row = f" {times} times in a row" if times > 1 else ""
+            repeated = f" {in_a_row} times in a row" if in_a_row > 1 else ""
             why = explain(error) or f"{type(error).__name__}: {error}"
             raise UserError(
-                f"module_{k} failed{in_a_row} after {updates} updates: {why}; the others have "
-                "stopped, the last checkpoint is good (the log has the traceback)"
+                f"module_{k} failed{repeated} after {updates} updates: {why}; the other modules "
+                "have stopped, the last checkpoint is good (the log has the traceback)"
             ) from error
         worker.state, worker.mail = opened(put(state, self.engine.placement.replicated(k)))
-        worker.failures = Failures(updates, int(jax.device_get(state.updates)), times)
+        worker.failures = Failures(updates, int(jax.device_get(state.updates)), in_a_row)
         with self.crew.counting:
-            worker.updates = worker.failures.since
+            worker.updates = worker.failures.resumed_at
         if worker.publisher is not None:
-            worker.publisher.forget()  # the ring may hold a codebook that this state has not published yet
+            # The ring may hold a codebook that the restored state has not published yet.
+            worker.publisher.forget()
         _LOG.warning(
-            "module_%d goes on from its newest checkpoint, with %d updates; the others never stopped",
+            "module_%d resumes from its newest checkpoint with %d updates; the others kept running",
             k,
             worker.updates,
         )
         worker.start(self.crew)
 
     def watch(self) -> None:
-        """Reports a worker that has made no progress for too long, once."""
+        """Logs a warning, once per stall, for each worker without progress for too long."""
         limit, now = self.engine.watchdog_seconds, self.engine.clock()
         for worker in self.workers:
             since = worker.progress
@@ -279,22 +293,25 @@ class Supervisor:
             return None
         if isinstance(event, Failure):
             return event
-        brought: list[Metrics] = [{} for _ in self.workers]
-        brought[event.module] = event.metrics
-        return Report(event.counts, tuple(brought), self.snapshot, event.at, step=min(event.counts))
+        metrics_by_module: list[Metrics] = [{} for _ in self.workers]
+        metrics_by_module[event.module] = event.metrics
+        return Report(
+            event.counts, tuple(metrics_by_module), self.snapshot, event.at, step=min(event.counts)
+        )
 
     def _copy(self, worker: Worker) -> tuple[ModuleState, int]:
-        """Returns a copy of a module, and the batches read when it was made."""
+        """Returns a copy of a module and the number of batches read at that time."""
         while True:
             with worker.lock:
                 if (state := worker.state) is not None:
                     return worker.whole(self.engine.copy(state)), self.rings.batches
-            while worker.state is None:  # its failure is on its way
+            # Without the lock the state is None only after a failure: wait for its event, restart.
+            while worker.state is None:
                 event = self._listen()
                 if isinstance(event, Failure):
                     self.restart(event)
                 elif event is not None:
-                    self.heard.append(event)
+                    self.pending_reports.append(event)
 
 
 def _make(run: EngineInputs, options: ThreadsOptions) -> ThreadsEngine:

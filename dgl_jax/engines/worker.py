@@ -1,4 +1,4 @@
-"""The workers of the engine `threads`: a module, its state and the thread that gives it its turns; and what all of them share."""
+"""Workers of the engine `threads`: a module with its thread, and the state that workers share."""
 
 import queue
 import threading
@@ -17,13 +17,13 @@ from dgl_jax.spec import Meter
 
 
 class Update(NamedTuple):
-    """What a worker says after an update.
+    """Event that a worker sends after an update.
 
     Attributes:
-      module: k.
-      metrics: of the update.
-      counts: updates of all modules, this one included.
-      at: when it was done.
+      module: index k of the module.
+      metrics: metrics of the update.
+      counts: number of updates of each module, including this one.
+      at: time at which the update finished.
     """
 
     module: int
@@ -34,7 +34,13 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker says when it ends by an error."""
+    """Event that a worker sends when an error ends it.
+
+    Attributes:
+      module: index k of the module.
+      error: the exception.
+      trace: formatted traceback.
+    """
 
     module: int
     error: Exception
@@ -42,27 +48,27 @@ class Failure:
 
 
 class Failures(NamedTuple):
-    """What is known of a worker's last failure.
+    """Record of a worker's most recent failure.
 
     Attributes:
-      at: updates the module had then.
-      since: updates that it went on from.
-      times: failures in a row.
+      failed_at: number of updates of the module when it failed; -1: it never failed.
+      resumed_at: number of updates of the state that it was restarted from.
+      in_a_row: number of failures in a row.
     """
 
-    at: int = -1
-    since: int = -1
-    times: int = 0
+    failed_at: int = -1
+    resumed_at: int = -1
+    in_a_row: int = 0
 
 
 class Pace:
-    """How a module gets on: seconds it has waited for packets, and updates a second, over a second at least.
+    """Seconds that a module has waited for messages, and its recent updates per second.
 
-    Over a second, because reports that waited together are read in a burst.
+    The rate covers at least one second, because reports that queued up are handled in a burst.
     """
 
     def __init__(self) -> None:
-        self.waited, self.updates = 0.0, 0  # written by the worker alone
+        self.waited, self.updates = 0.0, 0  # only the worker writes these
         self._since: tuple[float, int] | None = None
         self._rate: float | None = None
 
@@ -71,28 +77,32 @@ class Pace:
         self._since, self._rate = (now, self.updates), None
 
     def rate(self, now: float) -> float | None:
-        """Returns updates a second, None before a run has begun."""
+        """Returns recent updates per second, or None before a run has begun."""
         if self._since is None or now <= self._since[0]:
             return self._rate
-        seconds, made = now - self._since[0], self.updates - self._since[1]
+        seconds, new_updates = now - self._since[0], self.updates - self._since[1]
         if self._rate is None or seconds >= 1.0:
-            self._rate = made / seconds
+            self._rate = new_updates / seconds
         if seconds >= 1.0:
             self._since = (now, self.updates)
         return self._rate
 
 
 class Crew:
-    """What the workers of a run share. A worker knows it while its thread runs only, so that an ended run frees its memory at once.
+    """State shared by the workers of a run.
+
+    A worker refers to it only while its thread runs, so that a finished run frees its memory at
+    once.
 
     Attributes:
-      workers: all of them, in the order of their modules.
-      turns: of the run.
-      clock: seconds.
-      began: when the run did.
-      events: what the workers say.
-      stopping: set once no new turn is to begin.
-      counting: held while updates are counted: the counts that an event brings and its place in the queue go together.
+      workers: all workers, in the order of their modules.
+      turns: turns of the run.
+      clock: returns monotonic seconds.
+      began: time at which the run began.
+      events: queue of the workers' events.
+      stopping: set when no new turn may begin.
+      counting: lock held while an update is counted, so that events enter the queue in the order of
+        their counts.
     """
 
     def __init__(self, workers: Sequence["Worker"], turns: Turns, clock: Callable[[], float]):
@@ -103,33 +113,33 @@ class Crew:
         self.began = clock()
 
     def needed(self, k: int) -> bool:
-        """Returns whether module k has updates to make, or a module above it that has."""
+        """Returns True if module k or a module above it still has updates to make."""
         return any(worker.updates < self.turns.until for worker in self.workers[k:])
 
     def stop(self) -> None:
-        """Ends the workers after their current turn; those that wait for a packet at once."""
+        """Stops the workers after their current turn, or at once if they wait for a message."""
         if not self.stopping.is_set():
             self.stopping.set()
             self.wake()
 
     def wake(self) -> None:
-        """Lets all that wait for a packet look whether they still need one."""
+        """Wakes all workers that wait for a message, so that they check if they still need one."""
         for ring in self.turns.rings.rings:
             with ring.changed:
                 ring.changed.notify_all()
 
 
 class Worker(RunningModule):
-    """A module, and the thread that gives it its turns.
+    """Module together with the thread that runs its turns.
 
     Attributes:
-      lock: held over a step and over a copy of the state, which is donated to the next step. The state is None where the module
-        is down.
-      thread: None before the first start, and once nobody waits for it any more.
-      progress: when the last turn ended, or the thread began.
-      doing: what the thread does, for the watchdog.
-      warned: the `progress` that the watchdog has reported.
-      failures: its last one.
+      lock: held during a step and while the state is copied, because the next step donates the
+        state. `state` is None after a failure.
+      thread: None before the first start, and after the run was abandoned.
+      progress: time at which the last turn ended or the thread started.
+      doing: current activity of the thread, for the watchdog.
+      warned: value of `progress` for which the watchdog has already warned.
+      failures: record of the most recent failure.
     """
 
     def __init__(
@@ -145,22 +155,22 @@ class Worker(RunningModule):
         super().__init__(number, state, updates, publisher)
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.progress, self.doing = 0.0, "not begun"
+        self.progress, self.doing = 0.0, "not started"
         self.warned: float | None = None
         self.failures = Failures()
         self._slowdown, self._pace, self._meter = slowdown, pace, meter
 
     def start(self, crew: Crew) -> None:
-        """Starts a thread, the first one or that of a restart."""
+        """Starts a thread for the module, at the beginning or after a failure."""
         self.progress = crew.clock()
-        # A daemon: whoever quits at once does not wait for it.
+        # A daemon thread, so that a process which exits does not wait for it.
         self.thread = threading.Thread(
             target=self._work, args=(crew,), name=f"module_{self.number}", daemon=True
         )
         self.thread.start()
 
     def alive(self) -> bool:
-        """Returns whether the thread may still change something."""
+        """Returns True if the thread may still change the module."""
         return self.thread is not None and self.thread.is_alive()
 
     def join(self) -> None:
@@ -180,7 +190,7 @@ class Worker(RunningModule):
 
     def _turn(self, crew: Crew) -> None:
         turns, clock = crew.turns, crew.clock
-        self.doing = "waiting for a batch" if self.number == 0 else "waiting for a packet"
+        self.doing = "waiting for a batch" if self.number == 0 else "waiting for a message"
         begin = clock()
         intake = turns.take(self.number) if self._has_input(crew) else None
         if intake is None:
@@ -193,20 +203,20 @@ class Worker(RunningModule):
         started = clock()
         self._pace.waited += started - begin
         with self.lock:
-            made = turns.run(self, intake)
+            outcome = turns.run(self, intake)
         if self._slowdown > 1:
             crew.stopping.wait((self._slowdown - 1) * (clock() - started))
         ended = clock()
-        if made.metrics is not None:
-            self._count(crew, made.metrics, ended)
-        if made.above is not None and self._meter is not None:
-            message, _ = made.above
+        if outcome.metrics is not None:
+            self._count(crew, outcome.metrics, ended)
+        if outcome.above is not None and self._meter is not None:
+            message, _ = outcome.above
             self._meter.count(message.payload, message.context, message.codebook)
-        turns.hand_on(crew.workers, self.number, made, started - crew.began, ended - crew.began)
+        turns.deliver(crew.workers, self.number, outcome, started - crew.began, ended - crew.began)
         self.progress = ended
 
     def _has_input(self, crew: Crew) -> bool:
-        """Waits until a packet may be read; returns False if the run stops or nobody needs this module."""
+        """Waits for a readable message; returns False if no message is needed any more."""
         k = self.number
         if k == 0:
             return True
@@ -217,14 +227,18 @@ class Worker(RunningModule):
             )
         return not crew.stopping.is_set() and crew.needed(k)
 
-    def _count(self, crew: Crew, metrics: Metrics, at: float) -> None:
+    def _count(self, crew: Crew, metrics: Metrics, finished_at: float) -> None:
         with crew.counting:
             self.updates += 1
             self._pace.updates += 1
             crew.events.put(
-                Update(self.number, metrics, tuple(worker.updates for worker in crew.workers), at)
+                Update(
+                    self.number,
+                    metrics,
+                    tuple(worker.updates for worker in crew.workers),
+                    finished_at,
+                )
             )
-        if (
-            self.updates == crew.turns.until
-        ):  # a module below that only feeds may be needed no longer
+        if self.updates == crew.turns.until:
+            # Finished modules below may no longer be needed as feeders.
             crew.wake()
