@@ -284,7 +284,7 @@ def test_threads_with_codebooks_count_what_crossed(tiny, devices, decode):
     assert traffic.measured
     for k, meter in enumerate(made.meters):
         payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # a byte for two codes, and the context
-        assert meter.packets == payload * meter.images
+        assert meter.messages == payload * meter.images
         assert meter.codebooks == 2 * 8 * 2 * 4 * 4  # at updates 0, 2, 4 and 6
 
 

@@ -166,7 +166,7 @@ def test_an_adapter_that_changes_the_type_is_refused(monkeypatch):
     )
     with pytest.raises(
         UserError,
-        match=r"^config\.model\.adapter: that of module_1 makes .*bfloat16.*; it must keep shape",
+        match=r"^config\.model\.adapter: the adapter of module_1 turns .*bfloat16.*; it must keep",
     ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1]).spec.abstract_states()
 

@@ -65,7 +65,7 @@ class PipelineEngine(Synchronous):
         """To the devices of module k, with a codebook that was just published; nothing to do where they are the same."""
         if context is None:  # from above
             if self.placement.crosses(k):
-                self.meters[k].came_down(message)
+                self.meters[k].count_from_above(message)
                 message = put(message, self.placement.message(k))
             return message, context
         if not self.placement.crosses(k - 1):
