@@ -1,4 +1,4 @@
-"""Tests of the CIFAR networks and of `make_network`: shapes, parameters, multiplications, errors."""
+"""Tests of the CIFAR networks: shapes, parameters, multiplications and error messages."""
 
 import math
 from unittest import mock
