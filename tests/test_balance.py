@@ -13,12 +13,12 @@ def largest_cost(cost, count, starts):
     return max(cost(first, end) for first, end in itertools.pairwise([*starts, count]))
 
 
-def check(rule, cost, count, runs):
-    starts = rule(cost, count, runs)
-    assert len(starts) == runs
+def check(rule, cost, count, segments):
+    starts = rule(cost, count, segments)
+    assert len(starts) == segments
     assert starts[0] == 0
     assert all(a < b for a, b in itertools.pairwise([*starts, count]))
-    every = [(0, *later) for later in itertools.combinations(range(1, count), runs - 1)]
+    every = [(0, *later) for later in itertools.combinations(range(1, count), segments - 1)]
     best = min(largest_cost(cost, count, each) for each in every)
     assert largest_cost(cost, count, starts) == best
     return starts
@@ -43,13 +43,13 @@ def test_partition_is_optimal_for_any_cost(costs, data):
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
 def test_partition_is_optimal_for_sums(costs, data):
-    runs = data.draw(st.integers(1, len(costs)))
-    check(balanced, lambda first, end: sum(costs[first:end]), len(costs), runs)
+    segments = data.draw(st.integers(1, len(costs)))
+    check(balanced, lambda first, end: sum(costs[first:end]), len(costs), segments)
 
 
 def test_partition_equals_values_by_hand():
-    def rule(costs, runs):
-        return balanced(lambda first, end: sum(costs[first:end]), len(costs), runs)
+    def rule(costs, segments):
+        return balanced(lambda first, end: sum(costs[first:end]), len(costs), segments)
 
     assert rule([1, 1, 1], 2) == (0, 2)  # of equally good cuts, the longer segment is first
     assert rule([1, 2, 3, 4, 5], 3) == (0, 3, 4)
@@ -57,18 +57,20 @@ def test_partition_equals_values_by_hand():
     assert rule([7], 1) == (0,)
 
 
-@pytest.mark.parametrize("runs", [0, 4])
-def test_empty_segments_are_refused(runs):
-    with pytest.raises(ValueError, match=f"3 items cannot be cut into {runs} non-empty segments"):
-        balanced(lambda first, end: 1.0, 3, runs)
+@pytest.mark.parametrize("segments", [0, 4])
+def test_empty_segments_are_refused(segments):
+    with pytest.raises(
+        ValueError, match=f"3 items cannot be cut into {segments} non-empty segments"
+    ):
+        balanced(lambda first, end: 1.0, 3, segments)
 
 
-def greedy(cost, count, runs):
+def greedy(cost, count, segments):
     """Ends a segment when it reaches its equal share of the total cost."""
-    share, starts = cost(0, count) / runs, [0]
+    share, starts = cost(0, count) / segments, [0]
     for end in range(1, count):
-        if len(starts) < runs and (
-            cost(starts[-1], end) >= share or count - end == runs - len(starts)
+        if len(starts) < segments and (
+            cost(starts[-1], end) >= share or count - end == segments - len(starts)
         ):
             starts.append(end)
     return tuple(starts)

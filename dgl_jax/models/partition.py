@@ -105,7 +105,7 @@ def _example(num_blocks: int, modules: int) -> str:
     return ",".join(map(str, cuts("count", num_blocks, modules)))
 
 
-def balanced(cost: Callable[[int, int], float], count: int, runs: int) -> tuple[int, ...]:
+def balanced(cost: Callable[[int, int], float], count: int, segments: int) -> tuple[int, ...]:
     """Cuts a sequence into contiguous, non-empty segments with minimal maximum cost.
 
     This is linear partitioning by exact dynamic programming over (end, number of segments). Of
@@ -115,27 +115,27 @@ def balanced(cost: Callable[[int, int], float], count: int, runs: int) -> tuple[
       cost: `cost(first, end)` is the cost of the segment of items `first` to `end`, exclusive. It
         may be any function, not only a sum over the items.
       count: number of items.
-      runs: number of segments, 1 to `count`.
+      segments: number of segments, 1 to `count`.
 
     Returns:
       Index of the first item of each segment; the first entry is 0.
 
     Raises:
-      ValueError: `runs` is out of range.
+      ValueError: `segments` is out of range.
     """
-    if not 1 <= runs <= count:
-        raise ValueError(f"{count} items cannot be cut into {runs} non-empty segments")
+    if not 1 <= segments <= count:
+        raise ValueError(f"{count} items cannot be cut into {segments} non-empty segments")
     costs = [
         [cost(first, end) if first < end else inf for end in range(count + 1)]
         for first in range(count)
     ]
-    # best[end]: minimal maximum cost of the items before `end`, cut into `segments` segments.
+    # best[end]: minimal maximum cost of the items before `end`, for the number of segments so far.
     best = [0.0] + [inf] * count
     last_starts: list[list[int]] = []
-    for segments in range(runs):
+    for number in range(segments):
         extended, last_start = [inf] * (count + 1), [0] * (count + 1)
-        for end in range(segments + 1, count + 1):
-            for first in range(segments, end):
+        for end in range(number + 1, count + 1):
+            for first in range(number, end):
                 worst = max(best[first], costs[first][end])
                 # `<=` prefers the later start of the last segment: longer early segments.
                 if worst <= extended[end]:
