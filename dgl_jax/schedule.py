@@ -1,8 +1,8 @@
-"""Who works when: pure data, in plain Python.
+"""Schedules: which module works on which batch at which tick, in plain Python.
 
-`fused` gives every module the same batch in one tick. `pipelined` gives module k at tick t batch t - k, here for three modules
-and four batches; rows are ticks, read from left to right in the order of dispatch (the deepest module first, since all it
-needs was made a tick ago):
+`fused` gives all modules the same batch in one tick. `pipelined` gives module k batch t - k at tick
+t, shown here for three modules and four batches. Each row is a tick, in dispatch order from left to
+right: the deepest module is first, since its input was computed one tick earlier.
 
     tick 0                          m0:b0
     tick 1              m1:b0       m0:b1
@@ -11,7 +11,7 @@ needs was made a tick ago):
     tick 4   m2:b2      m1:b3
     tick 5   m2:b3
 
-Filling and draining change no number: each module sees the same batches in the same order.
+Filling and draining do not change the results: each module sees the same batches in the same order.
 """
 
 import random
@@ -21,10 +21,13 @@ from typing import NamedTuple
 
 
 class Turn(NamedTuple):
-    """Module `module` works on batch `batch`.
+    """Unit of work: one module processes one batch.
 
     Attributes:
-      kind: `step` (forward pass and update), `forward`, or `backward` (an update by a gradient from above).
+      module: index k of the module.
+      batch: index of the batch in the run.
+      kind: `step` (forward pass and update), `forward`, or `backward` (update with a gradient from
+        the module above).
     """
 
     module: int
@@ -32,7 +35,7 @@ class Turn(NamedTuple):
     kind: str = "step"
 
     def updates(self) -> bool:
-        """Returns whether the module makes an update of it."""
+        """Returns True if the turn updates the module."""
         return self.kind != "forward"
 
 
@@ -40,12 +43,19 @@ Tick = tuple[Turn, ...]
 
 
 def never() -> bool:
-    """The stop of a run that nobody interrupts."""
+    """Returns False: the default `stop` callback, which never ends a run early."""
     return False
 
 
 def fused(modules: int, start: int, until: int, stop: Callable[[], bool] = never) -> Iterator[Tick]:
-    """Every module on batch t at tick t, the first module first; ends early once `stop()`."""
+    """Yields one tick per batch, in which all modules work on that batch, module 0 first.
+
+    Args:
+      modules: number of modules.
+      start: index of the first batch.
+      until: index after the last batch.
+      stop: called before each tick; the schedule ends when it returns True.
+    """
     for batch in range(start, until):
         if stop():
             return
@@ -55,7 +65,15 @@ def fused(modules: int, start: int, until: int, stop: Callable[[], bool] = never
 def pipelined(
     modules: int, start: int, until: int, stop: Callable[[], bool] = never
 ) -> Iterator[Tick]:
-    """Module k on batch t - k at tick t, the deepest first; once `stop()`, no new batch enters and the pipe drains."""
+    """Yields ticks in which module k works on batch t - k, the deepest module first.
+
+    Args:
+      modules: number of modules.
+      start: index of the first batch.
+      until: index after the last batch.
+      stop: called before a batch enters; when it returns True, no further batch enters and the
+        batches in flight are finished.
+    """
     tick = start
     while tick < until + modules - 1:
         if tick < until and stop():
@@ -72,10 +90,16 @@ def pipelined(
 def aligned(
     counts: Sequence[int], until: int, stop: Callable[[], bool] = never, overlap: bool = False
 ) -> Iterator[Tick]:
-    """Goes on with modules that have made equally many updates: `pipelined` if they work at once (`overlap`), else `fused`.
+    """Returns the schedule that continues from equal update counts, `pipelined` or `fused`.
+
+    Args:
+      counts: updates made so far, per module.
+      until: updates per module at the end.
+      stop: see `pipelined` and `fused`.
+      overlap: modules work at the same time, so that `pipelined` is used.
 
     Raises:
-      ValueError: they have not.
+      ValueError: the update counts differ.
     """
     if len(set(counts)) != 1:
         raise ValueError(
@@ -85,14 +109,24 @@ def aligned(
 
 
 def in_order(modules: int) -> Callable[[int], int]:
-    """Which module has turn n when they work one after the other: with rings of one packet this is `fused`."""
+    """Returns a function from a turn's number to its module: all modules in order, repeatedly.
+
+    With rings of size 1 this is equivalent to `fused`.
+    """
     return lambda turn: turn % modules
 
 
 def drawn(modules: int, slowdown: Sequence[float], seed: int) -> Callable[[int], int]:
-    """Which module has turn n when it is drawn, module k with a probability in proportion to 1 / slowdown[k].
+    """Returns a function from a turn's number to its module, drawn at random.
 
-    The first turns are 0, 0, 1, 1, 2, 2 and so on, so that every ring has something to read. A function of seed and turn alone.
+    The first turns belong to modules 0, 0, 1, 1, 2, 2 and so on, so that every ring holds a message
+    when it is first read. The module of a turn depends only on the seed and the turn's number.
+
+    Args:
+      modules: number of modules.
+      slowdown: module k is drawn with a probability proportional to 1 / slowdown[k]; empty for
+        equal probabilities.
+      seed: seed of the run.
     """
     shares = list(accumulate(1 / s for s in slowdown or [1.0] * modules))
 

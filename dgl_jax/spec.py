@@ -1,4 +1,4 @@
-"""What is trained, and how: all that engines share, without a word on devices; and what crosses between modules."""
+"""Device-independent description of a training run, and of the messages between its modules."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,13 +19,16 @@ from dgl_jax.types import Batch, Context, nbytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes an image takes across each hop, up (activations or their codes, and context) and down, one entry a hop.
+    """Bytes per image that cross each hop, in both directions together; one entry per hop.
+
+    Upward these are activations (or their codes) and the context.
 
     Attributes:
-      raw: without a codec.
-      wire: with it, codebooks included.
-      codebook: what of `wire` codebooks take.
-      measured: `wire` was counted from packets that crossed a device boundary; otherwise from the shapes of the encoded arrays.
+      raw: bytes without a codec.
+      wire: bytes with the codec, including codebooks.
+      codebook: the part of `wire` that is codebooks.
+      measured: True if `wire` was counted from messages that crossed a device boundary, False if it
+        was computed from the shapes of the encoded arrays.
     """
 
     raw: tuple[float, ...]
@@ -34,42 +37,51 @@ class Traffic:
     measured: bool = False
 
     def gauges(self) -> dict[str, float]:
-        """As metrics of the modules that send."""
-        found = {}
+        """Returns the traffic as metrics of the sending modules."""
+        gauges = {}
         for k, (raw, wire, codebook) in enumerate(
             zip(self.raw, self.wire, self.codebook, strict=True)
         ):
-            found[f"wire/module_{k}/bytes_per_image"] = wire
-            found[f"wire/module_{k}/compression"] = raw / wire
-            found[f"wire/module_{k}/codebook_share"] = codebook / wire
-        return found
+            gauges[f"wire/module_{k}/bytes_per_image"] = wire
+            gauges[f"wire/module_{k}/compression"] = raw / wire
+            gauges[f"wire/module_{k}/codebook_share"] = codebook / wire
+        return gauges
 
 
 @dataclass
 class Meter:
-    """Counts what crosses a hop."""
+    """Counter of the bytes that cross one hop.
 
-    packets: int = 0  # bytes of payloads and their context
-    codebooks: int = 0  # bytes
+    Attributes:
+      messages: bytes of payloads and contexts.
+      codebooks: bytes of codebooks.
+      images: number of images whose activations crossed.
+    """
+
+    messages: int = 0
+    codebooks: int = 0
     images: int = 0
 
     def count(self, payload: Any, context: Context, codebook: Any = ()) -> None:
-        """Counts one packet, and the codebook that went with it, if one did."""
-        self.packets += nbytes((payload, context))
+        """Counts one message to the module above and the codebook sent with it, if any."""
+        self.messages += nbytes((payload, context))
         self.codebooks += nbytes(codebook)
         self.images += len(context["id"])
 
-    def came_down(self, message: Any) -> None:
-        """Counts a message from the module above."""
-        self.packets += nbytes(message)
+    def count_from_above(self, message: Any) -> None:
+        """Counts one message from the module above."""
+        self.messages += nbytes(message)
 
 
 class MessageSpec(NamedTuple):
-    """What crosses from a module to the next, as shapes and dtypes.
+    """Shapes and dtypes of the messages that cross a hop.
 
     Attributes:
-      period: updates from one codebook to the next; 0: the codec has none.
-      down: what the next module sends back for each batch.
+      activations: activations of the module below, decoded.
+      payload: the encoded activations.
+      codebook: the codebook; `()` if the codec has none.
+      period: updates between two codebooks; 0 if the codec has none.
+      down: message that the module above sends back for each batch.
     """
 
     activations: jax.ShapeDtypeStruct
@@ -79,29 +91,29 @@ class MessageSpec(NamedTuple):
     down: Any = ()
 
     def publishes(self, updates: int) -> bool:
-        """Whether the packet of the update after so many comes with a new codebook."""
+        """Returns True if the message sent after `updates` updates carries a new codebook."""
         return bool(self.period) and updates % self.period == 0
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What is learnt and how, without a word on devices: all that the engines have in common.
+    """Device-independent description of the training run, shared by all engines.
 
     Attributes:
-      modules: the cut network with its heads.
-      method: the training rule.
-      optimizer: one for all; each module holds a state of its own.
-      task: what the examples are; makes network inputs of stored ones.
-      codec: what crosses between modules.
-      decode: sent or latest: the codebook that decodes a packet which has waited in a ring.
-      accumulate: micro-batches that a batch is split into.
-      ema: decay of the moving average of parameters that is evaluated; 0: none is kept.
-      seed: of the parameters and of the augmentation.
-      batch_size: examples of the whole batch, over all devices.
+      modules: the network, cut into modules with their objectives.
+      method: the training rule, a `methods.Method`.
+      optimizer: the optimizer of all modules; each module has its own optimizer state.
+      task: describes the examples and turns stored inputs into network inputs.
+      codec: encodes the activations between modules.
+      seed: seed of the parameters and of the augmentation.
+      batch_size: examples per batch, over all devices together.
+      decode: "sent" or "latest": the codebook that decodes a message from a ring.
+      accumulate: number of micro-batches that a batch is split into.
+      ema: decay of the moving average of parameters for evaluation; 0 for no average.
     """
 
     modules: tuple[LocalModule, ...]
-    method: Any  # a `methods.Method`, which this file comes before
+    method: Any  # `methods` imports this file, so that its type cannot be named here
     optimizer: optax.GradientTransformation
     task: Task
     codec: Codec
@@ -112,30 +124,30 @@ class TrainSpec:
     ema: float = 0.0
 
     def inputs(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a batch of network inputs."""
+        """Returns shape and dtype of a batch of network inputs."""
         return self.task.inputs(self.batch_size)
 
     def batch(self) -> Batch:
-        """Returns shapes and dtypes of a batch of the source."""
+        """Returns shapes and dtypes of a batch from the source."""
         example: Any = self.task.example
         stored: Any = jax.ShapeDtypeStruct((self.batch_size, *example.shape), example.dtype)
         return Batch(stored, self.context(0), jax.ShapeDtypeStruct((), "int32"))  # type: ignore[arg-type]
 
     def init(self) -> tuple[ModuleState, ...]:
-        """Fresh states of all modules."""
+        """Returns fresh states of all modules."""
         return _init_program(self)(rngs.root(self.seed))
 
     def abstract_states(self) -> tuple[ModuleState, ...]:
-        """Shapes and dtypes of what `init` gives."""
+        """Returns shapes and dtypes of the states that `init` returns."""
         return jax.eval_shape(_init_program(self), rngs.root(0))
 
     def _states(self, key: jax.Array) -> tuple[ModuleState, ...]:
         context = {"image": self.inputs(), **self.context(0)}
         states = list(init_states(self.modules, self.optimizer, key, self.inputs(), context))
         for k, activations in enumerate(self.shapes(states)[1:]):
-            of_codec = self.codec.init(activations)
-            if jax.tree.leaves(of_codec):
-                states[k] = dataclasses.replace(states[k], extras={"codec": of_codec})
+            codec_state = self.codec.init(activations)
+            if jax.tree.leaves(codec_state):
+                states[k] = dataclasses.replace(states[k], extras={"codec": codec_state})
         for k, state in enumerate(states):
             states[k] = dataclasses.replace(
                 state, extras=state.extras | self.method.extras(self, k, states)
@@ -143,19 +155,30 @@ class TrainSpec:
         return tuple(map(ema.begin, states)) if self.ema else tuple(states)
 
     def shapes(self, states: Sequence[ModuleState]) -> list[jax.ShapeDtypeStruct]:
-        """Returns shape and dtype of a batch of what each module reads, after decoding; `states` may be shapes too."""
-        found = [self.inputs()]
+        """Returns shape and dtype of each module's inputs, after decoding.
+
+        Args:
+          states: states of all modules, or their shapes and dtypes.
+        """
+        shapes = [self.inputs()]
         for module, state in zip(self.modules[:-1], states):
-            found.append(output_shape(module, state.params, state.batch_stats, found[-1]))
-        return found
+            shapes.append(output_shape(module, state.params, state.batch_stats, shapes[-1]))
+        return shapes
 
     def codebook(self, state: ModuleState) -> Any:
-        """What decodes the packets that a module hands on; `()` where the codec has no codebook, or nothing is handed on."""
+        """Returns the codebook that decodes the messages of a module.
+
+        Args:
+          state: the sender's state.
+
+        Returns:
+          The codebook; `()` if the codec has none or the module sends nothing.
+        """
         return self.codec.codebook(state.extras["codec"]) if "codec" in state.extras else ()
 
     @cached_property
     def hops(self) -> tuple[MessageSpec, ...]:
-        """What crosses from each module to the next."""
+        """Returns the messages that cross each hop, one entry per hop."""
         states, hops = self.abstract_states(), []
         for state, activations in zip(states, self.shapes(states)[1:]):
             codebook = jax.eval_shape(self.codebook, state)
@@ -167,39 +190,56 @@ class TrainSpec:
         return tuple(hops)
 
     def needs(self, k: int, answering: bool = False) -> tuple[str, ...]:
-        """Returns the names of the context that reaches module k: what its objective, its adapter and those above read, and `id`.
+        """Returns the names of the context arrays that must reach module k.
+
+        These are `id` and the names that the objectives and adapters of module k and of the
+        modules above read.
 
         Args:
-          answering: of an evaluation, in which objectives read nothing and nobody looks at an `id`.
+          k: index of the module; the number of modules itself is allowed and needs only `id`.
+          answering: return the names needed in an evaluation, where objectives read no context and
+            `id` is not used.
         """
         return self._needs[answering][k]
 
     @cached_property
     def _needs(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        def of(k: int, answering: bool) -> tuple[str, ...]:
+        def names(k: int, answering: bool) -> tuple[str, ...]:
             readers: list[Any] = [
                 part
                 for m in self.modules[k:]
                 for part in (m.adapter, None if answering else m.objective)
             ]
-            named = {name for reader in readers if reader is not None for name in reader.needs}
-            return tuple(sorted(named if answering else {"id", *named}))
+            needed = {name for reader in readers if reader is not None for name in reader.needs}
+            return tuple(sorted(needed if answering else {"id", *needed}))
 
-        places = range(len(self.modules) + 1)
-        return [of(k, False) for k in places], [of(k, True) for k in places]
+        modules = range(len(self.modules) + 1)
+        return [names(k, False) for k in modules], [names(k, True) for k in modules]
 
     def reads(self, k: int) -> tuple[str, ...]:
-        """Returns the names of the publications that the objective of module k reads; none without a module above it."""
+        """Returns the names of the publications that the objective of module k reads.
+
+        The last module reads none, as no module above it can publish.
+        """
         objective = self.modules[k].objective if 0 <= k < len(self.modules) - 1 else None
         return () if objective is None else objective.reads
 
     def carried(self, k: int, context: Context, added: Context | None = None) -> Context:
-        """Returns what of a module's context, and of what it has added, goes on to module k."""
-        whole = context | dict(added or {})
-        return {name: whole[name] for name in self.needs(k)}
+        """Selects the context that travels to module k.
+
+        Args:
+          k: index of the receiving module.
+          context: context that the module below received.
+          added: context arrays that the module below adds.
+        """
+        available = context | dict(added or {})
+        return {name: available[name] for name in self.needs(k)}
 
     def context(self, k: int) -> Any:
-        """Returns shapes and dtypes of the context that reaches module k; to the first comes what the source yields."""
+        """Returns shapes and dtypes of the context that reaches module k.
+
+        For k = 0 these are all arrays that the source yields, needed or not.
+        """
         shapes = {"id": (self.batch_size,), "label": (self.batch_size, *self.task.label)}
         known = {name: jax.ShapeDtypeStruct(shape, "int32") for name, shape in shapes.items()}
         if k:
@@ -208,28 +248,34 @@ class TrainSpec:
         return known
 
     def traffic(self, meters: Sequence[Meter] = ()) -> Traffic:
-        """What the packets weigh: counted where a meter has counted, else by the shapes of the encoded arrays."""
+        """Computes the bytes per image that cross each hop.
+
+        Args:
+          meters: one per hop. Hops whose meter has counted messages are reported as measured; for
+            the others, and without meters, the sizes follow from the shapes of the encoded arrays.
+        """
         if not self.method.sends:
             return Traffic((), (), ())
         size = self.batch_size
-        raw, packets, codebooks = [], [], []
+        raw, messages, codebooks = [], [], []
         for k, hop in enumerate(self.hops, 1):
-            beside = nbytes((self.context(k), hop.down))
-            raw.append((nbytes(hop.activations) + beside) / size)
-            packets.append((nbytes(hop.payload) + beside) / size)
+            overhead = nbytes((self.context(k), hop.down))
+            raw.append((nbytes(hop.activations) + overhead) / size)
+            messages.append((nbytes(hop.payload) + overhead) / size)
             codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:
-            packets[k], codebooks[k] = (
-                n / meters[k].images for n in (meters[k].packets, meters[k].codebooks)
+            messages[k], codebooks[k] = (
+                n / meters[k].images for n in (meters[k].messages, meters[k].codebooks)
             )
-        wire = tuple(p + c for p, c in zip(packets, codebooks))
+        wire = tuple(m + c for m, c in zip(messages, codebooks))
         return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
 
 
 @kept(8)
 def _init_program(spec: TrainSpec) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
-    """Returns the jitted function that makes the states."""
-    # A run-once program of many random draws: compiling it fast matters more (9 s against 3 on a CPU), the values are the same.
+    """Returns the jitted function that initializes all states from the root key."""
+    # The program runs once and draws many random arrays, so that compile time dominates. A lower
+    # optimization level cuts it from 9 s to 3 s on a CPU and does not change the values.
     options = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
     return jax.jit(spec._states, compiler_options=options)

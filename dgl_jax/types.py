@@ -1,4 +1,4 @@
-"""The vocabulary: what the source yields (Batch) and what crosses between neighbouring modules (Message)."""
+"""Common data types: batches from the source, and messages between neighboring modules."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,59 +7,84 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
-PADDING = -1  # label and id of an example that only fills up a batch of an evaluation
+PADDING = -1  # label and id of the examples that pad the last batch of an evaluation
 
 AnyArray = jax.Array | np.ndarray
 
 
-# What belongs to each example and travels with its activations: by name, arrays with a row for each. `id` is always there (the
-# example's index in its split, which follows the activations end to end), `label` and others only as far as an objective asks.
+# Per-example arrays, by name, that travel with the activations. `id` is always present: the index
+# of the example in its split. `label` and others travel only as far as an objective reads them.
 Context = dict[str, AnyArray]
 
 
 class Batch(NamedTuple):
-    """B examples as the source yields them: host arrays, inputs as stored (of images uint8, channels last)."""
+    """Batch of B examples as the source yields it, in host arrays.
+
+    Attributes:
+      inputs: inputs as stored, [B, ...]; images are uint8 with channels last, [B, H, W, C].
+      context: see `Context`.
+      step: index of the batch in the run, from which the augmentation derives its key.
+    """
 
     inputs: Shaped[AnyArray, "B ..."]
     context: Context
-    step: Int[AnyArray, ""]  # which batch of the run this is; the augmentation is drawn from it
+    step: Int[AnyArray, ""]
 
 
 @dataclass(frozen=True)
 class Header:
-    """Host-side description of a message that goes up; never enters a jit."""
+    """Host-side description of a message to the module above; never enters a jitted function.
 
-    sequence: int  # number of the batch that the message was made from
-    updates: int  # the producer's update count when it made the message
-    codebook: int = 0  # which publication of the producer's codebook it was encoded with, where the codec has one
+    Attributes:
+      sequence: index of the batch that the message was computed from.
+      updates: the producer's update count when it sent the message.
+      codebook: version of the producer's codebook that encoded the payload; 0 if the codec has no
+        codebook.
+    """
+
+    sequence: int
+    updates: int
+    codebook: int = 0
 
 
 class Message(NamedTuple):
-    """What crosses a hop, up (activations) or down (gradients, parameters); goes into and out of jitted functions."""
+    """Message that crosses a hop: activations upward; gradients or parameters downward.
 
-    payload: Any = ()  # a pytree of arrays with a row for each example, on the way up as the codec made it
-    codebook: Any = ()  # the one it was encoded with; travels when a new one is published, not with every packet
-    newest: Any = None  # the newest one, where that is to decode instead
-    context: Any = ()  # of its examples, a dict: out of a ring all of it, out of a program what the producer adds
-    published: Any = ()  # what belongs to no example, such as parameters: a pytree of arrays
+    Jitted functions take and return messages; the header is kept apart.
+
+    Attributes:
+      payload: pytree of arrays [B, ...]; upward it is encoded by the codec.
+      codebook: the codebook that encoded the payload. It is sent when a new one is published, not
+        with every message.
+      newest: the newest codebook, if that one should decode the payload; otherwise None.
+      context: see `Context`. A message from a ring holds all of it, a message from a program only
+        what the producer adds.
+      published: pytree of arrays that belong to no example, such as parameters.
+    """
+
+    payload: Any = ()
+    codebook: Any = ()
+    newest: Any = None
+    context: Any = ()
+    published: Any = ()
 
 
 class Inbox(NamedTuple):
-    """What a turn of a module reads, by where it comes from; None: nothing."""
+    """Input of a module's turn, by the direction it comes from; None if nothing is read."""
 
     below: Batch | Message | None = None
     above: Message | None = None
 
 
 class Outbox(NamedTuple):
-    """What a turn of a module sends, by where it goes; None: nothing."""
+    """Output of a module's turn, by the direction it is sent to; None if nothing is sent."""
 
     above: Message | None = None
     below: Message | None = None
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays (or shape structures) in a pytree."""
+    """Returns the total size in bytes of all arrays (or `ShapeDtypeStruct`s) in a pytree."""
     return sum(
         int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )

@@ -1,16 +1,16 @@
-"""Plain NumPy arithmetic in float64 for what the flax modules compute: the oracle of the tests of models and heads."""
+"""NumPy reference of the layers in float64, for the tests of models and heads."""
 
 import jax
 import numpy as np
 
 
 def random_variables(module, shape, seed=0):
-    """Variables of the right structure with random values, so that every one of them shows in the output."""
+    """Returns variables of a module with random values, so that each one affects the output."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(
         lambda key, x: module.init(key, x, False), jax.random.key(0), np.zeros(shape, np.float32)
     )
-    # Uniform and above zero: variances must be, and scales may.
+    # Vectors are positive, as variances must be; kernels have both signs.
     return jax.tree.map(
         lambda a: rng.uniform(0.1, 1.0, a.shape).astype(a.dtype) - 0.4 * (a.ndim > 1), shapes
     )
@@ -21,7 +21,7 @@ def max_pool(x):
 
 
 def max_pool_3x3(x):
-    """Stride 2, one row and column beyond each edge."""
+    """Computes the maximum of 3x3 windows with stride 2 and a padding of 1."""
     height, width = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     return np.max(
@@ -41,7 +41,7 @@ def adaptive_avg_pool(x, out):
 
 
 class Layers:
-    """The layers of a linen module in the order in which it calls them, and the running averages after the call."""
+    """Layers of a linen module, to be called in the same order, and their new running averages."""
 
     def __init__(self, variables, train):
         self.params, self.old = variables["params"], variables.get("batch_stats", {})
@@ -87,7 +87,7 @@ class Layers:
 
 
 def check_forward(module, oracle, x, train, seed=0):
-    """Output and running averages of the jitted flax module against `oracle(layers, x)`."""
+    """Compares output and running averages of a jitted flax module with `oracle(layers, x)`."""
     variables = random_variables(module, x.shape, seed)
     apply = jax.jit(lambda v, x: module.apply(v, x, train, mutable=["batch_stats"]))
     y, updated = apply(variables, np.asarray(x, np.float32))
@@ -99,5 +99,6 @@ def check_forward(module, oracle, x, train, seed=0):
 
 
 def close(actual, expected):
-    # Sums that nearly cancel leave no relative precision in single values: hence the share of the largest one.
+    # The absolute tolerance is relative to the largest value: sums that nearly cancel leave no
+    # relative precision in single values.
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""Batch norm with a gradient of its own is flax's layer and its automatic gradient, with the ReLU and the bias around it."""
+"""Tests that batch norm with its custom gradient equals flax's layer, with bias and ReLU."""
 
 import re
 
@@ -17,25 +17,25 @@ pytestmark = pytest.mark.full_compile
 SHAPES = {"maps": (6, 5, 4, 3), "features": (9, 4), "tokens": (4, 3, 5)}
 
 
-class Library(nn.Module):
-    """What is to be computed: an addition, flax's layer, a ReLU."""
+class Reference(nn.Module):
+    """Reference with flax: an addition, batch norm and a ReLU."""
 
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, train, *, relu, offset):
         y = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="own"
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm"
         )(x + offset)
         return nn.relu(y) if relu else y
 
 
-class Own(nn.Module):
+class Tested(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, train, *, relu, offset):
-        return BatchNorm(dtype=self.dtype, name="own")(x, train, relu=relu, offset=offset)
+        return BatchNorm(dtype=self.dtype, name="norm")(x, train, relu=relu, offset=offset)
 
 
 def values(shape, dtype="float32"):
@@ -45,20 +45,20 @@ def values(shape, dtype="float32"):
         random.uniform(0.3, 1.5, shape[-1]).astype(np.float32) for _ in range(5)
     )
     variables = {
-        "params": {"own": {"scale": scale, "bias": bias - 1}},
-        "batch_stats": {"own": {"mean": mean, "var": var}},
+        "params": {"norm": {"scale": scale, "bias": bias - 1}},
+        "batch_stats": {"norm": {"mean": mean, "var": var}},
     }
     return variables, x, offset.astype(dtype), cotangent
 
 
 def computed(module, relu, train=True, shape=SHAPES["maps"], dtype="float32"):
-    """Outputs, running averages, and gradients of the parameters, of the input and of the offset."""
+    """Returns outputs, running averages, and gradients of parameters, input and offset."""
     variables, x, offset, cotangent = values(shape, dtype)
 
     def run(params, x, offset):
-        given = variables | {"params": params}
+        changed = variables | {"params": params}
         y, updated = module(dtype).apply(
-            given, x, train, relu=relu, offset=offset, mutable=["batch_stats"]
+            changed, x, train, relu=relu, offset=offset, mutable=["batch_stats"]
         )
         return y, updated
 
@@ -66,9 +66,10 @@ def computed(module, relu, train=True, shape=SHAPES["maps"], dtype="float32"):
     return y, updated, *pull(cotangent.astype(y.dtype))
 
 
-def close(found, right, rtol):
-    # Sums that nearly cancel leave no relative precision in single values.
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+def close(actual, expected, rtol):
+    # The absolute tolerance is relative to the largest value: sums that nearly cancel leave no
+    # relative precision in single values.
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(np.abs(b).max(), 1e-3))
@@ -77,34 +78,34 @@ def close(found, right, rtol):
 @pytest.mark.slow
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_it_is_the_librarys_layer_and_its_gradient(shape, relu):
-    *found, of_offset = computed(Own, relu, shape=shape)
-    *right, vanishing = computed(Library, relu, shape=shape)
-    close(found, right, 1e-5)
-    assert not np.any(of_offset)  # exactly
-    assert np.abs(vanishing).max() < 1e-4  # but for rounding
+def test_values_and_gradients_in_training_equal_flax(shape, relu):
+    *actual, offset_gradient = computed(Tested, relu, shape=shape)
+    *expected, reference_offset_gradient = computed(Reference, relu, shape=shape)
+    close(actual, expected, 1e-5)
+    assert not np.any(offset_gradient)  # exactly 0
+    assert np.abs(reference_offset_gradient).max() < 1e-4  # 0 up to rounding
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_in_evaluation(relu):
-    close(computed(Own, relu, train=False), computed(Library, relu, train=False), 1e-5)
+def test_values_and_gradients_in_evaluation_equal_flax(relu):
+    close(computed(Tested, relu, train=False), computed(Reference, relu, train=False), 1e-5)
 
 
-def test_bfloat16_is_worked_out_in_float32():
-    *found, _ = computed(Own, True, dtype="bfloat16")
-    *right, _ = computed(Own, True)
-    assert found[0].dtype == found[3].dtype == jnp.bfloat16
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+def test_bfloat16_inputs_are_normalized_in_float32():
+    *actual, _ = computed(Tested, True, dtype="bfloat16")
+    *expected, _ = computed(Tested, True)
+    assert actual[0].dtype == actual[3].dtype == jnp.bfloat16
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
     variables, x, offset, _ = values(SHAPES["maps"], "bfloat16")
-    _, updated = Own("bfloat16").apply(
+    _, updated = Tested("bfloat16").apply(
         variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
     )
     mean = np.asarray(x, np.float64).mean((0, 1, 2)) + np.asarray(offset, np.float64)
-    before = variables["batch_stats"]["own"]["mean"]
+    before = variables["batch_stats"]["norm"]["mean"]
     np.testing.assert_allclose(
-        updated["batch_stats"]["own"]["mean"], 0.9 * before + 0.1 * mean, rtol=1e-6
+        updated["batch_stats"]["norm"]["mean"], 0.9 * before + 0.1 * mean, rtol=1e-6
     )
 
 
@@ -122,48 +123,52 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_layer_is_noticed(name, monkeypatch, traced_anew):
+def test_twin_broken_layer_fails(name, monkeypatch, traced_anew):
     monkeypatch.setattr(batch_norm, *BROKEN[name])
     with pytest.raises(AssertionError):
-        close(computed(Own, True), computed(Library, True), 1e-5)
+        close(computed(Tested, True), computed(Reference, True), 1e-5)
 
 
-def test_a_gradient_that_forgets_the_statistics_is_noticed():
-    *right, _ = computed(Library, False)
+def test_twin_gradient_with_constant_statistics_fails():
+    *expected, _ = computed(Reference, False)
     variables, _, _, cotangent = values(SHAPES["maps"])
-    found = computed(Own, False)
+    actual = computed(Tested, False)
     scale, var = (
-        variables["params"]["own"]["scale"],
+        variables["params"]["norm"]["scale"],
         np.var(np.asarray(values(SHAPES["maps"])[1]), (0, 1, 2)),
     )
-    forgetful = cotangent * scale / np.sqrt(var + 1e-5)
+    constant_statistics = cotangent * scale / np.sqrt(var + 1e-5)
     with pytest.raises(AssertionError):
-        close([*found[:3], forgetful], right, 1e-5)
+        close([*actual[:3], constant_statistics], expected, 1e-5)
 
 
-def test_a_first_call_leaves_the_averages_alone():
+def test_initialization_does_not_update_the_running_averages():
     variables = BatchNorm().init(jax.random.key(0), values(SHAPES["maps"])[1], True)
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
 
 
-def test_equal_values_divide_by_nothing():
-    """Of a constant the mean of squares less the square of the mean may come out below 0."""
+def test_constant_input_has_finite_output_and_no_negative_variance():
+    """Normalizes a constant: the mean of squares minus the squared mean may round below 0."""
     y, _, var = batch_norm.normalize(jnp.full((64, 3), 1234.567), jnp.ones(3), jnp.zeros(3), False)
     assert np.all(np.isfinite(y))
     assert np.all(var >= 0)
 
 
-def test_nothing_of_the_maps_size_is_kept_but_the_input():
+def training_apply(variables, offset):
+    def apply(x):
+        return Tested().apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])
+
+    return apply
+
+
+def test_input_is_the_only_map_stored_for_the_backward_pass():
     variables, x, offset, _ = values((8, 16, 16, 32))
-    apply = lambda x: Own().apply(
-        variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
-    )
-    _, pull, _ = jax.vjp(apply, x, has_aux=True)
+    _, pull, _ = jax.vjp(training_apply(variables, offset), x, has_aux=True)
     assert sum(leaf.size for leaf in jax.tree.leaves(pull)) < x.size + 10 * x.shape[-1]
 
 
-def test_statistics_are_those_of_all_devices(devices):
+def test_statistics_are_taken_over_all_devices(devices):
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
     split, everywhere = (
         NamedSharding(mesh, PartitionSpec("batch")),
@@ -172,10 +177,7 @@ def test_statistics_are_those_of_all_devices(devices):
     variables, x, offset, cotangent = values((8 * len(devices), 4, 4, 3))
 
     def run(x, cotangent):
-        apply = lambda x: Own().apply(
-            variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
-        )
-        y, pull, updated = jax.vjp(apply, x, has_aux=True)
+        y, pull, updated = jax.vjp(training_apply(variables, offset), x, has_aux=True)
         return y, pull(cotangent)[0], updated
 
     compiled = (

@@ -1,3 +1,5 @@
+"""Tests of convolutional blocks and of the layers that blocks and heads share."""
+
 import math
 
 import jax
@@ -27,12 +29,12 @@ BLOCKS = [
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("block", "pool"), BLOCKS)
-def test_forward(block, pool, train):
+def test_block_equals_numpy(block, pool, train):
     x = np.random.default_rng(1).normal(size=(6, 8, 6, 3))
     check_forward(block, numpy_block(pool), x, train)
 
 
-def other(**changed):
+def flax_batch_norm(**changed):
     def make(dtype, ops):
         def batch_norm(x, train, *, relu, offset):
             x = x if offset is None else x + offset
@@ -47,16 +49,16 @@ def other(**changed):
 @pytest.mark.parametrize(
     "changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str
 )
-def test_other_batch_norms_are_noticed(changed, monkeypatch, traced_anew):
-    monkeypatch.setattr(blocks, "BatchNorm", other())
-    test_forward(ConvBlock(5), False, True)
-    monkeypatch.setattr(blocks, "BatchNorm", other(**changed))
+def test_twin_other_batch_norm_fails(changed, monkeypatch, traced_anew):
+    monkeypatch.setattr(blocks, "BatchNorm", flax_batch_norm())
+    test_block_equals_numpy(ConvBlock(5), False, True)
+    monkeypatch.setattr(blocks, "BatchNorm", flax_batch_norm(**changed))
     with pytest.raises(AssertionError):
-        test_forward(ConvBlock(5), False, True)
+        test_block_equals_numpy(ConvBlock(5), False, True)
 
 
-def check_initial(values, fan_in):
-    """Uniform in +-1/sqrt(fan_in): bounds, that they are nearly reached, mean and variance."""
+def check_uniform(values, fan_in):
+    """Checks that values are uniform in +-1/sqrt(fan_in), by range, mean and variance."""
     bound = 1 / math.sqrt(fan_in)
     assert np.abs(values).max() <= np.float32(bound)
     assert min(values.max(), -values.min()) > 0.98 * bound
@@ -64,7 +66,7 @@ def check_initial(values, fan_in):
     np.testing.assert_allclose(values.var(), bound**2 / 3, rtol=0.1)
 
 
-class Both(nn.Module):
+class Layers(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = blocks.Conv(2048, kernel=1)(x)
@@ -72,21 +74,21 @@ class Both(nn.Module):
         return blocks.linear(x[:, 0, 0, :9], 2048, dtype="float32")
 
 
-def test_initial_values():
+def test_default_initial_values_equal_pytorch():
     x = jnp.zeros((1, 1, 1, 7))
-    params = jax.jit(Both().init)(jax.random.key(0), x)["params"]
-    check_initial(np.asarray(params["Conv_0"]["kernel"]), 7)
-    check_initial(np.asarray(params["Conv_0"]["bias"]), 7)
-    check_initial(np.asarray(params["Conv_1"]["kernel"]), 3 * 3 * 16)
-    check_initial(np.asarray(params["Dense_0"]["kernel"]), 9)
-    check_initial(np.asarray(params["Dense_0"]["bias"]), 9)
-    with pytest.raises(AssertionError):  # flax's own default
-        check_initial(
+    params = jax.jit(Layers().init)(jax.random.key(0), x)["params"]
+    check_uniform(np.asarray(params["Conv_0"]["kernel"]), 7)
+    check_uniform(np.asarray(params["Conv_0"]["bias"]), 7)
+    check_uniform(np.asarray(params["Conv_1"]["kernel"]), 3 * 3 * 16)
+    check_uniform(np.asarray(params["Dense_0"]["kernel"]), 9)
+    check_uniform(np.asarray(params["Dense_0"]["bias"]), 9)
+    with pytest.raises(AssertionError):  # twin: the default of flax
+        check_uniform(
             np.asarray(nn.initializers.lecun_normal()(jax.random.key(0), (1, 1, 7, 2048))), 7
         )
 
 
-def test_a_convolution_adds_its_bias_unless_told_not_to():
+def test_convolution_adds_its_bias_only_if_asked():
     x, conv = jnp.ones((2, 4, 4, 3)), blocks.Conv(5)
     variables = conv.init(jax.random.key(0), x)
     without, bias = conv.apply(variables, x, add_bias=False), variables["params"]["bias"]

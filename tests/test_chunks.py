@@ -1,4 +1,4 @@
-"""Chunks hold every image of a batch once, and together give what one function of the whole batch gives."""
+"""Tests of loops over chunks of a batch, against one call with the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,17 @@ pytestmark = pytest.mark.full_compile
     ("batch", "least", "size"),
     [(24, 8, 8), (20, 8, 10), (23, 8, 23), (4, 8, 4), (6, 0, 1), (6, 6, 6)],
 )
-def test_images_of_a_chunk(batch, least, size):
+def test_chunk_size_is_the_smallest_divisor_that_is_large_enough(batch, least, size):
     assert chunks.chunk_size(batch, least) == size
 
 
-def test_chunks_hold_every_image_once_from_all_over_the_batch():
+def test_chunks_hold_every_image_once_spread_over_the_batch():
     parts = [chunks.chunk(jnp.arange(24)[:, None], 8, i)[:, 0] for i in range(3)]
     np.testing.assert_array_equal(parts, [range(i, 24, 3) for i in range(3)])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_sum_and_map(size):
+def test_sum_and_map_over_chunks_equal_the_whole_batch(size):
     x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
     np.testing.assert_array_equal(
         jax.jit(lambda x, y: chunks.sum_chunks(lambda x, y: y @ x, size, x, y))(x, y), y @ x
@@ -35,7 +35,10 @@ def test_sum_and_map(size):
 
 
 def temporary(total):
-    """Bytes that a sum over chunks of an array takes that is computed elementwise from another temporary one; in units of it."""
+    """Returns the temporary memory of a sum over chunks, in units of the summed array.
+
+    The array is computed elementwise from another temporary array.
+    """
 
     def step(x):
         first = jnp.sort(x, 1)
@@ -45,14 +48,17 @@ def temporary(total):
     return system.program_plan(jax.jit(step).lower(x).compile()).temporary / (4096 * 64 * 4)
 
 
-def test_an_array_takes_the_place_of_what_it_was_computed_from():
+def test_summed_array_reuses_the_buffer_of_its_producer():
     assert temporary(chunks.sum_chunks) < 1.5
 
 
-def test_an_array_grouped_in_front_of_the_loop_does_not():
+def test_twin_reshape_before_the_loop_needs_a_second_buffer():
     def total(function, size, x):
         grouped = x.reshape(size, -1, *x.shape[1:])
-        one = lambda i, found: found + function(grouped[:, i])  # noqa: E731
-        return jax.lax.fori_loop(1, len(x) // size, one, function(grouped[:, 0]))
+
+        def add(i, total):
+            return total + function(grouped[:, i])
+
+        return jax.lax.fori_loop(1, len(x) // size, add, function(grouped[:, 0]))
 
     assert temporary(total) > 1.9

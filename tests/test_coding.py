@@ -270,7 +270,7 @@ def test_threads_measure_traffic_of_codebooks(tiny, devices, decode):
     assert traffic.measured
     for k, meter in enumerate(engine.meters):
         payload = {0: 4 * 4, 1: 2 * 2}[k] + 8  # one byte per two codes, plus the context
-        assert meter.packets == payload * meter.images
+        assert meter.messages == payload * meter.images
         assert meter.codebooks == 2 * 8 * 2 * 4 * 4  # at updates 0, 2, 4 and 6
 
 

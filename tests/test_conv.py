@@ -1,4 +1,4 @@
-"""The convolution's gradients are XLA's own, on each platform in that platform's formulation, and stay where the batch is."""
+"""Tests that convolutions equal XLA's, use one formulation per platform, and move no images."""
 
 import re
 
@@ -26,11 +26,14 @@ CASES = {
 
 
 def gradients(function, shape, strides, padding, options, batch=24, dtype="float32"):
-    """Of the input and of the kernel, of a generic linear function of the output."""
+    """Returns outputs, and gradients of a random linear function of the outputs."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(batch, 9, 8, 6)), dtype)
     kernel = jnp.asarray(random.normal(size=shape), dtype)
-    apply = lambda *args: function(*args, strides, padding, dimension_numbers=NHWC, **options)  # noqa: E731
+
+    def apply(x, kernel):
+        return function(x, kernel, strides, padding, dimension_numbers=NHWC, **options)
+
     cotangent = jnp.asarray(random.normal(size=jax.eval_shape(apply, x, kernel).shape), dtype)
 
     def run(x, kernel, cotangent):
@@ -40,8 +43,11 @@ def gradients(function, shape, strides, padding, options, batch=24, dtype="float
     return jax.jit(run)(x, kernel, cotangent)
 
 
-def furthest(case, **changed):
-    """Relative to the largest value of each array: sums that nearly cancel have no relative precision."""
+def relative_error(case, **changed):
+    """Returns the largest difference from XLA's arrays, relative to each array's largest value.
+
+    Sums that nearly cancel have no relative precision of their own.
+    """
     pairs = zip(
         gradients(conv_general_dilated, *CASES[case], **changed),
         gradients(lax.conv_general_dilated, *CASES[case], **changed),
@@ -50,29 +56,28 @@ def furthest(case, **changed):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_librarys(case):
-    assert furthest(case) < 1e-5
+def test_gradients_equal_xla(case):
+    assert relative_error(case) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "batch", [1, 7, 23, 20]
-)  # fewer than a chunk, just fewer, a prime number, two chunks of ten
-def test_any_batch(batch):
-    assert furthest("3x3", batch=batch) < 1e-5
+# One image, almost a chunk, a prime number, two chunks of ten.
+@pytest.mark.parametrize("batch", [1, 7, 23, 20])
+def test_gradients_equal_xla_for_any_batch_size(batch):
+    assert relative_error("3x3", batch=batch) < 1e-5
 
 
-def test_a_lost_chunk_is_noticed(monkeypatch, traced_anew):
+def test_twin_lost_chunk_fails(monkeypatch, traced_anew):
     chunk = chunks.chunk
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, max(i, 1)))
-    assert furthest("3x3") > 1e-2
+    assert relative_error("3x3") > 1e-2
 
 
-def test_other_images_in_a_chunk_are_noticed(monkeypatch, traced_anew):
+def test_twin_mismatched_images_in_a_chunk_fail(monkeypatch, traced_anew):
     chunk = chunks.chunk
     monkeypatch.setattr(
         chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i)
     )
-    assert furthest("3x3") > 1e-2
+    assert relative_error("3x3") > 1e-2
 
 
 def plain(
@@ -95,7 +100,7 @@ def plain(
         {"lhs_dilation": (1, 1), "rhs_dilation": None, "feature_group_count": 1, "precision": None},
     ],
 )
-def test_what_the_other_formulations_are_of(case):
+def test_plain_3x3_convolutions_are_recognized(case):
     assert plain(**case)
 
 
@@ -118,7 +123,7 @@ def test_what_the_other_formulations_are_of(case):
         },
     ],
 )
-def test_what_they_are_not_of(case):
+def test_other_convolutions_are_not_plain_3x3(case):
     assert not plain(**case)
 
 
@@ -137,19 +142,19 @@ X, KERNEL = (
 @pytest.mark.parametrize(
     ("platform", "convolutions"), [("cpu", 1 + 4), ("cuda", 1 + 1), ("tpu", 1 + 1)]
 )
-def test_each_platform_gets_its_formulation(platform, convolutions):
+def test_each_platform_has_its_formulation(platform, convolutions):
     text = jax.jit(kernel_gradient).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
 
 
-def test_compiled_with_one_branch_and_no_gradient_of_an_input_that_needs_none():
+def test_program_has_one_branch_and_no_unused_input_gradient():
     text = jax.jit(kernel_gradient).lower(X, KERNEL).compile().as_text()
     assert "conditional" not in text
     assert text.count(" convolution(") == 1 + 4
 
 
 def collectives(devices):
-    """What a batch that is split among devices makes them send each other, and how far the gradient is from one device's."""
+    """Returns the collectives of a gradient whose batch is split among devices, and checks it."""
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
     split, everywhere = (
         NamedSharding(mesh, PartitionSpec("batch")),
@@ -160,16 +165,19 @@ def collectives(devices):
         random.normal(size=X.shape).astype("float32"),
         random.normal(size=KERNEL.shape).astype("float32"),
     )
-    fresh = lambda x, kernel: kernel_gradient(x, kernel)  # noqa: E731  traced anew, whatever was patched
+
+    def fresh(x, kernel):  # a new function is always traced, also after a patch
+        return kernel_gradient(x, kernel)
+
     compiled = (
         jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=everywhere)
         .lower(X, KERNEL)
         .compile()
     )
-    found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
+    actual = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
     expected = kernel_gradient(x, kernel)
     np.testing.assert_allclose(
-        found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
+        actual, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
     )
     return set(
         re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text())
@@ -180,21 +188,21 @@ def test_images_stay_on_their_devices(devices):
     assert collectives(devices) == {"all-reduce"}
 
 
-def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
+def test_twin_images_that_move_fail(devices, monkeypatch, traced_anew):
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 
 def test_chunks_are_summed_in_float32(monkeypatch, traced_anew):
-    """In bfloat16 the sum of many chunks would lose what each adds."""
+    """Checks that a sum over many chunks in bfloat16 would be less precise."""
 
     def error():
-        found, exact = (
+        rounded, exact = (
             gradients(conv_general_dilated, *CASES["3x3"], batch=64, dtype=dtype)[2]
             for dtype in ("bfloat16", "float32")
         )
-        assert found.dtype == "bfloat16"
-        return float(jnp.linalg.norm(found.astype("float32") - exact) / jnp.linalg.norm(exact))
+        assert rounded.dtype == "bfloat16"
+        return float(jnp.linalg.norm(rounded.astype("float32") - exact) / jnp.linalg.norm(exact))
 
     in_float32 = error()
     monkeypatch.setattr(conv, "_SUM_DTYPE", "bfloat16")

@@ -1,4 +1,4 @@
-"""VGG and residual networks: published sizes, plain arithmetic, initial values, modules of the papers."""
+"""Tests of VGG and residual networks against published sizes and a NumPy reference."""
 
 import math
 from functools import partial
@@ -17,7 +17,8 @@ from dgl_jax.models.resnet import BasicBlock, Bottleneck, Stem
 from dgl_jax.models.vgg import VGGClassifier
 
 IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
-# Blocks, parameters and 10^9 multiplications of one forward pass: torchvision's tables, for 1000 classes at 224 pixels.
+# Blocks, parameters and 10^9 multiplications of a forward pass for 1000 classes at 224 pixels, from
+# torchvision's tables.
 PUBLISHED = {
     "vgg11": (8, 132_868_840, 7.61),
     "vgg13": (10, 133_053_736, 11.31),
@@ -29,7 +30,7 @@ PUBLISHED = {
     "resnet101": (34, 44_549_160, 7.80),
     "resnet152": (51, 60_192_808, 11.51),
 }
-# He et al. 2016, Table 6: millions of parameters.
+# Millions of parameters, from He et al. 2016, Table 6.
 CIFAR_RESNETS = {
     "resnet20": 0.27,
     "resnet32": 0.46,
@@ -40,7 +41,7 @@ CIFAR_RESNETS = {
 
 
 def totals(network, shape):
-    """Blocks, parameters and multiplications."""
+    """Returns the numbers of blocks, parameters and multiplications."""
     rows = walk(network, image(shape))
     parameters = sum(
         leaf.size for _, variables, _ in rows for leaf in jax.tree.leaves(variables["params"])
@@ -54,40 +55,43 @@ def check_published(name, network):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name):
+def test_imagenet_networks_have_published_sizes(name):
     check_published(name, make_network(name, 64, 1000, IMAGENET))
 
 
-def test_a_dropped_block_is_noticed():
+def test_twin_dropped_block_fails():
     network = make_network("vgg13", 64, 1000, IMAGENET)
     with pytest.raises(AssertionError):
         check_published("vgg13", type(network)(network.blocks[:-1], network.classifier))
 
 
 @pytest.mark.parametrize("name", CIFAR_RESNETS)
-def test_cifar_resnets(name):
+def test_cifar_resnets_have_published_sizes(name):
     n = (int(name.removeprefix("resnet")) - 2) // 6
 
-    def stage(
-        c, first
-    ):  # 2 n convolutions of 3x3 with their batch norms, the first of them from fewer channels
+    def stage(c, first):
+        """Counts the parameters of 2 n convolutions of 3x3 and their batch norms.
+
+        The first convolution has `first` input channels, the others c.
+        """
         return 9 * first * c + (2 * n - 1) * 9 * c * c + 2 * n * 2 * c
 
     parameters = (
         (9 * 3 * 16 + 2 * 16) + stage(16, 16) + stage(32, 16) + stage(64, 32) + (64 * 10 + 10)
     )
-    full = (
-        9 * 16 * 16 * 32 * 32
-    )  # multiplications of one convolution in any stage, but half as many where channels double
+    # Multiplications of a convolution are equal in all stages, except that the first convolution
+    # after the channels double has half as many.
+    full = 9 * 16 * 16 * 32 * 32
     macs = 9 * 3 * 16 * 32 * 32 + (2 * n + 2 * (2 * n - 0.5)) * full + 640
     assert totals(make_network(name, 16, 10, CIFAR), CIFAR) == (3 * n + 1, parameters, macs)
     assert round(parameters / 1e6, 2 if n < 18 else 1) == CIFAR_RESNETS[name]
 
 
-def test_resnet18_for_small_images():
-    # ResNet-18 with 10 classes, and with a stem of 3x3 in place of 7x7.
+def test_resnet18_for_small_images_has_the_size_by_hand():
+    # ResNet-18 with 10 classes instead of 1000, and a 3x3 instead of a 7x7 convolution in the stem.
     parameters = 11_689_512 - 990 * 513 - (49 - 9) * 3 * 64
-    # Four stages of four convolutions; where channels double the first has half the multiplications, the projection an 18th.
+    # Four stages of four convolutions. Where the channels double, the first convolution has half
+    # the multiplications, and the projection 1/18.
     full = 9 * 64 * 64 * 32 * 32
     macs = 9 * 3 * 64 * 32 * 32 + (16 - 3 * 0.5 + 3 / 18) * full + 5120
     assert totals(make_network("resnet18_cifar", 64, 10, CIFAR), CIFAR) == (
@@ -99,16 +103,27 @@ def test_resnet18_for_small_images():
 
 @pytest.mark.parametrize(
     ("name", "modules", "split", "maps"),
-    [  # channels and size of what each module hands on, as the released code's modules have it
-        ("vgg13", 10, "count", [*[(64, 224)] * 2, *[(128, 112)] * 2, *[(256, 56)] * 2, *[(512, 28)] * 2, (512, 14)]),
+    [  # channels and size of the activations that each module sends, as in the released code
+        (
+            "vgg13",
+            10,
+            "count",
+            [
+                *[(64, 224)] * 2,
+                *[(128, 112)] * 2,
+                *[(256, 56)] * 2,
+                *[(512, 28)] * 2,
+                (512, 14),
+            ],
+        ),
         ("vgg13", 4, "0,3,6,9", [(128, 112), (256, 56), (512, 14)]),
         ("vgg19", 4, "0,4,8,12", [(128, 112), (256, 56), (512, 28)]),
         ("vgg19", 2, "0,8", [(256, 56)]),
         ("resnet152", 2, "0,26", [(1024, 14)]),
         ("resnet110", 2, "0,27", [(32, 16)]),
     ],
-)  # fmt: skip
-def test_modules_of_the_papers(name, modules, split, maps):
+)
+def test_modules_of_the_papers_have_the_released_activations(name, modules, split, maps):
     width, shape = (16, CIFAR) if name == "resnet110" else (64, IMAGENET)
     network = make_network(name, width, 10, shape)
     starts = cuts(split, len(network.blocks), modules)
@@ -116,15 +131,15 @@ def test_modules_of_the_papers(name, modules, split, maps):
     assert [(y.shape[3], y.shape[1]) for y in (outputs[first - 1] for first in starts[1:])] == maps
 
 
-def test_units_of_resnet152():
-    """26 units: the stem, 3 + 8 blocks and 14 of the third stage's 36."""
+def test_first_module_of_resnet152_ends_in_the_third_stage():
+    """Checks that the first 26 blocks are the stem and 3, 8 and 14 blocks of the stages."""
     blocks = make_network("resnet152", 64, 1000, IMAGENET).blocks[:26]
     assert [block.features for block in blocks] == [64] + [64] * 3 + [128] * 8 + [256] * 14
     assert [number for number, block in enumerate(blocks[1:], 1) if block.stride == 2] == [4, 12]
 
 
-def test_units_of_resnet110():
-    """The stem, 18 blocks of 16 channels and 8 of 32."""
+def test_first_module_of_resnet110_ends_in_the_second_stage():
+    """Checks that the first 27 blocks are the stem and 18 and 8 blocks of the stages."""
     blocks = make_network("resnet110", 16, 10, CIFAR).blocks[:27]
     assert [block.features for block in blocks] == [16] + [16] * 18 + [32] * 8
 
@@ -132,7 +147,7 @@ def test_units_of_resnet110():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet18_cifar", "resnet20"])
 @pytest.mark.parametrize("size", [32, 64, 224])
-def test_any_head_behind_any_block(name, size):
+def test_every_head_works_after_every_block(name, size):
     rows = walk(make_network(name, 8, 5, (size, size, 3)), image((size, size, 3)))
     assert rows[-1][0].shape == (1, 5)
     for y, _, _ in rows[:-1]:
@@ -140,7 +155,7 @@ def test_any_head_behind_any_block(name, size):
             assert trace(make_head(head, 1000), y)[0].shape == (1, 1000)
 
 
-def test_only_even_pooling_needs_even_sizes():
+def test_only_networks_with_2x2_pooling_need_even_sizes():
     with pytest.raises(
         UserError,
         match=r"images of 48x48 cannot be halved 5 times, as config.model.name='vgg11'.*32 or 64",
@@ -153,7 +168,7 @@ def test_only_even_pooling_needs_even_sizes():
     assert sizes[::2] == [(13, 8), (13, 8), (7, 4), (4, 2), (2, 1)]  # rounded up
 
 
-# Plain arithmetic
+# NumPy reference
 
 
 def relu(x):
@@ -206,12 +221,12 @@ BLOCKS = [
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("block", "oracle"), BLOCKS)
-def test_forward(block, oracle, train):
+def test_block_equals_numpy(block, oracle, train):
     check_forward(block, oracle, images(4, 7, 6, 4), train)
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_forward_of_the_classifier(train):
+def test_vgg_classifier_equals_numpy(train):
     check_forward(VGGClassifier(7, hidden=9), numpy_classifier, images(5, 6, 4, 3), train)
 
 
@@ -222,20 +237,20 @@ def test_forward_of_the_classifier(train):
         (BasicBlock(4, padded=True), partial(numpy_basic, padded=True), "_padded"),
     ],
 )
-def test_a_missing_shortcut_is_noticed(block, oracle, name, monkeypatch):
+def test_twin_missing_shortcut_fails(block, oracle, name, monkeypatch):
     monkeypatch.setattr(resnet, name, lambda x, *_: jnp.zeros_like(x))
     with pytest.raises(AssertionError):
         check_forward(block, oracle, images(4, 7, 6, 4), False)
 
 
-def test_another_pooling_is_noticed(monkeypatch):
+def test_twin_other_pooling_fails(monkeypatch):
     monkeypatch.setattr(vgg, "max_pool_2x2", lambda x, ops: x[:, ::2, ::2])
     with pytest.raises(AssertionError):
-        test_forward_of_the_classifier(False)
+        test_vgg_classifier_equals_numpy(False)
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet20", "resnet50"])
-def test_bfloat16_arithmetic_float32_state(name):
+def test_bfloat16_network_has_float32_state_and_logits(name):
     *rows, (logits, _, _) = walk(make_network(name, 4, 10, CIFAR, "bfloat16"), image())
     assert {y.dtype for y, _, _ in rows} == {jnp.dtype("bfloat16")}
     assert logits.dtype == jnp.float32
@@ -258,7 +273,7 @@ def drawn(module, *shape):
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "resnet20", "resnet18_cifar"])
-def test_convolutions_begin_kaiming_normal(name):
+def test_convolutions_are_initialized_kaiming_normal(name):
     block = make_network(name, 32, 10, CIFAR).blocks[3]
     params = drawn(block, 1, 4, 4, 32)
     convs = [p for layer, p in params.items() if layer.startswith("Conv")]
@@ -272,13 +287,13 @@ def test_convolutions_begin_kaiming_normal(name):
         assert not np.any(p["bias"])
 
 
-def test_the_other_fan_is_noticed():
-    kernel = he_normal()(jax.random.key(0), (3, 3, 64, 32))  # fan in, and truncated
+def test_twin_truncated_fan_in_initialization_fails():
+    kernel = he_normal()(jax.random.key(0), (3, 3, 64, 32))
     with pytest.raises(AssertionError):
         check_normal(kernel, math.sqrt(2 / (9 * 32)))
 
 
-def test_linear_layers_of_vgg_begin_normal():
+def test_linear_layers_of_vgg_are_initialized_normal():
     params = drawn(make_network("vgg11", 2, 10, CIFAR).classifier, 1, 2, 2, 16)
     assert [p["kernel"].shape for p in params.values()] == [(16, 128), (128, 128), (128, 10)]
     for p in params.values():
@@ -286,7 +301,7 @@ def test_linear_layers_of_vgg_begin_normal():
         assert not np.any(p["bias"])
 
 
-def test_every_deep_network_is_here():
+def test_every_published_network_is_registered():
     assert set(NETWORKS) >= {
         *PUBLISHED,
         *CIFAR_RESNETS,

@@ -1,3 +1,5 @@
+"""Tests of the heads against a NumPy reference, for maps and tokens."""
+
 import dataclasses
 from functools import partial
 
@@ -14,23 +16,12 @@ from dgl_jax.models import HEADS, blocks, heads, make_head
 from dgl_jax.models.heads import MLPHead
 from dgl_jax.ops import BatchNorm
 
+REDUCED = {56: 14, 28: 7, 14: 4, 12: 3, 8: 2, 7: 2, 4: 2, 2: 2, 1: 1}
+
 
 def numpy_mlp(layers, x, convs=0, hidden=3):
     size = x.shape[1]
-    x = adaptive_avg_pool(
-        x,
-        {
-            56: (14, 14),
-            28: (7, 7),
-            14: (4, 4),
-            12: (3, 3),
-            8: (2, 2),
-            7: (2, 2),
-            4: (2, 2),
-            2: (2, 2),
-            1: (1, 1),
-        }[size],
-    )
+    x = adaptive_avg_pool(x, (REDUCED[size],) * 2)
     for _ in range(convs):
         x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
     x = adaptive_avg_pool(x, (min(2, size),) * 2).reshape(len(x), -1)
@@ -63,7 +54,7 @@ def images(size, batch=6, channels=3):
     return np.random.default_rng(size).normal(size=(batch, size, size, channels)).astype(np.float32)
 
 
-def test_names_are_those_of_the_settings():
+def test_head_names_equal_the_choices_of_the_configuration():
     (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == "head")
     assert field.metadata["kinds"] is HEADS
     assert list(HEADS) == list(ORACLES)
@@ -71,22 +62,22 @@ def test_names_are_those_of_the_settings():
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", HEADS)
-def test_forward(name, train):
+def test_head_equals_numpy(name, train):
     check_forward(make_head(name, 10), ORACLES[name], images(12), train)
 
 
 @pytest.mark.parametrize("size", [8, 7, 4, 2, 1])
-def test_forward_of_small_maps(size):
+def test_mlp_sr_head_equals_numpy_for_small_maps(size):
     check_forward(make_head("mlp_sr", 10), ORACLES["mlp_sr"], images(size), False)
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("size", [56, 28, 14])  # the maps of networks for 224 pixels
-def test_forward_of_large_maps_to_a_thousand_classes(name, size):
+@pytest.mark.parametrize("size", [56, 28, 14])  # maps of ImageNet networks
+def test_head_equals_numpy_for_large_maps_and_a_thousand_classes(name, size):
     check_forward(make_head(name, 1000), ORACLES[name], images(size, batch=2), False)
 
 
-def test_forward_of_the_classifier():
+def test_classifier_of_networks_equals_numpy():
     check_forward(MLPHead(10, hidden=2), partial(numpy_mlp, hidden=2), images(8), True)
 
 
@@ -115,12 +106,12 @@ def tokens(count=7):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", TOKEN_ORACLES)
-def test_forward_of_tokens(name, train):
+def test_head_equals_numpy_for_tokens(name, train):
     check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), train)
 
 
 @pytest.mark.parametrize("name", TOKEN_ORACLES)
-def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, traced_anew):
+def test_twin_first_token_instead_of_average_fails(name, monkeypatch, traced_anew):
     monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out, ops: x[:, :1, :1])
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), False)
@@ -132,7 +123,7 @@ def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, tra
         (
             "cnn",
             (2, 5, 3),
-            r"config.model.head='cnn': needs maps .*not features of shape \(B, 5, 3\); of tokens linear",
+            r"config.model.head='cnn': needs maps .*not features of shape \(B, 5, 3\); for tokens",
         ),
         (
             "linear",
@@ -142,7 +133,7 @@ def test_a_first_token_in_place_of_the_average_is_noticed(name, monkeypatch, tra
         ("mlp", (2, 1, 2, 2, 3), r"not features of shape \(B, 1, 2, 2, 3\)"),
     ],
 )
-def test_features_that_a_head_cannot_take(name, shape, words):
+def test_features_that_a_head_cannot_read_are_refused(name, shape, words):
     with pytest.raises(UserError, match=words):
         jax.eval_shape(
             lambda x: make_head(name, 10).init(jax.random.key(0), x, True), jnp.zeros(shape)
@@ -150,7 +141,7 @@ def test_features_that_a_head_cannot_take(name, shape, words):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_wrong_average_is_noticed(name, monkeypatch, traced_anew):
+def test_twin_wrong_average_fails(name, monkeypatch, traced_anew):
     def corner(x, out, ops):
         return x[:, : out[0], : out[1]]
 
@@ -160,7 +151,7 @@ def test_a_wrong_average_is_noticed(name, monkeypatch, traced_anew):
 
 
 @pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
-def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
+def test_twin_wrong_statistics_fail(name, monkeypatch, traced_anew):
     original = BatchNorm
     for file in (heads, blocks):
         monkeypatch.setattr(
@@ -173,7 +164,7 @@ def test_the_wrong_statistics_are_noticed(name, monkeypatch, traced_anew):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_rectangular_maps(name):
+def test_head_accepts_rectangular_maps(name):
     head = make_head(name, 10)
     logits, _ = jax.eval_shape(
         lambda x: head.init_with_output(jax.random.key(0), x, True), jnp.zeros((2, 6, 9, 3))
@@ -182,7 +173,7 @@ def test_rectangular_maps(name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_bfloat16_arithmetic_float32_logits(name):
+def test_bfloat16_head_has_float32_state_and_logits(name):
     head = make_head(name, 10, "bfloat16")
     x = jnp.zeros((2, 8, 8, 3), jnp.bfloat16)
     logits, variables = jax.eval_shape(
@@ -197,7 +188,10 @@ def test_bfloat16_arithmetic_float32_logits(name):
 
 
 def inner_dtypes(head, variables, x):
-    """Types of the results of all convolutions and matrix products; only the last, the logits, must be float32."""
+    """Returns the dtypes of the results of all convolutions and matrix products.
+
+    Only the last result, the logits, must be float32.
+    """
     jaxpr = jax.make_jaxpr(lambda v, x: head.apply(v, x, False))(variables, x)
     products = ("conv_general_dilated", "dot_general")
     return {

@@ -1,4 +1,4 @@
-"""Convolutions of few channels as one matrix product are the direct ones, and are taken where they pay."""
+"""Tests that im2col equals the direct convolution, and is used if there are few channels."""
 
 import re
 
@@ -18,37 +18,36 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 SHAPES = [(3, 8, 8, 3, 5), (2, 5, 2, 1, 4), (1, 1, 6, 4, 2)]
 
 
-def furthest(shape):
-    """Of outputs and the kernel's gradient, the largest error in units of the root mean square of the right values."""
+def relative_error(shape):
+    """Returns the largest error of outputs and kernel gradient, relative to the RMS of each."""
     x, kernel, cotangent = arrays(*shape)
-    right, _, of_kernel = direct(x, kernel, cotangent)
-    found = im2col.convolve(x, jnp.asarray(kernel)), im2col.kernel_gradient(x, cotangent)
+    outputs, _, kernel_gradient = direct(x, kernel, cotangent)
+    actual = im2col.convolve(x, jnp.asarray(kernel)), im2col.kernel_gradient(x, cotangent)
     return max(
-        np.abs(f - r).max() / np.sqrt((r**2).mean())
-        for f, r in zip(found, (right, of_kernel), strict=True)
+        np.abs(a - b).max() / np.sqrt((b**2).mean())
+        for a, b in zip(actual, (outputs, kernel_gradient), strict=True)
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_direct_convolution_and_its_gradient(shape):
-    assert furthest(shape) < 1e-5
+def test_outputs_and_kernel_gradient_equal_direct_convolution(shape):
+    assert relative_error(shape) < 1e-5
 
 
-def test_neighbours_in_another_order_are_noticed(monkeypatch, traced_anew):
-    both = im2col._pair_kernel
-    monkeypatch.setattr(im2col, "_pair_kernel", lambda kernel: both(kernel[:, ::-1]))
-    assert furthest(SHAPES[0]) > 1e-2
+def test_twin_reversed_kernel_columns_fail(monkeypatch, traced_anew):
+    pair_kernel = im2col._pair_kernel
+    monkeypatch.setattr(im2col, "_pair_kernel", lambda kernel: pair_kernel(kernel[:, ::-1]))
+    assert relative_error(SHAPES[0]) > 1e-2
 
 
-def test_one_chunk_and_many_are_the_same(monkeypatch, traced_anew):
+def test_gradient_does_not_depend_on_the_number_of_chunks(monkeypatch, traced_anew):
     x, _, cotangent = arrays(12, 8, 8, 3, 5)
     one = im2col.kernel_gradient(x, cotangent)
-    monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images a chunk
+    monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images per chunk
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() < 1e-5 * np.abs(one).max()
     chunk = chunks.chunk
-    monkeypatch.setattr(
-        chunks, "chunk", lambda x, size, i: chunk(x, size, 0)
-    )  # the same images in every chunk
+    # Twin: every chunk holds the same images.
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, 0))
     assert np.abs(im2col.kernel_gradient(x, cotangent) - one).max() > 1e-2 * np.abs(one).max()
 
 
@@ -56,7 +55,7 @@ def shapes(shape=(4, 8, 8, 3), kernel=(3, 3, 3, 32)):
     return [jax.ShapeDtypeStruct(s, "float32") for s in (shape, kernel)]
 
 
-def test_where_it_is_taken():
+def test_im2col_is_used_for_few_channels():
     assert im2col.fits(*shapes())
     assert im2col.fits_outputs(*shapes())
     assert im2col.fits(*shapes((4, 8, 8, 1), (3, 3, 1, 4)))
@@ -71,10 +70,10 @@ def test_where_it_is_taken():
     [
         ((4, 8, 8, 5), (3, 3, 5, 32)),  # too many channels
         ((4, 8, 8, 3), (3, 3, 3, 3)),  # too few features
-        ((4, 8, 7, 3), (3, 3, 3, 32)),  # a column without a neighbour
+        ((4, 8, 7, 3), (3, 3, 3, 32)),  # an odd width, whose last column has no partner
     ],
 )
-def test_where_it_is_not(shape, kernel):
+def test_im2col_is_not_used_for_other_shapes(shape, kernel):
     assert not im2col.fits(*shapes(shape, kernel))
     assert not im2col.fits_outputs(*shapes(shape, kernel))
 
@@ -93,7 +92,7 @@ X, KERNEL = (
 
 
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 2), ("tpu", 2)])
-def test_a_cpu_alone_takes_it(platform, convolutions):
+def test_im2col_is_used_on_a_cpu_only(platform, convolutions):
     text = jax.jit(results).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
 
@@ -111,8 +110,8 @@ def test_images_stay_on_their_devices(devices):
         .lower(X, KERNEL)
         .compile()
     )
-    found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
-    for a, b in zip(found, results(x, kernel), strict=True):
+    actual = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
+    for a, b in zip(actual, results(x, kernel), strict=True):
         assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
     assert re.findall(
         r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()

@@ -1,3 +1,5 @@
+"""Tests of the CIFAR networks: shapes, parameters, multiplications and error messages."""
+
 import math
 from unittest import mock
 
@@ -15,12 +17,12 @@ CIFAR = (32, 32, 3)
 
 
 def trace(module, x):
-    """Shapes of a module's output and variables; nothing is computed."""
+    """Returns the shapes of a module's output and variables, without computing anything."""
     return jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, True), x)
 
 
 def macs(module, variables, x):
-    """Multiplications in the matrix products and the convolutions, direct ones, of the traced program."""
+    """Counts the multiplications of matrix products and direct convolutions in a module."""
     with (
         mock.patch.object(winograd, "fits", return_value=False),
         mock.patch.object(im2col, "fits", return_value=False),
@@ -38,7 +40,7 @@ def macs(module, variables, x):
 
 
 def walk(network, x):
-    """Each block's (output, variables, multiplications), then the classifier's."""
+    """Returns (output, variables, multiplications) of each block and of the classifier."""
     rows = []
     for module in (*network.blocks, network.classifier):
         y, variables = trace(module, x)
@@ -51,16 +53,18 @@ def image(shape=CIFAR, dtype="float32"):
     return jax.ShapeDtypeStruct((1, *shape), dtype)
 
 
-def test_networks_are_hashable_and_equal_when_built_alike():
+def test_networks_with_equal_arguments_are_equal_and_hashable():
     a, b, c = (make_network("cnn6", width, 10, CIFAR) for width in (8, 8, 16))
     assert a == b
     assert hash(a) == hash(b)
     assert a != c
 
 
-# Maps as (channels, size), and the convolutions' weights and biases, by hand for width w:
-# cnn6: 27 w + 18 w^2 + 36 w^2 + 72 w^2 + 2 * 144 w^2 weights and 17 w biases; cnn6_replay: 27 w + 9 (1+2+4+8+16) w^2.
-# cnn4: 27 w + 18 w^2 + 36 w^2 + 72 w^2 weights and 9 w biases.
+# By network: width w, maps as (channels, size), and numbers of weights and biases of all
+# convolutions, computed by hand:
+# cnn6         27 w + 18 w^2 + 36 w^2 + 72 w^2 + 2 * 144 w^2 weights, 17 w biases
+# cnn6_replay  27 w + 9 (1 + 2 + 4 + 8 + 16) w^2 weights, no biases
+# cnn4         27 w + 18 w^2 + 36 w^2 + 72 w^2 weights, 9 w biases
 SHAPES = {
     "cnn6": (
         128,
@@ -88,11 +92,11 @@ def check_shapes(network, name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_and_parameters(name):
+def test_shapes_and_parameters_equal_values_by_hand(name):
     check_shapes(make_network(name, SHAPES[name][0], 10, CIFAR), name)
 
 
-def test_the_other_variant_is_noticed():
+def test_twin_other_variant_fails():
     with pytest.raises(AssertionError):
         check_shapes(make_network("cnn6_replay", 128, 10, CIFAR), "cnn6")
 
@@ -101,19 +105,18 @@ def test_the_other_variant_is_noticed():
     ("name", "expected"),
     [("cnn6", [3.5, 75.5, 151, 75.5, 151, 151]), ("cnn6_replay", [3.5, 151, 75.5, 151, 75.5, 151])],
 )
-def test_multiplications(name, expected):
+def test_multiplications_of_blocks_equal_published_values(name, expected):
     rows = walk(make_network(name, 128, 10, CIFAR), image())
-    np.testing.assert_allclose(
-        [m / 1e6 for _, _, m in rows[:-1]], expected, rtol=0.012
-    )  # 3.54 was published as 3.5
+    # 3.54 was published as 3.5.
+    np.testing.assert_allclose([m / 1e6 for _, _, m in rows[:-1]], expected, rtol=0.012)
     np.testing.assert_allclose(sum(m for _, _, m in rows[:-1]) / 1e6, 607, rtol=0.01)
 
 
 @pytest.mark.parametrize(
-    ("head", "ratios"),  # in percent of the largest block, for 128, 256 and 512 channels
+    ("head", "ratios"),  # percent of the largest block, for 128, 256 and 512 channels
     [("mlp", [0.52, 2.09, 8.35]), ("mlp_sr", [2.61, 4.17, 10.43]), ("cnn", [200, 200, 200])],
 )
-def test_multiplications_of_heads(head, ratios):
+def test_multiplications_of_a_head_equal_published_ratios(head, ratios):
     module = make_head(head, 10)
     for (channels, size), ratio in zip([(128, 32), (256, 16), (512, 8)], ratios):
         x = image((size, size, channels))
@@ -130,7 +133,7 @@ def test_multiplications_of_heads(head, ratios):
         ("cnn6_replay", "mlp", 3.4), ("cnn6_replay", "mlp_sr", 6.0), ("cnn6_replay", "cnn", 249),
     ],
 )  # fmt: skip
-def test_multiplications_of_all_heads(name, head, percent):
+def test_multiplications_of_all_heads_equal_published_percentages(name, head, percent):
     rows = walk(make_network(name, 128, 10, CIFAR), image())[:-1]
     module = make_head(head, 10)
     extra = sum(macs(module, trace(module, y)[1], y) for y, _, _ in rows[:-1])
@@ -138,7 +141,7 @@ def test_multiplications_of_all_heads(name, head, percent):
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("cnn4", 2), ("cnn6", 2), ("cnn6_replay", 3)])
-def test_classifier(name, hidden):
+def test_classifier_has_the_hidden_layers_of_the_paper(name, hidden):
     logits, variables, _ = walk(make_network(name, 8, 7, (8, 8, 1)), image((8, 8, 1)))[-1]
     assert logits.shape == (1, 7)
     linear = [
@@ -150,13 +153,13 @@ def test_classifier(name, hidden):
 @pytest.mark.parametrize(
     ("size", "works"), [(30, "28 or 32"), (1, "such as 4"), (9, "8 or 12"), (0, "multiples of 4")]
 )
-def test_images_that_cannot_be_halved(size, works):
+def test_images_that_cannot_be_halved_are_refused(size, works):
     with pytest.raises(UserError, match=f"config.data.image_size: images of {size}x8 .*{works}"):
         make_network("cnn4", 8, 10, (size, 8, 1))
     assert make_network("cnn4", 8, 10, (28, 8, 1)).halvings == 2
 
 
-def test_bfloat16_arithmetic_float32_state():
+def test_bfloat16_network_has_float32_state_and_logits():
     network = make_network("cnn4", 4, 10, (8, 8, 3), "bfloat16")
     *rows, (logits, classifier, _) = walk(network, image((8, 8, 3)))
     assert {y.dtype for y, _, _ in rows} == {jnp.dtype("bfloat16")}
@@ -164,7 +167,7 @@ def test_bfloat16_arithmetic_float32_state():
     for variables in [classifier, *(v for _, v, _ in rows)]:
         assert set(variables) == {"params", "batch_stats"}
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    # The running averages stay float32 through an update as well.
+    # The running averages remain float32 after an update.
     block, (_, variables, _) = network.blocks[1], rows[1]
     y, updated = jax.eval_shape(
         lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]),

@@ -1,4 +1,4 @@
-"""`ops="xla"` gives the numbers of `auto` and has the derivatives that `auto` lacks: forward mode and second order."""
+"""Tests that `ops="xla"` equals `auto`, and supports forward mode and second derivatives."""
 
 import dataclasses
 from functools import cache, partial
@@ -39,7 +39,7 @@ CONVOLVE = partial(
 )
 SHAPE, CLASSES = (8, 8, 8, 3), 5
 
-# Blocks in front of a head. With those channels and inputs `auto` takes each formulation of a CPU.
+# Blocks before a head. With these channels and inputs, `auto` uses every CPU formulation.
 BODIES = {
     "pool": [ConvBlock(8, pool=True)],
     "cnn": [ConvBlock(6), ConvBlock(8, pool=True)],
@@ -47,7 +47,7 @@ BODIES = {
     "basic": [ConvBlock(4, bias=False), BasicBlock(8, stride=2), BasicBlock(8, padded=True)],
     "bottleneck": [Stem(4), Bottleneck(2)],
 }
-# One of them is among the fast tests, as it is and recomputed.
+# Bodies and `remat`. One body belongs to the fast tests, with and without recomputation.
 CASES = [
     *(
         pytest.param(name, False, marks=() if name == "cnn" else pytest.mark.slow)
@@ -66,10 +66,10 @@ def module(name, ops, remat=False):
 
 @cache
 def drawn(name):
-    """Parameters, batch statistics, inputs, labels, and a direction in the space of the parameters."""
-    random, own = np.random.default_rng(0), module(name, "auto")
+    """Returns random parameters, batch statistics, inputs, labels, and a parameter direction."""
+    random, described = np.random.default_rng(0), module(name, "auto")
     params, stats = jax.eval_shape(
-        lambda: own.init(
+        lambda: described.init(
             jax.random.key(0),
             jax.ShapeDtypeStruct(SHAPE, "float32"),
             {"label": jax.ShapeDtypeStruct(SHAPE[:1], "int32")},
@@ -84,20 +84,20 @@ def drawn(name):
     return params, stats, x, jnp.asarray(random.integers(0, CLASSES, SHAPE[0])), direction
 
 
-def loss_of(own, name, some=np.s_[:]):
-    """The loss of some of the examples as a function of the parameters."""
+def loss_of(local_module, name, examples=np.s_[:]):
+    """Returns the loss of the selected examples as a function of the parameters."""
     _, stats, x, labels, _ = drawn(name)
-    x, labels = x[some], labels[some]
+    x, context = x[examples], {"label": labels[examples]}
 
     def loss(params):
-        outputs, _ = own.apply_body(params, stats, x, train=True)
-        return own.apply_objective(params, stats, outputs, {"label": labels}, train=True)[0].loss
+        outputs, _ = local_module.apply_body(params, stats, x, train=True)
+        return local_module.apply_objective(params, stats, outputs, context, train=True)[0].loss
 
     return loss
 
 
 def hessian_products(loss, params, direction):
-    """The Hessian times a direction, forward over reverse and reverse over reverse."""
+    """Returns the Hessian times a direction, forward over reverse and reverse over reverse."""
 
     def along(params):
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(params), direction)))
@@ -107,43 +107,46 @@ def hessian_products(loss, params, direction):
     )
 
 
-def furthest(found, right):
-    """Largest distance of two pytrees, in units of the largest value of each array, or of all if that is near 0."""
-    largest = max(np.abs(b).max() for b in jax.tree.leaves(right))
+def relative_error(actual, expected):
+    """Returns the largest difference of two pytrees.
+
+    It is relative to the largest value of each array, or of all arrays if that is near 0.
+    """
+    largest = max(np.abs(b).max() for b in jax.tree.leaves(expected))
     distances = jax.tree.map(
         lambda a, b: np.abs(np.float64(a) - b).max() / max(np.abs(b).max(), 1e-2 * largest),
-        found,
-        right,
+        actual,
+        expected,
     )
     return max(jax.tree.leaves(distances))
 
 
-# The numbers
+# Values and first derivatives
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_values_and_gradients_are_those_of_auto(name):
+def test_xla_values_and_gradients_equal_auto(name):
     params = drawn(name)[0]
     auto, xla = (
         jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS
     )
-    assert furthest(xla, auto) < 2e-5
+    assert relative_error(xla, auto) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_evaluation_of_heads_is_that_of_auto(head, dtype):
+def test_xla_evaluation_of_heads_equals_auto(head, dtype):
     x = np.random.default_rng(0).normal(size=(4, 12, 12, 6)).astype(dtype)
     variables = random_variables(make_head(head, CLASSES, dtype), x.shape)
     auto, xla = (
         jax.jit(partial(make_head(head, CLASSES, dtype, ops).apply, train=False))(variables, x)
         for ops in OPS
     )
-    assert furthest(xla, auto) < (1e-5 if dtype == "float32" else 2e-2)
+    assert relative_error(xla, auto) < (1e-5 if dtype == "float32" else 2e-2)
 
 
-class Library(nn.Module):
-    """Computes `ConvBlock(8, pool=True)` with the layers of flax."""
+class FlaxBlock(nn.Module):
+    """Reference of `ConvBlock(8, pool=True)` with the layers of flax."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -157,41 +160,42 @@ class Library(nn.Module):
 
 
 @pytest.mark.slow
-def test_second_derivatives_are_those_of_flax():
+def test_xla_second_derivatives_equal_flax():
     params, *_, direction = drawn("pool")
-    ours = module("pool", "xla")
-    library = dataclasses.replace(ours, blocks=(Library(),))
-    found, right = (
-        hessian_products(loss_of(each, "pool"), params, direction)[0] for each in (ours, library)
+    tested = module("pool", "xla")
+    reference = dataclasses.replace(tested, blocks=(FlaxBlock(),))
+    actual, expected = (
+        hessian_products(loss_of(each, "pool"), params, direction)[0]
+        for each in (tested, reference)
     )
-    assert furthest(found, right) < 1e-4
+    assert relative_error(actual, expected) < 1e-4
 
 
-# The derivatives
+# Forward mode and second derivatives
 
 
 @pytest.mark.parametrize(("name", "remat"), CASES)
-def test_forward_mode_is_reverse_mode(name, remat):
+def test_xla_forward_mode_equals_custom_gradients(name, remat):
     params, *_, direction = drawn(name)
     loss = loss_of(module(name, "xla", remat), name)
     forward = jax.jit(lambda p, d: jax.jvp(loss, (p,), (d,))[1])(params, direction)
-    gradient = jax.jit(jax.grad(loss_of(module(name, "auto"), name)))(
-        params
-    )  # by the custom gradients
+    gradient = jax.jit(jax.grad(loss_of(module(name, "auto"), name)))(params)
     reverse = sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, direction)))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "remat"), CASES)
-def test_hessian_products_agree(name, remat):
+def test_hessian_products_by_forward_and_reverse_mode_agree(name, remat):
     params, *_, direction = drawn(name)
-    one, other = hessian_products(loss_of(module(name, "xla", remat), name), params, direction)
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(one)) > 1e-2
-    assert furthest(one, other) < 1e-3
+    forward, reverse = hessian_products(
+        loss_of(module(name, "xla", remat), name), params, direction
+    )
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(forward)) > 1e-2
+    assert relative_error(forward, reverse) < 1e-3
 
 
-def test_every_derivative_of_a_small_matrix():
-    """The whole Hessian, of which a product shows one column."""
+def test_full_hessian_of_a_small_kernel_is_symmetric():
+    """Checks all columns of a Hessian; a product with a direction shows only one combination."""
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
 
     def loss(kernel):
@@ -209,27 +213,28 @@ def test_every_derivative_of_a_small_matrix():
 
 
 @pytest.mark.slow
-def test_a_step_in_micro_batches_has_a_tangent():
-    """The whole of `local_step`, with what orders its micro-batches and the optimizer."""
-    own, optimizer = module("pool", "xla", remat=True), optax.sgd(0.1)
+def test_local_step_with_micro_batches_has_a_tangent():
+    """Differentiates all of `local_step`, including the ordered micro-batches and the optimizer."""
+    local_module, optimizer = module("pool", "xla", remat=True), optax.sgd(0.1)
     params, stats, x, labels, direction = drawn("pool")
     key = jax.random.key(0)
 
     def after_one(params):
         state = ModuleState(params, stats, optimizer.init(params), key, jnp.int32(0))
-        new, _, _ = local_step(own, optimizer, state, x, {"label": labels}, accumulate=2)
+        new, _, _ = local_step(local_module, optimizer, state, x, {"label": labels}, accumulate=2)
         return new.params
 
     tangent = jax.jit(lambda p, d: jax.jvp(after_one, (p,), (d,))[1])(params, direction)
-    # Of p - 0.1 g(p): the direction less a tenth of the Hessian's product.
-    losses = [loss_of(dataclasses.replace(own, remat=False), "pool", np.s_[i::2]) for i in range(2)]
+    # The tangent of p - 0.1 g(p) is the direction minus 0.1 times the Hessian product.
+    stored = dataclasses.replace(local_module, remat=False)
+    losses = [loss_of(stored, "pool", np.s_[i::2]) for i in range(2)]
     gradient = jax.grad(lambda params: (losses[0](params) + losses[1](params)) / 2)
     product = jax.jit(lambda p, d: jax.jvp(gradient, (p,), (d,))[1])(params, direction)
     expected = jax.tree.map(lambda d, h: d - 0.1 * h, direction, product)
-    assert furthest(tangent, expected) < 1e-4
+    assert relative_error(tangent, expected) < 1e-4
 
 
-# What `auto` lacks
+# Derivatives that `auto` does not support
 
 OPERATIONS = {
     "convolution": lambda x, ops: CONVOLVE(x, jnp.ones((3, 3, 3, 4)), ops=ops),
@@ -240,7 +245,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_forward_mode_needs_xla(name):
+def test_forward_mode_of_an_operation_needs_xla(name):
     x = jnp.ones(SHAPE)
     jax.jvp(partial(OPERATIONS[name], ops="xla"), (x,), (x,))
     with pytest.raises(TypeError, match="custom_vjp"):
@@ -256,12 +261,12 @@ def test_forward_mode_of_a_module_needs_xla(remat):
         ).lower(params, direction)
 
 
-OURS = {"custom_vjp_call", "custom_vjp_call_jaxpr", "platform_index"}
+CUSTOM = {"custom_vjp_call", "custom_vjp_call_jaxpr", "platform_index"}
 
 
-def ours(function, *args):
-    """Returns what a program holds besides operations that have every derivative and are the same on all platforms."""
-    return OURS & {
+def custom_primitives(function, *args):
+    """Returns the primitives of custom gradients and of choices by platform in a program."""
+    return CUSTOM & {
         equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)
     }
 
@@ -274,55 +279,54 @@ def ours(function, *args):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg11", "resnet18", "resnet20")),
     ],
 )
-def test_networks_hold_nothing_else(name):
-    def found(ops):
+def test_networks_with_xla_contain_no_custom_primitives(name):
+    def all_custom_primitives(ops):
         network = make_network(name, 4, CLASSES, (32, 32, 3), ops=ops)
         heads = [make_head(head, CLASSES, ops=ops) for head in HEADS]
-        parts, x, names = (
-            [*network.blocks[:4], *network.blocks[-1:]],
-            jnp.zeros((2, 32, 32, 3)),
-            set(),
-        )
-        for part in parts:
+        x, names = jnp.zeros((2, 32, 32, 3)), set()
+        for part in (*network.blocks[:4], *network.blocks[-1:]):
             for each in (part, *heads, network.classifier):
-                apply = lambda v, x, each=each: each.apply(v, x, True, mutable=["batch_stats"])[0]  # noqa: E731
                 variables = jax.eval_shape(
                     lambda x, each=each: each.init(jax.random.key(0), x, True), x
                 )
-                names |= ours(apply, variables, x)
+                names |= custom_primitives(
+                    lambda v, x, each=each: each.apply(v, x, True, mutable=["batch_stats"])[0],
+                    variables,
+                    x,
+                )
             x = jax.eval_shape(
                 lambda x, part=part: part.init_with_output(jax.random.key(0), x, True)[0], x
             )
         return names
 
-    assert found("xla") == set()
-    assert len(found("auto")) > 1
+    assert all_custom_primitives("xla") == set()
+    assert len(all_custom_primitives("auto")) > 1
 
 
-# The choice
+# The choice of a formulation
 
 
-def test_another_choice_is_another_module():
-    one, other = (make_network("resnet20", 4, CLASSES, (32, 32, 3), ops=ops) for ops in OPS)
-    assert one != other
-    assert one == make_network("resnet20", 4, CLASSES, (32, 32, 3))
-    assert all(block.ops == "xla" for block in (*other.blocks, other.classifier))
-    assert hash(other) == hash(make_network("resnet20", 4, CLASSES, (32, 32, 3), ops="xla"))
+def test_networks_with_other_ops_are_unequal_and_hashable():
+    auto, xla = (make_network("resnet20", 4, CLASSES, (32, 32, 3), ops=ops) for ops in OPS)
+    assert auto != xla
+    assert auto == make_network("resnet20", 4, CLASSES, (32, 32, 3))
+    assert all(block.ops == "xla" for block in (*xla.blocks, xla.classifier))
+    assert hash(xla) == hash(make_network("resnet20", 4, CLASSES, (32, 32, 3), ops="xla"))
 
 
-def test_a_jitted_function_of_a_module_is_traced_for_each_choice():
+def test_jitted_function_of_a_block_is_traced_for_each_formulation():
     trace = jax.jit(
-        lambda own, v, x: own.apply(v, x, True, mutable=["batch_stats"])[0], static_argnums=0
+        lambda block, v, x: block.apply(v, x, True, mutable=["batch_stats"])[0], static_argnums=0
     )
     x = jnp.ones(SHAPE)
     variables = ConvBlock(4).init(jax.random.key(0), x, True)
     programs = [trace.lower(with_ops(ConvBlock(4), ops), variables, x) for ops in OPS]
     convolutions = [program.as_text().count("stablehlo.convolution") for program in programs]
-    assert convolutions == [0, 1]  # `auto` multiplies matrices here
+    assert convolutions == [0, 1]  # `auto` uses a matrix product here
 
 
 class Several(nn.Module):
-    """A block of the user's with layers of the package's in its fields, and a field of the same name and another meaning."""
+    """User's block with layers of the package in a field, and an unrelated field named `ops`."""
 
     layers: tuple[nn.Module, ...]
     ops: int = 3
@@ -334,43 +338,44 @@ class Several(nn.Module):
         return x
 
 
-def test_blocks_of_the_users_own_follow_the_setting():
+def test_with_ops_sets_the_layers_in_fields_of_user_blocks():
     several = Several((ConvBlock(4), ConvBlock(4)))
-    found = with_ops(several, "xla")
-    assert found == Several((ConvBlock(4, ops="xla"), ConvBlock(4, ops="xla")))
-    assert found.ops == 3
+    changed = with_ops(several, "xla")
+    assert changed == Several((ConvBlock(4, ops="xla"), ConvBlock(4, ops="xla")))
+    assert changed.ops == 3
     assert with_ops(several, "auto") == several
-    assert with_ops(ConvBlock(4, ops="xla"), "auto").ops == "xla"  # as the user wrote it
+    assert with_ops(ConvBlock(4, ops="xla"), "auto").ops == "xla"  # the user's choice stays
 
 
-def test_there_are_two():
+def test_unknown_ops_are_refused():
     x = jnp.ones(SHAPE)
     for function in (
         lambda: max_pool_2x2(x, ops="XLA"),
         lambda: with_ops(ConvBlock(4), "cpu"),
         lambda: CONVOLVE(x, x, ops=""),
     ):
-        with pytest.raises(ValueError, match="there are auto, xla"):
+        with pytest.raises(ValueError, match="must be one of auto, xla"):
             function()
     (field,) = (f for f in dataclasses.fields(ModelSettings) if f.name == "ops")
     assert field.metadata["choices"] == OPS
 
 
-def test_a_run_learns_the_same():
-    """Three updates in each formulation, and the setting reaches all parts of the modules."""
+def test_runs_with_both_formulations_learn_the_same_parameters():
+    """Makes three updates with each formulation, and checks that the setting reaches all parts."""
 
     def run(ops):
         config = small_config(
             model__ops=ops, engine__name="fused", train__steps=3, data__augment="none"
         )
-        made = make_experiment(make_settings(config))
-        for own in made.spec.modules:
-            assert {part.ops for part in (own, *own.blocks, own.objective.head)} == {ops}
-        reports = list(made.engine.run(made.engine.init(), made.source, 3))
+        experiment = make_experiment(make_settings(config))
+        for part in experiment.spec.modules:
+            assert {layer.ops for layer in (part, *part.blocks, part.objective.head)} == {ops}
+        engine = experiment.engine
+        reports = list(engine.run(engine.init(), experiment.source, 3))
         return [
             np.asarray(leaf)
-            for each in reports[-1].snapshot().modules
-            for leaf in jax.tree.leaves(each.params)
+            for state in reports[-1].snapshot().modules
+            for leaf in jax.tree.leaves(state.params)
         ]
 
-    assert furthest(run("xla"), run("auto")) < 1e-5
+    assert relative_error(run("xla"), run("auto")) < 1e-5

@@ -1,4 +1,4 @@
-"""Learning rates at hand-computed points; updates against NumPy."""
+"""Tests of learning rates against values by hand, and of optimizers against NumPy."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from dgl_jax.config import options
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 
-STEPS = 10  # an epoch
+STEPS = 10  # per epoch
 
 
 def rate(count, total=100, learning_rate=0.1, **settings):
@@ -20,7 +20,7 @@ def rate(count, total=100, learning_rate=0.1, **settings):
     ("settings", "expected"),
     [
         ({"name": "constant"}, {0: 0.1, 1000: 0.1}),
-        # The update that follows epoch 2 is number 21, made with a count of 20.
+        # The first update after epoch 2 is the 21st, with a count of 20.
         (
             {"name": "step", "boundaries": (2.0, 4.0), "factor": 0.2},
             {0: 0.1, 19: 0.1, 20: 0.02, 39: 0.02, 40: 0.004, 99: 0.004},
@@ -48,13 +48,17 @@ def rate(count, total=100, learning_rate=0.1, **settings):
         ),
     ],
 )
-def test_schedules_by_hand(settings, expected):
+def test_schedules_equal_values_by_hand(settings, expected):
     for count, value in expected.items():
         assert rate(count, **settings) == pytest.approx(value, rel=1e-5, abs=1e-8), count
 
 
 def sgd(params, gradients, rates, momentum, decay, nesterov=False):
-    """g' = g + decay p;  b = momentum b + g';  p = p - rate b, or with Nesterov's momentum p - rate (g' + momentum b)"""
+    """Computes SGD updates in NumPy.
+
+    g' = g + decay p;  b = momentum b + g';  p = p - rate b, or, with Nesterov's momentum,
+    p = p - rate (g' + momentum b).
+    """
     buffer = np.zeros_like(params)
     for gradient, rate in zip(gradients, rates, strict=True):
         gradient = gradient + decay * params
@@ -75,7 +79,7 @@ def three_updates(settings, schedule, params, gradients):
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd_against_numpy(momentum, nesterov, decay):
+def test_sgd_equals_numpy(momentum, nesterov, decay):
     random = np.random.default_rng(0)
     params, gradients = random.normal(size=(4, 3)), random.normal(size=(3, 4, 3))
     schedule = make_schedule(
@@ -89,9 +93,9 @@ def test_sgd_against_numpy(momentum, nesterov, decay):
         weight_decay=decay,
         nesterov=nesterov,
     )
-    found = three_updates(settings, schedule, params, gradients)
+    updated = three_updates(settings, schedule, params, gradients)
     np.testing.assert_allclose(
-        found,
+        updated,
         sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay, nesterov),
         rtol=1e-6,
         atol=1e-7,
@@ -102,20 +106,21 @@ def test_sgd_against_numpy(momentum, nesterov, decay):
         sgd(params, gradients, (0.1, 0.1, 0.05), momentum, decay + 0.001, nesterov),
         sgd(params, gradients, (0.1, 0.1, 0.05), momentum or 0.5, decay, not nesterov),
     ):
-        assert not np.allclose(found, broken, rtol=1e-6, atol=1e-7)
+        assert not np.allclose(updated, broken, rtol=1e-6, atol=1e-7)
 
 
-def test_first_update_of_adam_by_hand():
-    # The first update of Adam is the sign of the gradient: g' / (|g'| + 1e-8), with g' = g + decay p.
+def test_first_update_of_adam_equals_value_by_hand():
+    # The first update is about the sign of the gradient: g' / (|g'| + 1e-8) with g' = g + decay p.
     params, gradient = np.array([1.0, -2.0, 0.5]), np.array([0.5, 0.1, -0.3])
     settings = options("optimizer", name="adam", learning_rate=0.01, weight_decay=0.1)
-    found = three_updates(settings, lambda count: 0.01, params, [gradient])
+    updated = three_updates(settings, lambda count: 0.01, params, [gradient])
     decayed = gradient + 0.1 * params
     assert np.sign(decayed).tolist() != np.sign(gradient).tolist()
-    np.testing.assert_allclose(found, params - 0.01 * decayed / (np.abs(decayed) + 1e-8), rtol=1e-6)
+    expected = params - 0.01 * decayed / (np.abs(decayed) + 1e-8)
+    np.testing.assert_allclose(updated, expected, rtol=1e-6)
 
 
-def test_boundaries_that_round_to_one_step_both_count():
+def test_boundaries_that_round_to_the_same_step_multiply():
     schedule = make_schedule(
         options("schedule", name="step", boundaries=(1.0, 1.01), factor=0.1), 1.0, 10, 100
     )

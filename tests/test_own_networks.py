@@ -1,4 +1,4 @@
-"""Networks that users bring: registered in one line, cut, given heads, trained by every engine; and what is wrong with some."""
+"""Tests of networks that users register: they are cut and trained by every engine, or refused."""
 
 import json
 
@@ -20,7 +20,7 @@ from dgl_jax.run.build import make_experiment
 
 
 class Tokens(nn.Module):
-    """Images to tokens, one a row; has no parameter."""
+    """Block without parameters that turns images into tokens, one per row."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -36,16 +36,16 @@ class Block(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays(monkeypatch):
+def _restored_registry(monkeypatch):
     monkeypatch.setattr(NETWORKS, "_kinds", dict(NETWORKS._kinds))
 
 
-def of_tokens(width, num_classes, dtype):
+def token_network(width, num_classes, dtype):
     return [Tokens(), Block(width), Block(width)]
 
 
-def test_a_list_of_blocks_is_a_network():
-    register_network("own", of_tokens)
+def test_network_may_be_a_list_of_blocks():
+    register_network("own", token_network)
     assert make_network("own", 6, 3, (8, 8, 3)) == Network(
         (Tokens(), Block(6), Block(6)), LinearHead(3)
     )
@@ -62,16 +62,16 @@ ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_trains_it(engine):
-    register_network("own", of_tokens)
+def test_every_engine_trains_a_user_network(engine):
+    register_network("own", token_network)
     config = small_config(
         model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2
     )
     config.engine.group_sizes, config.data.batch_size = (1, 1, 1), 12
-    made = make_experiment(make_settings(config))
-    state = made.engine.init()
+    experiment = make_experiment(make_settings(config))
+    state = experiment.engine.init()
     before = [jax.tree.map(np.asarray, module.params) for module in state.modules]
-    for report in made.engine.run(state, made.source, 2):
+    for report in experiment.engine.run(state, experiment.source, 2):
         state = report.snapshot() if min(report.updates) == 2 else state
     assert counts(state) == [2, 2, 2]
     for k, (old, module) in enumerate(zip(before, state.modules)):
@@ -80,20 +80,20 @@ def test_every_engine_trains_it(engine):
             for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(module.params))
         ]
         assert not any(unchanged), f"module_{k}"
-        # Tokens alone have nothing to learn: the head has, where there is one.
+        # `Tokens` has no parameters; the first module has some only if it has a head.
         assert bool(unchanged) == (k > 0 or engine != "backprop")
 
 
-def test_names_of_the_package_are_taken():
+def test_names_of_the_package_cannot_be_registered_again():
     with pytest.raises(
         UserError, match=r"config\.model\.name='cnn4': dgl_jax already defines this name"
     ):
-        register_network("cnn4", of_tokens)
+        register_network("cnn4", token_network)
 
 
-def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
-    register_network("transformer", of_tokens)
-    monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data first"))
+def test_unknown_name_is_reported_before_data_is_loaded(monkeypatch):
+    register_network("transformer", token_network)
+    monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data was loaded first"))
     with pytest.raises(
         UserError, match=r"config.model.name='transfomer': no such name; did you mean transformer"
     ):
@@ -103,16 +103,16 @@ def test_an_unknown_name_is_told_before_data_are_sought(monkeypatch):
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [
-        ([], "the network has no block"),
+        ([], "the network has no blocks"),
         (
             [Tokens(), nn.Dense(3)],
-            "block 1 is Dense, which is no Flax Linen module called as block",
+            "block 1 is Dense, which is not a Flax Linen module called as block",
         ),
-        ([Tokens], "block 0 is Tokens, which is no Flax"),
+        ([Tokens], "block 0 is Tokens, which is not a Flax"),
         (Network((Tokens(),), nn.Dense(3)), "the classifier is Dense"),
     ],
 )
-def test_blocks_that_are_none(blocks, words):
+def test_invalid_blocks_are_refused(blocks, words):
     register_network("own", lambda *_: blocks)
     with pytest.raises(UserError, match=rf"config\.model\.name='own': {words}"):
         make_network("own", 6, 3, (8, 8, 3))
@@ -136,7 +136,7 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_on_the_command_line_the_config_file_brings_it(tmp_path):
+def test_config_file_registers_its_network_on_the_command_line(tmp_path):
     file, workdir = tmp_path / "mine.py", tmp_path / "run"
     file.write_text(CONFIG)
     fields = FIELDS | {"model.name": "mine", "train.steps": 2}
@@ -147,7 +147,7 @@ def test_on_the_command_line_the_config_file_brings_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 2
-    # Without the file nobody knows the name.
+    # Without the file, the name is unknown.
     assert "config.model.name='mine': no such name (if it is your own, config.plugins" in fails(
         "--mode=export", f"--workdir={workdir}"
     )

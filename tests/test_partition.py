@@ -1,3 +1,5 @@
+"""Tests of the partition of a network into modules: by count, by a list, and by costs."""
+
 import itertools
 
 import pytest
@@ -12,50 +14,49 @@ def sizes(starts, num_blocks):
     return [b - a for a, b in zip(starts, [*starts[1:], num_blocks])]
 
 
-def check_count(split, num_blocks, modules):
-    starts = split("count", num_blocks, modules)
-    got = sizes(starts, num_blocks)
+def check_count(rule, num_blocks, modules):
+    starts = rule("count", num_blocks, modules)
+    blocks = sizes(starts, num_blocks)
     assert starts[0] == 0
     assert len(starts) == modules
-    assert sum(got) == num_blocks
-    assert min(got) >= 1
-    assert max(got) - min(got) <= 1
-    assert got == sorted(got, reverse=True)
+    assert sum(blocks) == num_blocks
+    assert min(blocks) >= 1
+    assert max(blocks) - min(blocks) <= 1
+    assert blocks == sorted(blocks, reverse=True)
 
 
 networks = st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
 
 @given(networks)
-def test_count(network):
+def test_split_by_count_has_equal_sizes_with_larger_modules_first(network):
     check_count(cuts, *network)
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda split, n, k: tuple(
-            min(i * -(-n // k), n - 1) for i in range(k)
-        ),  # as large as possible, the rest last
-        lambda split, n, k: tuple(i * n // k for i in range(k)),  # larger ones anywhere
+        lambda split, n, k: tuple(min(i * -(-n // k), n - 1) for i in range(k)),
+        lambda split, n, k: tuple(i * n // k for i in range(k)),
     ],
+    ids=["small module last", "larger modules anywhere"],
 )
-def test_count_notices_other_rules(broken):
+def test_twin_other_rules_of_count_fail(broken):
     with pytest.raises(AssertionError):
         check_count(broken, 7, 5)
 
 
-def test_count_by_hand():
+def test_split_by_count_equals_values_by_hand():
     assert cuts("count", 6, 4) == (0, 2, 4, 5)
     assert cuts("count", 6, 6) == (0, 1, 2, 3, 4, 5)
     assert cuts("count", 4, 1) == (0,)
 
 
 @given(networks, st.data())
-def test_list(network, data):
+def test_split_by_list_returns_the_list(network, data):
     num_blocks, modules = network
-    others = st.sets(st.integers(1, num_blocks - 1), min_size=modules - 1, max_size=modules - 1)
-    starts = (0, *sorted(data.draw(others if num_blocks > 1 else st.just(set()))))
+    later = st.sets(st.integers(1, num_blocks - 1), min_size=modules - 1, max_size=modules - 1)
+    starts = (0, *sorted(data.draw(later if num_blocks > 1 else st.just(set()))))
     assert cuts(",".join(map(str, starts)), num_blocks, modules) == starts
     assert cuts(" , ".join(map(str, starts)), num_blocks, modules) == starts
 
@@ -73,7 +74,7 @@ def test_list(network, data):
         (
             "0,2,9",
             3,
-            "no module can begin at 9: the last block of this network is 5, the nearest place to cut",
+            "no module can begin at 9: the last block of this network is 5, the nearest place",
         ),
         ("0,2,5.5", 3, "no module can begin at 5.5"),
         ("0,2.5,4", 3, "2.5 would cut inside block 2; the nearest places to cut are 2 and 3"),
@@ -83,17 +84,17 @@ def test_list(network, data):
         ("", 3, "neither"),
     ],
 )
-def test_bad_lists(split, modules, reason):
+def test_invalid_lists_are_refused(split, modules, reason):
     with pytest.raises(UserError) as error:
         cuts(split, 6, modules)
     assert f"config.model.split={split!r}: " in str(error.value)
     assert reason in str(error.value)
-    assert "'0,2,4'" in str(error.value)  # what would work
+    assert "'0,2,4'" in str(error.value)  # the message shows a valid list
 
 
 @pytest.mark.parametrize("split", ["count", "0,1,2,3,4,5,6"])
 @pytest.mark.parametrize("modules", [0, 7])
-def test_more_modules_than_blocks(split, modules):
+def test_more_modules_than_blocks_are_refused(split, modules):
     with pytest.raises(UserError, match=f"config.model.modules={modules}: .*1 to 6 would work"):
         cuts(split, 6, modules)
 
@@ -107,10 +108,10 @@ random_costs = st.integers(1, 7).flatmap(
 
 
 def brute_force(costs, modules):
-    """The least cost of the slowest module over all cuts there are, written out: a first block, inner blocks, a head."""
+    """Returns the least cost of the slowest module over all possible cuts."""
     return min(
-        slowest(costs, (0, *others))
-        for others in itertools.combinations(range(1, len(costs[0])), modules - 1)
+        slowest(costs, (0, *later))
+        for later in itertools.combinations(range(1, len(costs[0])), modules - 1)
     )
 
 
@@ -136,17 +137,17 @@ def test_balanced_splits_are_optimal(costs, data):
 
 
 def headless(costs, modules):
-    """Balances the bodies alone."""
+    """Ignores the costs of the heads."""
     return exact(BlockCosts(costs.first, costs.inner, (0,) * len(costs.head)), modules)
 
 
 def equal_first(costs, modules):
-    """Takes a block to cost the same wherever it is."""
+    """Ignores that a block costs less as the first one of a module."""
     return exact(BlockCosts(costs.inner, costs.inner, costs.head), modules)
 
 
 def greedy(costs, modules):
-    """Ends a module at its equal share of the whole."""
+    """Ends a module when it reaches its equal share of the total cost."""
     count = len(costs.head)
     share, starts = costs.module(0, count) / modules, [0]
     for end in range(1, count):
@@ -165,13 +166,13 @@ def greedy(costs, modules):
         (equal_first, ([2, 0, 2], [2, 6, 3], [0, 0, 0])),
     ],
 )
-def test_rules_that_are_not_optimal_are_noticed(broken, costs):
+def test_twin_rules_that_are_not_optimal_fail(broken, costs):
     check_balanced(exact, costs, 2)
     with pytest.raises(AssertionError):
         check_balanced(broken, costs, 2)
 
 
-def test_costs_are_asked_for_where_they_matter():
+def test_costs_are_computed_only_if_the_split_needs_them():
     def unwanted():
         raise RuntimeError
 

@@ -1,4 +1,4 @@
-"""Random streams: no two keys of a run are equal, in the streams as they are defined and in what is really drawn."""
+"""Tests that all random keys of a run differ: all keys of the streams, and the keys in use."""
 
 from collections import Counter
 from functools import reduce
@@ -20,8 +20,8 @@ SEEDS, MODULES, BLOCKS, UPDATES, MICRO_BATCHES, STAGES = (
     range(3),
     range(3),
 )
-# Streams below one another, with the numbers that tell the keys of each apart.
-OF_A_CODEBOOK = {
+# The tree of streams, with the numbers that identify the keys of each stream.
+CODEBOOK_STREAMS = {
     "pool": (),
     "first": (),
     "entry": (range(1, 4),),
@@ -42,27 +42,27 @@ TREE = {
                 UPDATES,
                 {"micro_batch": (MICRO_BATCHES, {"block": (BLOCKS,), "head": (), "adapter": ()})},
             ),
-            "codec": (UPDATES, {"stage": (STAGES, OF_A_CODEBOOK)}),
+            "codec": (UPDATES, {"stage": (STAGES, CODEBOOK_STREAMS)}),
         },
     ),
 }
 
 
 def drawn(key, tree, path=()):
-    """Every key of the streams in a tree, by its path."""
+    """Yields (path, key) for every key in a tree of streams."""
     for name, numbers in tree.items():
         *ranges, below = numbers if numbers and isinstance(numbers[-1], dict) else (*numbers, {})
         for chosen in product(*ranges):
-            found = getattr(rngs, name)(key, *chosen)
+            derived = getattr(rngs, name)(key, *chosen)
             here = (*path, name, *chosen)
             if below:
-                yield from drawn(found, below, here)
-            if name != "stage":  # whose first key is that of the codec
-                yield here, found
+                yield from drawn(derived, below, here)
+            if name != "stage":  # its first key equals the codec's key on purpose
+                yield here, derived
 
 
 def shared(keys):
-    """Names of keys that have equal data."""
+    """Returns the names of keys that have equal data."""
     data = {
         name: tuple(np.asarray(jax.random.key_data(key)).tolist()) for name, key in keys.items()
     }
@@ -77,15 +77,15 @@ def test_no_two_keys_of_a_run_are_equal():
     names = {part for path in keys for part in path if isinstance(part, str)} | {"stage"}
     streams = {name: value for name, value in vars(rngs).items() if isinstance(value, rngs.Stream)}
     assert names == {name.removeprefix("_") for name in streams}, (
-        "a stream that this test does not draw"
+        "this test does not cover all streams"
     )
     assert sorted(stream.constant for stream in streams.values()) == list(
         range(1, 1 + len(streams))
     )
 
 
-def test_twin_numbers_folded_in_without_the_name_of_their_stream_collide():
-    """How keys were derived once: at update 3 a block's dropout had the key of the codec at the update of its number."""
+def test_twin_keys_without_stream_constants_collide():
+    """Derives keys without constants: dropout of block n at update 3 shares the codec's key."""
     state = jax.random.key(0)
     keys = {
         ("dropout", t, n): jax.random.fold_in(jax.random.fold_in(state, t), n)
@@ -98,11 +98,11 @@ def test_twin_numbers_folded_in_without_the_name_of_their_stream_collide():
 
 
 @pytest.mark.slow
-def test_no_two_draws_of_a_codebook_have_the_same_key(monkeypatch):
-    """The start and two updates of three stages, spied upon where the numbers are drawn."""
+def test_no_two_draws_of_a_codebook_use_the_same_key(monkeypatch):
+    """Records the keys of all draws while three stages are initialized and updated twice."""
     used = Counter()
 
-    def spied(function):
+    def recorded(function):
         def draw(key, *args, **kwargs):
             used[function.__name__, *np.asarray(jax.random.key_data(key)).tolist()] += 1
             return function(key, *args, **kwargs)
@@ -110,7 +110,7 @@ def test_no_two_draws_of_a_codebook_have_the_same_key(monkeypatch):
         return draw
 
     for name in ("uniform", "randint"):
-        monkeypatch.setattr(jax.random, name, spied(getattr(jax.random, name)))
+        monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
     module, x = (
         rngs.module(rngs.root(0), 0),
         jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 2)), jnp.float32),
@@ -121,17 +121,18 @@ def test_no_two_draws_of_a_codebook_have_the_same_key(monkeypatch):
         lambda a, b, body, value: reduce(lambda v, n: body(n, v), range(a, b), value),
     )
     book = residual.init(rngs.codec(module, 0), x, 3, codes=2, dims=2)
-    after_start = used.total()
+    draws_of_init = used.total()
     for t in range(2):
         book, _ = residual.update(book, rngs.codec(module, t), x, samples=1)
-    # A start draws a pool, a first and a second entry in each stage, and the rest. An update draws its sample twice, alike, for the
-    # first stage and for what later ones see; and the pool and the choice of restarts.
-    assert after_start == 3 * 3 + 1
+    # Initialization draws a pool, a first and a second entry per stage, and the rest. An update
+    # draws the same sample twice, for the first stage and for the input of the later ones, and
+    # the pool and the choice of restarts.
+    assert draws_of_init == 3 * 3 + 1
     assert sorted(count for count in used.values() if count > 1) == [2, 2]
     assert len({key[1:] for key in used}) == len(used)
 
 
-def test_a_key_depends_on_no_default_of_the_environment():
+def test_keys_do_not_depend_on_jax_defaults():
     plain = jax.random.key_data(rngs.module(rngs.root(3), 1))
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(jax.random.key_data(rngs.module(rngs.root(3), 1)), plain)
@@ -141,7 +142,7 @@ def test_a_key_depends_on_no_default_of_the_environment():
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_streams_of_keys_of_any_kind(impl):
+def test_keys_of_every_implementation_differ(impl):
     key = jax.random.key(0, impl=impl)
     keys = {
         path: k
@@ -152,7 +153,7 @@ def test_streams_of_keys_of_any_kind(impl):
     assert shared(keys) == []
 
 
-def test_streams_of_the_host_are_apart():
+def test_host_streams_differ():
     streams = [
         (rngs.VALIDATION,),
         (rngs.SUBSET,),
@@ -161,13 +162,13 @@ def test_streams_of_the_host_are_apart():
         (rngs.CROP, 1),
         (rngs.CROP, 2),
     ]
-    found = [
+    samples = [
         rngs.bits(seed, *stream).random_raw(4).tolist() for seed in (0, 1) for stream in streams
     ]
     for seed, k, read in product((0, 1), (1, 2), (0, 1)):  # as a ring draws
-        found.append(
+        samples.append(
             np.random.Philox(np.random.SeedSequence([*rngs.ring(seed, k), read]))
             .random_raw(4)
             .tolist()
         )
-    assert len(set(map(tuple, found))) == len(found)
+    assert len(set(map(tuple, samples))) == len(samples)

@@ -1,4 +1,4 @@
-"""Who works when: the picture in the docstring, and what must hold of every schedule."""
+"""Tests of the schedules: the picture in the docstring, and properties of every schedule."""
 
 import itertools
 import re
@@ -14,12 +14,12 @@ SIZES = {"modules": st.integers(1, 6), "start": st.integers(0, 20), "count": st.
 
 
 def plain(tick):
-    """The turns of a tick as (module, batch); all of them are steps."""
+    """Returns the turns of a tick as (module, batch), after checking that all are steps."""
     assert {turn.kind for turn in tick} == {"step"}
     return [(turn.module, turn.batch) for turn in tick]
 
 
-def test_three_modules_four_batches():
+def test_pipelined_schedule_equals_the_picture_in_the_docstring():
     expected = [
         [(0, 0)],
         [(1, 0), (0, 1)],
@@ -35,7 +35,7 @@ def test_three_modules_four_batches():
     ] == expected
 
 
-def test_fused_three_modules():
+def test_fused_schedule_gives_all_modules_the_same_batch():
     assert [plain(tick) for tick in fused(3, 5, 7)] == [
         [(0, 5), (1, 5), (2, 5)],
         [(0, 6), (1, 6), (2, 6)],
@@ -43,17 +43,21 @@ def test_fused_three_modules():
 
 
 def check(ticks, modules, start, count, lag):
-    """Every turn once; module k at tick t has batch start + t - lag * k; every packet is made before it is used."""
-    found = [turn for tick in ticks for turn in tick]
-    assert sorted(found) == [Turn(k, start + b) for k in range(modules) for b in range(count)]
+    """Checks a schedule in which each module lags its producer by `lag` ticks.
+
+    Every turn must occur once, module k must have batch start + t - lag * k at tick t, and every
+    message must be sent before it is read.
+    """
+    turns = [turn for tick in ticks for turn in tick]
+    assert sorted(turns) == [Turn(k, start + b) for k in range(modules) for b in range(count)]
     for t, tick in enumerate(ticks):
         assert all(turn.batch == start + t - lag * turn.module for turn in tick)
     tick_of = {turn: t for t, tick in enumerate(ticks) for turn in tick}
-    place = {turn: n for n, turn in enumerate(found)}
-    for turn in found:
+    position = {turn: n for n, turn in enumerate(turns)}
+    for turn in turns:
         if turn.module:
             producer = Turn(turn.module - 1, turn.batch)
-            assert place[producer] < place[turn]
+            assert position[producer] < position[turn]
             assert tick_of[turn] - tick_of[producer] == lag
 
 
@@ -76,7 +80,7 @@ def test_stop_drains_the_pipe(modules, start, count, after):
         )
 
 
-def test_stop_is_asked_before_a_batch_enters_and_never_while_draining():
+def test_stop_is_called_before_a_batch_enters_and_not_while_draining():
     calls = []
     ticks = list(pipelined(3, 0, 4, lambda: calls.append(0) or len(calls) == 3))
     assert len(calls) == 3
@@ -84,7 +88,7 @@ def test_stop_is_asked_before_a_batch_enters_and_never_while_draining():
 
 
 def broken_late(modules, start, until):
-    """The last module a tick late."""
+    """Yields the pipelined schedule with the last module one tick late."""
     for t in range(start, until + modules):
         tick = [
             Turn(k, b)
@@ -96,11 +100,11 @@ def broken_late(modules, start, until):
 
 
 def broken_order(modules, start, until):
-    """The consumer in front of its producer, in the same tick."""
+    """Yields the fused schedule with each consumer before its producer."""
     return (tuple(reversed(tick)) for tick in fused(modules, start, until))
 
 
-def test_broken_schedules_are_noticed():
+def test_twin_broken_schedules_fail():
     for broken, lag in ((broken_late, 1), (broken_order, 0)):
         try:
             check(list(broken(3, 0, 4)), 3, 0, 4, lag)
@@ -109,21 +113,21 @@ def test_broken_schedules_are_noticed():
         raise RuntimeError(f"{broken.__name__} passed")
 
 
-def test_one_after_the_other():
+def test_turns_in_order_repeat_all_modules():
     module = in_order(3)
     assert [module(n) for n in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_drawn_begins_with_the_warm_up_and_follows_the_slowdown():
+def test_drawn_turns_start_with_every_module_twice_and_follow_the_slowdown():
     module = drawn(3, (1, 2, 1), seed=5)
     assert [module(n) for n in range(6)] == [0, 0, 1, 1, 2, 2]
-    found = [module(n) for n in range(6, 20_006)]
-    shares = [found.count(k) / 20_000 for k in range(3)]
+    modules = [module(n) for n in range(6, 20_006)]
+    shares = [modules.count(k) / 20_000 for k in range(3)]
     assert shares == pytest.approx([0.4, 0.2, 0.4], abs=0.015)
     assert drawn(3, (), seed=5)(9) in range(3)
 
 
-def test_a_turn_depends_on_seed_and_number_alone():
+def test_drawn_turn_depends_on_seed_and_number_only():
     forward = [drawn(4, (), 1)(n) for n in range(50)]
     backward = [drawn(4, (), 1)(n) for n in reversed(range(50))][::-1]
     assert forward == backward

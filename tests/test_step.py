@@ -1,4 +1,4 @@
-"""One update of one module against an independent formulation, and that no gradient leaves it."""
+"""Tests of the update of a single module, against an independent implementation."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -31,7 +31,10 @@ def flat(tree):
 
 
 def numbers(tree, seed):
-    """A tree like this one with values by NumPy: neither the initializers nor JAX's generator decide golden values."""
+    """Returns a tree of the same shapes with values drawn by NumPy.
+
+    Golden values then depend neither on the initializers nor on JAX's generator.
+    """
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), tree)
 
@@ -40,7 +43,7 @@ def numbers(tree, seed):
 
 
 def conv_module(head):
-    """A module of the paper's kind, its state, and images."""
+    """Returns a convolutional module as in the paper, its state, and images."""
     module = LocalModule("module_0", 0, (ConvBlock(3),), classifier.Classifier(make_head(head, 3)))
     images = jax.ShapeDtypeStruct((4, 6, 6, 2), "float32")
     (state,) = jax.eval_shape(
@@ -58,7 +61,7 @@ def conv_module(head):
     return module, state, jnp.asarray(np.random.default_rng(2).normal(size=images.shape), "float32")
 
 
-# Loss; then sums of the sizes of the new parameters and of their changes.
+# By head: the loss, the sum of |new parameters|, and the sum of |changes of the parameters|.
 GOLDEN = {
     "linear": (1.131134, 17.559287, 1.336307),
     "cnn": (1.171396, 69.865399, 5.977103),
@@ -70,11 +73,11 @@ GOLDEN = {
 @pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize("head", list(HEADS))
-def test_one_update_equals_an_independent_one(head):
+def test_local_step_equals_independent_implementation(head):
     module, state, images = conv_module(head)
     new, outputs, metrics = jax.jit(partial(local_step, module, OPTIMIZER))(state, images, TARGETS)
 
-    # Blocks and head straight from flax, the loss from its definition, the update from NumPy.
+    # Blocks and head are applied with flax, the loss is its definition, and NumPy does the update.
     @partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         body = {
@@ -82,8 +85,8 @@ def test_one_update_equals_an_independent_one(head):
             "batch_stats": state.batch_stats["body"]["block_0"],
         }
         x, block = module.blocks[0].apply(body, images, train=True, mutable=["batch_stats"])
-        own = {"params": params["objective"], "batch_stats": state.batch_stats["objective"]}
-        logits, head = module.objective.head.apply(own, x, train=True, mutable=["batch_stats"])
+        end = {"params": params["objective"], "batch_stats": state.batch_stats["objective"]}
+        logits, head = module.objective.head.apply(end, x, train=True, mutable=["batch_stats"])
         exp = jnp.exp(logits)
         chosen = (exp / exp.sum(1, keepdims=True))[np.arange(4), LABEL]
         statistics = {
@@ -107,17 +110,17 @@ def test_one_update_equals_an_independent_one(head):
     )
     assert int(new.updates) == 6
 
-    # The same numbers a year from now.
+    # Golden values: later versions must compute the same numbers.
     after, before = flat(new.params).astype(np.float64), flat(state.params)
-    found = [float(means(metrics)["loss"]), np.abs(after).sum(), np.abs(after - before).sum()]
-    np.testing.assert_allclose(found, GOLDEN[head], rtol=1e-5)
+    measured = [float(means(metrics)["loss"]), np.abs(after).sum(), np.abs(after - before).sum()]
+    np.testing.assert_allclose(measured, GOLDEN[head], rtol=1e-5)
 
-    # What is handed down is of the forward pass before the update.
+    # The outputs belong to the forward pass before the update.
     later = module.apply_body(new.params, state.batch_stats, images, train=True)[0]
     assert not np.allclose(outputs, later, rtol=1e-3)
 
 
-# Small dense modules: everything else
+# The other tests use small dense modules.
 
 
 class Block(nn.Module):
@@ -153,47 +156,49 @@ def states():
     return jax.jit(init)(jax.random.key(0))
 
 
-def losses_of(params, states):
-    """The loss of each module when all make one local step, as a function of everyone's parameters."""
-    x, found = INPUTS, []
+def module_losses(params, states):
+    """Returns the loss of each module in one local step of all, given the parameters of all."""
+    x, losses = INPUTS, []
     for module, state, p in zip(MODULES, states, params, strict=True):
         _, x, metrics = local_step(module, OPTIMIZER, state.replace(params=p), x, TARGETS)
-        found.append(means(metrics)["loss"])
-    return jnp.stack(found)
+        losses.append(means(metrics)["loss"])
+    return jnp.stack(losses)
 
 
-def sizes(states):
-    """Largest entry of the gradient of module k's loss with respect to the parameters of module i, as a 3x3 table."""
-    jacobian = jax.jit(jax.jacrev(losses_of))([s.params for s in states], states)
+def largest_gradients(states):
+    """Returns a 3x3 table of the largest gradients.
+
+    Entry (k, i) belongs to the loss of module k and the parameters of module i.
+    """
+    jacobian = jax.jit(jax.jacrev(module_losses))([s.params for s in states], states)
     return np.array(
         [
-            [max(np.abs(leaf[k]).max() for leaf in jax.tree.leaves(of)) for of in jacobian]
+            [max(np.abs(leaf[k]).max() for leaf in jax.tree.leaves(entry)) for entry in jacobian]
             for k in range(3)
         ]
     )
 
 
 def test_no_gradient_reaches_another_module(states):
-    table = sizes(states)
+    table = largest_gradients(states)
     assert (table[~np.eye(3, dtype=bool)] == 0.0).all()
     assert (np.diag(table) > 1e-3).all()
 
 
-def test_without_detaching_it_would(states, monkeypatch, traced_anew):
+def test_twin_gradients_reach_lower_modules_without_stop_gradient(states, monkeypatch, traced_anew):
     monkeypatch.setattr(step, "lax", SimpleNamespace(stop_gradient=lambda x: x))
-    table = sizes(states)
+    table = largest_gradients(states)
     assert (table[np.tril_indices(3)] > 1e-4).all()
-    assert (
-        table[np.triu_indices(3, 1)] == 0.0
-    ).all()  # nor does a loss depend on later modules, detached or not
+    # A loss does not depend on the modules above it in any case.
+    assert (table[np.triu_indices(3, 1)] == 0.0).all()
 
 
-def test_a_step_is_pure(states):
-    one = partial(local_step, MODULES[0], OPTIMIZER)
+def test_local_step_is_pure(states):
+    local = partial(local_step, MODULES[0], OPTIMIZER)
     before = flat(jax.tree.map(np.array, states[0].replace(rng=None)))
-    jitted = jax.jit(one)
+    jitted = jax.jit(local)
     first, again = jitted(states[0], INPUTS, TARGETS), jitted(states[0], INPUTS, TARGETS)
-    eager = one(states[0], INPUTS, TARGETS)
+    eager = local(states[0], INPUTS, TARGETS)
     np.testing.assert_array_equal(flat(states[0].replace(rng=None)), before)
 
     def values(result):
@@ -205,18 +210,18 @@ def test_a_step_is_pure(states):
     assert not np.allclose(values(changed), values(first), rtol=1e-6, atol=1e-6)
 
 
-def test_randomness_follows_the_update_count():
+def test_dropout_masks_depend_on_key_and_update_count_only():
     (module,) = make_modules([Block(64, dropout=0.5)], (0,), [Head()])
     (state,) = jax.jit(partial(init, modules=[module]))(jax.random.key(0))
     frozen = optax.sgd(0.0)
     state = state.replace(opt_state=frozen.init(state.params))
-    one = jax.jit(partial(local_step, module, frozen))
-    second, first_outputs, _ = one(state, INPUTS, TARGETS)
-    third, second_outputs, _ = one(second, INPUTS, TARGETS)
+    local = jax.jit(partial(local_step, module, frozen))
+    second, first_outputs, _ = local(state, INPUTS, TARGETS)
+    third, second_outputs, _ = local(second, INPUTS, TARGETS)
     assert [int(s.updates) for s in (state, second, third)] == [0, 1, 2]
     assert (np.asarray(first_outputs == 0) != np.asarray(second_outputs == 0)).any()
-    # The masks depend on the key and the count alone: a restored state draws the same ones.
-    again = one(
+    # A restored state, with the key of the first state, draws the same masks.
+    again = local(
         second.replace(rng=jax.random.wrap_key_data(jax.random.key_data(state.rng))),
         INPUTS,
         TARGETS,
@@ -224,11 +229,11 @@ def test_randomness_follows_the_update_count():
     np.testing.assert_array_equal(again, second_outputs)
 
 
-def test_vmap_over_seeds():
+def test_local_step_can_be_vmapped_over_seeds():
     keys = jax.random.split(jax.random.key(3), 2)
-    one = partial(local_step, MODULES[0], OPTIMIZER)
-    many = jax.jit(jax.vmap(lambda key: one(init(key)[0], INPUTS, TARGETS)[1:]))(keys)
-    alone = jax.jit(lambda key: one(init(key)[0], INPUTS, TARGETS)[1:])
+    local = partial(local_step, MODULES[0], OPTIMIZER)
+    many = jax.jit(jax.vmap(lambda key: local(init(key)[0], INPUTS, TARGETS)[1:]))(keys)
+    alone = jax.jit(lambda key: local(init(key)[0], INPUTS, TARGETS)[1:])
     for n in range(2):
         np.testing.assert_allclose(
             flat(jax.tree.map(lambda x, n=n: x[n], many)),
@@ -239,7 +244,7 @@ def test_vmap_over_seeds():
     assert not np.allclose(many[0][0], many[0][1])
 
 
-def test_eval_step_without_a_head(states):
+def test_eval_step_without_objective_returns_no_predictions(states):
     headless = LocalModule("module_0", 0, MODULES[0].blocks, None)
     outputs, logits = eval_step(MODULES[0], states[0].params, states[0].batch_stats, INPUTS)
     bare, none = eval_step(headless, states[0].params, states[0].batch_stats, INPUTS)
@@ -248,20 +253,23 @@ def test_eval_step_without_a_head(states):
     np.testing.assert_array_equal(outputs, bare)
 
 
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
 def test_initial_values_do_not_depend_on_the_cut_or_the_heads(tiny, to_host):
-    found = [to_host(spec.init()) for spec in (tiny.spec(3), tiny.spec(2, heads=False))]
-    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
+    three, two = (to_host(spec.init()) for spec in (tiny.spec(3), tiny.spec(2, heads=False)))
     bodies = [
         {name: block for state in states for name, block in state.params["body"].items()}
-        for states in found
+        for states in (three, two)
     ]
     assert bodies[0].keys() == {"block_0", "block_1", "block_2"}
     assert same(bodies[1], bodies[0])
-    assert same(found[1][-1].params["objective"], found[0][-1].params["objective"])
-    assert not same(found[0][0].params["objective"], found[0][1].params["objective"])
+    assert same(two[-1].params["objective"], three[-1].params["objective"])
+    assert not same(three[0].params["objective"], three[1].params["objective"])
 
 
-def test_a_head_without_blocks_can_be_initialised():
+def test_objective_without_blocks_can_be_initialized():
     (module,) = make_modules([], (0,), [Head()])
     params, _ = module.init(
         jax.random.key(0),
@@ -271,13 +279,13 @@ def test_a_head_without_blocks_can_be_initialised():
     assert set(params) == {"body", "objective"}
 
 
-# Shapes in the signatures
+# The shapes in the signatures are checked at run time.
 
 checked = jaxtyped(typechecker=beartype)
 WRONG = (BeartypeException, TypeCheckError)
 
 
-def test_annotations_are_true(states):
+def test_annotated_shapes_accept_valid_and_refuse_wrong_arguments(states):
     checked(local_step)(MODULES[0], OPTIMIZER, states[0], INPUTS, TARGETS)
     checked(eval_step)(MODULES[0], states[0].params, states[0].batch_stats, INPUTS)
     checked(classifier.cross_entropy)(jnp.zeros((4, 3)), TARGETS["label"])
@@ -296,7 +304,7 @@ def test_annotations_are_true(states):
             wrong()
 
 
-def test_losses_by_hand():
+def test_loss_and_accuracy_equal_values_by_hand():
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     label = jnp.asarray([1, 2])
     np.testing.assert_allclose(
@@ -306,17 +314,17 @@ def test_losses_by_hand():
     assert classifier.cross_entropy(logits.astype(jnp.bfloat16), label).dtype == jnp.float32
 
 
-def test_a_smoothed_loss_by_hand():
-    # Of a share of 0.3 each of three classes gets 0.1: context are 0.8, 0.1, 0.1.
+def test_smoothed_loss_and_its_gradient_equal_values_by_hand():
+    # A smoothing of 0.3 gives each of three classes 0.1: the targets are 0.1, 0.8, 0.1.
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25]]))
-    found = classifier.cross_entropy(logits, jnp.asarray([1]), 0.3)
+    loss = classifier.cross_entropy(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(
-        found, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6
+        loss, -(0.8 * np.log(0.25) + 0.1 * np.log(0.5) + 0.1 * np.log(0.25)), rtol=1e-6
     )
     assert (
         classifier.cross_entropy(logits.astype(jnp.bfloat16), jnp.asarray([1]), 0.3).dtype
         == jnp.float32
     )
-    # The gradient is the probabilities less the context.
+    # The gradient is the probabilities minus the targets.
     gradient = jax.grad(classifier.cross_entropy)(logits, jnp.asarray([1]), 0.3)
     np.testing.assert_allclose(gradient, [[0.5 - 0.1, 0.25 - 0.8, 0.25 - 0.1]], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Winograd's convolution is the direct one, a few times its rounding apart, and is taken where it pays."""
+"""Tests that Winograd equals the direct convolution, and is used if there are enough channels."""
 
 import re
 from fractions import Fraction
@@ -37,27 +37,27 @@ def arrays(batch, height, width, channels, features, dtype=np.float32):
 
 
 def direct(x, kernel, cotangent):
-    """In float64: outputs, and the gradients of the input and of the kernel."""
+    """Returns outputs, input gradient and kernel gradient in float64."""
     x, kernel, cotangent = (a.astype(np.float64) for a in (x, kernel, cotangent))
-    padded, of_padded = (
+    padded, padded_gradient = (
         np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))),
         np.zeros(np.add(x.shape, (0, 2, 2, 0))),
     )
-    outputs, of_kernel = np.zeros(cotangent.shape), np.zeros(kernel.shape)
+    outputs, kernel_gradient = np.zeros(cotangent.shape), np.zeros(kernel.shape)
     for i in range(3):
         for j in range(3):
-            there = np.s_[:, i : i + x.shape[1], j : j + x.shape[2]]
-            outputs += padded[there] @ kernel[i, j]
-            of_padded[there] += cotangent @ kernel[i, j].T
-            of_kernel[i, j] = np.einsum("bhwc,bhwf->cf", padded[there], cotangent)
-    return outputs, of_padded[:, 1:-1, 1:-1], of_kernel
+            shifted = np.s_[:, i : i + x.shape[1], j : j + x.shape[2]]
+            outputs += padded[shifted] @ kernel[i, j]
+            padded_gradient[shifted] += cotangent @ kernel[i, j].T
+            kernel_gradient[i, j] = np.einsum("bhwc,bhwf->cf", padded[shifted], cotangent)
+    return outputs, padded_gradient[:, 1:-1, 1:-1], kernel_gradient
 
 
-def furthest(shape):
-    """Of the three results, the largest error in units of the root mean square of the right values."""
+def relative_errors(shape):
+    """Returns the largest error of each of the three results, relative to its RMS."""
     x, kernel, cotangent = arrays(*shape)
 
-    @jax.jit  # one compilation, not one for each of hundreds of operations
+    @jax.jit  # one compilation instead of one for each of hundreds of operations
     def all_three(x, kernel, cotangent):
         return (
             winograd.convolve(x, kernel),
@@ -65,65 +65,72 @@ def furthest(shape):
             winograd.kernel_gradient(x, cotangent),
         )
 
-    found = all_three(x, kernel, cotangent)
+    actual = all_three(x, kernel, cotangent)
     return [
-        np.abs(f - right).max() / np.sqrt((right**2).mean())
-        for f, right in zip(found, direct(x, kernel, cotangent), strict=True)
+        np.abs(a - b).max() / np.sqrt((b**2).mean())
+        for a, b in zip(actual, direct(x, kernel, cotangent), strict=True)
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_direct_convolution_and_its_gradients(shape):
-    assert max(furthest(shape)) < 2e-5
+def test_outputs_and_gradients_equal_direct_convolution(shape):
+    assert max(relative_errors(shape)) < 2e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["_INPUT", "_KERNEL", "_OUTPUT"])
-def test_a_wrong_matrix_is_noticed(name, monkeypatch, traced_anew):
+def test_twin_wrong_matrix_fails(name, monkeypatch, traced_anew):
     matrix = np.array(getattr(winograd, name))
     matrix[2, 1] += 0.01
     monkeypatch.setattr(winograd, name, matrix.tolist())
-    assert min(furthest(SHAPES[0])) > 1e-3
+    assert min(relative_errors(SHAPES[0])) > 1e-3
 
 
-def test_one_chunk_and_many_are_the_same(monkeypatch, traced_anew):
+def test_results_do_not_depend_on_the_number_of_chunks(monkeypatch, traced_anew):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
 
-    def both():
-        traced_anew = lambda x, kernel, cotangent: (
-            winograd.convolve(x, kernel),
-            winograd.kernel_gradient(x, cotangent),
-        )
-        return jax.jit(traced_anew)(x, kernel, cotangent)
+    def outputs_and_gradient():
+        def fresh(x, kernel, cotangent):  # a new function is always traced, also after a patch
+            return winograd.convolve(x, kernel), winograd.kernel_gradient(x, cotangent)
 
-    one = both()
-    monkeypatch.setattr(winograd, "_TILES", 8)  # two images a chunk
-    many = both()
+        return jax.jit(fresh)(x, kernel, cotangent)
+
+    one = outputs_and_gradient()
+    monkeypatch.setattr(winograd, "_TILES", 8)  # two images per chunk
+    many = outputs_and_gradient()
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     chunk = chunks.chunk
-    monkeypatch.setattr(
-        chunks, "chunk", lambda x, size, i: chunk(x, size, i)[::-1]
-    )  # images in another order
-    assert np.abs(both()[0] - one[0]).max() > 1e-2
+    # Twin: the images of a chunk are in another order.
+    monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, i)[::-1])
+    assert np.abs(outputs_and_gradient()[0] - one[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
     ("shape", "images"),
     [((128, 8, 8), 32), ((128, 16, 16), 8), ((37, 8, 8), 37), ((50, 7, 9), 25), ((6, 224, 224), 1)],
 )
-def test_images_of_a_chunk(shape, images):
+def test_chunk_has_the_fewest_images_with_enough_tiles(shape, images):
     assert winograd._chunk_size(jnp.empty((*shape, 1))) == images
 
 
-def test_matrices_of_the_paper():
-    """Lavin and Gray's F(4, 3) has the points 0, 1, -1, 2, -2; a row's factor is free between input and kernel."""
+def test_matrices_equal_those_in_the_paper():
+    """Compares the matrices for the points of Lavin and Gray's F(4, 3): 0, 1, -1, 2 and -2.
+
+    Each row may be multiplied by a factor if the same row of the other matrix is divided by it.
+    """
     inputs, kernels, outputs = (
         np.array(m) for m in winograd._matrices([Fraction(p) for p in (0, 1, -1, 2, -2)])
     )
-    published = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-                          [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])  # fmt: skip
+    published = [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
     np.testing.assert_array_equal(np.abs(inputs), np.abs(published))
     np.testing.assert_array_equal(
         outputs,
@@ -143,7 +150,7 @@ def fits(shape=(32, 8, 8, 32), kernel=(3, 3, 32, 64)):
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 8, 32), (8, 14, 14, 32), (128, 4, 4, 32)])
-def test_where_it_is_taken(shape):
+def test_winograd_is_used_for_many_channels_and_tiles(shape):
     assert fits(shape)
 
 
@@ -156,11 +163,11 @@ def test_where_it_is_taken(shape):
         ((128, 3, 3, 32), (3, 3, 32, 64)),  # too small a map
     ],
 )
-def test_where_it_is_not(shape, kernel):
+def test_winograd_is_not_used_for_other_shapes(shape, kernel):
     assert not fits(shape, kernel)
 
 
-def test_a_program_for_any_batch_takes_the_librarys():
+def test_winograd_is_not_used_for_a_symbolic_batch_size():
     assert not fits((jax.export.symbolic_shape("b")[0], 8, 8, 32))
 
 
@@ -180,12 +187,12 @@ X, KERNEL = (
 
 
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 3), ("tpu", 3)])
-def test_a_cpu_alone_takes_it(platform, convolutions):
+def test_winograd_is_used_on_a_cpu_only(platform, convolutions):
     text = jax.jit(gradients).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
 
 
-def test_a_convolution_has_the_librarys_gradients():
+def test_gradients_of_convolution_equal_xla():
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
     plain = jax.grad(
@@ -194,12 +201,12 @@ def test_a_convolution_has_the_librarys_gradients():
         ).sum(),
         (0, 1),
     )
-    for found, right in zip(jax.jit(gradients)(x, kernel), jax.jit(plain)(x, kernel), strict=True):
-        assert np.abs(found - right).max() < 1e-5 * np.abs(right).max()
+    for a, b in zip(jax.jit(gradients)(x, kernel), jax.jit(plain)(x, kernel), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
 
 
 def collectives(devices):
-    """What a batch that is split among devices makes them send each other, and how far the gradients are from one device's."""
+    """Returns error and collectives of the gradients of a batch that is split among devices."""
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
     split, everywhere = (
         NamedSharding(mesh, PartitionSpec("batch")),
@@ -207,16 +214,19 @@ def collectives(devices):
     )
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
-    fresh = lambda x, kernel: gradients(x, kernel)  # noqa: E731  traced anew, whatever was patched
+
+    def fresh(x, kernel):  # a new function is always traced, also after a patch
+        return gradients(x, kernel)
+
     compiled = (
         jax.jit(fresh, in_shardings=(split, everywhere), out_shardings=(split, everywhere))
         .lower(X, KERNEL)
         .compile()
     )
-    found = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
+    actual = compiled(jax.device_put(x, split), jax.device_put(kernel, everywhere))
     error = max(
-        np.abs(f - right).max() / np.abs(right).max()
-        for f, right in zip(found, jax.jit(gradients)(x, kernel), strict=True)
+        np.abs(a - b).max() / np.abs(b).max()
+        for a, b in zip(actual, jax.jit(gradients)(x, kernel), strict=True)
     )
     return error, re.findall(
         r" (all-gather|all-to-all|all-reduce|collective-permute)\(", compiled.as_text()
@@ -226,16 +236,16 @@ def collectives(devices):
 def test_images_stay_on_their_devices(devices):
     error, sent = collectives(devices)
     assert error < 1e-5
-    assert sent == ["all-reduce"]  # of the kernel's gradient
+    assert sent == ["all-reduce"]  # sums the gradient of the kernel
 
 
 @pytest.mark.slow
-def test_images_that_move_are_noticed(devices, monkeypatch, traced_anew):
+def test_twin_images_that_move_fail(devices, monkeypatch, traced_anew):
     with monkeypatch.context() as patched:
         patched.setattr(
             chunks, "chunk", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size)
         )
-        jax.clear_caches()  # a branch of a choice by platform is traced once
+        jax.clear_caches()  # JAX caches the branches of `platform_dependent`
         sent = collectives(devices)[1]
     jax.clear_caches()
     assert sent != ["all-reduce"]

@@ -1,1 +1,1 @@
-"""Modules, their state and one update of it: pure functions that know no device, engine or file."""
+"""Modules, their state and their updates, as pure functions that know no device, engine or file."""

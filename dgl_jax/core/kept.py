@@ -1,4 +1,7 @@
-"""Keeps what was made for equal arguments, such as jitted functions: a second run in a process traces and compiles nothing anew."""
+"""Caches for functions that build jitted functions, shared by all runs of a process.
+
+A second run with equal settings finds its programs here, and neither traces nor compiles again.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +12,10 @@ _CACHES: list[Any] = []
 
 
 def kept(size: int) -> Callable[[_Function], _Function]:
-    """Decorates a function so that its newest `size` results are kept; arguments that are not hashable are worked on each time."""
+    """Decorates a function with a cache of its `size` most recent results.
+
+    Calls with unhashable arguments are not cached.
+    """
 
     def decorate(function: _Function) -> _Function:
         cached = functools.lru_cache(size)(function)
@@ -19,7 +25,7 @@ def kept(size: int) -> Callable[[_Function], _Function]:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 hash((args, tuple(kwargs.items())))
-            except TypeError:  # a network of somebody's own
+            except TypeError:  # for example a user's network with an unhashable field
                 return function(*args, **kwargs)
             return cached(*args, **kwargs)
 
@@ -29,6 +35,6 @@ def kept(size: int) -> Callable[[_Function], _Function]:
 
 
 def forget() -> None:
-    """Forgets all of it: for whoever replaces a function that may have been traced."""
+    """Clears all caches, after a function that may have been traced was replaced."""
     for cached in _CACHES:
         cached.cache_clear()

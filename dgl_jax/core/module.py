@@ -1,4 +1,4 @@
-"""A module of the network: its slice of the blocks (the body), its objective, and the state that training changes."""
+"""Module of the network: its slice of the blocks (the body), its objective, and its state."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,22 +19,25 @@ from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 from dgl_jax.ops import recomputed
 
 PyTree = Any
-NOTHING: dict[str, Any] = {}  # the default of what is only read
+NOTHING: dict[str, Any] = {}  # default of mapping arguments; never modified
 
 
 @struct.dataclass
 class ModuleState:
-    """All that an update of one module reads and replaces; a plain pytree.
+    """State of one module: the values that an update reads and replaces, as a plain pytree.
 
     Attributes:
-      params: {"body": {"block_0": ..., ...}, "objective": ...}; blocks keep their number in the whole network. The body of a module
-        with an adapter has "adapter" besides.
-      batch_stats: running averages of batch norm, same keys; empty dicts where a block has none.
-      opt_state: the optimizer's.
-      rng: key of random operations inside the module (dropout) and of its codec; see `rngs.module`.
-      updates: how many updates this module has made.
-      extras: what others keep with the module by name, such as the codec's codebooks or the moving average of `ema.py`; an
-        update of the module leaves it alone.
+      params: {"body": {"block_0": ..., ...}, "objective": ...}; blocks keep their index in the
+        whole network. The body of a module with an adapter also has "adapter".
+      batch_stats: running averages of batch norm with the same keys; empty dicts for parts without
+        batch norm.
+      opt_state: state of the optimizer.
+      rng: key for random operations inside the module (dropout) and for its codec; see
+        `rngs.module`.
+      updates: number of updates that this module has made.
+      extras: auxiliary state owned by other components, keyed by owner, such as the codec's
+        codebooks ("codec") or the moving average ("ema"). Updates of the module pass it through
+        unchanged.
     """
 
     params: PyTree
@@ -47,17 +50,20 @@ class ModuleState:
 
 @dataclass(frozen=True)
 class LocalModule:
-    """Consecutive blocks of the network and the objective that gives them a loss of their own. Holds no arrays; hashable.
+    """Description of a module: consecutive blocks of the network and a local objective.
+
+    Holds no arrays and is hashable.
 
     Attributes:
-      name: "module_0" and so on, the name in metrics and checkpoints.
-      first: number of the first block in the whole network.
+      name: "module_0" and so on; used in metrics and checkpoints.
+      first: index of the first block in the whole network.
       blocks: Flax Linen modules called as `block(x, train)`.
-      objective: see `objectives.Objective`; None under a method that gives this module none.
-      adapter: in front of the blocks, a Flax module called as `adapter(inputs, context, train)` that keeps the shape; None: none.
-      remat: compute each block again in the backward pass of an update instead of keeping what is inside it: less memory, and a
-        forward pass of the body more.
-      ops: how `remat` recomputes, see `dgl_jax.ops`; blocks and head have a field of their own.
+      objective: see `objectives.Objective`; None if the method gives this module no objective.
+      remat: if True, the backward pass of an update recomputes each block instead of storing the
+        intermediate values inside it: less memory for one more forward pass of the body.
+      ops: how `remat` recomputes, see `dgl_jax.ops`. Blocks and heads have an `ops` field too.
+      adapter: Flax module in front of the blocks, called as `adapter(inputs, context, train)`,
+        which keeps the shape and dtype of the inputs; None for no adapter.
     """
 
     name: str
@@ -75,32 +81,38 @@ class LocalModule:
         context: Mapping[str, jax.ShapeDtypeStruct],
         following: nn.Module | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """Returns fresh (params, batch_stats) for inputs, and a context, of these shapes.
+        """Initializes the parameters and batch statistics of the module.
 
-        A block's values depend on `key` and on its number in the network alone: however the network is cut, they are the same.
+        The initial values of a block depend only on `key` and on its index in the network, so they
+        are the same for every way of cutting the network.
 
         Args:
-          following: the first block of the next module, where the objective may read its variables.
+          key: root key of the run, see `rngs.root`.
+          inputs: shape and dtype of the module's inputs, [B, ...].
+          context: shapes and dtypes of the context.
+          following: first block of the next module, for an objective that reads its variables.
+
+        Returns:
+          (params, batch_stats) as in `ModuleState`.
 
         Raises:
-          UserError: the adapter changes the shape or the type of its inputs.
+          UserError: the adapter changes the shape or the dtype of its inputs.
         """
         params: PyTree = {"body": {}}
         batch_stats: PyTree = {"body": {}}
         x = inputs
-        if self.adapter is not None:
-            variables = self.adapter.lazy_init(
+        adapter = self.adapter
+        if adapter is not None:
+            variables = adapter.lazy_init(
                 rngs.adapter_params(key, self.first), x, context, train=False
             )
             adapted = jax.eval_shape(
-                lambda v, x, c: self.adapter.apply(v, x, c, train=False),
-                variables,
-                x,
-                dict(context),
-            )  # type: ignore[union-attr]
+                lambda v, x, c: adapter.apply(v, x, c, train=False), variables, x, dict(context)
+            )
             if (adapted.shape, adapted.dtype) != (x.shape, x.dtype):
                 raise UserError(
-                    f"config.model.adapter: that of {self.name} makes {adapted} of {x}; it must keep shape and type"
+                    f"config.model.adapter: the adapter of {self.name} turns {x} into {adapted}; "
+                    "it must keep shape and dtype"
                 )
             params["body"]["adapter"] = variables.get("params", {})
             batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
@@ -116,7 +128,7 @@ class LocalModule:
             published = {}
             if following is not None and "next_block" in self.objective.reads:
                 published["next_block"] = jax.eval_shape(
-                    lambda: _collected(
+                    lambda: _both_collections(
                         following.lazy_init(rngs.block_params(key, end), x, train=False)
                     )
                 )
@@ -138,18 +150,27 @@ class LocalModule:
         train: bool,
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        """Inputs to activations; also the new batch_stats of the body (the same ones where not `train`).
+        """Computes the module's activations.
 
         Args:
-          context: what the adapter reads of the same examples; without one, nothing is read.
+          params: as in `ModuleState`.
+          batch_stats: as in `ModuleState`.
+          inputs: activations of the module below, or network inputs, [B, ...].
+          context: context of the same examples, read by the adapter only.
+          train: normalize with the statistics of the batch and update the running averages.
+          rng: key of this forward pass, see `rngs.micro_batch`; None if nothing in it is random.
+
+        Returns:
+          The activations, [B, ...], and the new batch_stats of the body (unchanged if not `train`).
         """
-        apply = partial(_apply_again, self.ops) if self.remat and train else _apply_block
+        apply = partial(_apply_recomputed, self.ops) if self.remat and train else _apply_block
         x, stats = inputs, {}
         if self.adapter is not None:
             key = None if rng is None else rngs.adapter(rng)
-            of_adapter, running = params["body"]["adapter"], batch_stats["body"]["adapter"]
+            adapter_params = params["body"]["adapter"]
+            adapter_stats = batch_stats["body"]["adapter"]
             x, stats["adapter"] = _apply(
-                self.adapter, of_adapter, running, (x, context), train, key
+                self.adapter, adapter_params, adapter_stats, (x, context), train, key
             )
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
@@ -170,7 +191,20 @@ class LocalModule:
         train: bool,
         rng: jax.Array | None = None,
     ) -> tuple[LocalLoss, PyTree]:
-        """Activations to the loss of this module; also the new batch_stats of the objective."""
+        """Computes the loss of this module, which must have an objective.
+
+        Args:
+          params: as in `ModuleState`.
+          batch_stats: as in `ModuleState`.
+          features: activations of this module, [B, ...].
+          context: context of the same examples.
+          published: publications of other modules that the objective reads, by name.
+          train: as for `apply_body`.
+          rng: as for `apply_body`.
+
+        Returns:
+          The loss and the new batch_stats of the objective.
+        """
         assert self.objective is not None, f"{self.name} has no objective"
         key = None if rng is None else rngs.head(rng)
         arguments: Any = (features, context, published)
@@ -185,17 +219,27 @@ class LocalModule:
         features: Float[Array, "B ..."],
         published: Mapping[str, Any] = NOTHING,
     ) -> Array | None:
-        """Activations to what the module answers in evaluation; None without an objective, or if it answers nothing."""
+        """Computes the module's predictions, such as logits, from its activations in evaluation.
+
+        Args:
+          params: as in `ModuleState`.
+          batch_stats: as in `ModuleState`.
+          features: activations of this module, [B, ...].
+          published: publications of other modules that the objective reads, by name.
+
+        Returns:
+          The predictions; None if the module has no objective, or one that predicts nothing.
+        """
         if self.objective is None:
             return None
         variables = {"params": params["objective"], "batch_stats": batch_stats["objective"]}
-        answer: Any = self.objective.apply(
+        predictions: Any = self.objective.apply(
             variables, features, published, train=False, method="predict"
         )
-        return answer
+        return predictions
 
 
-def _collected(variables: Any) -> dict[str, PyTree]:
+def _both_collections(variables: Any) -> dict[str, PyTree]:
     return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
 
 
@@ -210,9 +254,9 @@ def _apply(
     variables = {"params": params, "batch_stats": stats}
     if not train:
         return layer.apply(variables, *arguments, train=False), stats
-    rngs = None if key is None else {"dropout": key}
+    keys = None if key is None else {"dropout": key}
     result, updated = layer.apply(
-        variables, *arguments, train=True, mutable=["batch_stats"], rngs=rngs
+        variables, *arguments, train=True, mutable=["batch_stats"], rngs=keys
     )
     return result, updated.get("batch_stats", {})
 
@@ -223,7 +267,7 @@ def _apply_block(
     return _apply(block, params, stats, (x,), train, key)
 
 
-def _apply_again(
+def _apply_recomputed(
     ops: str,
     block: nn.Module,
     params: PyTree,
@@ -247,12 +291,19 @@ def make_modules(
     ops: str = "auto",
     adapters: Sequence[nn.Module | None] = (),
 ) -> tuple[LocalModule, ...]:
-    """Cuts an ordered list of blocks into modules: module k begins with block `cuts[k]` and carries `heads[k]`.
+    """Cuts an ordered list of blocks into modules.
 
     Args:
-      heads: of each module its objective; or a head, Flax module called as `head(x, train)` that gives logits, whose cross entropy
-        is the objective; or None.
-      adapters: of each module, see `LocalModule`; by default none has one.
+      blocks: all blocks of the network, Flax Linen modules called as `block(x, train)`.
+      cuts: index of the first block of each module; the first entry is 0.
+      heads: one entry per module: an objective; a head, that is a Flax module called as
+        `head(x, train)` that returns logits, which is trained with cross entropy; or None.
+      remat: see `LocalModule`.
+      ops: see `LocalModule`.
+      adapters: one entry per module, see `LocalModule`; empty for no adapters.
+
+    Returns:
+      The modules, named "module_0" and so on.
     """
     ends = [*cuts[1:], len(blocks)]
     objectives = [
@@ -272,11 +323,15 @@ def init_states(
     inputs: jax.ShapeDtypeStruct,
     context: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> tuple[ModuleState, ...]:
-    """Returns fresh states of all modules, each shaped by the activations of the one before.
+    """Returns fresh states of all modules, each shaped by the activations of the module below.
 
     Args:
-      inputs: shape and dtype of a batch of network inputs.
-      context: shapes and dtypes of what objectives read besides; by default a class label an example, and the inputs as `image`.
+      modules: all modules of the network, in order.
+      optimizer: initializes `opt_state`.
+      key: root key of the run, see `rngs.root`.
+      inputs: shape and dtype of a batch of network inputs, [B, ...].
+      context: shapes and dtypes of the context that objectives read; by default `label` and `id`
+        ([B], int32), and the network inputs as `image`.
     """
     integers = jax.ShapeDtypeStruct(inputs.shape[:1], "int32")
     context = {"label": integers, "id": integers, "image": inputs} if context is None else context
@@ -300,7 +355,8 @@ def init_states(
 def output_shape(
     module: LocalModule, params: PyTree, batch_stats: PyTree, inputs: jax.ShapeDtypeStruct
 ) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the activations that a module hands on."""
+    """Returns shape and dtype of the activations that a module sends to the next one."""
+    # The adapter needs a context, which is not at hand here, and changes neither shape nor dtype.
     bare = dataclasses.replace(module, adapter=None)
     outputs, _ = jax.eval_shape(
         lambda p, s, x: bare.apply_body(p, s, x, train=False), params, batch_stats, inputs
@@ -309,5 +365,5 @@ def output_shape(
 
 
 def count_parameters(state: ModuleState) -> int:
-    """Returns how many trainable numbers a module has, its objective's included."""
+    """Returns the number of trainable parameters of a module, including its objective."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))

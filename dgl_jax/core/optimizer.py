@@ -1,4 +1,7 @@
-"""Optimizers and learning-rate schedules; each module holds an optimizer state of its own and counts its own updates."""
+"""Optimizers and learning-rate schedules.
+
+All modules share one optimizer; each has its own optimizer state and counts its own updates.
+"""
 
 from dataclasses import dataclass
 
@@ -14,12 +17,16 @@ from dgl_jax.registry import OPTIMIZERS, SCHEDULES, Kind
 
 @dataclass(frozen=True)
 class OptimizerKind(Kind):
-    """An optimizer: `make(options, schedule)` returns an `optax.GradientTransformation`; weight decay is added in front of it."""
+    """Registry entry of an optimizer.
+
+    `make(options, schedule)` returns an `optax.GradientTransformation`. Weight decay is not its
+    task: `make_optimizer` adds it to the gradient first.
+    """
 
 
 @dataclass(frozen=True)
 class SgdOptions(OptimizerSettings):
-    """Stochastic gradient descent."""
+    """Options of stochastic gradient descent."""
 
     momentum: float = number(0.9, 0.0, 1.0)
     nesterov: bool = option(False)
@@ -27,10 +34,14 @@ class SgdOptions(OptimizerSettings):
 
 @dataclass(frozen=True)
 class ScheduleKind(Kind):
-    """A schedule: `make(options, learning_rate, steps_per_epoch, steps)` returns an `optax.Schedule` over `steps` updates.
+    """Registry entry of a learning-rate schedule.
+
+    `make(options, learning_rate, steps_per_epoch, steps)` returns an `optax.Schedule` over `steps`
+    updates.
 
     Attributes:
-      whole: it looks at the length of the whole run, so that a longer run is another one from its first update on.
+      whole: the schedule depends on the length of the run, so that a longer run differs from its
+        first update on.
     """
 
     whole: bool = False
@@ -38,11 +49,13 @@ class ScheduleKind(Kind):
 
 @dataclass(frozen=True)
 class StepOptions(ScheduleSettings):
-    """A piecewise constant rate."""
+    """Options of a piecewise constant learning rate.
 
-    boundaries: tuple[float, ...] = option(
-        (15.0, 30.0, 45.0)
-    )  # epochs after which the rate is multiplied by `factor`
+    Attributes:
+      boundaries: epochs after which the rate is multiplied by `factor`.
+    """
+
+    boundaries: tuple[float, ...] = option((15.0, 30.0, 45.0))
     factor: float = number(0.2, 0.0, 1.0)
 
     def check(self, settings: object) -> None:
@@ -51,7 +64,8 @@ class StepOptions(ScheduleSettings):
             not 0 < b <= 1e6 for b in self.boundaries
         ):
             raise UserError(
-                f"config.schedule.boundaries={self.boundaries}: epochs must be positive and increasing, and below a million"
+                f"config.schedule.boundaries={self.boundaries}: epochs must be positive and "
+                "increasing, at most a million"
             )
 
 
@@ -60,8 +74,16 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made so far.
 
-    A warm-up rises linearly over its epochs and reaches the full rate at its last update.
+    The warm-up rises linearly and reaches the full rate at its last update.
+
+    Args:
+      options: the `schedule` group of the configuration.
+      learning_rate: the full rate.
+      steps_per_epoch: updates per epoch, which convert the epochs in `options` to updates.
+      total_steps: updates of the whole run, including the warm-up.
     """
+    # Most schedules ignore the length of the run; passing 0 lets runs of any length share one
+    # cached schedule.
     return _schedule(
         options, learning_rate, steps_per_epoch, total_steps if SCHEDULES[options.name].whole else 0
     )
@@ -76,6 +98,7 @@ def _schedule(
     main = kind.make(options, learning_rate, steps_per_epoch, total_steps - warmup)
     if not warmup:
         return main
+    # A schedule of the whole run starts after the warm-up. Boundaries count from the first update.
     begin = warmup if kind.whole else 0
     return lambda count: (
         main(jnp.maximum(count - begin, 0)) * jnp.minimum((count + 1) / warmup, 1.0)
@@ -86,7 +109,12 @@ def _schedule(
 def make_optimizer(
     options: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Returns the optimizer; weight decay is added to the gradient of every parameter, as in the paper."""
+    """Returns the optimizer, with weight decay added to the gradients of all parameters.
+
+    Args:
+      options: the `optimizer` group of the configuration.
+      schedule: learning rate by number of updates.
+    """
     decay = (
         optax.add_decayed_weights(options.weight_decay)
         if options.weight_decay
@@ -104,10 +132,11 @@ def _constant(
 def _step(
     options: StepOptions, learning_rate: float, steps_per_epoch: int, steps: int
 ) -> optax.Schedule:
-    """Multiplies by `factor` from the first update after each boundary on."""
+    """Multiplies the rate by `factor` at each boundary."""
     boundaries: dict[int, float] = {}
-    for epoch in options.boundaries:  # two that round to one step count twice
+    for epoch in options.boundaries:
         step = round(epoch * steps_per_epoch)
+        # Multiply, as two boundaries may round to the same step.
         boundaries[step] = boundaries.get(step, 1.0) * options.factor
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
@@ -115,7 +144,7 @@ def _step(
 def _cosine(
     options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, steps: int
 ) -> optax.Schedule:
-    """Falls to 0 at the end of the run; begins behind the warm-up."""
+    """Decays the rate along a cosine, to 0 at the end of the run."""
     return optax.cosine_decay_schedule(learning_rate, max(1, steps))
 
 

@@ -1,26 +1,27 @@
-"""Random streams: every key is derived here, so that no two uses share one.
+"""Random streams: all keys are derived in this file, so that no two uses share one.
 
-Keys form a tree. On the way down a stream's own constant is folded in first, then the numbers that tell its keys apart, always as
-many of them and in the same order: two streams part at their constants, two keys of a stream at the first number in which they
-differ. Nothing is drawn from a key that others are derived from. (Keys of the kind `unsafe_rbg` cannot be kept apart: there it
-does not matter in which order numbers are folded in.)
+Keys form a tree. To derive a key, a stream folds in its own constant first and then the numbers
+that identify the key, always equally many and in the same order. Keys of two streams therefore
+differ by their constants, and two keys of one stream by the first number that differs. No values
+are drawn from a key from which other keys are derived. (The key implementation `unsafe_rbg` breaks
+this: its `fold_in` ignores the order of the numbers.)
 
     root(seed)
-        block_params(n), head_params(n)        initial values of block n, and of the head behind n blocks
-        adapter_params(n)                      and of the adapter in front of block n
-        augmentation(step)                     of training batch `step`
+        block_params(n), head_params(n)        initial values of block n, of the head after n blocks
+        adapter_params(n)                      initial values of the adapter in front of block n
+        augmentation(step)                     augmentation of training batch `step`
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
                 micro_batch(i)
                     block(n), head(), adapter()
-            codec(t)                           of what module k hands on at its update t
-                stage(s)                       stages after the first; below it the same as here
-                    pool(), first(), entry(n)  the start of a codebook
+            codec(t)                           codec of module k at its update t
+                stage(s)                       stages after the first, with the same streams below
+                    pool(), first(), entry(n)  initialization of a codebook
                     sample(), restart_pool(), restart()
-                rest()                         the vectors from which later stages start
+                rest()                         vectors that initialize the later stages
 
-What is drawn on the host has generators of its own: `bits` for the order and the crops of examples, `ring` for replay,
-`engines/turns.py` for the turns of the simulated engine.
+Random numbers on the host have other generators: `bits` for the order and the crops of examples,
+`ring` for replay, and `schedule.drawn` for the turns of the simulated engine.
 """
 
 from dataclasses import dataclass
@@ -35,76 +36,79 @@ Number = int | Int[Any, ""]  # a Python integer, or a traced or host array
 
 @dataclass(frozen=True)
 class Stream:
-    """Derives the keys of one stream: `update(key, n)`.
+    """Function that derives the keys of one stream, called as `update(key, n)`.
 
     Attributes:
-      constant: tells it from the other streams; its value belongs to the numbers of every run.
-      numbers: how many numbers tell the keys of the stream apart.
+      constant: distinguishes the streams. Changing it changes the results of every run.
+      numbers: how many numbers identify a key of the stream.
     """
 
     constant: int
     numbers: int = 0
 
     def __call__(self, key: Key[Array, ""], *numbers: Number) -> Key[Array, ""]:
-        """Returns the key of these numbers, below `key`."""
+        """Derives the key with these numbers from `key`."""
         assert len(numbers) == self.numbers, (
-            f"a key of this stream takes {self.numbers} numbers, not {len(numbers)}"
+            f"a key of this stream takes {self.numbers} numbers, got {len(numbers)}"
         )
         for number in (self.constant, *numbers):
             key = jax.random.fold_in(key, number)
         return key
 
 
-block_params = Stream(1, 1)  # initial values of a block, by its number in the whole network
-head_params = Stream(2, 1)  # of the head that has this number of blocks in front of it
-adapter_params = Stream(18, 1)  # of the adapter in front of a block
-augmentation = Stream(3, 1)  # of a training batch
-module = Stream(4, 1)  # what a module keeps
-update = Stream(5, 1)  # of a module, by how many updates it has made before
-micro_batch = Stream(6, 1)  # of an update; a whole batch is number 0
-block = Stream(7, 1)  # random operations of a block in one forward pass, such as dropout
-head = Stream(8)  # of a module's head
-adapter = Stream(19)  # of a module's adapter
-codec = Stream(9, 1)  # of a module, at the update of that number
-pool = Stream(11)  # the vectors from which a codebook starts
-first = Stream(12)  # a codebook's first entry, or all of a sample
-entry = Stream(13, 1)  # a later entry
-sample = Stream(14)  # the vectors from which a codebook learns
-restart_pool = Stream(15)  # those among which dead entries begin anew
-restart = Stream(16)  # which of them
-rest = Stream(17)  # the vectors from which the stages after the first start
+block_params = Stream(1, 1)  # initial values of a block, by its index in the whole network
+head_params = Stream(2, 1)  # initial values of a head, by the number of blocks in front of it
+adapter_params = Stream(18, 1)  # initial values of an adapter, by the index of the block after it
+augmentation = Stream(3, 1)  # augmentation of a training batch, by step
+module = Stream(4, 1)  # root of a module's keys, by k
+update = Stream(5, 1)  # update of a module, by its number of earlier updates
+micro_batch = Stream(6, 1)  # micro-batch of an update; a batch that is not split has number 0
+block = Stream(7, 1)  # random operations of a block, such as dropout, by its index
+head = Stream(8)  # random operations of the objective
+adapter = Stream(19)  # random operations of the adapter
+codec = Stream(9, 1)  # codec of a module, by update
+pool = Stream(11)  # sample of vectors that initializes a codebook
+first = Stream(12)  # choice of the first entry in that sample, or of all entries at once
+entry = Stream(13, 1)  # choice of a later entry
+sample = Stream(14)  # sample of vectors that updates a codebook
+restart_pool = Stream(15)  # sample of vectors that may replace dead entries
+restart = Stream(16)  # choice of the replacements in that sample
+rest = Stream(17)  # sample of vectors that initializes the stages after the first
 _stage = Stream(10, 1)
 
 
 def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
-    """Returns the key of a codebook's stage: that of the first one, number 0, is `key` itself."""
+    """Derives the key of a codebook's stage; for the first stage, number 0, it is `key` itself."""
     return _stage(key, number) if number else key
 
 
-# Streams of the host, the first number after the seed in `bits` and `ring`.
+# Streams on the host: the first number after the seed in `bits` and `ring`.
 VALIDATION, SUBSET, EPOCH, CROP, RING = range(5)
 
 
 def root(seed: Number) -> Key[Array, ""]:
-    """Returns the key of a run: a function of the seed, whatever implementation the environment prefers.
+    """Returns the root key of a run, which depends on the seed alone.
 
-    A run that is resumed where `JAX_DEFAULT_PRNG_IMPL` says something else draws what it would have drawn.
+    The implementation is fixed, so that a run resumed under another `JAX_DEFAULT_PRNG_IMPL` draws
+    the same numbers.
     """
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def bits(seed: int, *stream: int) -> np.random.BitGenerator:
-    """Returns one of the seed's streams of random bits on the host.
+    """Returns a stream of random bits on the host.
 
-    Raw bits and a stable sort instead of Generator.permutation: NumPy promises the bits for good, a permutation only
-    until the next release, and a run must be able to resume after an upgrade.
+    Callers sort raw bits with a stable sort instead of calling `Generator.permutation`: NumPy
+    guarantees the bits forever but a permutation only within a release, and runs must resume after
+    an upgrade.
 
     Args:
-      stream: VALIDATION, SUBSET, EPOCH or CROP, then numbers of its own.
+      seed: the seed of the run.
+      stream: VALIDATION, SUBSET, EPOCH or CROP, followed by numbers that the stream defines.
     """
     return np.random.Philox(np.random.SeedSequence([seed, *stream]))
 
 
 def ring(seed: int, number: int) -> tuple[int, ...]:
-    """Returns the seed of the replay ring at the entrance of module `number`."""
+    """Returns the seed of the replay ring at the entrance of module `number` (its index k)."""
     return (seed, RING, number)

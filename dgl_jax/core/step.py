@@ -1,4 +1,4 @@
-"""One update of one module (and its evaluation) as pure functions of state and arrays; no device, engine or codec in sight."""
+"""Update and evaluation steps of a single module, as pure functions of its state and arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from dgl_jax.objectives import Context
 from dgl_jax.ops import after
 
 PyTree = Any
-# By name a scalar, or (sum, count) over a batch.
+# By name, a scalar or (sum, count) over a batch.
 Metrics = dict[str, Any]
 # (params, batch_stats, inputs, context, keys) -> (loss, (new batch_stats, outputs, metrics))
 LossFunction = Callable[
@@ -34,20 +34,26 @@ def local_step(
     published: Mapping[str, Any] = NOTHING,
     accumulate: int = 1,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
-    """Updates a module once on its own loss (Algorithm 1 of Belilovsky et al. 2020, the body of its inner loop).
+    """Updates one module with the gradient of its local loss.
+
+    This is the body of the inner loop of Algorithm 1 in Belilovsky et al. 2020. `module`,
+    `optimizer` and `accumulate` are static: bind them with `functools.partial` before `jax.jit`.
 
     Args:
-      module, optimizer, accumulate: static; bind them with `functools.partial` before `jax.jit`.
+      module: the module to update.
+      optimizer: the optimizer that made `state.opt_state`.
       state: the module's state.
-      inputs: activations of the module below, or the images; no gradient leaves through them.
-      context: what the objective and the adapter read of the same examples, such as `{"label": label}`.
-      published: what the objective reads of other modules, by name.
-      accumulate: see `mean_gradient`.
+      inputs: activations of the module below, or network inputs, [B, ...]; no gradient flows to
+        them.
+      context: context of the same examples, read by the objective and the adapter, such as
+        `{"label": label}`.
+      published: publications of other modules that the objective reads, by name.
+      accumulate: number of micro-batches, see `mean_gradient`.
 
     Returns:
-      The new state; the activations for the next module, of the forward pass before the update, detached; and the objective's
-      metrics of the batch, each as (sum, count), device scalars: of a classifier `loss` (nats, smoothed as it is minimised) and
-      `accuracy`.
+      The new state; the activations for the next module, [B, ...], computed before the update and
+      detached; and the objective's metrics of the batch as device scalars (sum, count). A
+      classifier reports `loss` (in nats, with label smoothing) and `accuracy`.
     """
     inputs = lax.stop_gradient(inputs)
     rng = rngs.update(state.rng, state.updates)
@@ -71,26 +77,43 @@ def mean_gradient(
     keys: PyTree,
     accumulate: int = 1,
 ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
-    """Computes the gradient of a batch's loss on `accumulate` micro-batches, one after the other in the memory of one.
+    """Computes the mean gradient of a loss over micro-batches, in the memory of one micro-batch.
 
-    Without batch norm it is the gradient of the whole batch. Batch norm takes each micro-batch by itself, and the running averages
-    see one after the other. Micro-batch i of n has examples i, i + n, i + 2n, ...: where devices share a batch, n must divide the
-    share of each, and no example moves.
+    Without batch norm, the result is the gradient of the whole batch. Batch norm normalizes each
+    micro-batch separately, and its running averages are updated once per micro-batch. Micro-batch
+    i of n holds examples i, i + n, i + 2n and so on, so that no example changes its device if the
+    batch is split among devices; n must then divide each device's share.
+
+    Args:
+      loss_function: see `LossFunction`.
+      params: pytree that the gradient is taken with respect to.
+      batch_stats: statistics before the first micro-batch.
+      inputs: [B, ...]; B is a multiple of `accumulate`.
+      context: context of the same examples.
+      keys: key of the update, or a pytree of such keys; micro-batches derive their keys from it.
+      accumulate: number of micro-batches.
 
     Returns:
-      The gradient; the new batch_stats; the outputs for all examples, in their order; and the metrics, summed.
+      The gradient; the new batch_stats; the outputs for all examples, in their order; and the
+      metrics, summed over the micro-batches.
     """
     differentiate = jax.value_and_grad(loss_function, has_aux=True)
     gradient, outputs, metrics = None, [], []
-    for (x, of_x), own in zip(
+    for (part, part_context), part_keys in zip(
         _split((inputs, context), accumulate), _keys(keys, accumulate), strict=True
     ):
-        # In any other order what one leaves for its backward pass would wait beside what the next one does.
-        at = params if gradient is None else after(params, gradient)
-        (_, (batch_stats, y, of_loss)), found = differentiate(at, batch_stats, x, of_x, own)
-        gradient = found if gradient is None else jax.tree.map(jnp.add, gradient, found)
+        # Force sequential order; otherwise XLA may start the next micro-batch while the residuals
+        # of this one are still alive.
+        ordered_params = params if gradient is None else after(params, gradient)
+        (_, (batch_stats, y, part_metrics)), part_gradient = differentiate(
+            ordered_params, batch_stats, part, part_context, part_keys
+        )
+        if gradient is None:
+            gradient = part_gradient
+        else:
+            gradient = jax.tree.map(jnp.add, gradient, part_gradient)
         outputs.append(y)
-        metrics.append(of_loss)
+        metrics.append(part_metrics)
     if accumulate == 1:
         return gradient, batch_stats, outputs[0], metrics[0]
     gradient = jax.tree.map(lambda x: x / accumulate, gradient)
@@ -100,7 +123,17 @@ def mean_gradient(
 def apply_gradient(
     optimizer: optax.GradientTransformation, state: ModuleState, gradient: Any, batch_stats: Any
 ) -> ModuleState:
-    """The optimizer's update of one module: what every training rule does with its gradient."""
+    """Applies the optimizer and increments `updates`; shared by all training rules.
+
+    Args:
+      optimizer: the optimizer that made `state.opt_state`.
+      state: the module's state.
+      gradient: gradient of the loss with respect to `state.params`.
+      batch_stats: the new batch statistics.
+
+    Returns:
+      The new state.
+    """
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return dataclasses.replace(
         state,
@@ -120,18 +153,20 @@ def loss_step(
     *,
     published: Mapping[str, Any] = NOTHING,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
-    """Updates a module once on its own loss, and gives the gradient of its inputs: where a gradient that goes down begins.
+    """Updates one module with its local loss and returns the gradient for the module below.
 
-    Args:
-      module, optimizer, state, inputs, context, published: see `local_step`.
+    Takes the same arguments as `local_step`, without micro-batches.
 
     Returns:
-      The new state; the gradient of the loss with respect to the inputs; and the objective's metrics.
+      The new state; the gradient of the loss with respect to the inputs, [B, ...]; and the
+      objective's metrics.
     """
     differentiate = jax.value_and_grad(_loss(module, published), argnums=(0, 2), has_aux=True)
-    found = differentiate(state.params, state.batch_stats, inputs, context, _whole_batch(state))
-    (_, (batch_stats, _, metrics)), (gradient, of_inputs) = found
-    return apply_gradient(optimizer, state, gradient, batch_stats), of_inputs, metrics
+    key = _whole_batch_key(state)
+    (_, (batch_stats, _, metrics)), (gradient, inputs_gradient) = differentiate(
+        state.params, state.batch_stats, inputs, context, key
+    )
+    return apply_gradient(optimizer, state, gradient, batch_stats), inputs_gradient, metrics
 
 
 def backward_step(
@@ -142,27 +177,33 @@ def backward_step(
     cotangent: Float[Array, "B ..."],
     context: Context = NOTHING,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """Updates the body of a module once by a gradient from above; the forward pass is made here, with the parameters of now.
+    """Updates the body of one module with a gradient from the module above.
+
+    The forward pass is computed here, with the current parameters.
 
     Args:
-      module, optimizer, state, inputs: see `local_step`.
-      cotangent: the gradient of the loss above with respect to the module's outputs.
-      context: what the adapter reads.
+      module: see `local_step`.
+      optimizer: see `local_step`.
+      state: see `local_step`.
+      inputs: see `local_step`.
+      cotangent: gradient of the loss above with respect to this module's activations, [B, ...].
+      context: context of the same examples, read by the adapter only.
 
     Returns:
-      The new state, in which the objective has had a gradient of 0; the outputs; and the gradient with respect to the inputs.
+      The new state, whose objective received a gradient of 0; the activations; and the gradient
+      with respect to the inputs.
     """
-    rng = _whole_batch(state)
+    rng = _whole_batch_key(state)
 
     def forward(params, inputs):
         return module.apply_body(params, state.batch_stats, inputs, context, train=True, rng=rng)
 
-    outputs, pull, body = jax.vjp(forward, state.params, inputs, has_aux=True)
-    gradient, of_inputs = pull(cotangent)
+    outputs, pull, body_stats = jax.vjp(forward, state.params, inputs, has_aux=True)
+    gradient, inputs_gradient = pull(cotangent)
     return (
-        apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body}),
+        apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body_stats}),
         outputs,
-        of_inputs,
+        inputs_gradient,
     )
 
 
@@ -176,26 +217,33 @@ def forward_step(
     accumulate: int = 1,
     number: Int[Any, ""] | None = None,
 ) -> tuple[Float[Array, "B ..."], PyTree]:
-    """Makes a module's activations without an update.
+    """Computes a module's activations without an update.
 
     Args:
-      context: what the adapter reads.
-      train: as an update would make them; else in evaluation's way.
-      accumulate: see `mean_gradient`.
-      number: of the update that will learn from them, for its random operations; by default the next one.
+      module: the module to apply.
+      state: the module's state.
+      inputs: activations of the module below, or network inputs, [B, ...].
+      context: context of the same examples, read by the adapter only.
+      train: normalize with the statistics of the batch, as an update does; otherwise with the
+        running averages.
+      accumulate: number of micro-batches, see `mean_gradient`.
+      number: index of the update that will use these activations, which selects the random keys;
+        by default the next update.
 
     Returns:
-      The activations, and the module's batch_stats after them.
+      The activations, [B, ...], and the new batch_stats of the module.
     """
     rng = rngs.update(state.rng, state.updates if number is None else number)
-    batch_stats, parts = state.batch_stats, []
-    for (x, of_x), own in zip(
+    batch_stats, outputs = state.batch_stats, []
+    for (part, part_context), part_key in zip(
         _split((inputs, context), accumulate), _keys(rng, accumulate), strict=True
     ):
-        y, body = module.apply_body(state.params, batch_stats, x, of_x, train=train, rng=own)
-        batch_stats = {**batch_stats, "body": body}
-        parts.append(y)
-    return _join(parts), batch_stats
+        y, body_stats = module.apply_body(
+            state.params, batch_stats, part, part_context, train=train, rng=part_key
+        )
+        batch_stats = {**batch_stats, "body": body_stats}
+        outputs.append(y)
+    return _join(outputs), batch_stats
 
 
 def eval_step(
@@ -206,29 +254,44 @@ def eval_step(
     context: Context = NOTHING,
     published: Mapping[str, Any] = NOTHING,
 ) -> tuple[Float[Array, "B ..."], Array | None]:
-    """Returns activations for the next module and what this one answers (None without an answer), with running statistics."""
+    """Computes a module's activations and predictions with the running statistics.
+
+    Args:
+      module: the module to apply.
+      params: as in `ModuleState`.
+      batch_stats: as in `ModuleState`.
+      inputs: activations of the module below, or network inputs, [B, ...].
+      context: context of the same examples, read by the adapter only.
+      published: publications of other modules that the objective reads, by name.
+
+    Returns:
+      The activations for the next module, [B, ...], and the predictions, see `LocalModule.predict`.
+    """
     outputs, _ = module.apply_body(params, batch_stats, inputs, context, train=False)
     return outputs, module.predict(params, batch_stats, outputs, published)
 
 
 def _loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
     def loss_function(params, batch_stats, inputs, context, rng):
-        outputs, body = module.apply_body(params, batch_stats, inputs, context, train=True, rng=rng)
-        local, own = module.apply_objective(
+        outputs, body_stats = module.apply_body(
+            params, batch_stats, inputs, context, train=True, rng=rng
+        )
+        local, objective_stats = module.apply_objective(
             params, batch_stats, outputs, context, published, train=True, rng=rng
         )
-        return local.loss, ({"body": body, "objective": own}, outputs, local.metrics)
+        new_stats = {"body": body_stats, "objective": objective_stats}
+        return local.loss, (new_stats, outputs, local.metrics)
 
     return loss_function
 
 
-def _whole_batch(state: ModuleState) -> jax.Array:
-    """Returns the key of the next update, of a batch that is not split."""
+def _whole_batch_key(state: ModuleState) -> jax.Array:
+    """Returns the key of the next update for a batch that is not split."""
     return rngs.micro_batch(rngs.update(state.rng, state.updates), 0)
 
 
 def _split(tree: PyTree, parts: int) -> list[PyTree]:
-    """Every `parts`-th example, from the first, from the second, and so on."""
+    """Returns micro-batches; number i holds examples i, i + parts, i + 2 parts and so on."""
     if parts == 1:
         return [tree]
     rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), tree)
@@ -236,12 +299,12 @@ def _split(tree: PyTree, parts: int) -> list[PyTree]:
 
 
 def _join(parts: list[PyTree]) -> PyTree:
-    """What was split, in order again."""
+    """Undoes `_split`: returns one tree with all examples in their original order."""
     if len(parts) == 1:
         return parts[0]
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts)
 
 
 def _keys(keys: PyTree, parts: int) -> list[PyTree]:
-    """Returns a key for each micro-batch from the key of an update, or a pytree of them from one of those."""
+    """Derives the keys of all micro-batches from the key (or the pytree of keys) of an update."""
     return [jax.tree.map(lambda key, i=i: rngs.micro_batch(key, i), keys) for i in range(parts)]

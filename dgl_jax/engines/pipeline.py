@@ -75,7 +75,7 @@ class PipelineEngine(Synchronous):
         """
         if context is None:  # messages from above carry no context
             if self.placement.crosses(k):
-                self.meters[k].came_down(message)
+                self.meters[k].count_from_above(message)
                 message = put(message, self.placement.message(k))
             return message, context
         if not self.placement.crosses(k - 1):

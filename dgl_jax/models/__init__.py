@@ -1,4 +1,4 @@
-"""Networks, heads and where to cut: flax modules that know nothing of training."""
+"""Networks, heads, adapters and the partition into modules; nothing here depends on training."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -41,11 +41,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class NetworkKind(Kind):
-    """A network: `make(width, num_classes, dtype)` returns a `Network`, or the list of its blocks.
+    """Registry entry of a network.
 
-    Behind a list, the `linear` head is the classifier. Blocks are Flax Linen modules called as `block(x, train)`, from images
-    (B, H, W, C), or other inputs that a task makes, to features that the heads take, (B, H, W, C) or (B, T, C). The network may be
-    cut between any two of them. A field `ops` of a block is set to `config.model.ops`, for the layers of this package in it.
+    `make(width, num_classes, dtype)` returns a `Network`, or a list of blocks, which then gets the
+    `linear` head as its classifier.
+
+    Blocks are Flax Linen modules called as `block(x, train)`. The first one takes images
+    [B, H, W, C] or other inputs that the task defines; all return features that heads accept,
+    [B, H, W, C] or [B, T, C]. The network may be cut between any two blocks. If a block has a field
+    `ops`, it is set to `config.model.ops`; the block passes it to the layers of this package.
     """
 
 
@@ -71,16 +75,17 @@ register_adapter = ADAPTERS.register
 def register_network(
     name: str, make: Callable[[int, int, DTypeLike], Network | Sequence[nn.Module]] | NetworkKind
 ) -> None:
-    """Adds a network: from here on `config.model.name=<name>` selects it.
+    """Registers a network, so that `config.model.name=<name>` selects it.
 
-    A run reads its network by this name whenever it is resumed, evaluated, used or exported: name the module that registers it in
-    `config.plugins`.
+    A run looks its network up by name when it is resumed, evaluated, used or exported. List the
+    Python module that registers the network in `config.plugins`.
 
     Args:
-      make: the factory, or a kind with options of its own; see `NetworkKind`.
+      name: the name in the configuration.
+      make: the factory, or a kind; see `NetworkKind`.
 
     Raises:
-      UserError: the package has a network of this name.
+      UserError: the package itself has a network of this name.
     """
     NETWORKS.register(name, make if isinstance(make, NetworkKind) else NetworkKind(make))
 
@@ -93,28 +98,31 @@ def make_network(
     dtype: DTypeLike = "float32",
     ops: str = "auto",
 ) -> Network:
-    """Makes the network of that name.
+    """Creates a registered network.
 
     Args:
-      name: a registered one.
+      name: name of the network.
       width: channels of the first block.
-      num_classes: classes the classifier tells apart.
-      input_shape: of an example, as the network reads it; of images height, width and channels.
-      dtype: of the arithmetic; parameters and batch statistics stay float32, logits are float32.
-      ops: `auto` for the fastest operations of each platform, whose gradients are of first order; `xla` for those of XLA alone,
-        with forward mode and higher derivatives.
+      num_classes: number of classes of the classifier.
+      input_shape: shape of an example as the network reads it; [H, W, C] for images.
+      dtype: dtype of the arithmetic. Parameters, batch statistics and logits are float32.
+      ops: formulation of the operations, `auto` or `xla`; see `dgl_jax.ops`.
+
+    Returns:
+      The description of the network, without parameters.
 
     Raises:
-      UserError: there is no such network, it reads images and the examples are none, or they cannot be halved as often as it pools.
+      UserError: there is no network of this name; it reads images but the examples are no images;
+        or the height or width cannot be halved as often as the network does.
     """
-    made = NETWORKS[name].make(width, num_classes, jnp.dtype(dtype))
+    result = NETWORKS[name].make(width, num_classes, jnp.dtype(dtype))
     network = (
-        made
-        if isinstance(made, Network)
-        else Network(tuple(made), make_head("linear", num_classes, dtype))
+        result
+        if isinstance(result, Network)
+        else Network(tuple(result), make_head("linear", num_classes, dtype))
     )
     if not NETWORKS.is_shipped(name):
-        _check_own(name, network)
+        _check_user_network(name, network)
     network = Network(
         tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops)
     )
@@ -122,35 +130,40 @@ def make_network(
     if len(input_shape) != 3:
         if NETWORKS.is_shipped(name):
             raise UserError(
-                f"config.model.name={name!r}: reads images (height, width, channels), not examples of shape {input_shape}; "
-                "register a network of your own for them"
+                f"config.model.name={name!r}: reads images (height, width, channels), not examples "
+                f"of shape {input_shape}; register your own network for them"
             )
         return network
-    height, across, _ = input_shape
-    if height % step or across % step or not height or not across:
-        near = {
-            size // step * step for size in (height, height + step - 1, across, across + step - 1)
+    # Not named `width`, which is the number of channels.
+    height, columns, _ = input_shape
+    if height % step or columns % step or not height or not columns:
+        nearest = {
+            size // step * step for size in (height, height + step - 1, columns, columns + step - 1)
         } - {0}
         raise UserError(
-            f"config.data.image_size: images of {height}x{across} cannot be halved {network.halvings} times, as "
-            f"config.model.name={name!r} does; multiples of {step} work, such as {' or '.join(map(str, sorted(near)))}"
+            f"config.data.image_size: images of {height}x{columns} cannot be halved "
+            f"{network.halvings} times, as config.model.name={name!r} does; multiples of {step} "
+            f"work, such as {' or '.join(map(str, sorted(nearest)))}"
         )
     return network
 
 
-def _check_own(name: str, network: Network) -> None:
+def _check_user_network(name: str, network: Network) -> None:
+    """Raises UserError if a block or the classifier is not a module called as `block(x, train)`."""
     parts = {f"block {i}": block for i, block in enumerate(network.blocks)} | {
         "the classifier": network.classifier
     }
     if len(parts) == 1:
-        raise UserError(f"config.model.name={name!r}: the network has no block")
-    for what, part in parts.items():
+        raise UserError(
+            f"config.model.name={name!r}: the network has no blocks; it needs at least one"
+        )
+    for label, part in parts.items():
         if (
             not isinstance(part, nn.Module)
             or "train" not in inspect.signature(part.__call__).parameters
         ):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
             raise UserError(
-                f"config.model.name={name!r}: {what} is {kind}, which is no Flax Linen module called as block(x, train); "
-                "one of your own with that __call__ can wrap it"
+                f"config.model.name={name!r}: {label} is {kind}, which is not a Flax Linen module "
+                "called as block(x, train); wrap it in a module with that __call__"
             )

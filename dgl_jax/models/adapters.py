@@ -1,4 +1,4 @@
-"""Input adapters: what may stand in front of a module's blocks, in training and in evaluation."""
+"""Input adapters, which may precede the blocks of a module in training and evaluation."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,11 @@ from dgl_jax.types import Context
 
 
 class Adapter(nn.Module):
-    """Changes what a module reads; trains with the module.
+    """Base class of layers that transform a module's inputs and train with the module.
 
     Attributes:
-      needs: names of the context that it reads. Only `image` is there in an evaluation: the input of the network.
+      needs: names of the context arrays that the adapter reads. In an evaluation only `image`, the
+        input of the network, is available.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("image",)
@@ -22,19 +23,25 @@ class Adapter(nn.Module):
     def __call__(
         self, inputs: Float[Array, "B ..."], context: Context, train: bool
     ) -> Float[Array, "B ..."]:
-        """Returns what the blocks read, of the shape and type of the inputs.
+        """Transforms the inputs; an implementation must keep their shape and dtype.
 
         Args:
-          inputs: what the module below handed on.
-          context: see `needs`.
-          train: as for a block.
+          inputs: activations of the module below, [B, ...].
+          context: context arrays named in `needs`.
+          train: True in training, False in evaluation, as for a block.
+
+        Returns:
+          The inputs of the module's first block.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class AdapterKind(Kind):
-    """An adapter: `make(k, dtype)` returns the `Adapter` of module k; None: it has none."""
+    """Registry entry of an adapter.
+
+    `make(k, dtype)` returns the `Adapter` of module k, or None if the module has no adapter.
+    """
 
 
 ADAPTERS.ship(none=AdapterKind(lambda k, dtype: None))

@@ -1,7 +1,8 @@
-"""The block that networks are lists of, and the layers it shares with the heads.
+"""Convolutional block of the networks, and the layers that blocks and heads share.
 
-`conv_norm` and `linear` are called in the compact method of a linen module, which holds the layers that they make. All compute
-in the given `dtype`; parameters and batch statistics are float32. `ops` is explained in `dgl_jax.ops`.
+`conv_norm` and `linear` must be called in a compact method of a linen module, which then owns the
+layers that they create. All layers compute in the given `dtype`; parameters and batch statistics
+are float32. See `dgl_jax.ops` for `ops`.
 """
 
 import math
@@ -19,12 +20,15 @@ from dgl_jax.ops import BatchNorm, conv_general_dilated, max_pool_2x2
 
 _AXES = ("NHWC", "HWIO", "NHWC")
 
-# Normal with variance 2 / (kernel height x width x features): He et al. 2015, in the backward direction.
+# Normal with variance 2 / (kernel height x width x features): He et al. 2015, backward variant.
 KAIMING_FAN_OUT: Initializer = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
-    """Makes the initializer uniform in +-1/sqrt(fan_in), PyTorch's for weights and biases of convolutions and Linear layers."""
+    """Returns PyTorch's default initializer of convolutions and linear layers.
+
+    Weights and biases are uniform in +-1/sqrt(fan_in).
+    """
     bound = 1 / math.sqrt(fan_in)
 
     def init(
@@ -36,14 +40,19 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 
 
 class Conv(nn.Module):
-    """Convolves with an odd square kernel and zero padding; parameters as `flax.linen.Conv` has them.
+    """Convolution with an odd square kernel and zero padding of half its size.
+
+    The parameters have the names and shapes of `flax.linen.Conv`.
 
     Attributes:
-      features: channels of the output.
+      features: output channels.
       kernel: height and width of the kernel.
-      stride: in both directions.
-      bias: whether there is one.
-      kernel_init: draws the weights, and biases begin at 0; without it both begin as PyTorch's do.
+      stride: stride in both directions.
+      bias: if True, the layer has a bias.
+      kernel_init: initializer of the weights, with biases initialized to 0. None initializes both
+        as PyTorch does, see `uniform_fan_in`.
+      dtype: dtype of the arithmetic.
+      ops: see `dgl_jax.ops`.
     """
 
     features: int
@@ -58,11 +67,11 @@ class Conv(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], *, add_bias: bool = True
     ) -> Float[Array, "B h w F"]:
-        """Returns the outputs, h and w being H / stride and W / stride, rounded up.
+        """Computes maps of height H / stride and width W / stride, rounded up.
 
         Args:
           x: maps.
-          add_bias: false leaves the addition to the caller, who finds the bias in the variable `bias`.
+          add_bias: if False, the caller adds the bias, which is the variable `bias` of this module.
         """
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         default = uniform_fan_in(self.kernel * self.kernel * x.shape[-1])
@@ -95,15 +104,21 @@ def conv_norm(
     Args:
       x: maps.
       train: see `BatchNorm`.
-      features, kernel, stride, bias, kernel_init: see `Conv`.
-      relu: apply a ReLU at the end.
+      features: see `Conv`.
+      relu: apply a ReLU to the result.
+      kernel: see `Conv`.
+      stride: see `Conv`.
+      bias: see `Conv`.
+      kernel_init: see `Conv`.
+      dtype: see `Conv`.
+      ops: see `dgl_jax.ops`.
 
     Returns:
-      Maps whose h and w are H / stride and W / stride, rounded up.
+      Maps of height H / stride and width W / stride, rounded up.
     """
     conv = Conv(features, kernel, stride, bias, kernel_init, dtype, ops)
     y = conv(x, add_bias=False)
-    # Batch norm takes the bias, as it cancels in training: to add it would be a pass over the maps for nothing.
+    # In training the bias cancels in batch norm, so adding it would waste a pass over the maps.
     return BatchNorm(dtype, ops)(y, train, relu=relu, offset=conv.get_variable("params", "bias"))
 
 
@@ -114,7 +129,7 @@ def linear(
     kernel_init: Initializer | None = None,
     dtype: DTypeLike,
 ) -> Float[Array, "B F"]:
-    """Applies a Linear layer with bias, which begins as `Conv` does."""
+    """Applies a linear layer with bias, initialized as in `Conv`."""
     default = uniform_fan_in(x.shape[-1])
     bias_init = nn.initializers.zeros if kernel_init else default
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init or default, bias_init=bias_init)(
@@ -123,7 +138,7 @@ def linear(
 
 
 class ConvBlock(nn.Module):
-    """Applies [2x2 max pooling,] convolution, batch norm and ReLU."""
+    """Block of a convolution, batch norm and ReLU, preceded by 2x2 max pooling if `pool`."""
 
     features: int
     pool: bool = False
@@ -135,7 +150,7 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
-        """Returns maps of the same size or, with `pool`, of half the height and width; `train` is explained in `BatchNorm`."""
+        """Computes maps of the same size, or of half the height and width if `pool`."""
         if self.pool:
             x = max_pool_2x2(x, ops=self.ops)
         return conv_norm(

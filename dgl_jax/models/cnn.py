@@ -1,4 +1,4 @@
-"""The papers' CIFAR networks: 3x3 convolutions whose width doubles at each 2x2 max pooling."""
+"""CIFAR networks of the papers: 3x3 convolutions whose width doubles at each 2x2 max pooling."""
 
 from jax.typing import DTypeLike
 
@@ -8,19 +8,26 @@ from dgl_jax.models.network import Network
 
 
 def cnn4(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Four blocks, pooling in front of the 2nd and 4th: the network of the learning curves (w = 64)."""
+    """Creates four blocks with pooling before the 2nd and 4th.
+
+    It is the network of the learning curves in the paper, with width 64.
+    """
     return _network((1, 2, 2, 4), (1, 3), width, num_classes, dtype)
 
 
 def cnn6(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Six blocks, pooling in front of the 2nd and 4th: the network of the study of auxiliary classifiers (w = 128)."""
+    """Creates six blocks with pooling before the 2nd and 4th.
+
+    It is the network of the paper's study of auxiliary classifiers, with width 128.
+    """
     return _network((1, 2, 2, 4, 4, 4), (1, 3), width, num_classes, dtype)
 
 
 def cnn6_replay(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Six blocks, pooling in front of the 3rd and 5th, no convolution bias: the asynchronous experiments' (w = 128).
+    """Creates six blocks without convolution bias, with pooling before the 3rd and 5th.
 
-    The classifier has three hidden layers, like the heads of the other modules.
+    It is the network of the asynchronous experiments, with width 128. The classifier has three
+    hidden layers, like the heads of the other modules.
     """
     return _network((1, 1, 2, 2, 4, 4), (2, 4), width, num_classes, dtype, bias=False, hidden=3)
 

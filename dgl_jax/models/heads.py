@@ -1,7 +1,8 @@
-"""Auxiliary classifiers: from a module's output to class logits (the papers' section on auxiliary networks).
+"""Heads: auxiliary classifiers from a module's activations to class logits.
 
-Heads read the number of channels C and the map's size from their input. Logits are float32 whatever the arithmetic.
-Tokens (B, T, C) have no map that could be reduced to a smaller one: their one average is over all T.
+They follow the papers' section on auxiliary networks. Heads take the number of channels C and the
+size of the map from their input. Logits are always float32. Tokens [B, T, C] form no map that could
+be reduced in steps; they are averaged over all T at once.
 """
 
 from dataclasses import dataclass
@@ -19,14 +20,21 @@ from dgl_jax.registry import HEADS, Kind
 
 
 class MLPHead(nn.Module):
-    """MLP-aux, or MLP-SR-aux with `convs` = 3, or with `hidden` = 2 the classifier that ends a network.
+    """MLP head with staged reduction: MLP-aux, or MLP-SR-aux with `convs` = 3.
 
-    Staged reduction: average to a quarter of the size (rounded up), `convs` x (1x1 convolution, batch norm, ReLU),
-    average to 2x2, flatten to 4C, `hidden` x (Linear 4C to 4C, batch norm, ReLU), Linear.
+    With `hidden` = 2 it is also the final classifier of networks. The layers are:
 
-    Maps of 4x4 and smaller are averaged to 2x2 at once, where a quarter would be 1x1 and its four copies; 1x1 stays.
+        average to a quarter of the height and width (rounded up)
+        convs  x (1x1 convolution, batch norm, ReLU)
+        average to 2x2, flatten to 4C features
+        hidden x (Linear 4C to 4C, batch norm, ReLU)
+        Linear to the classes
 
-    Of tokens, each passes the `convs` (a Linear layer each) by itself, the average is over all, the hidden layers are C to C.
+    The first average of maps of 4x4 and smaller is to 2x2 (of a 1x1 map to 1x1): a quarter would be
+    1x1, and the second average would then only copy one value four times.
+
+    For tokens, the `convs` layers apply to each token separately, the only average is over all
+    tokens, and the hidden layers map C to C features.
     """
 
     num_classes: int
@@ -39,7 +47,7 @@ class MLPHead(nn.Module):
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
         x, tokens = _as_map(x)
         if not tokens:
-            x = adaptive_avg_pool(x, (_staged(x.shape[1]), _staged(x.shape[2])), ops=self.ops)
+            x = adaptive_avg_pool(x, (_reduced(x.shape[1]), _reduced(x.shape[2])), ops=self.ops)
         for _ in range(self.convs):
             x = conv_norm(
                 x,
@@ -61,7 +69,11 @@ class MLPHead(nn.Module):
 
 
 class CNNHead(nn.Module):
-    """CNN-aux: 2 x (3x3 convolution, batch norm, ReLU) at full size, average to 2x2, batch norm, Linear. Of maps only."""
+    """Convolutional head (CNN-aux), for maps only.
+
+    The layers are 2 x (3x3 convolution, batch norm, ReLU) at full size, average to 2x2, batch norm
+    and Linear.
+    """
 
     num_classes: int
     dtype: DTypeLike = "float32"
@@ -71,7 +83,8 @@ class CNNHead(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
         if x.ndim != 4:
             raise UserError(
-                f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; of tokens linear, mlp and mlp_sr work"
+                f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; "
+                "for tokens use linear, mlp or mlp_sr"
             )
         for _ in range(2):
             x = conv_norm(
@@ -82,7 +95,7 @@ class CNNHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Applies an average over the map, or over all tokens, and Linear: the smallest head."""
+    """Smallest head: average over the map (or over all tokens) and Linear."""
 
     num_classes: int
     dtype: DTypeLike = "float32"
@@ -98,7 +111,11 @@ class LinearHead(nn.Module):
 
 @dataclass(frozen=True)
 class HeadKind(Kind):
-    """A head: `make(num_classes, dtype=dtype)` returns a Flax Linen module called as `head(x, train)` that gives logits."""
+    """Registry entry of a head.
+
+    `make(num_classes, dtype=dtype)` returns a Flax Linen module called as `head(x, train)` that
+    returns logits.
+    """
 
 
 HEADS.ship(
@@ -112,22 +129,23 @@ HEADS.ship(
 def make_head(
     name: str, num_classes: int, dtype: DTypeLike = "float32", ops: str = "auto"
 ) -> nn.Module:
-    """Makes the head of that name.
+    """Creates a registered head.
 
     Args:
-      name: a registered one.
-      num_classes: classes it tells apart.
-      dtype: of the arithmetic; logits are float32.
-      ops: see `make_network`.
+      name: name of the head.
+      num_classes: number of classes.
+      dtype: dtype of the arithmetic; logits are float32.
+      ops: formulation of the operations, see `dgl_jax.ops`.
 
     Returns:
-      A linen module called as `head(x, train)` with a map (B, H, W, C) or tokens (B, T, C), which gives (B, num_classes).
+      A linen module called as `head(x, train)` with maps [B, H, W, C] or tokens [B, T, C], which
+      returns logits [B, num_classes].
     """
     return with_ops(HEADS[name].make(num_classes, dtype=dtype), ops)
 
 
 def _as_map(x: Array) -> tuple[Array, bool]:
-    """Returns maps as they are and tokens as (B, T, 1, C); and whether they are tokens."""
+    """Returns maps unchanged and tokens as [B, T, 1, C], and True if the input is tokens."""
     if x.ndim not in (3, 4):
         raise UserError(
             f"config.model.head: needs maps (B, H, W, C) or tokens (B, T, C), not {_shape(x)}"
@@ -139,7 +157,7 @@ def _shape(x: Array) -> str:
     return f"features of shape (B, {', '.join(map(str, x.shape[1:]))})"
 
 
-def _staged(size: int) -> int:
+def _reduced(size: int) -> int:
     return max(-(-size // 4), min(2, size))
 
 

@@ -1,4 +1,4 @@
-"""What a model is: blocks in order, and the classifier behind the last."""
+"""Description of a network: its blocks in order, and the classifier after the last block."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True)
 class Network:
-    """Descriptions only, no parameters: hashable, equal when built alike.
+    """Network without parameters; hashable, and equal to a network built in the same way.
 
-    Each of `blocks` and `classifier` is a linen module whose `apply` takes features and `train: bool`: a map (B, H, W, C),
-    or tokens (B, T, C). A block gives such features, the classifier logits (B, classes). Cut into modules, the last one's
-    head is `classifier`.
+    Attributes:
+      blocks: linen modules called as `block(x, train)`, from features to features: maps
+        [B, H, W, C] or tokens [B, T, C].
+      classifier: linen module called as `classifier(x, train)` that returns logits [B, classes].
+        It is the head of the last module.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -25,23 +27,24 @@ class Network:
 
     @property
     def halvings(self) -> int:
-        """How many times the network halves height and width."""
+        """Returns how many times 2x2 pooling halves the height and width of an image."""
         return sum(getattr(part, "pool", False) is True for part in (*self.blocks, self.classifier))
 
 
 def with_ops(part: _Part, ops: str) -> _Part:
-    """Returns a module that computes with this choice of operations.
+    """Returns a linen module that uses the given formulation of the operations.
 
     Args:
-      part: a linen module. Its field `ops` is set, if it has one, and that of modules in its other fields, alone or in tuples or
-        lists; what it makes inside its methods must be given `self.ops` there.
+      part: a linen module. Sets its field `ops`, if it has one, and the same field of modules that
+        its other fields hold, directly or in tuples or lists. Layers that a module creates inside
+        its methods are not reached: pass `self.ops` to them there.
       ops: see `dgl_jax.ops`; `auto` changes nothing.
 
     Raises:
-      ValueError: there is no such choice.
+      ValueError: `ops` is unknown.
     """
     if ops not in OPS:
-        raise ValueError(f"ops={ops!r}: there are {', '.join(OPS)}")
+        raise ValueError(f"ops={ops!r}: must be one of {', '.join(OPS)}")
     return part if ops == "auto" else _replaced(part, ops)
 
 
@@ -54,6 +57,6 @@ def _replaced(part: _Part, ops: str) -> _Part:
         f.name for f in dataclasses.fields(part) if f.init and f.name not in ("parent", "name")
     ]
     fields = {name: _replaced(getattr(part, name), ops) for name in names}
-    if fields.get("ops") in OPS:  # a field of this name and another meaning stays
+    if fields.get("ops") in OPS:  # a user's field `ops` may mean something else
         fields["ops"] = ops
     return part.clone(**fields)

@@ -1,4 +1,4 @@
-"""Where a network is cut into modules. Plain Python."""
+"""Partition of a network into modules, in plain Python."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,19 @@ from math import inf
 
 from dgl_jax.errors import UserError
 
-BALANCED = ("flops", "time")  # splits that look at what blocks and heads cost
-_WAYS = ", ".join(repr(name) for name in ("count", *BALANCED))
+BALANCED = ("flops", "time")  # splits that depend on the costs of blocks and heads
+_NAMES = ", ".join(repr(name) for name in ("count", *BALANCED))
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What each block, and a head behind it, costs: FLOPs or a time, one entry a block.
+    """Costs of all blocks and heads, as FLOPs or seconds; one entry per block.
 
     Attributes:
-      first: of a block that begins a module. In training it is cheaper there: no gradient of its inputs is needed.
-      inner: of a block further inside one.
-      head: of the head where a module ends with this block; the last entry is the network's classifier.
+      first: cost of the block as the first one of a module. In training it is lower than `inner`,
+        as no gradient with respect to the inputs is needed.
+      inner: cost of the block at any later position in a module.
+      head: cost of the head if a module ends with this block; the last entry is the classifier.
     """
 
     first: tuple[float, ...]
@@ -27,29 +28,35 @@ class BlockCosts:
     head: tuple[float, ...]
 
     def module(self, first: int, end: int) -> float:
-        """Of a module made of blocks `first` up to, not including, `end`, and the head at its end."""
+        """Returns the cost of a module with blocks `first` to `end`, exclusive, and its head."""
         return self.first[first] + math.fsum(self.inner[first + 1 : end]) + self.head[end - 1]
 
 
 def cuts(
     split: str, num_blocks: int, modules: int, costs: Callable[[], BlockCosts] | None = None
 ) -> tuple[int, ...]:
-    """The first block of each module: the first entry is 0, module k ends where module k + 1 begins.
+    """Returns the index of the first block of each module.
 
     Args:
-      split: 'count' for as many blocks a module as equally as possible, the larger modules first; 'flops' or 'time' for the
-        slowest module as fast as possible; or the first blocks themselves, such as '0,2,4'.
-      num_blocks: blocks of the network.
-      modules: how many modules to cut it into.
-      costs: for 'flops' and 'time', gives what blocks and heads cost in that unit; called for these two alone.
+      split: 'count' for equal numbers of blocks per module, with larger modules first if the
+        numbers cannot be equal; 'flops' or 'time' to minimize the cost of the slowest module; or a
+        list of the first blocks, such as '0,2,4'.
+      num_blocks: number of blocks of the network.
+      modules: number of modules.
+      costs: returns the costs of blocks and heads; called for 'flops' and 'time' only.
+
+    Returns:
+      One entry per module; the first is 0, and module k ends where module k + 1 begins.
 
     Raises:
-      UserError: more modules than blocks, or a list that does not describe `modules` modules.
+      UserError: there are more modules than blocks, or `split` is a list that does not describe
+        `modules` modules, or it is something else.
+      ValueError: `costs` is missing for 'flops' or 'time'.
     """
     if not 1 <= modules <= num_blocks:
         raise UserError(
-            f"config.model.modules={modules}: the network has {num_blocks} blocks and each module needs at least one; "
-            f"1 to {num_blocks} would work"
+            f"config.model.modules={modules}: the network has {num_blocks} blocks and each module "
+            f"needs at least one; 1 to {num_blocks} would work"
         )
     if split == "count":
         size, larger = divmod(num_blocks, modules)
@@ -58,29 +65,39 @@ def cuts(
         if costs is None:
             raise ValueError(f"a split by {split} needs the costs of the blocks")
         return balanced(costs().module, num_blocks, modules)
-    works = f"{_WAYS} would work, or config.model.modules={modules} first blocks such as '{_example(num_blocks, modules)}'"
+    remedy = (
+        f"{_NAMES} would work, or a list of config.model.modules={modules} first blocks such as "
+        f"'{_example(num_blocks, modules)}'"
+    )
     try:
-        places = [float(part) for part in split.split(",")]
-        starts = tuple(math.floor(place) for place in places)
+        positions = [float(part) for part in split.split(",")]
+        starts = tuple(math.floor(position) for position in positions)
     except (ValueError, OverflowError):
         raise UserError(
-            f"config.model.split={split!r}: neither {_WAYS} nor a list of whole numbers; {works}"
+            f"config.model.split={split!r}: neither {_NAMES} nor a list of whole numbers; {remedy}"
         ) from None
     problem = None
-    inside = next((place for place in places if place % 1), None)
+    # Numbers such as 2.5 are parsed on purpose: the error message then names the valid neighbors.
+    inside = next((position for position in positions if position % 1), None)
     if len(starts) != modules:
-        problem = f"a list of {len(starts)} first blocks, where config.model.modules={modules}"
+        problem = f"a list of {len(starts)} first blocks, but config.model.modules={modules}"
     elif starts[0] != 0:
         problem = "the first module must begin at block 0"
     elif inside is not None and inside < num_blocks - 1:
         low = math.floor(inside)
-        problem = f"{inside:g} would cut inside block {low}; the nearest places to cut are {low} and {low + 1}"
+        problem = (
+            f"{inside:g} would cut inside block {low}; the nearest places to cut are {low} and "
+            f"{low + 1}"
+        )
     elif any(b <= a for a, b in pairwise(starts)):
         problem = "the first blocks must increase"
-    elif places[-1] > num_blocks - 1:
-        problem = f"no module can begin at {places[-1]:g}: the last block of this network is {num_blocks - 1}, the nearest place to cut"
+    elif positions[-1] > num_blocks - 1:
+        problem = (
+            f"no module can begin at {positions[-1]:g}: the last block of this network is "
+            f"{num_blocks - 1}, the nearest place to cut"
+        )
     if problem:
-        raise UserError(f"config.model.split={split!r}: {problem}; {works}")
+        raise UserError(f"config.model.split={split!r}: {problem}; {remedy}")
     return starts
 
 
@@ -88,37 +105,45 @@ def _example(num_blocks: int, modules: int) -> str:
     return ",".join(map(str, cuts("count", num_blocks, modules)))
 
 
-def balanced(cost: Callable[[int, int], float], count: int, runs: int) -> tuple[int, ...]:
-    """Where each of `runs` consecutive, non-empty runs of `count` things begins, so that the dearest run is as cheap as possible.
+def balanced(cost: Callable[[int, int], float], count: int, segments: int) -> tuple[int, ...]:
+    """Cuts a sequence into contiguous, non-empty segments with minimal maximum cost.
 
-    Exact, by dynamic programming over (first things, runs); of equally good cuts the one with longer early runs.
+    This is linear partitioning by exact dynamic programming over (end, number of segments). Of
+    equally good solutions it returns the one with longer early segments.
 
     Args:
-      cost: of the run of things `first` up to, not including, `end`; any function, not just a sum of what each thing costs.
-      runs: from 1 to `count`.
+      cost: `cost(first, end)` is the cost of the segment of items `first` to `end`, exclusive. It
+        may be any function, not only a sum over the items.
+      count: number of items.
+      segments: number of segments, 1 to `count`.
 
     Returns:
-      The first thing of each run; the first entry is 0.
+      Index of the first item of each segment; the first entry is 0.
+
+    Raises:
+      ValueError: `segments` is out of range.
     """
-    if not 1 <= runs <= count:
-        raise ValueError(f"{count} things do not make {runs} runs")
+    if not 1 <= segments <= count:
+        raise ValueError(f"{count} items cannot be cut into {segments} non-empty segments")
     costs = [
         [cost(first, end) if first < end else inf for end in range(count + 1)]
         for first in range(count)
     ]
-    best = [0.0] + [inf] * count  # of the things before each place, in so many runs
-    begins: list[list[int]] = []
-    for made in range(runs):
-        longer, begin = [inf] * (count + 1), [0] * (count + 1)
-        for end in range(made + 1, count + 1):
-            for first in range(made, end):
+    # best[end]: minimal maximum cost of the items before `end`, for the number of segments so far.
+    best = [0.0] + [inf] * count
+    last_starts: list[list[int]] = []
+    for number in range(segments):
+        extended, last_start = [inf] * (count + 1), [0] * (count + 1)
+        for end in range(number + 1, count + 1):
+            for first in range(number, end):
                 worst = max(best[first], costs[first][end])
-                if worst <= longer[end]:
-                    longer[end], begin[end] = worst, first
-        best = longer
-        begins.append(begin)
+                # `<=` prefers the later start of the last segment: longer early segments.
+                if worst <= extended[end]:
+                    extended[end], last_start[end] = worst, first
+        best = extended
+        last_starts.append(last_start)
     starts, end = [], count
-    for begin in reversed(begins):
-        end = begin[end]
+    for last_start in reversed(last_starts):
+        end = last_start[end]
         starts.append(end)
     return tuple(reversed(starts))

@@ -1,7 +1,8 @@
-"""Residual networks (He et al. 2016): those for CIFAR, and those for ImageNet.
+"""Residual networks for CIFAR and ImageNet (He et al. 2016).
 
-A residual block is one block of the network, so a cut never lies inside one. All convolutions are without bias and begin
-Kaiming-normal (fan out); no batch norm begins at scale 0.
+Each residual block is one block of the network, so that a cut never lies inside it. Convolutions
+have no bias and are initialized Kaiming-normal (fan out). All batch norms start with scale 1, also
+the last one of a residual block.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from dgl_jax.models.heads import LinearHead
 from dgl_jax.models.network import Network
 from dgl_jax.ops import max_pool_3x3
 
-# Residual blocks of each of the four stages of the ImageNet networks.
+# Residual blocks per stage of the ImageNet networks, by depth.
 _BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 _BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -24,7 +25,11 @@ _conv_norm = partial(conv_norm, bias=False, kernel_init=KAIMING_FAN_OUT)
 
 
 class Stem(nn.Module):
-    """Applies a 7x7 convolution with stride 2, batch norm, ReLU and 3x3 max pooling with stride 2, in front of residual blocks."""
+    """Stem of the ImageNet networks.
+
+    The layers are a 7x7 convolution with stride 2, batch norm, ReLU and 3x3 max pooling with
+    stride 2.
+    """
 
     features: int
     dtype: DTypeLike = "float32"
@@ -32,7 +37,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w F"]:
-        """Returns maps of a quarter of the height and width, rounded up."""
+        """Computes maps of a quarter of the height and width, rounded up."""
         x = _conv_norm(
             x, train, self.features, relu=True, kernel=7, stride=2, dtype=self.dtype, ops=self.ops
         )
@@ -40,10 +45,11 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Applies two 3x3 convolutions, the first with the stride, beside a shortcut.
+    """Residual block of two 3x3 convolutions, the first one with the stride.
 
-    If the shape changes the shortcut is a projection: 1x1 convolution and batch norm. With `padded` it has no parameters:
-    every `stride`-th row and column, and channels of zeros behind the input's.
+    If the shape changes, the shortcut is a projection by a 1x1 convolution and batch norm. With
+    `padded` it has no parameters: it takes every `stride`-th row and column and appends channels of
+    zeros.
     """
 
     features: int
@@ -65,7 +71,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Applies 1x1, 3x3 (with the stride) and 1x1 convolutions, the last to 4 x `features`, beside a projection if shapes differ."""
+    """Residual block of a 1x1, a 3x3 (with the stride) and a 1x1 convolution to 4 x `features`.
+
+    If the shape changes, the shortcut is a projection by a 1x1 convolution and batch norm.
+    """
 
     features: int
     stride: int = 1
@@ -86,11 +95,15 @@ class Bottleneck(nn.Module):
 
 
 def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Makes the network for small images: a 3x3 convolution, then three stages of basic blocks with padded shortcuts.
+    """Creates the network for small images.
+
+    It has a 3x3 convolution and three stages of basic blocks with padded shortcuts.
 
     Args:
-      depth: 6 n + 2 for n blocks a stage: 20, 32, 44, 56 and 110 are published.
-      width: channels of the first stage, 16 in the paper; they double from stage to stage.
+      depth: 6 n + 2 for n blocks per stage; 20, 32, 44, 56 and 110 are published.
+      width: channels of the first stage, 16 in the paper; they double with each stage.
+      num_classes: number of classes.
+      dtype: dtype of the arithmetic.
     """
     stages = ((depth - 2) // 6,) * 3
     return Network(
@@ -103,11 +116,13 @@ def cifar_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> 
 
 
 def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Makes the network for ImageNet.
+    """Creates the network for ImageNet.
 
     Args:
-      depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
-      width: channels of the stem, 64 in the paper; (inner) channels double from stage to stage.
+      depth: 18 or 34 for basic blocks; 50, 101 or 152 for bottlenecks.
+      width: channels of the stem, 64 in the paper; (inner) channels double with each stage.
+      num_classes: number of classes.
+      dtype: dtype of the arithmetic.
     """
     make, stages = (
         (BasicBlock, _BASIC[depth]) if depth in _BASIC else (Bottleneck, _BOTTLENECK[depth])
@@ -119,7 +134,10 @@ def imagenet_resnet(depth: int, width: int, num_classes: int, dtype: DTypeLike) 
 
 
 def resnet18_cifar(width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Makes ResNet-18 for images of 32x32: a 3x3 convolution without stride or pooling in place of the stem."""
+    """Creates ResNet-18 for 32x32 images.
+
+    A 3x3 convolution without stride or pooling replaces the stem.
+    """
     blocks = (_small_stem(width, dtype), *_stages(BasicBlock, _BASIC[18], width, dtype))
     return Network(blocks, LinearHead(num_classes, dtype=dtype))
 
@@ -129,7 +147,7 @@ def _small_stem(width: int, dtype: DTypeLike) -> nn.Module:
 
 
 def _stages(make, counts: tuple[int, ...], width: int, dtype: DTypeLike) -> list[nn.Module]:
-    """Makes the blocks: twice the channels and, by the stride of a stage's first block, half the size from stage to stage."""
+    """Creates the residual blocks; each stage doubles the channels and halves height and width."""
     return [
         make(width * 2**stage, stride=2 if stage > 0 and n == 0 else 1, dtype=dtype)
         for stage, count in enumerate(counts)

@@ -1,4 +1,4 @@
-"""VGG with batch norm (Simonyan and Zisserman 2015, configurations A, B, D and E): the plain deep networks of the ImageNet runs."""
+"""VGG networks with batch norm (Simonyan and Zisserman 2015, configurations A, B, D and E)."""
 
 from flax import linen as nn
 from jax.nn.initializers import normal
@@ -9,14 +9,17 @@ from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear
 from dgl_jax.models.network import Network
 from dgl_jax.ops import max_pool_2x2
 
-# Convolutions between two poolings. The depth counts three Linear layers besides.
+# Convolutions between two poolings, by depth. The depth also counts three linear layers.
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 _MULTIPLES = (1, 2, 4, 8, 8)
 _NORMAL = normal(0.01)
 
 
 class VGGClassifier(nn.Module):
-    """Applies 2x2 max pooling, 2 x (Linear to `hidden`, ReLU), Linear: without dropout, as DGL has it."""
+    """Classifier of 2x2 max pooling, 2 x (Linear to `hidden`, ReLU) and Linear.
+
+    There is no dropout, as in the networks of the DGL paper.
+    """
 
     num_classes: int
     hidden: int
@@ -35,11 +38,16 @@ class VGGClassifier(nn.Module):
 
 
 def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:
-    """Makes a block of each convolution; a pooling belongs to the block behind it, the last one to the classifier.
+    """Creates the network, with one block per convolution.
+
+    A pooling layer belongs to the block after it, the last one to the classifier.
 
     Args:
       depth: 11, 13, 16 or 19.
-      width: channels of the first block, 64 in the paper; the classifier has 64 times as many hidden units (4096).
+      width: channels of the first block, 64 in the paper; the hidden layers of the classifier have
+        64 x width units (4096 in the paper).
+      num_classes: number of classes.
+      dtype: dtype of the arithmetic.
     """
     blocks = tuple(
         ConvBlock(

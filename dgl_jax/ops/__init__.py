@@ -1,10 +1,11 @@
-"""The operations that networks are made of. This is the one door: every other file of the folder is private to it.
+"""Operations that networks are built from; import them from this package, its files are private.
 
 Each operation takes `ops`, the formulation to use:
 
-- `auto`: the fastest known on the platform that a program is lowered for, with gradients of its own. These are of first order and
-  reverse mode only.
-- `xla`: what JAX and XLA give, with automatic differentiation: forward mode and higher derivatives work. Slower on a CPU.
+- `auto`: the fastest on the platform that a program is lowered for. Its custom gradients support
+  reverse mode and first derivatives only.
+- `xla`: the operations of JAX and XLA with automatic differentiation. Forward mode and higher
+  derivatives work; slower on a CPU.
 """
 
 from dgl_jax.ops.batch_norm import BatchNorm

@@ -1,8 +1,9 @@
-"""Batch normalisation, fused with the ReLU behind it, in as few passes over memory as it can be done.
+"""Batch normalization with a fused ReLU, in as few passes over memory as possible.
 
-In training XLA's CPU compiler makes a pass over memory of nearly every operation that flax's layer and its gradient consist of, and
-they were a third of a step of the six-layer CNN (benchmarks/cpu_reference). Written as one function with a custom gradient it is
-two sums and one pass forward, one pass, two sums and a pass back, and nothing is kept but the input.
+XLA's CPU compiler turns nearly every operation of flax's layer and of its gradient into a separate
+pass over memory; in training this took a third of a step of the six-layer CNN
+(benchmarks/cpu_reference). As one function with a custom gradient, the forward pass is two sums and
+one pass, the backward pass is one pass, two sums and one pass, and only the input is stored.
 """
 
 from typing import Any
@@ -16,18 +17,19 @@ from jaxtyping import Array, Float
 
 from dgl_jax.ops.choice import only_xla
 
-MOMENTUM = 0.9  # share of the running averages that a batch leaves
+MOMENTUM = 0.9  # weight of the old running averages in an update
 EPSILON = 1e-5  # added to the variance
 
 
 class BatchNorm(nn.Module):
-    """Normalises over all axes but the last, as `flax.linen.BatchNorm` with the same names of parameters and statistics.
+    """Batch normalization over all axes but the last.
 
-    In training the batch's mean and variance normalise, and the running averages (collection `batch_stats`) move a tenth of
-    the way to them; in evaluation the running averages normalise.
+    Parameters and statistics have the names of `flax.linen.BatchNorm`. Training normalizes with the
+    mean and variance of the batch and moves the running averages (collection `batch_stats`) a tenth
+    of the way to them; evaluation normalizes with the running averages.
 
     Attributes:
-      dtype: of the result; statistics are computed in float32.
+      dtype: dtype of the result; statistics are computed in float32.
       ops: see `dgl_jax.ops`.
     """
 
@@ -43,17 +45,18 @@ class BatchNorm(nn.Module):
         relu: bool = False,
         offset: Float[Array, " C"] | None = None,
     ) -> Float[Array, "B *S C"]:
-        """Normalises x + offset and applies a ReLU if `relu`.
+        """Normalizes x + offset and applies a ReLU if `relu`.
 
         Args:
-          x: features or maps.
-          train: normalise with the batch's statistics and update the running averages.
+          x: features [B, C], maps [B, H, W, C] or tokens [B, T, C].
+          train: normalize with the statistics of the batch and update the running averages.
           relu: apply a ReLU to the result.
-          offset: bias of the layer in front, which must not have added it. In training it only moves the running mean, for the
-            mean that is subtracted would contain it too; its gradient is exactly 0.
+          offset: bias [C] of the preceding layer, which must not have added it. In training it
+            cancels when the mean is subtracted: it only shifts the running mean, and its gradient
+            is exactly 0.
 
         Returns:
-          The normalised values in `dtype`.
+          The normalized values in `dtype`.
         """
         features = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
@@ -78,16 +81,18 @@ def normalize(
     relu: bool,
     ops: str = "auto",
 ) -> tuple[Float[Array, "B *S C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Normalises by the mean and the (biased) variance of the batch, computed in float32.
+    """Normalizes by the mean and the (biased) variance of the batch, computed in float32.
 
     Args:
-      x: features or maps.
-      scale, bias: applied after the normalisation.
+      x: features [B, C], maps [B, H, W, C] or tokens [B, T, C].
+      scale: factor after the normalization, [C].
+      bias: summand after the normalization, [C].
       relu: apply a ReLU to the result.
       ops: see `dgl_jax.ops`.
 
     Returns:
-      The normalised values in the type of `x`, the mean and the variance. No gradient flows through the last two.
+      The normalized values in the dtype of `x`, the mean and the variance. No gradient flows
+      through the mean and the variance.
     """
     if only_xla(ops):
         y, mean, var = _forward(relu, x, scale, bias)[0]
@@ -100,9 +105,8 @@ def _forward(
 ) -> tuple[tuple[Array, Array, Array], Any]:
     wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
     mean = wide.mean(axes)
-    var = jnp.maximum(
-        0.0, jnp.square(wide).mean(axes) - jnp.square(mean)
-    )  # rounding may leave less than 0
+    # Rounding may make the difference slightly negative.
+    var = jnp.maximum(0.0, jnp.square(wide).mean(axes) - jnp.square(mean))
     inverse = lax.rsqrt(var + EPSILON)
     y = _affine(wide, mean, inverse, scale, bias)
     return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
@@ -122,7 +126,8 @@ def _backward(
     count = x.size // x.shape[-1]
     bias_gradient = cotangent.sum(axes)
     scale_gradient = ((cotangent * wide).sum(axes) - mean * bias_gradient) * inverse
-    # A change that shifts all values alike moves the mean, one that spreads them the variance: neither shows in the result.
+    # The output is invariant to shift and scale of x, so that those components of the gradient are
+    # projected out.
     slope = inverse * scale_gradient / count
     factor = inverse * scale
     x_gradient = (
@@ -134,7 +139,8 @@ def _backward(
 
 
 def _affine(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> Array:
-    # Not x - mean first: the compiler would store that map for its several uses instead of computing it again.
+    # Do not compute x - mean first: the compiler would store that map for its several uses instead
+    # of computing it again.
     factor = inverse * scale
     return x * factor + (bias - mean * factor)
 

@@ -1,14 +1,14 @@
-"""The formulations that a caller can choose between."""
+"""Names of the formulations that callers choose between."""
 
 OPS = ("auto", "xla")
 
 
 def only_xla(ops: str) -> bool:
-    """Returns whether an operation must be XLA's own, without a custom gradient.
+    """Returns True if an operation must use XLA alone, without a custom gradient.
 
     Raises:
       ValueError: `ops` is not one of `OPS`.
     """
     if ops not in OPS:
-        raise ValueError(f"ops={ops!r}: there are {', '.join(OPS)}")
+        raise ValueError(f"ops={ops!r}: must be one of {', '.join(OPS)}")
     return ops == "xla"

@@ -1,9 +1,14 @@
-"""Convolution that is fast on the CPU too. The one place that picks its formulation by platform.
+"""Convolution with a formulation per platform.
 
-On GPU and TPU XLA's convolution is used. On the CPU, XLA's 3x3 convolution of 8x8 maps, 128 to 128 channels and a batch of 128
-takes 18 ms, `cpu/winograd.py` 10; and the weight gradients, which XLA computes as a convolution that sums over the whole batch,
-more than 60, and 11 (benchmarks/cpu_reference). With few channels that gradient is one matrix product, and sometimes so are the
-outputs (`cpu/im2col.py`). Elsewhere the gradient is XLA's over chunks of eight images.
+GPU and TPU use XLA's convolution. On a CPU three formulations are faster than XLA's:
+
+- Winograd for 3x3 kernels (`cpu/winograd.py`). For 8x8 maps, 128 input and output channels and a
+  batch of 128, the outputs take 10 ms instead of 18, and the gradient of the kernel, which XLA
+  computes as a convolution that sums over the whole batch, 11 ms instead of more than 60
+  (benchmarks/cpu_reference).
+- One matrix product for the gradient of 3x3 kernels with few input channels, and for the outputs
+  if the output channels are few too (`cpu/im2col.py`).
+- XLA's gradient over chunks of eight images for all other kernels.
 """
 
 from functools import reduce
@@ -18,8 +23,8 @@ from dgl_jax.ops.choice import only_xla
 from dgl_jax.ops.cpu import chunks, im2col, winograd
 
 _AXES = ("NHWC", "HWIO", "NHWC")
-CHUNK = 8  # images, or the next larger number that divides the batch
-_SUM_DTYPE = "float32"  # of the sum over chunks, whatever the type of the kernel
+CHUNK = 8  # chunk size in images (rounded up to a divisor of the batch)
+_SUM_DTYPE = "float32"  # dtype of the sum over chunks for kernels of every dtype
 
 
 def conv_general_dilated(
@@ -34,10 +39,13 @@ def conv_general_dilated(
     """Convolves as `lax.conv_general_dilated` does.
 
     Args:
-      x: maps, with examples along the first axis.
+      x: maps; the first axis is the batch. The other axes are [H, W, C] by default and follow
+        `dimension_numbers` otherwise.
       kernel: weights.
-      strides, padding, options: as `lax.conv_general_dilated` takes them.
+      strides: as for `lax.conv_general_dilated`.
+      padding: as for `lax.conv_general_dilated`.
       ops: see `dgl_jax.ops`.
+      **options: further arguments of `lax.conv_general_dilated`.
 
     Returns:
       The outputs, without a bias.
@@ -82,9 +90,8 @@ def conv_general_dilated(
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        direct = (
-            kernel_gradient if kernel.shape[:2] == (1, 1) else in_chunks
-        )  # a 1x1 kernel's gradient is one matrix product
+        # The gradient of a 1x1 kernel is one matrix product already.
+        direct = kernel_gradient if kernel.shape[:2] == (1, 1) else in_chunks
         return (
             _by_platform(
                 kernel,
@@ -110,7 +117,8 @@ def conv_general_dilated(
 
 
 def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
-    # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
+    # The choice is made when a program is lowered, for the devices of that program (not for the
+    # default device), and the program contains only one branch.
     return (
         elsewhere(*args)
         if cpu is elsewhere
@@ -119,7 +127,7 @@ def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
 
 
 def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Returns whether these arguments describe a 3x3 convolution in float32 that keeps the size of the map."""
+    """Returns True for a 3x3 convolution in float32 that keeps the height and width of the map."""
     plain = all(
         options.get(name) in (None, 1, (1, 1))
         for name in ("lhs_dilation", "rhs_dilation", "feature_group_count")

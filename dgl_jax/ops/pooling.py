@@ -1,6 +1,6 @@
-"""Pooling. The one place that picks its formulation by platform.
+"""Pooling with a formulation per platform.
 
-On GPU and TPU the pooling of flax is used; what a CPU does instead, and how much time that saves, stands in `cpu/pooling.py`.
+GPU and TPU use the pooling of flax; `cpu/pooling.py` holds the formulations for a CPU.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,19 @@ Pool = Callable[[Array], Array]
 def max_pool_2x2(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Array, "B h w C"]:
     """Takes the maximum of each 2x2 window with stride 2, which halves height and width.
 
-    Of equal maxima in one window the first, row by row, gets the gradient.
+    If several values of a window are equal to the maximum, the first one in row-major order
+    receives the gradient.
 
     Args:
       x: maps of even height and width.
       ops: see `dgl_jax.ops`.
 
     Raises:
-      ValueError: an odd height or width.
+      ValueError: the height or the width is odd.
     """
     height, width = x.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(f"2x2 pooling of a {height}x{width} map: both sizes must be even")
+        raise ValueError(f"2x2 pooling of a {height}x{width} map: height and width must be even")
     return _by_platform(
         x,
         ops,
@@ -41,10 +42,11 @@ def max_pool_2x2(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Arra
 
 
 def max_pool_3x3(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Array, "B h w C"]:
-    """Takes the maximum of 3x3 windows with stride 2 and one row and column beyond each edge.
+    """Takes the maximum of 3x3 windows with stride 2 and a padding of 1 at each edge.
 
-    Of equal maxima in one window `reduce_window` gives the gradient to the first and the CPU's formulation shares it.
-    Behind a ReLU, where nearly all ties are zeros, both come to the same: its gradient there is 0.
+    If several values of a window are equal to the maximum, `reduce_window` gives the gradient to
+    the first one, and the CPU formulation splits it among them. After a ReLU both are equivalent:
+    nearly all ties are zeros, where the gradient of the ReLU is 0.
 
     Args:
       x: maps.
@@ -64,18 +66,19 @@ def max_pool_3x3(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Arra
 def adaptive_avg_pool(
     x: Float[Array, "B H W C"], out_size: tuple[int, int], *, ops: str = "auto"
 ) -> Float[Array, "B h w C"]:
-    """Averages a map of any size down (or up) to `out_size`, as PyTorch's AdaptiveAvgPool2d does.
+    """Averages a map of any size to `out_size`, as PyTorch's AdaptiveAvgPool2d does.
 
-    Output i of h averages the inputs floor(i H / h) up to, not including, ceil((i + 1) H / h): neighbouring windows
-    overlap if h does not divide H. Sums are taken in float32.
+    Output row i averages the input rows from floor(i H / h) to ceil((i + 1) H / h), exclusive, and
+    likewise for columns; neighboring windows overlap if h does not divide H. Sums are taken in
+    float32.
 
     Args:
       x: maps.
-      out_size: height and width (h, w) of the result.
+      out_size: height and width (h, w) of the result; larger than the map is allowed.
       ops: see `dgl_jax.ops`.
 
     Returns:
-      The averages in the type of `x`.
+      The averages in the dtype of `x`.
     """
     (height, width), (h, w) = x.shape[1:3], out_size
     if (height, width) == (h, w):
@@ -96,14 +99,15 @@ def adaptive_avg_pool(
 
 
 def _by_platform(x: Array, ops: str, *, cpu: Pool, elsewhere: Pool) -> Array:
-    # Decided when a program is lowered for its devices, whatever the default one: it is compiled with one branch only.
+    # The choice is made when a program is lowered, for the devices of that program (not for the
+    # default device), and the program contains only one branch.
     return (
         elsewhere(x) if only_xla(ops) else jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
     )
 
 
 def _averages(size: int, out: int) -> np.ndarray:
-    """Returns the (out, size) matrix whose row i averages the i-th window."""
+    """Returns the matrix [out, size] whose row i averages the i-th window."""
     matrix = np.zeros((out, size), np.float32)
     for i in range(out):
         start, stop = i * size // out, -(-(i + 1) * size // out)

@@ -1,1 +1,1 @@
-"""Counts and measures what the parts of a run cost: operations, time, memory."""
+"""Costs of blocks and modules: floating-point operations, time and memory."""

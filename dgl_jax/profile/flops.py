@@ -1,9 +1,10 @@
-"""Counts floating-point operations in traced programs: the same on every backend, as nothing is lowered or compiled.
+"""Counts of floating-point operations in traced programs.
 
-Counted are convolutions and dot products, two operations a multiply-add, at every place of the
-output: as in published numbers, the zeros beyond the edge of a padded map are multiplied as well.
-Elementwise operations, sums and pooling by windows count as nothing, and so do custom calls. Of a
-choice by platform the `default` counts, which every accelerator takes.
+Nothing is lowered or compiled, so the counts are the same on every backend. They include
+convolutions and dot products, with two operations per multiply-add at every position of the output:
+as in published numbers, multiplications with the zeros of a padded edge count too. Elementwise
+operations, sums, pooling and custom calls count as zero. Of a choice by platform, the `default`
+branch counts, which every accelerator uses.
 """
 
 import math
@@ -21,63 +22,66 @@ from dgl_jax.spec import TrainSpec
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Counts the operations of a call.
+    """Counts the floating-point operations of a function call.
 
     Args:
-      arguments: pytrees of arrays, or of their shapes and dtypes.
+      function: a function that JAX can trace.
+      *arguments: pytrees of arrays, or of their shapes and dtypes.
 
     Returns:
-      Floating-point operations, and shapes and dtypes of what the function returns.
+      The number of operations, and the shapes and dtypes of the results.
     """
     traced, returned = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return 2.0 * _multiply_adds(traced.jaxpr), returned
 
 
 def _multiply_adds(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum(_equation_multiply_adds(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _equation_multiply_adds(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        # Axes of the kernel: output features, then input features of one group, and space.
+        # Axes of the kernel: output features, input features of one group, spatial axes.
         _, *taps = params["dimension_numbers"].rhs_spec
         kernel = equation.invars[1].aval.shape
-        # A transposed convolution writes zeros between its inputs: only each n-th tap meets a number.
+        # A transposed convolution inserts zeros between its inputs (lhs_dilation); taps that meet
+        # these zeros do not count.
         return (
             _size(equation.outvars[0])
             * math.prod(kernel[axis] for axis in taps)
             // math.prod(params["lhs_dilation"])
         )
     if name == "scan":
-        return params["length"] * _multiply_adds(_open(params["jaxpr"]))
+        return params["length"] * _multiply_adds(_without_constants(params["jaxpr"]))
     if name == "cond":
-        branches = [_multiply_adds(_open(branch)) for branch in params["branches"]]
+        branches = [_multiply_adds(_without_constants(branch)) for branch in params["branches"]]
         platforms = params.get("branches_platforms")
         return (
             branches[list(platforms).index(None)]
             if platforms and None in platforms
             else max(branches)
         )
-    # Calls: jit, remat, custom gradients (the function, not the gradient). How often a `while` turns only its data know: its
-    # condition and its body count once. A loop with a number of turns known while tracing is a scan.
-    return sum(map(_multiply_adds, _inner(params)))
+    # Calls: jit, remat and custom gradients (which contain the function, not the gradient). The
+    # iterations of a `while` depend on its data, so condition and body count once; a loop whose
+    # number of iterations is known while tracing is a scan.
+    return sum(map(_multiply_adds, _nested_jaxprs(params)))
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """Yields the jaxprs among an equation's parameters."""
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_open(one), "eqns"):
-                yield _open(one)
+        for entry in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(_without_constants(entry), "eqns"):
+                yield _without_constants(entry)
 
 
-def _open(jaxpr: Any) -> Any:
-    """Returns a jaxpr without its constants; JAX has it with and without, by version."""
+def _without_constants(jaxpr: Any) -> Any:
+    """Returns the jaxpr of a closed jaxpr; which of the two JAX stores depends on its version."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -86,36 +90,33 @@ def _size(variable: Any) -> int:
 
 
 def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
-    """Counts the floating-point operations of each module's forward pass on a batch; see `flops.py`.
+    """Counts the floating-point operations of each module's forward pass on one batch.
 
     Returns:
-      Of each module: those of its body, and of its objective (0 without one).
+      For each module, the operations of its body and of its objective (0 without an objective).
     """
-    found, x = [], spec.inputs()
+    operations_by_module, x = [], spec.inputs()
     for module in spec.modules:
         body = 0.0
         for block in module.blocks:
             operations, x = forward_flops(block, x.shape, x.dtype)
             body += operations
-        found.append(
-            (
-                body,
-                0.0
-                if module.objective is None
-                else forward_flops(module.objective, x.shape, x.dtype)[0],
-            )
-        )
-    return found
+        objective = 0.0
+        if module.objective is not None:
+            objective, _ = forward_flops(module.objective, x.shape, x.dtype)
+        operations_by_module.append((body, objective))
+    return operations_by_module
 
 
 class Blocks(NamedTuple):
-    """A network before it is cut.
+    """Network before it is cut into modules.
 
     Attributes:
-      blocks: in their order.
-      heads: of each block the head that a module ending there would have, None if it would have none; the last is the classifier.
+      blocks: all blocks, in order.
+      heads: for each block, the head (or objective) of a module that ended with this block, or None
+        if it would have none; the last one is the classifier.
       inputs: shape and dtype of a batch of network inputs.
-      label: shape of the label of an example.
+      label: shape of the label of one example.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -125,7 +126,10 @@ class Blocks(NamedTuple):
 
 
 def block_flops(network: Blocks) -> BlockCosts:
-    """Counts the floating-point operations of each block and head: they do not depend on where a network is cut."""
+    """Counts the floating-point operations of each block and head on one batch.
+
+    They do not depend on the cuts: `first` and `inner` are equal.
+    """
     body, head, x = [], [], network.inputs
     for block, end in zip(network.blocks, network.heads, strict=True):
         operations, x = forward_flops(block, x.shape, x.dtype)
@@ -138,15 +142,24 @@ def block_flops(network: Blocks) -> BlockCosts:
 def forward_flops(
     layer: nn.Module, shape: tuple[int, ...], dtype: Any
 ) -> tuple[float, jax.ShapeDtypeStruct]:
-    """Counts the operations of a block, or of what an objective answers; also the shape of what it returns."""
+    """Counts the operations of a block's forward pass, or of an objective's prediction.
+
+    Args:
+      layer: a block, head or objective.
+      shape: shape of the inputs, [B, ...].
+      dtype: dtype of the inputs.
+
+    Returns:
+      The number of operations, and shape and dtype of the result.
+    """
     x = jax.ShapeDtypeStruct(shape, dtype)
-    answers = isinstance(layer, Objective)
-    arguments: tuple[Any, ...] = (x, {}) if answers else (x,)
-    how: dict[str, Any] = {"method": "predict"} if answers else {}
+    predicts = isinstance(layer, Objective)
+    arguments: tuple[Any, ...] = (x, {}) if predicts else (x,)
+    method: dict[str, Any] = {"method": "predict"} if predicts else {}
     variables = jax.eval_shape(
-        lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **how)
+        lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **method)
     )
     operations, out = count(
-        lambda v, *given: layer.apply(v, *given, train=False, **how), variables, *arguments
+        lambda v, *inputs: layer.apply(v, *inputs, train=False, **method), variables, *arguments
     )
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)

@@ -1,4 +1,4 @@
-"""Reads the memory that XLA plans for the programs of modules."""
+"""Memory of the modules' programs, as planned by XLA."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,30 +13,32 @@ from dgl_jax.types import Inbox, Message, nbytes
 
 @dataclass(frozen=True)
 class ProgramMemory:
-    """Bytes that the compiled program of a module needs, as XLA plans it.
+    """Memory of a module's compiled program in bytes, as planned by XLA.
 
     Attributes:
-      arguments: the module's state, and the packet (or batch) it works on.
-      temporary: scratch.
-      added: outputs that do not lie in the donated state: the packet for the next module, the metrics.
-      packet: of one packet (or batch) at the entrance; one is among the arguments.
+      arguments: the module's state, and the message (or batch) that it reads.
+      temporary: temporary buffers.
+      added: outputs that do not reuse the donated state: the message for the next module and the
+        metrics.
     """
 
     arguments: int
     temporary: int
     added: int
-    packet: int
+    packet: int  # one message (or batch) at the module's entrance; `arguments` includes one
 
 
 def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
-    """Compiles the program of each module for the default device; runs nothing.
+    """Compiles each module's program for the default device, without running it.
 
-    None where XLA does not tell its plans, or modules cannot be run by themselves.
+    Returns:
+      One entry per module; None if XLA does not report its plan, or if the method's modules cannot
+      run alone.
     """
     if not steps_alone(spec):
         return None
     incoming: Any = spec.batch()
-    found = []
+    programs = []
     for k, state in enumerate(spec.abstract_states()):
         if k:
             incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
@@ -48,8 +50,8 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
         plan = system.program_plan(lowered.compile())
         if plan is None:
             return None
-        packet = nbytes((incoming.payload if k else incoming.inputs, spec.context(k)))
-        found.append(
-            ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, packet)
+        message = nbytes((incoming.payload if k else incoming.inputs, spec.context(k)))
+        programs.append(
+            ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, message)
         )
-    return found
+    return programs

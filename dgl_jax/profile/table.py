@@ -1,4 +1,4 @@
-"""Makes the table of what each module costs."""
+"""Table of the costs of each module, for logs and the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,15 +12,22 @@ from dgl_jax.types import nbytes
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """A row of the table.
+    """Costs of one module: a row of the table.
 
     Attributes:
-      first_block, blocks: where the module begins in the network, and how many blocks it has.
-      parameters, body_parameters: with and without the head.
-      body_gflops, head_gflops: of the forward pass, an image; two operations a multiply-add of convolutions and dot products.
-      activation_bytes: handed on, an image; None where nothing is.
-      wire_bytes: the same as it is sent: encoded, with label, id and a share of the codebooks.
-      share: of the tick, which lasts as long as the slowest module's turn.
+      name: name of the module, such as "module_0".
+      first_block: index of the module's first block in the network.
+      blocks: number of blocks.
+      parameters: number of parameters, including the head.
+      body_parameters: number of parameters without the head.
+      body_gflops: 10^9 operations of the body's forward pass per image, see `flops.py`.
+      head_gflops: 10^9 operations of the head's forward pass per image.
+      activation_bytes: bytes per image of the activations for the next module; None if the module
+        sends nothing.
+      wire_bytes: bytes per image that are sent: encoded activations, context and a share of the
+        codebooks; None if the module sends nothing.
+      share: duration of the module's turn relative to the tick, which lasts as long as the turn of
+        the slowest module.
     """
 
     name: str
@@ -36,25 +43,31 @@ class ModuleCost:
 
 
 def module_costs(spec: TrainSpec, seconds: Sequence[float] = ()) -> list[ModuleCost]:
-    """Makes the rows of the table; `seconds` of each module's turn give its share of the tick, without them the operations do."""
+    """Computes the rows of the table.
+
+    Args:
+      spec: the training run.
+      seconds: duration of each module's turn, for its share of the tick; if empty, the share
+        follows from the floating-point operations.
+    """
     operations = module_flops(spec)
     turns = seconds or [body + head for body, head in operations]
     if not any(turns):
-        turns = [1.0] * len(turns)  # a network without convolutions and products
+        turns = [1.0] * len(turns)  # a network without convolutions and dot products
     traffic = spec.traffic() if spec.method.sends else None
     rows = []
     for k, (module, state, (body, head)) in enumerate(
         zip(spec.modules, spec.abstract_states(), operations)
     ):
         sends = traffic is not None and k + 1 < len(spec.modules)
-        own = dataclasses.replace(state, params=state.params["body"])
+        body_state = dataclasses.replace(state, params=state.params["body"])
         rows.append(
             ModuleCost(
                 module.name,
                 module.first,
                 len(module.blocks),
                 count_parameters(state),
-                count_parameters(own),
+                count_parameters(body_state),
                 body / spec.batch_size / 1e9,
                 head / spec.batch_size / 1e9,
                 nbytes(spec.hops[k].activations) / spec.batch_size if sends else None,
@@ -66,7 +79,7 @@ def module_costs(spec: TrainSpec, seconds: Sequence[float] = ()) -> list[ModuleC
 
 
 def table(rows: Sequence[ModuleCost]) -> list[str]:
-    """The rows as aligned lines of text, under a heading."""
+    """Formats rows as aligned lines of text below a heading."""
     small = max(row.body_gflops for row in rows) < 0.01
     unit, scale = ("MFLOP", 1e3) if small else ("GFLOP", 1.0)
     cells = [
@@ -103,7 +116,7 @@ def table(rows: Sequence[ModuleCost]) -> list[str]:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Formats cells as lines; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])

@@ -1,4 +1,4 @@
-"""Counts the operations of modules, measures their time and reads the memory that XLA plans; and makes the table of it."""
+"""Measurements of the time that blocks and heads take in training."""
 
 import dataclasses
 import logging
@@ -27,20 +27,30 @@ _LOG = logging.getLogger(__name__)
 
 
 class Elapsed(NamedTuple):
-    """Of one call of a program: seconds, alone; and processor seconds of the host, beside as many others as was asked for."""
+    """Time of one program call.
+
+    Attributes:
+      seconds: wall time in seconds, when the program runs alone.
+      processor: CPU time of the host in seconds, when `company` copies run at once; see `clocked`.
+    """
 
     seconds: float
     processor: float
 
 
 class BlockTimes(NamedTuple):
-    """What blocks and heads take in training: seconds, and processor seconds of the host."""
+    """Times of all blocks and heads in training.
+
+    Attributes:
+      seconds: wall times in seconds.
+      processor: CPU times of the host in seconds.
+    """
 
     seconds: BlockCosts
     processor: BlockCosts
 
 
-_IN_A_ROW = 2
+_CALLS_IN_FLIGHT = 2
 
 
 def clocked(
@@ -50,38 +60,46 @@ def clocked(
     repeats: int,
     company: int = 1,
 ) -> tuple[Elapsed, tuple[Any, ...]]:
-    """What a call takes, the median over pairs of calls after a pair that may compile; and what the last call gave.
+    """Measures the time of a program call as the median over pairs of calls.
 
-    The second of a pair is dispatched while the first is under way, as the engines do.
+    The second call of a pair is dispatched while the first is in flight, as the engines do. A first
+    pair, which may compile, is not measured.
 
     Args:
-      program: gives a tuple that begins with the next `state`; may take over (donate) the one it is given.
-      company: programs that will work at once on the processors of a host. A CPU program that finds idle processors spreads over
-        them and takes more of their time than where all are busy, so that is measured with so many copies of the program at work.
+      program: returns a tuple that starts with the next `state`; may donate its `state` argument.
+      state: the first state.
+      *inputs: further arguments of every call.
+      repeats: number of measured pairs.
+      company: number of programs that share the host's CPU cores in the run to be predicted. A CPU
+        program spreads over idle cores and then takes more CPU time than on a busy host, so CPU
+        time is measured with this many copies of the program running at once.
+
+    Returns:
+      The time of one call, and the results of the last call.
     """
     walls, processors = [], []
     results: tuple[Any, ...] = (state,)
     jax.block_until_ready((state, inputs))
     for _ in range(repeats + 1):
         wall, processor = time.perf_counter(), time.process_time()
-        for _ in range(_IN_A_ROW):
+        for _ in range(_CALLS_IN_FLIGHT):
             results = program(results[0], *inputs)
         jax.block_until_ready(results)
-        processors.append((time.process_time() - processor) / _IN_A_ROW)
-        walls.append((time.perf_counter() - wall) / _IN_A_ROW)
+        processors.append((time.process_time() - processor) / _CALLS_IN_FLIGHT)
+        walls.append((time.perf_counter() - wall) / _CALLS_IN_FLIGHT)
     alone = statistics.median(processors[1:])
-    busy = _crowded(program, results[0], inputs, repeats, company) if company > 1 else alone
+    busy = _busy_cpu_time(program, results[0], inputs, repeats, company) if company > 1 else alone
     return Elapsed(statistics.median(walls[1:]), busy), results
 
 
-def _crowded(
+def _busy_cpu_time(
     program: Callable[..., tuple[Any, ...]],
     state: Any,
     inputs: Sequence[Any],
     calls: int,
     company: int,
 ) -> float:
-    """Processor seconds a call while `company` of them are under way at once, each chain of calls from a thread of its own."""
+    """Measures the CPU seconds per call while `company` threads call the program at once."""
     states = [jax.tree.map(jnp.copy, state) for _ in range(company)]
 
     def chain(number: int) -> None:
@@ -92,7 +110,7 @@ def _crowded(
     jax.block_until_ready(states)
     with ThreadPoolExecutor(company) as threads:
         before = time.process_time()
-        list(threads.map(chain, range(company)))  # so that an error in a thread is one here
+        list(threads.map(chain, range(company)))  # the list raises the errors of the threads
         return (time.process_time() - before) / (calls * company)
 
 
@@ -103,16 +121,22 @@ def block_times(
     repeats: int = 7,
     company: int = 1,
 ) -> BlockTimes:
-    """Measures every block's part of a local step and every head's, by itself.
+    """Measures each block and head alone, as a part of a local step.
 
-    A block: forward, backward and update of its parameters, with or (as the first of a module) without the gradient of its inputs.
-    A head: the same, with the loss. Equal layers on equal shapes are measured once. Compiling takes most of the time.
+    The program of a block is forward pass, backward pass and parameter update, with or (for the
+    first block of a module) without the gradient with respect to the inputs. The program of a head
+    also computes the loss. Equal layers with equal input shapes are measured once. Most of the time
+    is spent compiling.
 
     Args:
+      network: the network before it is cut.
+      optimizer: the optimizer of all modules.
+      device: the device to measure on.
+      repeats: see `clocked`.
       company: see `clocked`.
 
     Raises:
-      UserError: a program would take more memory than is free before the first one runs.
+      UserError: a program needs more memory than was free at the start.
     """
     measured: dict[Any, Elapsed] = {}
     free = system.device_memory(device).free
@@ -124,17 +148,21 @@ def block_times(
             return Elapsed(0.0, 0.0)
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
-            program, shapes = _alone(layer, is_head, x, inner, optimizer, network)
+            program, shapes = _compile_alone(layer, is_head, x, inner, optimizer, network)
             needed = _needed(program, company)
             if free is not None and needed is not None and needed > free:
                 raise UserError(
-                    f"config.data.batch_size={network.inputs.shape[0]}: to measure a {type(layer).__name__} on inputs of "
-                    f"{' x '.join(map(str, x.shape))} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-                    "a smaller batch may fit, and --mode=plan takes --block_times that were measured elsewhere"
+                    f"config.data.batch_size={network.inputs.shape[0]}: measuring a "
+                    f"{type(layer).__name__} on inputs of {' x '.join(map(str, x.shape))} would "
+                    f"take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a smaller "
+                    "batch may fit, and --mode=plan accepts --block_times measured elsewhere"
                 )
-            # Where it is put says where it runs, in other threads too.
+            # Committed arrays select the device of the program, in other threads too.
             measured[key], _ = clocked(
-                program, *jax.device_put(_drawn(shapes), device), repeats=repeats, company=company
+                program,
+                *jax.device_put(_random_arrays(shapes), device),
+                repeats=repeats,
+                company=company,
             )
         return measured[key]
 
@@ -142,19 +170,18 @@ def block_times(
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
         known = len(measured)
         first.append(once(block, False, x, inner=False))
-        inner.append(
-            once(block, False, x) if number else first[0]
-        )  # nothing is in front of the first block
+        # The first block of the network is the first one of its module, however it is cut.
+        inner.append(once(block, False, x) if number else first[0])
         _, x = forward_flops(block, x.shape, x.dtype)
         head.append(once(end, True, x))
         if len(measured) > known:
-            body, with_head = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
+            block_ms, head_ms = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
             _LOG.info(
                 "block %d of %d: %.4g ms, its head %.4g ms",
                 number,
                 len(network.blocks),
-                body,
-                with_head,
+                block_ms,
+                head_ms,
             )
     rows = first, inner, head
     return BlockTimes(
@@ -162,7 +189,7 @@ def block_times(
     )
 
 
-def _alone(
+def _compile_alone(
     layer: nn.Module,
     is_head: bool,
     x: jax.ShapeDtypeStruct,
@@ -170,13 +197,14 @@ def _alone(
     optimizer: optax.GradientTransformation,
     network: Blocks,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Compiles the program of a block or objective by itself.
+    """Compiles the program of a single block or objective.
 
     Args:
-      network: its inputs and labels an objective may read.
+      network: the whole network; an objective may read its inputs and labels.
 
     Returns:
-      The program, and the shapes of what it takes: state, inputs, and a cotangent or the context.
+      The program, and the shapes of its arguments: the state, the inputs, and a cotangent (block)
+      or the context (objective).
     """
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
     ids, label = (
@@ -184,25 +212,26 @@ def _alone(
     )
     context = {"id": ids, "label": label, "image": network.inputs}
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
-    given: Any = forward_flops(layer, x.shape, x.dtype)[1]
+    extra: Any = forward_flops(layer, x.shape, x.dtype)[1]
     if module.objective is not None:
-        given = {name: context[name] for name in module.objective.needs}
+        extra = {name: context[name] for name in module.objective.needs}
 
-    def program(state: ModuleState, inputs: Array, given: Any) -> tuple[Any, ...]:
+    def program(state: ModuleState, inputs: Array, extra: Any) -> tuple[Any, ...]:
         if is_head:
-            state, of_inputs, metrics = loss_step(module, optimizer, state, inputs, given)
-            return state, metrics, of_inputs
-        state, outputs, of_inputs = backward_step(module, optimizer, state, inputs, given)
-        return state, outputs, of_inputs if inner else None
+            state, inputs_gradient, metrics = loss_step(module, optimizer, state, inputs, extra)
+            return state, metrics, inputs_gradient
+        state, outputs, inputs_gradient = backward_step(module, optimizer, state, inputs, extra)
+        return state, outputs, inputs_gradient if inner else None
 
-    shapes = state, x, given
+    shapes = state, x, extra
     return jax.jit(program, donate_argnums=0).lower(*shapes).compile(), shapes
 
 
-def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
-    """Generic numbers of these shapes.
+def _random_arrays(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
+    """Creates random arrays of the given shapes with NumPy.
 
-    Drawn by NumPy, as what the arrays hold matters to no clock: a proper start would take longer to compile than the step.
+    The values do not matter for the time, and compiling the real initializers would take longer
+    than compiling the step.
     """
 
     def draw(leaf: jax.ShapeDtypeStruct) -> Array:
@@ -212,14 +241,17 @@ def _drawn(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
         values *= 0.1
         return jnp.asarray(values, leaf.dtype)
 
-    state, inputs, given = shapes
+    state, inputs, extra = shapes
     without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), without_key)
     state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=rngs.root(0))
-    return state, draw(inputs), jax.tree.map(draw, given)
+    return state, draw(inputs), jax.tree.map(draw, extra)
 
 
 def _needed(program: Any, company: int) -> int | None:
-    """Returns the bytes that copies of a compiled program need, which share its arguments; None where unknown."""
+    """Returns the bytes that `company` copies of a program need if they share its arguments.
+
+    Returns None if the plan of the program is unknown.
+    """
     plan = system.program_plan(program)
     return None if plan is None else plan.arguments + company * (plan.temporary + plan.outputs)

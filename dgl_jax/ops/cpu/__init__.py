@@ -1,1 +1,1 @@
-"""Formulations that are fast on a CPU, chosen by the files of `dgl_jax.ops` and used by nobody else."""
+"""Formulations that are fast on a CPU; only the files of `dgl_jax.ops` use them."""

@@ -1,4 +1,4 @@
-"""Works on a batch in chunks of a few images, whose temporary arrays stay in a core's cache."""
+"""Loops over a batch in chunks of a few images, whose temporary arrays stay in a core's cache."""
 
 from collections.abc import Callable
 
@@ -9,32 +9,34 @@ from jaxtyping import Array, Shaped
 
 
 def chunk_size(batch: int, least: int) -> int:
-    """Returns the smallest number of images, `least` or more, that divides the batch; or the whole batch."""
+    """Returns the smallest divisor of `batch` that is >= `least`, or `batch` if there is none."""
     return next((n for n in range(max(1, least), batch) if batch % n == 0), batch)
 
 
 def chunk(x: Shaped[Array, "B ..."], size: int, i: Array | int) -> Shaped[Array, "size ..."]:
     """Returns the images of chunk `i`.
 
-    They come from all over the batch, so that a batch that is split among devices gives chunks that are split alike.
+    The images are spread evenly over the batch, so that a chunk of a batch that is split among
+    devices is split the same way.
     """
     return lax.dynamic_index_in_dim(x.reshape(size, -1, *x.shape[1:]), i, 1, keepdims=False)
 
 
 def sum_chunks(function: Callable[..., Array], size: int, *arrays: Shaped[Array, "B ..."]) -> Array:
-    """Sums the results of a function over all chunks.
+    """Sums `function(*chunk)` over all chunks of a batch, in a loop.
 
     Args:
-      function: takes a chunk of each array. XLA's convolutions are slow in it (100 times).
-      size: images of a chunk, from `chunk_size`.
-      arrays: the batch.
+      function: takes a chunk of each array. It must not call `lax.conv_general_dilated`, which is
+        about 100 times slower inside a loop on XLA:CPU.
+      size: images per chunk, from `chunk_size`.
+      arrays: arrays of the batch, [B, ...].
     """
     if size == len(arrays[0]):
         return function(*arrays)
 
     def one(i: Array, total: Array) -> Array:
-        # Not a chunk of an array grouped once, in front of the loop: XLA would fuse that with what made the array, which could
-        # then not take the place of its inputs (benchmarks/memory).
+        # Slice inside the loop: reshaping beforehand lets XLA fuse the reshape into the producer of
+        # the array and prevents in-place reuse of the producer's buffer (benchmarks/memory).
         return total + function(*(chunk(x, size, i) for x in arrays))
 
     like = jax.eval_shape(lambda *arrays: function(*(chunk(x, size, 0) for x in arrays)), *arrays)
@@ -44,11 +46,11 @@ def sum_chunks(function: Callable[..., Array], size: int, *arrays: Shaped[Array,
 def map_chunks(
     function: Callable[[Array], Array], size: int, x: Shaped[Array, "B ..."]
 ) -> Shaped[Array, "B ..."]:
-    """Applies a function to all chunks and puts its results together in the order of the batch.
+    """Applies a function to all chunks and returns its results in the order of the batch.
 
     Args:
-      function: takes a chunk and returns a result for each of its images.
-      size: images of a chunk, from `chunk_size`.
+      function: takes a chunk and returns an array with a row per image.
+      size: images per chunk, from `chunk_size`.
       x: the batch.
     """
     if size == len(x):

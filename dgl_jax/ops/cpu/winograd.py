@@ -1,8 +1,15 @@
-"""Computes 3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3) (Lavin and Gray 2016), for a CPU.
+"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), for a CPU.
 
-The map is cut into overlapping tiles of 6x6, the kernel and each tile are transformed, and 36 matrix products of
-transformed tiles with transformed kernels give transformed tiles of 4x4. Rounding errors are about six times those of the
-direct sum: 1e-6 of an output's standard deviation (root mean square).
+See Lavin and Gray 2016. The map is cut into overlapping tiles of 6x6, the kernel and each tile are
+transformed, and 36 matrix products of transformed tiles with transformed kernels yield the
+transforms of the 4x4 output tiles:
+
+    x        -> tiles 6x6 -> _INPUT  -\
+                                       * (36 matrix products) -> _OUTPUT -> tiles 4x4 -> y
+    kernel                -> _KERNEL -/
+
+Rounding errors are about six times as large as in the direct sum: 1e-6 (root mean square) of the
+standard deviation of an output.
 """
 
 from collections.abc import Sequence
@@ -16,21 +23,22 @@ from jaxtyping import Array, Float
 
 from dgl_jax.ops.cpu import chunks
 
-_OUT, _IN = 4, 6  # side of a tile of the result and of the input
-_TILES = 128  # tiles of one chunk, which stay in a core's cache
-_CHANNELS = 32
+_OUT, _IN = 4, 6  # side length of an output tile and of an input tile
+_TILES = 128  # tiles per chunk; they fit into a core's cache
+_CHANNELS = 32  # smallest number of input and output channels for which Winograd is faster
 Matrix = Sequence[Sequence[float]]
 
 
 def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
-    """Returns the transforms of input, kernel and output for these points and infinity (Toom and Cook).
+    """Returns the Toom-Cook transforms of input, kernel and output for `points` and infinity.
 
-    Each row (of the output's: each column) belongs to a point. Both factors of a product of polynomials are evaluated there, and
-    Lagrange's polynomials make the product from its values.
+    Each row of the input and kernel transforms, and each column of the output transform, belongs to
+    a point. The method evaluates two polynomials at the points, multiplies the values, and
+    interpolates the product with Lagrange polynomials; a convolution is the transpose of that.
     """
 
     def from_roots(roots: Sequence[Fraction]) -> list[Fraction]:
-        """Returns the coefficients, the constant one first, of the product of all x - root."""
+        """Returns the coefficients of the product of all (x - root), starting with the constant."""
         product = [Fraction(1)]
         for root in roots:
             product = [
@@ -50,33 +58,33 @@ def _matrices(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
     )  # type: ignore[return-value]
 
 
-# Of the points tried these have the smallest errors, a fifth of those of 0, 1, -1, 2, -2.
+# These points have the smallest rounding errors of all tried, a fifth of the errors of the usual
+# points 0, 1, -1, 2, -2.
 _INPUT, _KERNEL, _OUTPUT = _matrices(
     [Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)]
 )
 
 
 def fits(x: Array, kernel: Array) -> bool:
-    """Returns whether this pays for a 3x3 convolution of stride 1 in float32, which takes enough channels and tiles."""
+    """Returns True if there are enough channels and tiles for Winograd to be the fastest."""
     if min(kernel.shape[2:]) < _CHANNELS or min(x.shape[1:3]) < _OUT:
         return False
-    return (
-        isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES
-    )  # a program for any batch has no number there
+    # The batch size of a program exported for any batch is symbolic, not an integer.
+    return isinstance(x.shape[0], int) and len(x) * _tiles(x) >= _TILES
 
 
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]
 ) -> Float[Array, "B H W F"]:
-    """Convolves with stride 1, without a flip, with one row and column of zeros beyond each edge."""
+    """Computes the convolution (no flip) with stride 1 and a zero padding of 1."""
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
-    weights = _both(_KERNEL, kernel, 0).reshape(-1, channels, features)
+    weights = _transform_both(_KERNEL, kernel, 0).reshape(-1, channels, features)
 
     def one(x: Array) -> Array:
         tiles = _input_tiles(x)
         products = _product(tiles.reshape(_IN * _IN, -1, channels), weights, 2, 1)
-        return _joined(products.reshape(*tiles.shape[:-1], features))[:, :height, :width]
+        return _join_tiles(products.reshape(*tiles.shape[:-1], features))[:, :height, :width]
 
     return chunks.map_chunks(one, _chunk_size(x), x)
 
@@ -84,26 +92,30 @@ def convolve(
 def input_gradient(
     kernel: Float[Array, "3 3 C F"], cotangent: Float[Array, "B H W F"]
 ) -> Float[Array, "B H W C"]:
-    """Computes the gradient of `convolve` by its input: the convolution with the kernel turned around."""
+    """Computes the gradient of `convolve` with respect to its input.
+
+    It is the convolution with the kernel rotated by 180 degrees and its channels swapped.
+    """
     return convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
 def kernel_gradient(
     x: Float[Array, "B H W C"], cotangent: Float[Array, "B H W F"]
 ) -> Float[Array, "3 3 C F"]:
-    """Computes the gradient of `convolve` by its kernel."""
+    """Computes the gradient of `convolve` with respect to its kernel."""
     channels, features = x.shape[-1], cotangent.shape[-1]
 
     def one(x: Array, cotangent: Array) -> Array:
         tiles = _input_tiles(x).reshape(_IN * _IN, -1, channels)
         products = _product(tiles, _output_tiles(cotangent).reshape(_IN * _IN, -1, features), 1, 1)
-        return _both(_transposed(_KERNEL), products.reshape(_IN, _IN, channels, features), 0)
+        products = products.reshape(_IN, _IN, channels, features)
+        return _transform_both(_transposed(_KERNEL), products, 0)
 
     return chunks.sum_chunks(one, _chunk_size(x), x, cotangent)
 
 
 def _chunk_size(x: Array) -> int:
-    """Returns the smallest number of images that have enough tiles."""
+    """Returns the images per chunk: the fewest that have `_TILES` tiles."""
     return chunks.chunk_size(len(x), -(-_TILES // _tiles(x)))
 
 
@@ -112,6 +124,7 @@ def _tiles(x: Array) -> int:
 
 
 def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
+    """Cuts maps into overlapping 6x6 tiles and transforms them."""
     height, width = (-(-size // _OUT) for size in x.shape[1:3])
     edges = [
         (0, 0),
@@ -124,7 +137,7 @@ def _input_tiles(x: Float[Array, "B H W C"]) -> Float[Array, "6 6 B h w C"]:
 
 
 def _output_tiles(y: Float[Array, "B H W F"]) -> Float[Array, "6 6 B h w F"]:
-    """Computes the adjoint of `_joined`."""
+    """Cuts cotangents into 4x4 tiles and transforms them: the adjoint of `_join_tiles`."""
     height, width = (-(-size // _OUT) for size in y.shape[1:3])
     padded = jnp.pad(
         y,
@@ -134,7 +147,8 @@ def _output_tiles(y: Float[Array, "B H W F"]) -> Float[Array, "6 6 B h w F"]:
     return _stacked(_transposed(_OUTPUT), _strided(rows, 3, _OUT, width), 1)
 
 
-def _joined(tiles: Float[Array, "6 6 B h w F"]) -> Float[Array, "B H W F"]:
+def _join_tiles(tiles: Float[Array, "6 6 B h w F"]) -> Float[Array, "B H W F"]:
+    """Transforms the products back to 4x4 output tiles and joins the tiles to maps."""
     rows = _combined(_OUTPUT, [*tiles])
     parts = [_combined(_OUTPUT, [*row]) for row in rows]
     y = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2)
@@ -142,8 +156,8 @@ def _joined(tiles: Float[Array, "6 6 B h w F"]) -> Float[Array, "B H W F"]:
     return y.reshape(batch, height * _OUT, width * _OUT, features)
 
 
-def _both(matrix: Matrix, x: Array, axis: int) -> Array:
-    """Applies the matrix to `axis` and to the one behind it."""
+def _transform_both(matrix: Matrix, x: Array, axis: int) -> Array:
+    """Multiplies the matrix along `axis` and along the axis after it."""
     rows = _stacked(
         matrix, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis
     )
@@ -155,7 +169,7 @@ def _both(matrix: Matrix, x: Array, axis: int) -> Array:
 
 
 def _strided(x: Array, axis: int, count: int, tiles: int) -> list[Array]:
-    """Returns places 0, 1, ... of each tile along an axis."""
+    """Returns the values at positions 0, 1, ..., count - 1 of all tiles along an axis."""
     return [lax.slice_in_dim(x, i, i + _OUT * (tiles - 1) + 1, _OUT, axis) for i in range(count)]
 
 
@@ -164,7 +178,10 @@ def _stacked(matrix: Matrix, parts: Sequence[Array], axis: int) -> Array:
 
 
 def _combined(matrix: Matrix, parts: Sequence[Array]) -> list[Array]:
-    """Multiplies the matrix with the parts, leaving out terms that are 0: sums of a few arrays are faster than a 6x6 product."""
+    """Multiplies the matrix with a list of arrays, leaving out the terms with a factor of 0.
+
+    Sums of a few arrays are faster than a 6x6 matrix product.
+    """
     return [
         reduce(jnp.add, (p if c == 1 else c * p for c, p in zip(row, parts, strict=True) if c))
         for row in matrix
