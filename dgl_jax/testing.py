@@ -80,8 +80,12 @@ def check_objective(**groups: Any) -> None:
     }
 
     def loss_of(params: Any, inputs: jax.Array) -> Any:
-        features, _ = module.apply_body(params, state.batch_stats, inputs, train=True)
-        return module.apply_objective(params, state.batch_stats, features, context, train=True)[0]
+        features, _, collected = module.apply_body_and_collect(
+            params, state.batch_stats, inputs, train=True
+        )
+        return module.apply_objective(
+            params, state.batch_stats, features, context, collected, train=True
+        )[0]
 
     local = jax.jit(loss_of)(state.params, inputs)
     assert local.loss.shape == (), f"the loss has shape {local.loss.shape}, but must be a scalar"

@@ -114,8 +114,10 @@ def test_operations_are_the_same_as_anywhere(monkeypatch):
         with monkeypatch.context() as patch:
             behave(patch, answer)
             flops.forward_flops.cache_clear()
+            flops.call_flops.cache_clear()
             assert flops.block_flops(network) == before
     flops.forward_flops.cache_clear()
+    flops.call_flops.cache_clear()
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -46,7 +46,7 @@ ROOMS = (
 # The same inside a folder; files on one line do not know each other.
 LEVELS = {
     "ops": (("choice", "cpu"), ("remat", "pooling", "batch_norm", "conv")),
-    "core": (("rngs", "kept"), ("module", "optimizer"), ("ema", "step")),
+    "core": (("rngs", "kept", "apply"), ("module", "optimizer"), ("ema", "step")),
     "methods": (("base",), ("dgl", "backprop")),
     "engines": (
         ("placement", "flight"),

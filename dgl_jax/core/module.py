@@ -14,9 +14,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
+from dgl_jax.core.apply import apply_block, apply_layer, apply_recomputed
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
-from dgl_jax.ops import recomputed
 
 PyTree = Any
 NOTHING: dict[str, Any] = {}  # default of mapping arguments; never modified
@@ -100,6 +100,7 @@ class LocalModule:
         """
         params: PyTree = {"body": {}}
         batch_stats: PyTree = {"body": {}}
+        intermediates: dict[str, PyTree] = {}
         x = inputs
         adapter = self.adapter
         if adapter is not None:
@@ -118,14 +119,22 @@ class LocalModule:
             batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
-            params["body"][f"block_{number}"] = variables.get("params", {})
-            batch_stats["body"][f"block_{number}"] = variables.get("batch_stats", {})
-            x = jax.eval_shape(
-                lambda v, x, block=block: block.apply(v, x, train=False), variables, x
+            block_params, block_stats = _both_collections(variables).values()
+            params["body"][f"block_{number}"] = block_params
+            batch_stats["body"][f"block_{number}"] = block_stats
+            x, _, intermediates[f"block_{number}"] = jax.eval_shape(
+                lambda p, s, x, block=block: apply_layer(
+                    block, p, s, (x,), False, None, self.collects
+                ),
+                block_params,
+                block_stats,
+                x,
             )
         if self.objective is not None:
             end = self.first + len(self.blocks)
-            published = {}
+            published: dict[str, Any] = {}
+            if self.collects:
+                published["intermediates"] = intermediates
             if following is not None and "next_block" in self.objective.reads:
                 published["next_block"] = jax.eval_shape(
                     lambda: _both_collections(
@@ -140,6 +149,11 @@ class LocalModule:
             )
         return params, batch_stats
 
+    @property
+    def collects(self) -> bool:
+        """Returns whether the objective reads values that the blocks sow."""
+        return self.objective is not None and "intermediates" in self.objective.reads
+
     def apply_body(
         self,
         params: PyTree,
@@ -150,7 +164,23 @@ class LocalModule:
         train: bool,
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        """Computes the module's activations.
+        """Computes the module's activations; see `apply_body_and_collect`."""
+        outputs, stats, _ = self.apply_body_and_collect(
+            params, batch_stats, inputs, context, train=train, rng=rng
+        )
+        return outputs, stats
+
+    def apply_body_and_collect(
+        self,
+        params: PyTree,
+        batch_stats: PyTree,
+        inputs: Float[Array, "B ..."],
+        context: Context = NOTHING,
+        *,
+        train: bool,
+        rng: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B ..."], PyTree, dict[str, PyTree]]:
+        """Computes the module's activations, and collects what its objective reads of the blocks.
 
         Args:
           params: as in `ModuleState`.
@@ -161,24 +191,26 @@ class LocalModule:
           rng: key of this forward pass, see `rngs.micro_batch`; None if nothing in it is random.
 
         Returns:
-          The activations, [B, ...], and the new batch_stats of the body (unchanged if not `train`).
+          The activations, [B, ...]; the new batch_stats of the body (unchanged if not `train`); and
+          {"intermediates": sown values by block} if the objective reads them, otherwise {}.
         """
-        apply = partial(_apply_recomputed, self.ops) if self.remat and train else _apply_block
-        x, stats = inputs, {}
+        apply = partial(apply_recomputed, self.ops) if self.remat and train else apply_block
+        x, stats, intermediates = inputs, {}, {}
         if self.adapter is not None:
             key = None if rng is None else rngs.adapter(rng)
             adapter_params = params["body"]["adapter"]
             adapter_stats = batch_stats["body"]["adapter"]
-            x, stats["adapter"] = _apply(
+            x, stats["adapter"], _ = apply_layer(
                 self.adapter, adapter_params, adapter_stats, (x, context), train, key
             )
         for number, block in enumerate(self.blocks, self.first):
             name = f"block_{number}"
             key = None if rng is None else rngs.block(rng, number)
-            x, stats[name] = apply(
-                block, params["body"][name], batch_stats["body"][name], x, train, key
+            block_params, block_stats = params["body"][name], batch_stats["body"][name]
+            x, stats[name], intermediates[name] = apply(
+                block, block_params, block_stats, x, train, key, self.collects
             )
-        return x, stats
+        return x, stats, {"intermediates": intermediates} if self.collects else {}
 
     def apply_objective(
         self,
@@ -198,7 +230,7 @@ class LocalModule:
           batch_stats: as in `ModuleState`.
           features: activations of this module, [B, ...].
           context: context of the same examples.
-          published: publications of other modules that the objective reads, by name.
+          published: what the objective reads besides, by name; see `Objective.reads`.
           train: as for `apply_body`.
           rng: as for `apply_body`.
 
@@ -208,9 +240,10 @@ class LocalModule:
         assert self.objective is not None, f"{self.name} has no objective"
         key = None if rng is None else rngs.head(rng)
         arguments: Any = (features, context, published)
-        return _apply(
+        loss, stats, _ = apply_layer(
             self.objective, params["objective"], batch_stats["objective"], arguments, train, key
         )
+        return loss, stats
 
     def predict(
         self,
@@ -225,7 +258,7 @@ class LocalModule:
           params: as in `ModuleState`.
           batch_stats: as in `ModuleState`.
           features: activations of this module, [B, ...].
-          published: publications of other modules that the objective reads, by name.
+          published: what the objective reads besides, by name; see `Objective.reads`.
 
         Returns:
           The predictions; None if the module has no objective, or one that predicts nothing.
@@ -241,46 +274,6 @@ class LocalModule:
 
 def _both_collections(variables: Any) -> dict[str, PyTree]:
     return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-
-
-def _apply(
-    layer: nn.Module,
-    params: PyTree,
-    stats: PyTree,
-    arguments: tuple[Any, ...],
-    train: bool,
-    key: jax.Array | None,
-) -> tuple[Any, PyTree]:
-    variables = {"params": params, "batch_stats": stats}
-    if not train:
-        return layer.apply(variables, *arguments, train=False), stats
-    keys = None if key is None else {"dropout": key}
-    result, updated = layer.apply(
-        variables, *arguments, train=True, mutable=["batch_stats"], rngs=keys
-    )
-    return result, updated.get("batch_stats", {})
-
-
-def _apply_block(
-    block: nn.Module, params: PyTree, stats: PyTree, x: Array, train: bool, key: jax.Array | None
-) -> tuple[Any, PyTree]:
-    return _apply(block, params, stats, (x,), train, key)
-
-
-def _apply_recomputed(
-    ops: str,
-    block: nn.Module,
-    params: PyTree,
-    stats: PyTree,
-    x: Array,
-    train: bool,
-    key: jax.Array | None,
-) -> tuple[Any, PyTree]:
-    def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
-        stats, key = others
-        return _apply(block, params, stats, (x,), train, key)
-
-    return recomputed(function, ops=ops)(params, x, (stats, key))
 
 
 def make_modules(

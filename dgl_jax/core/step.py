@@ -267,17 +267,20 @@ def eval_step(
     Returns:
       The activations for the next module, [B, ...], and the predictions, see `LocalModule.predict`.
     """
-    outputs, _ = module.apply_body(params, batch_stats, inputs, context, train=False)
-    return outputs, module.predict(params, batch_stats, outputs, published)
+    outputs, _, collected = module.apply_body_and_collect(
+        params, batch_stats, inputs, context, train=False
+    )
+    return outputs, module.predict(params, batch_stats, outputs, {**published, **collected})
 
 
 def _loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
     def loss_function(params, batch_stats, inputs, context, rng):
-        outputs, body_stats = module.apply_body(
+        outputs, body_stats, collected = module.apply_body_and_collect(
             params, batch_stats, inputs, context, train=True, rng=rng
         )
+        read = {**published, **collected}
         local, objective_stats = module.apply_objective(
-            params, batch_stats, outputs, context, published, train=True, rng=rng
+            params, batch_stats, outputs, context, read, train=True, rng=rng
         )
         new_stats = {"body": body_stats, "objective": objective_stats}
         return local.loss, (new_stats, outputs, local.metrics)

@@ -291,7 +291,7 @@ def labels(records: Records, at_once: int = 512) -> Int[np.ndarray, " N"]:
     return cache.labels((records.directory.name, records.split), map(Path, records.files), read)
 
 
-_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_STATISTICS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DATA_SETS.ship(
     **{
         name: DataKind(

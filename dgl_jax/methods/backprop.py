@@ -44,11 +44,13 @@ class Backprop:
         def loss_function(params, batch_stats, inputs, context, keys):
             x, new = inputs, []
             for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
-                x, body = module.apply_body(p, stats, x, context, train=True, rng=key)
+                x, body, collected = module.apply_body_and_collect(
+                    p, stats, x, context, train=True, rng=key
+                )
                 new.append({"body": body})
             last = modules[-1]
             local, new[-1]["objective"] = last.apply_objective(
-                params[-1], batch_stats[-1], x, context, train=True, rng=keys[-1]
+                params[-1], batch_stats[-1], x, context, collected, train=True, rng=keys[-1]
             )
             return local.loss, (new, (), local.metrics)
 

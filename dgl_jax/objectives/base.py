@@ -32,9 +32,12 @@ class Objective(nn.Module):
     Attributes:
       needs: names of the context arrays that `__call__` reads. They travel with the activations up
         to the last module that needs them.
-      reads: names of the publications that the objective reads. The only one is `next_block`:
-        {"params": ..., "batch_stats": ...} of the next module's first block, two updates old.
-      decay: decay of the moving average that is read in place of each publication; 0 reads the
+      reads: names of what the objective reads in `published`. `next_block` is a publication of the
+        next module: {"params": ..., "batch_stats": ...} of its first block, two updates old.
+        `intermediates` holds what the module's blocks sow on the same batch (`nn.Module.sow` into
+        the collection "intermediates"), as {"block_0": {name: values}, ...}; gradients reach the
+        blocks through it.
+      decay: decay of the moving average that is read in place of a publication; 0 reads the
         publication itself.
     """
 
@@ -54,7 +57,7 @@ class Objective(nn.Module):
         Args:
           features: activations of the module, [B, ...].
           context: arrays with one row per example, by name.
-          published: publications of other modules by name; empty for the last module, and while the
+          published: what `reads` names. Without `next_block` for the last module; empty while the
             cost of a module is measured.
           train: True if batch norm uses the statistics of the batch and dropout is active.
 

@@ -8,7 +8,7 @@ branch counts, which every accelerator uses.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 
 from dgl_jax.core import rngs
+from dgl_jax.core.module import LocalModule, ModuleState
 from dgl_jax.models.partition import BlockCosts
 from dgl_jax.objectives import Objective
 from dgl_jax.spec import TrainSpec
@@ -93,19 +94,44 @@ def module_flops(spec: TrainSpec) -> list[tuple[float, float]]:
     """Counts the floating-point operations of each module's forward pass on one batch.
 
     Returns:
-      For each module, the operations of its body and of its objective (0 without an objective).
+      For each module, the operations of its body (with the adapter) and of its loss (0 without an
+      objective).
     """
     operations_by_module, x = [], spec.inputs()
-    for module in spec.modules:
-        body = 0.0
+    for k, (module, state) in enumerate(zip(spec.modules, spec.abstract_states())):
+        body, inputs = 0.0, x
+        context: dict[str, Any] = {"image": spec.inputs(), **spec.context(k)}
+        if module.adapter is not None:
+            body, _ = call_flops(module.adapter, x, _named(module.adapter.needs, context))
         for block in module.blocks:
             operations, x = forward_flops(block, x.shape, x.dtype)
             body += operations
-        objective = 0.0
-        if module.objective is not None:
-            objective, _ = forward_flops(module.objective, x.shape, x.dtype)
+        objective, published = 0.0, state.extras.get("published", {})
+        if module.collects or published:
+            objective = _loss_with_publications(module, state, inputs, context, published)
+        elif module.objective is not None:
+            objective, _ = call_flops(module.objective, x, _named(module.objective.needs, context))
         operations_by_module.append((body, objective))
     return operations_by_module
+
+
+def _loss_with_publications(
+    module: LocalModule, state: ModuleState, inputs: Any, context: Any, published: Any
+) -> float:
+    """Counts the loss of an objective that reads publications or values sown in the blocks."""
+    features, _, collected = jax.eval_shape(
+        lambda *args: module.apply_body_and_collect(*args, train=False),
+        *(state.params, state.batch_stats, inputs, context),
+    )
+    operations, _ = count(
+        lambda *args: module.apply_objective(*args, train=False)[0].loss,
+        *(state.params, state.batch_stats, features, context, published | collected),
+    )
+    return operations
+
+
+def _named(names: Sequence[str], context: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, context[name]) for name in names)
 
 
 class Blocks(NamedTuple):
@@ -124,6 +150,11 @@ class Blocks(NamedTuple):
     inputs: jax.ShapeDtypeStruct
     label: tuple[int, ...] = ()
 
+    def context(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes of all context arrays that an objective may read."""
+        ids, label = (jax.ShapeDtypeStruct((batch, *shape), "int32") for shape in ((), self.label))
+        return {"id": ids, "label": label, "image": self.inputs}
+
 
 def block_flops(network: Blocks) -> BlockCosts:
     """Counts the floating-point operations of each block and head on one batch.
@@ -134,7 +165,10 @@ def block_flops(network: Blocks) -> BlockCosts:
     for block, end in zip(network.blocks, network.heads, strict=True):
         operations, x = forward_flops(block, x.shape, x.dtype)
         body.append(operations)
-        head.append(0.0 if end is None else forward_flops(end, x.shape, x.dtype)[0])
+        if isinstance(end, Objective):
+            head.append(call_flops(end, x, _named(end.needs, network.context(x.shape[0])))[0])
+        else:
+            head.append(0.0 if end is None else forward_flops(end, x.shape, x.dtype)[0])
     return BlockCosts(tuple(body), tuple(body), tuple(head))
 
 
@@ -163,3 +197,24 @@ def forward_flops(
         lambda v, *inputs: layer.apply(v, *inputs, train=False, **method), variables, *arguments
     )
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)
+
+
+@lru_cache(maxsize=1024)
+def call_flops(
+    layer: nn.Module, x: jax.ShapeDtypeStruct, context: tuple[tuple[str, Any], ...]
+) -> tuple[float, Any]:
+    """Counts the operations of a layer that reads the context: an objective or an adapter.
+
+    Args:
+      layer: an objective, whose loss is counted without publications, or an adapter.
+      x: shape and dtype of its inputs, [B, ...].
+      context: (name, shape and dtype) of each context array that it reads.
+
+    Returns:
+      The number of operations, and shapes and dtypes of the result.
+    """
+    arguments: tuple[Any, ...] = (x, dict(context))
+    if isinstance(layer, Objective):
+        arguments += ({},)
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), *arguments, train=False))
+    return count(lambda v, *args: layer.apply(v, *args, train=False), variables, *arguments)

@@ -207,10 +207,7 @@ def _compile_alone(
       or the context (objective).
     """
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
-    ids, label = (
-        jax.ShapeDtypeStruct((*x.shape[:1], *shape), "int32") for shape in ((), network.label)
-    )
-    context = {"id": ids, "label": label, "image": network.inputs}
+    context = network.context(x.shape[0])
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
     extra: Any = forward_flops(layer, x.shape, x.dtype)[1]
     if module.objective is not None:
