@@ -15,6 +15,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import make_head, make_network
+from dgl_jax.profile.flops import forward_flops, module_flops
 from dgl_jax.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import make_experiment
@@ -304,3 +305,48 @@ def test_conflicting_option_type_and_built_in_name_are_refused():
         UserError, match=r"config\.codec\.name='vq': dgl_jax already defines this name"
     ):
         register_codec("vq", CodecKind(lambda options, dtype: None))
+
+
+# Costs of the parts
+
+
+def operations(**fields):
+    """Returns the spec of the small run and the operations per image of bodies and losses."""
+    spec = make_experiment(make_settings(config(**fields)), jax.devices()[:1]).spec
+    counts = np.array(module_flops(spec)) / spec.batch_size
+    return spec, counts[:, 0], counts[:, 1]
+
+
+def test_operations_of_a_reconstruction_and_of_an_adapter_are_counted():
+    spec, bodies, losses = operations()
+    _, same, with_image = operations(objective__name="reconstruction")
+    np.testing.assert_array_equal(same, bodies)
+    for k, ((_, height, width, channels), extra) in enumerate(
+        zip([s.shape for s in spec.shapes(spec.abstract_states())[1:]], with_image - losses)
+    ):
+        colors = spec.inputs().shape[-1]
+        convolution = 2 * height * width * channels * colors  # 1x1
+        # A smaller map also averages the image, by one matrix product per axis.
+        resize = 2 * colors * (height * 8 * 8 + height * width * 8) if height < 8 else 0
+        assert extra == convolution + resize, k
+    _, echoed, same = operations(model__adapter="echo")
+    np.testing.assert_array_equal(same, losses)
+    assert echoed[0] == bodies[0]  # the first module has no adapter
+    assert echoed[1] > bodies[1]
+
+
+def test_operations_after_a_published_block_are_counted():
+    spec, _, losses = operations()
+    _, _, mirrored = operations(objective__name="mirror")
+    activations = spec.hops[0].activations
+    first_block, mapped = forward_flops(spec.modules[1].blocks[0], *_shape(activations))
+    before, after = (
+        forward_flops(spec.modules[0].objective.head, *_shape(x))[0] for x in (activations, mapped)
+    )
+    assert losses[0] == before / spec.batch_size
+    assert mirrored[0] == (first_block + after) / spec.batch_size
+    assert mirrored[1] == losses[1]  # no module publishes to the last one
+
+
+def _shape(x):
+    return x.shape, x.dtype
