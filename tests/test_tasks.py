@@ -210,7 +210,7 @@ def test_a_run_on_tokens_is_drawn(run):
 def test_predict_reads_images_alone(run):
     with pytest.raises(
         UserError,
-        match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export gives",
+        match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export writes",
     ):
         predict_run(run[0], "newest", ["nowhere"], None)
 

@@ -22,7 +22,7 @@ from dgl_jax.engines import EngineState
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.run.build import Experiment, make_blocks, make_experiment
 from dgl_jax.tools.bench import module_times
-from dgl_jax.tools.plan import make_pipeline
+from dgl_jax.tools.pipeline import make_pipeline
 
 MODULES = (2, 3)
 WARM_UP = 5
