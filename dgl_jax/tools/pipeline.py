@@ -40,8 +40,7 @@ def make_pipeline(
     modules, sizes = len(seconds), group_sizes(settings)
     groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
     check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
-    # A device group shares each turn: the devices take less wall time together, but as much
-    # processor time in all.
+    # The devices of a group share each turn: it takes less wall time but the same processor time.
     works = [
         Work(group[0], turn / len(group), cores=len(group) * used / turn)
         for group, turn, used in zip(groups, seconds, processor)

@@ -62,6 +62,9 @@ def plan_run(
       output: picture of the timeline (a .png file); default `<workdir>/plots/plan.png`.
       workdir: folder of a run; without it and `output` no picture is drawn.
 
+    Returns:
+      Tables or JSON, without a line end.
+
     Raises:
       UserError: if `output` does not end in .png or cannot be written, or `plan` raises it.
     """
@@ -95,7 +98,7 @@ def plan(
 ) -> tuple[dict[str, Any], list[Span]]:
     """Predicts how the network of a configuration trains as a pipeline.
 
-    Neither the configured engine nor the devices of this machine matter.
+    Any engine may be configured, and this machine need not have the devices.
 
     Args:
       settings: configuration to plan for.

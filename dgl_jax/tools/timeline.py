@@ -2,7 +2,11 @@
 
 A turn begins when three conditions hold: its device is free (the turns of a device keep their
 dispatch order), its message has arrived, and the host, which runs a few ticks ahead of the devices,
-has dispatched it. A hop carries one message at a time.
+has dispatched it. A hop carries one message at a time. Two modules, with `=` for transfers:
+
+    device 0   | m0:b0 | m0:b1 | m0:b2 |
+    hop                |===|   |===|   |===|
+    device 1               | m1:b0     | m1:b1     | m1:b2     |
 
 Devices that are threads of one machine share its cores. If the running turns use more cores than
 there are, all of them slow down by the same factor.
