@@ -71,16 +71,15 @@ def where(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [""])[-1].strip()
     if missing := re.fullmatch(r"\[Errno 2\] .*: '(.+)'", text):
         path = Path(missing[1])
-        beside = path.parent.glob(f"[!_]*{path.suffix}")
-        names = ", ".join(sorted(other.name for other in beside))
-        return f"{path}: no such file" + (f"; {path.parent} has {names}" if names else "")
+        others = ", ".join(sorted(other.name for other in path.parent.glob(f"[!_]*{path.suffix}")))
+        return f"{path}: no such file" + (f"; {path.parent} has {others}" if others else "")
     if isinstance(error, OSError):
         return text
     not_user_code = ("ml_collections", "absl", "importlib", "launch.py", "cli.py")
     frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(name in frame.filename for name in not_user_code)
+        entry
+        for entry in traceback.extract_tb(error.__traceback__)
+        if not any(name in entry.filename for name in not_user_code)
     ]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"
