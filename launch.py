@@ -1,4 +1,4 @@
-"""The command line; see `dgl_jax/cli.py`."""
+"""Runs the command line defined in `dgl_jax/cli.py`."""
 
 from dgl_jax.cli import main
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: settings by dotted names, quartiles, and `result.json` with what is needed to repeat it."""
+"""Functions shared by the benchmarks: settings, statistics, tables and `result.json`."""
 
 import argparse
 import datetime
@@ -22,14 +22,14 @@ _PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Flags every benchmark has; `doc` is its module docstring."""
-    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    made.add_argument("--write", action="store_true", help="write result.json beside the script")
-    return made
+    """Returns a parser with the common flags; `doc` is the docstring of the benchmark."""
+    flags = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    flags.add_argument("--write", action="store_true", help="write result.json beside the script")
+    return flags
 
 
 def settings(**fields: Any) -> Settings:
-    """Checked settings from the defaults and `model__width=4` for `config.model.width`."""
+    """Returns checked settings: the defaults, with `model__width=4` for `config.model.width`."""
     config = default_config()
     for name, value in fields.items():
         group, _, field = name.rpartition("__")
@@ -38,17 +38,17 @@ def settings(**fields: Any) -> Settings:
 
 
 def programs(engine: Any) -> list[Any]:
-    """The program of each module's step, called as `program(state, Inbox(incoming), context)`."""
+    """Returns the programs of all modules, called as `program(state, Inbox(incoming), context)`."""
     return [engine.programs[k, "step"] for k in range(len(engine.spec.modules))]
 
 
 def step(engine: Any) -> Any:
-    """The one program of `fused`, called as `step(states, batch)`."""
+    """Returns the single program of `fused`, called as `step(states, batch)`."""
     return engine.steps[tuple((k, "step") for k in range(len(engine.spec.modules)))]
 
 
 def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    """{'median', 'low', 'high'}: the median and the quartiles around it."""
+    """Computes the median and the quartiles ("low" and "high") of some measurements."""
     low, _, high = (
         statistics.quantiles(values, n=4, method="inclusive")
         if len(values) > 1
@@ -62,17 +62,17 @@ def quartiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Repeat by repeat: what drifts slowly (clock, neighbours) cancels."""
+    """Computes the ratio of each repeat, in which slow drifts (clock, other load) cancel."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def shown(q: dict[str, float]) -> str:
-    """Of `quartiles`: '1.90 [1.85 - 1.93]'."""
+    """Formats the result of `quartiles`, for example '1.90 [1.85 - 1.93]'."""
     return f"{q['median']:.3g} [{q['low']:.3g} - {q['high']:.3g}]"
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, date and command."""
+    """Describes versions, machine, date and command, which are needed to repeat a measurement."""
     return {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -87,7 +87,7 @@ def environment() -> dict[str, Any]:
 
 
 def finish(script: str, result: dict[str, Any], write: bool) -> None:
-    """Writes `result.json` beside the script where asked to."""
+    """Writes `result.json` beside the script if `write` is set."""
     if write:
         path = Path(script).with_name("result.json")
         path.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
@@ -97,7 +97,7 @@ def finish(script: str, result: dict[str, Any], write: bool) -> None:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[Any]], out: Callable[[str], Any] = print
 ) -> None:
-    """Prints a Markdown table, as the READMEs hold it."""
+    """Prints a Markdown table in the format of the README pages."""
     for row in (header, ["---"] * len(header), *rows):
         out("| " + " | ".join(str(cell) for cell in row) + " |")
 

@@ -1,4 +1,4 @@
-"""Timing several ways of training in turns within one run, some of them in a process of their own with cores of its own."""
+"""Interleaved timing of training variants, in this process or in processes bound to some cores."""
 
 import json
 import os
@@ -19,10 +19,10 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Timing:
-    """One repeat of one variant.
+    """Measurement of one repeat of one variant.
 
     Attributes:
-      images_per_second: filling and draining included.
+      images_per_second: throughput, including the filling and draining of a pipeline.
       cores: processor seconds of the whole process per second.
     """
 
@@ -30,11 +30,11 @@ class Timing:
     cores: float
 
 
-Variant = Callable[[int], Timing]  # from the number of steps
+Variant = Callable[[int], Timing]  # the argument is the number of steps
 
 
 def timed(work: Callable[[], Any], images: int) -> Timing:
-    """Waits for what `work` returns."""
+    """Times `work`, including the wait for the arrays that it returns."""
     wall, processor = time.perf_counter(), time.process_time()
     jax.block_until_ready(work())
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
@@ -42,10 +42,10 @@ def timed(work: Callable[[], Any], images: int) -> Timing:
 
 
 def training(
-    made: Experiment, ticks_in_flight: int | None = None, warm_up: int = WARM_UP
+    experiment: Experiment, ticks_in_flight: int | None = None, warm_up: int = WARM_UP
 ) -> Variant:
-    """The engine's own loop; each call trains on from where the last one ended."""
-    engine: Any = made.engine
+    """Returns a variant that runs the engine's loop; each call continues the same training."""
+    engine: Any = experiment.engine
     depth, state, step = ticks_in_flight or engine.ticks_in_flight, engine.init(), 0
 
     def run(steps: int) -> Timing:
@@ -54,7 +54,7 @@ def training(
         engine.ticks_in_flight = depth
 
         def work() -> EngineState:
-            for report in engine.run(state, made.source, step):
+            for report in engine.run(state, experiment.source, step):
                 last = report
             return last.snapshot()
 
@@ -63,14 +63,17 @@ def training(
             state = work()
             return state
 
-        return timed(keep, steps * made.spec.batch_size)
+        return timed(keep, steps * experiment.spec.batch_size)
 
     run(warm_up)
     return run
 
 
 class Process:
-    """A variant in a process of its own: this same script with the same flags and `--serve=NAME`, bound to some cores."""
+    """Variant that runs in a separate process, bound to some cores.
+
+    The process runs the same script with the same flags plus `--serve=NAME`, see `serve`.
+    """
 
     def __init__(self, name: str, cores: Sequence[int], warm_up: int = WARM_UP):
         threads = str(len(cores))
@@ -98,14 +101,14 @@ class Process:
         return Timing(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process and waits for it."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
 
 def serve(run: Variant) -> None:
-    """The other side of `Process`: a line with the number of steps in, a line with the timing out."""
+    """Runs a variant for `Process`: reads numbers of steps and prints timings, one per line."""
     for line in sys.stdin:
         print(json.dumps(vars(run(int(line)))), flush=True)
 
@@ -113,16 +116,16 @@ def serve(run: Variant) -> None:
 def in_turns(
     variants: Mapping[str, Variant], steps: Mapping[str, int], repeats: int
 ) -> Iterator[dict[str, list[Timing]]]:
-    """All timings so far, after each repeat; a different variant begins each, so that nobody always comes first."""
+    """Yields all timings so far after each repeat; the first variant changes with every repeat."""
     timings: dict[str, list[Timing]] = {name: [] for name in variants}
     names = list(variants)
     for repeat in range(repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
             timings[name].append(variants[name](steps[name]))
         print(
             repeat,
-            {name: round(found[-1].images_per_second, 1) for name, found in timings.items()},
+            {name: round(rows[-1].images_per_second, 1) for name, rows in timings.items()},
             flush=True,
         )
         yield timings

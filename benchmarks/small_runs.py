@@ -1,4 +1,4 @@
-"""The training run that the accuracy tables of asynchrony and of codecs have in common: narrow, short, equal for every row."""
+"""Short training runs of a narrow network, shared by the benchmarks of accuracy and of codecs."""
 
 import argparse
 import json
@@ -13,21 +13,21 @@ from dgl_jax.data import Source, make_source
 from dgl_jax.train import train_and_evaluate
 
 MODULES = 6
-SLOWED = 3  # the fourth of six modules, as in the authors' published example
+SLOWED = 3  # index of the slowed module, as in the authors' published example
 
 
 def add_flags(flags: argparse.ArgumentParser, workdir: str) -> None:
-    """Data, size of the runs, and which share of the rows this process takes."""
+    """Adds flags for the data, the size of the runs, and the rows that this process trains."""
     flags.add_argument("--data_dir", default="", help="a prepared TFDS directory")
     flags.add_argument("--images", type=int, default=10_000)
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--epochs", type=float, default=16.0)
-    flags.add_argument("--part", default="0/1", help="I/N: every N-th row, beginning with the I-th")
+    flags.add_argument("--part", default="0/1", help="I/N: train every N-th row, starting at row I")
     flags.add_argument("--workdir", default=workdir)
 
 
 def config(args: argparse.Namespace, seed: int) -> ConfigDict:
-    """The network and heads of the authors' asynchronous experiments, narrowed, on a subset of the images."""
+    """Returns the authors' asynchronous experiment with a narrow network and fewer images."""
     config = default_config()
     config.seed = seed
     config.data.name, config.data.dir = "cifar10", args.data_dir
@@ -45,27 +45,27 @@ def config(args: argparse.Namespace, seed: int) -> ConfigDict:
 
 
 def source(args: argparse.Namespace) -> Source:
-    """The images of these runs."""
+    """Returns the data source that these runs train on."""
     settings = make_settings(config(args, seed=0))
     return make_source(settings.data, settings.seed)
 
 
 def slow(
-    config: ConfigDict, slowdown: float, packets: int, rule: str = "least_used_latest"
+    config: ConfigDict, slowdown: float, ring_size: int, rule: str = "least_used_latest"
 ) -> None:
-    """Makes a run asynchronous, one of its modules slowed."""
+    """Changes a run to asynchronous training with one slowed module."""
     config.engine.name = "simulated"
     config.engine.slowdown = tuple(slowdown if k == SLOWED else 1.0 for k in range(MODULES))
-    config.replay.size, config.replay.rule = packets, rule
+    config.replay.size, config.replay.rule = ring_size, rule
 
 
 def folder(name: str, args: argparse.Namespace) -> Path:
-    """Where a row is trained; holds summary.json once it is finished."""
+    """Returns the workdir of a row; it contains summary.json once the row is finished."""
     return Path(args.workdir) / name.replace(", ", "-").replace(" ", "_")
 
 
 def train(config: ConfigDict, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The summary of a row; its checkpoints, which hold the rings, go once it is finished."""
+    """Trains a row, deletes its checkpoints (large, as they hold rings) and returns its summary."""
     workdir = folder(name, args)
     summary = train_and_evaluate(config, workdir).to_dict()
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)

@@ -1,13 +1,14 @@
-"""Decoupled Greedy Learning in JAX: the pure pieces, for other people's code.
+"""Decoupled Greedy Learning in JAX: step functions, modules, objectives and codecs as a library.
 
-A training run from settings is `dgl_jax.train.train_and_evaluate`. Importing this package touches no device, flag or logger; JAX
-and Flax, which take a second to import, come with the first of the names below that is used.
+`dgl_jax.train.train_and_evaluate` trains from a configuration. Importing this package touches no
+device, flag or logger. JAX and Flax take a second to import, so they are imported when one of the
+names below is first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"  # read by pyproject.toml too: a literal
+__version__ = "0.1.0"  # pyproject.toml reads this line: keep it a literal
 
 if TYPE_CHECKING:
     from dgl_jax.codecs import vq

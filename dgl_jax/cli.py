@@ -1,4 +1,7 @@
-"""Defines the command line: flags, logging and dispatch on --mode. `launch.py` and the console script `dgl-jax` call `main`."""
+"""Command line: flags, logging and dispatch on --mode.
+
+`launch.py` and the console script `dgl-jax` call `main`.
+"""
 
 import json
 import logging
@@ -19,11 +22,11 @@ with reported(), needed("the command line"):
 
 
 _LOG = logging.getLogger(__name__)
-_POOL = 16  # threads of XLA's pool on the CPU, or more where there are more processors
+_POOL = 16  # fewest threads of XLA's CPU pool; machines with more processors get one per processor
 
 
 class _Path(flags.ArgumentParser):
-    """Takes a path, in which `~` is the home directory."""
+    """Flag parser for a path; expands `~` to the home directory."""
 
     syntactic_help = "a path"
 
@@ -31,11 +34,11 @@ class _Path(flags.ArgumentParser):
         self._flag = flag
 
     def parse(self, argument: str) -> str:
-        """Returns the path, expanded."""
+        """Returns the path with `~` expanded."""
         return expand(argument, f"--{self._flag}")
 
     def flag_type(self) -> str:
-        """Returns what `--help` calls such a value."""
+        """Returns the type name that `--help` prints."""
         return "path"
 
 
@@ -47,45 +50,51 @@ _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A configuration file, or the name of one in configs/ (digits); --config.a.b=value overrides a field.",
+    "Configuration file, or the name of one in configs/ (digits); --config.a.b=value sets a field.",
 )
-_WORKDIR = _define_path("workdir", "Where a run is written, or read back from.")
-_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
+_WORKDIR = _define_path("workdir", "Folder of the run, to write or to read.")
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "Command to run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "newest", "newest, best or a step; for eval, predict and export."
+    "checkpoint",
+    "newest",
+    "Checkpoint to load in eval, predict and export: newest, best or a step.",
 )
-_INIT_FROM = _define_path("init_from", "Workdir of a run whose weights a new one starts from.")
+_INIT_FROM = _define_path("init_from", "Workdir of a run whose weights initialize a new run.")
 _SPLIT = flags.DEFINE_enum(
-    "split", "test", ["train", "validation", "test"], "What --mode=eval measures."
+    "split", "test", ["train", "validation", "test"], "Split that --mode=eval measures."
 )
 _IMAGES = flags.DEFINE_multi(
     _Path("images"),
     flags.ArgumentSerializer(),
     "images",
     [],
-    "File, folder or pattern of images for --mode=predict; repeatable.",
+    "File, folder or glob pattern of images for --mode=predict; repeatable.",
 )
 _OUTPUT = _define_path(
-    "output", "File of predict (.csv or .jsonl), folder of export, picture of plan (.png)."
+    "output",
+    "Output file of predict (.csv or .jsonl), folder of export, or picture of plan (.png).",
 )
-_STEPS = flags.DEFINE_integer("bench_steps", 200, "Steps that --mode=bench times.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "bench_steps", 200, "Number of steps that --mode=bench times.", lower_bound=1
+)
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, "Devices that --mode=plan looks at; one a module by default.", lower_bound=1
+    "devices", None, "plan: number of devices; default: one per module.", lower_bound=1
 )
 _TIMES = _define_path(
-    "block_times", "Of plan: ms of each block (1.5,2,3), or a JSON file; measured here by default."
+    "block_times",
+    "plan: milliseconds of each block (1.5,2,3), or a JSON file; default: measured here.",
 )
 _BANDWIDTH = flags.DEFINE_float(
-    "bandwidth", None, "Of plan: GB/s from one device to another; by default packets take no time."
+    "bandwidth", None, "plan: GB/s from one device to another; default: messages take no time."
 )
 _CORES = flags.DEFINE_float(
     "cores",
     None,
-    "Of plan: processors that the devices share; by default those of a CPU it measures.",
+    "plan: processors that the devices share; default: all processors if measured on a CPU.",
 )
-_JSON = flags.DEFINE_boolean("json", False, "Of plan: print JSON.")
+_JSON = flags.DEFINE_boolean("json", False, "plan: print JSON.")
 _CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", None, "Ask XLA for so many CPU devices.", lower_bound=1
+    "cpu_devices", None, "Number of CPU devices to create.", lower_bound=1
 )
 
 
@@ -108,7 +117,7 @@ def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
     mode, checkpoint = _MODE.value, _CHECKPOINT.value
-    # What the command line lacks is said at once; only then comes what the mode needs, which takes seconds to import.
+    # Check the flags first: the imports of a mode below take seconds.
     folder = _workdir() if mode not in ("bench", "plan") else _WORKDIR.value
     with needed(f"--mode={mode}"):
         if mode == "train":
@@ -179,17 +188,21 @@ def _train(config: configuration.Settings, folder: str) -> None:
 
 
 def _start() -> None:
-    """Sets up logging and devices, once the imports are done: they bring log handlers of their own."""
+    """Sets up logging and devices; call it after the imports, which install log handlers."""
     from dgl_jax.run import progress
 
     progress.log_to_stderr()
-    # XLA splits the sums of weight gradients over the threads of its pool, which decides how they are rounded: there must be as
-    # many whatever the number of devices. Its own choice is a thread a processor or a device: where all devices but one wait in a
-    # reduction, the last finds none for its own work, hence two a device.
+    # XLA splits the sums of weight gradients over the threads of its pool, so the number of threads
+    # decides how they are rounded and must not depend on the number of devices. With XLA's default
+    # (one thread per processor or device), devices that wait in a reduction can occupy all threads
+    # while the last device still needs one for its own work, hence two per device.
     devices, usual = _CPU_DEVICES.value or 1, max(_POOL, system.cpu_count() or 1)
     threads = max(usual, 2 * devices)
     if threads > usual and "NPROC" not in os.environ:
-        text = "--cpu_devices=%d: %d threads, not %d as up to %d devices have: rounding differs from theirs"
+        text = (
+            "--cpu_devices=%d: uses %d threads instead of the %d for up to %d devices, "
+            "so results are rounded differently"
+        )
         _LOG.warning(text, devices, threads, usual, usual // 2)
     os.environ.setdefault("NPROC", str(threads))
     if _CPU_DEVICES.value:
@@ -204,15 +217,14 @@ def _parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:
-                _CONFIG.value.data  # noqa: B018 (a file that could not be read says so at the first look inside)
+                _CONFIG.value.data  # noqa: B018 (the first access raises if the file could not be read)
         except UserError:
             raise
         except Exception as error:
             for argument in argv[1:]:
                 if override := re.match(r"--?config\.([^=]+)", argument):
-                    configuration.check_name(
-                        override[1]
-                    )  # now that the kinds of all plugins are known
+                    # Only now have all plugins registered their kinds and fields.
+                    configuration.check_name(override[1])
             if isinstance(error, flags.Error):
                 raise UserError(str(error)) from error
             raise UserError(f"--config: {explain(error) or where(error)}") from error
@@ -220,7 +232,11 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _with_plugins(argv: list[str]) -> list[str]:
-    """Imports what `--config.plugins` names, whose kinds may have fields that the line sets; returns the line with a tuple."""
+    """Imports the modules of `--config.plugins`, whose fields other flags may set.
+
+    Returns:
+      The command line with the value of `--config.plugins` rewritten as a tuple.
+    """
     line = list(argv)
     for place, argument in enumerate(argv):
         if given := re.match(r"(--?config\.plugins=)(.*)", argument):
@@ -233,9 +249,8 @@ def _with_plugins(argv: list[str]) -> list[str]:
 def main() -> None:
     """Runs the command line on `sys.argv`."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # plugins may lie where the command is run
-    for flag in flags.FLAGS.get_key_flags_for_module(
-        __name__
-    ):  # else --help leaves them to --helpfull
+        sys.path.append(os.getcwd())  # plugins may be in the current directory
+    # Without this, --help lists only the flags of the main script and --helpfull the others.
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(_dispatch, flags_parser=_parse)

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and one line of every other."""
+"""`UserError`, and the helpers that turn other exceptions into one line for the user."""
 
 import errno
 import importlib.util
@@ -14,14 +14,15 @@ from dgl_jax import system
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: its text names the field or file, the value, and what would work.
+    """Mistake that the user can correct.
 
-    `launch.py` prints the text as one line and exits with status 2; library users catch it by this name.
+    The text is one line that names the field or file, the value, and what would work. The command
+    line prints it and exits with status 2; library users can catch the class.
     """
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, of the system or of a storage library, means that no space is left."""
+    """Returns True if an exception of the system or of a storage library reports a full disk."""
     text = str(error)
     return (
         getattr(error, "errno", None) in (28, 122)
@@ -30,8 +31,8 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
-# What the system says of a path, and no defect of the program.
-_OF_A_PATH = (
+# Errors about a path that the user can correct, as opposed to a bug in the program.
+_PATH_ERRORS = (
     *(
         errno.EACCES,
         errno.EPERM,
@@ -46,14 +47,14 @@ _OF_A_PATH = (
 
 
 def of_a_path(error: OSError) -> str | None:
-    """Returns the line for a path that cannot be read or written as it is; None if the error means something else."""
-    if error.errno not in _OF_A_PATH or error.filename is None:
+    """Returns one line for a path that cannot be read or written, or None for other errors."""
+    if error.errno not in _PATH_ERRORS or error.filename is None:
         return None
     return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror})"
 
 
 def explain(error: BaseException) -> str | None:
-    """What an exception means for the user, as the line to print; None where it is a defect of the program."""
+    """Returns the line that explains an exception to the user, or None if it is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if is_disk_full(error):
@@ -64,21 +65,21 @@ def explain(error: BaseException) -> str | None:
 
 
 def where(error: BaseException) -> str:
-    """One line on what went wrong in a Python file of the user's, with the place."""
+    """Returns one line on an exception raised in user code, with file and line number."""
     if isinstance(error, UserError):
         return str(error)
     text = (str(error).strip().splitlines() or [""])[-1].strip()
     if missing := re.fullmatch(r"\[Errno 2\] .*: '(.+)'", text):
         path = Path(missing[1])
-        beside = ", ".join(sorted(other.name for other in path.parent.glob(f"[!_]*{path.suffix}")))
-        return f"{path}: no such file" + (f"; {path.parent} has {beside}" if beside else "")
+        others = ", ".join(sorted(other.name for other in path.parent.glob(f"[!_]*{path.suffix}")))
+        return f"{path}: no such file" + (f"; {path.parent} has {others}" if others else "")
     if isinstance(error, OSError):
         return text
-    of_libraries = ("ml_collections", "absl", "importlib", "launch.py", "cli.py")
+    not_user_code = ("ml_collections", "absl", "importlib", "launch.py", "cli.py")
     frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not any(name in f.filename for name in of_libraries)
+        entry
+        for entry in traceback.extract_tb(error.__traceback__)
+        if not any(name in entry.filename for name in not_user_code)
     ]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}"
@@ -86,16 +87,16 @@ def where(error: BaseException) -> str:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Ends the program as the command line does: a mistake gets one line and exit status 2, a defect its traceback."""
+    """Prints a user mistake as one line and exits with status 2; bugs keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; the same line goes on from the last checkpoint",
+            "\ninterrupted; the same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(130)  # at once: threads that still work are left behind
+        os._exit(130)  # a normal exit would wait for worker threads that are still running
     except Exception as error:
         if (text := explain(error)) is None:
             raise
@@ -103,7 +104,7 @@ def reported() -> Iterator[None]:
         sys.exit(2)
 
 
-# Where a library belongs to an extra of pyproject.toml; all others come with the package itself.
+# Extra of pyproject.toml that installs a library; libraries not listed have no extra.
 _EXTRAS = {
     "grain": "imagenet",
     "cv2": "imagenet",
@@ -111,8 +112,7 @@ _EXTRAS = {
     "tensorboardX": "tensorboard",
 }
 
-
-# Of the libraries whose name in pip is not that of the module.
+# Names in pip that differ from the name of the imported module.
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
@@ -125,19 +125,19 @@ _DISTRIBUTIONS = {
 
 @contextmanager
 def needed(what: str) -> Iterator[None]:
-    """Turns a library that is missing inside the block into one line with the command that installs it.
+    """Turns a failed import inside the block into one line with the command that installs it.
 
     Args:
-      what: the mode, flag or field that needs it.
+      what: mode, flag or field that needs the library; the error message begins with it.
 
     Raises:
-      UserError: a library is not installed.
+      UserError: if a library is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if library in ("", "dgl_jax"):  # a defect of the package
+        if library in ("", "dgl_jax"):  # a bug of this package
             raise
         name = _DISTRIBUTIONS.get(library, library)
         raise UserError(
@@ -146,14 +146,16 @@ def needed(what: str) -> Iterator[None]:
 
 
 def require(what: str, *libraries: str) -> None:
-    """Checks that libraries are installed, without importing them: before a long run, not at its end.
+    """Checks that libraries are installed without importing them.
+
+    Call it before a long run, so that the run does not fail at its end.
 
     Args:
-      what: the mode, flag or field that needs them.
-      libraries: names of modules.
+      what: mode, flag or field that needs the libraries; the error message begins with it.
+      libraries: names of importable modules.
 
     Raises:
-      UserError: one is not installed.
+      UserError: if a library is not installed.
     """
     with needed(what):
         for library in libraries:
@@ -162,7 +164,7 @@ def require(what: str, *libraries: str) -> None:
 
 
 def _install(library: str, name: str) -> str:
-    """Returns the command that brings a library, at a version that is known to work where the package names one."""
+    """Returns the pip command that installs a library, through an extra if one contains it."""
     if extra := _EXTRAS.get(library):
         root = Path(__file__).parents[1]
         checkout = (root / "pyproject.toml").is_file()
@@ -176,61 +178,49 @@ _MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|(CUDA_ERROR|hipError)_?OUT_?OF_?MEMORY|CU(BLAS|DNN)_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
-
-
 _BUSY = re.compile(
-    r"TPU is already in use|ALREADY_IN_USE|CUDA_ERROR_DEVICES?_UNAVAILABLE|busy or unavailable|CUDA_ERROR_OUT_OF_MEMORY"
-    r"|Device or resource busy"
+    r"TPU is already in use|ALREADY_IN_USE|CUDA_ERROR_DEVICES?_UNAVAILABLE"
+    r"|busy or unavailable|CUDA_ERROR_OUT_OF_MEMORY|Device or resource busy"
 )
-
-
+# The three forms in which XLA and NumPy write memory sizes into their messages.
 _BYTES = r"(\d+(?:\.\d+)?) ?(bytes|[KMGTPE]?i?B\b|[KMGTPE]\b)?"
-
-
 _ASKED = re.compile(rf"(?:allocat\w*|reserve|request for|used) {_BYTES}", re.IGNORECASE)
-
-
 _FREE = re.compile(rf"there are {_BYTES} free", re.IGNORECASE)
-
-
 _LIMIT = re.compile(rf"used {_BYTES} of {_BYTES}", re.IGNORECASE)
-
-
 _UNITS = "BKMGTPE"
-
-
 _INSTALL = {"cuda": '"jax[cuda13]"', "gpu": '"jax[cuda13]"', "tpu": '"jax[tpu]"'}
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Returns what was asked for, what is free and what helps; None where the error is of another kind."""
+    """Returns one line on bytes asked for, bytes free and remedies, or None for other errors."""
     text = str(error)
     if not isinstance(error, MemoryError) and not _MEMORY.search(text):
         return None
     asked, free, limit = _ASKED.search(text), _FREE.search(text), _LIMIT.search(text)
-    said = [f"{_bytes(*asked.groups())} asked for"] if asked else []
+    facts = [f"{_bytes(*asked.groups())} asked for"] if asked else []
     if limit:
-        said.append(f"the device has {_bytes(*limit.groups()[2:])}")
+        facts.append(f"the device has {_bytes(*limit.groups()[2:])}")
     elif free:
-        said.append(f"{_bytes(*free.groups())} free")
+        facts.append(f"{_bytes(*free.groups())} free")
     elif isinstance(error, MemoryError):
-        said += (
+        facts += (
             [f"{readable(host)} free on this machine"]
             if (host := system.free_memory()) is not None
             else []
         )
     elif fullest := system.fullest_device():
         name, memory = fullest
-        of = f" of {readable(memory.limit)}" if memory.limit is not None else ""
-        said.append(f"{readable(memory.free or 0)}{of} free on {name}")
+        limit_text = f" of {readable(memory.limit)}" if memory.limit is not None else ""
+        facts.append(f"{readable(memory.free or 0)}{limit_text} free on {name}")
     return (
-        f"out of memory ({', '.join(said) if asked else '; '.join([_first(text), *said])}); a smaller config.data.batch_size, "
-        "a larger config.train.accumulate or config.model.remat=True needs less"
+        f"out of memory ({', '.join(facts) if asked else '; '.join([_first(text), *facts])}); "
+        "a smaller config.data.batch_size, a larger config.train.accumulate or "
+        "config.model.remat=True needs less"
     )
 
 
 def not_opened(error: BaseException) -> str | None:
-    """Returns why the devices cannot be had, and what helps; None where the error is of another kind."""
+    """Returns one line on why the devices cannot be opened, or None for other errors."""
     text = str(error)
     failed = re.search(
         r"Unable to initialize backend '(\w+)': (.*?)( \(set JAX_PLATFORMS=|$)", text, re.DOTALL
@@ -242,9 +232,10 @@ def not_opened(error: BaseException) -> str | None:
     reason = _first(failed[2] if failed else text)
     if _BUSY.search(text):
         if not failed and "CUDA_ERROR_OUT_OF_MEMORY" in text:
-            return None  # while a program runs: its own memory is used up
+            return None  # raised by a running program, which has filled the device itself
         return (
-            f"another process holds the {platform.upper() or 'device'} ({reason}): end it or wait for it"
+            f"another process holds the {platform.upper() or 'device'} ({reason}): "
+            "end it or wait for it"
             + (
                 ""
                 if "TPU" in text
@@ -258,16 +249,17 @@ def not_opened(error: BaseException) -> str | None:
         (_INSTALL[name] for name in (asked or platform).split(",") if name in _INSTALL), None
     ):
         return (
-            f"{setting}: JAX cannot open it here{why}; where the hardware is there, pip install -U {package} brings the rest; "
-            "JAX_PLATFORMS=cpu does without"
+            f"{setting}: JAX cannot open it here{why}; if the machine has such a device, run "
+            f"pip install -U {package}; otherwise set JAX_PLATFORMS=cpu"
         )
     return (
-        f"{setting}: JAX cannot open it here{why}; JAX_PLATFORMS=cpu, or none, takes what there is"
+        f"{setting}: JAX cannot open it here{why}; "
+        "set JAX_PLATFORMS=cpu, or unset it to use what is available"
     )
 
 
 def readable(number: float) -> str:
-    """Returns a number of bytes as text: 17179869184 as "16.0 GiB"."""
+    """Formats a number of bytes for people: 17179869184 as "16.0 GiB"."""
     power = 0
     while number >= 1024 and power < len(_UNITS) - 1:
         number, power = number / 1024, power + 1
@@ -275,25 +267,25 @@ def readable(number: float) -> str:
 
 
 def _bytes(number: str, unit: str | None) -> str:
-    """Returns what an error message says of bytes in one form: "2.00G", "2147483648 bytes" and "2 GiB" as "2.0 GiB"."""
+    """Formats a matched number and unit alike: "2.00G" and "2147483648 bytes" as "2.0 GiB"."""
     power = _UNITS.find((unit or "B")[0].upper())
     return readable(float(number) * 1024**power)
 
 
 def _first(text: str) -> str:
-    """Returns the first line of an error message, cut."""
+    """Returns the first line of an error message, at most 200 characters."""
     return (text.strip().splitlines() or [""])[0][:200]
 
 
 def _platforms() -> str:
-    """Returns what JAX_PLATFORMS names."""
-    import jax  # here, as this file is for errors: it may itself be what fails
+    """Returns the platforms that JAX_PLATFORMS asks for, or an empty string."""
+    import jax  # imported here: this file must load even if the import of JAX is what fails
 
     return getattr(jax.config, "jax_platforms", None) or ""
 
 
 def _is_unanswered(error: BaseException) -> bool:
-    """Returns whether JAX found no backend of the names it was given, which it asserts never happens."""
+    """Returns True if JAX found none of the backends it was asked for, an AssertionError."""
     frames = traceback.extract_tb(error.__traceback__)
     return (
         isinstance(error, AssertionError)

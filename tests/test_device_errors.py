@@ -169,7 +169,7 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
         ),
         (
             f"Unable to initialize backend 'x': unknown {END}",
-            ("backend x: JAX cannot open it here (unknown)", "takes what there is"),
+            ("backend x: JAX cannot open it here (unknown)", "set JAX_PLATFORMS=cpu"),
         ),
     ],
 )
@@ -358,8 +358,8 @@ def launched(platforms, *arguments):
         (
             "cuda",
             "train",
-            "error: JAX_PLATFORMS=cuda: JAX cannot open it here; where the hardware is there, "
-            'pip install -U "jax[cuda13]"',
+            "error: JAX_PLATFORMS=cuda: JAX cannot open it here; if the machine has such a device, "
+            'run pip install -U "jax[cuda13]"',
         ),
         (
             "tpu",

@@ -134,8 +134,8 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     drawn = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
     assert [Path(p).name for p in drawn.stdout.split()] == ["accuracy.png", "loss.png"]
     assert (
-        f"--cpu_devices={many}: {2 * many} threads, not {usual} as up to {usual // 2} devices have"
-        in drawn.stderr
+        f"--cpu_devices={many}: uses {2 * many} threads instead of the {usual} "
+        f"for up to {usual // 2} devices" in drawn.stderr
     )
 
 

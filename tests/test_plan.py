@@ -1,4 +1,4 @@
-"""Plans by hand: speed, idle time, traffic and memory of pipelines that are nowhere."""
+"""Tests of `--mode=plan`: speed, idle time, traffic and memory against hand calculations."""
 
 import dataclasses
 import json
@@ -19,10 +19,12 @@ from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.run.build import known_info, make_blocks
 from dgl_jax.tools import plan as planning
+from dgl_jax.tools.pipeline import Pipeline
 from dgl_jax.tools.plan import plan, plan_run
 from dgl_jax.tools.timeline import Work
 
-# On 8x8 images, width 4: the packets of the first two modules have 8x8x4 and 4x4x8 values, a label and an id an image.
+# Bytes per image on 8x8 images with width 4: the messages of the first two modules have 8x8x4 and
+# 4x4x8 float32 values, a label and an id.
 BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
 BATCH = 8
 
@@ -37,7 +39,8 @@ def small(**fields):
 
 @pytest.fixture
 def stated(tmp_path):
-    """A file of times: turns of 2, 3 and 1 ms, where the last two blocks make the third module."""
+    """Returns a file of block times that give the three modules turns of 2, 3 and 1 ms."""
+    # The third module consists of the last two blocks; times of 9 ms must not be used.
     times = {
         "first": [1.5, 2.0, 0.25, 9.0],
         "inner": [9.0, 9.0, 9.0, 0.5],
@@ -50,7 +53,7 @@ def stated(tmp_path):
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    """Nothing is compiled: the n-th module's program takes 100 n scratch, 10 n more for what it hands on, n a packet."""
+    """Replaces compilation: the n-th program needs 100 n scratch, 10 n outputs, n per message."""
 
     def module_memory(spec):
         return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(spec.modules, 1)]
@@ -62,50 +65,50 @@ def milliseconds(spans, module):
     return [(round(1e3 * s.begin, 6), round(1e3 * s.end, 6)) for s in spans if s.module == module]
 
 
-def test_three_devices_by_hand(stated):
-    bandwidth = BATCH * BYTES[0] / 1e6  # GB/s: the first module's packet takes 1 ms
-    found, spans = plan(small(), stated=stated, bandwidth=bandwidth)
-    late = round(BYTES[1] / BYTES[0], 6)  # the second's
+def test_three_devices_match_hand_calculation(stated):
+    bandwidth = BATCH * BYTES[0] / 1e6  # GB/s: a message of module 0 takes 1 ms
+    numbers, spans = plan(small(), stated=stated, bandwidth=bandwidth)
+    late = round(BYTES[1] / BYTES[0], 6)  # ms that a message of module 1 takes
     assert milliseconds(spans, 0)[:4] == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert milliseconds(spans, 1)[:4] == [(3, 6), (6, 9), (9, 12), (12, 15)]
     begins = [begin for begin, _ in milliseconds(spans, 2)[:4]]
     assert begins == pytest.approx([6 + late, 9 + late, 12 + late, 15 + late], abs=1e-5)
     assert max(span.batch for span in spans) == 10
-    assert found["ticks_per_second"] == pytest.approx(1000 / 3)
-    assert found["images_per_second"] == pytest.approx(1000 / 3 * BATCH)
-    assert found["speedup"] == pytest.approx(6 / 3)
-    assert found["idle"] == pytest.approx([1 / 3, 0, 2 / 3])
-    assert found["idle_share"] == pytest.approx(1 / 3)
-    assert [(m["devices"], m["milliseconds"], m["share"]) for m in found["modules"]] == [
+    assert numbers["ticks_per_second"] == pytest.approx(1000 / 3)
+    assert numbers["images_per_second"] == pytest.approx(1000 / 3 * BATCH)
+    assert numbers["speedup"] == pytest.approx(6 / 3)
+    assert numbers["idle"] == pytest.approx([1 / 3, 0, 2 / 3])
+    assert numbers["idle_share"] == pytest.approx(1 / 3)
+    assert [(m["devices"], m["milliseconds"], m["share"]) for m in numbers["modules"]] == [
         ([0], pytest.approx(2), pytest.approx(2 / 3)),
         ([1], pytest.approx(3), 1),
         ([2], pytest.approx(1), pytest.approx(1 / 3)),
     ]
-    identity = found["codecs"]["identity"]
+    identity = numbers["codecs"]["identity"]
     assert identity["bytes_per_image"] == BYTES
     assert identity["compression"] == [1, 1]
     assert identity["megabytes_per_second"] == pytest.approx(
         [BATCH * b / 3e-3 / 1e6 for b in BYTES]
     )
-    assert found["codecs"]["bf16"]["bytes_per_image"] == [(b - 8) / 2 + 8 for b in BYTES]
-    assert found["codecs"]["int8"] is None, "groups of 8 do not divide 4 channels"
-    assert [*found["codecs"]] == [*CODECS]
+    assert numbers["codecs"]["bf16"]["bytes_per_image"] == [(b - 8) / 2 + 8 for b in BYTES]
+    assert numbers["codecs"]["int8"] is None, "config.codec.dims=8 does not divide 4 channels"
+    assert [*numbers["codecs"]] == [*CODECS]
 
 
-def test_links_that_are_the_slowest_part(stated):
-    bandwidth = BATCH * BYTES[0] / 1e6 / 5  # 5 ms, where the slowest module takes 3
-    found, _ = plan(
+def test_slow_links_limit_the_speed(stated):
+    bandwidth = BATCH * BYTES[0] / 1e6 / 5  # 5 ms; the slowest module takes 3 ms
+    numbers, _ = plan(
         small(codec__dims=4, codec__codes=16, codec__codebook_every=1),
         stated=stated,
         bandwidth=bandwidth,
     )
-    assert found["ticks_per_second"] == pytest.approx(200)
-    assert found["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(
-        1000 / 3
-    )  # half the bytes: 2.5 ms
-    # Codes of 4 bits for 4 channels; two codes a byte; and a codebook of 16 x 4 numbers a group with every packet.
+    assert numbers["ticks_per_second"] == pytest.approx(200)
+    # Half the bytes: 2.5 ms.
+    assert numbers["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(1000 / 3)
+    # One 4-bit code per 4 channels, two codes per byte; and with every message a codebook of 16 x 4
+    # numbers per group.
     codes, books = [8 * 8 / 2 * 1, 4 * 4 * 2 / 2], [16 * 4 * 4, 2 * 16 * 4 * 4]
-    assert found["codecs"]["vq"]["bytes_per_image"][1] == codes[1] + 8 + books[1] / BATCH
+    assert numbers["codecs"]["vq"]["bytes_per_image"][1] == codes[1] + 8 + books[1] / BATCH
     assert plan(small(), stated=stated)[0]["ticks_per_second"] == pytest.approx(1000 / 3)
 
 
@@ -114,28 +117,23 @@ def test_links_that_are_the_slowest_part(stated):
     ("devices", "placed", "ticks", "speedup", "idle"),
     [
         (1, [[0], [0], [0]], 1000 / 6, 1, [0]),
-        (2, [[0], [1], [1]], 250, 1.5, [0.5, 0]),  # 2 | 3 + 1, no more than 4 together
-        (4, [[0], [1], [2]], 1000 / 3, 2, [1 / 3, 0, 2 / 3, 1]),  # one has nothing to do
-        (
-            6,
-            [[0, 1], [2, 3], [4, 5]],
-            2000 / 3,
-            4,
-            [1 / 3, 1 / 3, 0, 0, 2 / 3, 2 / 3],
-        ),  # half a batch each
+        (2, [[0], [1], [1]], 250, 1.5, [0.5, 0]),  # turns of 2 ms | 3 + 1 ms
+        (4, [[0], [1], [2]], 1000 / 3, 2, [1 / 3, 0, 2 / 3, 1]),  # the fourth device is unused
+        # Two devices per module, with half a batch each.
+        (6, [[0, 1], [2, 3], [4, 5]], 2000 / 3, 4, [1 / 3, 1 / 3, 0, 0, 2 / 3, 2 / 3]),
     ],
 )
-def test_more_and_fewer_devices(stated, devices, placed, ticks, speedup, idle):
-    found, _ = plan(small(), devices, stated)
-    assert [module["devices"] for module in found["modules"]] == placed
-    assert found["ticks_per_second"] == pytest.approx(ticks)
-    assert found["speedup"] == pytest.approx(speedup)
-    assert found["idle"] == pytest.approx(idle)
+def test_more_or_fewer_devices_than_modules(stated, devices, placed, ticks, speedup, idle):
+    numbers, _ = plan(small(), devices, stated)
+    assert [module["devices"] for module in numbers["modules"]] == placed
+    assert numbers["ticks_per_second"] == pytest.approx(ticks)
+    assert numbers["speedup"] == pytest.approx(speedup)
+    assert numbers["idle"] == pytest.approx(idle)
 
 
-def test_nothing_is_sent_where_nothing_crosses(stated):
-    found, _ = plan(small(), 2, stated, bandwidth=1.0)
-    assert [rate > 0 for rate in found["codecs"]["identity"]["megabytes_per_second"]] == [
+def test_hops_inside_one_device_send_nothing(stated):
+    numbers, _ = plan(small(), 2, stated, bandwidth=1.0)
+    assert [rate > 0 for rate in numbers["codecs"]["identity"]["megabytes_per_second"]] == [
         True,
         False,
     ]
@@ -145,35 +143,34 @@ def test_nothing_is_sent_where_nothing_crosses(stated):
 
 
 @pytest.mark.slow
-def test_devices_that_share_cores(stated):
-    # All the work of a batch is 6 ms of one core.
+def test_shared_cores_limit_the_speedup(stated):
+    # The work per batch adds up to 6 ms of one core.
     assert plan(small(), stated=stated, cores=1.0)[0]["speedup"] == pytest.approx(1)
     assert 1 < plan(small(), stated=stated, cores=1.5)[0]["speedup"] < 1.5
     assert plan(small(), stated=stated, cores=3.0)[0]["speedup"] == pytest.approx(2)
 
 
-def test_a_module_hardly_faster_than_the_slowest_is_idle_for_the_difference():
-    """However many ticks it runs ahead before it has to wait."""
+def test_module_slightly_faster_than_slowest_is_idle_for_the_difference():
+    """Checks that the idle share does not depend on how many ticks the host runs ahead."""
     works = Work(0, 0.0275), Work(1, 0.028)
     for ticks_in_flight in (1, 4, 1000):
-        rate, busy, _ = planning.Pipeline(
-            works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl()
-        ).steady([0.0])
+        pipeline = Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl())
+        rate, busy, _ = pipeline.steady([0.0])
         assert rate == pytest.approx(1 / 0.028)
         assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
-    halves = tuple(
-        Work(work.device, work.seconds, cores=1.0) for work in works
-    )  # one core for both
-    rate, busy, _ = planning.Pipeline(halves, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
+    # One core for both devices.
+    sharing = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)
+    rate, busy, _ = Pipeline(sharing, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
     assert rate == pytest.approx(1 / 0.0555, rel=0.02)
     assert 0.9 < busy[0] <= 1.0
 
 
-def test_memory_by_hand(stated):
-    found, _ = plan(small(engine__ticks_in_flight=1), stated=stated)
-    # State and packet; scratch; output; packets that wait besides. Those of the second module come faster than it works: what the
-    # host dispatches ahead waits, two behind the one at work (made at 3t - 2 ms, used up at 3t + 5).
-    assert found["peak_memory_bytes"] == [
+def test_memory_matches_hand_calculation(stated):
+    numbers, _ = plan(small(engine__ticks_in_flight=1), stated=stated)
+    # Per device: state and message, scratch, output, and further waiting messages. Messages to the
+    # second module arrive faster than it works, so the ticks that the host dispatches ahead wait:
+    # two behind the one in use (a message is sent at 3t - 2 ms and used until 3t + 5 ms).
+    assert numbers["peak_memory_bytes"] == [
         1000 + 100 + 10 + 1,
         2000 + 200 + 20 + 2 * 2,
         3000 + 300 + 30,
@@ -182,23 +179,23 @@ def test_memory_by_hand(stated):
     assert alone["peak_memory_bytes"] == [6000 + 330 + 1]
 
 
-def test_a_plain_list_gives_heads_their_share_by_operations():
+def test_head_times_of_a_plain_list_follow_operations():
     settings = small()
     flops = block_flops(make_blocks(settings, known_info(settings.data)))
-    found, _ = plan(settings, stated="1,2,3,4")
+    numbers, _ = plan(settings, stated="1,2,3,4")
     per_operation = 10 / sum(flops.inner)
     assert (
-        found["block_milliseconds"]["inner"]
-        == found["block_milliseconds"]["first"]
+        numbers["block_milliseconds"]["inner"]
+        == numbers["block_milliseconds"]["first"]
         == pytest.approx([1, 2, 3, 4])
     )
-    assert found["block_milliseconds"]["head"] == pytest.approx(
+    assert numbers["block_milliseconds"]["head"] == pytest.approx(
         [per_operation * h for h in flops.head]
     )
-    assert found["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
+    assert numbers["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
 
 
-def test_a_plan_is_the_times_of_the_next(stated, tmp_path):
+def test_json_of_a_plan_is_accepted_as_block_times(stated, tmp_path):
     before = plan_run(small(), stated=stated, as_json=True)
     path = tmp_path / "before.json"
     path.write_text(before)
@@ -207,13 +204,13 @@ def test_a_plan_is_the_times_of_the_next(stated, tmp_path):
 
 
 @pytest.mark.parametrize(("times", "starts"), [("9,1,1,1", [0, 1]), ("1,1,1,9", [0, 3])])
-def test_a_split_by_time_uses_the_stated_times(times, starts):
-    found, _ = plan(small(model__split="time", model__modules=2), stated=times)
-    assert [module["first_block"] for module in found["modules"]] == starts
+def test_split_by_time_uses_stated_times(times, starts):
+    numbers, _ = plan(small(model__split="time", model__modules=2), stated=times)
+    assert [module["first_block"] for module in numbers["modules"]] == starts
 
 
 @pytest.mark.slow
-def test_times_are_measured_where_none_are_stated(monkeypatch):
+def test_times_are_measured_if_none_are_stated(monkeypatch):
     networks, companies = [], []
 
     def block_times(network, optimizer, device, company):
@@ -222,21 +219,21 @@ def test_times_are_measured_where_none_are_stated(monkeypatch):
         return planning._stated("1,2,3,4", network)
 
     monkeypatch.setattr(planning, "block_times", block_times)
-    found, _ = plan(small(model__split="time"))
-    assert len(networks) == 1  # for the split and for the plan
+    numbers, _ = plan(small(model__split="time"))
+    assert len(networks) == 1  # measured once for both the split and the plan
     assert len(networks[0].blocks) == 4
-    assert found["cores"] == system.cpu_count()
-    assert found["block_times"] == "measured on cpu"
+    assert numbers["cores"] == system.cpu_count()
+    assert numbers["block_times"] == "measured on cpu"
     monkeypatch.setattr(system, "cpu_count", lambda: 3)
     plan(small(model__modules=2, model__split="count"))
     plan(small(model__modules=2, model__split="count"), devices=4)
-    assert companies[1:] == [2, 3]  # one a device, and never more than there are processors
+    assert companies[1:] == [2, 3]  # one per device, and at most one per processor
     monkeypatch.setattr(system, "cpu_count", lambda: None)
-    found, _ = plan(small())
-    assert (found["cores"], companies[3]) == (None, 1)
+    numbers, _ = plan(small())
+    assert (numbers["cores"], companies[3]) == (None, 1)
 
 
-def test_what_is_not_known_is_a_dash(stated, monkeypatch):
+def test_unknown_memory_is_printed_as_a_dash(stated, monkeypatch):
     monkeypatch.setattr(planning, "module_memory", lambda spec: None)
     assert (
         json.loads(plan_run(small(), stated=stated, as_json=True))["peak_memory_bytes"]
@@ -246,11 +243,11 @@ def test_what_is_not_known_is_a_dash(stated, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_it_prints(stated, tmp_path):
+def test_printed_tables_and_picture(stated, tmp_path):
     text = plan_run(small(), stated=stated, bandwidth=1.0, workdir=str(tmp_path))
     for words in (
         "module_2     2-3",
-        "module_1          3           1\n",
+        "module_1            3           1\n",
         "333.3 ticks/s",
         "2.00 times one device; idle 33 % of the time",
         "0       33 %",
@@ -265,13 +262,13 @@ def test_what_it_prints(stated, tmp_path):
     picture = tmp_path / "plots" / "plan.png"
     assert f"timeline: {picture}" in text
     assert image.imread(picture).shape[1] > 1000
-    found = json.loads(
-        plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "own.png"))
+    numbers = json.loads(
+        plan_run(small(), stated=stated, as_json=True, output=str(tmp_path / "named.png"))
     )
-    assert (tmp_path / "own.png").exists()
+    assert (tmp_path / "named.png").exists()
     spec = spec_of(small(), known_info(small().data))
-    assert [m["name"] for m in found["modules"]] == [m.name for m in spec.modules]
-    assert [m["body_parameters"] for m in found["modules"]] == [
+    assert [m["name"] for m in numbers["modules"]] == [m.name for m in spec.modules]
+    assert [m["body_parameters"] for m in numbers["modules"]] == [
         3 * 36 + 12,
         4 * 72 + 24,
         8 * 72 + 24 + 8 * 144 + 48,
@@ -282,7 +279,11 @@ def test_what_it_prints(stated, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "arguments", "words"),
     [
-        ({"method__name": "backprop"}, {}, ["config.method.name=backprop", "cannot work at once"]),
+        (
+            {"method__name": "backprop"},
+            {},
+            ["config.method.name=backprop", "cannot work at the same time"],
+        ),
         (
             {"data__name": "folder"},
             {},
@@ -307,7 +308,7 @@ def test_what_it_prints(stated, tmp_path):
         ({"codec__name": "int8"}, {}, ["config.codec.dims=8"]),
     ],
 )
-def test_mistakes(fields, arguments, words):
+def test_wrong_values_are_refused(fields, arguments, words):
     with pytest.raises(UserError) as error:
         plan(small(**fields), **{"stated": "1,1,1,1"} | arguments)
     assert [word for word in words if word not in str(error.value)] == []
@@ -328,7 +329,7 @@ def test_mistakes(fields, arguments, words):
         ({"engine__group_sizes": (1, 2)}, "config.engine.group_sizes"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_measured(fields, words, monkeypatch):
+def test_wrong_values_are_refused_before_measuring(fields, words, monkeypatch):
     monkeypatch.setattr(planning, "block_times", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(UserError, match=re.escape(words)):
         plan(small(**fields))
@@ -337,7 +338,7 @@ def test_mistakes_are_found_before_anything_is_measured(fields, words, monkeypat
 @pytest.mark.parametrize(
     "text", ['{"inner": [1, 2, 3, 4]}', '{"first": 3}', "[1, 2]", "3", "{", '{"a": [null]}']
 )
-def test_files_that_hold_no_times(tmp_path, text):
+def test_files_without_times_are_refused(tmp_path, text):
     path = tmp_path / "times.json"
     path.write_text(text)
     with pytest.raises(UserError, match="--block_times="):
@@ -346,7 +347,7 @@ def test_files_that_hold_no_times(tmp_path, text):
         plan_run(small(), output=str(path))
 
 
-def test_what_is_known_of_data_sets():
+def test_known_info_matches_data_sets():
     (name,) = [field for field in dataclasses.fields(DataSettings) if field.name == "name"]
     assert name.metadata["kinds"] is DATA_SETS
     assert {name for name, kind in DATA_SETS.items() if kind.shape} == set(DATA_SETS) - {"folder"}

@@ -211,7 +211,7 @@ def test_plots_of_a_token_run_are_drawn(run):
 def test_predict_refuses_tasks_other_than_images(run):
     with pytest.raises(
         UserError,
-        match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export gives",
+        match=r"^config\.task\.name=token_labels: --mode=predict reads images; --mode=export writes",
     ):
         predict_run(run[0], "newest", ["nowhere"], None)
 

@@ -1,4 +1,4 @@
-"""Turns in time: by hand, and against the recurrence that they follow where no core is shared."""
+"""Tests of the event simulation: by hand, and against a recurrence for unlimited cores."""
 
 import dataclasses
 
@@ -9,43 +9,46 @@ from hypothesis import strategies as st
 from dgl_jax.schedule import Turn, fused, pipelined
 from dgl_jax.tools.timeline import Span, Work, simulate, waiting
 
-# Three modules; the packets of the first take 1 s to the second, those of the second 2 s to the third.
+# Three modules; a message takes 1 s from the first to the second and 2 s to the third.
 THREE = (Work(0, 2.0, 1.0), Work(1, 3.0, 2.0), Work(2, 1.0))
 BY_HAND = {
     # module: (begin, end) of each of four batches
     0: [(0, 2), (2, 4), (4, 6), (6, 8)],
-    1: [(3, 6), (6, 9), (9, 12), (12, 15)],  # from now on the slowest one never waits
+    1: [(3, 6), (6, 9), (9, 12), (12, 15)],  # the slowest module never waits after its first turn
     2: [(8, 9), (11, 12), (14, 15), (17, 18)],
 }
 
 
-def of(spans):
-    """{module: its turns, by batch}."""
-    found = {}
+def times_by_module(spans):
+    """Returns a dictionary from module to the (begin, end) of its turns, ordered by batch."""
+    times = {}
     for span in sorted(spans):
-        found.setdefault(span.module, []).append((span.begin, span.end))
-    return found
+        times.setdefault(span.module, []).append((span.begin, span.end))
+    return times
 
 
-def test_three_modules_four_batches_by_hand():
+def test_three_modules_match_hand_calculation():
     spans = simulate(pipelined(3, 0, 4), THREE)
-    assert of(spans) == BY_HAND
+    assert times_by_module(spans) == BY_HAND
     assert [span.end for span in spans] == sorted(span.end for span in spans)
-    # Packets for module 1 are made at 2, 4, 6, 8 and used up at 6, 9, 12, 15; for module 2 at 6, 9, 12, 15 and 9, 12, 15, 18.
+    # Messages to module 1 are sent at 2, 4, 6, 8 and used until 6, 9, 12, 15;
+    # messages to module 2 are sent at 6, 9, 12, 15 and used until 9, 12, 15, 18.
     assert [waiting(spans, 1), waiting(spans, 2)] == [3, 1]
 
 
 @pytest.mark.parametrize("changed", [{"transfer": 0.0}, {"seconds": 2.5}, {"device": 1}])
-def test_what_is_left_out_is_noticed(changed):
+def test_twin_any_changed_cost_changes_the_timeline(changed):
     assert (
-        of(simulate(pipelined(3, 0, 4), (dataclasses.replace(THREE[0], **changed), *THREE[1:])))
+        times_by_module(
+            simulate(pipelined(3, 0, 4), (dataclasses.replace(THREE[0], **changed), *THREE[1:]))
+        )
         != BY_HAND
     )
 
 
-def test_a_host_that_does_not_run_ahead():
-    # Each tick waits for the whole one before: 0-2, 2-6, 6-9, 9-12, 12-15, 17-18.
-    spans = of(simulate(pipelined(3, 0, 4), THREE, ticks_in_flight=0))
+def test_host_without_run_ahead_waits_for_each_tick():
+    # Each tick waits until the previous one has ended: 0-2, 2-6, 6-9, 9-12, 12-15, 17-18.
+    spans = times_by_module(simulate(pipelined(3, 0, 4), THREE, ticks_in_flight=0))
     assert spans == {
         0: [(0, 2), (2, 4), (6, 8), (9, 11)],
         1: [(3, 6), (6, 9), (9, 12), (12, 15)],
@@ -53,39 +56,49 @@ def test_a_host_that_does_not_run_ahead():
     }
 
 
-def test_a_link_carries_one_packet_after_the_other():
-    slow = of(simulate(pipelined(2, 0, 3), (Work(0, 1.0, 5.0), Work(1, 1.0))))
+def test_link_carries_one_message_at_a_time():
+    slow = times_by_module(simulate(pipelined(2, 0, 3), (Work(0, 1.0, 5.0), Work(1, 1.0))))
     assert slow[1] == [(6, 7), (11, 12), (16, 17)]
 
 
-def test_one_device_does_one_thing_at_a_time():
+def test_device_runs_one_turn_at_a_time():
     works = (Work(0, 2.0), Work(0, 3.0))
-    assert of(simulate(fused(2, 0, 2), works)) == {0: [(0, 2), (5, 7)], 1: [(2, 5), (7, 10)]}
-    # Dispatched as a pipeline: the deeper module first.
-    assert of(simulate(pipelined(2, 0, 2), works)) == {0: [(0, 2), (5, 7)], 1: [(2, 5), (7, 10)]}
+    assert times_by_module(simulate(fused(2, 0, 2), works)) == {
+        0: [(0, 2), (5, 7)],
+        1: [(2, 5), (7, 10)],
+    }
+    # The pipeline dispatches the deeper module first.
+    assert times_by_module(simulate(pipelined(2, 0, 2), works)) == {
+        0: [(0, 2), (5, 7)],
+        1: [(2, 5), (7, 10)],
+    }
 
 
-def test_devices_that_share_cores_by_hand():
+def test_shared_cores_match_hand_calculation():
     two = (Work(0, 1.0), Work(1, 1.0))
-    assert of(simulate(pipelined(2, 0, 2), two, cores=2)) == {
+    assert times_by_module(simulate(pipelined(2, 0, 2), two, cores=2)) == {
         0: [(0, 1), (1, 2)],
         1: [(1, 2), (2, 3)],
     }
-    # One core: in the middle both work at half speed.
-    assert of(simulate(pipelined(2, 0, 2), two, cores=1)) == {
+    # One core: both run at half speed while they overlap.
+    assert times_by_module(simulate(pipelined(2, 0, 2), two, cores=1)) == {
         0: [(0, 1), (1, 3)],
         1: [(1, 3), (3, 4)],
     }
-    # Turns that keep 1.5 cores busy: alone at full speed, together at two thirds.
+    # Turns that use 1.5 cores: full speed alone, two thirds of it together.
     wide = tuple(dataclasses.replace(work, cores=1.5) for work in two)
-    assert of(simulate(pipelined(2, 0, 2), wide, cores=2))[1] == [
+    assert times_by_module(simulate(pipelined(2, 0, 2), wide, cores=2))[1] == [
         pytest.approx((1, 2.5)),
         pytest.approx((2.5, 3.5)),
     ]
 
 
 def recurrence(works, batches, ticks_in_flight):
-    """A module a device, all cores its own: each turn begins with the last of what it needs."""
+    """Computes the turns of one module per device with unlimited cores, by recurrence.
+
+    Each turn begins at the latest of: end of the previous turn, arrival of the message, end of the
+    tick that the host waits for.
+    """
     end, arrival, done = {}, {}, []
     spans = set()
     for tick in pipelined(len(works), 0, batches):
@@ -104,7 +117,7 @@ def recurrence(works, batches, ticks_in_flight):
     return spans
 
 
-durations = st.integers(0, 8).map(float)  # sums of whole numbers are exact
+durations = st.integers(0, 8).map(float)  # sums of whole numbers have no rounding errors
 
 
 @given(
@@ -112,7 +125,7 @@ durations = st.integers(0, 8).map(float)  # sums of whole numbers are exact
     st.integers(1, 8),
     st.integers(0, 3),
 )
-def test_equals_the_recurrence(times, batches, ahead):
+def test_simulation_equals_recurrence(times, batches, ahead):
     works = [Work(k, *each) for k, each in enumerate(times)]
     assert set(
         simulate(pipelined(len(works), 0, batches), works, ticks_in_flight=ahead)
@@ -120,7 +133,7 @@ def test_equals_the_recurrence(times, batches, ahead):
 
 
 @given(st.lists(st.floats(0.1, 5.0), min_size=1, max_size=4), st.integers(1, 8))
-def test_one_core_is_never_idle(seconds, batches):
+def test_single_core_is_never_idle(seconds, batches):
     works = [Work(k, s) for k, s in enumerate(seconds)]
     spans = simulate(pipelined(len(works), 0, batches), works, cores=1.0)
     assert max(span.end for span in spans) == pytest.approx(batches * sum(seconds), rel=1e-9)
@@ -129,16 +142,14 @@ def test_one_core_is_never_idle(seconds, batches):
     )
 
 
-def test_a_schedule_that_never_makes_a_packet_is_an_error():
-    with pytest.raises(AssertionError, match="never made"):
+def test_turn_without_a_message_is_an_error():
+    with pytest.raises(AssertionError, match="never sent"):
         simulate([(Turn(1, 0),)], THREE)
 
 
-def test_waiting_by_hand():
-    made = [Span(0, b, b, b + 1.0) for b in range(4)]  # a packet a second
-    assert waiting(made, 1) == 4  # nobody takes any
-    used = [
-        Span(1, b, 2.0 * b + 1, 2.0 * b + 3) for b in range(4)
-    ]  # every two seconds, from 1 on: gone at 3, 5, 7, 9
-    assert waiting(made + used, 1) == 3  # made at 1, 2, 3, 4; one is gone at 3
+def test_waiting_matches_hand_calculation():
+    sent = [Span(0, b, b, b + 1.0) for b in range(4)]  # one message per second: at 1, 2, 3, 4
+    assert waiting(sent, 1) == 4  # no message is ever used
+    used = [Span(1, b, 2.0 * b + 1, 2.0 * b + 3) for b in range(4)]  # until 3, 5, 7, 9
+    assert waiting(sent + used, 1) == 3
     assert waiting(used, 3) == 0

@@ -1,9 +1,10 @@
-"""Test accuracy of the asynchronous protocol beside synchronous training: ring size, slowdown, selection rule.
+"""Test accuracy of asynchronous and synchronous training, by ring size, slowdown and replay rule.
 
 python benchmarks/async_accuracy/run.py --data_dir=PATH [--part=0/2] [--write]
 
-Every row makes the same number of updates a module. A row that is finished is not run again, one that was interrupted goes on:
-`--part=0/2` and `--part=1/2` share the rows between two processes, and a last call with --write puts the table together.
+Every row makes the same number of updates per module. A finished row is not trained again and an
+interrupted one is resumed, so that `--part=0/2` and `--part=1/2` can share the rows between two
+processes and a last call with --write makes the table.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from small_runs import SLOWED
 
 
 class Row(NamedTuple):
-    """A run of the table; `slowdown` 0 is synchronous training."""
+    """Training run of the table; `slowdown` 0 means synchronous training."""
 
     slowdown: float
-    packets: int
+    ring_size: int
     rule: str
     seed: int
 
@@ -33,7 +34,7 @@ class Row(NamedTuple):
     def name(self) -> str:
         if not self.slowdown:
             return f"fused, seed {self.seed}"
-        return f"S {self.slowdown:g}, M {self.packets}, {self.rule}, seed {self.seed}"
+        return f"S {self.slowdown:g}, M {self.ring_size}, {self.rule}, seed {self.seed}"
 
 
 PAPER, CODE = "least_used_latest", "released"
@@ -52,24 +53,25 @@ ROWS = (
 
 
 def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """The row's summary."""
+    """Trains a row and returns its summary."""
     config = small_runs.config(args, row.seed)
     if row.slowdown:
-        small_runs.slow(config, row.slowdown, row.packets, row.rule)
+        small_runs.slow(config, row.slowdown, row.ring_size, row.rule)
     return small_runs.train(config, row.name, args)
 
 
-def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each setting, over its seeds."""
-    settings = list(dict.fromkeys(row[:3] for row in found))
+def summarize(summaries: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Combines the seeds of each setting into one entry of the table."""
+    settings = list(dict.fromkeys(row[:3] for row in summaries))
     result = []
-    for slowdown, packets, rule in settings:
-        runs = [summary for row, summary in found.items() if row[:3] == (slowdown, packets, rule)]
+    for setting in settings:
+        slowdown, ring_size, rule = setting
+        runs = [summary for row, summary in summaries.items() if row[:3] == setting]
         last = [100 * run["modules"][-1]["test_accuracy"] for run in runs]
         ensemble = [100 * run["ensemble_accuracy"] for run in runs]
         entry: dict[str, Any] = {
             "slowdown": slowdown,
-            "packets": packets,
+            "ring_size": ring_size,
             "rule": rule,
             "seeds": len(runs),
         }
@@ -93,7 +95,7 @@ def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against ring size and against slowdown, synchronous training as a band."""
+    """Plots accuracy against ring size and slowdown, with a band for synchronous training."""
     figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -115,15 +117,18 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    of = lambda rule, **fixed: [
-        e for e in entries if e["rule"] == rule and all(e[k] == v for k, v in fixed.items())
-    ]
+
+    def select(rule: str, **fixed: float) -> list[dict[str, Any]]:
+        return [
+            e for e in entries if e["rule"] == rule and all(e[k] == v for k, v in fixed.items())
+        ]
+
     for axes, key, fixed, label in (
-        (left, "packets", {"slowdown": 1.2}, "packets a ring holds (S = 1.2)"),
-        (right, "slowdown", {"packets": 50}, "slowdown S of the fourth module (M = 50)"),
+        (left, "ring_size", {"slowdown": 1.2}, "messages per ring M (S = 1.2)"),
+        (right, "slowdown", {"ring_size": 50}, "slowdown S of module 3 (M = 50)"),
     ):
         for rule, color, mark in ((PAPER, "#0072b2", "o"), (CODE, "#d55e00", "s")):
-            line = sorted(of(rule, **fixed), key=lambda e: e[key])
+            line = sorted(select(rule, **fixed), key=lambda e: e[key])
             axes.plot(
                 [e[key] for e in line],
                 [e["mean"] for e in line],
@@ -147,10 +152,10 @@ def main() -> None:
     small_runs.add_flags(flags, "runs/async_accuracy")
     args = flags.parse_args()
     part, parts = map(int, args.part.split("/"))
-    found = {row: train(row, args) for row in ROWS[part::parts]}
+    summaries = {row: train(row, args) for row in ROWS[part::parts]}
     if parts > 1:
         return
-    entries = summarise(found)
+    entries = summarize(summaries)
     harness.table(
         [
             "S of module 3",
@@ -158,17 +163,17 @@ def main() -> None:
             "rule",
             "test accuracy, %",
             "seeds",
-            "mean age read by it",
-            "reads a packet above it",
+            "mean age of its messages",
+            "reads per message above it",
         ],
         [
-            [e["slowdown"] or "fused", e["packets"] or "", e["rule"], e["mean"], e["seeds"]]
+            [e["slowdown"] or "fused", e["ring_size"] or "", e["rule"], e["mean"], e["seeds"]]
             + [e.get(key, "") for key in ("age_of_slowed", "reuse_above_slowed")]
             for e in entries
         ],
     )
     chosen = {key: getattr(args, key) for key in ("images", "width", "epochs")}
-    runs = {row.name: summary for row, summary in found.items()}
+    runs = {row.name: summary for row, summary in summaries.items()}
     harness.finish(__file__, {"settings": chosen, "rows": entries, "runs": runs}, args.write)
     if args.write:
         picture(entries, Path(__file__).with_name("accuracy.png"))

@@ -1,9 +1,11 @@
-"""Slowest module over mean module time of large networks, cut by count, by flops and by measured time.
+"""Slowest over mean module time of large networks, cut by count, by FLOPs and by measured time.
 
-python benchmarks/balance/run.py [--networks vgg19 resnet152] [--modules 2 4 8] [--image_size 64] [--width 16] [--write]
+python benchmarks/balance/run.py [--networks vgg19 resnet152] [--modules 2 4 8]
+    [--image_size 64] [--width 16] [--write]
 
-1 is perfect balance; what is above it is the share by which the slowest module keeps the others waiting. Blocks and heads are
-measured once, by themselves, and every cut is judged by their sums; `--programs` also measures the program of every module.
+1 is perfect balance; 1.2 means that the slowest module takes 20 % longer than the mean. Blocks and
+heads are measured once and alone, and every cut is rated by their sums. `--programs` also measures
+the program of every module.
 """
 
 import argparse
@@ -33,7 +35,7 @@ SPLITS = ("count", "flops", "time")
 
 
 def settings(network: str, modules: int, split: str, args: argparse.Namespace) -> Settings:
-    """A network on made-up images."""
+    """Returns the settings of a network on synthetic images."""
     return harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -49,24 +51,25 @@ def settings(network: str, modules: int, split: str, args: argparse.Namespace) -
 
 
 def over_mean(times: list[float]) -> float:
-    """Of the modules of one cut."""
+    """Computes the balance of a cut from the times of its modules; 1 is perfect."""
     return max(times) / statistics.mean(times)
 
 
 def programs(network: str, starts: tuple[int, ...], args: argparse.Namespace) -> list[float]:
-    """Seconds of each module's program by itself."""
-    made = make_experiment(
+    """Measures the seconds of each module's program when it runs alone."""
+    experiment = make_experiment(
         settings(network, len(starts), ",".join(map(str, starts)), args), jax.devices()[:1]
     )
-    return [elapsed.seconds for elapsed in module_times(made, made.engine.init(), args.calls)]
+    times = module_times(experiment, experiment.engine.init(), args.calls)
+    return [elapsed.seconds for elapsed in times]
 
 
 def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All cuts of one network; prints its table."""
-    one = settings(network, 1, "count", args)
-    blocks = make_blocks(one, known_info(one.data))
+    """Rates all cuts of one network and prints its table."""
+    uncut = settings(network, 1, "count", args)
+    blocks = make_blocks(uncut, known_info(uncut.data))
     count = len(blocks.blocks)
-    optimizer = make_optimizer(one.optimizer, optax.constant_schedule(0.0))
+    optimizer = make_optimizer(uncut.optimizer, optax.constant_schedule(0.0))
     print(f"{network}: measuring {count} blocks and their heads", flush=True)
     costs = {
         "flops": block_flops(blocks),
@@ -78,21 +81,21 @@ def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
         for split in SPLITS:
             starts = cuts(split, count, modules, lambda split=split: costs[split])
             times = [seconds.module(a, b) for a, b in itertools.pairwise([*starts, count])]
-            found = {
+            result = {
                 "modules": modules,
                 "split": split,
                 "first_blocks": starts,
                 "slowest_over_mean": over_mean(times),
             }
-            found["slowest_milliseconds"] = 1e3 * max(times)
+            result["slowest_milliseconds"] = 1e3 * max(times)
             if args.programs:
-                own = programs(network, starts, args)
-                found |= {
-                    "programs_slowest_over_mean": over_mean(own),
-                    "programs_slowest_milliseconds": 1e3 * max(own),
+                program_times = programs(network, starts, args)
+                result |= {
+                    "programs_slowest_over_mean": over_mean(program_times),
+                    "programs_slowest_milliseconds": 1e3 * max(program_times),
                 }
-            results.append(found)
-            cells = [f"{value:.3g}" for name, value in found.items() if "slowest" in name]
+            results.append(result)
+            cells = [f"{value:.3g}" for name, value in result.items() if "slowest" in name]
             rows.append([modules, split, ",".join(map(str, starts)), *cells])
     header = ["K", "split", "first blocks", "slowest over mean", "slowest, ms"]
     harness.table(
@@ -108,14 +111,15 @@ def main() -> None:
     flags.add_argument("--image_size", type=int, default=64)
     flags.add_argument("--batch_size", type=int, default=8)
     flags.add_argument(
-        "--width", type=int, default=16, help="channels of the first block; 64 as published"
+        "--width", type=int, default=16, help="channels of the first block; published: 64"
     )
     flags.add_argument("--head", default="mlp_sr")
-    flags.add_argument("--calls", type=int, default=7, help="of each block or program")
+    flags.add_argument("--calls", type=int, default=7, help="measured calls per block or program")
     flags.add_argument("--programs", action="store_true")
     args = flags.parse_args()
     print(
-        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, batch {args.batch_size}, width {args.width}",
+        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, "
+        f"batch {args.batch_size}, width {args.width}",
         flush=True,
     )
     results = {network: compare(network, args) for network in args.networks}

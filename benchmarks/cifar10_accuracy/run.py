@@ -1,6 +1,7 @@
-"""Test accuracy of decoupled training beside back-propagation: same network, images, optimizer and budget.
+"""Test accuracy of decoupled training and back-propagation with equal network, data and budget.
 
-python benchmarks/cifar10_accuracy/run.py --data_dir=PATH [--epochs=16] [--workdir=runs/cifar10_accuracy]
+python benchmarks/cifar10_accuracy/run.py --data_dir=PATH [--epochs=16]
+    [--workdir=runs/cifar10_accuracy]
 """
 
 import argparse
@@ -20,7 +21,7 @@ ENGINES = ("fused", "backprop")
 
 
 def main() -> None:
-    """Trains both (or goes on with them), then writes the curves, the summaries and the picture beside this file."""
+    """Trains (or resumes) both runs, then writes curves, summaries and picture beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", default="", help="a prepared TFDS directory")
     parser.add_argument("--epochs", type=float, default=16.0)

@@ -1,4 +1,4 @@
-"""Images per second of the 6-layer CNN beside the same networks, heads and updates in PyTorch: one core, and two.
+"""Images per second of the 6-layer CNN in JAX and of the same training in PyTorch, on CPU cores.
 
 pip install torch
 python benchmarks/cpu_reference/run.py [--write]
@@ -23,17 +23,17 @@ from dgl_jax.run.build import Experiment, make_experiment
 
 CORES = {"one core": 1, "two cores": 2}
 ENGINE = {"one core": "fused", "two cores": "pipeline"}
-PASS = 1.0  # pipeline on two devices over PyTorch on two threads
+PASS = 1.0  # least ratio of `pipeline` on two devices over PyTorch on two threads
 WARM_UP = 2
-# How near both sides must be; see README.md, "How it is measured".
+# Tolerances of `check`; see README.md, "How it is measured".
 STEPS = 3
 LOSS = 1e-5
 UPDATE = 3e-2
 
 
 @dataclass(frozen=True)
-class Way:
-    """One side of a comparison."""
+class Side:
+    """Side of a comparison: a library on a number of cores."""
 
     width: int
     cores: str  # a key of CORES
@@ -43,36 +43,36 @@ class Way:
         return f"width {self.width}, {self.cores}, {self.library}"
 
 
-def experiment(way: Way, args: argparse.Namespace) -> Experiment:
-    """The same for both libraries."""
-    two = way.cores == "two cores"
+def build(side: Side, args: argparse.Namespace) -> Experiment:
+    """Builds the experiment, which is the same for both libraries."""
+    two = side.cores == "two cores"
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
         model__name="cnn6",
-        model__width=way.width,
+        model__width=side.width,
         model__modules=2 if two else 6,
         model__split=args.split if two else "count",
-        engine__name=ENGINE[way.cores],
+        engine__name=ENGINE[side.cores],
         train__steps=1,
     )
-    return make_experiment(settings, jax.devices()[: CORES[way.cores]])
+    return make_experiment(settings, jax.devices()[: CORES[side.cores]])
 
 
-def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any:
-    """The `torch_dgl.DGL` of an experiment."""
-    # Here, so that the processes of the JAX side never load it.
+def torch_network(experiment: Experiment, memory_format: str, **changed: float) -> Any:
+    """Builds the `torch_dgl.DGL` that corresponds to an experiment."""
+    # Imported here, so that the processes of the JAX side never load PyTorch.
     from torch_dgl import DGL
 
-    settings, data = made.settings.optimizer, made.source
+    settings, data = experiment.settings.optimizer, experiment.source
     update = {
         "rate": settings.learning_rate,
         "momentum": settings.momentum,
         "decay": settings.weight_decay,
     }
     return DGL(
-        made.settings.model.width,
-        [module.first for module in made.spec.modules],
+        experiment.settings.model.width,
+        [module.first for module in experiment.spec.modules],
         data.example_shape[0],
         data.num_classes,
         **update | changed,
@@ -82,13 +82,13 @@ def torch_network(made: Experiment, memory_format: str, **changed: float) -> Any
     )
 
 
-def torch_training(made: Experiment, memory_format: str) -> Variant:
-    """As `training`, in PyTorch, from the same source of batches."""
-    network, done = torch_network(made, memory_format), 0
+def torch_training(experiment: Experiment, memory_format: str) -> Variant:
+    """Returns the PyTorch counterpart of `training`, with the same source of batches."""
+    network, done = torch_network(experiment, memory_format), 0
 
     def run(steps: int) -> Timing:
         nonlocal done
-        batches = made.source.batches(done)
+        batches = experiment.source.batches(done)
         done += steps
 
         def work() -> list[float]:
@@ -96,64 +96,70 @@ def torch_training(made: Experiment, memory_format: str) -> Variant:
                 losses = network.step(batch.inputs, batch.context["label"])
             return [float(loss) for loss in losses]
 
-        return timed(work, steps * made.spec.batch_size)
+        return timed(work, steps * experiment.spec.batch_size)
 
     return run
 
 
-def check(way: Way, args: argparse.Namespace) -> dict[str, Any]:
-    """How far apart both sides are in each of a few steps, every one of which begins with the same parameters.
+def check(side: Side, args: argparse.Namespace) -> dict[str, Any]:
+    """Compares losses and updates of both libraries over a few steps.
 
-    Over many steps rounding would grow; momentum stays each side's own.
+    Every step starts with equal parameters, because rounding errors would grow over many steps;
+    only the momentum buffers are never copied.
 
     Returns:
-      `losses`: relative, the largest of all modules, of each batch.
-      `update`: of each update of parameters; the largest of all arrays, in units of the length of its update.
+      A dictionary with
+        losses: relative difference per batch, the largest of all modules.
+        update: distance per parameter update in units of the length of the update, the largest of
+          all arrays.
 
     Raises:
-      SystemExit: too far; or no further without momentum, which shows that the check sees nothing.
+      SystemExit: if the difference is too large, or if the check also passes without momentum,
+        which shows that it detects nothing.
     """
-    made = experiment(way, args)
-    state = made.engine.init()
+    experiment = build(side, args)
+    state = experiment.engine.init()
     params, losses = [[jax.device_get(module.params) for module in state.modules]], []
     for step in range(STEPS):
-        (report,) = made.engine.run(state, made.source, step + 1)
+        (report,) = experiment.engine.run(state, experiment.source, step + 1)
         state = report.snapshot()
         params.append([jax.device_get(module.params) for module in state.modules])
-        losses.append([float(means(of_module)["loss"]) for of_module in report.metrics])
+        losses.append([float(means(metrics)["loss"]) for metrics in report.metrics])
 
-    def apart(**changed: float) -> dict[str, Any]:
-        network = torch_network(made, args.memory_format, **changed)
-        found: dict[str, Any] = {"losses": [], "update": []}
+    def differences(**changed: float) -> dict[str, Any]:
+        network = torch_network(experiment, args.memory_format, **changed)
+        result: dict[str, Any] = {"losses": [], "update": []}
         for step, (before, after, expected) in enumerate(
             zip(params, params[1:], losses, strict=False)
         ):
             network.copy_from(before)
-            batch = made.source.batch(step)
+            batch = experiment.source.batch(step)
             pairs = zip(network.step(batch.inputs, batch.context["label"]), expected, strict=True)
-            found["losses"].append(max(abs(float(own) / other - 1) for own, other in pairs))
-            found["update"].append(max(network.distances(before, after)))
-        return found
+            result["losses"].append(
+                max(abs(float(loss) / reference - 1) for loss, reference in pairs)
+            )
+            result["update"].append(max(network.distances(before, after)))
+        return result
 
-    def near(found: dict[str, Any]) -> bool:
-        return max(found["update"]) < UPDATE and max(found["losses"]) < LOSS
+    def agree(result: dict[str, Any]) -> bool:
+        return max(result["update"]) < UPDATE and max(result["losses"]) < LOSS
 
-    found, broken = apart(), apart(momentum=0.0)
-    if not near(found):
-        raise SystemExit(f"{way}: the two sides do not compute the same: {found}")
-    if near(broken):
-        raise SystemExit(f"{way}: the check does not notice that momentum is missing: {broken}")
-    return found
+    result, broken = differences(), differences(momentum=0.0)
+    if not agree(result):
+        raise SystemExit(f"{side}: the two libraries do not compute the same: {result}")
+    if agree(broken):
+        raise SystemExit(f"{side}: the check does not notice that momentum is missing: {broken}")
+    return result
 
 
-def started(way: Way, args: argparse.Namespace) -> Variant:
-    """What the process of a way runs."""
-    if way.library == "JAX":
-        return training(experiment(way, args), warm_up=1)
+def variant(side: Side, args: argparse.Namespace) -> Variant:
+    """Returns the variant that the process of one side runs."""
+    if side.library == "JAX":
+        return training(build(side, args), warm_up=1)
     import torch
 
-    torch.set_num_threads(CORES[way.cores])
-    return torch_training(experiment(way, args), args.memory_format)
+    torch.set_num_threads(CORES[side.cores])
+    return torch_training(build(side, args), args.memory_format)
 
 
 def main() -> None:
@@ -168,7 +174,7 @@ def main() -> None:
         "--memory_format",
         choices=["channels_last", "contiguous"],
         default="channels_last",
-        help="PyTorch's",
+        help="memory format of PyTorch",
     )
     flags.add_argument("--repeats", type=int, default=9)
     flags.add_argument("--seconds", type=float, default=5.0, help="least length of a repeat")
@@ -176,54 +182,55 @@ def main() -> None:
         "--least_steps",
         type=int,
         default=20,
-        help="on two cores, where the pipe is filled and drained each repeat",
+        help="least steps of a repeat on two cores, where it also fills and drains the pipeline",
     )
     flags.add_argument(
         "--first_core",
         type=int,
         default=min(system.usable_cpus() or [0]),
-        help="which one the ways on one core have",
+        help="core for the measurements on one core",
     )
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
-    ways = {
-        str(way): way
-        for way in (
-            Way(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch")
+    sides = {
+        str(side): side
+        for side in (
+            Side(w, c, lib) for w in args.widths for c in args.cores for lib in ("JAX", "PyTorch")
         )
     }
-    jax.config.update("jax_num_cpu_devices", max(CORES[way.cores] for way in ways.values()))
+    jax.config.update("jax_num_cpu_devices", max(CORES[side.cores] for side in sides.values()))
     if args.serve:
-        way = ways[args.serve]
-        jax.config.update("jax_num_cpu_devices", CORES[way.cores])
-        return serve(started(way, args))
+        side = sides[args.serve]
+        jax.config.update("jax_num_cpu_devices", CORES[side.cores])
+        return serve(variant(side, args))
 
     measured = {
         k: v for k, v in vars(args).items() if k not in ("write", "serve", "widths", "cores")
     }
     before = Path(__file__).with_name("result.json")
-    kept = json.loads(before.read_text())["comparisons"] if before.exists() else {}
-    found: dict[str, Any] = {}
+    previous = json.loads(before.read_text())["comparisons"] if before.exists() else {}
+    results: dict[str, Any] = {}
     for width in args.widths:
         for cores in args.cores:
-            pair = {lib: Way(width, cores, lib) for lib in ("JAX", "PyTorch")}
+            pair = {lib: Side(width, cores, lib) for lib in ("JAX", "PyTorch")}
             agreement = check(pair["JAX"], args)
             print(f"width {width}, {cores}: both sides compute the same, {agreement}", flush=True)
-            found[f"width {width}, {cores}"] = {
+            results[f"width {width}, {cores}"] = {
                 "settings": measured,
                 "agreement": agreement,
             } | compared(pair, args)
-            # Those that were not measured again stay, and a run that is cut short leaves what it has.
-            harness.finish(__file__, {"comparisons": kept | found}, args.write)
+            # Written after each comparison, so that an interrupted run keeps what it measured.
+            # Comparisons that are not measured in this run keep their previous results.
+            harness.finish(__file__, {"comparisons": previous | results}, args.write)
     rows = [
         [
             name,
             *(
-                harness.shown(of_name[side])
-                for side in ("JAX", "PyTorch", "ratio", "ratio_without_filling")
+                harness.shown(result[column])
+                for column in ("JAX", "PyTorch", "ratio", "ratio_without_filling")
             ),
         ]
-        for name, of_name in found.items()
+        for name, result in results.items()
     ]
     harness.table(
         [
@@ -231,39 +238,38 @@ def main() -> None:
             "JAX, images/s",
             "PyTorch, images/s",
             "JAX over PyTorch",
-            "filling and draining left out",
+            "without filling and draining",
         ],
         rows,
     )
     return None
 
 
-def compared(pair: dict[str, Way], args: argparse.Namespace) -> dict[str, Any]:
-    """The two sides in turns, each in a process bound to its cores."""
+def compared(pair: dict[str, Side], args: argparse.Namespace) -> dict[str, Any]:
+    """Times both sides in turns, each in a process bound to its cores."""
     count = CORES[pair["JAX"].cores]
     cores = (
         [args.first_core] if count == 1 else (system.usable_cpus() or list(range(count)))[:count]
     )
     with contextlib.ExitStack() as stack:
         variants: dict[str, Variant] = {}
-        for library, way in pair.items():
-            process = Process(str(way), cores, WARM_UP)
+        for library, side in pair.items():
+            process = Process(str(side), cores, WARM_UP)
             stack.callback(process.close)
             variants[library] = process
-        fastest = max(variant(WARM_UP).images_per_second for variant in variants.values())
+        fastest = max(run(WARM_UP).images_per_second for run in variants.values())
         steps = max(
             args.least_steps if count > 1 else 1, round(args.seconds * fastest / args.batch_size)
         )
         timings = list(in_turns(variants, dict.fromkeys(variants, steps), args.repeats))[-1]
-    speed = {library: [t.images_per_second for t in found] for library, found in timings.items()}
+    speed = {library: [t.images_per_second for t in rows] for library, rows in timings.items()}
     ratios = harness.ratios(speed["JAX"], speed["PyTorch"])
-    ticks = steps + count - 1  # a pipeline of two takes one tick more than it trains batches
+    ticks = steps + count - 1  # a pipeline of two modules needs one extra tick
     return {
         "steps": steps,
-        **{library: harness.quartiles(found, 1) for library, found in speed.items()},
+        **{library: harness.quartiles(rates, 1) for library, rates in speed.items()},
         "cores": {
-            library: harness.quartiles([t.cores for t in found])
-            for library, found in timings.items()
+            library: harness.quartiles([t.cores for t in rows]) for library, rows in timings.items()
         },
         "ratio": harness.quartiles(ratios),
         "ratio_without_filling": harness.quartiles([r * ticks / steps for r in ratios]),

@@ -1,6 +1,7 @@
-"""Decoupled Greedy Learning of the six-layer CNN in PyTorch: the same blocks, heads, losses and updates, in its own best form.
+"""Decoupled Greedy Learning of the 6-layer CNN in PyTorch: same blocks, heads, losses and updates.
 
-Each module has its own optimizer (SGD with momentum), and its input is detached. Maps are (B, C, H, W).
+It is written as fast as PyTorch allows. Each module has an optimizer (SGD with momentum) and
+detaches its input. Feature maps are [B, C, H, W].
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MULTIPLES, POOLED = (
-    (1, 2, 2, 4, 4, 4),
-    (1, 3),
-)  # of cnn6: channels over width, blocks that begin with pooling
+MULTIPLES = (1, 2, 2, 4, 4, 4)  # channels of each block of cnn6, divided by the width
+POOLED = (1, 3)  # blocks of cnn6 that begin with pooling
 
 
 class Module(nn.Module):
-    """Consecutive blocks and the head that gives them a loss of their own."""
+    """Consecutive blocks and the head that computes their local loss."""
 
     def __init__(self, blocks: Sequence[nn.Module], head: nn.Module):
         super().__init__()
@@ -26,7 +25,7 @@ class Module(nn.Module):
 
 
 def block(inputs: int, features: int, pool: bool) -> nn.Sequential:
-    """[2x2 max pooling] - 3x3 convolution - batch norm - ReLU."""
+    """Builds a block: [2x2 max pooling] - 3x3 convolution - batch norm - ReLU."""
     layers = [
         nn.Conv2d(inputs, features, 3, padding=1),
         nn.BatchNorm2d(features),
@@ -36,7 +35,10 @@ def block(inputs: int, features: int, pool: bool) -> nn.Sequential:
 
 
 def head(features: int, size: int, classes: int, convs: int, hidden: int) -> nn.Sequential:
-    """MLP-SR (`convs` = 3, `hidden` = 3), or the classifier that ends the network (0, 2), for maps of `size` pixels a side."""
+    """Builds a head for maps of `size` x `size` pixels.
+
+    MLP-SR has `convs` = 3 and `hidden` = 3; the classifier at the end of the network has 0 and 2.
+    """
     layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(max(-(-size // 4), 2))]
     for _ in range(convs):
         layers += [
@@ -55,12 +57,19 @@ def head(features: int, size: int, classes: int, convs: int, hidden: int) -> nn.
 
 
 class DGL:
-    """The six-layer CNN cut into modules, and its training step.
+    """Six-layer CNN that is cut into modules, with its training step.
 
     Args:
-      starts: first block of each module.
-      rate, momentum, decay: of SGD; the decay is of every parameter.
-      channels_last: the memory format of maps and kernels.
+      width: channels of the first block.
+      starts: index of the first block of each module.
+      image_size: height and width of the images in pixels.
+      classes: number of classes.
+      rate: learning rate of SGD.
+      momentum: momentum of SGD.
+      decay: weight decay of SGD, applied to every parameter.
+      mean: mean of each channel, for images scaled to 0..1.
+      std: standard deviation of each channel, for images scaled to 0..1.
+      channels_last: uses the channels-last memory format for maps and kernels.
     """
 
     def __init__(
@@ -87,8 +96,8 @@ class DGL:
         self.modules = []
         for first, end in zip(starts, ends, strict=True):
             last = end == len(blocks)
-            own = head(*sizes[end - 1], classes, convs=0 if last else 3, hidden=2 if last else 3)
-            self.modules.append(Module(blocks[first:end], own).to(memory_format=self.format))
+            layers = head(*sizes[end - 1], classes, convs=0 if last else 3, hidden=2 if last else 3)
+            self.modules.append(Module(blocks[first:end], layers).to(memory_format=self.format))
         self.optimizers = [
             torch.optim.SGD(
                 m.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=True
@@ -99,7 +108,15 @@ class DGL:
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> list[torch.Tensor]:
-        """One update of every module on images as stored, (B, H, W, C) in uint8; gives the losses, not yet read."""
+        """Updates every module once.
+
+        Args:
+          images: images as stored, uint8, [B, H, W, C].
+          labels: class labels, [B].
+
+        Returns:
+          The loss of each module, as tensors that have not been read yet.
+        """
         x = torch.from_numpy(images).to(torch.float32) * self.scale + self.shift
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=self.format)
         target, losses = torch.from_numpy(labels).long(), []
@@ -115,27 +132,31 @@ class DGL:
         return losses
 
     def copy_from(self, params: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over the parameters of each module of a JAX run."""
+        """Copies the parameters of each module of a JAX run."""
         with torch.no_grad():
-            for own, given in zip(
+            for parameter, array in zip(
                 self._parameters(), translated(self.modules, params), strict=True
             ):
-                own.copy_(torch.from_numpy(given.copy()))
+                parameter.copy_(torch.from_numpy(array.copy()))
 
     def distances(
         self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """Of each parameter array: how far it is from where one update took the JAX run's, in units of the length of that update.
+        """Computes the distance of each parameter array from that of a JAX run after one update.
 
-        An update shorter than a thousandth of the array counts as that long: the bias of a convolution in front of batch norm
-        has no gradient but rounding errors.
+        The unit is the length of the JAX update, but at least a thousandth of the length of the
+        array: the bias of a convolution in front of batch norm has a gradient of rounding errors.
+
+        Args:
+          before: parameters of the JAX run before the update, one tree per module.
+          after: parameters of the JAX run after the update.
         """
-        found = []
+        relative = []
         pairs = zip(translated(self.modules, before), translated(self.modules, after), strict=True)
-        for own, (old, new) in zip(self._parameters(), pairs, strict=True):
+        for parameter, (old, new) in zip(self._parameters(), pairs, strict=True):
             length = max(np.linalg.norm(new - old), 1e-3 * np.linalg.norm(new))
-            found.append(float(np.linalg.norm(own.detach().numpy() - new) / length))
-        return found
+            relative.append(float(np.linalg.norm(parameter.detach().numpy() - new) / length))
+        return relative
 
     def _parameters(self) -> list[nn.Parameter]:
         return [
@@ -148,7 +169,7 @@ class DGL:
 
 
 def layers_of(module: Module) -> list[Any]:
-    """Layers with parameters, in the order in which they work."""
+    """Returns the layers that have parameters, in the order of the forward pass."""
     return [
         layer
         for layer in module.modules()
@@ -157,32 +178,31 @@ def layers_of(module: Module) -> list[Any]:
 
 
 def translated(modules: Sequence[Module], params: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """Flax parameters as PyTorch's arrays, in the order of `layers_of`, the weight before the bias."""
-    found = []
-    for module, of_module in zip(modules, params, strict=True):
-        blocks = sorted(
-            of_module["body"].items(), key=lambda item: int(item[0].removeprefix("block_"))
-        )
-        for part, own in [
+    """Converts Flax parameters to PyTorch's layout, in the order of `layers_of`."""
+    arrays = []
+    for module, tree in zip(modules, params, strict=True):
+        blocks = sorted(tree["body"].items(), key=lambda item: int(item[0].removeprefix("block_")))
+        for part, part_params in [
             *zip(module.blocks, (p for _, p in blocks), strict=True),
-            (module.head, of_module["objective"]),
+            (module.head, tree["objective"]),
         ]:
-            found += _part(part, own)
-    return found
+            arrays += _part(part, part_params)
+    return arrays
 
 
 def _part(part: nn.Module, params: Mapping[str, Any]) -> list[np.ndarray]:
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     count = {"Conv": 0, "BatchNorm": 0, "Dense": 0}
     for layer in layers_of(part):
         kind = {nn.Conv2d: "Conv", nn.Linear: "Dense"}.get(type(layer), "BatchNorm")
-        own = {name: np.asarray(value) for name, value in params[f"{kind}_{count[kind]}"].items()}
-        weight = own["scale" if kind == "BatchNorm" else "kernel"]
+        layer_params = {
+            name: np.asarray(value) for name, value in params[f"{kind}_{count[kind]}"].items()
+        }
+        weight = layer_params["scale" if kind == "BatchNorm" else "kernel"]
         if kind == "Conv":
             weight = weight.transpose(3, 2, 0, 1)
-        elif (
-            kind == "Dense" and count[kind] == 0
-        ):  # reads a flattened 2x2 map, whose channels come first here and last there
+        elif kind == "Dense" and count[kind] == 0:
+            # Reads a flattened 2x2 map, in which PyTorch has channels first and Flax has them last.
             weight = (
                 weight.reshape(4, -1, weight.shape[1])
                 .transpose(2, 1, 0)
@@ -190,9 +210,9 @@ def _part(part: nn.Module, params: Mapping[str, Any]) -> list[np.ndarray]:
             )
         elif kind == "Dense":
             weight = weight.T
-        found += [weight, own["bias"]] if "bias" in own else [weight]
+        arrays += [weight, layer_params["bias"]] if "bias" in layer_params else [weight]
         count[kind] += 1
     assert sum(count.values()) == len(params), (
-        f"{len(params)} layers there, {sum(count.values())} here"
+        f"{len(params)} layers in Flax, {sum(count.values())} in PyTorch"
     )
-    return found
+    return arrays

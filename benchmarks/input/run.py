@@ -1,4 +1,4 @@
-"""How many CIFAR images a second the input path delivers, beside two other ways to do the same.
+"""CIFAR images per second that the input path delivers, compared with two alternatives.
 
     python benchmarks/input/run.py --data_dir=DIR
 
@@ -32,37 +32,35 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "data_dir",
     "",
-    "A directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.",
+    "Directory in which TFDS has prepared cifar10; empty: 50,000 synthetic images.",
 )
-flags.DEFINE_integer("batch_size", 128, "Images a batch.")
-flags.DEFINE_integer("batches", 200, "Batches a repeat.")
-flags.DEFINE_integer("repeats", 15, "Repeats of each way, interleaved.")
-flags.DEFINE_string(
-    "output", str(Path(__file__).with_name("result.json")), "Where the result goes."
-)
+flags.DEFINE_integer("batch_size", 128, "Images per batch.")
+flags.DEFINE_integer("batches", 200, "Batches per repeat.")
+flags.DEFINE_integer("repeats", 15, "Repeats of each variant, interleaved.")
+flags.DEFINE_string("output", str(Path(__file__).with_name("result.json")), "File for the result.")
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-TARGET = 50_000  # images a second on two cores
+TARGET = 50_000  # images per second on two cores
 SEED = 0
-Way = Callable[[int, int], jax.Array]
+Variant = Callable[[int, int], jax.Array]  # (first batch, number of batches) -> last images
 
 
-def ours(source: ArraySource, task: Task) -> Way:
-    """The package's own: batches gathered on the host, put on the device as uint8, augmented there."""
+def package_variant(source: ArraySource, task: Task) -> Variant:
+    """Returns the package's path: gather on the host, transfer as uint8, augment on the device."""
     train = jax.jit(lambda step, images: task.train(augment_key(SEED, step), images))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def go(start: int, count: int) -> jax.Array:
+    def run(start: int, count: int) -> jax.Array:
         for batch in itertools.islice(source.batches(start), count):
             batch = put(batch, device)
             images = train(batch.step, batch.inputs)
         return images
 
-    return go
+    return run
 
 
-def numpy_way(source: ArraySource) -> Way:
-    """Augmentation and normalisation in NumPy on the host, a whole batch at a time, then float32 to the device."""
+def numpy_variant(source: ArraySource) -> Variant:
+    """Returns a path that augments whole batches with NumPy and transfers them as float32."""
     scale, shift = (
         np.float32(1 / (255 * np.array(STD))),
         np.float32(-np.array(MEAN) / np.array(STD)),
@@ -79,16 +77,16 @@ def numpy_way(source: ArraySource) -> Way:
             cut = padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
             yield cut.astype(np.float32) * scale + shift
 
-    def go(start: int, count: int) -> jax.Array:
+    def run(start: int, count: int) -> jax.Array:
         for images in augmented(start, count):
             on_device = jax.device_put(images)
         return on_device
 
-    return go
+    return run
 
 
-def resident_way(data: DataSet, task: Task, batch_size: int) -> Way:
-    """All training images on the device as uint8; a batch is gathered and augmented inside one jit, ids come from the host."""
+def resident_variant(data: DataSet, task: Task, batch_size: int) -> Variant:
+    """Returns a path with all images on the device; only the ids of a batch are transferred."""
     everything = jnp.array(data.train.inputs)
     train = jax.jit(
         lambda everything, step, ids: task.train(augment_key(SEED, step), everything[ids])
@@ -96,58 +94,58 @@ def resident_way(data: DataSet, task: Task, batch_size: int) -> Way:
     order = np.random.default_rng(SEED).permutation(len(data.train.labels)).astype(np.int32)
     steps = len(order) // batch_size
 
-    def go(start: int, count: int) -> jax.Array:
+    def run(start: int, count: int) -> jax.Array:
         for step in range(start, start + count):
             place = step % steps * batch_size
             images = train(everything, np.int32(step), order[place : place + batch_size])
         return images
 
-    return go
+    return run
 
 
 def host_only(source: ArraySource) -> Callable[[int, int], None]:
-    """Making the batches, nothing else: what the host's share of the first way costs."""
+    """Returns the host part of the package's path alone: making the batches."""
 
-    def go(start: int, count: int) -> None:
+    def run(start: int, count: int) -> None:
         for _ in itertools.islice(source.batches(start), count):
             pass
 
-    return go
+    return run
 
 
 def main(_: list[str]) -> None:
     if FLAGS.data_dir:
-        data, name = (
+        data, data_name = (
             load(options("data", name="cifar10", dir=FLAGS.data_dir)),
             "cifar10 (as prepared in --data_dir)",
         )
     else:
-        data, name = synthetic.make(50_000, 100, 32), "synthetic, 50,000 images of 32x32x3"
+        data, data_name = synthetic.make(50_000, 100, 32), "synthetic, 50,000 images of 32x32x3"
     source = ArraySource(data, batch_size=FLAGS.batch_size, seed=SEED, mean=MEAN, std=STD)
     task = ImageClassification(
         jax.ShapeDtypeStruct(source.example_shape, "uint8"), augment="crop_flip", mean=MEAN, std=STD
     )
-    ways: dict[str, Callable] = {
-        "dgl_jax": ours(source, task),
-        "numpy on the host": numpy_way(source),
-        "whole set on the device": resident_way(data, task, FLAGS.batch_size),
+    variants: dict[str, Callable] = {
+        "dgl_jax": package_variant(source, task),
+        "numpy on the host": numpy_variant(source),
+        "whole set on the device": resident_variant(data, task, FLAGS.batch_size),
         "dgl_jax, host part alone": host_only(source),
     }
-    for go in ways.values():
-        jax.block_until_ready(go(0, 5))  # compiles
-    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for run in variants.values():
+        jax.block_until_ready(run(0, 5))  # compiles
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(FLAGS.repeats):
-        for way, go in ways.items():
+        for name, run in variants.items():
             begin = time.perf_counter()
-            jax.block_until_ready(go(repeat * FLAGS.batches, FLAGS.batches))
-            rates[way].append(FLAGS.batches * FLAGS.batch_size / (time.perf_counter() - begin))
-    medians = {way: round(float(np.median(r))) for way, r in rates.items()}
+            jax.block_until_ready(run(repeat * FLAGS.batches, FLAGS.batches))
+            rates[name].append(FLAGS.batches * FLAGS.batch_size / (time.perf_counter() - begin))
+    medians = {name: round(float(np.median(r))) for name, r in rates.items()}
     result = {
         "images_per_second": medians,
-        "range": {way: [round(min(r)), round(max(r))] for way, r in rates.items()},
+        "range": {name: [round(min(r)), round(max(r))] for name, r in rates.items()},
         "target": TARGET,
         "reached": medians["dgl_jax"] >= TARGET,
-        "data": name,
+        "data": data_name,
         "batch_size": FLAGS.batch_size,
         "batches": FLAGS.batches,
         "repeats": FLAGS.repeats,
@@ -161,8 +159,8 @@ def main(_: list[str]) -> None:
         },
     }
     Path(FLAGS.output).write_text(json.dumps(result, indent=2) + "\n")
-    for way, rate in medians.items():
-        print(f"{rate:10,d} images/s  {way}")
+    for name, rate in medians.items():
+        print(f"{rate:10,d} images/s  {name}")
     print(f"target {TARGET:,d}: {'reached' if result['reached'] else 'MISSED'}")
 
 

@@ -1,4 +1,6 @@
-"""Images a second from JPEGs of 500x375 pixels to random crops of 224, beside tf.data's fused decode-and-crop on the same cores.
+"""Images per second from 500x375 JPEGs to random crops of 224 pixels, compared with tf.data.
+
+tf.data uses its fused decode-and-crop operation on the same cores.
 
     python benchmarks/input_imagenet/run.py --write
 
@@ -34,7 +36,7 @@ CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")
 
 
 def photo(random: np.random.Generator, width: int = 500, height: int = 375) -> bytes:
-    """Structure of every size with some noise: about as many bytes as ImageNet's photographs have."""
+    """Generates a JPEG with structure at all scales and noise, about as large as ImageNet's."""
     pixels = np.full((height, width, 3), 127.0)
     for cells in (4, 8, 16, 32, 64, 128):
         coarse = random.normal(size=(3, cells, cells)).astype(np.float32)
@@ -50,7 +52,7 @@ def photo(random: np.random.Generator, width: int = 500, height: int = 375) -> b
 
 
 def prepare(root: Path, photos: list[bytes], count: int) -> tfds_sets.Records:
-    """`count` training images (the photographs in turn) through the package's own builder."""
+    """Writes `count` training images, cycling through `photos`, with the package's builder."""
 
     def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -60,9 +62,9 @@ def prepare(root: Path, photos: list[bytes], count: int) -> tfds_sets.Records:
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as train:
         for label, name in enumerate(CLASSES):
             file = io.BytesIO()
-            with tarfile.open(fileobj=file, mode="w") as of_class:
+            with tarfile.open(fileobj=file, mode="w") as class_archive:
                 for number in range(label, count, len(CLASSES)):
-                    add(of_class, f"{name}_{number}.JPEG", photos[number % len(photos)])
+                    add(class_archive, f"{name}_{number}.JPEG", photos[number % len(photos)])
             add(train, f"{name}.tar", file.getvalue())
     with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as validation:
         add(validation, "ILSVRC2012_val_00000001.JPEG", photos[0])
@@ -70,8 +72,8 @@ def prepare(root: Path, photos: list[bytes], count: int) -> tfds_sets.Records:
     return tfds_sets.Records(root / "imagenet2012" / "5.1.0", "train")
 
 
-def ours(stored: tfds_sets.Records, workers: int, batch_size: int, size: int) -> Open:
-    """The package's source: record files to batches of uint8."""
+def package_source(stored: tfds_sets.Records, workers: int, batch_size: int, size: int) -> Open:
+    """Returns the package's source, which makes batches of uint8 from record files."""
     data = streaming.RecordSet("imagenet", CLASSES, stored, stored, size, workers, random_crop=True)
     source = streaming.RecordSource(
         data, batch_size=batch_size, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3
@@ -80,7 +82,7 @@ def ours(stored: tfds_sets.Records, workers: int, batch_size: int, size: int) ->
 
 
 def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -> Open:
-    """TFRECORD files of the same images; crops as in TensorFlow's own ImageNet specs."""
+    """Returns a tf.data pipeline on the same images, cropped as in TensorFlow's ImageNet specs."""
     import tensorflow as tf
 
     path = str(root / "train.tfrecord")
@@ -129,7 +131,11 @@ def tf_data(root: Path, stored: tfds_sets.Records, batch_size: int, size: int) -
 
 
 def rate(open_batches: Open, batch_size: int, warm_up: int, batches: int) -> tuple[float, float]:
-    """Images a second once the first batches are through, and the milliseconds of processor time of this process for each."""
+    """Measures a source after some warm-up batches.
+
+    Returns:
+      Images per second, and milliseconds of processor time of this process per image.
+    """
     iterator = open_batches()
     for _ in itertools.islice(iterator, warm_up):
         pass
@@ -143,7 +149,11 @@ def rate(open_batches: Open, batch_size: int, warm_up: int, batches: int) -> tup
 
 
 def decoders(photos: list[bytes], size: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds an image, one thread, by library: decode, cut at random, resize; the libraries take turns."""
+    """Measures decoding, random cropping and resizing on one thread, libraries interleaved.
+
+    Returns:
+      Milliseconds per image of each repeat, by library.
+    """
     draws = np.random.default_rng(0).random((len(photos), *crops.DRAWS))
 
     def pillow(data: bytes, draw: np.ndarray) -> np.ndarray:
@@ -161,22 +171,22 @@ def decoders(photos: list[bytes], size: int, repeats: int) -> dict[str, list[flo
         left, top, width, height = crops.random_box(pixels.shape[1], pixels.shape[0], draw)
         return cv2.resize(pixels[top : top + height, left : left + width], (size, size))
 
-    ways = {
-        "simplejpeg, OpenCV to resize (the package)": lambda d, draw: crops.random_crop(
-            d, draw, size
-        )
-    }
-    ways |= {"OpenCV": opencv, "Pillow": pillow}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _, (way, cut) in itertools.product(range(repeats), ways.items()):
+    def package(data: bytes, draw: np.ndarray) -> np.ndarray:
+        return crops.random_crop(data, draw, size)
+
+    libraries = {"simplejpeg, OpenCV to resize (the package)": package}
+    libraries |= {"OpenCV": opencv, "Pillow": pillow}
+    times: dict[str, list[float]] = {name: [] for name in libraries}
+    for _, (name, cut) in itertools.product(range(repeats), libraries.items()):
         begin = time.perf_counter()
         for data, draw in zip(photos, draws, strict=True):
             cut(data, draw)
-        times[way].append(1e3 * (time.perf_counter() - begin) / len(photos))
+        times[name].append(1e3 * (time.perf_counter() - begin) / len(photos))
     return times
 
 
 def installed(package: str) -> str:
+    """Returns the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -185,13 +195,15 @@ def installed(package: str) -> str:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--images", type=int, default=1024, help="images in the set")
+    parser.add_argument("--images", type=int, default=1024, help="images in the data set")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=40, help="timed in each turn")
-    parser.add_argument("--warm_up", type=int, default=8, help="batches before that")
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each way")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side of a crop")
-    parser.add_argument("--note", default="", help="kept with the result")
+    parser.add_argument("--batches", type=int, default=40, help="timed batches per repeat")
+    parser.add_argument("--warm_up", type=int, default=8, help="batches before the timed ones")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of each source")
+    parser.add_argument(
+        "--size", type=int, default=224, help="height and width of a crop in pixels"
+    )
+    parser.add_argument("--note", default="", help="note stored with the result")
     args = parser.parse_args()
     cores = system.cpu_count() or 1
     random = np.random.default_rng(0)
@@ -200,29 +212,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         stored = prepare(root, photos, args.images)
-        ways = {
-            f"dgl_jax, {cores} threads": ours(stored, 0, args.batch_size, args.size),
-            f"dgl_jax, {cores} processes": ours(stored, cores, args.batch_size, args.size),
+        sources = {
+            f"dgl_jax, {cores} threads": package_source(stored, 0, args.batch_size, args.size),
+            f"dgl_jax, {cores} processes": package_source(
+                stored, cores, args.batch_size, args.size
+            ),
         }
         if find_spec("tensorflow"):
-            ways["tf.data"] = tf_data(root, stored, args.batch_size, args.size)
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        spent: dict[str, list[float]] = {
-            way: [] for way in ways if "processes" not in way
-        }  # those are not this process
-        for _, (way, open_batches) in itertools.product(range(args.repeats), ways.items()):
+            sources["tf.data"] = tf_data(root, stored, args.batch_size, args.size)
+        rates: dict[str, list[float]] = {name: [] for name in sources}
+        # The processor time of other processes is not measured.
+        spent: dict[str, list[float]] = {name: [] for name in sources if "processes" not in name}
+        for _, (name, open_batches) in itertools.product(range(args.repeats), sources.items()):
             per_second, processor = rate(open_batches, args.batch_size, args.warm_up, args.batches)
-            rates[way].append(per_second)
-            if way in spent:
-                spent[way].append(processor)
+            rates[name].append(per_second)
+            if name in spent:
+                spent[name].append(processor)
     times = decoders(photos, args.size, args.repeats)
     rows = [
         (
-            way,
+            name,
             harness.shown(harness.quartiles(values, 1)),
-            harness.shown(harness.quartiles(spent[way])) if way in spent else "",
+            harness.shown(harness.quartiles(spent[name])) if name in spent else "",
         )
-        for way, values in rates.items()
+        for name, values in rates.items()
     ]
     result: dict[str, Any] = {
         "photographs": f"500x375, {kilobytes:.0f} kB",
@@ -231,29 +244,31 @@ def main() -> None:
             p: installed(p)
             for p in ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-cpu")
         },
-        "images_per_second": {way: harness.quartiles(values, 1) for way, values in rates.items()},
-        "processor_milliseconds": {way: harness.quartiles(values) for way, values in spent.items()},
+        "images_per_second": {name: harness.quartiles(values, 1) for name, values in rates.items()},
+        "processor_milliseconds": {
+            name: harness.quartiles(values) for name, values in spent.items()
+        },
         "milliseconds_one_thread": {
-            way: harness.quartiles(values) for way, values in times.items()
+            name: harness.quartiles(values) for name, values in times.items()
         },
     }
     if "tf.data" in rates:
         over = {
-            w: harness.quartiles(harness.ratios(values, rates["tf.data"]))
-            for w, values in rates.items()
-            if w != "tf.data"
+            name: harness.quartiles(harness.ratios(values, rates["tf.data"]))
+            for name, values in rates.items()
+            if name != "tf.data"
         }
         result |= {"over_tf_data": over, "reached": max(q["median"] for q in over.values()) >= 1}
     else:
         rows.append(("tf.data", "TensorFlow is not installed", ""))
-    harness.table(("way", "images/s", "processor ms an image"), rows)
+    harness.table(("source", "images/s", "processor ms per image"), rows)
     print()
     harness.table(
-        ("library", "ms an image, one thread"),
-        [(w, harness.shown(harness.quartiles(v))) for w, v in times.items()],
+        ("library", "ms per image, one thread"),
+        [(name, harness.shown(harness.quartiles(values))) for name, values in times.items()],
     )
     if "over_tf_data" in result:
-        over = ", ".join(f"{way} {harness.shown(q)}" for way, q in result["over_tf_data"].items())
+        over = ", ".join(f"{name} {harness.shown(q)}" for name, q in result["over_tf_data"].items())
         print(f"\nover tf.data: {over}; target 1: {'reached' if result['reached'] else 'MISSED'}")
     harness.finish(__file__, result, args.write)
 

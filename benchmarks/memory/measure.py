@@ -1,4 +1,4 @@
-"""A program's bytes as XLA's compiler plans them, and what the engine holds besides."""
+"""Memory of compiled programs as XLA plans it, and of the messages that the engine holds."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -19,21 +19,21 @@ class Compiled:
     """Bytes of one compiled program.
 
     Attributes:
-      temporary: scratch that the program allocates for itself.
-      added: outputs that do not lie in a donated argument: the packet for the next module, and the metrics.
-      packet: the payload among them.
-      state: what is donated: parameters, batch statistics, the optimizer's state.
+      temporary: scratch memory of the program.
+      added: outputs that are not in a donated argument: message for the next module and metrics.
+      message: the message for the next module, with its context; 0 if there is none.
+      state: donated arguments: parameters, batch statistics and optimizer state.
     """
 
     temporary: int
     added: int
-    packet: int = 0
+    message: int = 0
     state: int = 0
 
 
 @dataclass
 class Token:
-    """Stands for a payload: alive as long as the engine holds it."""
+    """Placeholder for a payload, alive as long as the engine holds it."""
 
     hop: int
     __hash__ = object.__hash__
@@ -41,7 +41,7 @@ class Token:
 
 @dataclass
 class Blank:
-    """Stands for a module's state."""
+    """Placeholder for the state of a module."""
 
     updates: jax.Array = field(default_factory=lambda: jnp.zeros((), jnp.int32))
     extras: ClassVar[dict[str, Any]] = {}
@@ -53,19 +53,24 @@ jax.tree_util.register_pytree_node(
 
 
 def measure(program: Any, *arguments: Any) -> Compiled:
-    """Compiles and reads the compiler's plan."""
-    # Buffers are planned before machine code is made: optimising that takes half of the time and changes no byte of the plan.
+    """Compiles a program and reads the memory plan of the compiler."""
+    # Buffers are planned before machine code is generated. Optimizing that code takes half of the
+    # time and does not change the plan.
     options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
     plan = system.program_plan(program.lower(*arguments).compile(compiler_options=options))
     if plan is None:
-        raise SystemExit("XLA tells no memory plan on this backend: nothing to measure")
+        raise SystemExit("XLA reports no memory plan on this backend: nothing to measure")
     return Compiled(plan.temporary, plan.outputs - plan.donated, state=plan.donated)
 
 
 def holdings(modules: int) -> list[tuple[int, list[int]]]:
-    """What the pipeline engine on one device holds while each program runs: (module, hops whose packets are alive).
+    """Observes which messages the pipeline engine on one device holds while each program runs.
 
-    The engine's own loop runs, on programs that do nothing; garbage collection says which packets it still refers to.
+    Runs the engine's loop with programs that do nothing and send placeholders. Garbage collection
+    shows which placeholders the engine still refers to.
+
+    Returns:
+      One entry per turn: the module, and the hops whose messages are alive.
     """
     settings = harness.settings(
         data__name="synthetic",
@@ -76,8 +81,8 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
         engine__name="pipeline",
         train__steps=1,
     )
-    made = make_experiment(settings, jax.devices()[:1])
-    assert isinstance(made.engine, PipelineEngine)
+    experiment = make_experiment(settings, jax.devices()[:1])
+    assert isinstance(experiment.engine, PipelineEngine)
     alive: weakref.WeakSet[Token] = weakref.WeakSet()
     seen = []
 
@@ -92,17 +97,16 @@ def holdings(modules: int) -> list[tuple[int, list[int]]]:
 
         return run
 
-    made.engine.programs.update({(k, "step"): program(k) for k in range(modules)})
-    for _ in made.engine.run(
-        EngineState(tuple(Blank() for _ in range(modules))), made.source, 3 * modules
-    ):
+    experiment.engine.programs.update({(k, "step"): program(k) for k in range(modules)})
+    state = EngineState(tuple(Blank() for _ in range(modules)))
+    for _ in experiment.engine.run(state, experiment.source, 3 * modules):
         pass
     return seen
 
 
 def pipeline_peak(programs: list[Compiled], held: list[tuple[int, list[int]]]) -> int:
-    """The largest sum of a program's own bytes and of the packets that wait meanwhile, its input included."""
+    """Computes the largest sum of a program's bytes and the messages held while it runs."""
     return max(
-        programs[k].temporary + programs[k].added + sum(programs[hop].packet for hop in hops)
+        programs[k].temporary + programs[k].added + sum(programs[hop].message for hop in hops)
         for k, hops in held
     )

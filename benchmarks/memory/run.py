@@ -1,9 +1,10 @@
-"""Temporary memory of a training step as XLA's compiler plans it: local losses against back-propagation. No timing.
+"""Temporary memory of a training step as XLA plans it: local losses and back-propagation.
 
 python benchmarks/memory/run.py [--part cnn6] [--widths 32 128] [--batch_size 128] [--write]
-python benchmarks/memory/run.py --part imagenet [--networks resnet152 vgg19] [--batch_sizes 16 32] [--write]
+python benchmarks/memory/run.py --part imagenet [--networks resnet152 vgg19]
+    [--batch_sizes 16 32] [--write]
 
-Writing replaces only what was measured anew in `result.json`.
+Nothing is timed. --write replaces only the measured part of `result.json`.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.types import Batch, Inbox, Message, nbytes
 
 BLOCKS = 6
-LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}
+LIMITS = {2: 0.8, 3: 0.65, 6: 0.45}  # by number of modules: largest ratio to back-propagation
 
 
-def experiment(engine: str, modules: int, split: str, args: argparse.Namespace) -> Experiment:
-    """The six-layer CNN on one device."""
+def build(engine: str, modules: int, split: str, args: argparse.Namespace) -> Experiment:
+    """Builds the 6-layer CNN on one device."""
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -47,33 +48,38 @@ def experiment(engine: str, modules: int, split: str, args: argparse.Namespace) 
 
 
 def segment(first: int, end: int, args: argparse.Namespace) -> Compiled:
-    """The pipeline's program of a module that is made of blocks `first` up to, not including, `end`."""
+    """Compiles the pipeline's program of the module with blocks `first` to `end` - 1."""
     starts = sorted({0, first, end} - {BLOCKS})
-    made = experiment("pipeline", len(starts), ",".join(map(str, starts)), args)
-    k, batch, hops = starts.index(first), batch_shapes(made), made.spec.hops
+    experiment = build("pipeline", len(starts), ",".join(map(str, starts)), args)
+    k, batch, hops = starts.index(first), batch_shapes(experiment), experiment.spec.hops
     incoming = Message(hops[k - 1].payload) if k else batch
-    found = measure(
-        harness.programs(made.engine)[k],
-        made.spec.abstract_states()[k],
+    compiled = measure(
+        harness.programs(experiment.engine)[k],
+        experiment.spec.abstract_states()[k],
         Inbox(incoming),
         batch.context,
     )
-    found.packet = nbytes((hops[k].payload, batch.context)) if k < len(hops) else 0
-    return found
+    compiled.message = nbytes((hops[k].payload, batch.context)) if k < len(hops) else 0
+    return compiled
 
 
-def batch_shapes(made: Experiment) -> Batch:
-    """What the source yields, as shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.source.batch(0))
+def batch_shapes(experiment: Experiment) -> Batch:
+    """Returns the shapes and dtypes of a batch of the source."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch(0)
+    )
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Every number of K = 2, 3, 6 at one width; prints the table."""
-    made = experiment("backprop", 1, "count", args)
-    backprop = measure(harness.step(made.engine), made.spec.abstract_states(), batch_shapes(made))
+    """Compares K = 2, 3, 6 modules with back-propagation at one width and prints the table."""
+    experiment = build("backprop", 1, "count", args)
+    backprop = measure(
+        harness.step(experiment.engine), experiment.spec.abstract_states(), batch_shapes(experiment)
+    )
     base = backprop.temporary + backprop.added
     print(
-        f"cnn6, width {args.width}, batch {args.batch_size}: back-propagation {base / 2**20:.1f} MiB",
+        f"cnn6, width {args.width}, batch {args.batch_size}: "
+        f"back-propagation {base / 2**20:.1f} MiB",
         flush=True,
     )
     segments = {ends: segment(*ends, args) for ends in itertools.combinations(range(BLOCKS + 1), 2)}
@@ -86,18 +92,24 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             "bytes": peak,
             "ratio": round(peak / base, 4),
             "temporary_ratios": [round(p.temporary / base, 4) for p in programs],
-            "packet_bytes": [p.packet for p in programs[:-1]],
+            "message_bytes": [p.message for p in programs[:-1]],
         }
 
     rows, results = [], []
     for modules, limit in LIMITS.items():
-        made = experiment("fused", modules, "count", args)
-        fused = measure(harness.step(made.engine), made.spec.abstract_states(), batch_shapes(made))
+        experiment = build("fused", modules, "count", args)
+        fused = measure(
+            harness.step(experiment.engine),
+            experiment.spec.abstract_states(),
+            batch_shapes(experiment),
+        )
         fused_ratio = (fused.temporary + fused.added) / base
         held = holdings(modules)
         splits = [(0, *rest) for rest in itertools.combinations(range(1, BLOCKS), modules - 1)]
         equal = evaluate(cuts("count", BLOCKS, modules), held)
-        best = min((evaluate(starts, held) for starts in splits), key=lambda found: found["bytes"])
+        best = min(
+            (evaluate(starts, held) for starts in splits), key=lambda result: result["bytes"]
+        )
         results.append(
             {
                 "modules": modules,
@@ -128,7 +140,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             "largest program alone",
             "pipeline, split `count`",
             "limit",
-            "under",
+            "below limit",
             "pipeline, best split",
         ],
         rows,
@@ -138,7 +150,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "backprop_bytes": base,
         "rows": results,
-        "segments": {f"{first}-{end}": vars(found) for (first, end), found in segments.items()},
+        "segments": {
+            f"{first}-{end}": vars(compiled) for (first, end), compiled in segments.items()
+        },
     }
 
 
@@ -163,7 +177,7 @@ def main() -> None:
 
 
 def keep(part: dict[str, Any], write: bool) -> None:
-    """Replaces a part of `result.json` where asked to."""
+    """Replaces a part of `result.json` if `write` is set."""
     path = Path(__file__).with_name("result.json")
     if write:
         written = json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Images per second of two modules on two devices over both on one, beside what the machine allows.
+"""Images per second of two modules on two devices, over one device and over the machine's limit.
 
 python benchmarks/pipeline_speedup/run.py [--write]
 """
@@ -26,8 +26,8 @@ from dgl_jax.types import Inbox
 ONE_CORE = "fused, process on one core"
 
 
-def experiment(engine: str, devices: int, args: argparse.Namespace) -> Experiment:
-    """The six-layer CNN cut in two, on the first `devices` devices."""
+def build(engine: str, devices: int, args: argparse.Namespace) -> Experiment:
+    """Builds the 6-layer CNN in two modules on the first `devices` devices."""
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -43,12 +43,12 @@ def experiment(engine: str, devices: int, args: argparse.Namespace) -> Experimen
     return make_experiment(settings, jax.devices()[:devices])
 
 
-def ceiling(made: Experiment) -> Variant:
-    """The pipeline's two programs on their devices with no packet between them: each works on one input that is there."""
-    engine = made.engine
+def ceiling(experiment: Experiment) -> Variant:
+    """Returns a variant that runs both programs on fixed inputs, without any messages."""
+    engine = experiment.engine
     assert isinstance(engine, PipelineEngine)
     states = list(engine.init().modules)
-    batch = engine.placement.put_batch(made.source.batch(0), 0)
+    batch = engine.placement.put_batch(experiment.source.batch(0), 0)
     programs = harness.programs(engine)
     states[0], (message, _), _ = programs[0](states[0], Inbox(batch), batch.context)
     inputs = [
@@ -61,34 +61,36 @@ def ceiling(made: Experiment) -> Variant:
         for _ in range(steps):
             metrics = []
             for k in (1, 0):
-                states[k], _, of_module = programs[k](states[k], *inputs[k])
-                metrics.append(of_module)
+                states[k], _, module_metrics = programs[k](states[k], *inputs[k])
+                metrics.append(module_metrics)
             waiting.append(metrics)
             if len(waiting) > engine.ticks_in_flight:
                 jax.block_until_ready(waiting.popleft())
         return states
 
-    run = lambda steps: timed(lambda: work(steps), steps * made.spec.batch_size)  # noqa: E731
+    def run(steps: int) -> Timing:
+        return timed(lambda: work(steps), steps * experiment.spec.batch_size)
+
     run(WARM_UP)
     return run
 
 
-def alone(engine: Engine, made: Experiment, repeats: int) -> list[float]:
-    """Median milliseconds of each module's program by itself, nothing else running."""
+def alone(engine: Engine, experiment: Experiment, repeats: int) -> list[float]:
+    """Measures the median milliseconds of each module's program when it runs alone."""
     assert isinstance(engine, PipelineEngine)
-    states, found = list(engine.init().modules), []
-    batch = engine.placement.put_batch(made.source.batch(0), 0)
+    states, medians = list(engine.init().modules), []
+    batch = engine.placement.put_batch(experiment.source.batch(0), 0)
     incoming: Any = (Inbox(batch), batch.context)
     for k, program in enumerate(harness.programs(engine)):
         incoming = incoming if k == 0 else put(incoming, engine.placement.split(k))
-        taken = []
+        times = []
         for _ in range(repeats + 2):
             begin = time.perf_counter()
             states[k], (message, _), _ = jax.block_until_ready(program(states[k], *incoming))
-            taken.append(1e3 * (time.perf_counter() - begin))
+            times.append(1e3 * (time.perf_counter() - begin))
         incoming = (Inbox(message), batch.context)
-        found.append(round(statistics.median(taken[2:]), 2))
-    return found
+        medians.append(round(statistics.median(times[2:]), 2))
+    return medians
 
 
 def main() -> None:
@@ -100,36 +102,36 @@ def main() -> None:
     flags.add_argument(
         "--split",
         default="0,3",
-        help="first blocks of the two modules, chosen so that both cost about the same",
+        help="first blocks of the two modules; the default gives both about the same cost",
     )
     flags.add_argument("--ticks_in_flight", type=int, default=2)
     flags.add_argument(
-        "--sweep", action="store_true", help="also the pipeline with 1 to 4 ticks in flight"
+        "--sweep", action="store_true", help="also measure the pipeline with 1 to 4 ticks in flight"
     )
     flags.add_argument(
         "--probe",
         action="store_true",
-        help="only print what both modules take by themselves, for three splits",
+        help="only print the times of both modules alone, for three splits",
     )
     flags.add_argument("--repeats", type=int, default=15)
     flags.add_argument("--seconds", type=float, default=3.0, help="least length of a repeat")
     flags.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.serve:
-        return serve(training(experiment("fused", 1, args)))
+        return serve(training(build("fused", 1, args)))
     jax.config.update("jax_num_cpu_devices", 2)
     if args.probe:
         for first in (2, 3, 4):
-            made = experiment(
+            experiment = build(
                 "pipeline", 2, argparse.Namespace(**vars(args) | {"split": f"0,{first}"})
             )
-            print(f"split 0,{first}:", alone(made.engine, made, 10), "ms", flush=True)
+            print(f"split 0,{first}:", alone(experiment.engine, experiment, 10), "ms", flush=True)
         return None
 
-    one, two = experiment("pipeline", 1, args), experiment("pipeline", 2, args)
+    one, two = build("pipeline", 1, args), build("pipeline", 2, args)
     one_core = Process(ONE_CORE, [min(system.usable_cpus() or [0])])
     variants: dict[str, Variant] = {
-        "fused": training(experiment("fused", 1, args)),
+        "fused": training(build("fused", 1, args)),
         ONE_CORE: one_core,
         "pipeline, one device": training(one),
         "pipeline": training(two),
@@ -145,21 +147,23 @@ def main() -> None:
     seconds = sum(
         steps * args.batch_size / variants[name](10).images_per_second for name in variants
     )
-    about = f"{steps} steps a repeat, {args.repeats} repeats, about {args.repeats * seconds:.0f} s"
+    about = (
+        f"{steps} steps per repeat, {args.repeats} repeats, about {args.repeats * seconds:.0f} s"
+    )
     print(f"modules alone: {module_milliseconds} ms; {about}", flush=True)
     chosen = {k: v for k, v in vars(args).items() if k not in ("write", "serve", "probe")}
 
     for timings in in_turns(variants, dict.fromkeys(variants, steps), args.repeats):
-        if len(timings["fused"]) > 2:  # a run that is cut short leaves what it has
-            result = summarise(timings, steps) | {
+        if len(timings["fused"]) > 2:  # so that an interrupted run keeps its result
+            result = summarize(timings, steps) | {
                 "module_milliseconds": module_milliseconds,
                 "settings": chosen,
             }
             harness.finish(__file__, result, args.write)
     one_core.close()
     rows = [
-        [name, *(harness.shown(q) for q in found.values())]
-        for name, found in result["variants"].items()
+        [name, *(harness.shown(q) for q in columns.values())]
+        for name, columns in result["variants"].items()
     ]
     harness.table(
         [
@@ -173,16 +177,16 @@ def main() -> None:
         rows,
     )
     print(
-        "pipeline over ceiling, filling and draining left out:",
+        "pipeline over ceiling, without filling and draining:",
         harness.shown(result["pipeline_over_ceiling_without_filling"]),
     )
     return None
 
 
-def summarise(timings: dict[str, list[Timing]], steps: int) -> dict[str, Any]:
-    """Medians and quartiles of every variant, and of its ratios repeat by repeat."""
-    speed = {name: [t.images_per_second for t in found] for name, found in timings.items()}
-    # A pipeline of two takes one tick more than it trains batches.
+def summarize(timings: dict[str, list[Timing]], steps: int) -> dict[str, Any]:
+    """Computes quartiles of the speed of every variant and of its ratios to the others."""
+    speed = {name: [t.images_per_second for t in rows] for name, rows in timings.items()}
+    # A pipeline of two modules needs one extra tick.
     full = [r * (steps + 1) / steps for r in harness.ratios(speed["pipeline"], speed["ceiling"])]
     return {
         "repeats": len(speed["fused"]),
@@ -190,14 +194,14 @@ def summarise(timings: dict[str, list[Timing]], steps: int) -> dict[str, Any]:
         "variants": {
             name: {
                 "images_per_second": harness.quartiles(speed[name], 1),
-                "cores": harness.quartiles([t.cores for t in found]),
+                "cores": harness.quartiles([t.cores for t in rows]),
                 "over_fused": harness.quartiles(harness.ratios(speed[name], speed["fused"])),
                 "over_fused_on_one_core": harness.quartiles(
                     harness.ratios(speed[name], speed[ONE_CORE])
                 ),
                 "over_ceiling": harness.quartiles(harness.ratios(speed[name], speed["ceiling"])),
             }
-            for name, found in timings.items()
+            for name, rows in timings.items()
         },
         "pipeline_over_ceiling_without_filling": harness.quartiles(full),
     }

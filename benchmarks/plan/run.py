@@ -1,9 +1,10 @@
-"""Ticks per second that a plan predicts from times measured alone, beside what the pipeline then does: K = 2 and 3.
+"""Ticks per second of a pipeline as predicted by a plan and as measured, for K = 2 and 3.
 
 python benchmarks/plan/run.py [--write]
 
-Every repeat measures the blocks and heads and each module's program by themselves, predicts, and only then lets the pipeline run,
-K modules on K CPU devices. The prediction from blocks and heads is that of `--mode=plan`.
+Every repeat first measures blocks, heads and each module's program alone, predicts the speed, and
+then runs the pipeline with K modules on K CPU devices. The prediction from blocks and heads is the
+one of `--mode=plan`.
 """
 
 import argparse
@@ -22,15 +23,15 @@ from dgl_jax.engines import EngineState
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.run.build import Experiment, make_blocks, make_experiment
 from dgl_jax.tools.bench import module_times
-from dgl_jax.tools.plan import make_pipeline
+from dgl_jax.tools.pipeline import make_pipeline
 
 MODULES = (2, 3)
 WARM_UP = 5
 LIMIT = 0.1  # how far a prediction may be off
 
 
-def experiment(modules: int, split: str, args: argparse.Namespace) -> Experiment:
-    """The network cut into so many modules, each on a device of its own."""
+def build(modules: int, split: str, args: argparse.Namespace) -> Experiment:
+    """Builds the network with each module on a separate device."""
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -46,44 +47,50 @@ def experiment(modules: int, split: str, args: argparse.Namespace) -> Experiment
 
 
 def predicted(
-    made: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace
+    experiment: Experiment, seconds: list[float], processor: list[float], args: argparse.Namespace
 ) -> float:
-    """Ticks a second of the full pipe, packets taking no time: devices of one host hand over an address."""
-    pipeline, _ = make_pipeline(made.settings, seconds, processor, cores=args.cores)
-    return pipeline.steady(made.spec.traffic().wire)[0]
+    """Predicts the ticks per second of the full pipeline.
+
+    Messages take no time, because the CPU devices of one host pass pointers.
+    """
+    pipeline, _ = make_pipeline(experiment.settings, seconds, processor, cores=args.cores)
+    return pipeline.steady(experiment.spec.traffic().wire)[0]
 
 
-def company(made: Experiment, args: argparse.Namespace) -> int:
-    """How many programs work at once, as `--mode=plan` has it."""
-    return min(round(args.cores), len(made.spec.modules))
+def company(experiment: Experiment, args: argparse.Namespace) -> int:
+    """Returns the number of programs that work at the same time, as `--mode=plan` does."""
+    return min(round(args.cores), len(experiment.spec.modules))
 
 
-def of_blocks(made: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
-    """The prediction from blocks and heads measured alone."""
-    starts = [module.first for module in made.spec.modules]
+def from_blocks(experiment: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
+    """Predicts the ticks per second from the times of blocks and heads."""
+    starts = [module.first for module in experiment.spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
-    return predicted(made, *([of.module(a, b) for a, b in zip(starts, ends)] for of in times), args)
+    turns = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    return predicted(experiment, *turns, args)
 
 
-def of_modules(made: Experiment, args: argparse.Namespace) -> float:
-    """The prediction from the modules' programs, which are measured now, one after the other."""
-    elapsed = module_times(made, made.engine.init(), args.calls, company(made, args))
-    return predicted(made, [e.seconds for e in elapsed], [e.processor for e in elapsed], args)
+def from_modules(experiment: Experiment, args: argparse.Namespace) -> float:
+    """Measures the modules' programs one after the other and predicts the ticks per second."""
+    elapsed = module_times(
+        experiment, experiment.engine.init(), args.calls, company(experiment, args)
+    )
+    return predicted(experiment, [e.seconds for e in elapsed], [e.processor for e in elapsed], args)
 
 
 class Running:
-    """The pipeline's own loop; each call trains on from where the last one ended."""
+    """Training with the pipeline's loop; each call continues where the last one ended."""
 
-    def __init__(self, made: Experiment):
-        self.made, self.step = made, 0
-        self.state: EngineState = made.engine.init()
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.step = experiment, 0
+        self.state: EngineState = experiment.engine.init()
         self(WARM_UP)
 
     def __call__(self, steps: int) -> float:
-        """Ticks a second over the middle half of so many steps: neither filling nor draining."""
+        """Measures ticks per second over the middle half of the steps (the pipeline is full)."""
         self.step += steps
         moments = []
-        for report in self.made.engine.run(self.state, self.made.source, self.step):
+        for report in self.experiment.engine.run(self.state, self.experiment.source, self.step):
             moments.append(time.perf_counter())
             last = report
         self.state = last.snapshot()
@@ -105,26 +112,27 @@ def main() -> None:
         help="first blocks for K = 2 and K = 3, or count, flops",
     )
     flags.add_argument(
-        "--cores", type=float, default=system.cpu_count(), help="that all devices share"
+        "--cores", type=float, default=system.cpu_count(), help="cores that all devices share"
     )
-    flags.add_argument("--calls", type=int, default=10, help="of each program by itself, a repeat")
-    flags.add_argument("--steps", type=int, default=60, help="of the pipeline, a repeat")
+    flags.add_argument("--calls", type=int, default=10, help="calls of each program per repeat")
+    flags.add_argument("--steps", type=int, default=60, help="steps of the pipeline per repeat")
     flags.add_argument("--repeats", type=int, default=7)
     args = flags.parse_args()
     jax.config.update("jax_num_cpu_devices", max(MODULES))
-    made = {k: experiment(k, split, args) for k, split in zip(MODULES, args.splits)}
-    some = made[MODULES[0]]
-    network, optimizer = make_blocks(some.settings, some.info), some.spec.optimizer
-    running = {k: Running(each) for k, each in made.items()}
+    experiments = {k: build(k, split, args) for k, split in zip(MODULES, args.splits)}
+    first = experiments[MODULES[0]]
+    network, optimizer = make_blocks(first.settings, first.info), first.spec.optimizer
+    running = {k: Running(each) for k, each in experiments.items()}
     blocks, predictions, runs = ({k: list[float]() for k in MODULES} for _ in range(3))
     for repeat in range(args.repeats):
-        times = block_times(network, optimizer, jax.devices()[0], company=company(some, args))
+        times = block_times(network, optimizer, jax.devices()[0], company=company(first, args))
         for k in MODULES:
-            blocks[k].append(of_blocks(made[k], times, args))
-            predictions[k].append(of_modules(made[k], args))
+            blocks[k].append(from_blocks(experiments[k], times, args))
+            predictions[k].append(from_modules(experiments[k], args))
             runs[k].append(running[k](args.steps))
         shown = {
-            k: f"{blocks[k][-1]:.2f} and {predictions[k][-1]:.2f} predicted, {runs[k][-1]:.2f} ticks/s"
+            k: f"{blocks[k][-1]:.2f} and {predictions[k][-1]:.2f} predicted, "
+            f"{runs[k][-1]:.2f} ticks/s"
             for k in MODULES
         }
         print(repeat, shown, flush=True)
@@ -136,7 +144,7 @@ def main() -> None:
             "blocks": harness.quartiles(harness.ratios(blocks[k], runs[k])),
         }
         result[str(k)] = {
-            "split": [module.first for module in made[k].spec.modules],
+            "split": [module.first for module in experiments[k].spec.modules],
             "ticks_per_second": harness.quartiles(runs[k]),
             "predicted_from_modules": harness.quartiles(predictions[k]),
             "predicted_from_blocks": harness.quartiles(blocks[k]),
@@ -146,7 +154,13 @@ def main() -> None:
         cells = [f"{harness.shown(q)} {w}" for q, w in zip(ratios.values(), within)]
         rows.append([k, harness.shown(harness.quartiles(runs[k])), *cells])
     harness.table(
-        ["K", "ticks/s", f"predicted from modules over it, within {LIMIT:.0%}", "from blocks"], rows
+        [
+            "K",
+            "ticks/s",
+            f"predicted from modules over measured, within {LIMIT:.0%}",
+            "from blocks",
+        ],
+        rows,
     )
     settings = {key: value for key, value in vars(args).items() if key != "write"}
     harness.finish(__file__, {"settings": settings, "results": result}, args.write)

@@ -1,4 +1,4 @@
-"""How many bytes a second go into the replay ring and out again, beside NumPy copies by hand and flashbax's item buffer.
+"""Bytes per second into and out of the replay ring, NumPy copies and flashbax's item buffer.
 
 python benchmarks/replay/run.py [--write]
 """
@@ -21,24 +21,24 @@ from dgl_jax import system
 from dgl_jax.replay import Ring
 from dgl_jax.types import Context, Header
 
-TARGET = 0.8  # of the plain copy
+TARGET = 0.8  # least ratio to the speed of the plain copy
 BATCH = 128
 KIB, MIB = 2**10, 2**20
-# (bytes of a packet, packets of the ring, packets added and then sampled in a repeat, repeats). The second ring is as large as the
-# others but does not fit into a core's cache. Repeats are short: few of them lose their core to something else in the middle.
+# (bytes per message, slots of the ring, messages added and then sampled per repeat, repeats). The
+# second ring has small messages like the first, but does not fit into the cache of a core. Repeats
+# are short, so that few of them are interrupted by other processes.
 CASES = [
     (64 * KIB, 50, 50, 401),
     (64 * KIB, 4096, 64, 401),
     (2 * MIB, 50, 4, 201),
     (64 * MIB, 3, 1, 41),
 ]
-Way = Callable[
-    [int], tuple[float, float]
-]  # packets -> (seconds of adding them, seconds of sampling as many)
+# The argument is a number of messages; returns the seconds to add them and to sample as many.
+Variant = Callable[[int], tuple[float, float]]
 
 
-def packet(size: int) -> tuple[np.ndarray, Context]:
-    """Float32 payload, label and id of a batch: `size` bytes in all."""
+def make_message(size: int) -> tuple[np.ndarray, Context]:
+    """Returns a float32 payload and a context of labels and ids, `size` bytes in total."""
     width = (size - 2 * 4 * BATCH) // (4 * BATCH)
     numbers = np.arange(BATCH, dtype=np.int32)
     payload = np.random.default_rng(0).random((BATCH, width), np.float32)
@@ -46,21 +46,21 @@ def packet(size: int) -> tuple[np.ndarray, Context]:
     return payload, {"label": numbers, "id": numbers + 1}
 
 
-def timed(add: Callable[[int], Any], sample: Callable[[int], Any]) -> Way:
-    """A way of `add(n)` and `sample(n)`: n packets in, then the same n out."""
+def timed(add: Callable[[int], Any], sample: Callable[[int], Any]) -> Variant:
+    """Returns a variant that times `add(n)` and then `sample(n)`."""
 
-    def go(count: int) -> tuple[float, float]:
+    def run(count: int) -> tuple[float, float]:
         begin = time.perf_counter()
         add(count)
         middle = time.perf_counter()
         sample(count)
         return middle - begin, time.perf_counter() - middle
 
-    return go
+    return run
 
 
-def ring_way(payload: np.ndarray, context: Context, size: int) -> Way:
-    """`Ring.add` and `Ring.sample` with the default rule, which reads the packets of a block newest first."""
+def ring_variant(payload: np.ndarray, context: Context, size: int) -> Variant:
+    """Returns `Ring.add` and `Ring.sample` with the default rule, which reads newest first."""
     ring, header = Ring((payload, context), size), Header(0, 0)
 
     def add(count: int) -> None:
@@ -69,14 +69,20 @@ def ring_way(payload: np.ndarray, context: Context, size: int) -> Way:
 
     def sample(count: int) -> None:
         for _ in range(count):
-            found = ring.sample()
-        assert found
+            message = ring.sample()
+        assert message
 
     return timed(add, sample)
 
 
-def numpy_way(arrays: list[np.ndarray], size: int, reuse: bool = False) -> Way:
-    """What one writes by hand: into slots taken before, and copied out in the order in which the ring reads."""
+def numpy_variant(arrays: list[np.ndarray], size: int, reuse: bool = False) -> Variant:
+    """Returns handwritten copies into preallocated slots and out, in the order of the ring.
+
+    Args:
+      arrays: arrays of a message; one, or three that are copied separately.
+      size: number of slots.
+      reuse: samples into the same output array instead of a new one; for one array only.
+    """
     rings = [np.full((size, *array.shape), 0, array.dtype) for array in arrays]
     ring, array, out, written = rings[0], arrays[0], arrays[0].copy(), 0
 
@@ -88,8 +94,8 @@ def numpy_way(arrays: list[np.ndarray], size: int, reuse: bool = False) -> Way:
 
     def sample_one(count: int) -> None:
         for n in range(written - 1, written - 1 - count, -1):
-            found = ring[n % size].copy()
-        assert found.nbytes
+            copied = ring[n % size].copy()
+        assert copied.nbytes
 
     def sample_into(count: int) -> None:
         for n in range(written - 1, written - 1 - count, -1):
@@ -109,18 +115,21 @@ def numpy_way(arrays: list[np.ndarray], size: int, reuse: bool = False) -> Way:
     def sample(count: int) -> None:
         for n in range(written - 1, written - 1 - count, -1):
             slot = n % size
-            found = ring1[slot].copy(), ring2[slot].copy(), ring3[slot].copy()
-        assert found
+            copied = ring1[slot].copy(), ring2[slot].copy(), ring3[slot].copy()
+        assert copied
 
     return timed(add, sample)
 
 
-def flashbax_way(payload: np.ndarray, context: Context, size: int) -> Way:
-    """flashbax's item buffer, jitted, its state donated; packets are JAX arrays already, the choice is uniform."""
+def flashbax_variant(payload: np.ndarray, context: Context, size: int) -> Variant:
+    """Returns flashbax's item buffer, jitted, with donated state and uniform sampling.
+
+    Its messages are JAX arrays from the start, so nothing is copied from NumPy.
+    """
     import flashbax
 
     buffer = flashbax.make_item_buffer(max_length=size, min_length=1, sample_batch_size=1)
-    # Copies: on the CPU a JAX array may be a view of a NumPy one.
+    # Copy: on the CPU a JAX array may share the memory of a NumPy array.
     item = jax.block_until_ready(
         jax.tree.map(lambda x: jax.numpy.array(x, copy=True), (payload, context))
     )
@@ -136,34 +145,34 @@ def flashbax_way(payload: np.ndarray, context: Context, size: int) -> Way:
 
     def sample(count: int) -> None:
         for n in range(count):
-            found = jax.block_until_ready(sample_jit(state, keys[n]))
-        assert found.experience
+            sampled = jax.block_until_ready(sample_jit(state, keys[n]))
+        assert sampled.experience
 
     return timed(add, sample)
 
 
 def case(size: int, slots: int, count: int, repeats: int) -> dict[str, Any]:
-    """All ways on packets of one size, interleaved."""
-    payload, context = packet(size)
+    """Measures all variants on messages of one size, interleaved."""
+    payload, context = make_message(size)
     flat = np.concatenate([array.view(np.uint8).ravel() for array in (payload, *context.values())])
-    ways = {
-        "ring": ring_way(payload, context, slots),
-        "numpy": numpy_way([flat], slots),
-        "numpy, array by array": numpy_way([payload, *context.values()], slots),
-        "numpy, output reused": numpy_way([flat], slots, reuse=True),
+    variants = {
+        "ring": ring_variant(payload, context, slots),
+        "numpy": numpy_variant([flat], slots),
+        "numpy, array by array": numpy_variant([payload, *context.values()], slots),
+        "numpy, output reused": numpy_variant([flat], slots, reuse=True),
     }
     if importlib.util.find_spec("flashbax"):
-        ways["flashbax"] = flashbax_way(payload, context, slots)
-    for go in ways.values():
-        for _ in range(-(-slots // count) + 1):  # compiles, fills the ring
-            go(count)
-    spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    order = list(ways)
+        variants["flashbax"] = flashbax_variant(payload, context, slots)
+    for run in variants.values():
+        for _ in range(-(-slots // count) + 1):  # compiles and fills the ring
+            run(count)
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    order = list(variants)
     for _ in range(repeats):
-        order.append(order.pop(0))  # none always comes after the same other
-        for way in order:
-            spent[way].append(ways[way](count))
-    totals = {way: [sum(pair) for pair in pairs] for way, pairs in spent.items()}
+        order.append(order.pop(0))  # another variant comes first in each repeat
+        for name in order:
+            spent[name].append(variants[name](count))
+    totals = {name: [sum(pair) for pair in pairs] for name, pairs in spent.items()}
 
     def rates(pairs: list[tuple[float, float]]) -> dict[str, dict[str, float]]:
         moved = 1e-9 * size * count
@@ -174,46 +183,46 @@ def case(size: int, slots: int, count: int, repeats: int) -> dict[str, Any]:
         }
 
     return {
-        "packet_bytes": size,
+        "message_bytes": size,
         "slots": slots,
-        "packets_a_repeat": count,
+        "messages_per_repeat": count,
         "repeats": repeats,
-        "gigabytes_per_second": {way: rates(pairs) for way, pairs in spent.items()},
+        "gigabytes_per_second": {name: rates(pairs) for name, pairs in spent.items()},
         "ring_over": {
-            way: harness.quartiles(harness.ratios(totals[way], totals["ring"]))
-            for way in ways
-            if way != "ring"
+            name: harness.quartiles(harness.ratios(totals[name], totals["ring"]))
+            for name in variants
+            if name != "ring"
         },
-        "microseconds_a_packet_beyond_numpy": harness.quartiles(
+        "microseconds_per_message_beyond_numpy": harness.quartiles(
             [1e6 * (a - b) / count for a, b in zip(totals["ring"], totals["numpy"], strict=True)]
         ),
     }
 
 
 def shown(rates: dict[str, dict[str, float]]) -> str:
-    """Of a way's rates: both (add, sample)."""
+    """Formats the rates of a variant as "both (add, sample)"."""
     return "{:.2f} ({:.2f}, {:.2f})".format(
         *(rates[part]["median"] for part in ("both", "add", "sample"))
     )
 
 
 def main() -> None:
-    """Prints the table; `--write` keeps the result beside this file."""
+    """Measures all cases and prints the table; `--write` stores the result beside this file."""
     args = harness.parser(__doc__).parse_args()
-    results = [case(*one) for one in CASES]
+    results = [case(*arguments) for arguments in CASES]
     columns = ["ring", "numpy", "numpy, array by array", "numpy, output reused", "flashbax"]
     rows = []
-    for found in results:
-        size = found["packet_bytes"]
+    for result in results:
+        size = result["message_bytes"]
         name = f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
-        rate = found["gigabytes_per_second"]
-        over = found["ring_over"]
+        rate = result["gigabytes_per_second"]
+        over = result["ring_over"]
         verdict = "yes" if over["numpy"]["median"] >= TARGET else "NO"
-        cells = [shown(rate[way]) if way in rate else "not installed" for way in columns]
+        cells = [shown(rate[column]) if column in rate else "not installed" for column in columns]
         rows.append(
             [
                 name,
-                found["slots"],
+                result["slots"],
                 *cells,
                 harness.shown(over["numpy"]),
                 f"{over['numpy, array by array']['median']:.3g}",
@@ -222,7 +231,7 @@ def main() -> None:
         )
     harness.table(
         [
-            "packet",
+            "message",
             "slots",
             *columns,
             "ring over numpy",

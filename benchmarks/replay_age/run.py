@@ -1,4 +1,4 @@
-"""How old the packets are that modules read, and how often they read them, by rule, ring size and slowdown.
+"""Age of the messages that modules read, and reads per message, by rule, ring size and slowdown.
 
 python benchmarks/replay_age/run.py [--write] [--seeds=5]
 """
@@ -18,8 +18,9 @@ from dgl_jax.schedule import drawn
 from dgl_jax.types import Header
 
 MODULES, SLOWED, UPDATES = 6, 3, 51 * 390
-# (ring size, slowdown of module 3): mean age of the packets module 3 reads (of all modules where none is slowed), for the released
-# rule and for the paper's: a count made from the authors' published code.
+# (ring size, slowdown of module 3): mean age of the messages that module 3 reads (that all modules
+# read if none is slowed), with the released rule and with the rule of the paper. Counted with the
+# authors' published code.
 PUBLISHED: dict[tuple[int, float], tuple[float, float]] = {
     (50, 1.0): (7.25, 3.2),
     (50, 1 / 0.9): (8.9, 3.05),
@@ -31,7 +32,7 @@ PUBLISHED: dict[tuple[int, float], tuple[float, float]] = {
 
 
 def simulate(size: int, slowdown: float, rule: str, seed: int) -> list[Ring]:
-    """The turns of a whole run on packets of one number each; the rings afterwards."""
+    """Simulates the turns of a whole run with messages of one number; returns the rings."""
     example: Any = (
         np.zeros(1, np.int8),
         {"label": np.zeros(1, np.int8), "id": np.zeros(1, np.int8)},
@@ -52,7 +53,7 @@ def simulate(size: int, slowdown: float, rule: str, seed: int) -> list[Ring]:
 
 
 def main() -> None:
-    """Prints the table; `--write` keeps it beside this file."""
+    """Simulates all cases and prints them; `--write` stores the result beside this file."""
     parser = harness.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
@@ -60,26 +61,26 @@ def main() -> None:
     for (size, slowdown), published in PUBLISHED.items():
         for rule, expected in zip(("released", "least_used_latest"), published):
             runs = [simulate(size, slowdown, rule, seed) for seed in range(args.seeds)]
-            # without a slowed module all rings are alike
-            of_run = [
+            # Without a slowed module all rings behave the same, so their mean is used.
+            ages = [
                 statistics.mean(r.tally.mean_age() for r in rings)
                 if slowdown == 1
                 else rings[SLOWED - 1].tally.mean_age()
                 for rings in runs
             ]
-            found = statistics.mean(of_run)
-            near = abs(found - expected) <= max(0.15, 0.1 * expected)
-            tally = [rings[SLOWED - 1].tally for rings in runs]
-            unused = statistics.mean(t.never_used / t.written for t in tally)
+            age = statistics.mean(ages)
+            near = abs(age - expected) <= max(0.15, 0.1 * expected)
+            tallies = [rings[SLOWED - 1].tally for rings in runs]
+            unused = statistics.mean(t.never_used / t.written for t in tallies)
             row = {
                 "size": size,
                 "slowdown": round(slowdown, 3),
                 "rule": rule,
-                "age": round(found, 3),
+                "age": round(age, 3),
                 "published_age": expected,
                 "within": near,
                 "never_used_share": round(unused, 3),
-                "reads_a_packet": round(statistics.mean(t.reuse() for t in tally), 3),
+                "reads_per_message": round(statistics.mean(t.reuse() for t in tallies), 3),
             }
             rows.append(row)
             print(row, flush=True)

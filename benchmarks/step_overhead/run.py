@@ -1,4 +1,4 @@
-"""Processor time of the controlling thread per tick: what the host does around the compiled programs.
+"""Processor time of the controlling thread per tick, inside and outside the compiled programs.
 
 python benchmarks/step_overhead/run.py [--write]
 """
@@ -19,13 +19,13 @@ from dgl_jax.engines import PipelineEngine
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.types import Inbox
 
-LIMIT = 1.0  # ms a module
+LIMIT = 1.0  # ms per module
 WARM_UP = 10
-PARTS = ("source", "batch to device", "programs", "packets between devices")
+PARTS = ("source", "batch to device", "programs", "messages between devices")
 
 
-def experiment(engine: str, modules: int, devices: int, args: Any) -> Experiment:
-    """State trees as large as the real ones, arrays as small as can be: images of 4x4 pixels, two a batch."""
+def build(engine: str, modules: int, devices: int, args: Any) -> Experiment:
+    """Builds an experiment with state trees of normal size but tiny arrays."""
     settings = harness.settings(
         data__name="synthetic",
         data__batch_size=args.batch_size,
@@ -40,20 +40,20 @@ def experiment(engine: str, modules: int, devices: int, args: Any) -> Experiment
 
 
 class Case:
-    """One engine, ready to be measured again and again."""
+    """Engine that can be measured repeatedly, with its training state."""
 
-    def __init__(self, made: Experiment):
-        self.made, self.engine = made, made.engine
-        self.state, self.step = made.engine.init(), 0
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.engine = experiment, experiment.engine
+        self.state, self.step = experiment.engine.init(), 0
         self.leaves = len(jax.tree.leaves(self.state))
         self.spent = dict.fromkeys(PARTS, 0.0)
         self.run(WARM_UP)
 
     def run(self, steps: int) -> float:
-        """Milliseconds of the controlling thread's processor per tick."""
+        """Measures the processor milliseconds of the controlling thread per tick."""
         self.step += steps
         begin = time.thread_time()
-        for report in self.engine.run(self.state, self.made.source, self.step):
+        for report in self.engine.run(self.state, self.experiment.source, self.step):
             last = report
         spent = time.thread_time() - begin
         self.state = last.snapshot()
@@ -61,17 +61,23 @@ class Case:
         return 1e3 * spent / steps
 
     def bare(self, steps: int) -> float:
-        """The same programs called in a bare loop on inputs that are there: jit's own dispatch, and what it runs inline."""
+        """Measures a bare loop that calls the same programs on fixed inputs.
+
+        This is the cost of dispatch in jit, and of the work that it runs inline.
+
+        Returns:
+          Processor milliseconds per tick.
+        """
         engine: Any = self.engine
-        batch = engine.placement.put_batch(self.made.source.batch(0), 0)
+        batch = engine.placement.put_batch(self.experiment.source.batch(0), 0)
         states = list(self.state.modules)
         if not isinstance(engine, PipelineEngine):
-            states_of_all = tuple(states)
+            all_states = tuple(states)
             step = harness.step(engine)
             begin = time.thread_time()
             for _ in range(steps):
-                states_of_all, _ = jax.block_until_ready(step(states_of_all, batch))
-            states = list(states_of_all)
+                all_states, _ = jax.block_until_ready(step(all_states, batch))
+            states = list(all_states)
         else:
             inputs, incoming = [], (Inbox(batch), batch.context)
             programs = harness.programs(engine)
@@ -90,11 +96,11 @@ class Case:
                 jax.block_until_ready(states)
         spent = time.thread_time() - begin
         self.step = int(jax.device_get(states[0].updates))
-        self.state = type(self.state)(tuple(self.level(states)))
+        self.state = type(self.state)(tuple(self.with_equal_updates(states)))
         return 1e3 * spent / steps
 
-    def level(self, states: list[Any]) -> Iterator[Any]:
-        """The states with one update count for all."""
+    def with_equal_updates(self, states: list[Any]) -> Iterator[Any]:
+        """Yields the states with the same update count in all modules."""
         for state in states:
             yield state.replace(
                 updates=jax.device_put(
@@ -103,18 +109,21 @@ class Case:
             )
 
     def parts(self, steps: int) -> dict[str, float]:
-        """Milliseconds per tick of each part, from a run whose calls carry stop-watches; the rest is the loop itself."""
+        """Measures the milliseconds per tick of each part by timing the calls of a run.
+
+        The last part is the remaining time: the loop, the reports and the waiting.
+        """
         engine: Any = self.engine
-        source, placement, kept = self.made.source, engine.placement, {}
+        source, placement, originals = self.experiment.source, engine.placement, {}
         self.spent = dict.fromkeys(PARTS, 0.0)
         if isinstance(engine, PipelineEngine):
-            kept["programs"] = engine.programs
+            originals["programs"] = engine.programs
             engine.programs = {
                 turn: self.watch("programs", program) for turn, program in engine.programs.items()
             }
-            engine._move = self.watch("packets between devices", engine._move)
+            engine._move = self.watch("messages between devices", engine._move)
         else:
-            kept["steps"] = engine.steps
+            originals["steps"] = engine.steps
             engine.steps = {
                 turns: self.watch("programs", step) for turns, step in engine.steps.items()
             }
@@ -128,13 +137,13 @@ class Case:
             del source.batch
             object.__delattr__(placement, "put_batch")
             vars(engine).pop("_move", None)
-            for name, value in kept.items():
+            for name, value in originals.items():
                 setattr(engine, name, value)
-        found = {name: 1e3 * seconds / steps for name, seconds in self.spent.items()}
-        return found | {"loop, reports, waiting": total - sum(found.values())}
+        milliseconds = {name: 1e3 * seconds / steps for name, seconds in self.spent.items()}
+        return milliseconds | {"loop, reports, waiting": total - sum(milliseconds.values())}
 
     def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with its processor time added to a part."""
+        """Wraps a function so that its processor time is added to a part."""
 
         def watched(*args: Any) -> Any:
             begin = time.thread_time()
@@ -161,7 +170,7 @@ def main() -> None:
         "K devices": ("pipeline", lambda k: k),
     }
     cases = {
-        (name, modules): Case(experiment(engine, modules, devices(modules), args))
+        (name, modules): Case(build(engine, modules, devices(modules), args))
         for modules in args.modules
         for name, (engine, devices) in layouts.items()
         if not (name == "K devices" and modules == 1)
@@ -176,29 +185,29 @@ def main() -> None:
             measured[key]["bare"].append(case.bare(args.steps))
             measured[key]["parts"].append(case.parts(args.steps))
     rows, results = [], []
-    for (name, modules), found in measured.items():
-        per_module = harness.quartiles([t / modules for t in found["total"]])
+    for (name, modules), times in measured.items():
+        per_module = harness.quartiles([t / modules for t in times["total"]])
         outside = harness.quartiles(
-            [(sum(p.values()) - p["programs"]) / modules for p in found["parts"]]
+            [(sum(p.values()) - p["programs"]) / modules for p in times["parts"]]
         )
         parts = {
-            part: harness.quartiles([p[part] for p in found["parts"]]) for part in found["parts"][0]
+            part: harness.quartiles([p[part] for p in times["parts"]]) for part in times["parts"][0]
         }
         results.append(
             {
                 "engine": name,
                 "modules": modules,
                 "leaves": cases[name, modules].leaves,
-                "milliseconds_per_tick": harness.quartiles(found["total"]),
+                "milliseconds_per_tick": harness.quartiles(times["total"]),
                 "milliseconds_per_tick_and_module": per_module,
-                "bare_calls_milliseconds_per_tick": harness.quartiles(found["bare"]),
+                "bare_calls_milliseconds_per_tick": harness.quartiles(times["bare"]),
                 "outside_programs_milliseconds_per_tick_and_module": outside,
                 "parts_milliseconds_per_tick": parts,
             }
         )
         cells = [f"{q['median']:.3f}" for q in parts.values()]
         verdict = "yes" if outside["median"] < LIMIT else "NO"
-        bare = f"{statistics.median(found['bare']):.3f}"
+        bare = f"{statistics.median(times['bare']):.3f}"
         rows.append(
             [
                 name,
@@ -214,9 +223,9 @@ def main() -> None:
     header = [
         "engine",
         "K",
-        "outside programs, a module",
-        "under 1",
-        "everything, a module",
+        "outside programs, per module",
+        "below 1",
+        "total, per module",
         *parts_names,
         "bare calls",
     ]

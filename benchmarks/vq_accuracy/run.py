@@ -1,10 +1,10 @@
-"""Test accuracy under the codecs, synchronous and asynchronous, beside activations handed on as they are.
+"""Test accuracy with each codec and without one, in synchronous and asynchronous training.
 
 python benchmarks/vq_accuracy/run.py --data_dir=PATH [--part=0/2] [--write]
 
-Network, images and budget are those of `benchmarks/async_accuracy`, whose result.json gives the rows without a codec. A row that is
-finished is not run again: `--part=0/2` and `--part=1/2` share the rows between two processes, and a last call with --write puts the
-table together.
+Network, images and budget are the same as in `benchmarks/async_accuracy`, whose result.json has the
+rows without a codec. Finished rows are not trained again: `--part=0/2` and `--part=1/2` can share
+the rows between two processes, and a last call with --write makes the table.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BASE = Path(__file__).parents[1] / "async_accuracy" / "result.json"
-GOAL = 0.5  # points that vq at 32x may lose
-# Rows of the other table that are this one's without a codec, by their names there.
+GOAL = 0.5  # percentage points that vq may lose at a compression of 32
+# Names of the rows without a codec in the result of `async_accuracy`, by asynchronous or not.
 WITHOUT = {False: "fused, seed {}", True: "S 1.2, M 50, least_used_latest, seed {}"}
 
 
 class Row(NamedTuple):
+    """Training run of the table."""
+
     codec: str
     dims: int
     asynchronous: bool
@@ -38,7 +40,8 @@ class Row(NamedTuple):
     def name(self) -> str:
         size = f" D {self.dims}" if self.codec == "vq" else ""
         size += f" S {self.stages}" if self.stages > 1 else ""
-        return f"{self.codec}{size}, {'asynchronous' if self.asynchronous else 'synchronous'}, seed {self.seed}"
+        training = "asynchronous" if self.asynchronous else "synchronous"
+        return f"{self.codec}{size}, {training}, seed {self.seed}"
 
 
 ROWS = (
@@ -60,7 +63,7 @@ ROWS = (
 
 
 def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """The row's summary."""
+    """Trains a row and returns its summary."""
     config = small_runs.config(args, row.seed)
     config.codec.name, config.codec.dims, config.codec.stages = row.codec, row.dims, row.stages
     if row.asynchronous:
@@ -69,10 +72,10 @@ def train(row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def without(settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
-    """The rows without a codec, from the other table."""
+    """Reads the rows without a codec from the result of `async_accuracy`."""
     other = json.loads(BASE.read_text())
     if other["settings"] != settings:
-        raise SystemExit(f"{BASE}: was made with {other['settings']}, these rows with {settings}")
+        raise SystemExit(f"{BASE}: was made with {other['settings']}, but this run uses {settings}")
     rows = [
         Row("identity", 1, asynchronous, seed)
         for asynchronous in (False, True)
@@ -81,18 +84,21 @@ def without(settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
     return {row: other["runs"][WITHOUT[row.asynchronous].format(row.seed)] for row in rows}
 
 
-def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each setting, over its seeds."""
+def summarize(summaries: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Combines the seeds of each setting into one entry of the table."""
     result = []
     order = ["identity", "bf16", "int8", "vq"]
-    settings = {(*row[:3], row.stages) for row in found}
+    settings = {(*row[:3], row.stages) for row in summaries}
     for setting in sorted(settings, key=lambda s: (s[2], order.index(s[0]), s[3], s[1])):
         runs = {
-            row.seed: summary for row, summary in found.items() if (*row[:3], row.stages) == setting
+            row.seed: summary
+            for row, summary in summaries.items()
+            if (*row[:3], row.stages) == setting
         }
         last = {seed: 100 * run["modules"][-1]["test_accuracy"] for seed, run in runs.items()}
         base = {
-            seed: 100 * found[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"]
+            seed: 100
+            * summaries[Row("identity", 1, setting[2], seed)]["modules"][-1]["test_accuracy"]
             for seed in runs
         }
         first = runs[min(runs)]
@@ -120,16 +126,16 @@ def summarise(found: dict[Row, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against compression."""
+    """Plots accuracy against compression."""
     figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for asynchronous, color, word in (
+    for asynchronous, color, training in (
         (False, "#0072b2", "synchronous"),
         (True, "#d55e00", "asynchronous, S = 1.2, M = 50"),
     ):
-        of_kind = [e for e in entries if e["asynchronous"] == asynchronous]
-        plain = next(e for e in of_kind if e["codec"] == "identity")
+        group = [e for e in entries if e["asynchronous"] == asynchronous]
+        plain = next(e for e in group if e["codec"] == "identity")
         axes.axhspan(
             min(plain["test_accuracy"]),
             max(plain["test_accuracy"]),
@@ -138,9 +144,9 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
             linewidth=0,
         )
         axes.axhline(plain["mean"], color=color, linewidth=1.0, linestyle="--")
-        for stages, marker, words in ((1, "o-", word), (2, "^", "two stages")):
+        for stages, marker, label in ((1, "o-", training), (2, "^", "two stages")):
             line = sorted(
-                (e for e in of_kind if e["codec"] == "vq" and e["stages"] == stages),
+                (e for e in group if e["codec"] == "vq" and e["stages"] == stages),
                 key=lambda e: e["compression"],
             )
             if not line:
@@ -150,9 +156,9 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
                 [e["mean"] for e in line],
                 marker,
                 color=color,
-                label=f"vq, {words}",
+                label=f"vq, {label}",
             )
-        for e in of_kind:
+        for e in group:
             axes.plot(
                 [e["compression"]] * e["seeds"], e["test_accuracy"], "_", color=color, markersize=9
             )
@@ -167,7 +173,7 @@ def picture(entries: Sequence[dict[str, Any]], path: Path) -> None:
                 )
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-    axes.set_xlabel("compression of all hops together, labels, ids and codebooks included")
+    axes.set_xlabel("compression of all hops together, including labels, ids and codebooks")
     axes.set_ylabel("test accuracy of the last module, %")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -180,7 +186,7 @@ def main() -> None:
     flags = harness.parser(__doc__)
     small_runs.add_flags(flags, "runs/vq_accuracy")
     flags.add_argument(
-        "--finished", action="store_true", help="only the rows that are finished; trains none"
+        "--finished", action="store_true", help="use only finished rows and train none"
     )
     args = flags.parse_args()
     part, parts = map(int, args.part.split("/"))
@@ -189,11 +195,11 @@ def main() -> None:
         for row in ROWS[part::parts]
         if not args.finished or (small_runs.folder(row.name, args) / "summary.json").exists()
     ]
-    found = {row: train(row, args) for row in rows}
+    summaries = {row: train(row, args) for row in rows}
     if parts > 1:
         return
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
-    entries = summarise(without(settings) | found)
+    entries = summarize(without(settings) | summaries)
     harness.table(
         [
             "codec",
@@ -218,7 +224,7 @@ def main() -> None:
             for e in entries
         ],
     )
-    runs = {row.name: summary for row, summary in found.items()}
+    runs = {row.name: summary for row, summary in summaries.items()}
     harness.finish(
         __file__,
         {"settings": settings, "goal_points_at_32x": GOAL, "rows": entries, "runs": runs},

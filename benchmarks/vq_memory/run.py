@@ -1,9 +1,10 @@
-"""Memory of the replay rings of the full-width network under each codec, from rings that are really filled.
+"""Memory of the replay rings of the full-width network with each codec, measured on filled rings.
 
 python benchmarks/vq_memory/run.py [--write]
 
-The network of the authors' asynchronous experiments at full width, batch 128, 50 packets a ring. Rings that fit are filled; the
-others hold fewer packets, and their memory is multiplied up.
+Uses the network of the authors' asynchronous experiments at full width, with batch size 128 and 50
+messages per ring. Rings that fit into memory are filled; the others hold fewer messages, and
+their memory is extrapolated.
 """
 
 import gc
@@ -23,9 +24,10 @@ from dgl_jax.replay import Ring
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
 from dgl_jax.types import Header
 
-PACKETS, BATCH = 50, 128
+MESSAGES, BATCH = 50, 128
 GIB = 2**30
-CODECS: list[tuple[str, dict[str, Any], int]] = [  # (name, fields, packets that are really held)
+# (name, fields, number of messages that the measured ring holds).
+CODECS: list[tuple[str, dict[str, Any], int]] = [
     ("identity", {}, 5),
     ("bf16", {}, 10),
     ("int8", {}, 20),
@@ -37,13 +39,13 @@ CODECS: list[tuple[str, dict[str, Any], int]] = [  # (name, fields, packets that
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Returns the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
-    """Fills every ring with packets of one codec."""
+    """Fills every ring with `held` messages of one codec and measures the memory."""
     options = {f"codec__{field}": value for field, value in fields.items()}
     settings = harness.settings(
         model__name="cnn6_replay",
@@ -68,28 +70,29 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
             lambda leaf, random=random: random.standard_normal(leaf.shape, np.float32), hop.codebook
         )
         payload = jax.tree.map(np.asarray, jax.jit(spec.codec.encode)(codebook, x))
-        for n in range(2 * held):  # written over once: as many codebooks as there ever are
-            fresh = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
-            ring.add(payload, context, Header(n, n), fresh)
+        # Every slot is written twice, so that the ring holds as many codebooks as it ever will.
+        for n in range(2 * held):
+            published = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
+            ring.add(payload, context, Header(n, n), published)
         del x, payload
         rings.append(ring)
     gc.collect()
-    taken, counted = resident() - before, sum(ring.nbytes for ring in rings)
-    planned = sum(form.nbytes(PACKETS) for form in forms)
-    factor = PACKETS / held
+    grown, counted = resident() - before, sum(ring.nbytes for ring in rings)
+    planned = sum(form.nbytes(MESSAGES) for form in forms)
+    factor = MESSAGES / held
     return {
         "codec": name,
         "fields": fields,
-        "packets_held": held,
+        "messages_held": held,
         "ring_gib": round(factor * counted / GIB, 3),
-        "resident_gib": round(factor * taken / GIB, 3),
+        "resident_gib": round(factor * grown / GIB, 3),
         "planned_gib": round(planned / GIB, 3),
     }
 
 
 def main() -> None:
     args = harness.parser(__doc__).parse_args()
-    rows = [filled(*one) for one in CODECS]
+    rows = [filled(*arguments) for arguments in CODECS]
     plain = rows[0]["ring_gib"]
     for row in rows:
         row["smaller"] = round(plain / row["ring_gib"], 2)
@@ -97,11 +100,11 @@ def main() -> None:
         [
             "codec",
             "D",
-            "packets held",
+            "messages held",
             "rings, GiB at 50",
-            "process grew by, GiB at 50",
-            "printed before, GiB",
-            "smaller",
+            "growth of the process, GiB at 50",
+            "predicted, GiB",
+            "times smaller",
         ],
         [
             [
@@ -110,7 +113,7 @@ def main() -> None:
                 *(
                     r[key]
                     for key in (
-                        "packets_held",
+                        "messages_held",
                         "ring_gib",
                         "resident_gib",
                         "planned_gib",
@@ -121,7 +124,7 @@ def main() -> None:
             for r in rows
         ],
     )
-    harness.finish(__file__, {"packets": PACKETS, "batch": BATCH, "rows": rows}, args.write)
+    harness.finish(__file__, {"messages": MESSAGES, "batch": BATCH, "rows": rows}, args.write)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Reconstruction error against bits a value of every codec, on activations of a trained network; and how far vq is from k-means.
+"""Reconstruction error against bits per value of every codec, and distance of vq from k-means.
 
 python benchmarks/vq_rate/run.py --data_dir=PATH [--write]
 
-Trains a small network (a finished one in --workdir is taken as it is), passes all training images once through every codebook, and
-measures on test images. The bound is scikit-learn's KMeans, run to convergence on vectors sampled from the same images.
+Trains a small network (or reuses a finished one in --workdir), passes all training images once
+through every codebook, and measures on activations of test images. The bound is scikit-learn's
+KMeans, run to convergence on vectors sampled from the same training images.
 """
 
 import argparse
@@ -38,15 +39,15 @@ SIZES = [
     (256, 16, 2),
 ]  # (codes, dims, stages)
 BOUNDED = [(256, 4, 1), (256, 8, 1), (256, 16, 1), (16, 8, 1)]
-GROUPS = 1  # of each hop that k-means is run on
-VECTORS = 50_000  # that k-means sees of a group
+GROUPS = 1  # groups per hop that k-means is run on
+VECTORS = 50_000  # vectors per group that k-means is fitted to
 Size = tuple[int, int, int]
-LIMIT = 1.05  # mean squared error of vq over that of k-means
+LIMIT = 1.05  # largest ratio of the mean squared errors of vq and k-means
 BATCH = 128
 
 
 def network(args: argparse.Namespace) -> Trained:
-    """Trained without a codec."""
+    """Trains a network without a codec, or loads it if it is finished."""
     config = small_runs.config(args, seed=0)
     config.checkpoint.every = 0
     train_and_evaluate(config, args.workdir)
@@ -54,80 +55,81 @@ def network(args: argparse.Namespace) -> Trained:
 
 
 def activations(trained: Trained, images: np.ndarray) -> list[jax.Array]:
-    """What each module hands on."""
+    """Computes the activations that each module sends."""
 
     @jax.jit
     def forward(images: jax.Array) -> list[jax.Array]:
-        x, found = trained.spec.task.evaluate(images), []
+        x, outputs = trained.spec.task.evaluate(images), []
         for module, state in zip(trained.spec.modules[:-1], trained.restored.state.modules):
             x, _ = eval_step(module, state.params, state.batch_stats, x)
-            found.append(x)
-        return found
+            outputs.append(x)
+        return outputs
 
     return forward(images)
 
 
-def sample(x: np.ndarray, a_position: np.ndarray) -> np.ndarray:
-    """[B, H, W, C] -> vectors at so many positions of each example."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])[:, a_position].reshape(-1, x.shape[-1])
+def sample(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Returns the vectors [n, C] of x [B, H, W, C] at some positions of each example."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])[:, positions].reshape(-1, x.shape[-1])
 
 
 def learn(
-    trained: Trained, source: Any, sizes: list[Size], **how: Any
+    trained: Trained, source: Any, sizes: list[Size], **options: Any
 ) -> dict[Size, list[vq.Codebook]]:
-    """Codebooks of every hop after one pass over the training images."""
+    """Learns the codebooks of every hop in one pass over the training images."""
     key = jax.random.key(0)
     books: dict[Size, list[Any]] = {size: [] for size in sizes}
-    update = jax.jit(partial(residual.update, **how))
+    update = jax.jit(partial(residual.update, **options))
     for step in range(source.steps_per_epoch):
         for hop, x in enumerate(activations(trained, source.batch(step).inputs)):
             for codes, dims, stages in sizes:
-                found = books[codes, dims, stages]
+                per_hop = books[codes, dims, stages]
                 if step == 0:
-                    found.append(
+                    per_hop.append(
                         jax.jit(partial(residual.init, stages=stages, codes=codes, dims=dims))(
                             key, x
                         )
                     )
-                found[hop], _ = update(found[hop], jax.random.fold_in(key, step), x)
+                per_hop[hop], _ = update(per_hop[hop], jax.random.fold_in(key, step), x)
     return books
 
 
 def squares(entries: Any, vectors: np.ndarray) -> np.ndarray:
-    """Mean squared error of each group's vectors [n, C], a vector."""
+    """Computes the mean squared error per vector of each group, for vectors [n, C]."""
     decoded = vq.decode(entries, vq.encode(entries, vectors))
     _, groups, _, dims = entries.shape
     return np.square(np.asarray(decoded) - vectors).reshape(-1, groups, dims).sum(-1).mean(0)
 
 
 def relative(x: np.ndarray, decoded: Any) -> float:
+    """Computes the norm of the reconstruction error relative to the norm of x."""
     return float(np.linalg.norm(np.asarray(decoded, np.float32) - x) / np.linalg.norm(x))
 
 
 def collect(trained: Trained, batches: Any, positions: int) -> list[np.ndarray]:
-    """Vectors [n, C] of each hop at random positions of the images."""
-    random, found = np.random.default_rng(0), []
+    """Samples vectors [n, C] of each hop at random positions of the images."""
+    random, samples = np.random.default_rng(0), []
     for batch in batches:
         hops = [np.asarray(x) for x in activations(trained, batch)]
-        found.append(
+        samples.append(
             [sample(x, random.integers(0, x.shape[1] * x.shape[2], positions)) for x in hops]
         )
-    return [np.concatenate(of_hop) for of_hop in zip(*found)]
+    return [np.concatenate(batches_of_hop) for batches_of_hop in zip(*samples)]
 
 
 def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[dict[str, Any]]:
-    """Error of vq over that of k-means, on held-out vectors."""
+    """Compares the errors of vq and k-means on held-out vectors."""
     rows = []
     for codes, dims, stages in BOUNDED:
         for hop, (seen, held_out) in enumerate(zip(train, test)):
-            ours = squares(books[codes, dims, stages][hop].entries, held_out)
+            vq_errors = squares(books[codes, dims, stages][hop].entries, held_out)
             for group in range(min(GROUPS, seen.shape[1] // dims)):
                 part = slice(group * dims, (group + 1) * dims)
                 fit = KMeans(codes, n_init=1, max_iter=500, tol=0.0, random_state=0).fit(
                     seen[:VECTORS, part]
                 )
                 nearest = fit.cluster_centers_[fit.predict(np.ascontiguousarray(held_out[:, part]))]
-                theirs = float(np.square(nearest - held_out[:, part]).sum(-1).mean())
+                bound = float(np.square(nearest - held_out[:, part]).sum(-1).mean())
                 row = {
                     "codes": codes,
                     "dims": dims,
@@ -138,9 +140,9 @@ def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[
                 rows.append(
                     row
                     | {
-                        "vq": float(ours[group]),
-                        "kmeans": theirs,
-                        "ratio": round(float(ours[group]) / theirs, 4),
+                        "vq": float(vq_errors[group]),
+                        "kmeans": bound,
+                        "ratio": round(float(vq_errors[group]) / bound, 4),
                     }
                 )
                 print(rows[-1], flush=True)
@@ -148,7 +150,7 @@ def bounds(books: Any, train: list[np.ndarray], test: list[np.ndarray]) -> list[
 
 
 def rates(books: Any, hops: list[np.ndarray]) -> list[dict[str, Any]]:
-    """Bits a value and relative error of every codec on whole images."""
+    """Measures the bits per value and the relative error of every codec on whole images."""
     rows = []
     for hop, x in enumerate(hops):
         for name, codec in (("bf16", Bf16()), ("int8", Int8(8))):
@@ -162,8 +164,8 @@ def rates(books: Any, hops: list[np.ndarray]) -> list[dict[str, Any]]:
                     "error": relative(x, codec.decode((), payload)),
                 }
             )
-        for (codes, dims, stages), found in books.items():
-            entries = found[hop].entries
+        for (codes, dims, stages), per_hop in books.items():
+            entries = per_hop[hop].entries
             payload = vq.encode(entries, x)
             row = {
                 "codec": "vq",
@@ -178,18 +180,19 @@ def rates(books: Any, hops: list[np.ndarray]) -> list[dict[str, Any]]:
 
 
 def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Codec, N, D and stages of a row."""
+    """Returns codec, N, D and stages of a row."""
     return (row["codec"], *(row.get(key, "") for key in ("codes", "dims", "stages")))
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plots the relative error against bits per value, with one color per hop."""
     figure = Figure(figsize=(8.6, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for hop, color in enumerate(("#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7")):
-        of_hop = [row for row in rows if row["hop"] == hop]
+        hop_rows = [row for row in rows if row["hop"] == hop]
         line = sorted(
-            (r for r in of_hop if (r.get("codes"), r.get("stages")) == (256, 1)),
+            (r for r in hop_rows if (r.get("codes"), r.get("stages")) == (256, 1)),
             key=lambda r: r["bits"],
         )
         axes.plot(
@@ -200,11 +203,11 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             label=f"vq, N = 256, after module {hop}",
         )
         for marker, kind in (("^", (16, 1)), ("*", (256, 2))):
-            others = [r for r in of_hop if (r.get("codes"), r.get("stages")) == kind]
+            others = [r for r in hop_rows if (r.get("codes"), r.get("stages")) == kind]
             axes.plot(
                 [r["bits"] for r in others], [r["error"] for r in others], marker, color=color
             )
-        for r in of_hop:
+        for r in hop_rows:
             if r["codec"] != "vq":
                 axes.plot(r["bits"], r["error"], "s" if r["codec"] == "int8" else "D", color=color)
     for text, x, y in (
@@ -216,7 +219,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-    axes.set_xlabel("bits a value (of 32)")
+    axes.set_xlabel("bits per value (of 32)")
     axes.set_ylabel("relative reconstruction error on test images")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -231,7 +234,7 @@ def main() -> None:
     flags.set_defaults(epochs=6.0)
     args = flags.parse_args()
     trained = network(args)
-    source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all there are
+    source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all images
     seen = source.steps_per_epoch * source.batch(0).inputs.shape[0]
     train = collect(
         trained,
@@ -242,9 +245,9 @@ def main() -> None:
     test = collect(trained, tests, 20)
     books = learn(trained, source, SIZES)
     whole = [np.asarray(x) for x in activations(trained, tests[0])]
-    against = bounds(books, train, test)
+    comparisons = bounds(books, train, test)
     rows = rates(books, whole)
-    sizes = [(b["codes"], b["dims"]) for b in against]
+    sizes = [(b["codes"], b["dims"]) for b in comparisons]
     harness.table(
         ["N", "D", *(f"hop {hop}" for hop in range(len(whole))), f"worst, limit {LIMIT}"],
         [
@@ -252,31 +255,31 @@ def main() -> None:
             + [
                 max(
                     b["ratio"]
-                    for b in against
+                    for b in comparisons
                     if (b["codes"], b["dims"], b["hop"]) == (codes, dims, hop)
                 )
                 for hop in range(len(whole))
             ]
-            + [max(b["ratio"] for b in against if (b["codes"], b["dims"]) == (codes, dims))]
+            + [max(b["ratio"] for b in comparisons if (b["codes"], b["dims"]) == (codes, dims))]
             for codes, dims in dict.fromkeys(sizes)
         ],
     )
     kinds = dict.fromkeys(map(kind_of, rows))
-    of_kind = {kind: [r for r in rows if kind_of(r) == kind] for kind in kinds}
+    by_kind = {kind: [r for r in rows if kind_of(r) == kind] for kind in kinds}
     harness.table(
         [
             "codec",
             "N",
             "D",
             "stages",
-            "bits a value",
+            "bits per value",
             *(f"error, hop {hop}" for hop in range(len(whole))),
         ],
         [
             [
                 *kind,
-                round(of_kind[kind][0]["bits"], 3),
-                *(f"{r['error']:.3g}" for r in of_kind[kind]),
+                round(by_kind[kind][0]["bits"], 3),
+                *(f"{r['error']:.3g}" for r in by_kind[kind]),
             ]
             for kind in kinds
         ],
@@ -284,7 +287,7 @@ def main() -> None:
     settings = {key: getattr(args, key) for key in ("images", "width", "epochs")}
     harness.finish(
         __file__,
-        {"settings": settings, "limit": LIMIT, "kmeans": against, "rates": rows},
+        {"settings": settings, "limit": LIMIT, "kmeans": comparisons, "rates": rows},
         args.write,
     )
     if args.write:

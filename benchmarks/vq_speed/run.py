@@ -1,8 +1,9 @@
-"""Time to encode, decode and update, beside the bare distance matrix product and two other libraries; and its share of a tick.
+"""Time of vq to encode, decode and update, compared with two libraries, and its share of a tick.
 
 python benchmarks/vq_speed/run.py [--cores=1] [--write]
 
-`pip install torch vector-quantize-pytorch` adds the second library's columns; without it they say so.
+Encoding is also compared with the bare matrix product of the distances. The column of
+vector-quantize-pytorch needs `pip install torch vector-quantize-pytorch`.
 """
 
 import argparse
@@ -19,9 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CORES = next((int(a.partition("=")[2]) for a in sys.argv if a.startswith("--cores=")), 1)
-os.sched_setaffinity(
-    0, set(sorted(os.sched_getaffinity(0))[:CORES])
-)  # before any library counts its threads
+# Must come before any library counts the cores to size its thread pool.
+os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))
 
 import harness  # noqa: E402
 import jax  # noqa: E402
@@ -34,7 +34,8 @@ from dgl_jax.engines.placement import put  # noqa: E402
 from dgl_jax.run.build import make_experiment  # noqa: E402
 from dgl_jax.types import Inbox  # noqa: E402
 
-LIMIT = 2.0  # encode over the bare matrix product
+LIMIT = 2.0  # largest ratio of encode to the bare matrix product
+# (height and width, channels) of the hops of the 6-layer CNN at widths 32 and 128.
 HOPS = [
     (32, 32),
     (16, 64),
@@ -42,7 +43,7 @@ HOPS = [
     (32, 128),
     (16, 256),
     (8, 512),
-]  # (side, channels) of the 6-layer CNN at width 32 and 128
+]
 SIZES = [(256, 4), (256, 8), (256, 16), (16, 4), (16, 8), (16, 16)]  # (codes, dims)
 TICKS = {
     "identity": {},
@@ -50,22 +51,23 @@ TICKS = {
     "N 16, D 4": {"codec__name": "vq", "codec__codes": 16, "codec__dims": 4},
 }
 BATCH = 128
-MOST = 3e9  # bytes of all distances, above which the ways that hold several copies of them are left out
+# Bytes of all distances; above it, variants that hold several copies of them are not run.
+MOST = 3e9
 
 
 def distances(entries: jax.Array, x: jax.Array) -> jax.Array:
-    """What a matrix product of that size costs, and nothing else."""
+    """Computes only the matrix product that the distances need."""
     vectors = x.reshape(-1, entries.shape[0], entries.shape[2])
     return jnp.einsum("gnd,bgd->gnb", entries, vectors, precision=jax.lax.Precision.HIGHEST)
 
 
 def argmin(entries: jax.Array, x: jax.Array) -> jax.Array:
-    """The naive way: the smallest of all distances, from a tensor that holds them."""
+    """Encodes naively: takes the minimum over a tensor of all distances."""
     return jnp.argmin(jnp.square(entries).sum(-1)[..., None] - 2 * distances(entries, x), axis=1)
 
 
-def torch_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any] | None:
-    """vector-quantize-pytorch with a head a group, in evaluation mode."""
+def torch_variant(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any] | None:
+    """Returns vector-quantize-pytorch in evaluation mode, with one head per group."""
     if not importlib.util.find_spec("vector_quantize_pytorch"):
         return None
     import torch
@@ -73,7 +75,7 @@ def torch_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any] | None:
 
     torch.set_num_threads(CORES)
     groups, codes, dims = entries.shape
-    # Its inputs are [batch, positions, channels], channels cut into heads.
+    # Its inputs are [batch, positions, channels], with the channels split into heads.
     model = VectorQuantize(
         dim=groups * dims,
         codebook_size=codes,
@@ -95,8 +97,8 @@ def torch_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any] | None:
     return run
 
 
-def sklearn_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
-    """A model a group."""
+def sklearn_variant(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
+    """Returns scikit-learn's MiniBatchKMeans, with one model per group."""
     groups, codes, dims = entries.shape
     vectors = x.reshape(-1, groups, dims)
     parts, models = [], []
@@ -112,43 +114,43 @@ def sklearn_way(entries: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
 
 
 def case(side: int, channels: int, codes: int, dims: int) -> dict[str, Any]:
-    """All ways on one packet, interleaved."""
+    """Measures all variants on the activations of one hop, interleaved."""
     random = np.random.default_rng(0)
-    x = np.maximum(random.normal(size=(BATCH, side, side, channels)), 0).astype(
-        np.float32
-    )  # as after a ReLU
-    key, there = jax.random.key(0), jnp.asarray(x)
-    book = jax.jit(partial(vq.init, codes=codes, dims=dims))(key, there)
+    # Values as after a ReLU.
+    x = np.maximum(random.normal(size=(BATCH, side, side, channels)), 0).astype(np.float32)
+    key, activations = jax.random.key(0), jnp.asarray(x)
+    book = jax.jit(partial(vq.init, codes=codes, dims=dims))(key, activations)
     for _ in range(3):
-        book, _ = vq.update(book, key, there)
+        book, _ = vq.update(book, key, activations)
     encode, decode, update, product, naive = map(
         jax.jit, (vq.encode, vq.decode, vq.update, distances, argmin)
     )
-    sent, entries = encode(book.entries, there), np.asarray(book.entries)
+    sent, entries = encode(book.entries, activations), np.asarray(book.entries)
     all_distances = 4 * codes * x.size // dims
-    ways: dict[str, Callable[[], Any] | None] = {
-        "encode": lambda: encode(book.entries, there),
+    variants: dict[str, Callable[[], Any] | None] = {
+        "encode": lambda: encode(book.entries, activations),
         "decode": lambda: decode(book.entries, sent),
-        "update": lambda: update(book, key, there),
-        "product": lambda: product(book.entries, there),
-        "naive": None if all_distances > MOST else lambda: naive(book.entries, there),
-        "torch": None if all_distances > MOST else torch_way(entries, x),
-        "sklearn": sklearn_way(entries, x),
+        "update": lambda: update(book, key, activations),
+        "product": lambda: product(book.entries, activations),
+        "naive": None if all_distances > MOST else lambda: naive(book.entries, activations),
+        "torch": None if all_distances > MOST else torch_variant(entries, x),
+        "sklearn": sklearn_variant(entries, x),
     }
-    right = np.asarray(vq._unpack(sent, codes, channels // dims)).reshape(-1, channels // dims)
-    theirs = np.stack(ways["sklearn"](), -1)  # type: ignore[misc]
-    agree = {"sklearn": float((theirs == right).mean())}
-    if ways["torch"]:
-        agree["torch"] = float((ways["torch"]().numpy().reshape(right.shape) == right).mean())
+    expected = np.asarray(vq._unpack(sent, codes, channels // dims)).reshape(-1, channels // dims)
+    by_sklearn = np.stack(variants["sklearn"](), -1)  # type: ignore[misc]
+    agree = {"sklearn": float((by_sklearn == expected).mean())}
+    if variants["torch"]:
+        by_torch = variants["torch"]().numpy().reshape(expected.shape)
+        agree["torch"] = float((by_torch == expected).mean())
     repeats = 2 if x.nbytes > 2**25 else 5
-    spent: dict[str, list[float]] = {name: [] for name, way in ways.items() if way}
+    spent: dict[str, list[float]] = {name: [] for name, run in variants.items() if run}
     for repeat in range(repeats + 1):
         for name in spent:
-            # What takes seconds is called once, and needs no warm-up beside that.
+            # Slow variants are called once; a warm-up would not matter for them.
             if name in ("naive", "torch", "sklearn") and x.nbytes >= 2**22 and repeat != 1:
                 continue
             begin = time.perf_counter()
-            jax.block_until_ready(ways[name]())  # type: ignore[misc]
+            jax.block_until_ready(variants[name]())  # type: ignore[misc]
             if repeat:
                 spent[name].append(1e3 * (time.perf_counter() - begin))
     encoding = statistics.median(spent["encode"])
@@ -167,21 +169,30 @@ def case(side: int, channels: int, codes: int, dims: int) -> dict[str, Any]:
 
 
 def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
-    """What coding adds to each module's program and to the slowest one, which is the tick of a pipeline: 6-layer CNN, width 32."""
+    """Measures the share of coding in the programs of the 6-layer CNN at width 32.
+
+    The slowest program is the tick of a pipeline.
+    """
     programs: dict[str, list[list[float]]] = {}
     ready = {}
     for name, codec in TICKS.items():
         settings = harness.settings(
-            data__name="synthetic", data__image_size=32, data__augment="crop_flip", model__name="cnn6", model__width=32,
-            model__modules=modules, **codec,
-        )  # fmt: skip
-        made = make_experiment(settings)
-        states, batch = made.spec.init(), made.engine.placement.put_batch(made.source.batch(0), 0)
+            data__name="synthetic",
+            data__image_size=32,
+            data__augment="crop_flip",
+            model__name="cnn6",
+            model__width=32,
+            model__modules=modules,
+            **codec,
+        )
+        experiment = make_experiment(settings)
+        states, placement = experiment.spec.init(), experiment.engine.placement
+        batch = placement.put_batch(experiment.source.batch(0), 0)
         incoming, steps = batch, []
         for k, state in enumerate(states):
-            step = jax.jit(made.spec.method.program(made.spec, k))
+            step = jax.jit(experiment.spec.method.program(experiment.spec, k))
             arguments = (
-                put(state, made.engine.placement.replicated(0)),
+                put(state, placement.replicated(0)),
                 Inbox(incoming),
                 batch.context,
             )
@@ -197,10 +208,12 @@ def shares(modules: int, repeats: int = 7) -> dict[str, Any]:
                 if repeat:
                     programs[name][k].append(1e3 * (time.perf_counter() - begin))
     medians = {
-        name: [statistics.median(times) for times in of_modules]
-        for name, of_modules in programs.items()
+        name: [statistics.median(times) for times in module_times]
+        for name, module_times in programs.items()
     }
-    ticks, work = ({name: of(times) for name, times in medians.items()} for of in (max, sum))
+    ticks, work = (
+        {name: combine(times) for name, times in medians.items()} for combine in (max, sum)
+    )
     coded = [name for name in TICKS if name != "identity"]
     return {
         "modules": modules,
@@ -219,7 +232,7 @@ def main() -> None:
     flags.add_argument(
         "--only",
         default="",
-        help="side,channels of one hop, or tick; with --write it replaces what result.json has",
+        help="side,channels of one hop, or tick; --write then replaces only that part",
     )
     args: argparse.Namespace = flags.parse_args()
     hops = (
@@ -255,12 +268,12 @@ def main() -> None:
     if args.only:
         before = json.loads(Path(__file__).with_name("result.json").read_text())
         others = [r for r in before["cases"] if (r["side"], r["channels"]) not in hops]
-        rows, of_tick = others + rows, before["ticks"]
+        rows, ticks = others + rows, before["ticks"]
     if args.only in ("", "tick"):
-        of_tick = [shares(k) for k in (2, 3, 6)]
-        print(*of_tick, sep="\n")
+        ticks = [shares(k) for k in (2, 3, 6)]
+        print(*ticks, sep="\n")
     harness.finish(
-        __file__, {"cores": CORES, "limit": LIMIT, "cases": rows, "ticks": of_tick}, args.write
+        __file__, {"cores": CORES, "limit": LIMIT, "cases": rows, "ticks": ticks}, args.write
     )
 
 

@@ -1,4 +1,4 @@
-"""How fast the configured engine runs here: what a user asks before choosing one."""
+"""Measures how fast the configured engine runs on this machine."""
 
 import dataclasses
 import time
@@ -24,16 +24,24 @@ _WARM_UP = 5
 
 
 def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200) -> dict[str, Any]:
-    """Trains `steps` steps of the configured engine and measures; writes nothing.
+    """Measures `steps` training steps of the configured engine; writes no files.
+
+    Args:
+      config: checked settings, or a configuration to make them from.
+      steps: number of timed steps; a few more run first as a warm-up.
 
     Returns:
-      `images_per_second`, `tick_milliseconds` (a new batch enters), `module_milliseconds` (each module's program alone, on
-      its devices), `python_milliseconds_per_tick` (processor time of the controlling thread, waiting excluded),
-      `peak_memory_bytes` (of the fullest device; on the CPU of the whole process; None where unknown), `cpu_threads` (of XLA's
-      pool; None: of an accelerator, or unknown).
+      A dictionary that can be written as JSON, with the configuration's names and
+        images_per_second: training throughput.
+        tick_milliseconds: time from one batch entering the network to the next.
+        module_milliseconds: time of each module's program when it runs alone on its devices.
+        python_milliseconds_per_tick: processor time of the controlling thread, without waiting.
+        peak_memory_bytes: peak of the fullest device, on the CPU of the process; None if unknown.
+        cpu_threads: threads of XLA's CPU pool; None on an accelerator or if unknown.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
-    # As long a training as is measured: an asynchronous engine makes no update beyond its end.
+    # The training must be as long as the measurement: an asynchronous engine waits forever if asked
+    # for updates beyond the end of its training.
     settings = dataclasses.replace(
         settings, train=dataclasses.replace(settings.train, steps=_WARM_UP + steps)
     )
@@ -41,13 +49,13 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     engine = experiment.engine
     state = engine.init()
     for report in engine.run(state, experiment.source, _WARM_UP):
-        state_of = report.snapshot
-    state = state_of()
+        take_snapshot = report.snapshot
+    state = take_snapshot()
     wall, processor = time.perf_counter(), time.thread_time()
     for report in engine.run(state, experiment.source, _WARM_UP + steps):
-        state_of = report.snapshot
+        take_snapshot = report.snapshot
     wall, processor = time.perf_counter() - wall, time.thread_time() - processor
-    state = state_of()
+    state = take_snapshot()
     jax.block_until_ready(state.modules)
     return {
         "method": settings.method.name,
@@ -69,9 +77,18 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
 def module_times(
     experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1
 ) -> list[Elapsed]:
-    """What each module's program takes by itself, on its devices; `state` is used up. Empty where modules cannot be taken apart.
+    """Measures the time of each module's program when it runs alone on its devices.
 
-    `company`: see `clocked`; of modules on a device each.
+    Args:
+      experiment: the run whose programs are measured.
+      state: engine state to start from; its arrays are donated and cannot be used afterwards.
+      repeats: number of measured pairs of calls per module.
+      company: number of programs that work at the same time, see `clocked`; only meaningful if
+        each module has one device.
+
+    Returns:
+      Seconds and processor seconds per call, one entry per module; empty if the method's modules
+      cannot run alone.
     """
     spec, placement = experiment.spec, experiment.engine.placement
     if not steps_alone(spec):

@@ -1,4 +1,4 @@
-"""Finds the file that `--config` means: one of the user's, or one that is shipped with the package."""
+"""Resolves `--config` to a file of the user or to one that is shipped with the package."""
 
 import re
 from collections.abc import Sequence
@@ -8,19 +8,23 @@ from dgl_jax.errors import UserError
 from dgl_jax.fields import expand
 from dgl_jax.registry import nearest
 
-# In a checkout a link to the folder `configs/` at its root.
+# In a source checkout this is a link to the folder `configs/` at the root.
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def resolve(value: str) -> str:
-    """Returns the path of a configuration file, with the argument that may follow a colon.
+    """Returns the path of the configuration file that a value of `--config` names.
 
     Args:
-      value: a path; the bare name of a shipped configuration (`digits`); or the path that a shipped one has in a checkout
-        (`configs/digits.py`), which means it everywhere.
+      value: a path, the bare name of a shipped configuration (`digits`), or its path in a checkout
+        (`configs/digits.py`), which works from any directory. A file of the user wins over a
+        shipped one. An argument for `get_config` may follow after a colon.
+
+    Returns:
+      The path, followed by the colon and argument if there were any.
 
     Raises:
-      UserError: there is no such file; the nearest names are given.
+      UserError: if there is no such file; the message suggests the nearest names.
     """
     name, colon, argument = value.partition(":")
     path, stem = Path(expand(name, "--config")), re.fullmatch(r"(?:configs/)?(\w+?)(?:\.py)?", name)
@@ -30,18 +34,19 @@ def resolve(value: str) -> str:
     if stem[1] in shipped:
         return f"{SHIPPED / stem[1]}.py{colon}{argument}"
     if path.exists() or (path.suffix == ".py" and path.parent.is_dir() and path.parent != Path()):
-        return f"{path}{colon}{argument}"  # where it is read, an error names what lies beside it
+        return f"{path}{colon}{argument}"  # reading it fails with an error that lists its neighbors
     raise UserError(
-        f"--config={name}: neither a file nor a configuration of dgl_jax; {nearest(stem[1], shipped)}"
+        f"--config={name}: neither a file nor a configuration of dgl_jax; "
+        f"{nearest(stem[1], shipped)}"
     )
 
 
 def with_files(argv: Sequence[str]) -> list[str]:
-    """Returns a command line in which `--config` names a file, see `resolve`."""
-    found = list(argv)
+    """Returns the command line with every value of `--config` resolved to a path, see `resolve`."""
+    resolved = list(argv)
     for place, argument in enumerate(argv):
         if match := re.match(r"(--?config=)(.+)", argument):
-            found[place] = match[1] + resolve(match[2])
+            resolved[place] = match[1] + resolve(match[2])
         elif place and re.fullmatch("--?config", argv[place - 1]):
-            found[place] = resolve(argument)
-    return found
+            resolved[place] = resolve(argument)
+    return resolved

@@ -1,4 +1,4 @@
-"""Images in, labels out: what `--mode=predict` does, and what a library user calls on arrays."""
+"""Class predictions for images, from files (`--mode=predict`) or from arrays."""
 
 import csv
 import glob
@@ -26,36 +26,45 @@ from dgl_jax.types import PADDING, Batch
 def predict_probabilities(
     trained: Trained, images: UInt8[np.ndarray, "N H W C"]
 ) -> tuple[Float[np.ndarray, "N classes"], Float[np.ndarray, "N classes"]]:
-    """Class probabilities of the last module's head, and of all heads together with weights proportional to 2^k.
+    """Computes class probabilities with the last module's head and with the ensemble of all heads.
 
-    Images are as stored (0 to 255), of the size the network was trained on.
+    Args:
+      trained: a network restored by `load_trained`.
+      images: uint8 images (0 to 255) of the size the network was trained on, [N, H, W, C].
+
+    Returns:
+      Probabilities of the last module's head and of the ensemble, in which the head of module k has
+      a weight proportional to 2^k; both float32, [N, classes].
     """
     evaluator = Evaluator(trained.spec, trained.placement, trained.settings.eval.codec)
     results = []
     for batch, real in _batches(images, trained.spec.batch_size, trained.info.example_dtype):
         heads, ensemble, _ = evaluator.answers(trained.restored.state.modules, batch)
         results.append([part[:real] for part in read((heads[-1], ensemble))])
-    of_last, of_all = zip(*results)
-    return np.concatenate(of_last), np.concatenate(of_all)
+    last_head, ensembles = zip(*results)
+    return np.concatenate(last_head), np.concatenate(ensembles)
 
 
 def predict_run(
     workdir: str | Path, checkpoint: str, patterns: Sequence[str], output: str | Path | None
 ) -> None:
-    """Writes one row an image: path, label by name, its probability, and the ensemble's label and probability.
+    """Writes one row per image with the labels and probabilities of last head and ensemble.
 
     Args:
-      patterns: image files, folders (searched below) or glob patterns.
-      output: a .csv or .jsonl file; standard output, as CSV, where None.
+      workdir: folder of a trained run.
+      checkpoint: `newest`, `best` or a step.
+      patterns: image files, folders (searched recursively) or glob patterns.
+      output: a .csv or .jsonl file; None writes CSV to standard output.
 
     Raises:
-      UserError: the run's task is not about images, no image is found, one is unreadable, or the output's kind is unknown or it
-        cannot be written.
+      UserError: if the run's task does not use images, no image is found, an image cannot be read,
+        or the output has an unknown suffix or cannot be written.
     """
     task = read_settings(Path(workdir)).task.name
     if not TASKS[task].images:
         raise UserError(
-            f"config.task.name={task}: --mode=predict reads images; --mode=export gives a network that takes arrays"
+            f"config.task.name={task}: --mode=predict reads images; "
+            "--mode=export writes a network that takes arrays"
         )
     if output is not None:
         if Path(output).suffix not in (".csv", ".jsonl"):
@@ -68,14 +77,14 @@ def predict_run(
     )
     names = trained.info.class_names
     rows = []
-    for file, last, together in zip(files, *predict_probabilities(trained, images)):
+    for file, last, combined in zip(files, *predict_probabilities(trained, images)):
         rows.append(
             {
                 "image": str(file),
                 "label": names[int(last.argmax())],
                 "probability": round(float(last.max()), 6),
-                "ensemble_label": names[int(together.argmax())],
-                "ensemble_probability": round(float(together.max()), 6),
+                "ensemble_label": names[int(combined.argmax())],
+                "ensemble_probability": round(float(combined.max()), 6),
             }
         )
     text = (
@@ -89,19 +98,23 @@ def predict_run(
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Files that the patterns name, in order; folders are searched below.
+    """Returns the image files that the patterns name, in the order of the patterns.
 
-    A file or folder of just that name comes before what the name would match as a pattern. Hidden files and folders (whose names
-    begin with a dot) count only where they are named themselves.
+    Args:
+      patterns: files, folders (searched recursively) or glob patterns. A pattern that is the name
+        of an existing file or folder means that one. Files and folders whose names begin with a dot
+        are skipped unless they are named explicitly.
 
     Raises:
-      UserError: a pattern matches nothing.
+      UserError: if there is no pattern, or one matches no image.
     """
     if not patterns:
         raise UserError("--images is missing: a file, a folder or a pattern such as 'photos/*.png'")
     files: list[Path] = []
     for pattern in patterns:
-        if os.path.exists(pattern):  # such as a[1].png, which as a pattern is a1.png
+        if os.path.exists(
+            pattern
+        ):  # for example a[1].png, which as a glob pattern would mean a1.png
             matches = [Path(pattern)]
         else:
             matches = sorted(
@@ -109,12 +122,12 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
                 for path in map(Path, glob.glob(pattern, recursive=True))
                 if not path.name.startswith(".")
             )
-        found = [
+        matched = [
             file for path in matches for file in (_images_below(path) if path.is_dir() else [path])
         ]
-        if not found:
+        if not matched:
             raise UserError(f"--images={pattern}: no image there ({', '.join(sorted(SUFFIXES))})")
-        files += found
+        files += matched
     return files
 
 

@@ -1,9 +1,15 @@
-"""When every turn of a schedule begins and ends, if modules, devices and links take their stated time. Plain Python.
+"""Event simulation of a schedule: computes the begin and end of every turn, in plain Python.
 
-An event simulation: a turn begins once its device is free (turns of a device keep the order of their dispatch), its packet has
-arrived, and the host, which runs a few ticks ahead of the devices, has dispatched it. A hop carries one packet after the other.
-Devices that are threads of one machine share its cores: where the turns under way would use more of them than there are, all slow
-down alike.
+A turn begins when three conditions hold: its device is free (the turns of a device keep their
+dispatch order), its message has arrived, and the host, which runs a few ticks ahead of the devices,
+has dispatched it. A hop carries one message at a time. Two modules, with `=` for transfers:
+
+    device 0   | m0:b0 | m0:b1 | m0:b2 |
+    hop                |===|   |===|   |===|
+    device 1               | m1:b0     | m1:b1     | m1:b2     |
+
+Devices that are threads of one machine share its cores. If the running turns use more cores than
+there are, all of them slow down by the same factor.
 """
 
 import math
@@ -17,14 +23,14 @@ from dgl_jax.schedule import Tick, Turn
 
 @dataclass(frozen=True)
 class Work:
-    """A module's part.
+    """Cost of one turn of a module, and the device it runs on.
 
     Attributes:
-      device: on which it works; modules may share one.
-      seconds: its turn of kind `step`, when nothing else runs. A forward pass takes a third of it; a `backward` turn as long, since
-        it makes the forward pass again.
-      transfer: seconds that its packet takes to the next module.
-      cores: processors of the host that its turn keeps busy meanwhile; matters only where cores are limited.
+      device: number of the device; modules may share one.
+      seconds: duration of a turn of kind `step` if nothing else runs. A `forward` turn takes a
+        third of it; a `backward` turn takes all of it, because it repeats the forward pass.
+      transfer: seconds that the module's message takes to the next module.
+      cores: host processors that the turn keeps busy; matters only if cores are limited.
     """
 
     device: int
@@ -34,7 +40,7 @@ class Work:
 
 
 class Span(NamedTuple):
-    """A turn in time, in seconds from the start."""
+    """Begin and end of a turn, in seconds from the start of the run."""
 
     module: int
     batch: int
@@ -53,23 +59,23 @@ class _Running:
 def simulate(
     ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.inf, ticks_in_flight: int = 2
 ) -> list[Span]:
-    """Every turn of a schedule in time, in the order in which they end.
+    """Simulates a schedule and returns its turns in the order in which they end.
 
     Args:
-      ticks: of a method's schedule; every batch passes all the modules in order.
-      works: one a module.
+      ticks: schedule of a method; every batch passes through all modules in order.
+      works: one entry per module.
       cores: processors that all devices share.
-      ticks_in_flight: tick t is dispatched once tick t - 1 - `ticks_in_flight` is done, as `run_ticks` does.
+      ticks_in_flight: tick t is dispatched when tick t - 1 - `ticks_in_flight` has ended, as in
+        `run_ticks`.
     """
     queues: dict[int, deque[tuple[int, Turn]]] = {work.device: deque() for work in works}
-    unfinished: list[int] = []  # turns of each tick
+    unfinished: list[int] = []  # number of unfinished turns per tick
     for number, tick in enumerate(ticks):
         unfinished.append(len(tick))
         for turn in tick:
             queues[works[turn.module].device].append((number, turn))
-    arrival: dict[
-        tuple[int, int, bool], float
-    ] = {}  # of what a turn needs: module, batch, whether it comes from above
+    # Arrival time of messages; the key is (module, batch, True if the message comes from above).
+    arrival: dict[tuple[int, int, bool], float] = {}
     link_free = [0.0] * len(works)
     running: dict[int, _Running] = {}
     now, done, spans = 0.0, 0, list[Span]()
@@ -97,16 +103,16 @@ def simulate(
         )
         ends = {device: now + r.left / speed for device, r in running.items()}
         then = min([*ends.values(), *waits])
-        assert then < math.inf, "the schedule gives a turn to a module whose packet is never made"
+        assert then < math.inf, "the schedule has a turn whose message is never sent"
         for device, end in ends.items():
-            found = running[device]
+            current = running[device]
             if end > then:
-                found.left -= (then - now) * speed
+                current.left -= (then - now) * speed
                 continue
             del running[device]
-            k, batch, kind = found.turn
-            spans.append(Span(k, batch, found.begin, end))
-            unfinished[found.tick] -= 1
+            k, batch, kind = current.turn
+            spans.append(Span(k, batch, current.begin, end))
+            unfinished[current.tick] -= 1
             if kind != "backward":
                 link_free[k] = max(link_free[k], end) + works[k].transfer
                 arrival[k + 1, batch, False] = link_free[k]
@@ -119,7 +125,7 @@ def simulate(
 
 
 def waiting(spans: Iterable[Span], module: int) -> int:
-    """The most packets that there are at once between a module's producer and the end of its own turn: on their way, or held."""
+    """Returns the peak number of messages that are in transit to, or held by, a module."""
     changes = []
     for span in spans:
         if span.module == module - 1:
@@ -127,7 +133,7 @@ def waiting(spans: Iterable[Span], module: int) -> int:
         elif span.module == module:
             changes.append((span.end, -1))
     most = held = 0
-    for _, change in sorted(changes):  # what ends makes room first
+    for _, change in sorted(changes):  # at equal times, used messages (-1) leave first
         held += change
         most = max(most, held)
     return most

@@ -1,0 +1,139 @@
+"""Model of a pipeline for `--mode=plan`: modules on devices and the links between them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dgl_jax.config import Settings
+from dgl_jax.engines.placement import check_batch, layout
+from dgl_jax.methods import Method
+from dgl_jax.registry import METHODS
+from dgl_jax.tools.timeline import Span, Work, simulate
+
+
+def make_pipeline(
+    settings: Settings,
+    seconds: Sequence[float],
+    processor: Sequence[float],
+    devices: int | None = None,
+    bandwidth: float | None = None,
+    cores: float | None = None,
+) -> tuple["Pipeline", list[range]]:
+    """Builds the model of a pipeline and assigns devices to its modules.
+
+    Args:
+      settings: configuration; its network, method and engine decide the schedule.
+      seconds: wall time of each module's turn on one device.
+      processor: processor seconds of the host that each of these turns uses.
+      devices: number of devices, see `plan`.
+      bandwidth: of each link in GB/s, see `plan`.
+      cores: processors that all devices share, see `plan`.
+
+    Returns:
+      The pipeline, and the devices of each module.
+
+    Raises:
+      UserError: if the devices or the batch cannot be divided as configured.
+    """
+    modules, sizes = len(seconds), group_sizes(settings)
+    groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
+    check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
+    # The devices of a group share each turn: it takes less wall time but the same processor time.
+    works = [
+        Work(group[0], turn / len(group), cores=len(group) * used / turn)
+        for group, turn, used in zip(groups, seconds, processor)
+    ]
+    limits = bandwidth or math.inf, cores or math.inf
+    ticks, method = (
+        getattr(settings.engine, "ticks_in_flight", 2),
+        METHODS[settings.method.name].make(settings.method),
+    )
+    return Pipeline(tuple(works), settings.data.batch_size, *limits, ticks, method), groups
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Model of modules on their devices and of the links between them.
+
+    Attributes:
+      works: one entry per module. `transfer` is ignored: it is computed from the bytes sent.
+      batch_size: examples per batch.
+      bandwidth: of the link of each hop, in GB/s; may be infinite.
+      cores: processors that all devices share; may be infinite.
+      ticks_in_flight: how many ticks the host runs ahead of the devices.
+      method: the training method, which defines the schedule.
+    """
+
+    works: tuple[Work, ...]
+    batch_size: int
+    bandwidth: float
+    cores: float
+    ticks_in_flight: int
+    method: Method
+
+    def crosses(self) -> list[bool]:
+        """Returns, per hop, True if it leads to another device."""
+        return [here.device != there.device for here, there in pairwise(self.works)]
+
+    def spans(self, wire: Sequence[float], batches: int) -> list[Span]:
+        """Simulates a run from its first batch.
+
+        Args:
+          wire: bytes per image that each hop sends.
+          batches: length of the run.
+
+        Returns:
+          All turns, in the order in which they end.
+        """
+        transfers = [
+            bytes_ * self.batch_size / (1e9 * self.bandwidth) if crosses else 0.0
+            for bytes_, crosses in zip(wire, self.crosses())
+        ]
+        works = [
+            dataclasses.replace(work, transfer=seconds)
+            for work, seconds in zip(self.works, [*transfers, 0.0])
+        ]
+        ticks = self.method.schedule(
+            [0] * len(works), batches, batches, overlap=any(self.crosses())
+        )
+        return simulate(ticks, works, self.cores, self.ticks_in_flight)
+
+    def steady(self, wire: Sequence[float]) -> tuple[float, dict[int, float], list[Span]]:
+        """Measures the middle half of a long simulated run, while the pipeline is full.
+
+        Args:
+          wire: bytes per image that each hop sends.
+
+        Returns:
+          Ticks per second, the busy share of each device, and all turns of the run.
+        """
+        batches = 8 * len(self.works) + 64
+        spans, last = self.spans(wire, batches), len(self.works) - 1
+        done = [span.end for span in spans if span.module == last]
+        begin, end = (done[batches // 4], done[3 * batches // 4])
+        rate = (3 * batches // 4 - batches // 4) / (end - begin)
+        # Computed from the mean length of a turn, not from the turns between `begin` and `end`: a
+        # module hardly faster than the slowest one runs ahead for a long time before it must wait.
+        busy = {work.device: 0.0 for work in self.works}
+        for k, work in enumerate(self.works):
+            turns = [
+                span.end - span.begin
+                for span in spans
+                if span.module == k and batches // 4 <= span.batch < 3 * batches // 4
+            ]
+            busy[work.device] += rate * sum(turns) / (3 * batches // 4 - batches // 4)
+        return rate, {device: min(1.0, share) for device, share in busy.items()}, spans
+
+    def alone(self, seconds: Sequence[float]) -> float:
+        """Returns the seconds per batch if all modules run one after the other on one device."""
+        return sum(
+            turn * max(1.0, work.cores * work.seconds / turn / self.cores)
+            for turn, work in zip(seconds, self.works)
+        )
+
+
+def group_sizes(settings: Settings) -> tuple[int, ...]:
+    """Returns the configured number of devices per module; empty if none is configured."""
+    return getattr(settings.engine, "group_sizes", ())
