@@ -257,9 +257,9 @@ def test_the_package_stays_small(capsys):
     core, package = sum(sizes[room] for room in CORE), sum(sizes.values())
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
-    # At a line length of 100; at 132 the same code took 3,780 and 8,497 lines.
+    # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 5_500
-    assert package < 10_700
+    assert package < 10_900
 
 
 @pytest.mark.parametrize(
