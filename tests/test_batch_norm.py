@@ -30,7 +30,7 @@ class Reference(nn.Module):
         return nn.relu(y) if relu else y
 
 
-class Tested(nn.Module):
+class Actual(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
@@ -79,7 +79,7 @@ def close(actual, expected, rtol):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients_in_training_equal_flax(shape, relu):
-    *actual, offset_gradient = computed(Tested, relu, shape=shape)
+    *actual, offset_gradient = computed(Actual, relu, shape=shape)
     *expected, reference_offset_gradient = computed(Reference, relu, shape=shape)
     close(actual, expected, 1e-5)
     assert not np.any(offset_gradient)  # exactly 0
@@ -88,18 +88,18 @@ def test_values_and_gradients_in_training_equal_flax(shape, relu):
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_values_and_gradients_in_evaluation_equal_flax(relu):
-    close(computed(Tested, relu, train=False), computed(Reference, relu, train=False), 1e-5)
+    close(computed(Actual, relu, train=False), computed(Reference, relu, train=False), 1e-5)
 
 
 def test_bfloat16_inputs_are_normalized_in_float32():
-    *actual, _ = computed(Tested, True, dtype="bfloat16")
-    *expected, _ = computed(Tested, True)
+    *actual, _ = computed(Actual, True, dtype="bfloat16")
+    *expected, _ = computed(Actual, True)
     assert actual[0].dtype == actual[3].dtype == jnp.bfloat16
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
     variables, x, offset, _ = values(SHAPES["maps"], "bfloat16")
-    _, updated = Tested("bfloat16").apply(
+    _, updated = Actual("bfloat16").apply(
         variables, x, True, relu=True, offset=offset, mutable=["batch_stats"]
     )
     mean = np.asarray(x, np.float64).mean((0, 1, 2)) + np.asarray(offset, np.float64)
@@ -126,13 +126,13 @@ BROKEN = {
 def test_twin_broken_layer_fails(name, monkeypatch, traced_anew):
     monkeypatch.setattr(batch_norm, *BROKEN[name])
     with pytest.raises(AssertionError):
-        close(computed(Tested, True), computed(Reference, True), 1e-5)
+        close(computed(Actual, True), computed(Reference, True), 1e-5)
 
 
 def test_twin_gradient_with_constant_statistics_fails():
     *expected, _ = computed(Reference, False)
     variables, _, _, cotangent = values(SHAPES["maps"])
-    actual = computed(Tested, False)
+    actual = computed(Actual, False)
     scale, var = (
         variables["params"]["norm"]["scale"],
         np.var(np.asarray(values(SHAPES["maps"])[1]), (0, 1, 2)),
@@ -157,7 +157,7 @@ def test_constant_input_has_finite_output_and_no_negative_variance():
 
 def training_apply(variables, offset):
     def apply(x):
-        return Tested().apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])
+        return Actual().apply(variables, x, True, relu=True, offset=offset, mutable=["batch_stats"])
 
     return apply
 

@@ -45,14 +45,14 @@ def token_network(width, num_classes, dtype):
 
 
 def test_network_may_be_a_list_of_blocks():
-    register_network("own", token_network)
-    assert make_network("own", 6, 3, (8, 8, 3)) == Network(
+    register_network("tokens", token_network)
+    assert make_network("tokens", 6, 3, (8, 8, 3)) == Network(
         (Tokens(), Block(6), Block(6)), LinearHead(3)
     )
     register_network(
-        "own", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype))
+        "tokens", lambda width, num_classes, dtype: Network((Block(width),), LinearHead(7, dtype))
     )
-    assert make_network("own", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(
+    assert make_network("tokens", 6, 3, (8, 8, 3), "bfloat16").classifier == LinearHead(
         7, np.dtype("bfloat16")
     )
 
@@ -63,9 +63,13 @@ ENGINES = ["fused", "pipeline", "simulated", "threads", "backprop"]
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_a_user_network(engine):
-    register_network("own", token_network)
+    register_network("tokens", token_network)
     config = small_config(
-        model__name="own", model__modules=3, model__head="mlp", engine__name=engine, train__steps=2
+        model__name="tokens",
+        model__modules=3,
+        model__head="mlp",
+        engine__name=engine,
+        train__steps=2,
     )
     config.engine.group_sizes, config.data.batch_size = (1, 1, 1), 12
     experiment = make_experiment(make_settings(config))
@@ -113,9 +117,9 @@ def test_unknown_name_is_reported_before_data_is_loaded(monkeypatch):
     ],
 )
 def test_invalid_blocks_are_refused(blocks, words):
-    register_network("own", lambda *_: blocks)
-    with pytest.raises(UserError, match=rf"config\.model\.name='own': {words}"):
-        make_network("own", 6, 3, (8, 8, 3))
+    register_network("tokens", lambda *_: blocks)
+    with pytest.raises(UserError, match=rf"config\.model\.name='tokens': {words}"):
+        make_network("tokens", 6, 3, (8, 8, 3))
 
 
 CONFIG = """

@@ -132,7 +132,7 @@ def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options
         options.get(name) in (None, 1, (1, 1))
         for name in ("lhs_dilation", "rhs_dilation", "feature_group_count")
     )
-    given, usual = (
+    axes, plain_axes = (
         lax.conv_dimension_numbers(x.shape, kernel.shape, d)
         for d in (options.get("dimension_numbers"), _AXES)
     )
@@ -140,7 +140,7 @@ def _is_plain_3x3(x: Array, kernel: Array, strides: Any, padding: Any, **options
         not isinstance(padding, str) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
     )
     return (
-        (plain and given == usual and same and kernel.shape[:2] == (3, 3))
+        (plain and axes == plain_axes and same and kernel.shape[:2] == (3, 3))
         and tuple(strides) == (1, 1)
         and x.dtype == kernel.dtype == jnp.float32
     )
