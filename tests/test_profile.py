@@ -339,12 +339,12 @@ def test_planned_memory_of_programs_equals_the_sizes_of_arrays():
     first, second = memory.module_memory(spec)
     for k, (program, state) in enumerate(zip((first, second), spec.abstract_states())):
         held = nbytes((state.params, state.opt_state, state.batch_stats))
-        assert program.packet == [16 * (8 * 8 * 3 + 8), 16 * (4 * 4 * 8 * 4 + 8)][k]
+        assert program.message == [16 * (8 * 8 * 3 + 8), 16 * (4 * 4 * 8 * 4 + 8)][k]
         # The tolerance allows for keys, counters, and 16 ids that the program does not read.
-        assert program.arguments == pytest.approx(held + program.packet, abs=300)
+        assert program.arguments == pytest.approx(held + program.message, abs=300)
         assert program.temporary > 0
     # The rest of `added` is loss, accuracy and pointers.
-    assert second.packet <= first.added < second.packet + 500
+    assert second.message <= first.added < second.message + 500
     assert second.added < 500
 
 

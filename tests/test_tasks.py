@@ -221,7 +221,7 @@ def test_traffic_counts_one_label_per_token():
     assert spec.inputs() == jax.ShapeDtypeStruct((8, LENGTH), np.int32)
     assert spec.context(1)["label"].shape == (8, LENGTH)
     assert spec.traffic().wire == (LENGTH * 16 * 4 + LENGTH * 4 + 4,)
-    assert module_memory(spec)[0].packet == 8 * (2 * LENGTH * 4 + 4)
+    assert module_memory(spec)[0].message == 8 * (2 * LENGTH * 4 + 4)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
     gc.collect()
     before = resident()
     for form, hop in zip(forms, spec.hops, strict=True):
-        ring = Ring(form.packet, held, codebook=form.codebook)
+        ring = Ring(form.message, held, codebook=form.codebook)
         random = np.random.default_rng(0)
         x = jnp.asarray(np.maximum(random.standard_normal(hop.activations.shape, np.float32), 0))
         codebook = jax.tree.map(

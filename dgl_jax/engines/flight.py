@@ -40,7 +40,7 @@ class Rings:
     def __init__(self, spec: TrainSpec, replay: ReplaySettings, batches: int, unit: str):
         self.rings = [
             Ring(
-                ring_spec.packet,
+                ring_spec.message,
                 replay.size,
                 replay.rule,
                 replay.max_reuse,

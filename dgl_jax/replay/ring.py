@@ -270,14 +270,14 @@ class Ring:
 class RingSpec(NamedTuple):
     """Shapes and dtypes of a ring's contents."""
 
-    packet: tuple[Any, Context]  # a message: (payload, context)
+    message: tuple[Any, Context]  # (payload, context)
     codebook: Any = ()  # () if the codec has none
     period: int = 0  # updates from one codebook to the next; 0 if the codec has none
 
     def nbytes(self, size: int) -> int:
         """Returns the maximum number of bytes in a ring of `size` messages."""
         books = 2 + (size - 1) // self.period if self.period else 0
-        return size * nbytes(self.packet) + books * nbytes(self.codebook)
+        return size * nbytes(self.message) + books * nbytes(self.codebook)
 
 
 def check_memory(forms: Sequence[RingSpec], size: int, available: int | None = None) -> None:

@@ -253,7 +253,7 @@ def _memory(
         # Batches for module 0 are put on its device when their tick is dispatched.
         messages = waiting(spans, k) if k else ticks_in_flight + 1
         for device in group:
-            held[device] += program.arguments + (messages - 1) * program.packet
+            held[device] += program.arguments + (messages - 1) * program.message
             largest[device] = max(largest[device], program.temporary + program.added)
     return [a + b for a, b in zip(held, largest)]
 
