@@ -36,9 +36,9 @@ _HEAD = """\
 # Configuration reference
 
 Every field can be set in a configuration file (`config.optimizer.learning_rate = 0.05`) or on the
-command line (`--config.optimizer.learning_rate=0.05`). If a field does not apply to the chosen kinds,
-the command line refuses it, and a value from a file is ignored with a line in the log. A field
-marked "yes" in the last column may change when a run is resumed.
+command line (`--config.optimizer.learning_rate=0.05`). If a field does not apply to the chosen
+kinds, the command line refuses it, and a value from a file is ignored with a line in the log. A
+field marked "yes" in the last column may change when a run is resumed.
 """
 _COLUMNS = ("field", "type", "values", "default", "applies to", "description", "may change")
 
@@ -79,7 +79,7 @@ def page() -> str:
             if not text:
                 missing.append(f"config.{entry.name} ({entry.owner.__qualname__})")
             rows.append(_row(entry, text))
-        intro = f"\n{first_sentence(cls)}\n" if cls is not config.Settings else ""
+        intro = f"\n{summary(cls)}\n" if cls is not config.Settings else ""
         sections.append(f"\n## {group}\n{intro}\n" + _table(rows))
     if missing:
         raise ValueError(
@@ -179,9 +179,10 @@ def _comments(cls: type) -> dict[str, str]:
     return found
 
 
-def first_sentence(cls: type) -> str:
-    """Returns the first paragraph of a docstring on one line."""
-    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+def summary(cls: type) -> str:
+    """Returns the first paragraph of a class's docstring, without "Group `name`:" in front."""
+    text = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    return _sentence(re.sub(r"^Group `\w+`:", "", text))
 
 
 def _sentence(text: str) -> str:

@@ -1,8 +1,9 @@
 """MkDocs hooks: notebooks become pages, and links that leave `docs/` are resolved.
 
-A notebook is rendered from its stored outputs; it is not run. Pages are also read in the repository,
-where they may link to files beside `docs/`. On the site such a picture is copied, and such a link
-leads to the repository if `repo_url` is set in `mkdocs.yml`; otherwise only its text remains.
+A notebook is rendered from its stored outputs; it is not run. Pages are also read in the
+repository, where they may link to files beside `docs/`. On the site such a picture is copied, and
+such a link leads to the repository if `repo_url` is set in `mkdocs.yml`; otherwise only its text
+remains.
 """
 
 import base64
