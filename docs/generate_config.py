@@ -45,7 +45,7 @@ _COLUMNS = ("field", "type", "values", "default", "applies to", "description", "
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the reference: a field and the kinds that have it.
+    """Row of the reference: a field and the kinds that have it.
 
     Attributes:
       group: name of the configuration group; "" for a field outside the groups.
@@ -211,7 +211,7 @@ def type_name(wanted: Any) -> str:
 
 
 def literal(value: Any) -> str:
-    """Returns a value as it is written in a configuration file."""
+    """Returns a value in the form that a configuration file has it in."""
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

@@ -82,6 +82,7 @@ def prose(page: Path) -> str:
     text = page.read_text(encoding="utf-8")
     for pattern in (r"^(\s*)(```+)(?s:.*?)^\s*\2[ \t]*$", r"<!--(?s:.*?)-->"):
         text = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text, flags=re.M)
+    text = re.sub(r"^ {4,}(?![-*\d]).*$", "", text, flags=re.M)  # indented code
     return re.sub(r"(`+)(?!`)(?:(?!\n\n)(?s:.))*?(?<!`)\1(?!`)", "`code`", text)
 
 

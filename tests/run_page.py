@@ -49,7 +49,7 @@ def parse_command(arguments: list[str], output: str) -> None:
 
 
 def _call(function: Callable[[list[str], str], None], arguments: list[str], output: str) -> None:
-    """Raises AssertionError unless the function succeeds in a process of its own."""
+    """Runs a function in a process of its own; raises AssertionError if it fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     process = context.Process(target=function, args=(arguments, output))

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands are real, its links lead somewhere, its reference is up to date."""
+"""The documentation: code and commands run, links resolve, and the reference is up to date."""
 
 import dataclasses
 import os
@@ -86,7 +86,7 @@ def test_every_setup_is_used():
 
 
 def wrong(command: Command) -> str | None:
-    """Returns what is wrong with a command that is not one of the project's own; None if nothing."""
+    """Returns what is wrong with a command other than the project's own; None if nothing is."""
     program, *arguments = command.words
     if command.arguments is not None or program in HARMLESS:
         return None
@@ -196,7 +196,7 @@ def test_twin_a_changed_default_is_noticed(monkeypatch):
 
 def test_a_field_without_a_description_is_an_error(monkeypatch):
     monkeypatch.setattr(generate_config, "descriptions", lambda cls: {})
-    with pytest.raises(ValueError, match=r"config\.seed \(Settings\), config\.data\.name"):
+    with pytest.raises(ValueError, match=r"config\.seed \(Settings\), config\.plugins"):
         generate_config.page()
 
 

@@ -1,4 +1,4 @@
-"""The notebooks of the documentation: they run, learn, and hold their outputs and nothing private."""
+"""The notebooks of the documentation: they run and learn; stored outputs hold nothing private."""
 
 import getpass
 import json

@@ -1,4 +1,4 @@
-"""The wording of docstrings, comments, messages and pages: plain English with the project's words."""
+"""The wording of docstrings, comments, messages and pages: plain English, one word per meaning."""
 
 import ast
 import io
@@ -98,7 +98,7 @@ def banned(text: str, line: int) -> Iterator[tuple[int, str]]:
 
 
 def opening(node: ast.AST) -> str | None:
-    """Returns what is wrong with the beginning of a docstring; None if nothing is, or it is not there."""
+    """Returns what is wrong with the beginning of a docstring; None if nothing is wrong."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     text = ast.get_docstring(node) if isinstance(node, documented) else None
     if text is None:
