@@ -40,7 +40,15 @@ command line (`--config.optimizer.learning_rate=0.05`). If a field does not appl
 kinds, the command line refuses it, and a value from a file is ignored with a line in the log. A
 field marked "yes" in the last column may change when a run is resumed.
 """
-_COLUMNS = ("field", "type", "values", "default", "applies to", "description", "may change")
+_COLUMNS = (
+    "field",
+    "type",
+    "values",
+    "default",
+    "applies to",
+    "description",
+    "may change on resume",
+)
 
 
 @dataclass(frozen=True)
@@ -235,17 +243,20 @@ def _number(value: float) -> str:
 
 def conditions(entry: Entry) -> str:
     """Returns the kinds that a field applies to, and the further conditions on other fields."""
-    held = [_any_of(f"{entry.group}.name", entry.kinds)] if entry.kinds else []
-    for other, fitting in entry.field.metadata["applies"].items():
+    fitting: dict[str, list[Any]] = {}
+    if entry.kinds:
+        fitting[f"{entry.group}.name"] = list(entry.kinds)
+    for other, chosen in entry.field.metadata["applies"].items():
         group, _, trait = other.partition(".")
         if trait in config.fields_of(group):
-            held.append(_any_of(other, fitting))
+            fitting[other] = list(chosen)
         else:
             kinds = shipped(config.fields_of(group)["name"].metadata["kinds"])
-            fit = [name for name, kind in kinds if getattr(kind, trait) in fitting]
+            before = fitting.get(f"{group}.name", [name for name, _ in kinds])
+            fit = [name for name, kind in kinds if getattr(kind, trait) in chosen]
             if len(fit) < len(kinds):
-                held.append(_any_of(f"{group}.name", fit))
-    return " and ".join(held) or "all"
+                fitting[f"{group}.name"] = [name for name in before if name in fit]
+    return " and ".join(_any_of(name, values) for name, values in fitting.items()) or "all"
 
 
 def _any_of(name: str, fitting: typing.Iterable[Any]) -> str:

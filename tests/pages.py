@@ -88,7 +88,7 @@ def prose(page: Path) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a `sh` block.
+    """Command of a `sh` block.
 
     Attributes:
       block: where it is.
@@ -166,7 +166,7 @@ def links(page: Path) -> Iterator[str]:
         yield match[1]
     for match in re.finditer(r"""<(?:img|a)\b[^>]*?\b(?:src|href)=["']([^"']+)""", text):
         yield match[1]
-    for match in re.finditer(r"^\[[^\]]+\]:\s*(\S+)", text, re.M):
+    for match in re.finditer(r"^\[[^\]]+\]:\s*(\S+)$", text, re.M):
         yield match[1]
 
 

@@ -68,7 +68,7 @@ _COUNTED = (
 )
 _UNITS = "module second step tick message packet worker layer turn batch hop"
 BANNED = [
-    re.compile(pattern, re.IGNORECASE)
+    re.compile(pattern.replace(" ", r"\s+"), re.IGNORECASE)  # also over the end of a line
     for pattern in (
         r"\bfor want of\b",
         r"\bso many\b",
@@ -85,7 +85,7 @@ BANNED = [
         r"\blearns? no more\b",
         r"\bis that of\b",
         r"\bthose of\b",
-        rf"\b({_COUNTED.replace(' ', '|')}) a ({_UNITS.replace(' ', '|')})\b",
+        rf"\b({'|'.join(_COUNTED.split())}) a ({'|'.join(_UNITS.split())})\b",
     )
 ]
 
