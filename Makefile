@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: train test test-fast lint format versions clean
+.PHONY: train test test-fast lint format docs reference versions clean
 
 $(VENV)/.run: requirements.txt pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -37,14 +37,23 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dgl_jax launch.py
+	$(BIN)/codespell
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site is written to site/ and opens without a server: site/index.html.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Writes docs/config.md anew from the dataclasses that declare the fields.
+reference: $(VENV)/.dev
+	$(BIN)/python docs/generate_config.py
 
 versions: $(VENV)/.dev
 	$(BIN)/python --version
 	$(BIN)/pip --disable-pip-version-check list
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -73,6 +73,8 @@ jax.jit(lambda: 0)()  # XLA reads its environment now; what is set below is for 
 # all workers end together; else seconds first, minutes last. A file that is not named comes in between.
 LONG = (
     *(
+        "test_docs",
+        "test_notebooks",
         "test_digits",
         "test_launch",
         "test_every_engine",

@@ -1,0 +1,73 @@
+"""Set-ups of the code in the documentation, by the name that a page gives in a mark.
+
+A set-up is a generator: it yields the names that the block is run with, and checks the names that
+the block leaves behind. It is called with the code of the block, in a directory of the page's own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def plain_loop(code: str) -> Iterator[dict[str, Any]]:
+    """Provides one batch of 8x8 images; the loop makes one update per batch, and learns."""
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len([line for line in lines if not line.startswith(("import", "from"))]) <= 12
+    random = np.random.default_rng(0)
+    labels = jnp.asarray(random.integers(0, 10, 64), jnp.int32)
+    images = jnp.asarray(random.normal(size=(64, 8, 8, 1)), jnp.float32)
+    first: dict[str, Any] = {"batches": [(images, labels)]}
+    yield first
+    assert [int(state.updates) for state in first["states"]] == [1, 1]
+    again: dict[str, Any] = {"batches": [(images, labels)] * 30}
+    exec(code, again)
+    assert again["metrics"]["loss"][0] < 0.5 * first["metrics"]["loss"][0]  # it learns the batch
+
+
+def exported_run(code: str) -> Iterator[dict[str, Any]]:
+    """Provides an export in `runs/digits/export` and three images of its data set."""
+    from runs import small_config
+
+    from dgl_jax.export import export_run
+    from dgl_jax.train import train_and_evaluate
+
+    train_and_evaluate(small_config(train__steps=1), "runs/digits")
+    export_run("runs/digits")
+    names: dict[str, Any] = {"images": np.zeros((3, 8, 8, 3), np.uint8)}
+    yield names
+    assert len(names["logits"]) == 2
+    assert len(names["labels"]) == 3
+    assert set(names["labels"]) <= {f"pattern_{k}" for k in range(10)}
+
+
+def quantizer(code: str) -> Iterator[dict[str, Any]]:
+    """Provides a first batch `x` of 16 channels."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 16)), jnp.float32)
+    names: dict[str, Any] = {"x": x}
+    yield names
+    assert names["codes"].shape == (16, 4, 4, 2)
+    assert names["codes"].dtype == jnp.uint8
+    assert names["restored"].shape == x.shape
+    assert set(names["health"]) == {"perplexity", "dead", "skipped"}
+
+
+def short_training(code: str) -> Iterator[dict[str, Any]]:
+    """Lets `train_and_evaluate` stop after two updates, whatever the configuration asks for."""
+    from dgl_jax import train
+
+    whole = train.train_and_evaluate
+
+    def shortened(config: Any, *arguments: Any, **named: Any) -> Any:
+        config.train.steps = 2
+        return whole(config, *arguments, **named)
+
+    train.train_and_evaluate = shortened
+    names: dict[str, Any] = {}
+    yield names
+    train.train_and_evaluate = whole
+    assert all(module["updates"] == 2 for module in names["summary"].modules)
+
+
+SETUPS = {setup.__name__: setup for setup in (plain_loop, exported_run, quantizer, short_training)}
