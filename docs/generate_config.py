@@ -3,18 +3,15 @@
     python docs/generate_config.py            # writes docs/config.md
     python docs/generate_config.py --check    # exits with status 1 if the file is out of date
 
-A field is described where it is declared: by its entry in the `Attributes:` section of its class,
-or by a comment beside or above it. A field without a description is an error.
+A field is described where it is declared: by its entry in the `Attributes:` section of its class. A
+field without a description is an error.
 """
 
-import ast
 import dataclasses
 import inspect
-import io
 import re
 import sys
 import textwrap
-import tokenize
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,10 +87,7 @@ def page() -> str:
         intro = f"\n{summary(cls)}\n" if cls is not config.Settings else ""
         sections.append(f"\n## {group}\n{intro}\n" + _table(rows))
     if missing:
-        raise ValueError(
-            "fields without an entry under `Attributes:` and without a comment: "
-            + ", ".join(missing)
-        )
+        raise ValueError("fields without an entry under `Attributes:`: " + ", ".join(missing))
     return "".join(sections)
 
 
@@ -144,8 +138,7 @@ def _owner(cls: type, name: str) -> type:
 
 def descriptions(cls: type) -> dict[str, str]:
     """Returns the description of each field that a class declares, as one sentence on one line."""
-    found = _comments(cls) | _attributes(cls)
-    return {name: _sentence(text) for name, text in found.items() if text.strip()}
+    return {name: _sentence(text) for name, text in _attributes(cls).items() if text.strip()}
 
 
 def _attributes(cls: type) -> dict[str, str]:
@@ -160,30 +153,6 @@ def _attributes(cls: type) -> dict[str, str]:
             found |= dict.fromkeys(names, entry[2])
         elif line.strip():
             found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """Returns the comment beside each field of a class, else the one directly above it."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    lines = source.splitlines()
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT and "type: ignore" not in token.string
-    }
-    (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    found = {}
-    for node in body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        inside = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        text = [comments[n] for n in inside if n in comments]
-        above = node.lineno - 1
-        while not text and above in comments and lines[above - 1].lstrip().startswith("#"):
-            above -= 1
-        text = text or [comments[n] for n in range(above + 1, node.lineno)]
-        found[node.target.id] = " ".join(text)
     return found
 
 

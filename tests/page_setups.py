@@ -26,33 +26,6 @@ def plain_loop(code: str) -> Iterator[dict[str, Any]]:
     assert again["metrics"]["loss"][0] < 0.5 * first["metrics"]["loss"][0]  # it learns the batch
 
 
-def exported_run(code: str) -> Iterator[dict[str, Any]]:
-    """Provides an export in `runs/digits/export` and three images of its data set."""
-    from runs import small_config
-
-    from dgl_jax.export import export_run
-    from dgl_jax.train import train_and_evaluate
-
-    train_and_evaluate(small_config(train__steps=1), "runs/digits")
-    export_run("runs/digits")
-    names: dict[str, Any] = {"images": np.zeros((3, 8, 8, 3), np.uint8)}
-    yield names
-    assert len(names["logits"]) == 2
-    assert len(names["labels"]) == 3
-    assert set(names["labels"]) <= {f"pattern_{k}" for k in range(10)}
-
-
-def quantizer(code: str) -> Iterator[dict[str, Any]]:
-    """Provides a first batch `x` of 16 channels."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 16)), jnp.float32)
-    names: dict[str, Any] = {"x": x}
-    yield names
-    assert names["codes"].shape == (16, 4, 4, 2)
-    assert names["codes"].dtype == jnp.uint8
-    assert names["restored"].shape == x.shape
-    assert set(names["health"]) == {"perplexity", "dead", "skipped"}
-
-
 def short_training(code: str) -> Iterator[dict[str, Any]]:
     """Lets `train_and_evaluate` stop after two updates, whatever the configuration asks for."""
     from dgl_jax import train
@@ -70,4 +43,4 @@ def short_training(code: str) -> Iterator[dict[str, Any]]:
     assert all(module["updates"] == 2 for module in names["summary"].modules)
 
 
-SETUPS = {setup.__name__: setup for setup in (plain_loop, exported_run, quantizer, short_training)}
+SETUPS = {setup.__name__: setup for setup in (plain_loop, short_training)}

@@ -214,18 +214,12 @@ def test_descriptions_are_read_from_where_a_field_is_declared():
         one: int = number(1, 0, 2)
         two: int = number(1, 0, 2)
         three: int = number(1, 0, 2)
-        four: int = number(1, 0, 2)  # beside it
-        # Above it,
-        # on two lines.
-        five: int = number(1, 0, 2)
 
     both = "Both of them, described on two lines: really."
     assert generate_config.descriptions(Options) == {
         "one": both,
         "two": both,
         "three": "Third value.",
-        "four": "Beside it.",
-        "five": "Above it, on two lines.",
     }
 
 

@@ -26,9 +26,13 @@ class CodecKind(Kind):
 
 @dataclass(frozen=True)
 class GroupOptions(CodecSettings):
-    """Options of codecs that split the channels into groups."""
+    """Options of codecs that split the channels into groups.
 
-    dims: int = number(8, 1, 65536)  # channels per group
+    Attributes:
+      dims: channels per group; must divide the channels of every message.
+    """
+
+    dims: int = number(8, 1, 65536)
 
 
 class Codec(Protocol):

@@ -96,22 +96,31 @@ def _stacked(books: Sequence[Codebook]) -> Codebook:
 
 @dataclass(frozen=True)
 class VqOptions(GroupOptions):
-    """Options of online vector quantization; see `init` and `update`."""
+    """Options of online vector quantization; see `init` and `update`.
 
-    codes: int = number(256, 1, 65536)  # entries per group
-    # Number of stages; each encodes the residual of the stages before and adds as many bits.
+    Attributes:
+      codes: number of codebook entries per group.
+      stages: number of stages; each encodes the residual of the stages before, with as many bits.
+      start: initialization of the codebook from the first batch.
+      rule: update of the codebook: moving average, or mini-batch k-means.
+      decay: decay of the moving averages.
+      smoothing: weight of an entry's old value, in units of the mean count.
+      restart: an entry used less than this share of the mean is restarted; 0: never.
+      samples: vectors per code that an update uses; 0: the whole batch.
+      codebook_every: updates between publications of the codebook; 0: chosen so that codebooks take
+        at most a tenth of the bytes.
+      decode: decode a message with the codebook it was encoded with, or with the newest one.
+    """
+
+    codes: int = number(256, 1, 65536)
     stages: int = number(1, 1, 64)
-    start: str = choice("kmeans++", "sample")  # initialization from the first batch
-    rule: str = choice("ema", "minibatch")  # moving average, or mini-batch k-means
-    decay: float = number(0.9, 0.0, 1.0)  # decay of the moving averages
-    # Weight of an entry's old value, in units of the mean count.
+    start: str = choice("kmeans++", "sample")
+    rule: str = choice("ema", "minibatch")
+    decay: float = number(0.9, 0.0, 1.0)
     smoothing: float = number(1e-5, 0.0, 1.0, applies={"codec.rule": ("ema",)})
-    # An entry used less than this share of the mean is restarted; 0: never.
     restart: float = number(0.01, 0.0, 1.0)
-    samples: int = number(8, 0, MANY)  # vectors per code that an update uses; 0: the whole batch
-    # Updates between publications; 0: chosen so that codebooks take at most a tenth of the bytes.
+    samples: int = number(8, 0, MANY)
     codebook_every: int = number(0, 0, MANY)
-    # Decode a message with the codebook it was encoded with, or with the newest one.
     decode: str = choice("sent", "latest", applies={"engine.asynchronous": (True,)})
 
 

@@ -26,7 +26,12 @@ class OptimizerKind(Kind):
 
 @dataclass(frozen=True)
 class SgdOptions(OptimizerSettings):
-    """Options of stochastic gradient descent."""
+    """Options of stochastic gradient descent.
+
+    Attributes:
+      momentum: decay of the momentum; 0 for none.
+      nesterov: use Nesterov's variant of momentum.
+    """
 
     momentum: float = number(0.9, 0.0, 1.0)
     nesterov: bool = option(False)
@@ -53,6 +58,7 @@ class StepOptions(ScheduleSettings):
 
     Attributes:
       boundaries: epochs after which the rate is multiplied by `factor`.
+      factor: factor that the rate is multiplied by at each boundary.
     """
 
     boundaries: tuple[float, ...] = option((15.0, 30.0, 45.0))

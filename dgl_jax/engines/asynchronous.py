@@ -342,11 +342,15 @@ def _shapes(tree: Any, sharding: Any) -> Any:
 
 @dataclass(frozen=True)
 class AsynchronousOptions(EngineSettings):
-    """Options of engines whose modules read messages from replay rings."""
+    """Options of engines whose modules read messages from replay rings.
 
-    # Factor of at least 1 per module, by which it gets fewer turns or takes more time.
+    Attributes:
+      slowdown: factor of at least 1 per module, by which it gets fewer turns (`simulated`) or takes
+        more time (`threads`); empty: no module is slowed down.
+      finished: batch norm mode of a finished module, which only feeds the next one.
+    """
+
     slowdown: tuple[float, ...] = option((), applies={"engine.order": ("random",)})
-    # Batch norm mode of a finished module, which only feeds the next one.
     finished: str = choice("train", "eval")
 
     def check(self, settings: Any) -> None:

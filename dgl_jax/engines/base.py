@@ -70,9 +70,12 @@ class EngineKind(Kind):
 
 @dataclass(frozen=True)
 class PlacedOptions(EngineSettings):
-    """Options of engines that distribute the modules over device groups."""
+    """Options of engines that distribute the modules over device groups.
 
-    # Number of devices per module; empty: as equal as the devices allow.
+    Attributes:
+      group_sizes: number of devices per module; empty: as equal as the devices allow.
+    """
+
     group_sizes: tuple[int, ...] = option((), free=True)
 
     def check(self, settings: Any) -> None:
@@ -86,9 +89,12 @@ class PlacedOptions(EngineSettings):
 
 @dataclass(frozen=True)
 class SynchronousOptions(PlacedOptions):
-    """Options of engines in which all modules advance together."""
+    """Options of engines in which all modules advance together.
 
-    # Number of ticks that the host may dispatch ahead of the devices.
+    Attributes:
+      ticks_in_flight: number of ticks that the host may dispatch ahead of the devices.
+    """
+
     ticks_in_flight: int = number(2, 1, 64, free=True)
 
 

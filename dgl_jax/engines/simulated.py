@@ -35,9 +35,12 @@ from dgl_jax.spec import Traffic, TrainSpec
 
 @dataclass(frozen=True)
 class SimulatedOptions(AsynchronousOptions):
-    """Options of the engine `simulated`."""
+    """Options of the engine `simulated`.
 
-    # Modules are drawn with probability proportional to 1 / slowdown, or take turns in order.
+    Attributes:
+      order: draw modules with probability proportional to 1 / slowdown, or let them take turns.
+    """
+
     order: str = choice("random", "ordered")
 
 

@@ -56,11 +56,14 @@ _RESTARTS = 3  # restarts allowed in a row, without a new update in between
 
 @dataclass(frozen=True)
 class ThreadsOptions(AsynchronousOptions, PlacedOptions):
-    """Options of the engine `threads`."""
+    """Options of the engine `threads`.
 
-    # Restart a failed module from its newest checkpoint instead of ending the run.
+    Attributes:
+      restart_workers: restart a failed module from its newest checkpoint instead of ending the run.
+      watchdog_seconds: seconds without progress after which a warning names the module; 0: never.
+    """
+
     restart_workers: bool = option(False, free=True)
-    # Seconds without progress after which a warning names the module; 0: never.
     watchdog_seconds: float = number(600.0, 0.0, 1e9, free=True)
 
     def check(self, settings: Any) -> None:

@@ -25,7 +25,9 @@ class ProgramMemory:
     arguments: int
     temporary: int
     added: int
-    message: int  # size of one message (or batch) at the module's entrance; `arguments` includes one
+    message: (
+        int  # size of one message (or batch) at the module's entrance; `arguments` includes one
+    )
 
 
 def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
