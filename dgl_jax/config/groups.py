@@ -132,7 +132,7 @@ class OptimizerSettings(Group):
 
     Attributes:
       name: optimizer.
-      learning_rate: the full rate, before the schedule.
+      learning_rate: learning rate before the schedule scales it.
       weight_decay: factor of the parameters that is added to their gradients.
     """
 
@@ -161,10 +161,10 @@ class TrainSettings(Group):
     """Group `train`: length of training and details of the update.
 
     Attributes:
-      epochs: length of training.
+      epochs: length of training in epochs.
       steps: length in updates per module; if above 0, it overrides `epochs`.
       accumulate: micro-batches per batch; their mean gradient makes one update.
-      label_smoothing: in the training loss of every head.
+      label_smoothing: share of each target that is spread over all classes, in every head's loss.
       ema: decay of the moving average of the parameters that is evaluated; 0: none. Not free to
         change on resume, because it decides which arrays a checkpoint holds.
     """

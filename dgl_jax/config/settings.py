@@ -30,7 +30,7 @@ class Settings:
     registered kind holds the options of that kind.
 
     Attributes:
-      seed: of initial parameters, order of the examples, and every other random choice.
+      seed: seed of the initial parameters, the order of the examples and all other random choices.
       plugins: Python modules to import first, which register further kinds.
       ignored: maps the dotted name of each field that was set to a non-default value but has no
         effect here to one line that explains why.
