@@ -1,7 +1,6 @@
 """Tests of the one-line errors for failing devices, and of resuming after such errors."""
 
 import os
-import re
 import subprocess
 import sys
 import threading

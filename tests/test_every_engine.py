@@ -1,4 +1,4 @@
-"""Tests of the numbers under JAX settings of the environment: x64, NaN checks, random generators."""
+"""Tests of numbers under JAX settings of the environment: x64, NaN checks, random generators."""
 
 import json
 import os
@@ -26,8 +26,8 @@ DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
 
 def run(directory: Path, **environment: str) -> dict[str, dict]:
     command = [sys.executable, str(SCRIPT), str(directory)]
-    # With NaN checks JAX compiles other programs. Their results have the same bits only if XLA fuses
-    # as it does for users, so the flags for fast compilation are left out.
+    # With NaN checks JAX compiles other programs. Their results have the same bits only with XLA's
+    # default fusion, so `--xla_cpu_use_fusion_emitters=false` of the fast compilation is left out.
     flags = {
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
