@@ -79,7 +79,7 @@ def test_engines_and_codecs_do_not_depend_on_the_environment(plain, environment,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn4", "cnn6_replay", "vgg11", "resnet20", "resnet50"])
-def test_no_array_of_a_step_is_wide(name):
+def test_no_array_of_a_step_exceeds_32_bits(name):
     """Checks parameters, statistics, optimizer state, average, codebooks and metrics under x64.
 
     The shapes are traced abstractly, so that nothing is compiled.
