@@ -1,4 +1,5 @@
-# Every target makes the virtual environment it needs below .venv/, one per interpreter; only Python 3.11 or newer must be there.
+# Every target creates the virtual environment that it needs below .venv/, one per interpreter and
+# constraints file. The only requirement is Python 3.11 or newer.
 #   make test PYTHON=python3.13                          another interpreter
 #   make test CONSTRAINTS=constraints-lowest.txt         the lowest supported versions
 PYTHON ?= python3

@@ -1,7 +1,10 @@
-"""Makes this process's CPU behave like the plug-in of an accelerator.
+"""Makes the CPU backend of this process behave like the plug-in of an accelerator.
 
-Optional questions are answered by None or by an exception, programs take the `default` of a choice by platform, and what is made
-for a CPU refuses to be traced. As a script it runs the command line so: python tests/accelerator.py none|error FLAGS
+Optional queries return None or raise an exception, `jax.lax.platform_dependent` takes its `default`
+branch, and functions written for CPUs raise an error when they are traced. As a script it runs the
+command line in such a process:
+
+    python tests/accelerator.py none|error FLAGS
 """
 
 import os
@@ -22,7 +25,7 @@ from dgl_jax.ops import remat
 from dgl_jax.ops.cpu import chunks, im2col, pooling, winograd
 
 ANSWERS = ("none", "error")
-# Formulations for a CPU; a new name here is one more thing that nobody may trace elsewhere.
+# Functions that only programs for a CPU may contain.
 FOR_CPUS = {
     im2col: ("convolve", "kernel_gradient"),
     remat: ("_plus_zero",),
@@ -34,56 +37,58 @@ FOR_CPUS = {
 
 
 def behave(patch: pytest.MonkeyPatch, answer: str, default: bool = True) -> None:
-    """Changes JAX and the system until `patch` is undone.
+    """Replaces functions of JAX, the operating system and this package until `patch` is undone.
 
     Args:
-      answer: none or error: what optional questions get.
-      default: take the `default` of a choice by platform; false for the twin that traces what is made for a CPU.
+      patch: makes the replacements.
+      answer: "none" if optional queries return None, "error" if they raise an exception.
+      default: take the `default` branch of `platform_dependent`. False for the twin, which traces a
+        function for CPUs.
     """
 
-    def unanswered(*args: Any, **options: Any) -> None:
+    def no_answer(*args: Any, **options: Any) -> None:
         if answer == "error":
             raise NotImplementedError("UNIMPLEMENTED: this plug-in does not answer")
 
-    def to_others(original: Any) -> Any:
-        """Answers JAX itself, Python and other libraries, which know their platforms."""
+    def no_answer_to_package(original: Any) -> Any:
+        """Returns a function that still answers JAX, Python and other libraries."""
 
-        def ask(*args: Any, **options: Any) -> Any:
-            ours = sys._getframe(1).f_globals["__name__"].startswith("dgl_jax")
-            return unanswered() if ours else original(*args, **options)
+        def query(*args: Any, **options: Any) -> Any:
+            from_package = sys._getframe(1).f_globals["__name__"].startswith("dgl_jax")
+            return no_answer() if from_package else original(*args, **options)
 
-        return ask
+        return query
 
     for stage in (jax.stages.Lowered, jax.stages.Compiled):
-        patch.setattr(stage, "cost_analysis", unanswered)
-    patch.setattr(jax.stages.Compiled, "memory_analysis", unanswered)
-    patch.setattr(jax.Device, "memory_stats", unanswered)
-    patch.setattr(jax.Device, "device_kind", property(to_others(lambda device: "cpu")))
+        patch.setattr(stage, "cost_analysis", no_answer)
+    patch.setattr(jax.stages.Compiled, "memory_analysis", no_answer)
+    patch.setattr(jax.Device, "memory_stats", no_answer)
+    patch.setattr(jax.Device, "device_kind", property(no_answer_to_package(lambda device: "cpu")))
     local = jax.local_devices
     patch.setattr(
         jax,
         "local_devices",
-        lambda *args, backend=None: unanswered() if backend == "cpu" else local(*args),
+        lambda *args, backend=None: no_answer() if backend == "cpu" else local(*args),
     )
-    patch.setattr(system, "open", unanswered, raising=False)  # of /proc
-    patch.setattr(resource, "getrusage", unanswered)
+    patch.setattr(system, "open", no_answer, raising=False)  # for files below /proc
+    patch.setattr(resource, "getrusage", no_answer)
     for name in ("sched_getaffinity", "cpu_count", "sysconf"):
-        patch.setattr(os, name, to_others(getattr(os, name)))
+        patch.setattr(os, name, no_answer_to_package(getattr(os, name)))
 
     if default:
         patch.setattr(
-            jax.lax, "platform_dependent", lambda *args, default, **of_platforms: default(*args)
+            jax.lax, "platform_dependent", lambda *args, default, **branches: default(*args)
         )
     for module, names in FOR_CPUS.items():
         for name in names:
-            patch.setattr(module, name, _refused(f"{module.__name__}.{name}"))
+            patch.setattr(module, name, _refuse(f"{module.__name__}.{name}"))
 
 
-def _refused(name: str) -> Any:
-    def refuse(*args: Any, **options: Any) -> None:
+def _refuse(name: str) -> Any:
+    def refused(*args: Any, **options: Any) -> None:
         raise AssertionError(f"{name} is for CPUs")
 
-    return refuse
+    return refused
 
 
 if __name__ == "__main__":

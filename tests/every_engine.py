@@ -1,8 +1,9 @@
-"""Runs every engine and codec, checkpoints and the functions of vq on tiny networks; prints what came out, as JSON.
+"""Trains tiny networks with every engine and codec and prints a summary of the results as JSON.
 
     python tests/every_engine.py DIRECTORY
 
-saves a checkpoint of step 2 there, or goes on from the one that it finds.
+Also calls the functions of `dgl_jax.vq`, and resumes a run from a checkpoint of step 2 in
+DIRECTORY, which it saves first if there is none.
 """
 
 import json
@@ -11,10 +12,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401  (sets up four CPU devices)
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import Tiny, host
+from tiny import Tiny, host
 
 from dgl_jax import vq
 from dgl_jax.config import ReplaySettings, options
@@ -46,25 +48,40 @@ def digest(tree: Any) -> int:
     return value
 
 
-def told(before: dict[str, np.ndarray], after: Any, metrics: Any = ()) -> dict[str, Any]:
-    """What a test asks of a run: its bits, types that changed or are wide, and whether all is finite."""
-    found = leaves(after)
-    everything = found | {f"metrics{name}": leaf for name, leaf in leaves(metrics).items()}
-    numbers = [x for x in everything.values() if np.issubdtype(x.dtype, np.floating)]
+def summarize(before: dict[str, np.ndarray], after: Any, metrics: Any = ()) -> dict[str, Any]:
+    """Returns what the tests check about the arrays of a run.
+
+    Args:
+      before: arrays by path before the run.
+      after: the same pytree after the run.
+      metrics: further results of the run.
+
+    Returns:
+      digest: checksum of the bits of `after`.
+      changed: paths of arrays whose dtype changed.
+      wide: paths of arrays and metrics with elements of more than 4 bytes.
+      finite: True if all floating-point values are finite.
+    """
+    arrays = leaves(after)
+    everything = arrays | {f"metrics{name}": leaf for name, leaf in leaves(metrics).items()}
+    floating = [x for x in everything.values() if np.issubdtype(x.dtype, np.floating)]
     return {
         "digest": digest(after),
-        "changed": [name for name in before if before[name].dtype != found[name].dtype],
+        "changed": [name for name in before if before[name].dtype != arrays[name].dtype],
         "wide": [name for name, leaf in everything.items() if leaf.dtype.itemsize > 4],
-        "finite": bool(all(np.isfinite(x).all() for x in numbers)),
+        "finite": bool(all(np.isfinite(x).all() for x in floating)),
     }
 
 
 def engines(tiny: Tiny) -> dict[str, Any]:
-    """One of each, each with another codec, on device groups of unequal sizes where it has several."""
+    """Returns an engine of each kind, by name; together they use every codec.
+
+    Engines with several device groups get groups of unequal sizes.
+    """
     replay, devices = ReplaySettings(size=2), jax.devices()
 
-    def spec(codec: Any, **how: Any) -> Any:
-        return tiny.spec(modules=2, codec=codec, augment="crop_flip", **how)
+    def spec(codec: Any, **arguments: Any) -> Any:
+        return tiny.spec(modules=2, codec=codec, augment="crop_flip", **arguments)
 
     return {
         "fused": tiny.new_engine("fused", (), spec(VQ)),
@@ -83,7 +100,7 @@ def engines(tiny: Tiny) -> dict[str, Any]:
     }
 
 
-def ran(tiny: Tiny, engine: Any, state: EngineState, until: int) -> tuple[EngineState, Any]:
+def train(tiny: Tiny, engine: Any, state: EngineState, until: int) -> tuple[EngineState, Any]:
     report = None
     for report in engine.run(state, tiny.source, until):
         metrics = host(report.metrics)
@@ -92,44 +109,47 @@ def ran(tiny: Tiny, engine: Any, state: EngineState, until: int) -> tuple[Engine
 
 
 def resumed(tiny: Tiny, engine: Any, directory: Path) -> EngineState:
-    """Three steps of which the first two lie in a checkpoint, perhaps one that another process wrote."""
+    """Returns the state at step 3 of a run that resumes from the checkpoint of step 2.
+
+    The checkpoint may come from a process with another environment; it is saved if missing.
+    """
     checkpoints = Checkpoints(directory)
     if not checkpoints.steps():
-        state, _ = ran(tiny, engine, engine.init(), 2)
+        state, _ = train(tiny, engine, engine.init(), 2)
         checkpoints.save(2, state, {})
-    found = checkpoints.restore(lambda meta: (engine.spec.abstract_states(), engine.placement))
+    restored = checkpoints.restore(lambda meta: (engine.spec.abstract_states(), engine.placement))
     checkpoints.close()
-    return ran(tiny, engine, engine.place(found.state), STEPS)[0]
+    return train(tiny, engine, engine.place(restored.state), STEPS)[0]
 
 
-def quantised() -> dict[str, Any]:
-    """vq on its own, as a library user calls it, with keys of the environment's kind."""
+def quantize() -> dict[str, Any]:
+    """Calls `dgl_jax.vq` as a library user does, with random keys of JAX's default kind."""
     init, update = (
         jax.jit(vq.init, static_argnames=("codes", "dims", "start")),
         jax.jit(vq.update, static_argnames="rule"),
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
-    told_of = {}
+    summaries = {}
     for start, rule in (("kmeans++", "ema"), ("sample", "minibatch")):
         book = init(jax.random.key(0), x, codes=4, dims=4, start=start)
         new, health = update(book, jax.random.key(1), x, rule=rule)
         codes = vq.encode(new.entries, x)
         assert codes.dtype == jnp.uint8
-        told_of[rule] = told(leaves(book), new, (health, vq.decode(new.entries, codes)))
-    return told_of
+        summaries[rule] = summarize(leaves(book), new, (health, vq.decode(new.entries, codes)))
+    return summaries
 
 
 def main(directory: Path) -> None:
-    tiny, found = Tiny(), {}
-    made = engines(tiny)
-    for name, engine in made.items():
+    tiny, summaries = Tiny(), {}
+    by_name = engines(tiny)
+    for name, engine in by_name.items():
         state = engine.init()
         before = leaves(state.modules)
-        state, metrics = ran(tiny, engine, state, STEPS)
-        found[name] = told(before, state.modules, metrics)
-    found["resumed"] = {"digest": digest(resumed(tiny, made["fused"], directory).modules)}
-    found |= quantised()
-    print(json.dumps(found))
+        state, metrics = train(tiny, engine, state, STEPS)
+        summaries[name] = summarize(before, state.modules, metrics)
+    summaries["resumed"] = {"digest": digest(resumed(tiny, by_name["fused"], directory).modules)}
+    summaries |= quantize()
+    print(json.dumps(summaries))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small runs with the parts of `examples/plugin`, and the state of a training loop in plain JAX."""
+"""Small runs with the parts of `examples/plugin`, and a training loop in plain JAX."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A training run small enough for tests, and how to compare what two runs leave behind."""
+"""Configuration of a small training run, and functions that compare the results of two runs."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ from dgl_jax.run.build import choose_cuts, make_blocks, make_spec
 from dgl_jax.run.restore import load_trained
 from dgl_jax.spec import TrainSpec
 
-# The same run on the command line.
+# Fields of the small run; tests of the command line pass them as flags.
 FIELDS: dict[str, Any] = {
     "data.name": "synthetic",
     "data.image_size": 8,
     "data.batch_size": 8,
-    "data.train_examples": 48,  # six steps an epoch
+    "data.train_examples": 48,  # six steps per epoch
     "data.augment": "crop_flip",
     "model.name": "cnn4",
     "model.width": 4,
@@ -35,7 +35,12 @@ FIELDS: dict[str, Any] = {
 
 
 def small_config(**fields: Any) -> ConfigDict:
-    """The small run; `fields` with `__` for the dot. The engine `backprop` is back-propagation under `fused`."""
+    """Returns the configuration of the small run.
+
+    Args:
+      **fields: fields to change, with `__` in place of the dot. `engine__name="backprop"` selects
+        back-propagation under the engine `fused`.
+    """
     config = default_config()
     if fields.get("engine__name") == "backprop":
         fields |= {"engine__name": "fused", "method__name": "backprop"}
@@ -46,12 +51,12 @@ def small_config(**fields: Any) -> ConfigDict:
 
 
 def spec_of(settings: Settings, info: DatasetInfo, schedule: Any = None) -> TrainSpec:
-    """What the settings train, cut as they say."""
+    """Returns the spec of a run with these settings, cut into modules as they specify."""
     return make_spec(settings, info, choose_cuts(settings, make_blocks(settings, info)), schedule)
 
 
 def arrays(workdir: Path) -> list[np.ndarray]:
-    """Everything that the newest checkpoint holds of the modules, as host arrays."""
+    """Returns all arrays of the modules' states in the newest checkpoint."""
     modules = load_trained(workdir).restored.state.modules
     return [
         np.asarray(x)
@@ -61,28 +66,37 @@ def arrays(workdir: Path) -> list[np.ndarray]:
 
 
 def watch_labels(monkeypatch: Any, source: Any) -> list[bool]:
-    """For every packet that will be read from a ring: whether ids and labels are those of the batch its header names."""
-    right: list[bool] = []
-    sample = Ring.sample
+    """Checks the ids and labels of every message that is read from a ring from now on.
 
-    def spy(self: Ring) -> Any:
-        found = sample(self)
-        if found is not None:
-            batch = source.batch(found.header.sequence)
-            right.append(
+    Args:
+      monkeypatch: replaces `Ring.sample` until it is undone.
+      source: training data of the run.
+
+    Returns:
+      A list that grows with each message read: True if the message's context is equal to the
+      context of the batch that its header names.
+    """
+    matches: list[bool] = []
+    original = Ring.sample
+
+    def checked_sample(self: Ring) -> Any:
+        sample = original(self)
+        if sample is not None:
+            batch = source.batch(sample.header.sequence)
+            matches.append(
                 all(
                     np.array_equal(rows, batch.context[name])
-                    for name, rows in found.message.context.items()
+                    for name, rows in sample.message.context.items()
                 )
             )
-        return found
+        return sample
 
-    monkeypatch.setattr(Ring, "sample", spy)
-    return right
+    monkeypatch.setattr(Ring, "sample", checked_sample)
+    return matches
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock decides."""
+    """Returns the lines of metrics.jsonl, without the fields that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines
@@ -90,6 +104,6 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def same_run(one: Path, other: Path) -> bool:
-    """Whether two runs ended with the same bits and wrote the same metrics."""
+    """Returns True if two runs ended with the same bits and wrote the same metrics."""
     pairs = list(zip(arrays(one), arrays(other), strict=True))
     return all(np.array_equal(a, b) for a, b in pairs) and records(one) == records(other)

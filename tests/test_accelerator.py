@@ -1,4 +1,7 @@
-"""Every mode, engine and codec where the backend answers no optional question and runs no formulation that is made for a CPU."""
+"""Tests of modes, engines and codecs on a backend that behaves like an accelerator plug-in.
+
+It answers no optional queries and refuses functions written for CPUs; see `accelerator.behave`.
+"""
 
 import json
 import os
@@ -50,8 +53,8 @@ def config(engine, **fields):
 
 
 @pytest.fixture(autouse=True)
-def _two_blocks(monkeypatch, traced_anew):
-    """Less to compile; with pooling."""
+def _two_blocks(monkeypatch, fresh_traces):
+    """Registers a network of two blocks, one of them with pooling, that compiles quickly."""
     monkeypatch.setattr(NETWORKS, "_kinds", dict(NETWORKS._kinds))
     models.register_network(
         "two",
@@ -68,44 +71,42 @@ def plugin(request, monkeypatch):
     return request.param
 
 
-def test_every_codec_is_run():
+def test_runs_cover_every_codec():
     assert {fields.get("codec__name", "identity") for fields in RUNS.values()} == set(CODECS)
 
 
 @pytest.mark.pictures
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", RUNS)
-def test_engines(plugin, engine, tmp_path, caplog):
-    """Training, what comes of a run afterwards, and its speed."""
+def test_engines_train_evaluate_predict_export_plot_and_bench(plugin, engine, tmp_path, caplog):
     with caplog.at_level("INFO", logger="dgl_jax"):
         summary = train_and_evaluate(config(engine), tmp_path)
     assert summary.steps == 2
-    assert caplog.text.count("cpu: module 0 on ") == 1  # the platform, where a device has no kind
-    measured = evaluate_run(tmp_path)
-    assert measured["test/module_1/accuracy"] == summary.modules[1]["test_accuracy"]
+    assert caplog.text.count("cpu: module 0 on ") == 1  # the platform replaces the device's kind
+    metrics = evaluate_run(tmp_path)
+    assert metrics["test/module_1/accuracy"] == summary.modules[1]["test_accuracy"]
     Image.fromarray(np.full((20, 20, 3), 80, np.uint8)).save(tmp_path / "a.png")
     predict_run(tmp_path, "newest", [str(tmp_path / "a.png")], tmp_path / "labels.csv")
     assert (tmp_path / "labels.csv").read_text().count("\n") == 2
     exported = load_exported(export_run(tmp_path))
     assert len(exported.spec.modules) == 2
     assert {path.name for path in plots.plot(tmp_path)} >= {"accuracy.png", "loss.png"}
-    found = json.loads(json.dumps(bench(config(engine), 1)))
-    assert found["peak_memory_bytes"] is None
-    assert found["images_per_second"] > 0
-    assert len(found["module_milliseconds"]) == (0 if engine == "backprop" else 2)
+    result = json.loads(json.dumps(bench(config(engine), 1)))
+    assert result["peak_memory_bytes"] is None
+    assert result["images_per_second"] > 0
+    assert len(result["module_milliseconds"]) == (0 if engine == "backprop" else 2)
 
 
-def test_plans(plugin):
-    """With times that are measured, for the cut as well."""
+def test_plan_measures_times_without_memory_statistics(plugin):
     settings = make_settings(config("fused", model__split="time", train__accumulate=1))
-    found = json.loads(plan_run(settings, as_json=True))
-    assert found["peak_memory_bytes"] == [None, None]
-    assert found["cores"] is None
-    assert found["block_times"] == "measured on cpu"
+    plan = json.loads(plan_run(settings, as_json=True))
+    assert plan["peak_memory_bytes"] == [None, None]
+    assert plan["cores"] is None
+    assert plan["block_times"] == "measured on cpu"
     assert "peak memory, MiB\n0" in plan_run(settings, stated="1,2").replace("  ", "")
 
 
-def test_operations_are_the_same_as_anywhere(monkeypatch):
+def test_flops_equal_those_counted_on_a_cpu(monkeypatch):
     settings = make_settings(config("fused"))
     network = make_blocks(settings, known_info(settings.data))
     before = flops.block_flops(network)
@@ -121,7 +122,7 @@ def test_operations_are_the_same_as_anywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_the_command_line(answer, tmp_path):
+def test_command_line_prints_a_plan(answer, tmp_path):
     config = [
         "--config=configs/digits.py",
         *(f"--config.{name}={value}" for name, value in FIELDS.items()),
@@ -134,18 +135,18 @@ def test_the_command_line(answer, tmp_path):
         "--mode=plan",
         "--block_times=1,2,3,4",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=os.environ
     )
-    assert done.returncode == 0, done.stderr
-    assert "peak memory, MiB" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "peak memory, MiB" in process.stdout
 
 
 # Twins
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_twin_without_the_guard_it_fails(answer, monkeypatch):
+def test_twin_plan_without_guarded_queries_fails(answer, monkeypatch):
     behave(monkeypatch, answer)
     settings = make_settings(config("fused", model__split="count", train__accumulate=1))
     plan_run(settings, stated="1,2")
@@ -154,7 +155,7 @@ def test_twin_without_the_guard_it_fails(answer, monkeypatch):
         plan_run(settings, stated="1,2")
 
 
-def test_twin_what_is_made_for_a_cpu_is_noticed(monkeypatch):
+def test_twin_tracing_a_function_for_cpus_fails(monkeypatch):
     behave(monkeypatch, "none", default=False)
     x, entries = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 3, 4), (1, 3, 4)))
     with pytest.raises(AssertionError, match="_running_minimum is for CPUs"):

@@ -123,7 +123,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_twin_broken_layer_fails(name, monkeypatch, traced_anew):
+def test_twin_broken_layer_fails(name, monkeypatch, fresh_traces):
     monkeypatch.setattr(batch_norm, *BROKEN[name])
     with pytest.raises(AssertionError):
         close(computed(Actual, True), computed(Reference, True), 1e-5)

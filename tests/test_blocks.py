@@ -49,7 +49,7 @@ def flax_batch_norm(**changed):
 @pytest.mark.parametrize(
     "changed", [{"momentum": 0.99}, {"epsilon": 1e-3}, {"use_running_average": True}], ids=str
 )
-def test_twin_other_batch_norm_fails(changed, monkeypatch, traced_anew):
+def test_twin_other_batch_norm_fails(changed, monkeypatch, fresh_traces):
     monkeypatch.setattr(blocks, "BatchNorm", flax_batch_norm())
     test_block_equals_numpy(ConvBlock(5), False, True)
     monkeypatch.setattr(blocks, "BatchNorm", flax_batch_norm(**changed))

@@ -66,13 +66,13 @@ def test_gradients_equal_xla_for_any_batch_size(batch):
     assert relative_error("3x3", batch=batch) < 1e-5
 
 
-def test_twin_lost_chunk_fails(monkeypatch, traced_anew):
+def test_twin_lost_chunk_fails(monkeypatch, fresh_traces):
     chunk = chunks.chunk
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, max(i, 1)))
     assert relative_error("3x3") > 1e-2
 
 
-def test_twin_mismatched_images_in_a_chunk_fail(monkeypatch, traced_anew):
+def test_twin_mismatched_images_in_a_chunk_fail(monkeypatch, fresh_traces):
     chunk = chunks.chunk
     monkeypatch.setattr(
         chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i)
@@ -188,12 +188,12 @@ def test_images_stay_on_their_devices(devices):
     assert collectives(devices) == {"all-reduce"}
 
 
-def test_twin_images_that_move_fail(devices, monkeypatch, traced_anew):
+def test_twin_images_that_move_fail(devices, monkeypatch, fresh_traces):
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 
-def test_chunks_are_summed_in_float32(monkeypatch, traced_anew):
+def test_chunks_are_summed_in_float32(monkeypatch, fresh_traces):
     """Checks that a sum over many chunks in bfloat16 would be less precise."""
 
     def error():

@@ -1,4 +1,4 @@
-"""The command line under environments that others have set up: none of them may decide whether a run finishes."""
+"""Tests of the command line in unusual environments, in which every mode must still succeed."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from PIL import Image
 from runs import FIELDS
 
 ROOT = Path(__file__).parents[1]
-# A process a mode, as on a command line; but what all of them import is imported once.
+# Runs each mode in a process of its own, as a shell would. The processes are forked, so that the
+# slow imports happen once.
 MODES = """
 import json, os, sys
 from dgl_jax import cli, export, train
@@ -33,13 +34,13 @@ def nobody(_):
     raise KeyError("no such user")
 
 del os.environ["HOME"]
-pwd.getpwuid = nobody  # as under a user without an entry among the system's, such as any number in a container
+pwd.getpwuid = nobody  # as for the numeric users of containers, which are not in /etc/passwd
 """
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """A folder of two classes, one of them with a name that is not ASCII."""
+    """Returns a folder of images in two classes, one of which has a name that is not ASCII."""
     root, random = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
         for label, name in enumerate(("größer", "kleiner")):
@@ -51,7 +52,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def command_lines(images: Path, workdir: Path) -> list[list[str]]:
-    """Command lines: a run with a learnt codec, and all that may follow it."""
+    """Returns the arguments of a run with a learned codec, and of modes that read its workdir."""
     fields = FIELDS | {
         "data.name": "folder",
         "data.dir": images,
@@ -67,18 +68,18 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
         "log.tensorboard": True,
     }
     run = ["--config=digits", *(f"--config.{name}={value}" for name, value in fields.items())]
-    there = f"--workdir={workdir}"
+    workdir_flag = f"--workdir={workdir}"
     return [
-        ["--mode=train", there, *run],
-        ["--mode=predict", there, f"--images={images / 'test'}"],
+        ["--mode=train", workdir_flag, *run],
+        ["--mode=predict", workdir_flag, f"--images={images / 'test'}"],
         [
             "--mode=predict",
-            there,
+            workdir_flag,
             f"--images={images / 'test'}",
             f"--output={workdir / 'predicted.csv'}",
         ],
-        ["--mode=export", there, f"--output={workdir / 'exported'}"],
-        ["--mode=plot", there],
+        ["--mode=export", workdir_flag, f"--output={workdir / 'exported'}"],
+        ["--mode=plot", workdir_flag],
     ]
 
 
@@ -86,7 +87,7 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     "environment",
     [
-        # Settings that do not affect each other share a run, which takes ten seconds.
+        # Each run takes ten seconds, so settings that do not affect each other share one.
         pytest.param(
             {
                 "JAX_ENABLE_X64": "1",
@@ -107,7 +108,7 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
         ),
     ],
 )
-def test_a_run_and_what_follows_it(environment, images, tmp_path):
+def test_modes_succeed_in_unusual_environments(environment, images, tmp_path):
     homeless = environment.get("HOME") == ""
     command = [
         sys.executable,
@@ -116,7 +117,7 @@ def test_a_run_and_what_follows_it(environment, images, tmp_path):
         json.dumps(command_lines(images, tmp_path / "run")),
     ]
     env = os.environ | {"TMPDIR": str(tmp_path)} | environment
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=ROOT,
         env=env,
@@ -126,8 +127,8 @@ def test_a_run_and_what_follows_it(environment, images, tmp_path):
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4
     assert all(np.isfinite(error) for error in summary["codec_error"])

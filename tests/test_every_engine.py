@@ -1,4 +1,4 @@
-"""Numbers under environments that others have set up: wide numbers, checks for NaN, other random generators."""
+"""Tests of numbers under JAX settings of the environment: x64, NaN checks, random generators."""
 
 import json
 import os
@@ -26,22 +26,23 @@ DETERMINISTIC = ("fused", "pipeline", "simulated", "backprop", "resumed")
 
 def run(directory: Path, **environment: str) -> dict[str, dict]:
     command = [sys.executable, str(SCRIPT), str(directory)]
-    # Checks for NaN compile other programs, whose bits are the same only as XLA fuses for users.
+    # With NaN checks JAX compiles other programs. Their results have the same bits only with XLA's
+    # default fusion, so `--xla_cpu_use_fusion_emitters=false` of the fast compilation is left out.
     flags = {
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
     }
     env = os.environ | flags | environment
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """(what came out, the folder of the checkpoint) without anything set up."""
+    """Returns the summaries of a run without extra settings, and its folder of checkpoints."""
     directory = tmp_path_factory.mktemp("plain") / "checkpoints"
     return run(directory), directory
 
@@ -51,31 +52,38 @@ def plain(tmp_path_factory):
     "environment",
     [
         {},
-        # Wide numbers and checks for NaN each share a run with another random generator.
+        # To save time, x64 and NaN checks each share a run with another random generator.
         {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg"},
         {"JAX_DEBUG_NANS": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"},
     ],
     ids=["plain", "x64, unsafe_rbg", "nans, rbg"],
 )
-def test_every_engine_and_codec(plain, environment, tmp_path):
-    """Types stay, all is finite, a checkpoint of another environment goes on; and the bits are the same but for wide numbers."""
+def test_engines_and_codecs_do_not_depend_on_the_environment(plain, environment, tmp_path):
+    """Checks dtypes, finiteness and resuming from another environment's checkpoint.
+
+    Without x64 the bits of all deterministic runs must be the same too.
+    """
     expected, checkpoint = plain
     shutil.copytree(checkpoint, tmp_path / "checkpoints")
-    found = run(tmp_path / "checkpoints", **environment) if environment else expected
-    for name, told in found.items():
+    summaries = run(tmp_path / "checkpoints", **environment) if environment else expected
+    for name, summary in summaries.items():
         if name != "resumed":
-            assert (name, told["changed"], told["wide"], told["finite"]) == (name, [], [], True)
+            checked = (name, summary["changed"], summary["wide"], summary["finite"])
+            assert checked == (name, [], [], True)
     if "JAX_ENABLE_X64" not in environment:
-        assert found["resumed"] == {"digest": found["fused"]["digest"]}
-        assert {name: found[name]["digest"] for name in DETERMINISTIC} == {
+        assert summaries["resumed"] == {"digest": summaries["fused"]["digest"]}
+        assert {name: summaries[name]["digest"] for name in DETERMINISTIC} == {
             name: expected[name]["digest"] for name in DETERMINISTIC
         }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn4", "cnn6_replay", "vgg11", "resnet20", "resnet50"])
-def test_no_array_of_a_step_is_wide(name):
-    """Shapes alone, nothing is compiled: parameters, statistics, optimizer state, average, codebooks and metrics."""
+def test_no_array_of_a_step_exceeds_32_bits(name):
+    """Checks parameters, statistics, optimizer state, average, codebooks and metrics under x64.
+
+    The shapes are traced abstractly, so that nothing is compiled.
+    """
     info = DatasetInfo("two", ("a", "b"), (32, 32, 3), (0.0,) * 3, (1.0,) * 3)
     integers = jax.ShapeDtypeStruct((8,), np.int32)
     batch = Batch(
@@ -108,12 +116,11 @@ def test_no_array_of_a_step_is_wide(name):
                     assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)
             jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), states, new)
         assert jax.eval_shape(lambda: jax.numpy.zeros(())).dtype == np.float64, (
-            "wide numbers were off"
+            "x64 was not enabled"
         )
 
 
-def test_a_state_of_another_kind_of_key_is_restored(tmp_path, tiny):
-    """A library user's keys: checkpoints take any kind."""
+def test_checkpoint_restores_random_keys_of_another_kind(tmp_path, tiny):
     engine = tiny.engine("fused", modules=1)
     key = rngs.module(jax.random.key(3, impl="rbg"), 0)
     state = EngineState(
@@ -122,7 +129,7 @@ def test_a_state_of_another_kind_of_key_is_restored(tmp_path, tiny):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, state, {})
     shapes = jax.eval_shape(lambda: state.modules)
-    found = checkpoints.restore(lambda meta: (shapes, engine.placement)).state.modules[0].rng
+    restored = checkpoints.restore(lambda meta: (shapes, engine.placement)).state.modules[0].rng
     checkpoints.close()
-    assert found.dtype == key.dtype
-    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(key))
+    assert restored.dtype == key.dtype
+    np.testing.assert_array_equal(jax.random.key_data(restored), jax.random.key_data(key))

@@ -124,7 +124,7 @@ def test_custom_gradients_are_counted_if_they_are_used():
     assert flops.count(jax.grad(loss, argnums=(0, 1)), X, W)[0] == ONE + 2 * ONE + ONE
 
 
-def test_cpu_formulations_do_not_change_the_count(monkeypatch, traced_anew):
+def test_cpu_formulations_do_not_change_the_count(monkeypatch, fresh_traces):
     """Counts direct convolutions; the twin counts the products of Winograd, which are fewer."""
     x, kernel = (
         jax.ShapeDtypeStruct((8, 16, 16, 64), "float32"),

@@ -111,7 +111,7 @@ def test_head_equals_numpy_for_tokens(name, train):
 
 
 @pytest.mark.parametrize("name", TOKEN_ORACLES)
-def test_twin_first_token_instead_of_average_fails(name, monkeypatch, traced_anew):
+def test_twin_first_token_instead_of_average_fails(name, monkeypatch, fresh_traces):
     monkeypatch.setattr(heads, "adaptive_avg_pool", lambda x, out, ops: x[:, :1, :1])
     with pytest.raises(AssertionError):
         check_forward(make_head(name, 10), TOKEN_ORACLES[name], tokens(), False)
@@ -141,7 +141,7 @@ def test_features_that_a_head_cannot_read_are_refused(name, shape, words):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_twin_wrong_average_fails(name, monkeypatch, traced_anew):
+def test_twin_wrong_average_fails(name, monkeypatch, fresh_traces):
     def corner(x, out, ops):
         return x[:, : out[0], : out[1]]
 
@@ -151,7 +151,7 @@ def test_twin_wrong_average_fails(name, monkeypatch, traced_anew):
 
 
 @pytest.mark.parametrize("name", ["mlp_sr", "mlp", "cnn"])
-def test_twin_wrong_statistics_fail(name, monkeypatch, traced_anew):
+def test_twin_wrong_statistics_fail(name, monkeypatch, fresh_traces):
     original = BatchNorm
     for file in (heads, blocks):
         monkeypatch.setattr(

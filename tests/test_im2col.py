@@ -34,13 +34,13 @@ def test_outputs_and_kernel_gradient_equal_direct_convolution(shape):
     assert relative_error(shape) < 1e-5
 
 
-def test_twin_reversed_kernel_columns_fail(monkeypatch, traced_anew):
+def test_twin_reversed_kernel_columns_fail(monkeypatch, fresh_traces):
     pair_kernel = im2col._pair_kernel
     monkeypatch.setattr(im2col, "_pair_kernel", lambda kernel: pair_kernel(kernel[:, ::-1]))
     assert relative_error(SHAPES[0]) > 1e-2
 
 
-def test_gradient_does_not_depend_on_the_number_of_chunks(monkeypatch, traced_anew):
+def test_gradient_does_not_depend_on_the_number_of_chunks(monkeypatch, fresh_traces):
     x, _, cotangent = arrays(12, 8, 8, 3, 5)
     one = im2col.kernel_gradient(x, cotangent)
     monkeypatch.setattr(im2col, "_PAIRS", 64)  # two images per chunk

@@ -1,4 +1,7 @@
-"""The house: rooms in one order, imports that only go up it, libraries that one room alone may name, and no side effects."""
+"""Tests of the import rules, the size of the package, and imports without side effects.
+
+A room is a file or folder directly inside the package.
+"""
 
 import ast
 import io
@@ -14,7 +17,7 @@ import dgl_jax
 from dgl_jax import ops
 
 PACKAGE = Path(dgl_jax.__file__).parent
-# A room imports from rooms before it, never from itself (but for the files of one folder) or from later ones.
+# A room imports only from rooms before it in this list, and files of a folder from each other.
 ROOMS = (
     "system",
     "errors",
@@ -43,7 +46,7 @@ ROOMS = (
     "testing",
     "cli",
 )
-# The same inside a folder; files on one line do not know each other.
+# Inside these folders a file imports only from files in earlier groups.
 LEVELS = {
     "ops": (("choice", "cpu"), ("remat", "pooling", "batch_norm", "conv")),
     "core": (("rngs", "kept", "apply"), ("module", "optimizer"), ("ema", "step")),
@@ -58,7 +61,7 @@ LEVELS = {
     ),
     "profile": (("flops",), ("timing", "memory", "table")),
 }
-# Narrower than the order alone: all that these rooms may know of the package.
+# Rooms with stricter rules than the order: the only rooms from which they may import.
 ONLY = {
     "system": set(),
     "errors": {"system"},
@@ -76,8 +79,9 @@ ONLY = {
     "schedule": set(),
     "methods": {"codecs", "core", "objectives", "registry", "schedule", "spec", "tasks", "types"},
 }
-# All that other rooms may import from these.
+# The only names that other rooms may import from these folders.
 DOORS = {"ops": ops.__all__}
+# Libraries that only these files and folders may import.
 LIBRARIES = {
     "tensorboardX": ("run/writers.py",),
     "orbax": ("run/checkpoint.py",),
@@ -89,9 +93,11 @@ LIBRARIES = {
     "matplotlib": ("run/axes.py", "tools"),
     "safetensors": ("export.py",),
 }
-PLAIN_TOO = ("dgl_jax.schedule", "dgl_jax.errors")
-PLAIN = ("schedule.py", "tools/timeline.py", "models/partition.py")  # nothing but Python
-NOWHERE = (
+# Files that import only the standard library and the two rooms below.
+PLAIN = ("schedule.py", "tools/timeline.py", "models/partition.py")
+PLAIN_ROOMS = ("dgl_jax.schedule", "dgl_jax.errors")
+# Names that no file may use, except for the pairs of file and name in ALLOWED.
+FORBIDDEN = (
     "tensorflow",
     "torch",
     "clu",
@@ -101,18 +107,17 @@ NOWHERE = (
     "os.environb",
     "os.putenv",
 )
-# Marks absl's flags as parsed, which Grain's worker processes ask for, and reads none.
-# The command line reads flags, and sets XLA's threads before XLA starts. Pictures hide MPLBACKEND while matplotlib is imported.
-EXCEPT = {
+ALLOWED = {
+    # Grain passes absl's flags to its workers, so they must be marked as parsed; none is read.
     ("data/streaming.py", "absl.flags"),
     ("cli.py", "absl.flags"),
-    ("cli.py", "os.environ"),
-    ("run/axes.py", "os.environ"),
+    ("cli.py", "os.environ"),  # sets the number of XLA's threads before XLA starts
+    ("run/axes.py", "os.environ"),  # hides MPLBACKEND while matplotlib is imported
 }
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of all that a file imports, inside functions too."""
+    """Yields the dotted names that a file imports, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -123,64 +128,69 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def attributes(tree: ast.AST) -> Iterator[str]:
-    """Such as os.environ."""
+    """Yields the attributes of plain names that a file uses, such as os.environ."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}"
 
 
-def names(name: str, target: str) -> bool:
+def is_inside(name: str, target: str) -> bool:
     return name == target or name.startswith(target + ".")
 
 
 def problems(path: Path, source: str) -> list[str]:
-    """What a file at this path inside the package imports against the rules."""
+    """Returns one line for each import of a file that breaks a rule.
+
+    Args:
+      path: path of the file inside the package.
+      source: text of the file.
+    """
     room, stem = path.parts[0].removesuffix(".py"), path.stem
-    rank, found = ROOMS.index(room), []
+    rank, lines = ROOMS.index(room), []
     tree = ast.parse(source)
     for name in imports(tree):
         if name.startswith("."):
-            found.append(f"{path}: relative import {name}")
-        if names(name, "dgl_jax") and name != "dgl_jax.__version__":
+            lines.append(f"{path}: relative import {name}")
+        if is_inside(name, "dgl_jax") and name != "dgl_jax.__version__":
             other = [*name.split("."), ""][1]
             if other == room:
-                found += _inside(path, stem, name)
+                lines += _problems_inside_folder(path, stem, name)
             elif other not in ROOMS:
-                found.append(f"{path}: {name} is in no room")
+                lines.append(f"{path}: {name} is in no room")
             elif ROOMS.index(other) > rank:
-                found.append(f"{path}: {name} is a later room")
+                lines.append(f"{path}: {name} is a later room")
             elif other in DOORS and name.split(".")[2:] and name.split(".")[2] not in DOORS[other]:
-                found.append(f"{path}: {name} is private to {other}")
+                lines.append(f"{path}: {name} is private to {other}")
             elif room in ONLY and other not in ONLY[room]:
-                found.append(f"{path}: {room} knows nothing of {other}")
-        found += [
-            f"{path}: only {' and '.join(owners)} names {library}"
+                lines.append(f"{path}: {room} may not import {other}")
+        lines += [
+            f"{path}: only {' and '.join(owners)} may import {library}"
             for library, owners in LIBRARIES.items()
-            if names(name, library) and not any(path.is_relative_to(owner) for owner in owners)
+            if is_inside(name, library) and not any(path.is_relative_to(owner) for owner in owners)
         ]
         if str(path) in PLAIN and not (
-            name.split(".")[0] in sys.stdlib_module_names or name.startswith(PLAIN_TOO)
+            name.split(".")[0] in sys.stdlib_module_names or name.startswith(PLAIN_ROOMS)
         ):
-            found.append(f"{path}: this file is plain Python, without {name}")
+            lines.append(f"{path}: this file is plain Python and may not import {name}")
     used = (*imports(tree), *attributes(tree))
     forbidden = [
         name
         for name in used
-        if any(names(name, other) for other in NOWHERE) and (str(path), name) not in EXCEPT
+        if any(is_inside(name, other) for other in FORBIDDEN) and (str(path), name) not in ALLOWED
     ]
-    return found + [f"{path}: {name}" for name in forbidden]
+    return lines + [f"{path}: {name}" for name in forbidden]
 
 
-def _inside(path: Path, stem: str, name: str) -> list[str]:
+def _problems_inside_folder(path: Path, stem: str, name: str) -> list[str]:
     room = path.parts[0]
     if room not in LEVELS or stem == "__init__":
         return []
     level = {file: n for n, files in enumerate(LEVELS[room]) for file in files}
     stem, other = (path.parts[1].removesuffix(".py"), name.split(".")[2])
-    if stem == other:  # a folder of its own
+    if stem == other:  # files of the same subfolder
         return []
     if other not in level or stem not in level:
-        return [f"{path}: {stem if stem not in level else other} has no place in {room}"]
+        return [f"{path}: {stem if stem not in level else other} is missing in LEVELS of {room}"]
     return [] if level[other] < level[stem] else [f"{path}: {other} does not come before {stem}"]
 
 
@@ -188,17 +198,17 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != Path("__init__.py")], ids=str)
-def test_imports_go_up_the_list(path):
+def test_imports_follow_the_rules(path):
     assert problems(path, (PACKAGE / path).read_text()) == []
 
 
-def test_the_list_is_the_house():
-    found = {path.parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
-    assert found == set(ROOMS)
-    assert len(ROOMS) == len(found)
+def test_list_of_rooms_is_complete():
+    rooms = {path.parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert rooms == set(ROOMS)
+    assert len(ROOMS) == len(rooms)
 
 
-# Without `data`: what trains, and what evaluates.
+# Rooms with a separate limit on their lines of code: the parts of training, without `data`.
 CORE = (
     "types",
     "ops",
@@ -216,14 +226,14 @@ CORE = (
 
 
 def code_lines(source: str) -> int:
-    """Lines that hold code: no docstrings, comments or blank lines."""
-    documented: set[int] = set()
+    """Returns the number of lines without docstrings, comments and blank lines."""
+    docstring_lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             and ast.get_docstring(node) is not None
         ):
-            documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+            docstring_lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     layout = {
         tokenize.COMMENT,
         tokenize.NL,
@@ -238,20 +248,21 @@ def code_lines(source: str) -> int:
         if token.type not in layout
     )
     return len(
-        {n for token in tokens for n in range(token.start[0], token.end[0] + 1)} - documented
+        {n for token in tokens for n in range(token.start[0], token.end[0] + 1)} - docstring_lines
     )
 
 
-def test_lines_of_code_by_hand():
-    source = '"""One\ntwo."""\n\nimport os  # three\n\n\ndef f():\n    """Four."""\n    # five\n    return (\n        1\n    )\n'
+def test_code_lines_equal_count_by_hand():
+    source = '"""One\ntwo."""\n\nimport os  # three\n\n\n'
+    source += 'def f():\n    """Four."""\n    # five\n    return (\n        1\n    )\n'
     assert code_lines(source) == 5
 
 
-def test_the_package_stays_small(capsys):
+def test_package_stays_small(capsys):
     sizes: dict[str, int] = {}
     for path in FILES:
         text = (PACKAGE / path).read_text()
-        assert len(text.splitlines()) <= 400, f"{path} is too long to read at once"
+        assert len(text.splitlines()) <= 400, f"{path} has more than 400 lines"
         room = path.parts[0].removesuffix(".py")
         sizes[room] = sizes.get(room, 0) + code_lines(text)
     core, package = sum(sizes[room] for room in CORE), sum(sizes.values())
@@ -268,11 +279,11 @@ def test_the_package_stays_small(capsys):
         ("core/step.py", "def f():\n    from dgl_jax.engines import Report", "later room"),
         ("core/step.py", "import dgl_jax.engines.placement", "later room"),
         ("core/step.py", "from dgl_jax import codecs", "later room"),
-        ("core/step.py", "from dgl_jax.models import cuts", "knows nothing"),
+        ("core/step.py", "from dgl_jax.models import cuts", "core may not import models"),
         ("models/cnn.py", "from dgl_jax.ops.conv import conv_general_dilated", "private to ops"),
         ("models/cnn.py", "from dgl_jax.ops import pooling", "private to ops"),
         ("core/step.py", "import dgl_jax.ops.cpu.winograd", "private to ops"),
-        ("codecs/vq.py", "from dgl_jax.models import cuts", "knows nothing"),
+        ("codecs/vq.py", "from dgl_jax.models import cuts", "codecs may not import models"),
         ("schedule.py", "import jax", "plain Python"),
         ("tools/timeline.py", "from dgl_jax.engines import Report", "plain Python"),
         (
@@ -285,23 +296,23 @@ def test_the_package_stays_small(capsys):
             "from dgl_jax.engines.fused import FusedEngine",
             "does not come before",
         ),
-        ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "no place"),
+        ("engines/other.py", "from dgl_jax.engines.fused import FusedEngine", "missing in LEVELS"),
         ("models/cnn.py", "from .. import core", "relative"),
         ("tools/bench.py", "from dgl_jax.nowhere import x", "no room"),
-        ("run/loop.py", "import tensorboardX", "only run/writers.py"),
-        ("train.py", "from orbax.checkpoint import v1", "only run/checkpoint.py"),
-        ("tools/bench.py", "import tensorflow_datasets as tfds", "only data"),
+        ("run/loop.py", "import tensorboardX", "only run/writers.py may"),
+        ("train.py", "from orbax.checkpoint import v1", "only run/checkpoint.py may"),
+        ("tools/bench.py", "import tensorflow_datasets as tfds", "only data may"),
         ("data/folder.py", "import tensorflow as tf", "tensorflow"),
         ("train.py", "from absl import flags", "absl.flags"),
         ("data/source.py", "from absl import flags", "absl.flags"),
-        ("tools/predict.py", "import cv2", "only data"),
+        ("tools/predict.py", "import cv2", "only data may"),
         ("train.py", "import os\nos.environ['A'] = '1'", "os.environ"),
         ("train.py", "from os import getenv", "os.getenv"),
     ],
 )
 def test_forbidden_imports_are_reported(path, source, problem):
-    (found,) = problems(Path(path), source)
-    assert problem in found
+    (line,) = problems(Path(path), source)
+    assert problem in line
 
 
 def test_ordinary_imports_are_allowed():
@@ -315,28 +326,30 @@ import importlib, logging, os, pkgutil, signal
 import jax
 from absl import flags
 
-def now():
+def observe():
     names = [name for name in logging.root.manager.loggerDict if name.startswith("dgl_jax")]
     loggers = [logging.root, *map(logging.getLogger, names)]
     return {
         "environment": dict(os.environ),
         "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
         "handlers": [list(logger.handlers) for logger in loggers if logger.handlers],
-        "levels": {logger.name: logger.level for logger in loggers if logger.level and logger is not logging.root},
+        "levels": {logger.name: logger.level for logger in loggers[1:] if logger.level},
         "root": logging.root.level,
         "flags": [name for name in flags.FLAGS.flags_by_module_dict() if "dgl_jax" in name],
     }
 
 def changed():
-    after = now()
+    after = observe()
     return [name for name in before if before[name] != after[name]]
 
-before = now()
+before = observe()
 import dgl_jax
 assert changed() == [], changed()
-from orbax.checkpoint import v1  # logs while it is imported, for which absl makes a root handler: not the package's doing
-import tensorflow_datasets  # imports OpenCV, which adds to LD_LIBRARY_PATH: not the package's doing either
-before = now()
+# These side effects are not the package's: Orbax logs while it is imported, for which absl installs
+# a root handler, and TFDS imports OpenCV, which changes LD_LIBRARY_PATH.
+from orbax.checkpoint import v1
+import tensorflow_datasets
+before = observe()
 for room in pkgutil.walk_packages(dgl_jax.__path__, "dgl_jax."):
     if room.name != "dgl_jax.cli":  # the command line defines flags
         importlib.import_module(room.name)
@@ -355,6 +368,6 @@ except RuntimeError:
 """
 
 
-def test_importing_has_no_side_effect():
-    done = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
-    assert done.stdout == "done\n", done.stderr
+def test_import_has_no_side_effects():
+    process = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
+    assert process.stdout == "done\n", process.stderr

@@ -1,4 +1,4 @@
-"""The package as users get it: a wheel beside a handful of libraries, and a checkout run by hand."""
+"""Tests of the installed package: a wheel with few libraries, and a checkout run directly."""
 
 import ast
 import json
@@ -29,12 +29,12 @@ SMALL = [
 ]
 
 
-def test_files_of_the_project():
+def test_project_metadata_is_complete():
     project = PROJECT["project"]
     assert project["license"] == "Apache-2.0"
-    licence = (ROOT / "LICENSE").read_text()
-    assert "Version 2.0, January 2004" in licence
-    assert "Copyright The dgl_jax authors" in licence
+    license_text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in license_text
+    assert "Copyright The dgl_jax authors" in license_text
     assert {"1901.08164", "2106.06401"} <= set(
         re.findall(r"\d{4}\.\d{5}", (ROOT / "CITATION.cff").read_text())
     )
@@ -47,11 +47,11 @@ def test_files_of_the_project():
     assert 'python: ["3.11", "3.13"]' in workflow
 
 
-def test_names_at_the_top_are_those_that_type_checkers_see():
-    """The names are imported when they are used; what mypy and editors see stands beside them in the file."""
+def test_public_names_equal_those_type_checkers_see():
+    """Compares the lazily imported names with the imports under TYPE_CHECKING."""
     tree = ast.parse(Path(dgl_jax.__file__).read_text())
-    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
-    rooms = {node.module: tuple(alias.name for alias in node.names) for node in seen.body}
+    (type_checking,) = (node for node in tree.body if isinstance(node, ast.If))
+    rooms = {node.module: tuple(alias.name for alias in node.names) for node in type_checking.body}
     assert {f"dgl_jax.{room}": names for room, names in dgl_jax._ROOMS.items()} == rooms
     assert sorted(name for names in rooms.values() for name in names) == sorted(dgl_jax.__all__)
     assert set(dgl_jax.__all__) <= set(dir(dgl_jax))
@@ -61,13 +61,19 @@ def test_names_at_the_top_are_those_that_type_checkers_see():
 
 
 def call(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs a command without this project on Python's path."""
+    """Runs a command in an environment that does not point to this checkout.
+
+    Args:
+      *command: program and arguments.
+      cwd: working directory.
+      status: expected exit status.
+    """
     env = {
         name: value
         for name, value in os.environ.items()
         if name not in ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
     }
-    done = subprocess.run(
+    process = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
         env=env,
@@ -76,33 +82,33 @@ def call(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.Complet
         timeout=900,
         check=False,
     )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    assert process.returncode == status, process.stdout + process.stderr
+    return process
 
 
 @pytest.mark.slow
-def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
-    """One environment, in which more and more is installed: that is what takes the time."""
+def test_wheel_and_checkout_work_in_a_new_environment(tmp_path):
+    """Tests several stages in one environment, since installing takes most of the time."""
     venv.create(tmp_path / "venv", with_pip=True)
     bin, empty, checkout = tmp_path / "venv" / "bin", tmp_path / "empty", tmp_path / "checkout"
     empty.mkdir()
     shutil.copytree(ROOT, checkout, symlinks=True, ignore=NOT_COPIED)
     pip = [bin / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    reached = subprocess.run(
+    download = subprocess.run(
         [*pip, "download", "--no-deps", "absl-py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    if reached.returncode:
-        pytest.skip(f"no packages can be had here: {reached.stderr.strip().splitlines()[-1]}")
+    if download.returncode:
+        pytest.skip(f"packages cannot be downloaded: {download.stderr.strip().splitlines()[-1]}")
 
-    # A wheel: the package with its configurations, and nothing else.
+    # The wheel holds the package with its configurations, and nothing else.
     call(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=empty)
     (wheel,) = tmp_path.glob("dgl_jax-*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.partition("/")[0] for name in held} == {
+    wheel_files = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.partition("/")[0] for name in wheel_files} == {
         "dgl_jax",
         f"dgl_jax-{dgl_jax.__version__}.dist-info",
     }
@@ -110,10 +116,12 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     sources += [
         Path("dgl_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")
     ]
-    assert {str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources} <= held
-    assert "dgl_jax/py.typed" in held
+    assert {
+        str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources
+    } <= wheel_files
+    assert "dgl_jax/py.typed" in wheel_files
 
-    # The library beside the five it needs.
+    # The library part works with only the five libraries that it needs.
     call(*pip, "install", "--no-compile", "jax", "flax", "optax", "numpy", "jaxtyping", cwd=empty)
     call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     assert call(bin / "python", "-c", LIBRARY, cwd=empty).stdout == "done\n"
@@ -121,7 +129,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
         "ml_collections",
         "matplotlib",
         "tensorflow_datasets",
-    ):  # the twin: these are not there
+    ):  # twin: other libraries are not installed
         call(bin / "python", "-c", f"import {library}", cwd=empty, status=1)
     missing = call(
         bin / "dgl-jax", "--config=digits", f"--workdir={empty / 'run'}", cwd=empty, status=2
@@ -130,7 +138,7 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
         "error: the command line needs .*, which is not installed: pip install .*\n", missing
     )
 
-    # By hand: a checkout that is not installed.
+    # A checkout that is not installed can be run directly.
     call(*pip, "uninstall", "--yes", "dgl_jax", cwd=empty)
     call(*pip, "install", "--no-compile", "--requirement", "requirements.txt", cwd=checkout)
     call(bin / "python", "-c", "import dgl_jax", cwd=empty, status=1)
@@ -150,7 +158,8 @@ def test_a_new_environment_from_the_library_to_a_run_by_hand(tmp_path):
     assert "resuming from step 2" in call(*launch, "--config.train.steps=3", cwd=checkout).stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
-    # The wheel in a folder of its own: the shipped configurations by name and by path, and what an extra brings.
+    # Outside a checkout the wheel finds its configurations by name and by path, and names the extra
+    # that is missing.
     call(*pip, "install", "--no-compile", "--no-deps", wheel, cwd=empty)
     call(bin / "dgl-jax", "--config=digits", "--workdir=run", *SMALL, cwd=empty)
     assert (empty / "run" / "plots" / "accuracy.png").exists()

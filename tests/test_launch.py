@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""Tests of the command line, run as a user would run it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = [
 
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    """One call of launch.py, to its end."""
+    """Runs launch.py until it ends, with `options` of `subprocess.run`."""
     command = [sys.executable, "launch.py", *arguments]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options
@@ -31,25 +31,25 @@ def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 def fails(*arguments: str) -> str:
-    """The one line of a call that ends with status 2."""
-    done = launch(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert len(lines) == 1, done.stderr
+    """Returns the error line of a call that must end with status 2 and print no other line."""
+    process = launch(*arguments)
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    lines = [line for line in process.stderr.splitlines() if line]
+    assert len(lines) == 1, process.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The workdir of a finished run."""
+    """Returns the workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("run")
-    done = launch(*SMALL, f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
+    process = launch(*SMALL, f"--workdir={workdir}")
+    assert process.returncode == 0, process.stderr
     summary = json.loads((workdir / "summary.json").read_text())
     accuracies = [module["test_accuracy"] for module in summary["modules"]]
-    assert json.loads(done.stdout) == {
+    assert json.loads(process.stdout) == {
         "modules": accuracies,
         "ensemble": summary["ensemble_accuracy"],
     }
@@ -58,14 +58,14 @@ def trained(tmp_path_factory) -> Path:
 
 
 def exported(workdir: Path) -> dict[str, np.ndarray]:
-    """A run's parameters, by `--mode=export`."""
-    done = launch("--mode=export", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    return load_file(Path(done.stdout.strip()) / "model.safetensors")
+    """Returns the parameters of a run, as `--mode=export` writes them."""
+    process = launch("--mode=export", f"--workdir={workdir}")
+    assert process.returncode == 0, process.stderr
+    return load_file(Path(process.stdout.strip()) / "model.safetensors")
 
 
 def stop(workdir: Path, signum: int) -> int:
-    """Starts the run and sends the signal once its log shows step 6; gives the exit status."""
+    """Starts the run, sends the signal once its log shows step 6, and returns the exit status."""
     command = [sys.executable, "launch.py", *SMALL, f"--workdir={workdir}"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -77,11 +77,11 @@ def stop(workdir: Path, signum: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(trained, tmp_path):
+def test_resumed_run_after_sigkill_ends_with_the_same_bits(trained, tmp_path):
     assert stop(tmp_path, signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
-    done = launch(*SMALL, f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    process = launch(*SMALL, f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
     whole, parts = exported(trained), exported(tmp_path)
     assert whole.keys() == parts.keys()
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
@@ -98,9 +98,9 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
 @pytest.mark.slow
 def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     summary = json.loads((trained / "summary.json").read_text())
-    measured = json.loads(launch("--mode=eval", f"--workdir={trained}").stdout)
-    assert measured["test/module_1/accuracy"] == summary["modules"][1]["test_accuracy"]
-    assert measured["test/ensemble/accuracy"] == summary["ensemble_accuracy"]
+    metrics = json.loads(launch("--mode=eval", f"--workdir={trained}").stdout)
+    assert metrics["test/module_1/accuracy"] == summary["modules"][1]["test_accuracy"]
+    assert metrics["test/ensemble/accuracy"] == summary["ensemble_accuracy"]
 
     for name in ("a", "b"):
         Image.fromarray(np.full((20, 20, 3), 80, np.uint8)).save(tmp_path / f"{name}.png")
@@ -131,19 +131,19 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     usual = max(16, system.cpu_count())
     many = usual // 2 + 1
     env = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    drawn = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
-    assert [Path(p).name for p in drawn.stdout.split()] == ["accuracy.png", "loss.png"]
+    plot_process = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
+    assert [Path(p).name for p in plot_process.stdout.split()] == ["accuracy.png", "loss.png"]
     assert (
         f"--cpu_devices={many}: uses {2 * many} threads instead of the {usual} "
-        f"for up to {usual // 2} devices" in drawn.stderr
+        f"for up to {usual // 2} devices" in plot_process.stderr
     )
 
 
 @pytest.mark.slow
-def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
-    here = launch("--mode=eval", f"--workdir={trained}", "--config.eval.every=3")
-    assert here.returncode == 0, here.stderr
-    assert here.stdout == launch("--mode=eval", f"--workdir={trained}").stdout
+def test_eval_accepts_overrides_of_fields_that_may_change(trained, tmp_path):
+    overridden = launch("--mode=eval", f"--workdir={trained}", "--config.eval.every=3")
+    assert overridden.returncode == 0, overridden.stderr
+    assert overridden.stdout == launch("--mode=eval", f"--workdir={trained}").stdout
     assert "config.seed (was 0, is now 1)" in fails(
         "--mode=eval", f"--workdir={trained}", "--config.seed=1"
     )
@@ -151,7 +151,7 @@ def test_fields_can_be_overridden_in_a_run_that_is_there(trained, tmp_path):
 
 @pytest.mark.full_compile
 @pytest.mark.slow
-def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
+def test_fused_and_pipeline_commands_end_with_the_same_bits(tmp_path):
     fields = {
         "data.batch_size": 64,
         "data.train_examples": 640,
@@ -166,11 +166,11 @@ def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
         ("fused", ()),
         ("pipeline", ("--config.engine.name=pipeline", "--cpu_devices=3")),
     ):
-        done = launch(*line, f"--workdir={tmp_path / name}", *more, env=env)
-        assert done.returncode == 0, done.stderr
+        process = launch(*line, f"--workdir={tmp_path / name}", *more, env=env)
+        assert process.returncode == 0, process.stderr
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["cpu_threads"] == max(16, system.cpu_count())
-        assert f" ({summary['cpu_threads']} threads)" in done.stderr
+        assert f" ({summary['cpu_threads']} threads)" in process.stderr
     assert [m["devices"] for m in summary["modules"]] == [[0], [1], [2]]
     pairs = list(zip(arrays(tmp_path / "fused"), arrays(tmp_path / "pipeline"), strict=True))
     assert len(pairs) > 50
@@ -179,26 +179,28 @@ def test_commands_as_typed_give_the_same_bits_whatever_the_devices(tmp_path):
 
 @pytest.mark.slow
 def test_bench_prints_one_json_line():
-    done = launch(
+    process = launch(
         *SMALL,
         "--mode=bench",
         "--bench_steps=4",
         "--config.engine.name=pipeline",
         "--cpu_devices=2",
     )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    (line,) = process.stdout.splitlines()
     result = json.loads(line)
     assert result["engine"] == "pipeline"
     assert len(result["module_milliseconds"]) == 2
-    assert result["cpu_threads"] == int(os.environ["NPROC"]), "the user's own number counts"
+    assert result["cpu_threads"] == int(os.environ["NPROC"]), (
+        "NPROC of the user must take precedence"
+    )
     assert all(
         result[key] > 0 for key in ("images_per_second", "tick_milliseconds", "peak_memory_bytes")
     )
 
 
 @pytest.mark.slow
-def test_mistakes_get_one_line(tmp_path):
+def test_user_errors_are_one_line(tmp_path):
     run = f"--workdir={tmp_path / 'run'}"
     assert (
         "config.optimizer.learning_rat: no such field; did you mean optimizer.learning_rate"
@@ -207,7 +209,10 @@ def test_mistakes_get_one_line(tmp_path):
     assert "config.engine.name='pipelin': no such name; did you mean pipeline" in fails(
         *SMALL, run, "--config.engine.name=pipelin"
     )
-    unused = "config.engine.slowdown=(2.0, 1.0): applies to config.engine.name=simulated or threads, not to fused"
+    unused = (
+        "config.engine.slowdown=(2.0, 1.0): "
+        "applies to config.engine.name=simulated or threads, not to fused"
+    )
     assert unused in fails(*SMALL, run, "--config.engine.slowdown=2,1")
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
@@ -232,18 +237,18 @@ def test_mistakes_get_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_traceback_where_the_checkpoint_does_not_exist(trained):
+def test_missing_checkpoint_is_one_line(trained):
     assert "--checkpoint=7: no such checkpoint; use newest, best, " in fails(
         "--mode=eval", f"--workdir={trained}", "--checkpoint=7"
     )
 
 
-def test_help_names_the_modes():
-    done = launch("--help", env=os.environ | {"COLUMNS": "200"})
-    assert "<train|eval|predict|export|plot|bench|plan>" in done.stdout
+def test_help_lists_the_modes():
+    process = launch("--help", env=os.environ | {"COLUMNS": "200"})
+    assert "<train|eval|predict|export|plot|bench|plan>" in process.stdout
 
 
-def test_the_command_line_stays_short():
+def test_launch_script_stays_short():
     assert len((ROOT / "launch.py").read_text().splitlines()) < 100
 
 
@@ -256,7 +261,7 @@ def test_plan_needs_no_data_set(tmp_path):
         f"--workdir={tmp_path}",
         f"--config.data.dir={tmp_path / 'nowhere'}",
     ]
-    done = launch(
+    process = launch(
         *small,
         "--config.data.name=cifar10",
         "--mode=plan",
@@ -264,15 +269,15 @@ def test_plan_needs_no_data_set(tmp_path):
         *stated,
         env=os.environ | {"HOME": str(tmp_path)},
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [module["body_parameters"] for module in found["modules"]] == [
+    assert process.returncode == 0, process.stderr
+    plan = json.loads(process.stdout)
+    assert [module["body_parameters"] for module in plan["modules"]] == [
         4 * 27 + 12 + 8 * 36 + 24,
         8 * 72 + 24 + 16 * 72 + 48,
     ]
-    assert found["timeline"] == str(tmp_path / "plots" / "plan.png")
+    assert plan["timeline"] == str(tmp_path / "plots" / "plan.png")
     assert (tmp_path / "plots" / "plan.png").exists()
-    assert not (tmp_path / ".cache" / "dgl_jax").exists()  # where data sets would be prepared
+    assert not (tmp_path / ".cache" / "dgl_jax").exists()  # where data sets are prepared
     assert "--bandwidth=-1.0: a number above 0" in fails(
         *small, "--mode=plan", *stated, "--bandwidth=-1"
     )

@@ -1,4 +1,7 @@
-"""What the package needs beyond its core: imported when used, and named with its install line where it is missing."""
+"""Tests of optional libraries, which are imported when they are used.
+
+A missing one is reported in one line with the command that installs it.
+"""
 
 import importlib.metadata
 import json
@@ -17,8 +20,8 @@ from dgl_jax.run import summary
 from dgl_jax.train import train_and_evaluate
 
 ROOT = Path(errors.__file__).parents[1]
-# Lets files of the package import the five libraries and what Python brings, as where nothing else is installed. (Flax has
-# requirements of its own, so the others are installed wherever it is.)
+# Lets files of the package import only five libraries and the standard library, as if nothing else
+# were installed. The others cannot be uninstalled for the test, since Flax needs some of them.
 FIVE = """
 import builtins, sys
 
@@ -26,7 +29,8 @@ allowed = {"jax", "flax", "optax", "numpy", "jaxtyping", "dgl_jax", *sys.stdlib_
 real = builtins.__import__
 
 def only_five(name, globals=None, locals=None, fromlist=(), level=0):
-    if str((globals or {}).get("__name__")).startswith("dgl_jax") and name.partition(".")[0] not in allowed:
+    importer = str((globals or {}).get("__name__"))
+    if importer.startswith("dgl_jax") and name.partition(".")[0] not in allowed:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return real(name, globals, locals, fromlist, level)
 
@@ -37,12 +41,14 @@ from functools import partial
 import jax, optax
 import numpy as np
 from dgl_jax import cuts, init_states, local_step, make_head, make_modules, make_network, vq
-import dgl_jax.data, dgl_jax.engines, dgl_jax.engines.placement, dgl_jax.replay, dgl_jax.tools.timeline
+import dgl_jax.data, dgl_jax.engines, dgl_jax.engines.placement, dgl_jax.replay
+import dgl_jax.tools.timeline
 
 network = make_network("cnn4", width=4, num_classes=10, input_shape=(8, 8, 1))
 modules = make_modules(network.blocks[:2], cuts("count", 2, 1), [make_head("linear", 10)])
 optimizer = optax.sgd(0.1)
-states = list(init_states(modules, optimizer, jax.random.key(0), jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")))
+inputs = jax.ShapeDtypeStruct((8, 8, 8, 1), "float32")
+states = list(init_states(modules, optimizer, jax.random.key(0), inputs))
 x, context = np.ones((8, 8, 8, 1), np.float32), {"label": np.arange(8) % 10}
 for k, module in enumerate(modules):
     states[k], x, metrics = jax.jit(partial(local_step, module, optimizer))(states[k], x, context)
@@ -56,7 +62,7 @@ print("done")
 
 
 def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own."""
+    """Runs Python code in a new process."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, **options
@@ -64,14 +70,14 @@ def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.slow
-def test_the_library_part_needs_five_libraries():
-    done = run(FIVE + LIBRARY)
-    assert done.stdout == "done\n", done.stderr
+def test_library_part_needs_five_libraries():
+    process = run(FIVE + LIBRARY)
+    assert process.stdout == "done\n", process.stderr
 
 
-def test_twin_a_sixth_library_is_noticed():
-    done = run(FIVE.replace('"jaxtyping", ', "") + LIBRARY)
-    assert "ModuleNotFoundError: No module named 'jaxtyping'" in done.stderr
+def test_twin_import_of_another_library_fails():
+    process = run(FIVE.replace('"jaxtyping", ', "") + LIBRARY)
+    assert "ModuleNotFoundError: No module named 'jaxtyping'" in process.stderr
 
 
 COMMAND_LINE = """
@@ -94,12 +100,12 @@ runpy.run_module("dgl_jax.cli", run_name="dgl_jax.cli", alter_sys=False)["main"]
         ),
     ],
 )
-def test_the_command_line_names_what_is_missing(tmp_path, present, line):
+def test_command_line_names_the_missing_library(tmp_path, present, line):
     five = FIVE.replace(
         '"dgl_jax", ', "".join(f'"{name}", ' for name in ("dgl_jax", "rich", *present))
     )
-    done = run(five + COMMAND_LINE, "dgl-jax", "--mode=plot", f"--workdir={tmp_path}")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    process = run(five + COMMAND_LINE, "dgl-jax", "--mode=plot", f"--workdir={tmp_path}")
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", line)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,8 @@ def test_the_command_line_names_what_is_missing(tmp_path, present, line):
         (
             "tensorboardX",
             {"log__tensorboard": True},
-            "config.log.tensorboard=True needs tensorboardX, which is not installed: pip install -e ",
+            "config.log.tensorboard=True needs tensorboardX, which is not installed: "
+            "pip install -e ",
         ),
         (
             "grain",
@@ -132,7 +139,9 @@ def test_the_command_line_names_what_is_missing(tmp_path, present, line):
         ),
     ],
 )
-def test_a_run_says_what_is_missing_before_it_begins(tmp_path, monkeypatch, missing, fields, line):
+def test_run_names_the_missing_library_before_it_starts(
+    tmp_path, monkeypatch, missing, fields, line
+):
     monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
     with pytest.raises(UserError) as caught:
         train_and_evaluate(small_config(**fields), tmp_path / "run")
@@ -140,15 +149,14 @@ def test_a_run_says_what_is_missing_before_it_begins(tmp_path, monkeypatch, miss
     assert not (tmp_path / "run").exists()
 
 
-def test_digits_are_made_with_scikit_learn(tmp_path, monkeypatch):
+def test_digits_need_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match="digits needs scikit-learn, "):
         make_source(options("data", name="digits", dir=str(tmp_path)), seed=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_extra_is_installed_by_the_name_of_the_package(monkeypatch, tmp_path):
-    """In a checkout by its path, elsewhere by name."""
+def test_extra_is_installed_by_path_in_a_checkout_and_else_by_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "grain", None)
     for root, target in (
         (tmp_path / "site-packages", "dgl_jax[imagenet]"),
@@ -161,38 +169,38 @@ def test_an_extra_is_installed_by_the_name_of_the_package(monkeypatch, tmp_path)
         assert str(caught.value).endswith(f'"{target}"')
 
 
-def test_a_defect_of_the_package_is_no_missing_library():
+def test_missing_module_of_the_package_itself_raises_as_usual():
     with pytest.raises(ModuleNotFoundError, match="nowhere"), errors.needed("this"):
         import dgl_jax.nowhere  # noqa: F401
 
 
-def test_versions(monkeypatch):
-    found = summary.versions()
-    assert found["dgl_jax"] == __version__
+def test_versions_survive_damaged_metadata(monkeypatch):
+    versions = summary.versions()
+    assert versions["dgl_jax"] == __version__
     names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
-    assert found == {"dgl_jax": __version__} | {
+    assert versions == {"dgl_jax": __version__} | {
         name: importlib.metadata.version(name) for name in names
     }
 
     def damaged(name):
         if name == "optax":
-            return None  # what importlib answers where a file of metadata is empty
+            return None  # as importlib does if the metadata file is empty
         raise (
             KeyError("Version") if name == "flax" else importlib.metadata.PackageNotFoundError(name)
         )
 
     monkeypatch.setattr(importlib.metadata, "version", damaged)
-    assert summary.versions() == found
+    assert summary.versions() == versions
     monkeypatch.delattr(sys.modules["jaxlib"], "__version__")
-    assert summary.versions() == found | {"jaxlib": "unknown"}
+    assert summary.versions() == versions | {"jaxlib": "unknown"}
 
 
 @pytest.mark.pictures
-def test_a_checkout_that_is_not_installed_trains_to_the_end(tmp_path, monkeypatch):
-    def nothing(name):
+def test_checkout_without_metadata_trains_to_the_end(tmp_path, monkeypatch):
+    def not_found(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.setattr(importlib.metadata, "version", not_found)
     train_and_evaluate(small_config(train__steps=1), tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["versions"]["dgl_jax"] == __version__
     assert (tmp_path / "plots" / "loss.png").exists()

@@ -124,7 +124,8 @@ def test_adapter_that_changes_the_dtype_is_refused(monkeypatch):
     )
     with pytest.raises(
         UserError,
-        match=r"^config\.model\.adapter: the adapter of module_1 turns .*bfloat16.*; it must keep shape",
+        match=r"^config\.model\.adapter: the adapter of module_1 turns .*bfloat16.*; "
+        "it must keep shape",
     ):
         make_experiment(make_settings(config(**ECHO)), jax.devices()[:1]).spec.abstract_states()
 

@@ -53,7 +53,7 @@ def check_same(pool, reference, x):
 
 
 @pytest.mark.parametrize(("pool", "reference"), [(max_pool_2x2, flax_max), (avg_3x2, flax_avg)])
-def test_values_and_gradients_equal_flax(pool, reference, monkeypatch, traced_anew):
+def test_values_and_gradients_equal_flax(pool, reference, monkeypatch, fresh_traces):
     x = distinct(3, 6, 8, 5)
     check_same(pool, reference, x)
     monkeypatch.setattr(pooling, "_by_platform", lambda x, ops, *, cpu, elsewhere: elsewhere(x))
@@ -61,7 +61,7 @@ def test_values_and_gradients_equal_flax(pool, reference, monkeypatch, traced_an
 
 
 @pytest.mark.parametrize(("pool", "reference"), [(max_pool_2x2, flax_max), (avg_3x2, flax_avg)])
-def test_twin_broken_windows_fail(pool, reference, monkeypatch, traced_anew):
+def test_twin_broken_windows_fail(pool, reference, monkeypatch, fresh_traces):
     windows = on_cpu.windows
     monkeypatch.setattr(on_cpu, "windows", lambda x, *size: windows(jnp.roll(x, 1, axis=1), *size))
     with pytest.raises(AssertionError):
@@ -88,7 +88,7 @@ def test_first_of_equal_maxima_receives_the_gradient():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 8), (7, 1)])
-def test_overlapping_windows_equal_flax(size, monkeypatch, traced_anew):
+def test_overlapping_windows_equal_flax(size, monkeypatch, fresh_traces):
     x = distinct(3, *size, 5)
     close(max_pool_3x3(x), numpy_max_3x3(x))
     check_same(max_pool_3x3, flax_max_3x3, x)
@@ -97,7 +97,7 @@ def test_overlapping_windows_equal_flax(size, monkeypatch, traced_anew):
     check_same(lambda x: max_pool_3x3(x), flax_max_3x3, x)
 
 
-def test_twin_shifted_overlapping_windows_fail(monkeypatch, traced_anew):
+def test_twin_shifted_overlapping_windows_fail(monkeypatch, fresh_traces):
     max_of_three = on_cpu.max_of_three
     monkeypatch.setattr(
         on_cpu, "max_of_three", lambda x, axis: max_of_three(jnp.roll(x, 1, axis), axis)
@@ -123,7 +123,7 @@ def test_adaptive_average_equals_numpy(size, out):
     close(adaptive_avg_pool(x, out), numpy_adaptive(x.astype(np.float64), out))
 
 
-def test_twin_adaptive_average_without_overlap_fails(monkeypatch, traced_anew):
+def test_twin_adaptive_average_without_overlap_fails(monkeypatch, fresh_traces):
     def without_overlap(size, out):
         starts = [i * size // out for i in range(out + 1)]
         return np.array(

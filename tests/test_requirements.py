@@ -1,4 +1,4 @@
-"""Version bounds: the constraints file that tests the lowest versions names exactly the bounds of the requirements."""
+"""Tests that constraints-lowest.txt pins exactly the lower bounds of the requirements."""
 
 import re
 from pathlib import Path
@@ -9,21 +9,21 @@ ROOT = Path(__file__).parents[1]
 
 
 def bounds(text: str, operator: str) -> dict[str, str]:
-    """Returns version by normalised name for each line `name<operator>version`."""
+    """Returns version by normalized name for each line `name<operator>version`."""
     lines = re.findall(rf"^([\w.-]+){operator}([\d.]+)", text, re.M)
     return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
 def problems(requirements: str, constraints: str) -> list[str]:
-    """Returns what the constraints lack, or pin to another version than the lower bound."""
-    pinned, found = bounds(constraints, "=="), []
+    """Returns a line for each requirement that is not pinned, or not pinned to its lower bound."""
+    pinned, lines = bounds(constraints, "=="), []
     for name, bound in bounds(requirements, ">=").items():
         pin = pinned.get(name, "nothing")
         if pin.removesuffix(".0") != bound.removesuffix(".0") and not re.fullmatch(
             rf"{re.escape(bound)}(\.0)+", pin
         ):
-            found.append(f"{name}: bound {bound}, pinned to {pin}")
-    return found
+            lines.append(f"{name}: bound {bound}, pinned to {pin}")
+    return lines
 
 
 def requirements() -> str:
@@ -33,7 +33,7 @@ def requirements() -> str:
     )
 
 
-def test_the_lowest_versions_are_the_bounds():
+def test_lowest_versions_equal_the_bounds():
     assert len(bounds(requirements(), ">=")) >= 20
     assert problems(requirements(), (ROOT / "constraints-lowest.txt").read_text()) == []
 
@@ -45,7 +45,7 @@ def test_every_requirement_has_a_lower_bound():
 
 
 @pytest.mark.parametrize(
-    ("requirement", "constraint", "found"),
+    ("requirement", "constraint", "expected"),
     [
         ("jax>=0.10", "jax==0.10.0", []),
         ("jax>=0.10", "jax==0.10.2", ["jax: bound 0.10, pinned to 0.10.2"]),
@@ -54,5 +54,5 @@ def test_every_requirement_has_a_lower_bound():
         ("pillow>=11", "pillow==11.1.0", ["pillow: bound 11, pinned to 11.1.0"]),
     ],
 )
-def test_other_pins_are_noticed(requirement, constraint, found):
-    assert problems(requirement, constraint) == found
+def test_wrong_pins_are_reported(requirement, constraint, expected):
+    assert problems(requirement, constraint) == expected

@@ -185,7 +185,9 @@ def test_no_gradient_reaches_another_module(states):
     assert (np.diag(table) > 1e-3).all()
 
 
-def test_twin_gradients_reach_lower_modules_without_stop_gradient(states, monkeypatch, traced_anew):
+def test_twin_gradients_reach_lower_modules_without_stop_gradient(
+    states, monkeypatch, fresh_traces
+):
     monkeypatch.setattr(step, "lax", SimpleNamespace(stop_gradient=lambda x: x))
     table = largest_gradients(states)
     assert (table[np.tril_indices(3)] > 1e-4).all()

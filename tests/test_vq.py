@@ -152,7 +152,7 @@ def test_all_searches_find_the_nearest_entry_at_any_mean(name):
 
 @pytest.mark.full_compile
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
-def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, traced_anew):
+def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, fresh_traces):
     """Encodes two stages through both branches of `platform_dependent`."""
     x = jnp.asarray(mean + 0.1 * normal((4, 30, 8)))
     entries = jnp.stack(

@@ -80,14 +80,14 @@ def test_outputs_and_gradients_equal_direct_convolution(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["_INPUT", "_KERNEL", "_OUTPUT"])
-def test_twin_wrong_matrix_fails(name, monkeypatch, traced_anew):
+def test_twin_wrong_matrix_fails(name, monkeypatch, fresh_traces):
     matrix = np.array(getattr(winograd, name))
     matrix[2, 1] += 0.01
     monkeypatch.setattr(winograd, name, matrix.tolist())
     assert min(relative_errors(SHAPES[0])) > 1e-3
 
 
-def test_results_do_not_depend_on_the_number_of_chunks(monkeypatch, traced_anew):
+def test_results_do_not_depend_on_the_number_of_chunks(monkeypatch, fresh_traces):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
 
     def outputs_and_gradient():
@@ -240,7 +240,7 @@ def test_images_stay_on_their_devices(devices):
 
 
 @pytest.mark.slow
-def test_twin_images_that_move_fail(devices, monkeypatch, traced_anew):
+def test_twin_images_that_move_fail(devices, monkeypatch, fresh_traces):
     with monkeypatch.context() as patched:
         patched.setattr(
             chunks, "chunk", lambda x, size, i: lax.dynamic_slice_in_dim(x, i * size, size)
