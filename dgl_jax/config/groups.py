@@ -37,7 +37,8 @@ class DataSettings(Group):
       train_examples: size of a stratified subset of the training examples; 0: all of them.
       augment: augmentation of training images.
       image_size: side in pixels after resizing; 0: as stored (ImageNet: 224).
-      mean: mean of each channel, of images scaled to [0, 1]; empty: the published values, else computed.
+      mean: mean of each channel, of images scaled to [0, 1]; empty: the published values, if there
+        are any, otherwise computed from the training images.
       std: standard deviation of each channel, likewise.
     """
 
