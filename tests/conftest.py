@@ -30,6 +30,7 @@ if _OWNER:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
@@ -40,6 +41,9 @@ from dgl_jax.config import import_plugins  # noqa: E402
 from dgl_jax.core.kept import forget  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
+# No test asserts a time, not even of one example.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 # Most tests, and their child processes, compile with few optimizations, which takes a third of the
 # time with jaxlib 0.10. Tests marked `full_compile` compile as users do: they compare engines,

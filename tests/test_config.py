@@ -125,7 +125,7 @@ MISTAKES = [
     (("train.epochs", 1e300), ["config.train.epochs=1e+300", "between 0.0 and 1000000.0"]),
     (
         ("schedule.boundaries", (1.0, 1e300)),
-        ["config.schedule.boundaries=(1.0, 1e+300)", "below a million"],
+        ["config.schedule.boundaries=(1.0, 1e+300)", "at most a million"],
     ),
     (("data.image_size", 100_000), ["config.data.image_size=100000", "between 0 and 4096"]),
     (

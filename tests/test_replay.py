@@ -77,7 +77,7 @@ class Oracle:
         return chosen[0], self.written - 1 - chosen[0], chosen[1]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["least_used_latest", "fifo", "released"]),
     st.integers(1, 5),

@@ -13,7 +13,7 @@ from runs import small_config
 
 from dgl_jax import system
 from dgl_jax.config import make_settings
-from dgl_jax.core import module as local_module
+from dgl_jax.core import apply
 from dgl_jax.core import step
 from dgl_jax.core.module import init_states, make_modules
 from dgl_jax.core.step import forward_step, local_step
@@ -147,7 +147,7 @@ def test_remat_takes_less_memory(plain_temporary):
 
 @pytest.mark.full_compile
 def test_twin_without_remat_no_memory_is_saved(plain_temporary, monkeypatch):
-    monkeypatch.setattr(local_module, "recomputed", lambda function, ops: function)
+    monkeypatch.setattr(apply, "recomputed", lambda function, ops: function)
     assert temporary(remat=True) > 0.7 * plain_temporary
 
 

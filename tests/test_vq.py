@@ -36,7 +36,7 @@ def unpacked(codes, entries):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lead=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     groups=st.integers(1, 5),
