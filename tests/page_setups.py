@@ -1,7 +1,7 @@
 """Set-ups of the code in the documentation, by the name that a page gives in a mark.
 
 A set-up is a generator: it yields the names that the block is run with, and checks the names that
-the block leaves behind. It is called with the code of the block, in a directory of the page's own.
+the block leaves behind. It is called with the code of the block, in an empty directory.
 """
 
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,7 @@ def _save_images(folder: Path, count: int = 12) -> None:
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    """Runs a block in the namespace of its page, or with a set-up in a namespace of its own."""
+    """Runs a block in the namespace of its page, or with a set-up in an empty directory."""
     code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
     if block.mark != "setup":
         exec(code, namespace)
@@ -132,10 +133,11 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
     from page_setups import SETUPS
 
     assert block.value in SETUPS, f"page_setups.py has no set-up {block.value}"
-    steps = SETUPS[block.value](block.code)
-    exec(code, names := next(steps))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        steps = SETUPS[block.value](block.code)
+        exec(code, names := next(steps))
+        next(steps, None)
     namespace |= names
-    next(steps, None)
 
 
 def run(page: Path, parse_only: bool) -> None:
