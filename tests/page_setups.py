@@ -4,6 +4,7 @@ A set-up is a generator: it yields the names that the block is run with, and che
 the block leaves behind. It is called with the code of the block, in an empty directory.
 """
 
+import ast
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 def plain_loop(code: str) -> Iterator[dict[str, Any]]:
     """Provides one batch of 8x8 images; the loop makes one update per batch, and learns."""
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len([line for line in lines if not line.startswith(("import", "from"))]) <= 12
+    statements = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    assert len([s for s in statements if not isinstance(s, ast.Import | ast.ImportFrom)]) <= 12
     random = np.random.default_rng(0)
     labels = jnp.asarray(random.integers(0, 10, 64), jnp.int32)
     images = jnp.asarray(random.normal(size=(64, 8, 8, 1)), jnp.float32)
