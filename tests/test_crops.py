@@ -14,7 +14,7 @@ from dgl_jax.data.crops import (
     DRAWS,
     UNREADABLE,
     Box,
-    centre_crop,
+    center_crop,
     random_box,
     random_crop,
 )
@@ -73,7 +73,7 @@ def test_center_crop_equals_numpy(width, height, factor):
     whole = bilinear(pixels, wide, tall)
     left, top = (wide - SIZE) // 2, (tall - SIZE) // 2
     expected = whole[top : top + SIZE, left : left + SIZE]
-    crop = centre_crop(data, SIZE)
+    crop = center_crop(data, SIZE)
     assert crop.shape == (SIZE, SIZE, 3)
     assert crop.dtype == np.uint8
     np.testing.assert_allclose(crop, expected, atol=2)
@@ -83,7 +83,7 @@ def test_center_crop_equals_numpy(width, height, factor):
 
 def test_an_image_smaller_than_the_crop_is_enlarged():
     data = encoded(photo(10, 8))
-    assert centre_crop(data, SIZE).shape == (SIZE, SIZE, 3)
+    assert center_crop(data, SIZE).shape == (SIZE, SIZE, 3)
     assert random_crop(data, draws_for(0.1, 0.5, 0.5, 0.5), SIZE).shape == (SIZE, SIZE, 3)
 
 
@@ -164,14 +164,14 @@ def test_other_formats_and_color_modes_are_decoded(mode, form):
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.mode) == (form, mode)
     expected = bilinear(decoded(data), 43, 32)[2 : 2 + SIZE, 7 : 7 + SIZE]
-    np.testing.assert_allclose(centre_crop(data, SIZE), expected, atol=2)
+    np.testing.assert_allclose(center_crop(data, SIZE), expected, atol=2)
 
 
 def test_the_exif_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x112] = 6  # rotate by 90 degrees clockwise
     rotated, plain = (
-        centre_crop(encoded(photo(60, 44), **kwargs), SIZE) for kwargs in ({"exif": exif}, {})
+        center_crop(encoded(photo(60, 44), **kwargs), SIZE) for kwargs in ({"exif": exif}, {})
     )
     np.testing.assert_array_equal(rotated, plain)
 
@@ -189,7 +189,7 @@ def test_damaged_images_raise_an_unreadable_error(damage):
         "truncated header": data[:100],
     }[damage]
     for crop in (
-        lambda d: centre_crop(d, SIZE),
+        lambda d: center_crop(d, SIZE),
         lambda d: random_crop(d, draws_for(0.5, 0.5, 0.5, 0.5), SIZE),
     ):
         crop(data)  # the intact image is readable

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgl_jax.data.crops import centre_crop
+from dgl_jax.data.crops import center_crop
 from dgl_jax.data.decode import decode_images
 
 
@@ -91,9 +91,9 @@ def test_center_equals_center_crop_approximately():
             "JPEG",
             quality=95,
         )
-        middle = decoded_image(data, image_size=28, centre=True).astype(int)
+        middle = decoded_image(data, image_size=28, center=True).astype(int)
         # Only approximately, because Pillow averages when it reduces an image.
-        assert np.abs(middle - centre_crop(data, 28)).mean() < 4
+        assert np.abs(middle - center_crop(data, 28)).mean() < 4
         assert np.abs(decoded_image(data, image_size=28) - middle).mean() > 10
 
 

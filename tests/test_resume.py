@@ -76,7 +76,7 @@ def test_signal_between_steps_is_followed_by_a_checkpoint(place, tmp_path, monke
     # just before the next steps.
     function, calls = getattr(*place), []
 
-    def signalled(*args):
+    def signaled(*args):
         calls.append(args)
         if (
             len(calls) == {"evaluate": 1, "next_event": 3}[place[1]]
@@ -84,7 +84,7 @@ def test_signal_between_steps_is_followed_by_a_checkpoint(place, tmp_path, monke
             signal.raise_signal(signal.SIGTERM)
         return function(*args)
 
-    monkeypatch.setattr(*place, signalled)
+    monkeypatch.setattr(*place, signaled)
     with pytest.raises(Interrupted):
         train_and_evaluate(small_config(), tmp_path)
     assert checkpoint_steps(tmp_path / "checkpoints") == [4, 6]
@@ -247,11 +247,11 @@ def test_signal_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monk
     with monkeypatch.context() as patch:
         begin = loop.begin
 
-        def signalled(*args):
+        def signaled(*args):
             signal.raise_signal(signal.SIGTERM)
             return begin(*args)
 
-        patch.setattr(loop, "begin", signalled)
+        patch.setattr(loop, "begin", signaled)
         with pytest.raises(Interrupted, match="stopped at step 0"):
             train_and_evaluate(small_config(), tmp_path)
     assert records(tmp_path) == []

@@ -13,8 +13,7 @@ from runs import small_config
 
 from dgl_jax import system
 from dgl_jax.config import make_settings
-from dgl_jax.core import apply
-from dgl_jax.core import step
+from dgl_jax.core import apply, step
 from dgl_jax.core.module import init_states, make_modules
 from dgl_jax.core.step import forward_step, local_step
 from dgl_jax.engines.placement import check_batch, one_group

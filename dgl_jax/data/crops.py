@@ -87,7 +87,7 @@ def random_crop(
     return _resize(pixels[top : top + tall, left : left + wide], size, size)
 
 
-def centre_crop(data: bytes, size: int) -> UInt8[np.ndarray, "S S 3"]:
+def center_crop(data: bytes, size: int) -> UInt8[np.ndarray, "S S 3"]:
     """Decodes the center of an image that is resized so that its shorter side is 256/224 * `size`.
 
     Args:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MODES = {1: "L", 3: "RGB"}
 # Bits of `image_kinds`: grayscale, has an alpha channel, has more than one frame.
-GREY, ALPHA, FRAMES = (1, 2, 4)
+GRAY, ALPHA, FRAMES = (1, 2, 4)
 # Exceptions that Pillow raises on damaged EXIF data; the image itself may be intact.
 _BAD_EXIF = (
     OSError,
@@ -39,7 +39,7 @@ def decode_images(
     *,
     channels: int,
     image_size: int | tuple[int, int] = 0,
-    centre: bool = False,
+    center: bool = False,
     describe: Callable[[int], str],
 ) -> UInt8[np.ndarray, "N H W C"]:
     """Decodes images with Pillow, in parallel threads.
@@ -55,7 +55,7 @@ def decode_images(
         bits.
       image_size: side in pixels, or (height, width), to resize to (bilinear, with antialiasing);
         0 keeps the stored size.
-      centre: True keeps the proportions and takes the center, as `crops.centre_crop` does; False
+      center: True keeps the proportions and takes the center, as `crops.center_crop` does; False
         resizes the whole image.
       describe: returns the name of an image for error messages.
 
@@ -78,7 +78,7 @@ def decode_images(
                 image = _converted(opened, _MODES[channels])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{describe(index)}: cannot be read as an image ({error})") from None
-        if image_size and centre:
+        if image_size and center:
             edge = (1 - 1 / MARGIN) / 2
             image = ImageOps.fit(image, wanted, Image.Resampling.BILINEAR, bleed=edge)
         elif image_size and image.size != wanted:
@@ -111,7 +111,7 @@ def decode_images(
 
 
 def image_kinds(files: Sequence[Path]) -> UInt8[np.ndarray, " N"]:
-    """Reads the headers of images and returns the sum of GREY, ALPHA and FRAMES for each file.
+    """Reads the headers of images and returns the sum of GRAY, ALPHA and FRAMES for each file.
 
     The sum is 0 for a file that is not an image.
     """
@@ -121,9 +121,9 @@ def image_kinds(files: Sequence[Path]) -> UInt8[np.ndarray, " N"]:
     def kind(file: Path) -> int:
         try:
             with Image.open(file) as image:
-                grey = GREY * (image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I"))
+                gray = GRAY * (image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I"))
                 alpha = ALPHA * (image.has_transparency_data or image.mode in ("La", "PA"))
-                return grey + alpha + FRAMES * getattr(image, "is_animated", False)
+                return gray + alpha + FRAMES * getattr(image, "is_animated", False)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             return 0  # decoding raises the error
 

@@ -27,7 +27,7 @@ class OpticalDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits, 8x8 grey pixels, from UCI through scikit-learn "
+            description="Handwritten digits, 8x8 gray pixels, from UCI through scikit-learn "
             "(CC BY 4.0).",
             features=tfds.features.FeaturesDict(
                 {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dgl_jax.data import cache
-from dgl_jax.data.decode import ALPHA, FRAMES, GREY, decode_images, image_kinds
+from dgl_jax.data.decode import ALPHA, FRAMES, GRAY, decode_images, image_kinds
 from dgl_jax.data.source import DataKind, DataSet, Examples, StoredOptions
 from dgl_jax.errors import UserError
 from dgl_jax.fields import expand
@@ -123,7 +123,7 @@ def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
     ):
         if count := int(np.count_nonzero(kinds & kind)):
             _LOG.warning("%s: %d of %d images %s", root, count, len(files), warning)
-    return 1 if np.all(kinds & GREY) else 3
+    return 1 if np.all(kinds & GRAY) else 3
 
 
 def _read(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from dgl_jax import system
 from dgl_jax.core import rngs
 from dgl_jax.data import cache, tfds_sets
-from dgl_jax.data.crops import DRAWS, UNREADABLE, centre_crop, random_crop
+from dgl_jax.data.crops import DRAWS, UNREADABLE, center_crop, random_crop
 from dgl_jax.data.source import DataKind, OrderedSource, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError, require
@@ -201,7 +201,7 @@ class RecordSource(OrderedSource):
             batch_labels[place] = record.label
             try:
                 if draws is None:
-                    images[place] = centre_crop(record.image, side)
+                    images[place] = center_crop(record.image, side)
                 else:
                     images[place] = random_crop(record.image, draws[place], side)
             except UNREADABLE as error:

@@ -141,14 +141,14 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _read(
-    files: Sequence[Path], shape: tuple[int, ...], centre: bool
+    files: Sequence[Path], shape: tuple[int, ...], center: bool
 ) -> UInt8[np.ndarray, "N H W C"]:
     return decode_images(
         len(files),
         lambda i: files[i],
         channels=shape[2],
         image_size=(shape[0], shape[1]),
-        centre=centre,
+        center=center,
         describe=lambda i: str(files[i]),
     )
 
