@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 
+import dgl_jax
 from dgl_jax import system
 from dgl_jax.config import Settings, default_config, make_settings
 
-_PACKAGES = ("dgl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def environment() -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "processor": _processor(),
         "devices": [system.device_kind(device) for device in jax.devices()],
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "dgl_jax": dgl_jax.__version__}
         | {name: version(name) for name in _PACKAGES},
     }
 

@@ -11,8 +11,8 @@ import optax
 
 from dgl_jax.codecs import Codec
 from dgl_jax.core import ema, rngs
-from dgl_jax.core.kept import kept
 from dgl_jax.core.module import LocalModule, ModuleState, init_states, output_shape
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.tasks import Task
 from dgl_jax.types import Batch, Context, nbytes
 
@@ -272,7 +272,7 @@ class TrainSpec:
         return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
 
 
-@kept(8)
+@cached_program(8)
 def _init_program(spec: TrainSpec) -> Callable[[jax.Array], tuple[ModuleState, ...]]:
     """Returns the jitted function that initializes all states from the root key."""
     # The program runs once and draws many random arrays, so that compile time dominates. A lower

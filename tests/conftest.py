@@ -38,7 +38,7 @@ from tiny import Tiny, host  # noqa: E402
 
 from dgl_jax import registry  # noqa: E402
 from dgl_jax.config import import_plugins  # noqa: E402
-from dgl_jax.core.kept import forget  # noqa: E402
+from dgl_jax.core.program_cache import clear_programs  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 # No test asserts a time, not even of one example.
@@ -204,13 +204,13 @@ class _MonkeyPatch(pytest.MonkeyPatch):
         )
         if name.startswith(_TRACED):
             self.replaced = True
-            forget()
+            clear_programs()
         super().setattr(target, *args, **kwargs)
 
     def undo(self) -> None:
         super().undo()
         if self.replaced:
-            forget()
+            clear_programs()
 
 
 @pytest.fixture

@@ -211,11 +211,11 @@ def test_split_by_time_uses_stated_times(times, starts):
 
 @pytest.mark.slow
 def test_times_are_measured_if_none_are_stated(monkeypatch):
-    networks, companies = [], []
+    networks, concurrencies = [], []
 
-    def block_times(network, optimizer, device, company):
+    def block_times(network, optimizer, device, concurrency):
         networks.append(network)
-        companies.append(company)
+        concurrencies.append(concurrency)
         return planning._stated("1,2,3,4", network)
 
     monkeypatch.setattr(planning, "block_times", block_times)
@@ -227,10 +227,10 @@ def test_times_are_measured_if_none_are_stated(monkeypatch):
     monkeypatch.setattr(system, "cpu_count", lambda: 3)
     plan(small(model__modules=2, model__split="count"))
     plan(small(model__modules=2, model__split="count"), devices=4)
-    assert companies[1:] == [2, 3]  # one per device, and at most one per processor
+    assert concurrencies[1:] == [2, 3]  # one per device, and at most one per processor
     monkeypatch.setattr(system, "cpu_count", lambda: None)
     numbers, _ = plan(small())
-    assert (numbers["cores"], companies[3]) == (None, 1)
+    assert (numbers["cores"], concurrencies[3]) == (None, 1)
 
 
 def test_unknown_memory_is_printed_as_a_dash(stated, monkeypatch):

@@ -168,7 +168,7 @@ def stopwatch(monkeypatch):
     """
     asked = []
 
-    def clocked(program, state, *inputs, repeats, company):
+    def clocked(program, state, *inputs, repeats, concurrency):
         results = program.out_info
         assert jax.tree.map(jnp.shape, results[0]) == jax.tree.map(jnp.shape, state)
         asked.append((inputs[0].shape, "inner" if results[2] is not None else "first"))
@@ -229,7 +229,7 @@ def test_copies_of_a_program_share_their_arguments_only():
     )
     temporary = system.program_plan(program).temporary
     assert temporary > 0
-    assert [costs._needed(program, company) for company in (1, 3)] == [
+    assert [costs._needed(program, concurrency) for concurrency in (1, 3)] == [
         4096 + n * (4096 + temporary) for n in (1, 3)
     ]
 
@@ -272,7 +272,9 @@ def test_clock_runs_copies_at_once_and_returns_the_state_of_the_single_run():
         return step(state, x)
 
     step = jax.jit(lambda s, x: (s + x, s), donate_argnums=0)
-    elapsed, (state, _) = costs.clocked(program, jnp.zeros(4), jnp.ones(4), repeats=3, company=3)
+    elapsed, (state, _) = costs.clocked(
+        program, jnp.zeros(4), jnp.ones(4), repeats=3, concurrency=3
+    )
     np.testing.assert_array_equal(state, 2 * 4)
     assert len(active) == 3 * 3
     assert len(set(active)) == 3
@@ -284,7 +286,7 @@ def test_cpu_time_is_divided_by_the_calls_of_all_copies(monkeypatch):
     moments = iter([*range(0, 16, 4), *range(100, 104), 1000.0, 1060.0])
     monkeypatch.setattr(costs.time, "process_time", lambda: next(moments))
     elapsed, _ = costs.clocked(
-        lambda state, x: (state, x), jnp.zeros(2), jnp.ones(2), repeats=3, company=2
+        lambda state, x: (state, x), jnp.zeros(2), jnp.ones(2), repeats=3, concurrency=2
     )
     assert elapsed.processor == 60 / (3 * 2)
 

@@ -57,7 +57,7 @@ def predicted(
     return pipeline.steady(experiment.spec.traffic().wire)[0]
 
 
-def company(experiment: Experiment, args: argparse.Namespace) -> int:
+def concurrency_of(experiment: Experiment, args: argparse.Namespace) -> int:
     """Returns the number of programs that work at the same time, as `--mode=plan` does."""
     return min(round(args.cores), len(experiment.spec.modules))
 
@@ -73,7 +73,7 @@ def from_blocks(experiment: Experiment, times: BlockTimes, args: argparse.Namesp
 def from_modules(experiment: Experiment, args: argparse.Namespace) -> float:
     """Measures the modules' programs one after the other and predicts the ticks per second."""
     elapsed = module_times(
-        experiment, experiment.engine.init(), args.calls, company(experiment, args)
+        experiment, experiment.engine.init(), args.calls, concurrency_of(experiment, args)
     )
     return predicted(experiment, [e.seconds for e in elapsed], [e.processor for e in elapsed], args)
 
@@ -125,7 +125,9 @@ def main() -> None:
     running = {k: Running(each) for k, each in experiments.items()}
     blocks, predictions, runs = ({k: list[float]() for k in MODULES} for _ in range(3))
     for repeat in range(args.repeats):
-        times = block_times(network, optimizer, jax.devices()[0], company=company(first, args))
+        times = block_times(
+            network, optimizer, jax.devices()[0], concurrency=concurrency_of(first, args)
+        )
         for k in MODULES:
             blocks[k].append(from_blocks(experiments[k], times, args))
             predictions[k].append(from_modules(experiments[k], args))

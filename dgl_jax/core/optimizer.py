@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.config import OptimizerSettings, ScheduleSettings
-from dgl_jax.core.kept import kept
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
 from dgl_jax.registry import OPTIMIZERS, SCHEDULES, Kind
@@ -95,7 +95,7 @@ def make_schedule(
     )
 
 
-@kept(32)
+@cached_program(32)
 def _schedule(
     options: ScheduleSettings, learning_rate: float, steps_per_epoch: int, total_steps: int
 ) -> optax.Schedule:
@@ -111,7 +111,7 @@ def _schedule(
     )
 
 
-@kept(32)
+@cached_program(32)
 def make_optimizer(
     options: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from dgl_jax.core.kept import kept
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
@@ -27,7 +27,7 @@ from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import TrainSpec
 
 
-@kept(64)
+@cached_program(64)
 def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
     return jax.jit(spec.method.fused(spec, turns), donate_argnums=0)
 

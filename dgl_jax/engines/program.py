@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from dgl_jax.core.kept import kept
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.engines.placement import Placement
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Outbox
@@ -23,7 +23,7 @@ class Programs(dict[Any, Any]):
         return program
 
 
-@kept(256)
+@cached_program(256)
 def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
     """Returns the jitted program that a turn of module k runs on its devices; it donates the state.
 
@@ -40,7 +40,7 @@ def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") ->
     )
 
 
-@kept(256)
+@cached_program(256)
 def jitted_feed(spec: TrainSpec, k: int, train: bool, placement: Placement) -> Any:
     """Returns the jitted forward-only program of module k, for turns after its last update.
 

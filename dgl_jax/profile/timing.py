@@ -31,7 +31,7 @@ class Elapsed(NamedTuple):
 
     Attributes:
       seconds: wall time in seconds, when the program runs alone.
-      processor: CPU time of the host in seconds, when `company` copies run at once; see `clocked`.
+      processor: CPU time of the host in seconds, with `concurrency` copies at once; see `clocked`.
     """
 
     seconds: float
@@ -58,7 +58,7 @@ def clocked(
     state: Any,
     *inputs: Any,
     repeats: int,
-    company: int = 1,
+    concurrency: int = 1,
 ) -> tuple[Elapsed, tuple[Any, ...]]:
     """Measures the time of a program call as the median over pairs of calls.
 
@@ -70,8 +70,8 @@ def clocked(
       state: the first state.
       *inputs: further arguments of every call.
       repeats: number of measured pairs.
-      company: number of programs that share the host's CPU cores in the run to be predicted. A CPU
-        program spreads over idle cores and then takes more CPU time than on a busy host, so CPU
+      concurrency: number of programs that share the host's CPU cores in the run to be predicted. A
+        CPU program spreads over idle cores and then takes more CPU time than on a busy host, so CPU
         time is measured with this many copies of the program running at once.
 
     Returns:
@@ -88,7 +88,11 @@ def clocked(
         processors.append((time.process_time() - processor) / _CALLS_IN_FLIGHT)
         walls.append((time.perf_counter() - wall) / _CALLS_IN_FLIGHT)
     alone = statistics.median(processors[1:])
-    busy = _busy_cpu_time(program, results[0], inputs, repeats, company) if company > 1 else alone
+    busy = (
+        _busy_cpu_time(program, results[0], inputs, repeats, concurrency)
+        if concurrency > 1
+        else alone
+    )
     return Elapsed(statistics.median(walls[1:]), busy), results
 
 
@@ -97,10 +101,10 @@ def _busy_cpu_time(
     state: Any,
     inputs: Sequence[Any],
     calls: int,
-    company: int,
+    concurrency: int,
 ) -> float:
-    """Measures the CPU seconds per call while `company` threads call the program at once."""
-    states = [jax.tree.map(jnp.copy, state) for _ in range(company)]
+    """Measures the CPU seconds per call while `concurrency` threads call the program at once."""
+    states = [jax.tree.map(jnp.copy, state) for _ in range(concurrency)]
 
     def chain(number: int) -> None:
         for _ in range(calls):
@@ -108,10 +112,10 @@ def _busy_cpu_time(
         jax.block_until_ready(states[number])
 
     jax.block_until_ready(states)
-    with ThreadPoolExecutor(company) as threads:
+    with ThreadPoolExecutor(concurrency) as threads:
         before = time.process_time()
-        list(threads.map(chain, range(company)))  # the list raises the errors of the threads
-        return (time.process_time() - before) / (calls * company)
+        list(threads.map(chain, range(concurrency)))  # the list raises the errors of the threads
+        return (time.process_time() - before) / (calls * concurrency)
 
 
 def block_times(
@@ -119,7 +123,7 @@ def block_times(
     optimizer: optax.GradientTransformation,
     device: jax.Device,
     repeats: int = 7,
-    company: int = 1,
+    concurrency: int = 1,
 ) -> BlockTimes:
     """Measures each block and head alone, as a part of a local step.
 
@@ -133,7 +137,7 @@ def block_times(
       optimizer: the optimizer of all modules.
       device: the device to measure on.
       repeats: see `clocked`.
-      company: see `clocked`.
+      concurrency: see `clocked`.
 
     Raises:
       UserError: a program needs more memory than was free at the start.
@@ -149,7 +153,7 @@ def block_times(
         key = (layer, is_head, x.shape, x.dtype, inner)
         if key not in measured:
             program, shapes = _compile_alone(layer, is_head, x, inner, optimizer, network)
-            needed = _needed(program, company)
+            needed = _needed(program, concurrency)
             if free is not None and needed is not None and needed > free:
                 raise UserError(
                     f"config.data.batch_size={network.inputs.shape[0]}: measuring a "
@@ -162,7 +166,7 @@ def block_times(
                 program,
                 *jax.device_put(_random_arrays(shapes), device),
                 repeats=repeats,
-                company=company,
+                concurrency=concurrency,
             )
         return measured[key]
 
@@ -245,10 +249,10 @@ def _random_arrays(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
     return state, draw(inputs), jax.tree.map(draw, extra)
 
 
-def _needed(program: Any, company: int) -> int | None:
-    """Returns the bytes that `company` copies of a program need if they share its arguments.
+def _needed(program: Any, concurrency: int) -> int | None:
+    """Returns the bytes that `concurrency` copies of a program need if they share its arguments.
 
     Returns None if the plan of the program is unknown.
     """
     plan = system.program_plan(program)
-    return None if plan is None else plan.arguments + company * (plan.temporary + plan.outputs)
+    return None if plan is None else plan.arguments + concurrency * (plan.temporary + plan.outputs)

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.core import ema
-from dgl_jax.core.kept import kept
 from dgl_jax.core.module import ModuleState
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data.source import Source
 from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, put
@@ -107,12 +107,12 @@ class Evaluator:
         return _summarize(read(counts), split)
 
 
-@kept(256)
+@cached_program(256)
 def _jitted(spec: TrainSpec, k: int) -> Any:
     return jax.jit(partial(_forward, spec, k))
 
 
-@kept(32)
+@cached_program(32)
 def _of_task(task: Task) -> tuple[Any, Any]:
     return jax.jit(task.ensemble), jax.jit(task.metrics)
 

@@ -75,7 +75,7 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
 
 
 def module_times(
-    experiment: Experiment, state: EngineState, repeats: int = 10, company: int = 1
+    experiment: Experiment, state: EngineState, repeats: int = 10, concurrency: int = 1
 ) -> list[Elapsed]:
     """Measures the time of each module's program when it runs alone on its devices.
 
@@ -83,7 +83,7 @@ def module_times(
       experiment: the run whose programs are measured.
       state: engine state to start from; its arrays are donated and cannot be used afterwards.
       repeats: number of measured pairs of calls per module.
-      company: number of programs that work at the same time, see `clocked`; only meaningful if
+      concurrency: number of programs that work at the same time, see `clocked`; only meaningful if
         each module has one device.
 
     Returns:
@@ -103,7 +103,7 @@ def module_times(
             incoming = put(incoming._replace(context=()), placement.message(k))
         inbox = Inbox(incoming, oldest(mail))
         elapsed, (_, (incoming, _), _) = clocked(
-            program, module, inbox, context, repeats=repeats, company=company
+            program, module, inbox, context, repeats=repeats, concurrency=concurrency
         )
         times.append(elapsed)
     return times

@@ -128,10 +128,10 @@ def plan(
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
     info, device = known_info(settings.data), jax.devices()[0]
     network = make_blocks(settings, info)
-    company = 1
+    concurrency = 1
     if not stated and device.platform == "cpu":
         usable = system.cpu_count()
-        cores, company = (
+        cores, concurrency = (
             cores or usable,
             min(usable or 1, devices or sum(group_sizes(settings)) or settings.model.modules),
         )
@@ -144,7 +144,7 @@ def plan(
         if stated:
             return _stated(stated, network)
         optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(0.0))
-        return block_times(network, optimizer, device, company=company)
+        return block_times(network, optimizer, device, concurrency=concurrency)
 
     spec = make_spec(settings, info, choose_cuts(settings, network, lambda: measured().seconds))
     times = measured()

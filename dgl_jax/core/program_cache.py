@@ -11,7 +11,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _CACHES: list[Any] = []
 
 
-def kept(size: int) -> Callable[[_Function], _Function]:
+def cached_program(size: int) -> Callable[[_Function], _Function]:
     """Decorates a function with a cache of its `size` most recent results.
 
     Calls with unhashable arguments are not cached.
@@ -34,7 +34,7 @@ def kept(size: int) -> Callable[[_Function], _Function]:
     return decorate
 
 
-def forget() -> None:
+def clear_programs() -> None:
     """Clears all caches, after a function that may have been traced was replaced."""
     for cached in _CACHES:
         cached.cache_clear()
