@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
-PADDING = -1  # label and id of the examples that pad the last batch of an evaluation
+# Label that does not count: of examples that pad the last batch of an evaluation (also their id), and
+# of padded tokens.
+PADDING = -1
 
 AnyArray = jax.Array | np.ndarray
 
@@ -70,7 +72,18 @@ class Message(NamedTuple):
 
 
 class Inbox(NamedTuple):
-    """Input of a module's turn, by the direction it comes from; None if nothing is read."""
+    """Input of a module's turn, by the direction it comes from; None if nothing is read.
+
+    Inbox and outbox are the four ports of a program:
+
+                  module k + 1
+        Outbox.above ^    | Inbox.above
+                     |    v
+                   module k
+         Inbox.below ^    | Outbox.below
+                     |    v
+             module k - 1, or the source
+    """
 
     below: Batch | Message | None = None
     above: Message | None = None
