@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
-# Label that does not count: of examples that pad the last batch of an evaluation (also their id), and
-# of padded tokens.
+# Label that does not count: of padded tokens, and of the examples that pad the last batch of an
+# evaluation, which also have it as their id.
 PADDING = -1
 
 AnyArray = jax.Array | np.ndarray
