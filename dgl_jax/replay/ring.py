@@ -3,7 +3,7 @@
 A ring holds the newest M messages of its producer (Belilovsky et al. 2020, Algorithm 2). A new
 message overwrites the oldest one; until then a message may be read any number of times. Labels and
 example ids are stored in the same slot as their activations. A ring of five messages after the
-producer has sent those of batches 0 to 7:
+producer has sent eight, of batches 0 to 7:
 
     slot         0      1      2      3      4
     message     b5     b6     b7     b3     b4
