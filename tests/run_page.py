@@ -86,13 +86,13 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
         return arguments
     config = found["config"]
     fields: dict[str, Any] = {"train.steps": 2, "log.every": 1}
+    fields["model.width"] = max(8, *np.ravel(config["codec"].get("dims", 8)).tolist())
     if config["data"]["name"] in _NEEDS_NETWORK:
         arguments = [a for a in arguments if not a.startswith("--config.data.")]
         data = {"name": "synthetic", "image_size": 16, "train_examples": 40, "batch_size": 8}
         fields |= {f"data.{name}": value for name, value in data.items()} | {"data.augment": "none"}
-        fields["model.width"] = max(8, *np.ravel(config["codec"].get("dims", 8)).tolist())
     elif config["data"]["name"] == "folder":
-        fields |= {"data.batch_size": 4, "model.width": 8}
+        fields["data.batch_size"] = 4
     arguments += [f"--config.{name}={value}" for name, value in fields.items()]
     return arguments + (["--bench_steps=2"] if found["mode"] == "bench" else [])
 
