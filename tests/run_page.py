@@ -24,7 +24,7 @@ from PIL import Image
 
 _IMPORTED = ["dgl_jax.cli", "dgl_jax.train", "dgl_jax.evaluate", "dgl_jax.export"]
 _NEEDS_NETWORK = ("cifar10", "cifar100", "imagenet", "imagenette")
-_TWO_STEPS = ("--config.train.steps=2",)
+_SMALL_RUN = ("--config.train.steps=2", "--config.model.width=8", "--config.model.head=linear")
 
 
 def run_command(arguments: list[str], output: str) -> None:
@@ -87,6 +87,8 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
     config = found["config"]
     fields: dict[str, Any] = {"train.steps": 2, "log.every": 1}
     fields["model.width"] = max(8, *np.ravel(config["codec"].get("dims", 8)).tolist())
+    if config["method"]["name"] == "dgl" and config["model"].get("head") == "mlp_sr":
+        fields["model.head"] = "linear"
     if config["data"]["name"] in _NEEDS_NETWORK:
         arguments = [a for a in arguments if not a.startswith("--config.data.")]
         data = {"name": "synthetic", "image_size": 16, "train_examples": 40, "batch_size": 8}
@@ -103,7 +105,7 @@ def prepare(command: Command, found: dict[str, Any]) -> None:
     reads_run = command.flag("config") is None or found["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):
         if folder and not Path(folder, "config.json").exists():
-            _call(run_command, ["--config=digits", f"--workdir={folder}", *_TWO_STEPS], os.devnull)
+            _call(run_command, ["--config=digits", f"--workdir={folder}", *_SMALL_RUN], os.devnull)
     images = command.flag("images")
     if images and not any(Path().glob(images)):
         _save_images(Path(images))
