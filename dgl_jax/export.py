@@ -16,6 +16,7 @@ from dgl_jax.config import make_settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.data.info import DatasetInfo
+from dgl_jax.errors import UserError
 from dgl_jax.methods.base import evaluate
 from dgl_jax.run.build import make_spec
 from dgl_jax.run.metrics import read
@@ -48,12 +49,22 @@ class Exported:
         """Computes the logits of every module's head for stored inputs.
 
         Args:
-          inputs: batch of examples as the data set stores them, [B, ...].
+          inputs: batch of examples as the data set stores them, [B, ...]; images are uint8 with
+            values from 0 to 255, [B, H, W, C], not normalized.
 
         Returns:
           The logits per module, [B, classes] or [B, T, classes]; None for a module without a head.
           The last entry holds the logits of the whole network.
+
+        Raises:
+          UserError: the data set has examples of another shape or dtype.
         """
+        example = self.spec.task.example
+        if (inputs.shape[1:], inputs.dtype) != (example.shape, example.dtype):
+            raise UserError(
+                f"logits: got {inputs.dtype} inputs of shape {inputs.shape}, but the network was "
+                f"trained on {example.dtype} examples of shape {('B', *example.shape)}"
+            )
         incoming: Any = inputs
         results = []
         for k, variables in enumerate(self.variables):

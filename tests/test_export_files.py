@@ -4,6 +4,7 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 from runs import small_config
 
@@ -80,3 +81,20 @@ def test_full_disk_keeps_the_older_export(workdir, tmp_path, monkeypatch):
     assert min(calls) > 100
     assert names(folder) == FILES
     assert [(folder / name).read_text() for name in FILES] == [f"older {name}" for name in FILES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "got float32 inputs"),
+        (np.zeros((2, 8, 8, 1), np.uint8), r"got uint8 inputs of shape \(2, 8, 8, 1\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"of shape \(8, 8, 3\)"),
+    ],
+    ids=["dtype", "channels", "no batch"],
+)
+def test_examples_that_are_not_as_stored_are_refused(workdir, tmp_path, inputs, message):
+    network = load_exported(export_run(workdir, output=tmp_path / "export"))
+    assert network.logits(np.zeros((2, 8, 8, 3), np.uint8))[-1].shape == (2, 10)
+    with pytest.raises(UserError, match=message):
+        network.logits(inputs)

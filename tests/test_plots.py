@@ -292,6 +292,14 @@ def test_timeline_shows_the_newest_turns():
         "module 1",
         "module 2",
     ]
+    assert axes.get_ylim() == (2.5, -0.5)
+
+
+def test_records_of_turns_do_not_stretch_the_axis_of_epochs():
+    records = make_records(2)
+    turns = {"step": 300, "time": 0.0, "unit": "turns", "turns": [[0, 1.0, 2.0]]}
+    for figure in (accuracy_figure, loss_figure):
+        assert figure([*records, turns]).axes[0].get_xlim() == (0.0, 3.0)
 
 
 def test_module_has_the_same_color_in_every_plot():

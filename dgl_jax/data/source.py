@@ -123,7 +123,7 @@ class StoredOptions(DataSettings):
     """Options of data sets that are read from a directory.
 
     Attributes:
-      dir: the directory; empty: the project's cache.
+      dir: the directory; empty: the project's cache (`folder` needs a directory).
     """
 
     dir: str = option("", free=True)

@@ -92,7 +92,8 @@ def curve_axes(
       rows: number of rows that `value_table` will have, which decides the height.
     """
     figure, axes = new_axes(title, subtitle, max(4.4, 0.24 * rows + 1.6))
-    positions = [epoch_or_step(record) for record in records]
+    # Records of turns, which no curve shows, have a step and no epoch.
+    positions = [epoch_or_step(record) for record in records if "turns" not in record]
     left, right = min(positions, default=0.0), max(positions, default=1.0)
     axes.set_xlim(min(left, 0.0) if right > 0 else -0.5, right or 0.5)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=right >= 4, steps=[1, 2, 5, 10]))

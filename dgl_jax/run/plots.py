@@ -193,7 +193,7 @@ def timeline_figure(
             spans, (k - 0.38, 0.76), facecolors=[colors[name]], edgecolor="white", linewidth=0.6
         )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)  # module 0 on top; a row without bars has its place too
     axes.set_xlim(min(turn[1] for turn in turns), max(turn[2] for turn in turns))
     axes.set_xlabel(f"{unit} up to step {newest['step']:,}", fontsize=11)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
