@@ -14,6 +14,7 @@ from dgl_jax.replay import Ring
 from dgl_jax.run.build import choose_cuts, make_blocks, make_spec
 from dgl_jax.run.restore import load_trained
 from dgl_jax.spec import TrainSpec
+from dgl_jax.train import train_and_evaluate
 
 # Fields of the small run; tests of the command line pass them as flags.
 FIELDS: dict[str, Any] = {
@@ -107,3 +108,9 @@ def same_run(one: Path, other: Path) -> bool:
     """Returns True if two runs ended with the same bits and wrote the same metrics."""
     pairs = list(zip(arrays(one), arrays(other), strict=True))
     return all(np.array_equal(a, b) for a, b in pairs) and records(one) == records(other)
+
+
+def evaluated_run(path: Path) -> Path:
+    """Trains a short run with checkpoints 6 and 8, both of them evaluated, and returns its path."""
+    train_and_evaluate(small_config(train__steps=8, checkpoint__every=2, eval__every=6), path)
+    return path

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from runs import records, small_config
+from runs import evaluated_run, records, small_config
 
 from dgl_jax import train
 from dgl_jax.errors import UserError
@@ -21,10 +21,7 @@ from dgl_jax.train import train_and_evaluate
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Returns the workdir of a short run with checkpoints 6 and 8, both of them evaluated."""
-    path = tmp_path_factory.mktemp("run")
-    train_and_evaluate(small_config(train__steps=8, checkpoint__every=2, eval__every=6), path)
-    return path
+    return evaluated_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array
 
 from dgl_jax.ops import recomputed
 
@@ -45,35 +44,22 @@ def apply_layer(
     return result, new_stats, updated.get("intermediates", {})
 
 
-def apply_block(
-    block: nn.Module,
-    params: PyTree,
-    stats: PyTree,
-    x: Array,
-    train: bool,
-    key: jax.Array | None,
-    collect: bool,
-) -> tuple[Any, PyTree, PyTree]:
-    """Applies a block; see `apply_layer`."""
-    return apply_layer(block, params, stats, (x,), train, key, collect)
-
-
 def apply_recomputed(
     ops: str,
-    block: nn.Module,
+    layer: nn.Module,
     params: PyTree,
     stats: PyTree,
-    x: Array,
+    arguments: tuple[Any, ...],
     train: bool,
     key: jax.Array | None,
     collect: bool,
 ) -> tuple[Any, PyTree, PyTree]:
-    """Applies a block whose backward pass computes its intermediate values again."""
+    """Calls `apply_layer` so that the backward pass computes intermediate values again."""
 
-    def function(params: PyTree, x: Array, others: Any) -> tuple[Any, PyTree]:
+    def function(params: PyTree, arguments: Any, others: Any) -> tuple[Any, PyTree]:
         stats, key = others
-        result, new_stats, sown = apply_layer(block, params, stats, (x,), train, key, collect)
+        result, new_stats, sown = apply_layer(layer, params, stats, arguments, train, key, collect)
         return (result, sown), new_stats  # gradients flow from the first part only
 
-    (result, sown), new_stats = recomputed(function, ops=ops)(params, x, (stats, key))
+    (result, sown), new_stats = recomputed(function, ops=ops)(params, arguments, (stats, key))
     return result, new_stats, sown

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
-from dgl_jax.core.apply import apply_block, apply_layer, apply_recomputed
+from dgl_jax.core.apply import apply_layer, apply_recomputed
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 
@@ -194,7 +194,7 @@ class LocalModule:
           The activations, [B, ...]; the new batch_stats of the body (unchanged if not `train`); and
           {"intermediates": sown values by block} if the objective reads them, otherwise {}.
         """
-        apply = partial(apply_recomputed, self.ops) if self.remat and train else apply_block
+        apply = partial(apply_recomputed, self.ops) if self.remat and train else apply_layer
         x, stats, intermediates = inputs, {}, {}
         if self.adapter is not None:
             key = None if rng is None else rngs.adapter(rng)
@@ -208,7 +208,7 @@ class LocalModule:
             key = None if rng is None else rngs.block(rng, number)
             block_params, block_stats = params["body"][name], batch_stats["body"][name]
             x, stats[name], intermediates[name] = apply(
-                block, block_params, block_stats, x, train, key, self.collects
+                block, block_params, block_stats, (x,), train, key, self.collects
             )
         return x, stats, {"intermediates": intermediates} if self.collects else {}
 

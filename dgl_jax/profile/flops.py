@@ -176,10 +176,10 @@ def block_flops(network: Blocks) -> BlockCosts:
 def forward_flops(
     layer: nn.Module, shape: tuple[int, ...], dtype: Any
 ) -> tuple[float, jax.ShapeDtypeStruct]:
-    """Counts the operations of a block's forward pass, or of an objective's prediction.
+    """Counts the operations of the forward pass of a block or head.
 
     Args:
-      layer: a block, head or objective.
+      layer: a Flax module called as `layer(x, train)`.
       shape: shape of the inputs, [B, ...].
       dtype: dtype of the inputs.
 
@@ -187,15 +187,8 @@ def forward_flops(
       The number of operations, and shape and dtype of the result.
     """
     x = jax.ShapeDtypeStruct(shape, dtype)
-    predicts = isinstance(layer, Objective)
-    arguments: tuple[Any, ...] = (x, {}) if predicts else (x,)
-    method: dict[str, Any] = {"method": "predict"} if predicts else {}
-    variables = jax.eval_shape(
-        lambda: layer.lazy_init(rngs.root(0), *arguments, train=False, **method)
-    )
-    operations, out = count(
-        lambda v, *inputs: layer.apply(v, *inputs, train=False, **method), variables, *arguments
-    )
+    variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), x, train=False))
+    operations, out = count(lambda v, x: layer.apply(v, x, train=False), variables, x)
     return operations, jax.ShapeDtypeStruct(out.shape, out.dtype)
 
 

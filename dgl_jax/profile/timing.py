@@ -213,8 +213,10 @@ def _compile_alone(
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
     context = network.context(x.shape[0])
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
-    extra: Any = forward_flops(layer, x.shape, x.dtype)[1]
-    if module.objective is not None:
+    extra: Any
+    if module.objective is None:
+        _, extra = forward_flops(layer, x.shape, x.dtype)
+    else:
         extra = {name: context[name] for name in module.objective.needs}
 
     def program(state: ModuleState, inputs: Array, extra: Any) -> tuple[Any, ...]:
