@@ -41,6 +41,9 @@ class Turn(NamedTuple):
 
 Tick = tuple[Turn, ...]
 
+# Consecutive ticks with equal turns, which a single dispatch may run.
+Group = tuple[Tick, ...]
+
 
 def never() -> bool:
     """Returns False: the default `stop` callback, which never ends a run early."""
@@ -106,6 +109,49 @@ def aligned(
             f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}"
         )
     return (pipelined if overlap else fused)(len(counts), counts[0], until, stop)
+
+
+def grouped(
+    schedule: Callable[[Callable[[], bool]], Iterator[Tick]],
+    size_at: Callable[[int], int],
+    stop: Callable[[], bool] = never,
+) -> Iterator[Group]:
+    """Yields the ticks of a schedule in groups.
+
+    The groups depend only on the ticks and on `size_at`, so that a run which was stopped and
+    resumed forms the same ones as an uninterrupted run: a group that has begun is completed before
+    the schedule can stop.
+
+    Args:
+      schedule: `schedule(stop)` returns the ticks.
+      size_at: `size_at(batch)` returns the number of ticks that a group may have whose first tick
+        enters the batch. A group with fewer ticks is not formed: its ticks are yielded one by one.
+      stop: polled between groups; no new batch enters after it returns true.
+    """
+    collected: list[Tick] = []
+
+    def turns(tick: Tick) -> list[tuple[int, str]]:
+        return [(turn.module, turn.kind) for turn in tick]
+
+    size = 1
+    for tick in schedule(lambda: not collected and stop()):
+        if collected and turns(tick) != turns(collected[0]):
+            yield from ((single,) for single in collected)
+            collected.clear()
+        if not collected:
+            first = entering(tick)
+            size = 1 if first is None else size_at(first.batch)
+        collected.append(tick)
+        if len(collected) == size:
+            group = tuple(collected)
+            collected.clear()
+            yield group
+    yield from ((single,) for single in collected)
+
+
+def entering(tick: Tick) -> Turn | None:
+    """Returns the turn of a tick that reads a batch from the source; None if there is none."""
+    return next((turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None)
 
 
 def in_order(modules: int) -> Callable[[int], int]:

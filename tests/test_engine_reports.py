@@ -4,7 +4,7 @@ import jax
 import pytest
 from test_engines import ONE_EACH, STEPS
 
-from dgl_jax.engines import EngineState
+from dgl_jax.engines import EngineState, synchronous
 from dgl_jax.engines.base import counts
 from dgl_jax.run import metrics
 from dgl_jax.run.metrics import Window
@@ -104,3 +104,40 @@ def test_host_runs_ahead_by_ticks_in_flight(tiny, monkeypatch):
     tiny.run(run, 5)
     assert run.ticks_in_flight == 2
     assert events == ["dispatch"] * 3 + ["wait", "dispatch"] * 2 + ["wait"] * 3
+
+
+@pytest.mark.parametrize("name", ["fused", "pipeline"])
+def test_host_time_is_the_time_of_dispatching_alone(tiny, monkeypatch, name):
+    run = tiny.new_engine(name, ONE_EACH[3] if name == "pipeline" else (), tiny.spec())
+    state = tiny.place(run, tiny.init(run.spec))
+    now, block = [0.0], jax.block_until_ready
+    monkeypatch.setattr(synchronous.time, "perf_counter", lambda: now[0])
+
+    def wait(tree):
+        now[0] += 100.0
+        return block(tree)
+
+    def slow(program):
+        def call(*arguments):
+            now[0] += 2.0
+            return program(*arguments)
+
+        return call
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    programs = run.programs if name == "pipeline" else run.steps
+    monkeypatch.setattr(type(programs), "__missing__", watched(type(programs).__missing__, slow))
+    for report in run.run(state, tiny.source, STEPS):
+        report.snapshot = None
+    assert now[0] > 100.0
+    assert run.host_seconds == 2.0 * STEPS * (3 if name == "pipeline" else 1)
+
+
+def watched(missing, wrap):
+    """Returns a replacement of `Programs.__missing__` whose programs are wrapped."""
+
+    def make(self, turn):
+        program = self[turn] = wrap(missing(self, turn))
+        return program
+
+    return make

@@ -53,7 +53,9 @@ LEVELS = {
     "methods": (("base",), ("dgl", "backprop")),
     "engines": (
         ("placement", "flight"),
+        ("feed",),
         ("base",),
+        ("dispatches",),
         ("program", "synchronous"),
         ("fused", "pipeline", "asynchronous"),
         ("simulated", "worker"),

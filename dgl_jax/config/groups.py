@@ -40,6 +40,9 @@ class DataSettings(Group):
       mean: mean of each channel, of images scaled to [0, 1]; empty: the published values, if there
         are any, otherwise computed from the training images.
       std: standard deviation of each channel, likewise.
+      on_device: "auto" keeps a data set that lies in arrays on an accelerator if it takes at most a
+        quarter of the memory that is free there; "on" always keeps it on the devices of the first
+        module, "off" never.
     """
 
     name: str = kind_of(registry.DATA_SETS, "digits")
@@ -50,6 +53,7 @@ class DataSettings(Group):
     image_size: int = number(0, 0, 4096, applies=_IMAGES)
     mean: tuple[float, ...] = option((), _IMAGES)
     std: tuple[float, ...] = option((), _IMAGES)
+    on_device: str = choice("auto", "on", "off", free=True)
 
     def check(self, settings: "Settings") -> None:
         """Raises UserError if mean and std differ in length, or a std is not above 0."""

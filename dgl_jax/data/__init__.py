@@ -11,6 +11,7 @@ from dgl_jax.data.source import (
     Shard,
     Source,
     StoredOptions,
+    StoredSource,
 )
 from dgl_jax.data.streaming import RecordSet, RecordSource
 from dgl_jax.errors import UserError
@@ -30,6 +31,7 @@ __all__ = [
     "Shard",
     "Source",
     "StoredOptions",
+    "StoredSource",
     "make_source",
     "register_data_set",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from dgl_jax.data.source import DataSet, Examples, OrderedSource, Shard, check_channels, padded
-from dgl_jax.types import Batch
+from dgl_jax.types import PADDING, Batch
 
 
 class ArraySource(OrderedSource):
@@ -52,8 +52,7 @@ class ArraySource(OrderedSource):
 
     def batch(self, step: int, shard: Shard = Shard()) -> Batch:
         """Returns one training batch, see `Source.batch`; the caller may overwrite its arrays."""
-        ids = self._order.training(int(step))
-        return _gather(self._stored["train"], ids[shard.slice(self._order.batch_size)], step)
+        return _gather(self._stored["train"], self.ids(step, shard), step)
 
     def batches(self, start: int, shard: Shard = Shard()) -> Iterator[Batch]:
         """Yields training batches, see `Source.batches`.
@@ -64,6 +63,21 @@ class ArraySource(OrderedSource):
         while True:
             yield self.batch(step, shard)
             step += 1
+
+    def stored(self, split: str) -> Examples:
+        """Returns the stored examples that the ids of a split refer to."""
+        return self._stored[split]
+
+    def ids(self, step: int, shard: Shard = Shard()) -> Int[np.ndarray, " B"]:
+        """Returns the ids of one training batch, see `StoredSource.ids`."""
+        return self._order.training(int(step))[shard.slice(self._order.batch_size)]
+
+    def evaluation_ids(self, split: str, shard: Shard = Shard()) -> Iterator[Int[np.ndarray, " B"]]:
+        """Yields the ids of the batches of a split, see `StoredSource.evaluation_ids`."""
+        part = shard.slice(self._order.batch_size)
+        for ids in self._order.evaluation(split):
+            missing = self._order.batch_size - len(ids)
+            yield np.pad(ids, (0, missing), constant_values=PADDING)[part]
 
     def evaluation(self, split: str, shard: Shard = Shard()) -> Iterator[Batch]:
         """Yields the batches of a split, see `Source.evaluation`; `Batch.step` counts them."""

@@ -177,6 +177,20 @@ class Source(Protocol):
         """
 
 
+@runtime_checkable
+class StoredSource(Source, Protocol):
+    """Source of examples that lie in arrays, from which a batch can be gathered by ids."""
+
+    def stored(self, split: str) -> Examples:
+        """Returns the stored examples that the ids of a split refer to."""
+
+    def ids(self, step: int, shard: Shard = Shard()) -> Int[np.ndarray, " B"]:
+        """Returns the ids of the examples of training batch number `step`."""
+
+    def evaluation_ids(self, split: str, shard: Shard = Shard()) -> Iterator[Int[np.ndarray, " B"]]:
+        """Yields the ids of every batch of `evaluation`, the last one filled up with PADDING."""
+
+
 class Order:
     """Order of the examples of a data set, a function of the seed.
 

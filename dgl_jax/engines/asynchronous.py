@@ -2,7 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,15 +15,16 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
+from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.flight import FrozenRings, Rings, ring_specs
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.placement import Placement, placed_shapes, put
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.errors import UserError
 from dgl_jax.fields import choice, option
 from dgl_jax.methods.base import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Batch, Context, Header, Inbox, Message
+from dgl_jax.types import Context, Header, Inbox, Message
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,15 +35,18 @@ class Asynchronous:
     Attributes:
       unit: unit of the times of turns.
       recover: returns a module's state from the newest checkpoint; see `Engine`.
+      residence: keeps the data set on the devices of the first module, if it fits.
       programs: update program of each module.
       feeds: forward-only program of each module but the last, for modules that have finished.
       state_programs: further programs to compile in advance, called with a module's state alone.
       codebooks: per module, the codebooks on its devices by their version in the ring that it
         reads.
+      dispatch_seconds: seconds that the host has spent starting work of each module.
     """
 
     unit: str
     recover: Callable[[int], ModuleState | None] | None = None
+    residence = Residence("off")
 
     def __init__(
         self,
@@ -59,6 +65,12 @@ class Asynchronous:
         self._steps, self._feeding = tuple(self.programs), tuple(self.feeds)
         self._prepared = False
         self.codebooks: list[dict[int, Any]] = [{} for _ in modules]
+        self.dispatch_seconds = [0.0 for _ in modules]
+
+    @property
+    def host_seconds(self) -> float:
+        """Returns the seconds that the host has spent starting work, all modules together."""
+        return sum(self.dispatch_seconds)
 
     def prepare(self) -> None:
         """Compiles all programs, modules in parallel; later calls do nothing.
@@ -72,7 +84,7 @@ class Asynchronous:
 
         def compile_all(k: int) -> None:
             try:
-                state, mail = opened(_shapes(states[k], self.placement.replicated(k)))
+                state, mail = opened(placed_shapes(states[k], self.placement.replicated(k)))
                 incoming, context = self._entering(k)
                 self._steps[k].lower(state, Inbox(incoming, oldest(mail)), context).compile()
                 if k < len(self._feeding):
@@ -97,16 +109,14 @@ class Asynchronous:
     def _entering(self, k: int) -> tuple[Any, Context]:
         """Returns shapes and shardings of the message and context that module k reads."""
         split, everywhere = self.placement.split(k), self.placement.replicated(k)
-        context: Any = _shapes(self.spec.context(k), split)
         if k == 0:
-            batch = self.spec.batch()
-            return Batch(
-                _shapes(batch.inputs, split), context, _shapes(batch.step, everywhere)
-            ), context
+            batch = self.placement.batch_shapes(self.spec.batch())
+            return batch, batch.context
+        context: Any = placed_shapes(self.spec.context(k), split)
         hop = self.hops[k - 1]
-        codebook = _shapes(hop.codebook, everywhere)
+        codebook = placed_shapes(hop.codebook, everywhere)
         newest = codebook if hop.period and self.spec.decode == "latest" else None
-        return Message(_shapes(hop.payload, split), codebook, newest), context
+        return Message(placed_shapes(hop.payload, split), codebook, newest), context
 
     def init(self) -> EngineState:
         """Returns fresh modules and empty rings."""
@@ -249,9 +259,16 @@ class Turns:
     def __init__(self, engine: Asynchronous, rings: Rings, source: Source, until: int):
         self.rings, self.until = rings, until
         self._engine = engine
-        self._batches = source.batches(rings.batches)
+        self._feed = Feed(source, engine.placement, engine.residence)
         # Counts the batches taken; ahead of `rings.batches` while the first module works on one.
         self._taken = rings.batches
+
+    @contextmanager
+    def _dispatching(self, k: int) -> Iterator[None]:
+        """Adds the duration of a `with` block to the time of starting work of module k."""
+        begin = time.perf_counter()
+        yield
+        self._engine.dispatch_seconds[k] += time.perf_counter() - begin
 
     def finished(self, module: RunningModule) -> bool:
         """Returns True if the module has made all its updates and only feeds the next."""
@@ -265,13 +282,16 @@ class Turns:
           message.
         """
         if k == 0:
-            batch = self._engine.placement.put_batch(next(self._batches), 0)
+            with self._dispatching(k):
+                batch = self._feed.batch(self._taken)
             self._taken += 1
             return Intake(batch, batch.context, self._taken - 1)
         sample = self.rings.sample(k)
         if sample is None:
             return None
-        incoming, context = self._engine.fetch(k, self.rings.ring(k), sample.message, sample.header)
+        ring = self.rings.ring(k)
+        with self._dispatching(k):
+            incoming, context = self._engine.fetch(k, ring, sample.message, sample.header)
         return Intake(incoming, context, sample.header.sequence)
 
     def run(self, module: RunningModule, intake: Intake) -> Outcome:
@@ -284,17 +304,19 @@ class Turns:
         metrics: Metrics | None = None
         below: Message | None = None
         if finished:
-            message = self._engine.feeds[k](state, intake.incoming, intake.context)
+            with self._dispatching(k):
+                message = self._engine.feeds[k](state, intake.incoming, intake.context)
         else:
             # The program donates the state. It stays None until the update is complete, so that
             # nobody copies the state of a module whose step failed.
             module.state = None
             inbox = Inbox(intake.incoming, oldest(module.mail))
-            state, (message, below), metrics = self._engine.programs[k](
-                state, inbox, intake.context
-            )
-            if below is not None:
-                below = put(below, self._engine.placement.message(k - 1))
+            with self._dispatching(k):
+                state, (message, below), metrics = self._engine.programs[k](
+                    state, inbox, intake.context
+                )
+                if below is not None:
+                    below = put(below, self._engine.placement.message(k - 1))
         above = None
         if module.publisher is not None:
             codebook = module.publisher.fresh(
@@ -332,12 +354,6 @@ def flight_of(state: EngineState) -> Rings:
     """Returns the rings of an asynchronous state."""
     assert isinstance(state.flight, Rings), "asynchronous states come from `init` or `resume`"
     return state.flight
-
-
-def _shapes(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
+from dgl_jax.engines.feed import Residence
 from dgl_jax.engines.placement import Placement, assign, check_batch
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
@@ -29,12 +30,16 @@ class EngineInputs:
       devices: the devices the engine may use.
       replay: settings of the replay rings; only asynchronous engines read them.
       total_steps: updates that every module has at the end of training.
+      log_every: steps between two records of the training metrics; 0 if there are none.
+      every: steps between two evaluations, and between two checkpoints; empty if there are none.
     """
 
     spec: TrainSpec
     devices: Sequence[jax.Device]
     replay: ReplaySettings
     total_steps: int
+    log_every: int = 0
+    every: tuple[int, ...] = ()
 
     def checked(self, placement: Placement) -> Placement:
         """Returns `placement`; raises UserError if a device group does not divide the batch."""
@@ -151,7 +156,7 @@ class Report:
       step: the step that the run has reached, which is the number of updates that every module has
         made. It decreases when a module is restarted from a checkpoint.
       at: time at which the update finished, in seconds of a monotonic clock; None if every
-        report is read at once.
+        report is read at once. Updates of one dispatch finish at the same time.
     """
 
     updates: tuple[int, ...]
@@ -167,6 +172,8 @@ class Engine(Protocol):
     Attributes:
       spec: device-independent description of the training run.
       placement: device group of each module.
+      residence: keeps the data set on the devices of the first module, if it fits; set by the
+        caller.
       continuous: true if workers keep training while the caller handles reports. One `run` call
         then spans all of training, and evaluation and checkpoints use snapshots.
       recover: returns a module's state from the newest checkpoint, or None if there is no
@@ -175,6 +182,7 @@ class Engine(Protocol):
 
     spec: TrainSpec
     placement: Placement
+    residence: Residence
     continuous: bool
     recover: Callable[[int], ModuleState | None] | None
 

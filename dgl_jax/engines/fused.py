@@ -1,11 +1,16 @@
 """Engine `fused`: one jitted function runs all turns of a tick on one device group.
 
-It needs the fewest dispatches and serves as the reference for the other engines.
+It needs the fewest dispatches and serves as the reference for the other engines. On accelerators a
+dispatch runs many steps, as a loop inside the jitted function (`engine.steps_per_dispatch`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+from jax import lax
 
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.core.step import Metrics
@@ -18,13 +23,17 @@ from dgl_jax.engines.base import (
     SynchronousOptions,
     counts,
 )
+from dgl_jax.engines.dispatches import Dispatches
+from dgl_jax.engines.feed import Feed, Stored, select
 from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import Programs
-from dgl_jax.engines.synchronous import Synchronous, reader, run_ticks
+from dgl_jax.engines.synchronous import Synchronous, run_ticks
+from dgl_jax.fields import number
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
-from dgl_jax.schedule import Tick, Turn, never
+from dgl_jax.schedule import Group, entering, grouped, never
 from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch
 
 
 @cached_program(64)
@@ -32,51 +41,105 @@ def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
     return jax.jit(spec.method.fused(spec, turns), donate_argnums=0)
 
 
+@cached_program(64)
+def _jitted_loop(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> Any:
+    """Returns the jitted function that repeats a tick for each batch of a stack."""
+    step = spec.method.fused(spec, turns)
+
+    def loop(states: Any, stored: Stored | None, batches: Batch) -> Any:
+        return lax.scan(lambda states, batch: step(states, select(stored, batch)), states, batches)
+
+    return jax.jit(loop, donate_argnums=0)
+
+
+@dataclass(frozen=True)
+class FusedOptions(SynchronousOptions):
+    """Options of the engine `fused`.
+
+    Attributes:
+      steps_per_dispatch: steps that the host starts at once, as a loop on the device; 0: 1 on the
+        CPU, where such loops are slow, and on accelerators as many as take about half a second at
+        most and fit between two log lines.
+    """
+
+    steps_per_dispatch: int = number(0, 0, 1024, free=True)
+
+
 class FusedEngine(Synchronous):
-    """Synchronous engine that runs all turns of a tick as one jitted function."""
+    """Synchronous engine that runs all turns of a tick as one jitted function.
+
+    Attributes:
+      steps: jitted functions of one tick, `(states, batch) -> (states, metrics)`, by the
+        (module, kind) pairs of the turns.
+      loops: jitted functions of many ticks, `(states, stored, batches) -> (states, metrics)`, with
+        a leading axis over the ticks in `batches` and `metrics`.
+    """
 
     def __init__(
-        self, spec: TrainSpec, placement: Placement, ticks_in_flight: int = 2, total_steps: int = 0
+        self,
+        spec: TrainSpec,
+        placement: Placement,
+        ticks_in_flight: int = 2,
+        total_steps: int = 0,
+        dispatches: Dispatches | None = None,
     ):
         self.spec = spec
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        # The keys are the (module, kind) pairs of a tick's turns.
+        self.dispatches = dispatches or Dispatches()
+        self._prepared = False
         self.steps = Programs(lambda turns: _jitted(spec, turns))
+        self.loops = Programs(lambda turns: _jitted_loop(spec, turns))
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
-        states, read = state.modules, reader(source)
+        states, feed = state.modules, self.feed(source)
+        if self.dispatches.steps > 1 and not self._prepared:
+            self._prepare(states, feed)
 
-        def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
+        def dispatch(group: Group) -> Sequence[Metrics]:
             nonlocal states
-            reading_turn = next(
-                (turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None
-            )
-            batch = (
-                None
-                if reading_turn is None
-                else self.placement.put_batch(read(reading_turn.batch), 0)
-            )
-            states, metrics = self.steps[tuple((turn.module, turn.kind) for turn in tick)](
-                states, batch
-            )
-            return list(zip(tick, metrics, strict=True))
+            turns = tuple((turn.module, turn.kind) for turn in group[0])
+            first = entering(group[0])
+            if len(group) > 1:
+                assert first is not None
+                batches = feed.batches(first.batch, len(group))
+                states, metrics = self.loops[turns](states, feed.stored, batches)
+            else:
+                batch = None if first is None else feed.batch(first.batch)
+                states, metrics = self.steps[turns](states, batch)
+            return metrics
 
         updates_before = counts(state)
-        ticks = self.spec.method.schedule(updates_before, until, max(until, self.total_steps), stop)
+        groups = grouped(
+            lambda stop: self.spec.method.schedule(
+                updates_before, until, max(until, self.total_steps), stop
+            ),
+            lambda step: self.dispatches.size(step, until),
+            stop,
+        )
         yield from run_ticks(
-            ticks,
-            dispatch,
-            self.ticks_in_flight,
-            updates_before,
-            lambda flight=True: EngineState(states),
+            self, groups, dispatch, updates_before, lambda flight=True: EngineState(states)
         )
 
+    def _prepare(self, states: Any, feed: Feed) -> None:
+        """Compiles the functions of one and of many updates of all modules, at the same time.
 
-def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
+        Otherwise the second one would be compiled in the middle of the training.
+        """
+        turns = tuple((k, "step") for k in range(len(states)))
+        batch, count = self.placement.batch_shapes(self.spec.batch()), self.dispatches.steps
+        with ThreadPoolExecutor(2) as threads:
+            single = threads.submit(lambda: self.steps[turns].lower(states, batch).compile())
+            stack = feed.shapes(batch, count)
+            self.loops[turns].lower(states, feed.stored, stack).compile()
+            single.result()
+        self._prepared = True
+
+
+def _make(run: EngineInputs, options: FusedOptions) -> FusedEngine:
     """Builds the engine on one group with as many devices as a pipeline with these options uses."""
     modules = len(run.spec.modules)
     count = (
@@ -89,7 +152,8 @@ def _make(run: EngineInputs, options: SynchronousOptions) -> FusedEngine:
         run.checked(one_group(run.devices[:count], modules)),
         options.ticks_in_flight,
         run.total_steps,
+        Dispatches.of(run, options.steps_per_dispatch),
     )
 
 
-ENGINES.ship(fused=EngineKind(_make, SynchronousOptions, family="synchronous"))
+ENGINES.ship(fused=EngineKind(_make, FusedOptions, family="synchronous"))

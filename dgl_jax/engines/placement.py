@@ -58,6 +58,15 @@ class Placement:
         # One call for all arrays: the overhead is per call, not per array.
         return put(batch, Batch(split, split, everywhere))
 
+    def batch_shapes(self, batch: Batch) -> Batch:
+        """Returns shapes, dtypes and shardings of a batch on the devices of module 0."""
+        split, whole = self.split(0), self.replicated(0)
+        return Batch(
+            placed_shapes(batch.inputs, split),
+            placed_shapes(batch.context, split),
+            placed_shapes(batch.step, whole),
+        )
+
     def describe(self) -> str:
         """Returns one line for the log that lists the devices of each module."""
         names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
@@ -65,6 +74,13 @@ class Placement:
         return f"{', '.join(kinds)}: " + "; ".join(
             f"module {k} on {name}" for k, name in enumerate(names)
         )
+
+
+def placed_shapes(tree: Any, sharding: Any) -> Any:
+    """Returns shapes and dtypes of a pytree with a sharding, as arguments of `lower`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
 def put(tree: Any, sharding: Any) -> Any:

@@ -1,7 +1,8 @@
 """Base class of the synchronous engines, and the loops that dispatch their ticks."""
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,20 +11,32 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineState, Report, Snapshot, counts, place_modules
+from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.methods.base import Post
-from dgl_jax.schedule import Tick, Turn
+from dgl_jax.schedule import Group
 from dgl_jax.spec import Traffic, TrainSpec
-from dgl_jax.types import Batch, Message
+from dgl_jax.types import Message
 
 
 class Synchronous:
-    """Base class of synchronous engines: nothing is in flight between two calls of `run`."""
+    """Base class of synchronous engines: nothing is in flight between two calls of `run`.
+
+    Attributes:
+      residence: keeps the data set on the devices of the first module, if it fits.
+      host_seconds: seconds that the host has spent starting work on the devices.
+    """
 
     spec: TrainSpec
     placement: Placement
     continuous = False
     recover: Callable[[int], ModuleState | None] | None = None
+    residence = Residence("off")
+    host_seconds = 0.0
+
+    def feed(self, source: Source) -> Feed:
+        """Returns the supply of batches for the first module."""
+        return Feed(source, self.placement, self.residence)
 
     def traffic(self) -> Traffic:
         """Returns the sizes of the encoded arrays, as if they crossed devices."""
@@ -47,26 +60,29 @@ class Synchronous:
 
 
 def run_ticks(
-    ticks: Iterator[Tick],
-    dispatch: Callable[[Tick], list[tuple[Turn, Metrics]]],
-    in_flight: int,
+    engine: Any,
+    groups: Iterable[Group],
+    dispatch: Callable[[Group], Sequence[Metrics]],
     counts: Sequence[int],
     snapshot: Snapshot,
 ) -> Iterator[Report]:
-    """Dispatches ticks up to `in_flight` ahead of the devices and reports each finished batch.
+    """Dispatches ticks ahead of the devices and reports each finished batch.
 
     A report is yielded once all modules have made their update on its batch and the metrics are
     computed, so reading them never stalls the devices. Only the last report can return a snapshot.
 
     Args:
-      ticks: ticks of the method's schedule.
-      dispatch: starts the turns of a tick and returns their metrics.
-      in_flight: number of unfinished ticks allowed when the next one is dispatched.
+      engine: object with `ticks_in_flight`, the number of unfinished ticks allowed when the next
+        one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
+        groups of several ticks one may be unfinished.
+      groups: ticks of the method's schedule, as groups of one or more ticks with equal turns.
+      dispatch: starts the turns of a group and returns the metrics of each turn of a tick, with a
+        leading axis over the ticks if the group has more than one.
       counts: updates that each module has made before the run. A batch below a module's count does
         not wait for that module and reports no metrics of it.
       snapshot: returns the final state; see `Report`.
     """
-    waiting: deque[list[tuple[Turn, Metrics]]] = deque()
+    waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
     collected: dict[int, dict[int, Metrics]] = {}
     pending: Report | None = None
     furthest = max(counts)
@@ -74,30 +90,39 @@ def run_ticks(
     def expected_metrics(batch: int) -> int:
         return len(counts) if batch >= furthest else sum(count <= batch for count in counts)
 
-    def reports_of(results: list[tuple[Turn, Metrics]]) -> Iterator[Report]:
-        jax.block_until_ready([metrics for _, metrics in results])
-        for turn, metrics in results:
-            if turn.updates():
-                collected.setdefault(turn.batch, {})[turn.module] = metrics
+    def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
+        jax.block_until_ready(metrics)
+        finished_at = time.monotonic()
+        if len(group) > 1:
+            metrics = jax.device_get(metrics)  # slicing on the devices would be a program each
+        for i, tick in enumerate(group):
+            parts = jax.tree.map(lambda x, i=i: x[i], metrics) if len(group) > 1 else metrics
+            for turn, turn_metrics in zip(tick, parts, strict=True):
+                if turn.updates():
+                    collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
         for batch in sorted(
             b for b, batch_metrics in collected.items() if len(batch_metrics) == expected_metrics(b)
         ):
             batch_metrics = collected.pop(batch)
             report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
             yield Report(
-                (batch + 1,) * len(counts), report_metrics, _snapshot_in_flight, step=batch + 1
+                *((batch + 1,) * len(counts), report_metrics, _snapshot_in_flight),
+                step=batch + 1,
+                at=finished_at,
             )
 
     def reports() -> Iterator[Report]:
-        for tick in ticks:
+        for group in groups:
+            begin = time.perf_counter()
             # Guard the dispatch alone: a generator that yields inside `with` would leave the guard
             # on in its caller.
             with jax.transfer_guard("disallow"):
-                waiting.append(dispatch(tick))
-            while len(waiting) > in_flight:
-                yield from reports_of(waiting.popleft())
+                waiting.append((group, dispatch(group)))
+            engine.host_seconds += time.perf_counter() - begin
+            while len(waiting) > (engine.ticks_in_flight if len(group) == 1 else 1):
+                yield from reports_of(*waiting.popleft())
         while waiting:
-            yield from reports_of(waiting.popleft())
+            yield from reports_of(*waiting.popleft())
 
     for report in reports():
         if pending is not None:
@@ -120,8 +145,8 @@ def run_turns(
     """Runs the method's schedule with one program per turn; see `Engine.run`.
 
     Args:
-      engine: object with `spec`, `placement`, `total_steps`, `ticks_in_flight` and `programs` (by
-        module and kind).
+      engine: synchronous engine with `total_steps`, `ticks_in_flight` and `programs` (by module and
+        kind).
       state: state to start from; its arrays are donated.
       source: random-access source of batches.
       until: number of updates per module at which to stop.
@@ -130,47 +155,30 @@ def run_turns(
         has to move.
       overlap: true if modules work at the same time on devices of their own.
     """
-    post, read, updates_before = (
-        Post(engine.spec, state.modules, move),
-        reader(source),
-        counts(state),
-    )
+    post, feed = Post(engine.spec, state.modules, move), engine.feed(source)
+    updates_before = counts(state)
 
-    def batch(number: int) -> Batch:
-        return engine.placement.put_batch(read(number), 0)
-
-    def dispatch(tick: Tick) -> list[tuple[Turn, Metrics]]:
-        results = []
-        for turn in tick:
-            k, number, kind = turn
-            inbox, context = post.read(k, number, kind, batch)
-            post.states[k], sent, metrics = engine.programs[k, kind](post.states[k], inbox, context)
+    def dispatch(group: Group) -> list[Metrics]:
+        metrics = []
+        for k, number, kind in group[0]:
+            inbox, context = post.read(k, number, kind, feed.batch)
+            post.states[k], sent, turn_metrics = engine.programs[k, kind](
+                post.states[k], inbox, context
+            )
             post.send(k, number, context, sent)
-            results.append((turn, metrics))
-        return results
+            metrics.append(turn_metrics)
+        return metrics
 
     ticks = engine.spec.method.schedule(
         updates_before, until, max(until, engine.total_steps), stop, overlap
     )
     yield from run_ticks(
-        ticks,
+        engine,
+        ((tick,) for tick in ticks),
         dispatch,
-        engine.ticks_in_flight,
         updates_before,
         lambda flight=True: EngineState(post.closed()),
     )
-
-
-def reader(source: Source) -> Callable[[int], Batch]:
-    """Returns a function that reads consecutive batches, starting at its first argument."""
-    batches: Iterator[Batch] | None = None
-
-    def read(number: int) -> Batch:
-        nonlocal batches
-        batches = source.batches(number) if batches is None else batches
-        return next(batches)
-
-    return read
 
 
 def _snapshot_in_flight(flight: bool = True) -> EngineState:

@@ -17,12 +17,14 @@ from dgl_jax.data import Source, make_source
 from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
+from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
 from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
 from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES, TASKS
+from dgl_jax.run.due import Due
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import Task, TaskInputs
 
@@ -131,7 +133,8 @@ def make_experiment(
         settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps
     )
     spec = make_spec(settings, info, first_blocks, schedule)
-    engine = make_engine(settings, spec, devices, total_steps)
+    due = Due.of(settings, steps_per_epoch, total_steps)
+    engine = make_engine(settings, spec, devices, total_steps, due)
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
 
 
@@ -302,7 +305,7 @@ def make_spec(
 
 
 def make_engine(
-    settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int
+    settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int, due: Due
 ) -> Engine:
     """Returns the configured engine on the given devices.
 
@@ -315,9 +318,14 @@ def make_engine(
             f"config.engine.name={name}: config.method.name={settings.method.name} runs under "
             f"{' or '.join(engines)}"
         )
-    return ENGINES[name].make(
-        EngineInputs(spec, devices, settings.replay, total_steps), settings.engine
+    inputs = EngineInputs(
+        *(spec, devices, settings.replay, total_steps),
+        log_every=due.log_every,
+        every=(due.evaluate_every, due.save_every),
     )
+    engine: Engine = ENGINES[name].make(inputs, settings.engine)
+    engine.residence = Residence(settings.data.on_device)
+    return engine
 
 
 def remarks(experiment: Experiment) -> list[str]:

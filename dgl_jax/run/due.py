@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dgl_jax.run.build import Experiment
+from dgl_jax.config import Settings
 
 
 class Events(NamedTuple):
@@ -30,14 +30,13 @@ class Due:
     total_steps: int
 
     @classmethod
-    def of(cls, experiment: Experiment) -> "Due":
-        """Returns the schedule of a run; intervals set to 0 become one epoch."""
-        settings, epoch = experiment.settings, experiment.source.steps_per_epoch
+    def of(cls, settings: Settings, epoch: int, total_steps: int) -> "Due":
+        """Returns the schedule of a run; intervals of 0 become `epoch`, the steps per epoch."""
         return cls(
             log_every=settings.log.every or epoch,
             evaluate_every=settings.eval.every or epoch,
             save_every=settings.checkpoint.every or epoch,
-            total_steps=experiment.total_steps,
+            total_steps=total_steps,
         )
 
     def log(self, step: int) -> bool:

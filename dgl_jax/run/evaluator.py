@@ -1,25 +1,27 @@
 """Evaluation of every head, and of the ensemble of all heads, on a split of the data set."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.program_cache import cached_program
-from dgl_jax.data.source import Source
+from dgl_jax.data import Source, StoredSource
 from dgl_jax.engines.base import EngineState
+from dgl_jax.engines.feed import Residence, Stored, chosen, put_selected, put_stacked, select
 from dgl_jax.engines.placement import Placement, put
 from dgl_jax.methods.base import evaluate
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import Task
-from dgl_jax.types import Batch, Context, Message
+from dgl_jax.types import PADDING, Batch, Context, Message
 
 
 class Evaluator:
@@ -29,7 +31,14 @@ class Evaluator:
     on different batches at the same time.
     """
 
-    def __init__(self, spec: TrainSpec, placement: Placement, codec: bool = True):
+    def __init__(
+        self,
+        spec: TrainSpec,
+        placement: Placement,
+        codec: bool = True,
+        residence: Residence | None = None,
+        steps_per_dispatch: int = 1,
+    ):
         """Prepares the jitted programs.
 
         Args:
@@ -37,6 +46,10 @@ class Evaluator:
           placement: devices of the modules.
           codec: True to encode the messages between modules as training does, with the published
             codebooks; False to pass the activations unchanged.
+          residence: keeps the examples on the devices of the first module, if they fit; by default
+            they come from the host.
+          steps_per_dispatch: batches that one dispatch evaluates, if the examples are on the
+            devices and all modules share them.
         """
         if not codec:
             spec = dataclasses.replace(
@@ -47,6 +60,8 @@ class Evaluator:
         self.placement = placement
         self.forward = [_jitted(spec, k) for k in range(len(spec.modules))]
         self.ensemble, self.metrics = _of_task(spec.task)
+        self._residence = residence or Residence("off")
+        self._at_once = steps_per_dispatch if len(set(placement.groups)) == 1 else 1
 
     def answers(
         self, states: Sequence[ModuleState], batch: Batch
@@ -55,7 +70,7 @@ class Evaluator:
 
         Args:
           states: state of each module, on its devices.
-          batch: the batch, in host memory.
+          batch: the batch, in host memory or on the devices of the first module.
 
         Returns:
           The predictions of each head (None for a module without one), the predictions of the
@@ -71,9 +86,7 @@ class Evaluator:
                 incoming = Message(
                     payload, put(books[k - 1], self.placement.replicated(k)), context=context
                 )
-            incoming, predictions = forward(
-                *ema.evaluated(state), books[k], state.extras.get("published", {}), incoming
-            )
+            incoming, predictions = forward(*self._read_by_forward(state), incoming)
             heads.append(predictions)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if head is None else put(head, end) for head in heads]
@@ -91,20 +104,87 @@ class Evaluator:
           `<split>/module_0/accuracy`, `<split>/module_0/loss`, ..., `<split>/ensemble/accuracy`.
           A module without a head has no entries; the dict is empty if the split has no examples.
         """
-        counts = []
+        whole = self.placement.replicated(0)
         with jax.transfer_guard("disallow"):
-            for batch in source.evaluation(split):
-                heads, ensemble, context = self.answers(state.modules, batch)
-                end = self.placement.split(len(heads) - 1)
-                predictions = {
-                    module.name: put(head, end)
-                    for module, head in zip(self.spec.modules, heads)
-                    if head is not None
-                } | {"ensemble": ensemble}
-                counts.append(
-                    {name: self.metrics(p, context["label"]) for name, p in predictions.items()}
-                )
-        return _summarize(read(counts), split)
+            stored = self._residence.stored(source, split, whole)
+            if stored is None:
+                batches = source.evaluation(split)
+            else:
+                assert isinstance(source, StoredSource)
+                ids = source.evaluation_ids(split)
+                batches = (chosen(batch_ids.astype("int32"), i) for i, batch_ids in enumerate(ids))
+            if stored is not None and self._at_once > 1:
+                counts = self._count_in_groups(state.modules, stored, batches)
+            else:
+                selected = (put_selected(batch, stored, self.placement) for batch in batches)
+                counts = read([self._count(state.modules, batch) for batch in selected])
+        return _summarize(counts, split)
+
+    def _read_by_forward(self, state: ModuleState) -> tuple[Any, ...]:
+        """Returns the parts of a module's state that its forward pass reads."""
+        published = state.extras.get("published", {})
+        return *ema.evaluated(state), self.spec.codebook(state), published
+
+    def _count(self, states: Sequence[ModuleState], batch: Batch) -> dict[str, Any]:
+        """Returns the metrics of one batch by module, as (sum, count) on the devices."""
+        heads, ensemble, context = self.answers(states, batch)
+        end = self.placement.split(len(heads) - 1)
+        predictions = {
+            module.name: put(head, end)
+            for module, head in zip(self.spec.modules, heads)
+            if head is not None
+        } | {"ensemble": ensemble}
+        return {name: self.metrics(p, context["label"]) for name, p in predictions.items()}
+
+    def _count_in_groups(
+        self, states: Sequence[ModuleState], stored: Stored, batches: Iterable[Batch]
+    ) -> list[dict[str, Any]]:
+        """Returns the metrics of every batch as host values; a dispatch evaluates many batches."""
+        parts = tuple(map(self._read_by_forward, states))
+        loop, counts, every = _loop(self.spec), [], list(batches)
+        number = len(every)
+        # Batches of padding complete the last group, so that one program serves all; none of their
+        # examples counts.
+        padding = np.full(self.spec.batch_size, PADDING, np.int32)
+        every += [chosen(padding, 0)] * (-number % self._at_once)
+        for first in range(0, len(every), self._at_once):
+            group = put_stacked(every[first : first + self._at_once], self.placement)
+            counts.append(loop(parts, stored, group))
+        on_host = [
+            jax.tree.map(lambda x, i=i: x[i], group)
+            for group in read(counts)
+            for i in range(self._at_once)
+        ]
+        return on_host[:number]
+
+
+@cached_program(32)
+def _loop(spec: TrainSpec) -> Any:
+    """Returns the jitted function that evaluates a stack of batches with all modules."""
+
+    def count(parts: list[Any], stored: Stored, batch: Batch) -> dict[str, Any]:
+        batch = select(stored, batch)
+        answers: list[Any] = []
+        incoming: Any = batch.inputs
+        for k, part in enumerate(parts):
+            if k:
+                payload, context = incoming
+                incoming = Message(payload, parts[k - 1][2], context=context)
+            params, batch_stats, codebook, published = part
+            incoming, answer = _forward(spec, k, params, batch_stats, codebook, published, incoming)
+            answers.append(answer)
+        predictions = {
+            module.name: answer
+            for module, answer in zip(spec.modules, answers)
+            if answer is not None
+        } | {"ensemble": spec.task.ensemble(answers)}
+        label: Any = batch.context["label"]
+        return {name: spec.task.metrics(p, label) for name, p in predictions.items()}
+
+    def loop(parts: Any, stored: Stored, batches: Batch) -> dict[str, Any]:
+        return jax.lax.scan(lambda _, batch: (None, count(parts, stored, batch)), None, batches)[1]
+
+    return jax.jit(loop)
 
 
 @cached_program(256)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from dgl_jax.engines import EngineState, Report
+from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.errors import UserError
 from dgl_jax.run.begin import begin
 from dgl_jax.run.build import Experiment
@@ -52,14 +53,20 @@ def train_loop(
         experiment.total_steps,
     )
     with ExitStack() as stack:
-        evaluator = Evaluator(experiment.spec, engine.placement, settings.eval.codec)
+        evaluator = Evaluator(
+            *(experiment.spec, engine.placement, settings.eval.codec, engine.residence),
+            steps_per_dispatch(engine),
+        )
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep))
         )
         start = begin(experiment, workdir, checkpoints, weights)
         state, step = start.state, start.step
         record = stack.enter_context(recording(experiment, workdir, start))
-        saver, due = Saver(experiment, checkpoints, record, start), Due.of(experiment)
+        saver, due = (
+            Saver(experiment, checkpoints, record, start),
+            Due.of(settings, source.steps_per_epoch, total),
+        )
         copies = Copies(due, saver)
         if getattr(settings.engine, "restart_workers", False):
             engine.recover = saver.recover

@@ -33,12 +33,13 @@ class Throughput:
           batches: number of batches since the previous report.
           at: time at which they were finished, by default now. A continuous engine also trains
             during an evaluation: batches that were finished before the current period started are
-            not counted, because their time is not counted either.
+            not counted, because their time is not counted either. The same holds for batches that
+            were finished together with the very first one.
         """
         now = self.clock() if at is None else at
         if not self._warm:
             self._warm, self._since, self._last = True, now, now
-        elif now >= self._since:
+        elif now > self._since:
             self.images += batches * self.batch_size
             self.seconds += max(0.0, now - self._last)
             self._last = max(now, self._last)

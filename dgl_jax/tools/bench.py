@@ -10,7 +10,8 @@ import jax
 from dgl_jax import system
 from dgl_jax.config import Settings, make_settings
 from dgl_jax.engines import EngineState
-from dgl_jax.engines.placement import put
+from dgl_jax.engines.dispatches import steps_per_dispatch
+from dgl_jax.engines.placement import Placement, put
 from dgl_jax.engines.program import jitted
 from dgl_jax.methods.base import oldest, opened, steps_alone
 from dgl_jax.profile.timing import Elapsed, clocked
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _WARM_UP = 5
+_NEVER = 2**30  # interval in steps
 
 
 def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200) -> dict[str, Any]:
@@ -35,28 +37,33 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
         images_per_second: training throughput.
         tick_milliseconds: time from one batch entering the network to the next.
         module_milliseconds: time of each module's program when it runs alone on its devices.
-        python_milliseconds_per_tick: processor time of the controlling thread, without waiting.
-        peak_memory_bytes: peak of the fullest device, on the CPU of the process; None if unknown.
+        python_milliseconds_per_tick: time that the host spends starting work on the devices, of all
+          threads together; None if the engine does not measure it.
+        steps_per_dispatch: training steps that one dispatch runs.
+        peak_memory_bytes: peak memory by device, "unknown" if JAX does not tell; of the whole
+          process on the CPU, where devices have no memory of their own.
         cpu_threads: threads of XLA's CPU pool; None on an accelerator or if unknown.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
-    # The training must be as long as the measurement: an asynchronous engine waits forever if asked
-    # for updates beyond the end of its training.
     settings = dataclasses.replace(
-        settings, train=dataclasses.replace(settings.train, steps=_WARM_UP + steps)
+        settings,
+        # The training must be as long as the measurement: an asynchronous engine waits forever if
+        # asked for updates beyond the end of its training.
+        train=dataclasses.replace(settings.train, steps=_WARM_UP + steps),
+        # Dispatches of many steps would end at an evaluation or a checkpoint.
+        eval=dataclasses.replace(settings.eval, every=_NEVER),
+        checkpoint=dataclasses.replace(settings.checkpoint, every=_NEVER),
     )
     experiment = make_experiment(settings)
     engine = experiment.engine
-    state = engine.init()
-    for report in engine.run(state, experiment.source, _WARM_UP):
-        take_snapshot = report.snapshot
-    state = take_snapshot()
-    wall, processor = time.perf_counter(), time.thread_time()
-    for report in engine.run(state, experiment.source, _WARM_UP + steps):
-        take_snapshot = report.snapshot
-    wall, processor = time.perf_counter() - wall, time.thread_time() - processor
-    state = take_snapshot()
+    at_once = steps_per_dispatch(engine)
+    warm_up = -(-_WARM_UP // at_once) * at_once
+    state = _trained(experiment, engine.init(), warm_up)
+    begin, host = time.perf_counter(), getattr(engine, "host_seconds", None)
+    state = _trained(experiment, state, warm_up + steps)
     jax.block_until_ready(state.modules)
+    wall = time.perf_counter() - begin
+    host = None if host is None else engine.host_seconds - host  # type: ignore[attr-defined]
     return {
         "method": settings.method.name,
         "engine": settings.engine.name,
@@ -65,8 +72,9 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
         "module_milliseconds": [
             round(1e3 * elapsed.seconds, 3) for elapsed in module_times(experiment, state)
         ],
-        "python_milliseconds_per_tick": round(1e3 * processor / steps, 3),
-        "peak_memory_bytes": _peak_memory(),
+        "python_milliseconds_per_tick": None if host is None else round(1e3 * host / steps, 3),
+        "steps_per_dispatch": at_once,
+        "peak_memory_bytes": _peak_memory(engine.placement),
         "steps": steps,
         "batch_size": settings.data.batch_size,
         "devices": engine.placement.describe(),
@@ -109,6 +117,18 @@ def module_times(
     return times
 
 
-def _peak_memory() -> int | None:
-    peaks = [system.device_memory(device).peak for device in jax.devices()]
-    return max((peak for peak in peaks if peak is not None), default=None)
+def _trained(experiment: Experiment, state: EngineState, until: int) -> EngineState:
+    """Returns the state after training until every module has `until` updates."""
+    *_, report = experiment.engine.run(state, experiment.source, until)
+    return report.snapshot()
+
+
+def _peak_memory(placement: Placement) -> dict[str, int | str]:
+    """Returns the peak memory in bytes by device."""
+    devices = {device for group in placement.groups for device in group.devices.flat}
+    if any(device.platform == "cpu" for device in devices):
+        return {"process": system.process_peak() or "unknown"}
+    return {
+        f"{device.platform}:{device.id}": system.device_memory(device).peak or "unknown"
+        for device in sorted(devices, key=lambda device: device.id)
+    }
