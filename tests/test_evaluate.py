@@ -1,5 +1,7 @@
 """Evaluation against NumPy, without padding, and the file patterns of predicted images."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import eval_step
 from dgl_jax.engines import EngineState
+from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.run import evaluator as evaluation
@@ -202,3 +205,49 @@ def test_pattern_without_an_image_is_an_error(photos, pattern):
 def test_images_keep_the_order_of_the_patterns(photos):
     images = find_images(["photos/sub", "photos/a*.png"])
     assert [path.name for path in images] == ["c.JPG", "a.png", "a1.png", "a[1].png"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_evaluation_compiles_nothing_that_was_compiled_in_advance(tiny, devices, at_once):
+    compiled = []
+
+    def listen(event, duration, **details):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    # New objects, so that no earlier test has compiled the programs of this spec.
+    spec = dataclasses.replace(tiny.spec(), seed=100 + at_once)
+    placement = one_group(devices[:1], 3)
+    states = tuple(module.replace(rng=jax.random.key(0)) for module in tiny.init(spec))
+    placed = place(EngineState(states), placement)
+    evaluator = Evaluator(spec, placement, True, Residence("on"), at_once)
+    evaluator._residence.stored(tiny.source, "validation", placement.replicated(0))
+    Feed(tiny.source, placement, evaluator._residence).batch(0)  # compiles the gathering
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        evaluator.compile(tiny.source)
+        evaluator._compiler.join()
+        in_advance = len(compiled)
+        evaluator.evaluate(placed, tiny.source, "validation")
+        assert in_advance > 0
+        assert len(compiled) == in_advance
+        # Twin: without compiling in advance the same programs are compiled late.
+        other = Evaluator(dataclasses.replace(spec, seed=200 + at_once), placement)
+        other.evaluate(placed, tiny.source, "validation")
+        assert len(compiled) > in_advance
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_closed_evaluator_compiles_no_further_program(tiny, devices):
+    evaluator, compiled = Evaluator(tiny.spec(), one_group(devices[:1], 3)), []
+
+    class Lowered:
+        def compile(self):
+            compiled.append(True)
+            evaluator._closed = True
+
+    evaluator._lowered = lambda source: iter([Lowered()] * 3)
+    evaluator.compile(tiny.source)
+    evaluator.close()
+    assert compiled == [True]

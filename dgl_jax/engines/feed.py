@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped
 from dgl_jax import system
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source, StoredSource
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.placement import Placement, placed_shapes, put
 from dgl_jax.types import PADDING, Batch
 
 _LOG = logging.getLogger(__name__)
@@ -140,28 +140,6 @@ class Feed:
         batches = [self._read(i) for i in range(number, number + count)]
         return put_stacked(batches, self._placement)
 
-    def shapes(self, batch: Batch, count: int) -> Batch:
-        """Returns shapes, dtypes and shardings of the result of `batches`.
-
-        Args:
-          batch: shapes and dtypes of a batch.
-          count: number of batches.
-        """
-        if self.stored is not None:
-            batch = Batch((), {"id": batch.context["id"]}, batch.step)  # type: ignore[arg-type]
-        shardings = _stacked(self._placement)
-        return Batch(
-            *(
-                jax.tree.map(
-                    lambda x, s=sharding: jax.ShapeDtypeStruct(
-                        (count, *x.shape), x.dtype, sharding=s
-                    ),
-                    part,
-                )
-                for part, sharding in zip(batch, shardings)
-            )
-        )
-
     def _read(self, number: int) -> Batch:
         if self.stored is not None:
             assert isinstance(self._source, StoredSource)
@@ -189,6 +167,21 @@ def put_selected(batch: Batch, stored: Stored | None, placement: Placement) -> B
 def put_stacked(batches: list[Batch], placement: Placement) -> Batch:
     """Moves host batches to module 0 with a new leading axis over the batches."""
     return put(jax.tree.map(lambda *arrays: np.stack(arrays), *batches), _stacked(placement))
+
+
+def stacked_shapes(batch: Batch, count: int, placement: Placement, resident: bool) -> Batch:
+    """Returns shapes, dtypes and shardings of a stack of batches.
+
+    Args:
+      batch: shapes and dtypes of a batch.
+      count: number of batches.
+      placement: device group of each module.
+      resident: True if the stack holds ids alone, because the examples are on the devices.
+    """
+    if resident:
+        batch = Batch((), {"id": batch.context["id"]}, batch.step)  # type: ignore[arg-type]
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), batch)
+    return Batch(*map(placed_shapes, stack, _stacked(placement)))
 
 
 def _stacked(placement: Placement) -> Batch:

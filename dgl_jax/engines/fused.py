@@ -24,7 +24,7 @@ from dgl_jax.engines.base import (
     counts,
 )
 from dgl_jax.engines.dispatches import Dispatches
-from dgl_jax.engines.feed import Feed, Stored, select
+from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
 from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import Programs
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
@@ -133,7 +133,8 @@ class FusedEngine(Synchronous):
         batch, count = self.placement.batch_shapes(self.spec.batch()), self.dispatches.steps
         with ThreadPoolExecutor(2) as threads:
             single = threads.submit(lambda: self.steps[turns].lower(states, batch).compile())
-            stack = feed.shapes(batch, count)
+            resident = feed.stored is not None
+            stack = stacked_shapes(batch, count, self.placement, resident)
             self.loops[turns].lower(states, feed.stored, stack).compile()
             single.result()
         self._prepared = True

@@ -1,7 +1,9 @@
 """Evaluation of every head, and of the ensemble of all heads, on a split of the data set."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,16 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source, StoredSource
 from dgl_jax.engines.base import EngineState
-from dgl_jax.engines.feed import Residence, Stored, chosen, put_selected, put_stacked, select
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.feed import (
+    Residence,
+    Stored,
+    chosen,
+    put_selected,
+    put_stacked,
+    select,
+    stacked_shapes,
+)
+from dgl_jax.engines.placement import Placement, placed_shapes, put
 from dgl_jax.methods.base import evaluate
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
@@ -60,6 +70,8 @@ class Evaluator:
         self.placement = placement
         self.forward = [_jitted(spec, k) for k in range(len(spec.modules))]
         self.ensemble, self.metrics = _of_task(spec.task)
+        self._compiler: threading.Thread | None = None
+        self._closed = False
         self._residence = residence or Residence("off")
         self._at_once = steps_per_dispatch if len(set(placement.groups)) == 1 else 1
 
@@ -92,6 +104,63 @@ class Evaluator:
         gathered = [None if head is None else put(head, end) for head in heads]
         return heads, self.ensemble(gathered), put(batch.context, end)
 
+    def compile(self, source: Source) -> None:
+        """Starts to compile the programs of `evaluate` in a thread, for which `evaluate` waits.
+
+        Args:
+          source: source of the examples.
+        """
+        # A daemon thread, so that an error elsewhere does not wait for the compiler.
+        self._compiler = threading.Thread(target=self._compile, args=(source,), daemon=True)
+        self._compiler.start()
+
+    def close(self) -> None:
+        """Stops compiling after the program that is being compiled."""
+        self._closed = True
+        if self._compiler is not None:
+            self._compiler.join()
+
+    def _compile(self, source: Source) -> None:
+        # An error is left to `evaluate`, which compiles again and raises it.
+        with suppress(Exception):
+            for lowered in self._lowered(source):
+                if self._closed:
+                    return
+                lowered.compile()
+
+    def _lowered(self, source: Source) -> Iterator[Any]:
+        """Yields the programs of `evaluate`, lowered for the arguments of the first batch."""
+        parts = [
+            placed_shapes(
+                jax.eval_shape(self._read_by_forward, state), self.placement.replicated(k)
+            )
+            for k, state in enumerate(self.spec.abstract_states())
+        ]
+        batch = self.placement.batch_shapes(self.spec.batch())
+        stored = self._residence.stored(source, "validation", self.placement.replicated(0))
+        if stored is not None and self._at_once > 1:
+            stack = stacked_shapes(batch, self._at_once, self.placement, resident=True)
+            yield _loop(self.spec).lower(tuple(parts), stored, stack)
+            return
+        incoming: Any = batch.inputs
+        answers: list[Any] = []
+        end = self.placement.split(len(parts) - 1)
+        for k, part in enumerate(parts):
+            split = self.placement.split(k)
+            if k:
+                payload, context = placed_shapes(incoming, split)
+                codebook = placed_shapes(parts[k - 1][2], self.placement.replicated(k))
+                incoming = Message(payload, codebook, context=context)
+            lowered = self.forward[k].lower(*part, incoming)
+            incoming, answer = lowered.out_info
+            answers.append(None if answer is None else placed_shapes(answer, end))
+            yield lowered
+        ensemble = self.ensemble.lower(answers)
+        yield ensemble
+        label = placed_shapes(batch.context["label"], end)
+        for answer in {*answers, placed_shapes(ensemble.out_info, end)} - {None}:
+            yield self.metrics.lower(answer, label)
+
     def evaluate(self, state: EngineState, source: Source, split: str) -> dict[str, float]:
         """Returns the metrics of the task on a split; every label counts once.
 
@@ -104,6 +173,8 @@ class Evaluator:
           `<split>/module_0/accuracy`, `<split>/module_0/loss`, ..., `<split>/ensemble/accuracy`.
           A module without a head has no entries; the dict is empty if the split has no examples.
         """
+        if self._compiler is not None:
+            self._compiler.join()
         whole = self.placement.replicated(0)
         with jax.transfer_guard("disallow"):
             stored = self._residence.stored(source, split, whole)

@@ -57,16 +57,15 @@ def train_loop(
             *(experiment.spec, engine.placement, settings.eval.codec, engine.residence),
             steps_per_dispatch(engine),
         )
+        stack.callback(evaluator.close)
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep))
         )
         start = begin(experiment, workdir, checkpoints, weights)
         state, step = start.state, start.step
         record = stack.enter_context(recording(experiment, workdir, start))
-        saver, due = (
-            Saver(experiment, checkpoints, record, start),
-            Due.of(settings, source.steps_per_epoch, total),
-        )
+        saver = Saver(experiment, checkpoints, record, start)
+        due = Due.of(settings, source.steps_per_epoch, total)
         copies = Copies(due, saver)
         if getattr(settings.engine, "restart_workers", False):
             engine.recover = saver.recover
@@ -80,6 +79,7 @@ def train_loop(
         if step < total:
             record.pace(step)  # compiles the learning-rate schedule before anything is timed
             _LOG.info("compiling the training programs before the first step")
+        begun = False
         while step < total:
             # A synchronous engine trains to the next event and drains, so that no message is in
             # flight while the modules are evaluated and saved. A continuous engine trains to the
@@ -90,6 +90,9 @@ def train_loop(
             record.throughput.start()
             with interruptible(engine.run(state, source, until, stop=interruption.came)) as reports:
                 for report in reports:
+                    if not begun:
+                        begun = True
+                        evaluator.compile(source)  # while the devices train
                     # A restarted module falls back to its checkpoint; the step of the run does not.
                     before, step = step, max(step, report.step)
                     record.add(report, step - before)
