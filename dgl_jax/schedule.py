@@ -150,7 +150,7 @@ def grouped(
 
 
 def entering(tick: Tick) -> Turn | None:
-    """Returns the turn of a tick that reads a batch from the source; None if there is none."""
+    """Returns the turn of a tick that takes a batch from the source; None if there is none."""
     return next((turn for turn in tick if turn.module == 0 and turn.kind != "backward"), None)
 
 

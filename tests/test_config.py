@@ -235,11 +235,20 @@ def test_a_resumed_run_may_change_only_free_fields(name):
                 "log.",
                 "engine.group_sizes",
                 "engine.ticks",
+                "engine.steps",
                 "engine.restart",
                 "engine.watchdog",
             )
         )
-        or name in ("plugins", "data.dir", "data.manual_dir", "data.workers", "model.remat")
+        or name
+        in (
+            "plugins",
+            "data.dir",
+            "data.manual_dir",
+            "data.workers",
+            "data.on_device",
+            "model.remat",
+        )
     ) and name != "train.ema"
     if free:
         assert refused == []
@@ -274,17 +283,18 @@ RICH = {
     "engine": {"name": "simulated"},
     "codec": {"name": "vq"},
 }
-NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
+ONLY_FUSED = {"engine.steps_per_dispatch"}
+NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS, *ONLY_FUSED}
 
 
 @pytest.mark.parametrize(
     ("kind", "chosen", "expected"),
     [
         ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
-        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED | ONLY_FUSED),
         ("method.name", "backprop", NOT_SIMULATED | {"model.head"}),
         ("engine.name", "simulated", NOT_SIMULATED),
-        ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight"}),
+        ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight", *ONLY_FUSED}),
         ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
         ("codec.name", "identity", NOT_SIMULATED | OF_VQ | {"codec.dims", "eval.codec"}),
         ("codec.name", "bf16", NOT_SIMULATED | OF_VQ | {"codec.dims"}),

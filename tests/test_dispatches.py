@@ -179,7 +179,7 @@ def test_data_set_stays_on_an_accelerator_if_a_quarter_of_the_free_memory_holds_
 
 def test_streamed_data_come_from_the_host(tiny, devices):
     class Streamed:
-        """Source without `stored`."""
+        """Source that decodes its examples, so that it has no arrays to keep."""
 
         def __init__(self, source):
             self.batch, self.batches = source.batch, source.batches

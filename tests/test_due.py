@@ -29,8 +29,7 @@ def test_events_of_every_step():
 def test_intervals_of_zero_become_one_epoch():
     epoch = SimpleNamespace(every=0)
     settings = SimpleNamespace(log=epoch, eval=SimpleNamespace(every=2), checkpoint=epoch)
-    source = SimpleNamespace(steps_per_epoch=5)
-    due = Due.of(SimpleNamespace(settings=settings, source=source, total_steps=9))
+    due = Due.of(settings, 5, 9)
     assert due == Due(log_every=5, evaluate_every=2, save_every=5, total_steps=9)
 
 
