@@ -350,7 +350,7 @@ def test_files_without_times_are_refused(tmp_path, text):
 def test_known_info_matches_data_sets():
     (name,) = [field for field in dataclasses.fields(DataSettings) if field.name == "name"]
     assert name.metadata["kinds"] is DATA_SETS
-    assert {name for name, kind in DATA_SETS.items() if kind.shape} == set(DATA_SETS) - {"folder"}
+    assert {name for name, kind in DATA_SETS.items() if kind.layout} == set(DATA_SETS) - {"folder"}
     for name in ("digits", "synthetic"):
         settings = small(data__name=name, data__image_size=0).data
         source, known = make_source(settings, 0), known_info(settings)

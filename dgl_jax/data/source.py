@@ -94,6 +94,22 @@ class Layout(NamedTuple):
     label: tuple[int, ...]
     classes: int
 
+    @classmethod
+    def images(cls, side: int, channels: int, classes: int) -> "Layout":
+        """Returns the layout of square uint8 images with one label each.
+
+        Args:
+          side: height and width in pixels; of the stored images, or of the crops used in published
+            work.
+          channels: number of channels.
+          classes: number of classes.
+        """
+        return cls((side, side, channels), "uint8", (), classes)
+
+    def resized(self, side: int) -> "Layout":
+        """Returns the layout of images that are resized to `side` pixels; 0 leaves them."""
+        return self._replace(example=(side, side, self.example[-1])) if side else self
+
 
 @dataclass(frozen=True)
 class DataKind(Kind):
@@ -102,20 +118,17 @@ class DataKind(Kind):
     A `DataSet` lies in memory; the images of a `RecordSet` are decoded as needed.
 
     Attributes:
-      shape: (side in pixels, channels, classes) of images with one label each, if known before the
-        images are read; the side of the stored images, or of the crops used in published work.
+      layout: shapes of the examples, if known before they are read.
       mean: mean of each channel used in published work; empty: computed from the training images.
       std: standard deviation of each channel, likewise.
       photographs: True if the images are photographs of any proportions, of which the network sees
         the center.
-      layout: shapes of examples that are not images, if known before they are read.
     """
 
-    shape: tuple[int, int, int] | None = None
+    layout: Layout | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     photographs: bool = False
-    layout: Layout | None = None
 
 
 @dataclass(frozen=True)

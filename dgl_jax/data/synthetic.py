@@ -3,7 +3,7 @@
 import numpy as np
 
 from dgl_jax.config import DataSettings
-from dgl_jax.data.source import DataKind, DataSet, Examples
+from dgl_jax.data.source import DataKind, DataSet, Examples, Layout
 from dgl_jax.registry import DATA_SETS
 
 _CLASSES = 10
@@ -51,4 +51,4 @@ def _draw(random: np.random.Generator, patterns: np.ndarray, count: int) -> Exam
     return Examples(images, labels)
 
 
-DATA_SETS.ship(synthetic=DataKind(load, shape=(_DEFAULT_SIZE, 3, _CLASSES)))
+DATA_SETS.ship(synthetic=DataKind(load, layout=Layout.images(_DEFAULT_SIZE, 3, _CLASSES)))

@@ -27,7 +27,7 @@ import numpy as np
 from dgl_jax.data import cache
 from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
-from dgl_jax.data.source import DataKind, DataSet, Examples, StoredOptions
+from dgl_jax.data.source import DataKind, DataSet, Examples, Layout, StoredOptions
 from dgl_jax.errors import UserError, require
 from dgl_jax.fields import expand, option
 from dgl_jax.registry import DATA_SETS
@@ -356,11 +356,21 @@ def _quiet() -> Iterator[None]:
 
 
 DATA_SETS.ship(
-    digits=DataKind(partial(load, tfds_name="optical_digits"), StoredOptions, (8, 1, 10)),
+    digits=DataKind(
+        partial(load, tfds_name="optical_digits"), StoredOptions, Layout.images(8, 1, 10)
+    ),
     cifar10=DataKind(
-        load, FetchedOptions, (32, 3, 10), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+        load,
+        FetchedOptions,
+        Layout.images(32, 3, 10),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
     ),
     cifar100=DataKind(
-        load, FetchedOptions, (32, 3, 100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+        load,
+        FetchedOptions,
+        Layout.images(32, 3, 100),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
     ),
 )

@@ -1,7 +1,7 @@
 """Batches on the devices of the first module, from the host or from a copy of the data set there.
 
-A data set that fits stays on the devices in its stored form (images as uint8). A batch then needs only
-the ids of its examples from the host: `select` gathers the examples on the devices.
+A data set that fits stays on the devices in its stored form (images as uint8). A batch then needs
+only the ids of its examples from the host: `select` gathers the examples on the devices.
 """
 
 import logging

@@ -40,20 +40,17 @@ def known_info(settings: DataSettings) -> DatasetInfo:
       UserError: the shapes of this data set are not known in advance.
     """
     kind, name = DATA_SETS[settings.name], settings.name
-    if kind.layout is not None:
-        example, dtype, label, classes = kind.layout
-        names = tuple(map(str, range(classes)))
-        return DatasetInfo(name, names, example, example_dtype=dtype, label_shape=label)
-    if kind.shape is None:
-        known = (other for other, kind in DATA_SETS.items() if kind.shape or kind.layout)
+    if kind.layout is None:
+        known = (other for other, kind in DATA_SETS.items() if kind.layout)
         raise UserError(
             f"config.data.name={name}: its shapes are not known before it is read; use one of "
             f"{', '.join(known)} instead, for images with config.data.image_size"
         )
-    size, channels, classes = kind.shape
-    size = settings.image_size or size
+    example, dtype, label, classes = kind.layout.resized(settings.image_size)
+    channels = example[-1] if len(example) == 3 and dtype == "uint8" else 0
+    mean, std = (0.0,) * channels, (1.0,) * channels
     names = tuple(map(str, range(classes)))
-    return DatasetInfo(name, names, (size, size, channels), (0.0,) * channels, (1.0,) * channels)
+    return DatasetInfo(name, names, example, mean, std, example_dtype=dtype, label_shape=label)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def make_experiment(
         _LOG.info("set but ignored: %s", "; ".join(settings.ignored.values()))
     devices = devices or jax.devices()
     kind = DATA_SETS[settings.data.name]
-    if kind.shape is not None or kind.layout is not None:
+    if kind.layout is not None:
         # Report a task that does not fit the data set before anything is downloaded.
         make_task(settings, known_info(settings.data))
     source = make_source(settings.data, settings.seed)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dgl_jax.config import DataSettings
-from dgl_jax.data import DataKind, DataSet, Examples, register_data_set
+from dgl_jax.data import DataKind, DataSet, Examples, Layout, register_data_set
 
 CLASSES = 8
 
@@ -30,4 +30,4 @@ def load(settings: DataSettings) -> DataSet:
     )
 
 
-register_data_set("stripes", DataKind(load, shape=(8, 1, CLASSES)))
+register_data_set("stripes", DataKind(load, layout=Layout.images(8, 1, CLASSES)))
