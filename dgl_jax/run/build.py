@@ -18,7 +18,15 @@ from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.errors import UserError
-from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
+from dgl_jax.models import (
+    BALANCED,
+    BlockCosts,
+    Network,
+    cuts,
+    make_head,
+    make_network,
+    with_choices,
+)
 from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
@@ -193,6 +201,7 @@ def _objective(
     if not last and not METHODS[settings.method.name].local:
         return None
     head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
+    head = with_choices(head, logits=model.logits, pointwise=model.pointwise)
     inputs = ObjectiveInputs(
         k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing
     )
