@@ -236,6 +236,8 @@ def test_a_resumed_run_may_change_only_free_fields(name):
                 "engine.group_sizes",
                 "engine.ticks",
                 "engine.steps",
+                "engine.barrier",
+                "engine.command",
                 "engine.restart",
                 "engine.watchdog",
             )
@@ -283,7 +285,7 @@ RICH = {
     "engine": {"name": "simulated"},
     "codec": {"name": "vq"},
 }
-ONLY_FUSED = {"engine.steps_per_dispatch"}
+ONLY_FUSED = {f"engine.{name}" for name in ("steps_per_dispatch", "barrier", "command_buffers")}
 NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS, *ONLY_FUSED}
 
 

@@ -9,7 +9,8 @@ import pytest
 from dgl_jax.config import options
 from dgl_jax.data import DataSet, Shard, make_source, synthetic
 from dgl_jax.data.memory import ArraySource, channel_statistics
-from dgl_jax.data.source import Examples, stratified
+from dgl_jax.data.order import stratified
+from dgl_jax.data.source import Examples
 from dgl_jax.errors import UserError
 from dgl_jax.types import PADDING
 

@@ -19,7 +19,7 @@ from dgl_jax.core.step import local_step
 from dgl_jax.models import HEADS, make_head, make_network
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import MLPHead
-from dgl_jax.models.network import with_ops
+from dgl_jax.models.network import with_choices
 from dgl_jax.models.resnet import BasicBlock, Bottleneck, Stem
 from dgl_jax.objectives import Classifier
 from dgl_jax.ops import (
@@ -59,7 +59,7 @@ CASES = [
 
 def module(name, ops, remat=False):
     *blocks, head = (
-        with_ops(part, ops) for part in (*BODIES[name], MLPHead(CLASSES, convs=1, hidden=1))
+        with_choices(part, ops=ops) for part in (*BODIES[name], MLPHead(CLASSES, convs=1, hidden=1))
     )
     return LocalModule("module_0", 0, tuple(blocks), Classifier(head), remat, ops)
 
@@ -320,7 +320,7 @@ def test_jitted_function_of_a_block_is_traced_for_each_formulation():
     )
     x = jnp.ones(SHAPE)
     variables = ConvBlock(4).init(jax.random.key(0), x, True)
-    programs = [trace.lower(with_ops(ConvBlock(4), ops), variables, x) for ops in OPS]
+    programs = [trace.lower(with_choices(ConvBlock(4), ops=ops), variables, x) for ops in OPS]
     convolutions = [program.as_text().count("stablehlo.convolution") for program in programs]
     assert convolutions == [0, 1]  # `auto` uses a matrix product here
 
@@ -338,20 +338,20 @@ class Several(nn.Module):
         return x
 
 
-def test_with_ops_sets_the_layers_in_fields_of_user_blocks():
+def test_with_choices_sets_the_layers_in_fields_of_user_blocks():
     several = Several((ConvBlock(4), ConvBlock(4)))
-    changed = with_ops(several, "xla")
+    changed = with_choices(several, ops="xla")
     assert changed == Several((ConvBlock(4, ops="xla"), ConvBlock(4, ops="xla")))
     assert changed.ops == 3
-    assert with_ops(several, "auto") == several
-    assert with_ops(ConvBlock(4, ops="xla"), "auto").ops == "xla"  # the user's choice stays
+    assert with_choices(several, ops="auto") == several
+    assert with_choices(ConvBlock(4, ops="xla"), ops="auto").ops == "xla"  # the user's choice stays
 
 
 def test_unknown_ops_are_refused():
     x = jnp.ones(SHAPE)
     for function in (
         lambda: max_pool_2x2(x, ops="XLA"),
-        lambda: with_ops(ConvBlock(4), "cpu"),
+        lambda: with_choices(ConvBlock(4), ops="cpu"),
         lambda: CONVOLVE(x, x, ops=""),
     ):
         with pytest.raises(ValueError, match="must be one of auto, xla"):

@@ -12,7 +12,7 @@ from token_runs import LENGTH, SYMBOLS, config, experiment
 
 from dgl_jax.config import make_settings
 from dgl_jax.data import ArraySource, DataSet, Examples
-from dgl_jax.data.source import stratified
+from dgl_jax.data.order import stratified
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import classification, cross_entropy
 from dgl_jax.registry import DATA_SETS, TASKS

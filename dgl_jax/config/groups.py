@@ -93,6 +93,10 @@ class ModelSettings(Group):
       remat: True recomputes each block in the backward pass instead of storing its intermediates.
       ops: "auto" uses the fastest implementation on each platform; "xla" uses only XLA's own, which
         support all derivatives.
+      logits: dtype in which the last layer of every head is computed: "float32" or that of the
+        "model"; the loss is computed in float32 in any case.
+      pointwise: how heads compute their 1x1 convolutions: "conv" as convolutions, "dot" as matrix
+        products.
     """
 
     name: str = kind_of(registry.NETWORKS, "cnn4")
@@ -106,6 +110,8 @@ class ModelSettings(Group):
     dtype: str = choice("float32", "bfloat16")
     remat: bool = option(False, free=True)
     ops: str = choice("auto", "xla")
+    logits: str = choice("float32", "model")
+    pointwise: str = choice("conv", "dot")
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,15 @@ class OptimizerSettings(Group):
       name: optimizer.
       learning_rate: learning rate before the schedule scales it.
       weight_decay: factor of the parameters that is added to their gradients.
+      flat: True joins all parameters of a module to one vector for the update, which then takes few
+        kernels on a GPU. Not free to change on resume, because it decides the shapes of the
+        optimizer's state.
     """
 
     name: str = kind_of(registry.OPTIMIZERS, "sgd")
     learning_rate: float = number(0.1, 0.0, 1e30, exclusive=True)
     weight_decay: float = number(5e-4, 0.0, 1e6)
+    flat: bool = option(False, applies={"optimizer.elementwise": (True,)})
 
 
 @dataclass(frozen=True)

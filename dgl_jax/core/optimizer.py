@@ -4,7 +4,9 @@ All modules share one optimizer; each has its own optimizer state and counts its
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -21,7 +23,13 @@ class OptimizerKind(Kind):
 
     `make(options, schedule)` returns an `optax.GradientTransformation`. Weight decay is not its
     task: `make_optimizer` adds it to the gradient first.
+
+    Attributes:
+      elementwise: the update of a value depends on no other values of its array, so that the
+        parameters of a module may be joined to one vector (`config.optimizer.flat`).
     """
+
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,21 @@ def make_optimizer(
         if options.weight_decay
         else optax.identity()
     )
-    return optax.chain(decay, OPTIMIZERS[options.name].make(options, schedule))
+    optimizer = optax.chain(decay, OPTIMIZERS[options.name].make(options, schedule))
+    return _flattened(optimizer) if options.flat else optimizer
+
+
+def _flattened(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Joins all arrays to one vector with `optax.flatten`, which cannot join none at all."""
+    flat = optax.flatten(optimizer)
+
+    def chosen(tree: Any) -> optax.GradientTransformation:
+        return flat if jax.tree.leaves(tree) else optimizer
+
+    return optax.GradientTransformation(
+        lambda params: chosen(params).init(params),
+        lambda updates, state, params=None: chosen(updates).update(updates, state, params),
+    )
 
 
 def _constant(
@@ -164,7 +186,7 @@ SCHEDULES.ship(
     cosine=ScheduleKind(_cosine, whole=True),
 )
 OPTIMIZERS.ship(
-    sgd=OptimizerKind(_sgd, SgdOptions),
-    adam=OptimizerKind(lambda options, schedule: optax.adam(schedule)),
+    sgd=OptimizerKind(_sgd, SgdOptions, elementwise=True),
+    adam=OptimizerKind(lambda options, schedule: optax.adam(schedule), elementwise=True),
 )
 register_schedule, register_optimizer = SCHEDULES.register, OPTIMIZERS.register

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dgl_jax.data.source import stratified
+from dgl_jax.data.order import stratified
 
 _TEST_EXAMPLES = 359  # a fifth
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dgl_jax.data.source import DataSet, Examples, OrderedSource, Shard, check_channels, padded
+from dgl_jax.data.order import OrderedSource
+from dgl_jax.data.source import DataSet, Examples, Shard, check_channels, padded
 from dgl_jax.types import PADDING, Batch
 
 

@@ -16,7 +16,8 @@ from dgl_jax import system
 from dgl_jax.core import rngs
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, center_crop, random_crop
-from dgl_jax.data.source import DataKind, Layout, OrderedSource, Shard, check_channels, padded
+from dgl_jax.data.order import OrderedSource
+from dgl_jax.data.source import DataKind, Layout, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError, require
 from dgl_jax.fields import number

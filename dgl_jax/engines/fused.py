@@ -26,30 +26,14 @@ from dgl_jax.engines.base import (
 from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
 from dgl_jax.engines.placement import Placement, assign, one_group
-from dgl_jax.engines.program import Programs
+from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
-from dgl_jax.fields import number
+from dgl_jax.fields import number, option
 from dgl_jax.methods.base import TrainStep
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Group, entering, grouped, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch
-
-
-@cached_program(64)
-def _jitted(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> TrainStep:
-    return jax.jit(spec.method.fused(spec, turns), donate_argnums=0)
-
-
-@cached_program(64)
-def _jitted_loop(spec: TrainSpec, turns: tuple[tuple[int, str], ...]) -> Any:
-    """Returns the jitted function that repeats a tick for each batch of a stack."""
-    step = spec.method.fused(spec, turns)
-
-    def loop(states: Any, stored: Stored | None, batches: Batch) -> Any:
-        return lax.scan(lambda states, batch: step(states, select(stored, batch)), states, batches)
-
-    return jax.jit(loop, donate_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -60,9 +44,55 @@ class FusedOptions(SynchronousOptions):
       steps_per_dispatch: steps that the host starts at once, as a loop on the device; 0: 1 on the
         CPU, where such loops are slow, and on accelerators as many as take about half a second at
         most and fit between two log lines.
+      barrier: True compiles each module as it would be alone, so that the results equal those of
+        `pipeline` bit for bit; False lets XLA join operations of different modules.
+      command_buffers: True records the step, with its convolutions and control flow, as CUDA
+        graphs; no effect on other platforms. XLA cannot capture every convolution: if the first
+        step fails, turn it off.
     """
 
     steps_per_dispatch: int = number(0, 0, 1024, free=True)
+    barrier: bool = option(True, free=True)
+    command_buffers: bool = option(False, free=True)
+
+
+@dataclass(frozen=True)
+class StepCompiler:
+    """Choices in compiling the functions of one tick and of many ticks.
+
+    Attributes:
+      barrier: see `FusedOptions`.
+      options: compiler options of `jax.jit`.
+    """
+
+    barrier: bool = True
+    options: CompilerOptions = ()
+
+    def jit(self, function: Callable[..., Any]) -> Any:
+        """Returns the jitted function, which donates its first argument."""
+        options = dict(self.options) or None
+        return jax.jit(function, donate_argnums=0, compiler_options=options)
+
+
+@cached_program(64)
+def _jitted(
+    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler
+) -> TrainStep:
+    step: TrainStep = compiler.jit(spec.method.fused(spec, turns, compiler.barrier))
+    return step
+
+
+@cached_program(64)
+def _jitted_loop(
+    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler
+) -> Any:
+    """Returns the jitted function that repeats a tick for each batch of a stack."""
+    step = spec.method.fused(spec, turns, compiler.barrier)
+
+    def loop(states: Any, stored: Stored | None, batches: Batch) -> Any:
+        return lax.scan(lambda states, batch: step(states, select(stored, batch)), states, batches)
+
+    return compiler.jit(loop)
 
 
 class FusedEngine(Synchronous):
@@ -82,14 +112,15 @@ class FusedEngine(Synchronous):
         ticks_in_flight: int = 2,
         total_steps: int = 0,
         dispatches: Dispatches | None = None,
+        compiler: StepCompiler | None = None,
     ):
         self.spec = spec
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.dispatches = dispatches or Dispatches()
+        self.dispatches, compiler = dispatches or Dispatches(), compiler or StepCompiler()
         self._prepared = False
-        self.steps = Programs(lambda turns: _jitted(spec, turns))
-        self.loops = Programs(lambda turns: _jitted_loop(spec, turns))
+        self.steps = Programs(lambda turns: _jitted(spec, turns, compiler))
+        self.loops = Programs(lambda turns: _jitted_loop(spec, turns, compiler))
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
@@ -154,6 +185,9 @@ def _make(run: EngineInputs, options: FusedOptions) -> FusedEngine:
         options.ticks_in_flight,
         run.total_steps,
         Dispatches.of(run, options.steps_per_dispatch),
+        StepCompiler(
+            options.barrier, command_buffers(run.devices[0]) if options.command_buffers else ()
+        ),
     )
 
 

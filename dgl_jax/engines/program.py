@@ -1,14 +1,36 @@
 """Jitted programs of modules, cached so that equal programs are compiled once."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.engines.placement import Placement
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Outbox
+
+_LOG = logging.getLogger(__name__)
+
+# Commands that XLA records into CUDA graphs. Its default lacks the last three, and each of them
+# would end one graph and begin another. Collectives are left out.
+COMMANDS = (
+    "FUSION",
+    "CUBLAS",
+    "CUBLASLT",
+    "CUDNN",
+    "CUSTOM_CALL",
+    "DYNAMIC_SLICE_FUSION",
+    "CONVOLUTION",
+    "CONDITIONAL",
+    "WHILE",
+)
+GRAPH_PLATFORMS = ("gpu", "cuda")
+
+CompilerOptions = tuple[tuple[str, str | int], ...]
 
 
 class Programs(dict[Any, Any]):
@@ -21,6 +43,43 @@ class Programs(dict[Any, Any]):
     def __missing__(self, turn: Any) -> Any:
         program = self[turn] = self._make(turn)
         return program
+
+
+def command_buffers(device: jax.Device) -> CompilerOptions:
+    """Returns the compiler options that record a whole program into as few CUDA graphs as possible.
+
+    Versions of XLA differ in the commands that they can record. Those unknown to the installed one
+    are left out; if a small program does not run with the options, there are none, with a log line.
+    """
+    if device.platform not in GRAPH_PLATFORMS:
+        _LOG.info(
+            "config.engine.command_buffers: has no effect on %s, only on GPUs", device.platform
+        )
+        return ()
+    commands = list(COMMANDS)
+    while True:
+        options: CompilerOptions = (
+            ("xla_gpu_enable_command_buffer", ",".join(commands)),
+            ("xla_gpu_graph_min_graph_size", 1),
+        )
+        try:
+            x = jax.device_put(jnp.ones((2, 8, 8, 8)), device)
+            jax.block_until_ready(jax.jit(_trial, compiler_options=dict(options))(x))
+            return options
+        except jax.errors.JaxRuntimeError as error:
+            refused = next((name for name in commands if f"'{name}'" in str(error)), None)
+            if refused is None:
+                reason = str(error).partition("\n")[0]
+                _LOG.warning("config.engine.command_buffers: compiling without them: %s", reason)
+                return ()
+            _LOG.info("config.engine.command_buffers: this XLA cannot record %s", refused)
+            commands.remove(refused)
+
+
+def _trial(x: jax.Array) -> jax.Array:
+    """Convolves, multiplies and adds, so that the first capture of each can fail here."""
+    y = lax.conv_general_dilated(x, x, (1, 1), "SAME", dimension_numbers=("NHWC", "OHWI", "NHWC"))
+    return y.sum((1, 2)).T @ y.sum((1, 2)) + 1
 
 
 @cached_program(256)

@@ -37,8 +37,13 @@ class Backprop:
         """Yields one batch per tick."""
         return schedule.aligned(counts, until, stop, overlap=False)
 
-    def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """Returns the function that updates all modules on the loss of the last one."""
+    def fused(
+        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
+    ) -> TrainStep:
+        """Returns the function that updates all modules on the loss of the last one.
+
+        It has no turns for a `barrier` to separate.
+        """
         modules = spec.modules
 
         def loss_function(params, batch_stats, inputs, context, keys):

@@ -171,8 +171,14 @@ class Method(Protocol):
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
         """Returns the program of a turn of module k, ready for `jax.jit` (donate the state)."""
 
-    def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-        """Returns one function for all turns (module, kind) of a tick; usually `composed`."""
+    def fused(
+        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
+    ) -> TrainStep:
+        """Returns one function for all turns (module, kind) of a tick; usually `composed`.
+
+        Args:
+          barrier: if False, XLA may optimize across turns, which changes results by rounding.
+        """
 
     def feed(
         self, spec: TrainSpec, k: int, train: bool
@@ -306,8 +312,9 @@ class Post:
         return tuple(map(closed, self.states, self._mails))
 
 
-def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
-    """Composes the turns of a tick, in order, into one pure function."""
+def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True) -> TrainStep:
+    """Composes the turns of a tick, in order, into one pure function; see `Method.fused`."""
+    separate = jax.lax.optimization_barrier if barrier else lambda results: results
     programs = [spec.method.program(spec, *turn) for turn in turns]
 
     def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
@@ -318,9 +325,7 @@ def composed(spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
             # agree bit for bit. One exception: the CPU compiler removes barriers before its last
             # fusion pass, and then rounds `int8` in front of a layer norm differently (by 1e-7).
             # Keeping the barrier until the end (xla_disable_hlo_passes) costs a sixth of the speed.
-            post.states[k], sent, turn_metrics = jax.lax.optimization_barrier(
-                program(post.states[k], inbox, context)
-            )
+            post.states[k], sent, turn_metrics = separate(program(post.states[k], inbox, context))
             post.send(k, 0, context, sent)
             metrics.append(turn_metrics)
         return post.closed(), tuple(metrics)

@@ -137,9 +137,11 @@ class Dgl:
         program.__name__ = module.name
         return program
 
-    def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
+    def fused(
+        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
+    ) -> TrainStep:
         """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns)
+        return composed(spec, turns, barrier)
 
     def feed(
         self, spec: TrainSpec, k: int, train: bool

@@ -13,7 +13,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.models.adapters import Adapter, AdapterKind
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HeadKind, make_head
-from dgl_jax.models.network import Network, with_ops
+from dgl_jax.models.network import Network, with_choices
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.vgg import vgg_bn
@@ -36,6 +36,7 @@ __all__ = [
     "register_adapter",
     "register_head",
     "register_network",
+    "with_choices",
 ]
 
 
@@ -124,7 +125,8 @@ def make_network(
     if not NETWORKS.is_shipped(name):
         _check_user_network(name, network)
     network = Network(
-        tuple(with_ops(block, ops) for block in network.blocks), with_ops(network.classifier, ops)
+        tuple(with_choices(block, ops=ops) for block in network.blocks),
+        with_choices(network.classifier, ops=ops),
     )
     step = 2**network.halvings
     if len(input_shape) != 3:

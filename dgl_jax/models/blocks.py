@@ -53,6 +53,8 @@ class Conv(nn.Module):
         as PyTorch does, see `uniform_fan_in`.
       dtype: dtype of the arithmetic.
       ops: see `dgl_jax.ops`.
+      pointwise: "dot" computes a 1x1 convolution with stride 1 as a matrix product, which a GPU
+        fuses with other operations, unlike a call of its convolution library.
     """
 
     features: int
@@ -62,6 +64,7 @@ class Conv(nn.Module):
     kernel_init: Initializer | None = None
     dtype: DTypeLike = "float32"
     ops: str = "auto"
+    pointwise: str = "conv"
 
     @nn.compact
     def __call__(
@@ -79,10 +82,13 @@ class Conv(nn.Module):
         bias_init = nn.initializers.zeros if self.kernel_init else default
         bias = self.param("bias", bias_init, (self.features,), jnp.float32) if self.bias else None
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        edges, strides = (self.kernel // 2,) * 2, (self.stride,) * 2
-        y = conv_general_dilated(
-            x, kernel, strides, (edges, edges), dimension_numbers=_AXES, ops=self.ops
-        )
+        if self.pointwise == "dot" and self.kernel == self.stride == 1:
+            y = x @ kernel[0, 0]
+        else:
+            edges, strides = (self.kernel // 2,) * 2, (self.stride,) * 2
+            y = conv_general_dilated(
+                x, kernel, strides, (edges, edges), dimension_numbers=_AXES, ops=self.ops
+            )
         return y if bias is None or not add_bias else y + bias.astype(y.dtype)
 
 
@@ -98,6 +104,7 @@ def conv_norm(
     kernel_init: Initializer | None = None,
     dtype: DTypeLike,
     ops: str,
+    pointwise: str = "conv",
 ) -> Float[Array, "B h w F"]:
     """Applies a convolution, batch norm and, if `relu`, a ReLU.
 
@@ -112,11 +119,12 @@ def conv_norm(
       kernel_init: see `Conv`.
       dtype: see `Conv`.
       ops: see `dgl_jax.ops`.
+      pointwise: see `Conv`.
 
     Returns:
       Maps of height H / stride and width W / stride, rounded up.
     """
-    conv = Conv(features, kernel, stride, bias, kernel_init, dtype, ops)
+    conv = Conv(features, kernel, stride, bias, kernel_init, dtype, ops, pointwise)
     y = conv(x, add_bias=False)
     # In training the bias cancels in batch norm, so adding it would waste a pass over the maps.
     return BatchNorm(dtype, ops)(y, train, relu=relu, offset=conv.get_variable("params", "bias"))
@@ -135,6 +143,26 @@ def linear(
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init or default, bias_init=bias_init)(
         x
     )
+
+
+def linear_logits(
+    x: Float[Array, "B C"],
+    classes: int,
+    dtype: DTypeLike,
+    logits: str,
+    kernel_init: Initializer | None = None,
+) -> Float[Array, "B classes"]:
+    """Applies the last layer of a head and returns float32, whatever it computes in.
+
+    Args:
+      x: features.
+      classes: number of classes.
+      dtype: dtype of the head's other layers.
+      logits: computes in "float32", or in `dtype` if it is "model".
+      kernel_init: see `Conv`.
+    """
+    dtype = dtype if logits == "model" else "float32"
+    return linear(x, classes, kernel_init=kernel_init, dtype=dtype).astype("float32")
 
 
 class ConvBlock(nn.Module):

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax.errors import UserError
-from dgl_jax.models.blocks import conv_norm, linear
-from dgl_jax.models.network import with_ops
+from dgl_jax.models.blocks import conv_norm, linear, linear_logits
+from dgl_jax.models.network import with_choices
 from dgl_jax.ops import BatchNorm, adaptive_avg_pool
 from dgl_jax.registry import HEADS, Kind
 
@@ -35,6 +35,15 @@ class MLPHead(nn.Module):
 
     For tokens, the `convs` layers apply to each token separately, the only average is over all
     tokens, and the hidden layers map C to C features.
+
+    Attributes:
+      num_classes: number of classes.
+      convs: number of 1x1 convolutions.
+      hidden: number of hidden linear layers.
+      dtype: dtype of the arithmetic.
+      ops: see `dgl_jax.ops`.
+      logits: the last layer computes in "float32", or in the dtype of the "model".
+      pointwise: see `Conv`.
     """
 
     num_classes: int
@@ -42,6 +51,8 @@ class MLPHead(nn.Module):
     hidden: int = 3
     dtype: DTypeLike = "float32"
     ops: str = "auto"
+    logits: str = "float32"
+    pointwise: str = "conv"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
@@ -58,6 +69,7 @@ class MLPHead(nn.Module):
                 bias=False,
                 dtype=self.dtype,
                 ops=self.ops,
+                pointwise=self.pointwise,
             )
         x = _flatten(
             adaptive_avg_pool(x, (1, 1), ops=self.ops) if tokens else _pool_2x2(x, self.ops)
@@ -65,7 +77,7 @@ class MLPHead(nn.Module):
         for _ in range(self.hidden):
             x = linear(x, x.shape[-1], dtype=self.dtype)
             x = BatchNorm(self.dtype, self.ops)(x, train, relu=True)
-        return linear(x, self.num_classes, dtype="float32")
+        return linear_logits(x, self.num_classes, self.dtype, self.logits)
 
 
 class CNNHead(nn.Module):
@@ -78,6 +90,7 @@ class CNNHead(nn.Module):
     num_classes: int
     dtype: DTypeLike = "float32"
     ops: str = "auto"
+    logits: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
@@ -91,7 +104,7 @@ class CNNHead(nn.Module):
                 x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype, ops=self.ops
             )
         x = BatchNorm(self.dtype, self.ops)(_pool_2x2(x, self.ops), train)
-        return linear(_flatten(x), self.num_classes, dtype="float32")
+        return linear_logits(_flatten(x), self.num_classes, self.dtype, self.logits)
 
 
 class LinearHead(nn.Module):
@@ -100,13 +113,13 @@ class LinearHead(nn.Module):
     num_classes: int
     dtype: DTypeLike = "float32"
     ops: str = "auto"
+    logits: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"], train: bool) -> Float[Array, "B classes"]:
         x, _ = _as_map(x)
-        return linear(
-            adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0], self.num_classes, dtype="float32"
-        )
+        x = adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0]
+        return linear_logits(x, self.num_classes, self.dtype, self.logits)
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def make_head(
       A linen module called as `head(x, train)` with maps [B, H, W, C] or tokens [B, T, C], which
       returns logits [B, num_classes].
     """
-    return with_ops(HEADS[name].make(num_classes, dtype=dtype), ops)
+    return with_choices(HEADS[name].make(num_classes, dtype=dtype), ops=ops)
 
 
 def _as_map(x: Array) -> tuple[Array, bool]:

@@ -31,32 +31,40 @@ class Network:
         return sum(getattr(part, "pool", False) is True for part in (*self.blocks, self.classifier))
 
 
-def with_ops(part: _Part, ops: str) -> _Part:
-    """Returns a linen module that uses the given formulation of the operations.
+# Fields of linen modules that the configuration group `model` sets, with their values; the first
+# value of each is the default.
+CHOICES = {"ops": OPS, "logits": ("float32", "model"), "pointwise": ("conv", "dot")}
+
+
+def with_choices(part: _Part, **choices: str) -> _Part:
+    """Returns a linen module that uses the given formulations of its layers.
 
     Args:
-      part: a linen module. Sets its field `ops`, if it has one, and the same field of modules that
-        its other fields hold, directly or in tuples or lists. Layers that a module creates inside
-        its methods are not reached: pass `self.ops` to them there.
-      ops: see `dgl_jax.ops`; `auto` changes nothing.
+      part: a linen module. Sets its fields of these names, if it has them, and the same fields of
+        modules that its other fields hold, directly or in tuples or lists. Layers that a module
+        creates inside its methods are not reached: pass `self.ops` to them there.
+      **choices: values by name of the field: `ops`, see `dgl_jax.ops`; `logits` and `pointwise`,
+        see `MLPHead`. Their defaults change nothing.
 
     Raises:
-      ValueError: `ops` is unknown.
+      ValueError: a value is unknown.
     """
-    if ops not in OPS:
-        raise ValueError(f"ops={ops!r}: must be one of {', '.join(OPS)}")
-    return part if ops == "auto" else _replaced(part, ops)
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
+    changed = {name: value for name, value in choices.items() if value != CHOICES[name][0]}
+    return _replaced(part, changed) if changed else part
 
 
-def _replaced(part: _Part, ops: str) -> _Part:
+def _replaced(part: _Part, choices: dict[str, str]) -> _Part:
     if type(part) in (tuple, list):
-        return type(part)(_replaced(each, ops) for each in part)  # type: ignore[call-arg, attr-defined]
+        return type(part)(_replaced(each, choices) for each in part)  # type: ignore[call-arg, attr-defined]
     if not isinstance(part, nn.Module):
         return part
     names = [
         f.name for f in dataclasses.fields(part) if f.init and f.name not in ("parent", "name")
     ]
-    fields = {name: _replaced(getattr(part, name), ops) for name in names}
-    if fields.get("ops") in OPS:  # a user's field `ops` may mean something else
-        fields["ops"] = ops
-    return part.clone(**fields)
+    fields = {name: _replaced(getattr(part, name), choices) for name in names}
+    # A user's field of the same name may mean something else.
+    known = {n: value for n, value in choices.items() if fields.get(n) in CHOICES[n]}
+    return part.clone(**fields | known)

@@ -5,7 +5,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear
+from dgl_jax.models.blocks import KAIMING_FAN_OUT, ConvBlock, linear, linear_logits
 from dgl_jax.models.network import Network
 from dgl_jax.ops import max_pool_2x2
 
@@ -25,6 +25,7 @@ class VGGClassifier(nn.Module):
     hidden: int
     dtype: DTypeLike = "float32"
     ops: str = "auto"
+    logits: str = "float32"
 
     pool = True  # for Network.halvings
 
@@ -34,7 +35,7 @@ class VGGClassifier(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for _ in range(2):
             x = nn.relu(linear(x, self.hidden, kernel_init=_NORMAL, dtype=self.dtype))
-        return linear(x, self.num_classes, kernel_init=_NORMAL, dtype="float32")
+        return linear_logits(x, self.num_classes, self.dtype, self.logits, kernel_init=_NORMAL)
 
 
 def vgg_bn(depth: int, width: int, num_classes: int, dtype: DTypeLike) -> Network:

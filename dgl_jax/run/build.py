@@ -19,7 +19,15 @@ from dgl_jax.engines import Engine
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
-from dgl_jax.models import BALANCED, BlockCosts, Network, cuts, make_head, make_network
+from dgl_jax.models import (
+    BALANCED,
+    BlockCosts,
+    Network,
+    cuts,
+    make_head,
+    make_network,
+    with_choices,
+)
 from dgl_jax.objectives import Objective, ObjectiveInputs
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
@@ -193,6 +201,7 @@ def _objective(
     if not last and not METHODS[settings.method.name].local:
         return None
     head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
+    head = with_choices(head, logits=model.logits, pointwise=model.pointwise)
     inputs = ObjectiveInputs(
         k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing
     )
@@ -302,9 +311,20 @@ def make_spec(
 
 
 def make_engine(
-    settings: Settings, spec: TrainSpec, devices: Sequence[jax.Device], total_steps: int, due: Due
+    settings: Settings,
+    spec: TrainSpec,
+    devices: Sequence[jax.Device],
+    total_steps: int,
+    due: Due | None = None,
 ) -> Engine:
-    """Returns the configured engine on the given devices.
+    """Returns the configured engine.
+
+    Args:
+      settings: configuration of the run.
+      spec: description of the training.
+      devices: devices that the engine may use.
+      total_steps: number of updates that every module has at the end.
+      due: steps at which the run logs, evaluates and saves; by default only at the end.
 
     Raises:
       UserError: the engine does not support the method, or the devices do not fit the modules.
@@ -317,8 +337,8 @@ def make_engine(
         )
     inputs = EngineInputs(
         *(spec, devices, settings.replay, total_steps),
-        log_every=due.log_every,
-        every=(due.evaluate_every, due.save_every),
+        log_every=due.log_every if due else 0,
+        every=(due.evaluate_every, due.save_every) if due else (),
     )
     engine: Engine = ENGINES[name].make(inputs, settings.engine)
     engine.residence = Residence(settings.data.on_device)

@@ -107,9 +107,11 @@ class Replayed:
         program.__name__ = f"{module.name}_{kind}"
         return program
 
-    def fused(self, spec: TrainSpec, turns: Sequence[tuple[int, str]]) -> TrainStep:
+    def fused(
+        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
+    ) -> TrainStep:
         """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns)
+        return composed(spec, turns, barrier)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the stored inputs, the number of batches seen, and the gradient in flight."""
