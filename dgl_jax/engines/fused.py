@@ -44,8 +44,8 @@ class FusedOptions(SynchronousOptions):
       steps_per_dispatch: steps that the host starts at once, as a loop on the device; 0: 1 on the
         CPU, where such loops are slow, and on accelerators as many as take about half a second at
         most and fit between two log lines.
-      barrier: True compiles each module as it would be alone, so that the results equal those of
-        `pipeline` bit for bit; False lets XLA join operations of different modules.
+      barrier: True compiles each module as if it were alone, so that `fused` and `pipeline` agree
+        bit for bit on the CPU; False lets XLA join operations of different modules.
       command_buffers: True records the step, with its convolutions and control flow, as CUDA
         graphs; no effect on other platforms. XLA cannot capture every convolution: if the first
         step fails, turn it off.
