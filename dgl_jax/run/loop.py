@@ -10,6 +10,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.run.begin import begin
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.compiling import Compiling
 from dgl_jax.run.copies import Copies
 from dgl_jax.run.due import Due, Events
 from dgl_jax.run.evaluator import Evaluator
@@ -52,6 +53,7 @@ def train_loop(
         experiment.total_steps,
     )
     with ExitStack() as stack:
+        compiling = stack.enter_context(closing(Compiling()))
         evaluator = Evaluator(experiment.spec, engine.placement, settings.eval.codec)
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir / "checkpoints", settings.checkpoint.keep))
@@ -83,6 +85,7 @@ def train_loop(
             record.throughput.start()
             with interruptible(engine.run(state, source, until, stop=interruption.came)) as reports:
                 for report in reports:
+                    compiling.log_first_step()
                     # A restarted module falls back to its checkpoint; the step of the run does not.
                     before, step = step, max(step, report.step)
                     record.add(report, step - before)
