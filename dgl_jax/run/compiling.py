@@ -16,7 +16,7 @@ from dgl_jax import system
 
 _LOG = logging.getLogger(__name__)
 _LIMIT = 2 * 2**30  # bytes of stored programs
-_SECONDS = 0.05  # programs that compile faster are not stored
+_SECONDS = 0.0  # a run has few small programs, and together they take a second to compile
 _TRACE = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -115,11 +115,11 @@ class Compiling:
             monitoring.unregister_event_time_span_listener(self._add_span)
             monitoring.unregister_event_listener(self._add_event)
 
-    def _add_span(self, event: str, begin: float, end: float, **_: Any) -> None:
+    def _add_span(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
         if event == _COMPILE:
-            self._compiled.append((begin, end))
+            self._compiled.append((start_time, end_time))
         elif event in _TRACE:
-            self._traced.append((begin, end))
+            self._traced.append((start_time, end_time))
 
     def _add_event(self, event: str, **_: Any) -> None:
         self._hits += event == _HIT
