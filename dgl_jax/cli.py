@@ -93,6 +93,14 @@ _CORES = flags.DEFINE_float(
     "plan: processors that the devices share; default: all processors if measured on a CPU.",
 )
 _JSON = flags.DEFINE_boolean("json", False, "plan: print JSON.")
+_CACHE = flags.DEFINE(
+    _Path("compilation_cache"),
+    "compilation_cache",
+    None,
+    "Folder where compiled programs are stored for later runs, or off; by default "
+    "~/.cache/dgl_jax/xla, or what JAX is configured to use.",
+    serializer=flags.ArgumentSerializer(),
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Number of CPU devices to create.", lower_bound=1
 )
@@ -189,7 +197,7 @@ def _train(config: configuration.Settings, folder: str) -> None:
 
 def _start() -> None:
     """Sets up logging and devices; call it after the imports, which install log handlers."""
-    from dgl_jax.run import progress
+    from dgl_jax.run import compiling, progress
 
     progress.log_to_stderr()
     # XLA splits the sums of weight gradients over the threads of its pool, so the number of threads
@@ -205,6 +213,7 @@ def _start() -> None:
         )
         _LOG.warning(text, devices, threads, usual, usual // 2)
     os.environ.setdefault("NPROC", str(threads))
+    compiling.store_programs(_CACHE.value, os.environ["NPROC"])
     if _CPU_DEVICES.value:
         import jax
 

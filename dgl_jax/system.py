@@ -6,6 +6,7 @@ Windows no `resource`. Only this file asks such questions, and its functions nev
 """
 
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -72,6 +73,15 @@ def cpu_threads() -> int | None:
     The number affects the rounding of long sums.
     """
     return _answer(_thread_names, lambda names: names.count("tf_XLAEigen") or None)
+
+
+def processor() -> str:
+    """Returns a text that differs between processors that do not have the same instructions."""
+    text = (_answer(_cpuinfo) or platform.processor()).lower()
+    # The lines of x86 and ARM that describe the model and its extensions, without clock speeds.
+    kinds = ("model", "flags", "features", "cpu family", "cpu implementer", "cpu part")
+    lines = {line for line in text.splitlines() if line.startswith(kinds)}
+    return "\n".join([platform.machine(), *sorted(lines or {text})])
 
 
 def free_memory() -> int | None:
@@ -174,6 +184,11 @@ def _cpu_devices() -> Any:
 
 def _meminfo() -> str:
     with open("/proc/meminfo") as file:
+        return file.read()
+
+
+def _cpuinfo() -> str:
+    with open("/proc/cpuinfo") as file:
         return file.read()
 
 

@@ -11,6 +11,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.run.begin import begin
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.compiling import Compiling
 from dgl_jax.run.copies import Copies
 from dgl_jax.run.due import Due, Events
 from dgl_jax.run.evaluator import Evaluator
@@ -53,6 +54,7 @@ def train_loop(
         experiment.total_steps,
     )
     with ExitStack() as stack:
+        compiling = stack.enter_context(closing(Compiling()))
         evaluator = Evaluator(
             *(experiment.spec, engine.placement, settings.eval.codec, engine.residence),
             steps_per_dispatch(engine),
@@ -79,7 +81,6 @@ def train_loop(
         if step < total:
             record.pace(step)  # compiles the learning-rate schedule before anything is timed
             _LOG.info("compiling the training programs before the first step")
-        begun = False
         while step < total:
             # A synchronous engine trains to the next event and drains, so that no message is in
             # flight while the modules are evaluated and saved. A continuous engine trains to the
@@ -90,8 +91,7 @@ def train_loop(
             record.throughput.start()
             with interruptible(engine.run(state, source, until, stop=interruption.came)) as reports:
                 for report in reports:
-                    if not begun:
-                        begun = True
+                    if compiling.log_first_step():
                         evaluator.compile(source)  # while the devices train
                     # A restarted module falls back to its checkpoint; the step of the run does not.
                     before, step = step, max(step, report.step)
