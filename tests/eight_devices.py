@@ -2,8 +2,8 @@
 
     python tests/eight_devices.py DIRECTORY
 
-Each layout is run as it is and, for the twins, with one mechanism broken. DIRECTORY receives a
-checkpoint.
+Each layout is run as it is and, for the twins, with one mechanism broken. DIRECTORY receives
+checkpoints.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from runs import watch_labels  # noqa: E402
+from runs import small_config, watch_labels  # noqa: E402
 from test_engines import furthest, reference_steps, single_steps, unequal  # noqa: E402
 from tiny import Tiny, host  # noqa: E402
 
@@ -39,6 +39,7 @@ from dgl_jax.engines.placement import assign, one_group, put  # noqa: E402
 from dgl_jax.engines.program import jitted  # noqa: E402
 from dgl_jax.replay import Ring  # noqa: E402
 from dgl_jax.run.checkpoint import Checkpoints  # noqa: E402
+from dgl_jax.train import train_and_evaluate  # noqa: E402
 from dgl_jax.types import Batch, Inbox, Message  # noqa: E402
 
 VQ = options("codec", name="vq", codes=8, dims=2, codebook_every=2)
@@ -308,6 +309,17 @@ def resume(tiny: Tiny, directory: Path) -> dict[str, Any]:
     return result
 
 
+def run_of_threads(directory: Path) -> dict[int, dict[str, Any]]:
+    """Trains with `threads`, and resumes on other groups; returns a summary of both parts."""
+    summaries = {}
+    for steps, groups in ((4, (4, 2)), (8, (2, 4))):
+        fields = {"engine__group_sizes": groups, "train__steps": steps, "replay__size": 3}
+        summary = train_and_evaluate(small_config(engine__name="threads", **fields), directory)
+        lists = {name: [m[name] for m in summary.modules] for name in ("updates", "devices")}
+        summaries[steps] = {**lists, "wire": summary.wire}
+    return summaries
+
+
 def main(directory: Path) -> None:
     tiny = Divisible()
     results: dict[str, Any] = {
@@ -316,7 +328,8 @@ def main(directory: Path) -> None:
     everywhere = FusedEngine(tiny.spec(**FOUR), one_group(jax.devices(), 4))
     results["fused"] = against_one_device(tiny, everywhere, FOUR)
     results["threads"] = run_threads(tiny, *PIPELINES["growing"])
-    results["resume"] = resume(tiny, directory)
+    results["threads run"] = run_of_threads(directory / "threads")
+    results["resume"] = resume(tiny, directory / "checkpoints")
     print(json.dumps(results))
 
 
