@@ -190,20 +190,25 @@ def single_steps(tiny, run, oracle_reports):
     return worst
 
 
+def reference_steps(tiny, **spec):
+    """Runs `fused` on one device; returns (states before, states after, metrics) of each step."""
+    one, steps = tiny.engine("fused", **spec), []
+    before = tiny.init(one.spec)
+    for step in range(3):
+        after, reports = tiny.run(one, step + 1, before)
+        steps.append((before, after, reports))
+        before = after
+    return steps
+
+
 @pytest.fixture(scope="module")
 def oracle(tiny):
-    """Runs `fused` on one device; returns (states before, states after, metrics) of each step."""
-
-    def run(modules, codec="identity"):
-        one, steps = tiny.engine("fused", modules=modules, codec=codec), []
-        before = tiny.init(one.spec)
-        for step in range(3):
-            after, reports = tiny.run(one, step + 1, before)
-            steps.append((before, after, reports))
-            before = after
-        return steps
-
-    return {2: run(2), 3: run(3), "vq": run(2, VQ)}
+    """Returns the steps of `fused` on one device for two and three modules, and with `vq`."""
+    return {
+        2: reference_steps(tiny, modules=2),
+        3: reference_steps(tiny, modules=3),
+        "vq": reference_steps(tiny, modules=2, codec=VQ),
+    }
 
 
 @pytest.mark.slow

@@ -191,3 +191,5 @@ def test_check_batch_refuses_indivisible_batches(devices):
         match=r"batch_size=8: not divisible by the 3 devices of module_1; 9 would do",
     ):
         check_batch(8, sizes)
+    with pytest.raises(UserError, match="3 devices of module_0; 30 would do"):
+        check_batch(16, [3, 5])

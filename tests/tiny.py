@@ -37,7 +37,10 @@ def host(tree: Any) -> Any:
 
 
 class Tiny:
-    """Three convolution blocks on 4x4 images, as specs and engines that are cached by arguments."""
+    """Convolution blocks on 4x4 images, as specs and engines that are cached by arguments.
+
+    There are three blocks, or four if there are four modules.
+    """
 
     batch_size = 8
 
@@ -59,7 +62,7 @@ class Tiny:
         """Returns a spec, the same object for the same arguments.
 
         Args:
-          modules: number of modules, 1 to 3.
+          modules: number of modules, 1 to 4.
           dtype: dtype of the activations.
           codec: name of a codec with its default options, or its settings.
           heads: if False, only the last module has a head and the method is back-propagation.
@@ -87,11 +90,13 @@ class Tiny:
             ConvBlock(4, pool=True, dtype=dtype),
             ConvBlock(6, dtype=dtype),
         ]
+        if modules == 4:
+            blocks.append(ConvBlock(6, dtype=dtype))
         last, example = modules - 1, jax.ShapeDtypeStruct(self.source.example_shape, "uint8")
         return TrainSpec(
             modules=make_modules(
                 blocks,
-                {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[modules],
+                {1: (0,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}[modules],
                 [LinearHead(10, dtype) if heads or k == last else None for k in range(modules)],
             ),
             method=Dgl() if heads else Backprop(),

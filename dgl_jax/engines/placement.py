@@ -1,6 +1,7 @@
 """Device groups of the modules, and the one function that moves arrays between devices."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -264,7 +265,8 @@ def check_batch(batch_size: int, sizes: Sequence[int], micro_batches: int = 1) -
     """
     for k, size in enumerate(sizes):
         if batch_size % size:
-            next_multiple = batch_size + size - batch_size % size
+            multiple = math.lcm(*sizes)
+            next_multiple = batch_size + multiple - batch_size % multiple
             raise UserError(
                 f"config.data.batch_size={batch_size}: not divisible by the {size} devices of "
                 f"module_{k}; {next_multiple} would do, or change config.engine.group_sizes"
