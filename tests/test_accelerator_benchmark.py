@@ -8,10 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks.accelerator import report, run
-from benchmarks.accelerator.rows import SIZES, Row
+from benchmarks.accelerator import peers, report, resuming, run
+from benchmarks.accelerator.common import Repeated, configured, fitting, imagenet_like
+from benchmarks.accelerator.measuring import cnn6
+from benchmarks.accelerator.modes import MODES
+from benchmarks.accelerator.rows import SIZES, Job, Row, Skipped
+from benchmarks.accelerator.switches import SWITCHES
 from dgl_jax import cli
 from dgl_jax.config import make_settings
 from dgl_jax.registry import CODECS, ENGINES, METHODS
@@ -102,13 +108,10 @@ def gone(group):
 
 
 def test_every_row_has_a_figure_or_a_reason_whatever_other_rows_do(fakes):
-    minutes = "--minutes=0.2"
-    begin = time.monotonic()
-    done = subprocess.run(
-        command(fakes, minutes), capture_output=True, text=True, check=True, cwd=fakes.parent
-    )
-    taken, result = time.monotonic() - begin, written(fakes)
-    assert taken < 60 * 0.2 + 20  # a row that sleeps for ten minutes was stopped
+    # A row sleeps for ten minutes, so that the command must stop it.
+    flags = {"capture_output": True, "text": True, "check": True, "timeout": 300}
+    done = subprocess.run(command(fakes, "--minutes=0.2"), **flags, cwd=fakes.parent)
+    result = written(fakes)
     assert result["finished"]
     assert result["card"] == "fake card"
     assert result["versions"].keys() >= {"python", "jax", "torch"}
@@ -190,18 +193,99 @@ def test_rows_have_names_of_their_own_and_cover_every_kind(size):
 
 
 def test_every_mode_has_a_function():
-    from benchmarks.accelerator.modes import MODES
-
     assert set(MODES) == set(cli._MODES)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_settings_of_the_timed_runs_are_valid(size):
-    from benchmarks.accelerator.common import configured
-    from benchmarks.accelerator.measuring import cnn6
-
     fields = cnn6(SIZES[size], 8, engine__name="threads", replay__size=4)
     assert configured(fields) == make_settings(configured(fields).to_dict())
+
+
+def job(tmp_path, **changed):
+    defaults = {"platform": "cpu", "results": {}, "deadline": time.monotonic() + 600}
+    return Job(SIZES["smoke"], tmp_path, "", **defaults | changed)
+
+
+def row(group, name):
+    (found,) = (r for r in run.shipped(group)("smoke") if r.name == name)
+    return found
+
+
+def test_a_switch_without_a_field_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.accelerator.switches.field_names", lambda: ["data.name"])
+    for name, value in SWITCHES:
+        with pytest.raises(Skipped, match="no such field"):
+            row("d", f"dgl, batch 4: {name}={value}").measure(job(tmp_path))
+
+
+def test_a_flag_is_only_tried_while_undisturbed_runs_differ(tmp_path):
+    one, two, three = (f"two undisturbed runs, {flag}" for flag in resuming.FLAGS)
+    agree, differ = {"equal": True}, {"equal": False}
+    for results, name, reason in (
+        ({"two undisturbed runs": agree}, one, "agree without it"),
+        ({"two undisturbed runs": differ, one: agree}, two, f"agree with {resuming.FLAGS[0]}"),
+        ({one: differ, two: agree}, three, f"agree with {resuming.FLAGS[1]}"),
+        ({"two undisturbed runs": agree}, "interrupted and resumed, with the flag", "without a"),
+        ({one: differ}, "interrupted and resumed, with the flag", "no flag is known"),
+    ):
+        with pytest.raises(Skipped, match=reason):
+            row("b", name).measure(job(tmp_path, results=results))
+
+
+def test_a_batch_is_halved_until_it_fits():
+    tried = []
+
+    def attempt(batch):
+        tried.append(batch)
+        if batch > 16:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return {"batch_size": batch}
+
+    assert fitting(128, attempt) == {"batch_size": 16}
+    assert tried == [128, 64, 32, 16]
+    with pytest.raises(RuntimeError, match="another"):
+        fitting(128, lambda batch: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(MemoryError):  # it never fits
+        fitting(8, lambda batch: (_ for _ in ()).throw(MemoryError("out of memory")))
+
+
+def test_noise_has_the_shapes_of_the_run():
+    fields = {"model.name": "resnet20", "model.width": 2, "model.modules": 2, "data.batch_size": 4}
+    experiment = imagenet_like(fields, 16)
+    assert isinstance(experiment.source, Repeated)
+    batches = experiment.source.batches(3)
+    first, second = next(batches), next(batches)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (first.inputs, first.context))
+    expected = experiment.spec.batch()
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), (expected.inputs, expected.context))
+    assert (int(first.step), int(second.step)) == (3, 4)
+    assert np.array_equal(first.inputs, second.inputs)
+    assert first.context["label"].max() < 1000
+
+
+def test_rows_of_pytorch_say_why_they_are_left_out(tmp_path, monkeypatch):
+    name = "cnn6, batch 4: DGL, PyTorch CUDA graphs"
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Skipped, match="PyTorch is not installed"):
+        row("c", name).measure(job(tmp_path))
+    monkeypatch.undo()
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Skipped, match="CUDA graphs need a CUDA device"):
+        row("c", name).measure(job(tmp_path))
+    with pytest.raises(Skipped, match="finds no device besides the CPU"):
+        row("c", name).measure(job(tmp_path, platform="gpu"))
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet50", 25_557_032), ("resnet152", 60_192_808)])
+def test_residual_networks_in_pytorch_have_the_published_number_of_parameters(name, count):
+    torch = pytest.importorskip("torch")
+    from benchmarks.accelerator.torch_resnet import resnet
+
+    with torch.device("meta"):
+        network = resnet(name, 64, 1000)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
 def test_derived_figures_equal_those_computed_by_hand():
