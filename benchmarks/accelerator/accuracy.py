@@ -22,7 +22,7 @@ RUNS: Mapping[str, Fields] = {
     "asynchronous": {"engine.name": "threads", "replay.size": 10},
     "vq at 32x": {"engine.name": "pipeline", "codec.name": "vq", "codec.dims": 8},
 }
-_SLOWEST = 0.15  # images per second of the slowest run, over those of `fused` alone
+_SLOWEST = 0.15  # images per second of the slowest run, over the rate of `fused` alone
 _GUESS = {"full": 25_000.0, "small": 3_000.0, "smoke": 1_000.0}  # images/s, if not measured
 _START = 60.0  # seconds for imports and compilation
 _END = 10.0  # seconds for the test at the end

@@ -40,7 +40,7 @@ def compare(job: Job, fields: Fields, baseline: Fields) -> Figures:
       baseline: fields of the baseline; if they are equal, the baseline is measured alone.
 
     Returns:
-      Figures with `over_baseline`, the images per second over those of the baseline.
+      Figures with `over_baseline`, the images per second over the baseline's.
     """
     experiment = make_experiment(configured(fields))  # first of all, as it may raise UserError
     key = tuple(baseline.items())

@@ -1,4 +1,4 @@
-"""Rows of the benchmark, their sizes, and what a row's function knows. Imports nothing heavy."""
+"""Rows of the benchmark and their sizes; imports the standard library only."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ SIZES = {
 
 @dataclass
 class Job:
-    """What the function of a row knows.
+    """Arguments of the function that measures a row.
 
     Attributes:
       size: sizes to measure at.
@@ -95,7 +95,7 @@ class Row:
       measure: computes the figures of the row in a process of the benchmark.
       cost: estimated seconds on an accelerator, with compilation.
       process: rows with the same name here, one after the other, share a process.
-      rank: rows of rank 0 run first, in the order of the groups, then those of rank 1, and so on.
+      rank: rows of rank 0 run first, in the order of the groups, then rows of rank 1, and so on.
       host: True if the process keeps JAX on the CPU, because another process or library needs the
         accelerator's memory.
     """

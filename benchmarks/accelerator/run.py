@@ -141,7 +141,7 @@ def main(
 
     Args:
       argv: command line without the program's name.
-      rows: returns all rows at a size; by default those of the chosen groups.
+      rows: returns all rows at a size; by default the rows of the chosen groups.
       script: file that calls this function with the same rows, to start workers with.
       environment: returns versions and devices, called in a worker.
     """

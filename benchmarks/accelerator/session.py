@@ -260,7 +260,7 @@ class Results:
         return {name: entry["figures"] for name, entry in self.rows.items() if "figures" in entry}
 
     def save(self) -> None:
-        """Writes the file."""
+        """Writes the file, replacing an earlier one at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.new")
         new.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
