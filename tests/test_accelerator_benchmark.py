@@ -8,19 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from benchmarks.accelerator import peers, report, resuming, run
-from benchmarks.accelerator.common import Repeated, configured, fitting, imagenet_like
+from benchmarks.accelerator import images, peers, report, resuming, run
+from benchmarks.accelerator.common import configured, fitting
 from benchmarks.accelerator.measuring import cnn6
 from benchmarks.accelerator.modes import MODES
 from benchmarks.accelerator.rows import SIZES, Job, Row, Skipped
 from benchmarks.accelerator.switches import SWITCHES
 from dgl_jax import cli
 from dgl_jax.config import make_settings
-from dgl_jax.registry import CODECS, ENGINES, METHODS
+from dgl_jax.data import make_source
+from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, METHODS
+from dgl_jax.run.build import known_info
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +86,12 @@ def fakes(tmp_path):
     script = tmp_path / "fakes.py"
     script.write_text(FAKES.format(root=str(ROOT), folder=str(tmp_path)))
     return script
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Removes the data sets of the benchmark after a test."""
+    monkeypatch.setattr(DATA_SETS, "_kinds", dict(DATA_SETS.items()))
 
 
 def command(script, *flags):
@@ -197,7 +203,7 @@ def test_every_mode_has_a_function():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_settings_of_the_timed_runs_are_valid(size):
+def test_settings_of_the_timed_runs_are_valid(size, registry):
     fields = cnn6(SIZES[size], 8, engine__name="threads", replay__size=4)
     assert configured(fields) == make_settings(configured(fields).to_dict())
 
@@ -250,18 +256,14 @@ def test_a_batch_is_halved_until_it_fits():
         fitting(8, lambda batch: (_ for _ in ()).throw(MemoryError("out of memory")))
 
 
-def test_noise_has_the_shapes_of_the_run():
-    fields = {"model.name": "resnet20", "model.width": 2, "model.modules": 2, "data.batch_size": 4}
-    experiment = imagenet_like(fields, 16)
-    assert isinstance(experiment.source, Repeated)
-    batches = experiment.source.batches(3)
-    first, second = next(batches), next(batches)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (first.inputs, first.context))
-    expected = experiment.spec.batch()
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), (expected.inputs, expected.context))
-    assert (int(first.step), int(second.step)) == (3, 4)
-    assert np.array_equal(first.inputs, second.inputs)
-    assert first.context["label"].max() < 1000
+@pytest.mark.parametrize(("name", "classes"), [(images.SMALL, 10), (images.LARGE, 1000)])
+def test_generated_images_have_the_shapes_that_the_settings_promise(name, classes, registry):
+    settings = configured(images.fields(name, SIZES["smoke"], 4)).data
+    source, info = make_source(settings, 0), known_info(settings)
+    assert (source.num_classes, source.example_shape) == (classes, info.example_shape)
+    assert source.batch(3).inputs.shape == (4, *info.example_shape)
+    assert source.steps_per_epoch >= 2
+    assert len(info.class_names) == classes
 
 
 def test_rows_of_pytorch_say_why_they_are_left_out(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from benchmarks import harness
+from benchmarks.accelerator import images
 from benchmarks.accelerator.common import Fields, configured, counted
 from benchmarks.accelerator.rows import Figures, Job, Size
 from benchmarks.interleaved import Variant, in_turns, training
@@ -14,21 +15,22 @@ from dgl_jax import system
 from dgl_jax.run.build import Experiment, make_experiment
 
 _WARM_UP = 3
-_MANY = 1_000_000  # an asynchronous engine waits forever if asked for more updates than this
+MANY = 1_000_000  # an asynchronous engine waits forever if asked for more updates than this
 
 
 def cnn6(size: Size, batch: int, **fields: Any) -> Fields:
-    """Returns the fields of the 6-layer CNN on synthetic images, with `engine__name` and so on."""
-    return {
-        "data.name": "synthetic",
-        "data.batch_size": batch,
-        "data.augment": "none",
-        "model.name": "cnn6",
-        "model.width": size.width,
-        "model.modules": size.modules,
-        "model.dtype": "bfloat16",
-        "train.steps": _MANY,
-    } | {name.replace("__", "."): value for name, value in fields.items()}
+    """Returns the fields of the 6-layer CNN on small images, with `engine__name` and so on."""
+    return (
+        images.fields(images.SMALL, size, batch)
+        | {
+            "model.name": "cnn6",
+            "model.width": size.width,
+            "model.modules": size.modules,
+            "model.dtype": "bfloat16",
+            "train.steps": MANY,
+        }
+        | {name.replace("__", "."): value for name, value in fields.items()}
+    )
 
 
 def compare(job: Job, fields: Fields, baseline: Fields) -> Figures:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from benchmarks.accelerator.common import configured, fitting, imagenet_like
+from benchmarks.accelerator import images
+from benchmarks.accelerator.common import configured, fitting
 from benchmarks.accelerator.measuring import cnn6, described, timed
 from benchmarks.accelerator.rows import Figures, Job, Row, Size, Skipped
 from benchmarks.interleaved import Timing, Variant
@@ -137,16 +138,13 @@ def _deep(network: str, compiled: str, job: Job) -> Figures:
     from benchmarks.accelerator.torch_resnet import Training, resnet
 
     def attempt(batch: int) -> Figures:
-        experiment = imagenet_like(
-            {
-                "model.name": network,
-                "model.width": job.size.deep_width,
-                "model.modules": 1,
-                "model.dtype": "bfloat16",
-                "data.batch_size": batch,
-            },
-            job.size.side,
-        )
+        fields = images.fields(images.LARGE, job.size, batch) | {
+            "model.name": network,
+            "model.width": job.size.deep_width,
+            "model.modules": 1,
+            "model.dtype": "bfloat16",
+        }
+        experiment = make_experiment(configured(fields))
         classes = len(experiment.info.class_names)
         training = Training(
             resnet(network, job.size.deep_width, classes), device, torch.bfloat16, compiled

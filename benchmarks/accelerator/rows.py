@@ -27,6 +27,7 @@ class Size:
       deep_width: channels of the first stage of the ImageNet networks.
       deep_batch: largest batch size that is tried for the ImageNet networks.
       matrix: rows and columns of the matrices whose product is timed.
+      images: number of small training images.
       steps: updates of the runs that are compared bit for bit.
       seconds: length of a timed repeat.
       repeats: timed repeats.
@@ -41,6 +42,7 @@ class Size:
     deep_width: int
     deep_batch: int
     matrix: int
+    images: int
     steps: int
     seconds: float
     repeats: int
@@ -50,9 +52,9 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("full", 128, 6, (128, 1024), 224, 64, 128, 8192, 400, 1.0, 5, 1.0),
-        Size("small", 4, 3, (16, 32), 32, 4, 4, 512, 60, 0.1, 3, 0.2),
-        Size("smoke", 2, 2, (4, 8), 32, 2, 2, 64, 20, 0.01, 2, 0.1),
+        Size("full", 128, 6, (128, 1024), 224, 64, 128, 8192, 50_000, 400, 1.0, 5, 1.0),
+        Size("small", 4, 3, (16, 32), 32, 4, 4, 512, 2048, 60, 0.1, 3, 0.2),
+        Size("smoke", 2, 2, (4, 8), 32, 2, 2, 64, 64, 20, 0.01, 2, 0.1),
     )
 }
 

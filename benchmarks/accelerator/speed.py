@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.accelerator import peers
-from benchmarks.accelerator.common import Fields, configured, fitting, imagenet_like
-from benchmarks.accelerator.measuring import alone, cnn6, compare, peak
+from benchmarks.accelerator import images, peers
+from benchmarks.accelerator.common import Fields, configured, fitting
+from benchmarks.accelerator.measuring import MANY, alone, cnn6, compare, peak
 from benchmarks.accelerator.rows import Figures, Job, Row, Size
 from dgl_jax.run.build import Experiment, make_experiment
 
@@ -122,6 +122,7 @@ def _deep(size: Size, network: str) -> dict[str, Fields]:
         "model.modules": _CUTS,
         "model.dtype": "bfloat16",
         "model.remat": False,
+        "train.steps": MANY,
     }
     return {
         "back-propagation": base | {"method.name": "backprop"},
@@ -130,7 +131,8 @@ def _deep(size: Size, network: str) -> dict[str, Fields]:
 
 
 def _built(fields: Fields, job: Job, batch: int) -> Experiment:
-    return imagenet_like(dict(fields) | {"data.batch_size": batch}, job.size.side)
+    data = images.fields(images.LARGE, job.size, batch)
+    return make_experiment(configured(data | dict(fields)))
 
 
 def _deep_speed(fields: Fields, job: Job) -> Figures:
