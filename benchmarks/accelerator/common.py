@@ -17,18 +17,18 @@ from dgl_jax.spec import TrainSpec
 Fields = Mapping[str, Any]
 
 
-def configured(fields: Fields) -> Settings:
+def configured(fields: Fields, strict: bool = True) -> Settings:
     """Returns checked settings: the defaults, and fields by their dotted names.
 
     Raises:
-      UserError: a field does not exist, does not apply or has no such value.
+      UserError: a field does not exist, has no such value or, if `strict`, does not apply.
     """
     images.register()
     groups: dict[str, Any] = {}
     for name, value in fields.items():
         group, _, field = name.partition(".")
         groups.setdefault(group, {})[field] = value
-    return make_settings(groups, [name for name in fields if not name.endswith(".name")])
+    return make_settings(groups, list(fields) if strict else ())
 
 
 def counted(spec: TrainSpec) -> Figures:

@@ -20,17 +20,18 @@ MANY = 1_000_000  # an asynchronous engine waits forever if asked for more updat
 
 def cnn6(size: Size, batch: int, **fields: Any) -> Fields:
     """Returns the fields of the 6-layer CNN on small images, with `engine__name` and so on."""
-    return (
-        images.fields(images.SMALL, size, batch)
-        | {
-            "model.name": "cnn6",
-            "model.width": size.width,
-            "model.modules": size.modules,
-            "model.dtype": "bfloat16",
-            "train.steps": MANY,
-        }
-        | {name.replace("__", "."): value for name, value in fields.items()}
-    )
+    changed = images.fields(images.SMALL, size, batch) | {
+        "model.name": "cnn6",
+        "model.width": size.width,
+        "model.modules": size.modules,
+        "model.head": size.head,
+        "model.dtype": "bfloat16",
+        "train.steps": MANY,
+    }
+    changed |= {name.replace("__", "."): value for name, value in fields.items()}
+    if changed.get("method.name") == "backprop":
+        del changed["model.head"]  # only the last module has a head, which the network defines
+    return changed
 
 
 def compare(job: Job, fields: Fields, baseline: Fields) -> Figures:

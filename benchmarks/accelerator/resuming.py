@@ -48,6 +48,7 @@ def _fields(size: Size) -> Fields:
         "data.augment": "crop_flip",
         "model.width": size.width,
         "model.modules": min(3, size.modules),
+        "model.head": size.head,
         "model.dtype": "bfloat16",
         "optimizer.learning_rate": 0.01,
         "train.steps": size.steps,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,41 +22,86 @@ class Size:
       name: full (an accelerator), small (a CPU) or smoke (tests of this benchmark).
       width: channels of the first block of the 6-layer CNN.
       modules: number of modules of the 6-layer CNN.
+      head: head of its modules.
       batches: the usual and the large batch size.
+      images: number of its training images.
       side: image size of the ImageNet networks in pixels.
       deep_width: channels of the first stage of the ImageNet networks.
       deep_batch: largest batch size that is tried for the ImageNet networks.
+      deep_rank: rank of the rows of ResNet-50; see `Row`.
       matrix: rows and columns of the matrices whose product is timed.
-      images: number of small training images.
       steps: updates of the runs that are compared bit for bit.
       seconds: length of a timed repeat.
       repeats: timed repeats.
-      cost: factor of the rows' estimated times, which are those on an accelerator.
+      cost: factor of the rows' estimated times, which are for an accelerator.
     """
 
     name: str
     width: int
     modules: int
+    head: str
     batches: tuple[int, int]
+    images: int
     side: int
     deep_width: int
     deep_batch: int
+    deep_rank: int
     matrix: int
-    images: int
     steps: int
     seconds: float
     repeats: int
     cost: float
 
 
-SIZES = {
-    size.name: size
-    for size in (
-        Size("full", 128, 6, (128, 1024), 224, 64, 128, 8192, 50_000, 400, 1.0, 5, 1.0),
-        Size("small", 4, 3, (16, 32), 32, 4, 4, 512, 2048, 60, 0.1, 3, 0.2),
-        Size("smoke", 2, 2, (4, 8), 32, 2, 2, 64, 64, 20, 0.01, 2, 0.1),
-    )
-}
+FULL = Size(
+    name="full",
+    width=128,
+    modules=6,
+    head="mlp_sr",
+    batches=(128, 1024),
+    images=50_000,
+    side=224,
+    deep_width=64,
+    deep_batch=128,
+    deep_rank=0,
+    matrix=8192,
+    steps=400,
+    seconds=1.0,
+    repeats=5,
+    cost=1.0,
+)
+# Most of the time of the smaller sizes is compilation, which deep networks and large heads need.
+SMALL = replace(
+    FULL,
+    name="small",
+    width=4,
+    modules=2,
+    head="linear",
+    batches=(16, 32),
+    images=2048,
+    side=32,
+    deep_width=4,
+    deep_batch=4,
+    deep_rank=2,
+    matrix=512,
+    steps=60,
+    seconds=0.1,
+    repeats=3,
+    cost=0.2,
+)
+SMOKE = replace(
+    SMALL,
+    name="smoke",
+    width=2,
+    batches=(4, 8),
+    images=64,
+    matrix=64,
+    steps=20,
+    seconds=0.01,
+    repeats=2,
+    cost=0.1,
+)
+SIZES = {size.name: size for size in (FULL, SMALL, SMOKE)}
 
 
 @dataclass

@@ -158,7 +158,9 @@ class Session:
     def _variables(self) -> dict[str, str]:
         # Rows of different processes compile many equal programs.
         cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "jax"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "JAX_COMPILATION_CACHE_DIR", str(self._folder / "jax")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
@@ -172,12 +174,17 @@ class Session:
         self._worker = self._serves = None
 
 
-def serve(rows: Callable[[str], Sequence[Row]], describe: Callable[[], Figures]) -> None:
+def serve(
+    rows: Callable[[str], Sequence[Row]],
+    describe: Callable[[], Figures],
+    prepare: Callable[[str], None],
+) -> None:
     """Measures rows for `Session` until the standard input ends, then kills this process group.
 
     Args:
       rows: returns all rows at a size.
       describe: returns versions and devices.
+      prepare: called with the size before a row is measured.
     """
     # Libraries print to the standard output too, which therefore goes to the log.
     answers = os.fdopen(os.dup(1), "w")
@@ -193,7 +200,7 @@ def serve(rows: Callable[[str], Sequence[Row]], describe: Callable[[], Figures])
     threading.Thread(target=read, daemon=True).start()
     shared: dict[Any, Any] = {}
     while True:
-        answer = _answer(json.loads(requests.get()), rows, describe, shared)
+        answer = _answer(json.loads(requests.get()), rows, describe, prepare, shared)
         answers.write(json.dumps(answer._asdict()) + "\n")
         answers.flush()
 
@@ -202,6 +209,7 @@ def _answer(
     request: Figures,
     rows: Callable[[str], Sequence[Row]],
     describe: Callable[[], Figures],
+    prepare: Callable[[str], None],
     shared: dict[Any, Any],
 ) -> Answer:
     name = request["row"]
@@ -218,6 +226,7 @@ def _answer(
             request["deadline"],
             shared,
         )
+        prepare(request["size"])
         row = next(row for row in rows(request["size"]) if row.name == name)
         return Answer(row.measure(job))
     except Skipped as reason:

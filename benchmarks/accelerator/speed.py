@@ -13,7 +13,6 @@ from benchmarks.accelerator.rows import Figures, Job, Row, Size
 from dgl_jax.run.build import Experiment, make_experiment
 
 _PRODUCTS = 16
-_NETWORKS = {"resnet50": 0, "resnet152": 2}  # with the rank of their rows
 _CUTS = 2  # modules of the ImageNet networks, as in the paper
 
 
@@ -21,6 +20,7 @@ def rows(size: Size) -> list[Row]:
     """Returns the rows of this group."""
     row = partial(Row, group="c")
     usual, large = size.batches
+    networks = {"resnet50": size.deep_rank, "resnet152": size.deep_rank + 2}
     found = [
         row(f"matrix products, {dtype}", measure=partial(matrix_rate, dtype), cost=5, process="c")
         for dtype in ("bfloat16", "float32")
@@ -64,11 +64,12 @@ def rows(size: Size) -> list[Row]:
         )
         for name, fields in programs.items()
     ]
-    programs |= {"DGL, fused": base, "back-propagation": dict(base) | {"method.name": "backprop"}}
+    backprop = cnn6(size, large, method__name="backprop")
+    programs |= {"DGL, fused": base, "back-propagation": backprop}
     for name, fields in programs.items():
         label = f"{_name('cnn6', large)}: {name}: memory"
         found.append(row(label, measure=partial(_peak, fields), cost=15, process=label, rank=2))
-    for network, rank in _NETWORKS.items():
+    for network, rank in networks.items():
         for name, fields in _deep(size, network).items():
             label = f"{network}, {size.side} px: {name}"
             memory, measure = f"{label}: memory", partial(_deep_memory, fields, label)
@@ -76,7 +77,7 @@ def rows(size: Size) -> list[Row]:
                 row(label, measure=partial(_deep_speed, fields), cost=60, process=label, rank=rank),
                 row(memory, measure=measure, cost=20, process=memory, rank=rank),
             ]
-    return found + peers.rows(size, _NETWORKS)
+    return found + peers.rows(size, networks)
 
 
 def _name(network: str, batch: int) -> str:
