@@ -32,14 +32,15 @@ def rows(size: Size, networks: Mapping[str, int]) -> list[Row]:
     row = partial(Row, group="c", host=True)
     found = []
     for mode, (name, compiled) in enumerate(_MODES.items()):
-        for batch in size.batches:
+        later = 2 if mode else 0
+        for batch, rank in zip(size.batches, (0, size.late)):
             found += [
                 row(
                     f"cnn6, batch {batch}: {label}, PyTorch {name}",
                     measure=partial(_cnn6, method, batch, compiled),
                     cost=60 if mode else 15,
                     process=f"torch {name}" if mode else "torch",
-                    rank=(2 + (batch != size.batches[0])) if mode else 0,
+                    rank=rank + later,
                 )
                 for method, label in (("dgl", "DGL"), ("backprop", "back-propagation"))
             ]
@@ -51,7 +52,7 @@ def rows(size: Size, networks: Mapping[str, int]) -> list[Row]:
                     measure=partial(_deep, network, compiled),
                     cost=90 if mode else 25,
                     process=label,
-                    rank=2 + (rank > 0) if mode else rank,
+                    rank=rank + later,
                 )
             )
     return found

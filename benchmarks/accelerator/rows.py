@@ -28,11 +28,11 @@ class Size:
       side: image size of the ImageNet networks in pixels.
       deep_width: channels of the first stage of the ImageNet networks.
       deep_batch: largest batch size that is tried for the ImageNet networks.
-      deep_rank: rank of the rows of ResNet-50; see `Row`.
       matrix: rows and columns of the matrices whose product is timed.
       steps: updates of the runs that are compared bit for bit.
       seconds: length of a timed repeat.
       repeats: timed repeats.
+      late: rank of the first rows of the large batch and of the ImageNet networks; see `Row`.
       cost: factor of the rows' estimated times, which are for an accelerator.
     """
 
@@ -45,11 +45,11 @@ class Size:
     side: int
     deep_width: int
     deep_batch: int
-    deep_rank: int
     matrix: int
     steps: int
     seconds: float
     repeats: int
+    late: int
     cost: float
 
 
@@ -63,11 +63,11 @@ FULL = Size(
     side=224,
     deep_width=64,
     deep_batch=128,
-    deep_rank=0,
     matrix=8192,
     steps=400,
     seconds=1.0,
     repeats=5,
+    late=0,
     cost=1.0,
 )
 # Most of the time of the smaller sizes is compilation, which deep networks and large heads need.
@@ -82,11 +82,11 @@ SMALL = replace(
     side=32,
     deep_width=4,
     deep_batch=4,
-    deep_rank=2,
     matrix=512,
     steps=60,
     seconds=0.1,
     repeats=3,
+    late=2,
     cost=0.2,
 )
 SMOKE = replace(

@@ -20,12 +20,12 @@ def rows(size: Size) -> list[Row]:
     """Returns the rows of this group."""
     row = partial(Row, group="c")
     usual, large = size.batches
-    networks = {"resnet50": size.deep_rank, "resnet152": size.deep_rank + 2}
+    networks = {"resnet50": size.late, "resnet152": size.late + 2}
     found = [
         row(f"matrix products, {dtype}", measure=partial(matrix_rate, dtype), cost=5, process="c")
         for dtype in ("bfloat16", "float32")
     ]
-    for batch in size.batches:
+    for batch, rank in zip(size.batches, (0, size.late)):
         base = cnn6(size, batch)
         variants: dict[str, Fields] = {
             "DGL, fused": base,
@@ -45,6 +45,7 @@ def rows(size: Size) -> list[Row]:
                 measure=partial(_compare, fields, base),
                 cost=30,
                 process=f"cnn6 {batch}",
+                rank=rank,
             )
             for name, fields in variants.items()
         ]
