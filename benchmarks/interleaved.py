@@ -46,12 +46,15 @@ def training(
 ) -> Variant:
     """Returns a variant that runs the engine's loop; each call continues the same training."""
     engine: Any = experiment.engine
-    depth, state, step = ticks_in_flight or engine.ticks_in_flight, engine.init(), 0
+    # An asynchronous engine has no ticks.
+    depth = ticks_in_flight or getattr(engine, "ticks_in_flight", None)
+    state, step = engine.init(), 0
 
     def run(steps: int) -> Timing:
         nonlocal state, step
         step += steps
-        engine.ticks_in_flight = depth
+        if depth is not None:
+            engine.ticks_in_flight = depth
 
         def work() -> EngineState:
             for report in engine.run(state, experiment.source, step):

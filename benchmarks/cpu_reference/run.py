@@ -59,32 +59,12 @@ def build(side: Side, args: argparse.Namespace) -> Experiment:
     return make_experiment(settings, jax.devices()[: CORES[side.cores]])
 
 
-def torch_network(experiment: Experiment, memory_format: str, **changed: float) -> Any:
-    """Builds the `torch_dgl.DGL` that corresponds to an experiment."""
-    # Imported here, so that the processes of the JAX side never load PyTorch.
-    from torch_dgl import DGL
-
-    settings, data = experiment.settings.optimizer, experiment.source
-    update = {
-        "rate": settings.learning_rate,
-        "momentum": settings.momentum,
-        "decay": settings.weight_decay,
-    }
-    return DGL(
-        experiment.settings.model.width,
-        [module.first for module in experiment.spec.modules],
-        data.example_shape[0],
-        data.num_classes,
-        **update | changed,
-        mean=data.mean,
-        std=data.std,
-        channels_last=memory_format == "channels_last",
-    )
-
-
 def torch_training(experiment: Experiment, memory_format: str) -> Variant:
     """Returns the PyTorch counterpart of `training`, with the same source of batches."""
-    network, done = torch_network(experiment, memory_format), 0
+    # Imported here, so that the processes of the JAX side never load PyTorch.
+    from torch_dgl import counterpart
+
+    network, done = counterpart(experiment, memory_format), 0
 
     def run(steps: int) -> Timing:
         nonlocal done
@@ -117,6 +97,8 @@ def check(side: Side, args: argparse.Namespace) -> dict[str, Any]:
       SystemExit: if the difference is too large, or if the check also passes without momentum,
         which shows that it detects nothing.
     """
+    from torch_dgl import counterpart
+
     experiment = build(side, args)
     state = experiment.engine.init()
     params, losses = [[jax.device_get(module.params) for module in state.modules]], []
@@ -127,7 +109,7 @@ def check(side: Side, args: argparse.Namespace) -> dict[str, Any]:
         losses.append([float(means(metrics)["loss"]) for metrics in report.metrics])
 
     def differences(**changed: float) -> dict[str, Any]:
-        network = torch_network(experiment, args.memory_format, **changed)
+        network = counterpart(experiment, args.memory_format, **changed)
         result: dict[str, Any] = {"losses": [], "update": []}
         for step, (before, after, expected) in enumerate(
             zip(params, params[1:], losses, strict=False)

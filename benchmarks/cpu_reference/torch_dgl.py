@@ -1,16 +1,19 @@
 """Decoupled Greedy Learning of the 6-layer CNN in PyTorch: same blocks, heads, losses and updates.
 
 It is written as fast as PyTorch allows. Each module has an optimizer (SGD with momentum) and
-detaches its input. Feature maps are [B, C, H, W].
+detaches its input. A single module is back-propagation. Feature maps are [B, C, H, W].
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from dgl_jax.run.build import Experiment
 
 MULTIPLES = (1, 2, 2, 4, 4, 4)  # channels of each block of cnn6, divided by the width
 POOLED = (1, 3)  # blocks of cnn6 that begin with pooling
@@ -22,6 +25,12 @@ class Module(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], head: nn.Module):
         super().__init__()
         self.blocks, self.head = nn.ModuleList(blocks), head
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the feature maps for the next module, and the local loss."""
+        for part in self.blocks:
+            x = part(x)
+        return x, F.cross_entropy(self.head(x), target)
 
 
 def block(inputs: int, features: int, pool: bool) -> nn.Sequential:
@@ -70,6 +79,9 @@ class DGL:
       mean: mean of each channel, for images scaled to 0..1.
       std: standard deviation of each channel, for images scaled to 0..1.
       channels_last: uses the channels-last memory format for maps and kernels.
+      device: device of the parameters and of all computations.
+      dtype: dtype of the convolutions and matrix products; others than float32 use autocast.
+      compiled: mode of `torch.compile` for each module, such as "default"; "" compiles nothing.
     """
 
     def __init__(
@@ -85,6 +97,9 @@ class DGL:
         mean: Sequence[float],
         std: Sequence[float],
         channels_last: bool,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        compiled: str = "",
     ):
         blocks, sizes, inputs, size = [], [], 3, image_size
         for number, multiple in enumerate(MULTIPLES):
@@ -93,21 +108,29 @@ class DGL:
             sizes.append((inputs, size))
         ends = [*starts[1:], len(blocks)]
         self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.device, self.dtype, self.compiled = torch.device(device), dtype, compiled
         self.modules = []
         for first, end in zip(starts, ends, strict=True):
             last = end == len(blocks)
             layers = head(*sizes[end - 1], classes, convs=0 if last else 3, hidden=2 if last else 3)
-            self.modules.append(Module(blocks[first:end], layers).to(memory_format=self.format))
+            module = Module(blocks[first:end], layers).to(self.device, memory_format=self.format)
+            if compiled:
+                module.compile(mode=compiled)
+            self.modules.append(module)
         self.optimizers = [
             torch.optim.SGD(
                 m.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=True
             )
             for m in self.modules
         ]
-        self.scale = torch.tensor([1 / (255 * s) for s in std])
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=self.device)
+        self.shift = torch.tensor(
+            [-m / s for m, s in zip(mean, std, strict=True)], device=self.device
+        )
 
-    def step(self, images: np.ndarray, labels: np.ndarray) -> list[torch.Tensor]:
+    def step(
+        self, images: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor
+    ) -> list[torch.Tensor]:
         """Updates every module once.
 
         Args:
@@ -117,18 +140,22 @@ class DGL:
         Returns:
           The loss of each module, as tensors that have not been read yet.
         """
-        x = torch.from_numpy(images).to(torch.float32) * self.scale + self.shift
+        if self.compiled:
+            # The CUDA graphs of all modules belong to one step: without this, the graph of a module
+            # could overwrite the maps that it reads.
+            torch.compiler.cudagraph_mark_step_begin()
+        x = torch.as_tensor(images, device=self.device).to(torch.float32) * self.scale + self.shift
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=self.format)
-        target, losses = torch.from_numpy(labels).long(), []
+        target, losses = torch.as_tensor(labels, device=self.device).long(), []
+        mixed = self.dtype != torch.float32
         for module, optimizer in zip(self.modules, self.optimizers, strict=True):
             optimizer.zero_grad(set_to_none=True)
-            for part in module.blocks:
-                x = part(x)
-            loss = F.cross_entropy(module.head(x), target)
+            with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+                x, loss = module(x, target)
             loss.backward()
             optimizer.step()
             x = x.detach()
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone() if self.compiled else loss.detach())
         return losses
 
     def copy_from(self, params: Sequence[Mapping[str, Any]]) -> None:
@@ -166,6 +193,32 @@ class DGL:
             for p in (layer.weight, layer.bias)
             if p is not None
         ]
+
+
+def counterpart(experiment: "Experiment", memory_format: str, **changed: Any) -> DGL:
+    """Builds the network with the cuts, images and optimizer of an experiment.
+
+    Args:
+      experiment: run of the 6-layer CNN under DGL, or with one module.
+      memory_format: channels_last or contiguous.
+      **changed: further arguments of `DGL`, or other values of the optimizer's.
+    """
+    settings, data = experiment.settings.optimizer, experiment.source
+    update = {
+        "rate": settings.learning_rate,
+        "momentum": settings.momentum,
+        "decay": settings.weight_decay,
+    }
+    return DGL(
+        experiment.settings.model.width,
+        [module.first for module in experiment.spec.modules],
+        data.example_shape[0],
+        data.num_classes,
+        **update | changed,
+        mean=data.mean,
+        std=data.std,
+        channels_last=memory_format == "channels_last",
+    )
 
 
 def layers_of(module: Module) -> list[Any]:
