@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dgl_jax.engines import EngineState
+from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.run.build import Experiment
 
 WARM_UP = 5
@@ -44,14 +45,19 @@ def timed(work: Callable[[], Any], images: int) -> Timing:
 def training(
     experiment: Experiment, ticks_in_flight: int | None = None, warm_up: int = WARM_UP
 ) -> Variant:
-    """Returns a variant that runs the engine's loop; each call continues the same training."""
+    """Returns a variant that runs the engine's loop; each call continues the same training.
+
+    The number of steps of a call is rounded up to whole dispatches.
+    """
     engine: Any = experiment.engine
+    at_once = steps_per_dispatch(engine)
     # An asynchronous engine has no ticks.
     depth = ticks_in_flight or getattr(engine, "ticks_in_flight", None)
     state, step = engine.init(), 0
 
     def run(steps: int) -> Timing:
         nonlocal state, step
+        steps = -(-steps // at_once) * at_once
         step += steps
         if depth is not None:
             engine.ticks_in_flight = depth

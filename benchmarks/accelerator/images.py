@@ -6,7 +6,15 @@ import numpy as np
 
 from benchmarks.accelerator.rows import Size
 from dgl_jax.config import DataSettings
-from dgl_jax.data import DATA_SETS, DataKind, DataSet, Examples, register_data_set, synthetic
+from dgl_jax.data import (
+    DATA_SETS,
+    DataKind,
+    DataSet,
+    Examples,
+    Layout,
+    register_data_set,
+    synthetic,
+)
 
 SMALL, LARGE = "images_like_cifar10", "images_like_imagenet"
 _CLASSES = 1000
@@ -28,8 +36,10 @@ def register() -> None:
     """Registers both data sets, so that a configuration can name them."""
     normalization = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     if SMALL not in DATA_SETS:
-        register_data_set(SMALL, DataKind(_small, shape=(32, 3, 10), **normalization))
-        register_data_set(LARGE, DataKind(_large, shape=(224, 3, _CLASSES), **normalization))
+        register_data_set(SMALL, DataKind(_small, layout=Layout.images(32, 3, 10), **normalization))
+        register_data_set(
+            LARGE, DataKind(_large, layout=Layout.images(224, 3, _CLASSES), **normalization)
+        )
 
 
 def _small(settings: DataSettings) -> DataSet:

@@ -15,7 +15,10 @@ from dgl_jax import system
 from dgl_jax.run.build import Experiment, make_experiment
 
 _WARM_UP = 3
-MANY = 1_000_000  # an asynchronous engine waits forever if asked for more updates than this
+# An asynchronous engine waits forever if asked for more updates than a training has, and dispatches
+# of many steps end at evaluations and checkpoints.
+_MANY = 2**30
+ENDLESS = {"train.steps": _MANY, "eval.every": _MANY, "checkpoint.every": _MANY}
 
 
 def cnn6(size: Size, batch: int, **fields: Any) -> Fields:
@@ -26,7 +29,7 @@ def cnn6(size: Size, batch: int, **fields: Any) -> Fields:
         "model.modules": size.modules,
         "model.head": size.head,
         "model.dtype": "bfloat16",
-        "train.steps": MANY,
+        **ENDLESS,
     }
     changed |= {name.replace("__", "."): value for name, value in fields.items()}
     if changed.get("method.name") == "backprop":

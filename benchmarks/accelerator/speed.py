@@ -8,7 +8,7 @@ import jax
 
 from benchmarks.accelerator import images, peers
 from benchmarks.accelerator.common import Fields, configured, fitting
-from benchmarks.accelerator.measuring import MANY, alone, cnn6, compare, peak
+from benchmarks.accelerator.measuring import ENDLESS, alone, cnn6, compare, peak
 from benchmarks.accelerator.rows import Figures, Job, Row, Size
 from dgl_jax.run.build import Experiment, make_experiment
 
@@ -124,7 +124,7 @@ def _deep(size: Size, network: str) -> dict[str, Fields]:
         "model.modules": _CUTS,
         "model.dtype": "bfloat16",
         "model.remat": False,
-        "train.steps": MANY,
+        **ENDLESS,
     }
     return {
         "back-propagation": base | {"method.name": "backprop"},
