@@ -65,7 +65,7 @@ LEVELS = {
         ("simulated", "worker"),
         ("threads",),
     ),
-    "profile": (("flops",), ("timing", "memory", "table")),
+    "profile": (("flops", "compiling"), ("timing", "memory", "table")),
 }
 # Rooms with stricter rules than the order: the only rooms from which they may import.
 ONLY = {

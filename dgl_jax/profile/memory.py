@@ -7,6 +7,7 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.methods.base import oldest, opened, steps_alone
+from dgl_jax.profile.compiling import compile_all
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Inbox, Message, nbytes
 
@@ -33,26 +34,35 @@ class ProgramMemory:
 def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     """Compiles each module's program for the default device, without running it.
 
+    Modules whose programs differ only in names share one compilation, such as several modules of
+    equal blocks.
+
     Returns:
       One entry per module; None if XLA does not report its plan, or if the method's modules cannot
       run alone.
     """
     if not steps_alone(spec):
         return None
-    incoming: Any = spec.batch()
-    programs = []
+    arguments: list[tuple[Any, ...]] = []
     for k, state in enumerate(spec.abstract_states()):
-        if k:
-            incoming = Message(spec.hops[k - 1].payload, spec.hops[k - 1].codebook)
+        hop = spec.hops[k - 1] if k else None
+        incoming: Any = Message(hop.payload, hop.codebook) if hop else spec.batch()
         state, mail = opened(state)
-        inbox = Inbox(incoming, oldest(mail))
-        lowered = jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(
-            state, inbox, spec.context(k)
-        )
-        plan = system.program_plan(lowered.compile())
+        arguments.append((state, Inbox(incoming, oldest(mail)), spec.context(k)))
+    compiled = compile_all(
+        (
+            jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(*shapes)
+            for k, shapes in enumerate(arguments)
+        ),
+        f"{len(arguments)} modules",
+    )
+    programs = []
+    for program, (_, inbox, context) in zip(compiled, arguments):
+        plan = system.program_plan(program)
         if plan is None:
             return None
-        message = nbytes((incoming.payload if k else incoming.inputs, spec.context(k)))
+        below = inbox.below
+        message = nbytes((below.payload if isinstance(below, Message) else below.inputs, context))
         programs.append(
             ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, message)
         )

@@ -21,6 +21,7 @@ from dgl_jax.core.module import ModuleState, init_states, make_modules
 from dgl_jax.core.step import backward_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
+from dgl_jax.profile.compiling import compile_all
 from dgl_jax.profile.flops import Blocks, forward_flops
 
 _LOG = logging.getLogger(__name__)
@@ -118,12 +119,30 @@ def _busy_cpu_time(
         return (time.process_time() - before) / (calls * concurrency)
 
 
+class _Part(NamedTuple):
+    """Block or head to measure alone; equal parts have the same program.
+
+    Attributes:
+      layer: the block or head.
+      inputs: shape and dtype of its inputs.
+      role: "first" or "inner" for a block, as in `BlockCosts`, or "head".
+    """
+
+    layer: nn.Module
+    inputs: jax.ShapeDtypeStruct
+    role: str
+
+    def __str__(self) -> str:
+        return f"{type(self.layer).__name__} on inputs of {' x '.join(map(str, self.inputs.shape))}"
+
+
 def block_times(
     network: Blocks,
     optimizer: optax.GradientTransformation,
     device: jax.Device,
     repeats: int = 7,
     concurrency: int = 1,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> BlockTimes:
     """Measures each block and head alone, as a part of a local step.
 
@@ -138,78 +157,79 @@ def block_times(
       device: the device to measure on.
       repeats: see `clocked`.
       concurrency: see `clocked`.
+      meanwhile: called while the programs compile, before anything is measured.
 
     Raises:
       UserError: a program needs more memory than was free at the start.
     """
-    measured: dict[Any, Elapsed] = {}
     free = system.device_memory(device).free
-
-    def once(
-        layer: nn.Module | None, is_head: bool, x: jax.ShapeDtypeStruct, inner: bool = True
-    ) -> Elapsed:
-        if layer is None:
-            return Elapsed(0.0, 0.0)
-        key = (layer, is_head, x.shape, x.dtype, inner)
-        if key not in measured:
-            program, shapes = _compile_alone(layer, is_head, x, inner, optimizer, network)
-            needed = _needed(program, concurrency)
-            if free is not None and needed is not None and needed > free:
-                raise UserError(
-                    f"config.data.batch_size={network.inputs.shape[0]}: measuring a "
-                    f"{type(layer).__name__} on inputs of {' x '.join(map(str, x.shape))} would "
-                    f"take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a smaller "
-                    "batch may fit, and --mode=plan accepts --block_times measured elsewhere"
-                )
-            # Committed arrays select the device of the program, in other threads too.
-            measured[key], _ = clocked(
-                program,
-                *jax.device_put(_random_arrays(shapes), device),
-                repeats=repeats,
-                concurrency=concurrency,
-            )
-        return measured[key]
-
-    first, inner, head, x = [], [], [], network.inputs
+    rows, x = [], network.inputs
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
-        known = len(measured)
-        first.append(once(block, False, x, inner=False))
+        first = _Part(block, x, "first")
         # The first block of the network is the first one of its module, however it is cut.
-        inner.append(once(block, False, x) if number else first[0])
+        inner = _Part(block, x, "inner") if number else first
         _, x = forward_flops(block, x.shape, x.dtype)
-        head.append(once(end, True, x))
-        if len(measured) > known:
-            block_ms, head_ms = 1e3 * inner[-1].seconds, 1e3 * head[-1].seconds
-            _LOG.info(
-                "block %d of %d: %.4g ms, its head %.4g ms",
-                number,
-                len(network.blocks),
-                block_ms,
-                head_ms,
+        rows.append((first, inner, None if end is None else _Part(end, x, "head")))
+    parts = [*dict.fromkeys(part for row in rows for part in row if part)]
+    heads = sum(end is not None for end in network.heads)
+    # Nothing is measured until all programs are compiled: compiling takes the cores of a CPU, and
+    # on a GPU it runs convolutions to select their algorithms.
+    programs = compile_all(
+        (_lower_alone(part, optimizer, network) for part in parts),
+        f"{len(rows)} blocks and {heads} heads",
+        meanwhile,
+    )
+    for part, program in zip(parts, programs):
+        needed = _needed(program, concurrency)
+        if free is not None and needed is not None and needed > free:
+            raise UserError(
+                f"config.data.batch_size={network.inputs.shape[0]}: measuring a {part} would take "
+                f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a smaller batch "
+                "may fit, and --mode=plan accepts --block_times measured elsewhere"
             )
-    rows = first, inner, head
+    measured: dict[_Part | None, Elapsed] = {None: Elapsed(0.0, 0.0)}
+    arrays: dict[Any, Array] = {}
+    for part, program in zip(parts, programs):
+        state, *inputs = program.args_info[0]
+        leaves, tree = jax.tree.flatten(inputs)
+        # Activations are large and not donated, so successive programs share them.
+        arrays = {
+            key: arrays[key] if key in arrays else jax.device_put(_draw(leaf), device)
+            for number, leaf in enumerate(leaves)
+            for key in [(number, leaf.shape, leaf.dtype)]
+        }
+        # Committed arrays select the device of the program, in other threads too.
+        measured[part], _ = clocked(
+            program,
+            jax.device_put(_random_state(state), device),
+            *jax.tree.unflatten(tree, arrays.values()),
+            repeats=repeats,
+            concurrency=concurrency,
+        )
+        milliseconds = 1e3 * measured[part].seconds
+        count = len(measured) - 1, len(parts)
+        _LOG.info("%d of %d: %s %s: %.4g ms", *count, part.role, part, milliseconds)
     return BlockTimes(
-        *(BlockCosts(*(tuple(each[field] for each in row) for row in rows)) for field in range(2))
+        *(
+            BlockCosts(*zip(*(tuple(measured[part][field] for part in row) for row in rows)))
+            for field in range(2)
+        )
     )
 
 
-def _compile_alone(
-    layer: nn.Module,
-    is_head: bool,
-    x: jax.ShapeDtypeStruct,
-    inner: bool,
-    optimizer: optax.GradientTransformation,
-    network: Blocks,
-) -> tuple[Any, tuple[Any, ...]]:
-    """Compiles the program of a single block or objective.
+def _lower_alone(
+    part: _Part, optimizer: optax.GradientTransformation, network: Blocks
+) -> jax.stages.Lowered:
+    """Lowers the program of a single block or objective.
+
+    Its arguments are the state, the inputs, and a cotangent (block) or the context (objective).
 
     Args:
+      part: the block or objective.
+      optimizer: see `block_times`.
       network: the whole network; an objective may read its inputs and labels.
-
-    Returns:
-      The program, and the shapes of its arguments: the state, the inputs, and a cotangent (block)
-      or the context (objective).
     """
+    layer, x, is_head = part.layer, part.inputs, part.role == "head"
     (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
     context = network.context(x.shape[0])
     (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
@@ -224,31 +244,29 @@ def _compile_alone(
             state, inputs_gradient, metrics = loss_step(module, optimizer, state, inputs, extra)
             return state, metrics, inputs_gradient
         state, outputs, inputs_gradient = backward_step(module, optimizer, state, inputs, extra)
-        return state, outputs, inputs_gradient if inner else None
+        return state, outputs, inputs_gradient if part.role == "inner" else None
 
-    shapes = state, x, extra
-    return jax.jit(program, donate_argnums=0).lower(*shapes).compile(), shapes
+    return jax.jit(program, donate_argnums=0).lower(state, x, extra)
 
 
-def _random_arrays(shapes: tuple[ModuleState, Any, Any]) -> tuple[Any, ...]:
-    """Creates random arrays of the given shapes with NumPy.
+def _random_state(state: ModuleState) -> ModuleState:
+    """Returns a state with random parameters and zeros elsewhere, given its shapes.
 
     The values do not matter for the time, and compiling the real initializers would take longer
     than compiling the step.
     """
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        values = np.random.default_rng(0).standard_normal(leaf.shape, np.float32)
-        values *= 0.1
-        return jnp.asarray(values, leaf.dtype)
-
-    state, inputs, extra = shapes
     without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), without_key)
-    state = dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=rngs.root(0))
-    return state, draw(inputs), jax.tree.map(draw, extra)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), without_key)
+    return dataclasses.replace(zeros, params=jax.tree.map(_draw, state.params), rng=rngs.root(0))
+
+
+def _draw(leaf: Any) -> np.ndarray:
+    """Returns a random array of the shape and dtype of `leaf`; zeros unless floating-point."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return np.zeros(leaf.shape, leaf.dtype)
+    # Repeated, because activations can have 1e8 values, which would take seconds to draw.
+    values = 0.1 * np.random.default_rng(0).standard_normal(2**16, np.float32)
+    return np.resize(values.astype(leaf.dtype), leaf.shape)
 
 
 def _needed(program: Any, concurrency: int) -> int | None:

@@ -8,9 +8,8 @@ of the time), and contention between devices other than for the cores of a share
 
 import dataclasses
 import json
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import jax
 import optax
 
 from dgl_jax import system
-from dgl_jax.codecs import make_codec
+from dgl_jax.codecs import Codec, make_codec
 from dgl_jax.config import CodecSettings, Settings, options
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.errors import UserError, require
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import Blocks, block_flops
-from dgl_jax.profile.memory import module_memory
+from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.registry import CODECS, METHODS
@@ -36,7 +35,6 @@ from dgl_jax.tools.pipeline import Pipeline, group_sizes, make_pipeline
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
 
-_LOG = logging.getLogger(__name__)
 _DRAWN = 8  # batches in the picture, in addition to one per module
 
 
@@ -137,17 +135,25 @@ def plan(
         )
     # Checks devices and batch before the measurement, which takes much longer.
     equal = [1.0] * settings.model.modules
-    make_pipeline(settings, equal, equal, devices)
+    _, groups = make_pipeline(settings, equal, equal, devices)
+    known = _stated(stated, network) if stated else None
+
+    def measured(meanwhile: Callable[[], object] = lambda: None) -> BlockTimes:
+        nonlocal known
+        if known is None:
+            optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(0.0))
+            known = block_times(
+                network, optimizer, device, concurrency=concurrency, meanwhile=meanwhile
+            )
+        return known
 
     @cache
-    def measured() -> BlockTimes:
-        if stated:
-            return _stated(stated, network)
-        optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(0.0))
-        return block_times(network, optimizer, device, concurrency=concurrency)
+    def programs(parts: int) -> list[ProgramMemory] | None:
+        return module_memory(dataclasses.replace(spec, batch_size=spec.batch_size // parts))
 
     spec = make_spec(settings, info, choose_cuts(settings, network, lambda: measured().seconds))
-    times = measured()
+    # Unless the cuts depend on the times, the modules compile together with the blocks.
+    times = measured(lambda: [programs(len(group)) for group in groups])
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(network.blocks)]
     seconds, processor = (
@@ -186,7 +192,7 @@ def plan(
         "idle_share": sum(idle) / count,
         "modules": rows,
         "codecs": codecs,
-        "peak_memory_bytes": _memory(spec, groups, spans, pipeline.ticks_in_flight, count),
+        "peak_memory_bytes": _memory(programs, groups, spans, pipeline.ticks_in_flight, count),
         "memory_compiled_for": device.platform,
         "block_milliseconds": {
             name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()
@@ -210,7 +216,7 @@ def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str
     for name in CODECS:
         codec = make_codec(_codec_options(settings, name), settings.model.dtype)
         try:
-            traffic = dataclasses.replace(spec, codec=codec).traffic()
+            traffic = _with_codec(spec, codec).traffic()
         except UserError:  # config.codec.dims does not divide the channels of a hop
             results[name] = None
             continue
@@ -227,8 +233,24 @@ def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str
     return results
 
 
+def _with_codec(spec: TrainSpec, codec: Codec) -> TrainSpec:
+    """Returns the spec with another codec, whose messages encode the known activations.
+
+    Without them, computing the messages would trace the whole network again.
+    """
+    other = dataclasses.replace(spec, codec=codec)
+    hops = []
+    for hop in spec.hops:
+        x = hop.activations
+        codebook = jax.eval_shape(lambda x=x: codec.codebook(codec.init(x)))
+        payload = jax.eval_shape(codec.encode, codebook, x)
+        hops.append(hop._replace(payload=payload, codebook=codebook, period=codec.period(x)))
+    vars(other)["hops"] = tuple(hops)  # the value of the cached property
+    return other
+
+
 def _memory(
-    spec: TrainSpec,
+    programs: Callable[[int], list[ProgramMemory] | None],
     groups: Sequence[range],
     spans: Sequence[Span],
     ticks_in_flight: int,
@@ -238,15 +260,17 @@ def _memory(
 
     A device holds the states and waiting messages of all its modules, plus the scratch memory and
     outputs of one program at a time.
+
+    Args:
+      programs: returns the modules' programs, given the number of devices that share a batch.
+      groups: devices of each module.
+      spans: turns of the first batches.
+      ticks_in_flight: ticks that the host dispatches ahead.
+      devices: number of devices.
     """
-    sizes = {len(group) for group in groups}
-    _LOG.info("compiling the programs of the modules to read their memory plans")
-    programs = {
-        n: module_memory(dataclasses.replace(spec, batch_size=spec.batch_size // n)) for n in sizes
-    }
     held, largest = [0] * devices, [0] * devices
     for k, group in enumerate(groups):
-        group_programs = programs[len(group)]
+        group_programs = programs(len(group))
         if group_programs is None:
             return [None] * devices
         program = group_programs[k]
