@@ -49,7 +49,11 @@ ROOMS = (
 # Inside these folders a file imports only from files in earlier groups.
 LEVELS = {
     "ops": (("choice", "cpu"), ("remat", "pooling", "batch_norm", "conv")),
-    "core": (("rngs", "program_cache", "apply", "drawing"), ("module", "optimizer"), ("ema", "step")),
+    "core": (
+        ("rngs", "program_cache", "apply", "drawing"),
+        ("module", "optimizer"),
+        ("ema", "step"),
+    ),
     "methods": (("base",), ("dgl", "backprop")),
     "engines": (
         ("placement", "flight"),
