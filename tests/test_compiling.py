@@ -103,6 +103,15 @@ def test_unusable_folder_is_one_log_line(place, unset, tmp_path, caplog):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_default_folder_of_another_user_is_not_used(unset, monkeypatch, caplog):
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with caplog.at_level(logging.WARNING):
+        store_programs(None, "16")
+    assert "belongs to another user" in caplog.text
+    assert jax.config.jax_compilation_cache_dir is None
+
+
 def test_least_recently_used_programs_are_deleted(tmp_path):
     for age, name in enumerate(("new", "middle/a", "old/b", "oldest/c")):
         path = tmp_path / name

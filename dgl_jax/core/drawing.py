@@ -132,7 +132,7 @@ def _draw(keys: jax.Array, shape: tuple[int, ...], bit_width: int) -> list[np.nd
         )[:size]
         for key in np.asarray(jax.random.key_data(keys)).reshape(-1, 2)
     ]
-    return [np.array(arrays, np.uint32).reshape(*keys.shape, *shape)]
+    return [np.array(arrays, np.uint32).reshape((*keys.shape, *shape))]
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -51,6 +52,9 @@ def store_programs(chosen: str | None, threads: str) -> None:
         programs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=programs):
             pass
+        if chosen is None and folder.parent.stat().st_uid != os.getuid():
+            # Without a home directory it is a fixed name in /tmp, and programs are executed.
+            raise PermissionError("it belongs to another user")
     except OSError as error:
         reason = error.strerror or error
         _LOG.warning(
