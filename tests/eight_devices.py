@@ -2,8 +2,7 @@
 
     python tests/eight_devices.py DIRECTORY
 
-Each layout is run as it is and, for the twins, with one mechanism broken. DIRECTORY receives
-checkpoints.
+Each layout is also run with one mechanism broken, for the twins. DIRECTORY receives checkpoints.
 """
 
 import contextlib
@@ -212,7 +211,7 @@ def replayed(engine: Engine, steps: list[tuple[int, Any, Any]], shift: int = 0) 
 
 
 def against_one_device(tiny: Tiny, run: Engine, spec: dict[str, Any]) -> dict[str, Any]:
-    """Compares single steps with those of one device, also with a step on another batch."""
+    """Compares single steps with steps on one device, also with a step on another batch."""
     steps = reference_steps(tiny, **spec)
     before, after, reports = steps[1]
     first_again = tuple(state.replace(updates=np.int32(0)) for state in before)
