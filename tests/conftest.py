@@ -74,6 +74,7 @@ LONG = (
     "test_launch",
     "test_every_engine",
     "test_install",
+    "test_eight_devices",
     "test_threads",
     "test_threads_runs",
     "test_environments",

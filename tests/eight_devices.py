@@ -2,8 +2,7 @@
 
     python tests/eight_devices.py DIRECTORY
 
-Each layout is run intact and, for the twins, with one mechanism broken. DIRECTORY receives
-checkpoints.
+Each layout is also run with one mechanism broken, for the twins. DIRECTORY receives checkpoints.
 """
 
 import contextlib
