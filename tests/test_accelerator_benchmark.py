@@ -1,7 +1,9 @@
 """The benchmark of an accelerator: its time budget, its order, its file, and its rows at work."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,10 +231,10 @@ def test_a_flag_is_only_tried_while_undisturbed_runs_differ(tmp_path):
     one, two, three = (f"two undisturbed runs, {flag}" for flag in resuming.FLAGS)
     agree, differ = {"equal": True}, {"equal": False}
     for results, name, reason in (
-        ({"two undisturbed runs": agree}, one, "agree without it"),
+        ({"two undisturbed runs": agree}, one, "agree without a flag"),
         ({"two undisturbed runs": differ, one: agree}, two, f"agree with {resuming.FLAGS[0]}"),
         ({one: differ, two: agree}, three, f"agree with {resuming.FLAGS[1]}"),
-        ({"two undisturbed runs": agree}, "interrupted and resumed, with the flag", "without a"),
+        ({"interrupted and resumed": agree}, "interrupted and resumed, with the flag", "without a"),
         ({one: differ}, "interrupted and resumed, with the flag", "no flag is known"),
     ):
         with pytest.raises(Skipped, match=reason):
@@ -317,3 +319,50 @@ def test_derived_figures_equal_those_computed_by_hand():
     del rows["backprop"]["figures"]["over_baseline"]
     report.derive(rows)
     assert rows["dgl"]["figures"]["over_backprop"] == 0.303
+
+
+@pytest.mark.slow
+def test_groups_a_to_d_have_figures_on_a_cpu(tmp_path):
+    chosen = (
+        "engine fused",
+        "codec bf16",
+        "method backprop",
+        "mode [ebpt]*",
+        "interrupted and resumed*",
+        "matrix products*",
+        "cnn6, batch 4: DGL, fused",
+        "cnn6, batch 4: back-propagation",
+        "cnn6, batch 4: DGL, threads",
+        "cnn6, batch 8: DGL, fused: memory",
+        "cnn6, batch 4: *PyTorch eager",
+        "cnn6, batch 4: *PyTorch CUDA graphs",
+        "dgl, batch 4: *",
+    )
+    output = tmp_path / "result.json"
+    flags = ["--minutes=4", "--size=smoke", "--only=a,b,c,d", f"--output={output}"]
+    flags += [f"--rows={pattern}" for pattern in chosen]
+    subprocess.run([sys.executable, run.__file__, *flags], check=True, timeout=300, cwd=tmp_path)
+    result = json.loads(output.read_text())
+    rows, missing = result["rows"], importlib.util.find_spec("torch") is None
+    assert (result["finished"], result["card"], result["size"]) == (True, "cpu", "smoke")
+    reasons = {name: row["reason"] for name, row in rows.items() if "figures" not in row}
+    assert {row["group"] for row in rows.values() if "figures" in row} == set("abcd")
+    assert reasons.pop("interrupted and resumed, with the flag").startswith("not needed")
+    for name, reason in reasons.items():
+        if "PyTorch" in name:
+            assert (
+                reason == "PyTorch is not installed"
+                if missing
+                else "CUDA graphs need a CUDA device"
+            )
+        else:  # a switch that does not exist, or not for a CPU
+            assert rows[name]["group"] == "d"
+            assert not re.match(r"ran out|took longer|the process ended|\w+Error", reason)
+    resumed = rows["interrupted and resumed"]["figures"]
+    assert (resumed["equal"], resumed["max_difference"]) == (True, 0.0)
+    both = [
+        rows[f"cnn6, batch 4: {name}"]["figures"] for name in ("DGL, fused", "back-propagation")
+    ]
+    assert both[0]["over_backprop"] == pytest.approx(both[1]["over_baseline"]["median"], abs=1e-3)
+    assert both[0]["percent_of_matrix_rate"] > 0
+    assert rows["cnn6, batch 8: DGL, fused: memory"]["figures"]["peak_memory_bytes"] > 0

@@ -7,6 +7,7 @@ with `launch.py`; this process stays on the CPU.
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ def rows(size: Size) -> list[Row]:
             process="accuracy",
             rank=2,
             host=True,
+            patient=True,
         )
         for name in RUNS
     ]
@@ -95,6 +97,7 @@ def _accuracy(name: str, job: Job) -> Figures:
         child.wait(timeout=max(0.0, job.left - _END))
     except subprocess.TimeoutExpired:
         child.kill()
+        print(workdir.with_suffix(".log").read_text(errors="replace"), file=sys.stderr)
         return _reached(workdir) | {"epochs_planned": epochs, "note": "stopped before its end"}
     finish(child, workdir.with_suffix(".log"))
     summary = json.loads((workdir / "summary.json").read_text())

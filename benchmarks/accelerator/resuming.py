@@ -112,11 +112,16 @@ def _resumed(job: Job, flag: str = "") -> Figures:
 
 
 def _with_flag(flag: str, job: Job) -> Figures:
-    if job.results.get(_UNDISTURBED, {}).get("equal"):
-        raise Skipped("not needed: two undisturbed runs agree without it")
+    _check_needed(job)
     if earlier := _agreeing(job):
         raise Skipped(f"not needed: two undisturbed runs agree with {earlier}")
     return _undisturbed(flag, job)
+
+
+def _check_needed(job: Job) -> None:
+    """Raises Skipped if an undisturbed run is known to equal another run without any flag."""
+    if any(job.results.get(name, {}).get("equal") for name in (_UNDISTURBED, _RESUMED)):
+        raise Skipped("not needed: runs agree without a flag")
 
 
 def _agreeing(job: Job) -> str | None:
@@ -126,8 +131,7 @@ def _agreeing(job: Job) -> str | None:
 
 
 def _resumed_with_flag(job: Job) -> Figures:
-    if job.results.get(_UNDISTURBED, {}).get("equal"):
-        raise Skipped("not needed: two undisturbed runs agree without a flag")
+    _check_needed(job)
     flag = _agreeing(job)
     if flag is None:
         raise Skipped("no flag is known to make two undisturbed runs agree")

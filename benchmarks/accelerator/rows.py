@@ -145,6 +145,7 @@ class Row:
       rank: rows of rank 0 run first, in the order of the groups, then rows of rank 1, and so on.
       host: True if the process keeps JAX on the CPU, because another process or library needs the
         accelerator's memory.
+      patient: True if the row may take all the time that is left.
     """
 
     name: str
@@ -154,10 +155,11 @@ class Row:
     process: str
     rank: int = 0
     host: bool = False
+    patient: bool = False
 
     def limit(self, size: Size) -> float:
         """Returns the seconds after which the row is stopped even if time is left."""
-        return max(60.0, 5 * self.cost * size.cost)
+        return float("inf") if self.patient else max(60.0, 5 * self.cost * size.cost)
 
 
 class Answer(NamedTuple):
