@@ -113,7 +113,7 @@ class Compiling:
         )
 
     def close(self) -> None:
-        """Stops measuring."""
+        """Stops measuring; later calls do nothing."""
         if self._open:
             self._open = False
             monitoring.unregister_event_time_span_listener(self._add_span)
