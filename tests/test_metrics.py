@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dgl_jax.core.module import ModuleState
 from dgl_jax.engines import EngineState, Report, counts
 from dgl_jax.errors import UserError
 from dgl_jax.run import metrics
+from dgl_jax.run.arrays import all_finite
 from dgl_jax.run.metrics import Window, diverged, read
 from dgl_jax.schedule import aligned
 
@@ -101,3 +103,16 @@ def test_unequal_update_counts_are_an_error(tiny):
     first, *others = tiny.init(tiny.spec(2))
     with pytest.raises(ValueError, match=r"unequal update counts: \[0, 1\]"):
         aligned(counts(EngineState((first.replace(updates=np.int32(1)), *others))), 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["params", "batch_stats"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modules_with_values_that_are_not_finite_are_named(value, field, dtype):
+    def module(last):
+        arrays = {"params": {"a": jnp.zeros(3)}, "batch_stats": {"b": jnp.zeros(())}}
+        arrays[field]["c"] = jnp.array([[1.0, last]], dtype)
+        return ModuleState(**arrays, opt_state=jnp.nan, rng=None, updates=jnp.int32(0))
+
+    state = EngineState((module(2.0), module(value), module(3.0)))
+    assert all_finite(state) == [True, False, True]

@@ -3,7 +3,7 @@
 XLA compiles a generator of its own for every random array and every derived key of a program. For
 the initial values of a small network this takes most of the time until training begins. Here, keys
 are derived one by one, one small program draws all bits, and the compiled function only turns bits
-into values. The values equal the original function's, bit for bit.
+into values. The results equal the original ones bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class DrawnFirst:
         self._evaluate = jax.jit(self._with_known, compiler_options=compiler_options)
 
     def __call__(self, key: jax.Array) -> Any:
-        """Returns the value of `function(key)`."""
+        """Returns the result of the function for this key."""
         return self._evaluate(key, self._known(key))
 
     def shapes(self, key: jax.Array) -> Any:
