@@ -228,14 +228,16 @@ def test_a_switch_without_a_field_says_so(tmp_path, monkeypatch):
 
 
 def test_a_flag_is_only_tried_while_undisturbed_runs_differ(tmp_path):
+    resumed = "interrupted and resumed"
     one, two, three = (f"two undisturbed runs, {flag}" for flag in resuming.FLAGS)
     agree, differ = {"equal": True}, {"equal": False}
     for results, name, reason in (
         ({"two undisturbed runs": agree}, one, "agree without a flag"),
         ({"two undisturbed runs": differ, one: agree}, two, f"agree with {resuming.FLAGS[0]}"),
         ({one: differ, two: agree}, three, f"agree with {resuming.FLAGS[1]}"),
-        ({"interrupted and resumed": agree}, "interrupted and resumed, with the flag", "without a"),
-        ({one: differ}, "interrupted and resumed, with the flag", "no flag is known"),
+        ({resumed: agree}, f"{resumed}, with the flag", "without a flag"),
+        ({one: differ}, f"{resumed}, with the flag", "no flag is known"),
+        ({"two undisturbed runs": differ, resumed: agree, one: agree}, two, resuming.FLAGS[0]),
     ):
         with pytest.raises(Skipped, match=reason):
             row("b", name).measure(job(tmp_path, results=results))
@@ -350,11 +352,8 @@ def test_groups_a_to_d_have_figures_on_a_cpu(tmp_path):
     assert reasons.pop("interrupted and resumed, with the flag").startswith("not needed")
     for name, reason in reasons.items():
         if "PyTorch" in name:
-            assert (
-                reason == "PyTorch is not installed"
-                if missing
-                else "CUDA graphs need a CUDA device"
-            )
+            told = "PyTorch is not installed" if missing else "CUDA graphs need a CUDA device"
+            assert reason == told
         else:  # a switch that does not exist, or not for a CPU
             assert rows[name]["group"] == "d"
             assert not re.match(r"ran out|took longer|the process ended|\w+Error", reason)

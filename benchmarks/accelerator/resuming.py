@@ -119,8 +119,12 @@ def _with_flag(flag: str, job: Job) -> Figures:
 
 
 def _check_needed(job: Job) -> None:
-    """Raises Skipped if an undisturbed run is known to equal another run without any flag."""
-    if any(job.results.get(name, {}).get("equal") for name in (_UNDISTURBED, _RESUMED)):
+    """Raises Skipped if two undisturbed runs agree without any flag.
+
+    If these were not compared, a resumed run that equals an undisturbed one shows it as well.
+    """
+    compared = job.results.get(_UNDISTURBED) or job.results.get(_RESUMED, {})
+    if compared.get("equal"):
         raise Skipped("not needed: runs agree without a flag")
 
 
