@@ -1,5 +1,6 @@
-"""Tests of concurrent compilation, and of which programs are compiled to measure a network."""
+"""Tests of concurrent compilation, and of the programs that a plan compiles and measures."""
 
+import dataclasses
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 from runs import small_config, spec_of
+from test_plan import small
 
 from dgl_jax import system
+from dgl_jax.codecs import CODECS, make_codec
 from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
@@ -17,6 +20,8 @@ from dgl_jax.models.heads import LinearHead
 from dgl_jax.profile import compiling, flops, memory, timing
 from dgl_jax.profile.compiling import compile_all
 from dgl_jax.run.build import known_info
+from dgl_jax.spec import TrainSpec
+from dgl_jax.tools import plan
 
 
 class Fake:
@@ -235,3 +240,58 @@ def test_equal_modules_compile_once(monkeypatch, names, count):
     programs = memory.module_memory(repeated_modules())
     assert len(compiled) == count
     assert programs[1] == programs[2] != programs[3]
+
+
+# Order of the work of a plan
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Replaces the measurement; returns a list of the calls that compile modules or measure."""
+    calls = []
+
+    def block_times(network, optimizer, device, concurrency, meanwhile):
+        meanwhile()
+        calls.append("blocks")
+        return plan._stated("1,2,3,4", network)
+
+    def module_memory(spec):
+        calls.append(f"modules for {spec.batch_size} images")
+
+    monkeypatch.setattr(plan, "block_times", block_times)
+    monkeypatch.setattr(plan, "module_memory", module_memory)
+    return calls
+
+
+def test_modules_compile_before_blocks_are_measured(order):
+    plan.plan(small())
+    assert order == ["modules for 8 images", "blocks"]
+    order.clear()
+    plan.plan(small(), devices=4)
+    assert order == ["modules for 8 images", "blocks"]
+    order.clear()
+    plan.plan(small(), devices=6)
+    assert order == ["modules for 4 images", "blocks"]
+
+
+def test_modules_that_depend_on_the_times_compile_after_them(order):
+    plan.plan(small(model__split="time"))
+    assert order == ["blocks", "modules for 8 images"]
+
+
+def test_codecs_are_compared_without_tracing_the_network_again(monkeypatch):
+    settings = small(codec__dims=4, codec__codes=16)
+    spec = spec_of(settings, known_info(settings.data))
+    fresh = {
+        name: dataclasses.replace(spec, codec=make_codec(options, "float32"))
+        for name in CODECS
+        for options in [plan._codec_options(settings, name)]
+    }
+    expected = {name: other.traffic() for name, other in fresh.items()}
+    assert len({traffic.wire for traffic in expected.values()}) == len(expected) > 3
+    assert spec.hops
+    monkeypatch.setattr(TrainSpec, "abstract_states", lambda spec: pytest.fail("traced again"))
+    for name, other in fresh.items():
+        assert plan._with_codec(spec, other.codec).traffic() == expected[name]
+    with pytest.raises(pytest.fail.Exception, match="traced again"):
+        dataclasses.replace(spec, codec=fresh["bf16"].codec).traffic()

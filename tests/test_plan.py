@@ -10,7 +10,7 @@ from matplotlib import image
 from runs import small_config, spec_of
 
 from dgl_jax import system
-from dgl_jax.codecs import CODECS, make_codec
+from dgl_jax.codecs import CODECS
 from dgl_jax.config import DataSettings, make_settings
 from dgl_jax.data import DATA_SETS, make_source
 from dgl_jax.errors import UserError
@@ -18,7 +18,6 @@ from dgl_jax.methods.dgl import Dgl
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.run.build import known_info, make_blocks
-from dgl_jax.spec import TrainSpec
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.pipeline import Pipeline
 from dgl_jax.tools.plan import plan, plan_run
@@ -208,59 +207,6 @@ def test_json_of_a_plan_is_accepted_as_block_times(stated, tmp_path):
 def test_split_by_time_uses_stated_times(times, starts):
     numbers, _ = plan(small(model__split="time", model__modules=2), stated=times)
     assert [module["first_block"] for module in numbers["modules"]] == starts
-
-
-@pytest.fixture
-def order(monkeypatch):
-    """Replaces the measurement; returns a list of the calls that compile modules or measure."""
-    calls, module_memory = [], planning.module_memory
-
-    def block_times(network, optimizer, device, concurrency, meanwhile):
-        meanwhile()
-        calls.append("blocks")
-        return planning._stated("1,2,3,4", network)
-
-    def counted(spec):
-        calls.append(f"modules for {spec.batch_size} images")
-        return module_memory(spec)
-
-    monkeypatch.setattr(planning, "block_times", block_times)
-    monkeypatch.setattr(planning, "module_memory", counted)
-    return calls
-
-
-def test_modules_compile_before_blocks_are_measured(order):
-    plan(small())
-    assert order == ["modules for 8 images", "blocks"]
-    order.clear()
-    plan(small(), devices=4)
-    assert order == ["modules for 8 images", "blocks"]
-    order.clear()
-    plan(small(), devices=6)
-    assert order == ["modules for 4 images", "blocks"]
-
-
-def test_modules_that_depend_on_the_times_compile_after_them(order):
-    plan(small(model__split="time"))
-    assert order == ["blocks", "modules for 8 images"]
-
-
-def test_codecs_are_compared_without_tracing_the_network_again(monkeypatch):
-    settings = small(codec__dims=4, codec__codes=16)
-    spec = spec_of(settings, known_info(settings.data))
-    fresh = {
-        name: dataclasses.replace(spec, codec=make_codec(options, "float32"))
-        for name in CODECS
-        for options in [planning._codec_options(settings, name)]
-    }
-    expected = {name: other.traffic() for name, other in fresh.items()}
-    assert len({traffic.wire for traffic in expected.values()}) == len(expected) > 3
-    assert spec.hops
-    monkeypatch.setattr(TrainSpec, "abstract_states", lambda spec: pytest.fail("traced again"))
-    for name, other in fresh.items():
-        assert planning._with_codec(spec, other.codec).traffic() == expected[name]
-    with pytest.raises(pytest.fail.Exception, match="traced again"):
-        dataclasses.replace(spec, codec=fresh["bf16"].codec).traffic()
 
 
 @pytest.mark.slow
