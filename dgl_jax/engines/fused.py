@@ -34,8 +34,8 @@ class FusedOptions(SynchronousOptions):
     """Options of the engine `fused`.
 
     Attributes:
-      barrier: True compiles each module as it would be alone, so that the results equal those of
-        `pipeline` bit for bit; False lets XLA join operations of different modules.
+      barrier: True compiles each module as it would be alone, so that results equal `pipeline` bit
+        for bit; False lets XLA join operations of different modules.
       command_buffers: True records the step, with its convolutions and control flow, as CUDA
         graphs; no effect on other platforms. XLA cannot capture every convolution: if the first
         step fails, turn it off.
