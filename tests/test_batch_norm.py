@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from traced import equations
 
 from dgl_jax.ops import batch_norm
 from dgl_jax.ops.batch_norm import BatchNorm
@@ -32,10 +33,16 @@ class Reference(nn.Module):
 
 class Actual(nn.Module):
     dtype: str = "float32"
+    ops: str = "auto"
 
     @nn.compact
     def __call__(self, x, train, *, relu, offset):
-        return BatchNorm(dtype=self.dtype, name="norm")(x, train, relu=relu, offset=offset)
+        norm = BatchNorm(dtype=self.dtype, ops=self.ops, name="norm")
+        return norm(x, train, relu=relu, offset=offset)
+
+
+class Joint(Actual):
+    ops: str = "joint"
 
 
 def values(shape, dtype="float32"):
@@ -84,6 +91,31 @@ def test_values_and_gradients_in_training_equal_flax(shape, relu):
     close(actual, expected, 1e-5)
     assert not np.any(offset_gradient)  # exactly 0
     assert np.abs(reference_offset_gradient).max() < 1e-4  # 0 up to rounding
+
+
+def reductions(module):
+    """Counts the reductions over a map in a layer and its gradient, by their number of sums."""
+    jaxpr = jax.make_jaxpr(lambda: computed(module, True))().jaxpr
+    return [
+        len(e.outvars)
+        for e in equations(jaxpr)
+        if e.primitive.name in ("reduce", "reduce_sum") and e.invars[0].aval.ndim == 4
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_joint_sums_equal_separate_sums(shape):
+    close(computed(Joint, True, shape=shape), computed(Actual, True, shape=shape), 1e-5)
+    assert reductions(Joint) == [2, 2]
+    assert reductions(Actual) == [1, 1, 1, 1]
+
+
+def test_twin_joint_sums_in_the_wrong_order_fail(monkeypatch):
+    original = batch_norm._sums
+    expected = computed(Actual, True)
+    monkeypatch.setattr(batch_norm, "_sums", lambda *args: original(*args)[::-1])
+    with pytest.raises(AssertionError):
+        close(computed(Joint, True), expected, 1e-5)
 
 
 @pytest.mark.parametrize("relu", [False, True])

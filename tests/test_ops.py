@@ -128,7 +128,7 @@ def relative_error(actual, expected):
 def test_xla_values_and_gradients_equal_auto(name):
     params = drawn(name)[0]
     auto, xla = (
-        jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS
+        jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS[:2]
     )
     assert relative_error(xla, auto) < 2e-5
 
@@ -140,7 +140,7 @@ def test_xla_evaluation_of_heads_equals_auto(head, dtype):
     variables = random_variables(make_head(head, CLASSES, dtype), x.shape)
     auto, xla = (
         jax.jit(partial(make_head(head, CLASSES, dtype, ops).apply, train=False))(variables, x)
-        for ops in OPS
+        for ops in OPS[:2]
     )
     assert relative_error(xla, auto) < (1e-5 if dtype == "float32" else 2e-2)
 
@@ -307,7 +307,7 @@ def test_networks_with_xla_contain_no_custom_primitives(name):
 
 
 def test_networks_with_other_ops_are_unequal_and_hashable():
-    auto, xla = (make_network("resnet20", 4, CLASSES, (32, 32, 3), ops=ops) for ops in OPS)
+    auto, xla = (make_network("resnet20", 4, CLASSES, (32, 32, 3), ops=ops) for ops in OPS[:2])
     assert auto != xla
     assert auto == make_network("resnet20", 4, CLASSES, (32, 32, 3))
     assert all(block.ops == "xla" for block in (*xla.blocks, xla.classifier))
@@ -320,7 +320,7 @@ def test_jitted_function_of_a_block_is_traced_for_each_formulation():
     )
     x = jnp.ones(SHAPE)
     variables = ConvBlock(4).init(jax.random.key(0), x, True)
-    programs = [trace.lower(with_choices(ConvBlock(4), ops=ops), variables, x) for ops in OPS]
+    programs = [trace.lower(with_choices(ConvBlock(4), ops=ops), variables, x) for ops in OPS[:2]]
     convolutions = [program.as_text().count("stablehlo.convolution") for program in programs]
     assert convolutions == [0, 1]  # `auto` uses a matrix product here
 

@@ -20,6 +20,7 @@ SWITCHES: tuple[tuple[str, Any], ...] = (
     ("engine.command_buffers", True),
     ("model.logits", "model"),
     ("model.pointwise", "dot"),
+    ("model.ops", "joint"),
 )
 _METHODS = ("dgl", "backprop")
 

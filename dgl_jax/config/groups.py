@@ -92,7 +92,8 @@ class ModelSettings(Group):
       dtype: dtype of the arithmetic; parameters and batch statistics stay float32.
       remat: True recomputes each block in the backward pass instead of storing its intermediates.
       ops: "auto" uses the fastest implementation on each platform; "xla" uses only XLA's own, which
-        support all derivatives.
+        support all derivatives; "joint" is "auto" with two sums of batch norm per reduction, which
+        saves kernels on a GPU.
       logits: dtype in which the last layer of every head is computed: "float32" or that of the
         "model"; the loss is computed in float32 in any case.
       pointwise: how heads compute their 1x1 convolutions: "conv" as convolutions, "dot" as matrix
@@ -109,7 +110,7 @@ class ModelSettings(Group):
     adapter: str = kind_of(registry.ADAPTERS, "none")
     dtype: str = choice("float32", "bfloat16")
     remat: bool = option(False, free=True)
-    ops: str = choice("auto", "xla")
+    ops: str = choice("auto", "xla", "joint")
     logits: str = choice("float32", "model")
     pointwise: str = choice("conv", "dot")
 

@@ -6,6 +6,7 @@ Each operation takes `ops`, the formulation to use:
   reverse mode and first derivatives only.
 - `xla`: the operations of JAX and XLA with automatic differentiation. Forward mode and higher
   derivatives work; slower on a CPU.
+- `joint`: as `auto`, but batch norm takes its sums in pairs: fewer kernels on a GPU.
 """
 
 from dgl_jax.ops.batch_norm import BatchNorm

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
@@ -95,37 +96,34 @@ def normalize(
       through the mean and the variance.
     """
     if only_xla(ops):
-        y, mean, var = _forward(relu, x, scale, bias)[0]
+        y, mean, var = _forward(relu, False, x, scale, bias)[0]
         return y, lax.stop_gradient(mean), lax.stop_gradient(var)
-    return _normalize(relu, x, scale, bias)
+    return _normalize(relu, ops == "joint", x, scale, bias)
 
 
 def _forward(
-    relu: bool, x: Array, scale: Array, bias: Array
+    relu: bool, joint: bool, x: Array, scale: Array, bias: Array
 ) -> tuple[tuple[Array, Array, Array], Any]:
-    wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    mean = wide.mean(axes)
+    wide, count = x.astype(jnp.float32), x.size // x.shape[-1]
+    total, squares = _sums(joint, wide, jnp.square(wide))
+    mean = total / count
     # Rounding may make the difference slightly negative.
-    var = jnp.maximum(0.0, jnp.square(wide).mean(axes) - jnp.square(mean))
+    var = jnp.maximum(0.0, squares / count - jnp.square(mean))
     inverse = lax.rsqrt(var + EPSILON)
     y = _affine(wide, mean, inverse, scale, bias)
     return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
 
 
 def _backward(
-    relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
+    relu: bool, joint: bool, saved: Any, cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale, bias = saved
-    wide, cotangent, axes = (
-        x.astype(jnp.float32),
-        cotangents[0].astype(jnp.float32),
-        tuple(range(x.ndim - 1)),
-    )
+    wide, cotangent = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     if relu:
         cotangent = jnp.where(_affine(wide, mean, inverse, scale, bias) > 0, cotangent, 0.0)
     count = x.size // x.shape[-1]
-    bias_gradient = cotangent.sum(axes)
-    scale_gradient = ((cotangent * wide).sum(axes) - mean * bias_gradient) * inverse
+    bias_gradient, products = _sums(joint, cotangent, cotangent * wide)
+    scale_gradient = (products - mean * bias_gradient) * inverse
     # The output is invariant to shift and scale of x, so that those components of the gradient are
     # projected out.
     slope = inverse * scale_gradient / count
@@ -138,6 +136,20 @@ def _backward(
     return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
+def _sums(joint: bool, one: Array, other: Array) -> tuple[Array, Array]:
+    """Sums two arrays over all axes but the last, in one reduction if `joint`.
+
+    A GPU sums a map in two stages. XLA merges the first stages of separate sums, but not the second
+    ones.
+    """
+    axes = tuple(range(one.ndim - 1))
+    if not joint:
+        return one.sum(axes), other.sum(axes)
+    return lax.reduce(
+        (one, other), (np.float32(0), np.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes
+    )
+
+
 def _affine(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> Array:
     # Do not compute x - mean first: the compiler would store that map for its several uses instead
     # of computing it again.
@@ -145,5 +157,5 @@ def _affine(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) ->
     return x * factor + (bias - mean * factor)
 
 
-_normalize = jax.custom_vjp(lambda relu, *args: _forward(relu, *args)[0], nondiff_argnums=(0,))
+_normalize = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(0, 1))
 _normalize.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 """Names of the formulations that callers choose between."""
 
-OPS = ("auto", "xla")
+OPS = ("auto", "xla", "joint")
 
 
 def only_xla(ops: str) -> bool:
