@@ -168,17 +168,31 @@ def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, fresh_traces):
 
 
 @pytest.mark.full_compile
-@pytest.mark.parametrize("shape", [(3, 5, 7, 4), (2, 4096, 4), (5000, 4), (4,)])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 4096, 6), (5000, 6), (6,)])
 def test_chunk_size_does_not_change_codes(shape, monkeypatch):
-    x, entries = normal(shape), normal((2, 9, 2))
+    x, entries = normal(shape), normal((2, 3, 9, 2))  # two stages
     whole = np.asarray(vq.encode(entries, x))
     monkeypatch.setattr(kmeans, "_CACHED", 24)
-    np.testing.assert_array_equal(vq.encode(entries, x), whole)
+    for channels in (1, 4, 64):  # one group per chunk, two (the last chunk overlaps), and all
+        monkeypatch.setattr(kmeans, "_CHANNELS", channels)
+        np.testing.assert_array_equal(vq.encode(entries, x), whole)
     vq_rows = vq.rows_of(jnp.asarray(x))
-    by_product = kmeans._chunked(
-        vq_rows, jnp.asarray(entries)[None], max(1, vq_rows.shape[1] // 3), kmeans._all_distances
-    )
-    np.testing.assert_array_equal(by_product.reshape(*shape[:-1], 2), unpacked(whole, entries))
+    length = max(1, vq_rows.shape[1] // 3)
+    at_once = kmeans._chunked(vq_rows, jnp.asarray(entries), length, 3, kmeans._all_distances)
+    numbers = vq._unpack(jnp.asarray(whole), 9, 6)
+    np.testing.assert_array_equal(at_once.reshape(numbers.shape), numbers)
+
+
+@pytest.mark.full_compile
+@pytest.mark.parametrize("codes", [1, 2, 3, 7, 8, 9, 16, 21])
+def test_running_minimum_agrees_for_any_number_of_codes(codes):
+    vectors, entries = (jnp.asarray(normal((2, *s), codes)) for s in ((3, 50), (codes, 3)))
+    vectors = vectors.at[0, 1, 7].set(jnp.nan)  # never closer: code 0
+    numbers = np.asarray(kmeans._running_minimum(vectors, entries))
+    finite = jnp.nan_to_num(vectors)
+    expected = np.array(kmeans._all_distances(finite, entries))
+    expected[0, 7] = 0
+    np.testing.assert_array_equal(numbers, expected)
 
 
 def test_codebook_of_all_vectors_is_the_identity():

@@ -6,7 +6,6 @@ entries, n vectors, S stages.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,12 @@ SEEDED = 1024
 _POOL = 4  # vectors per code in the pool that initial and restarted entries are drawn from
 _UNROLL = 8  # codes compared in one pass of the running minimum over the vectors
 
-# Values per chunk, over all channels. They fit into a core's cache together with their distances.
-_CACHED = 2**16
+# Values per chunk of a search on a CPU, and its channels. A chunk fits into a core's first cache,
+# so that its transposition reads all values of a cache line before the line is evicted.
+_CACHED = 2**13
+_CHANNELS = 64
+
+_SUMMED = 2**16  # values per chunk of `accumulate`, over all channels
 
 # Distance, relative to a vector's length, below which the vector counts as equal to its entry.
 ROUNDING = 2.0**-20
@@ -207,8 +210,8 @@ def nearest_codes(
 ) -> Int[Array, "B P SG"]:
     """Returns the nearest entries of all vectors, stage by stage.
 
-    Works in chunks of positions, so that neither the distances of all vectors nor the residuals of
-    a stage exist in memory at once.
+    Works in chunks of positions, and on a CPU also of channel groups, so that neither the distances
+    of all vectors nor the residuals of a stage exist in memory at once.
 
     Args:
       rows: [B, P, C] vectors.
@@ -217,21 +220,21 @@ def nearest_codes(
     Returns:
       [B, P, S * G] entry numbers.
     """
-    (*_, codes, dims), (_, positions, _) = entries.shape, rows.shape
-    in_cache = _positions_in_cache(rows)
+    (_, groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
+    width = max(1, min(groups, _CHANNELS // dims))
+    in_cache = _length(_CACHED, positions, examples * width * dims)
     # Distances of a chunk then take as many bytes as all the vectors.
     in_memory = max(1, min(positions, positions * dims // codes))
     return jax.lax.platform_dependent(
         rows,
         entries,
-        cpu=lambda rows, entries: _chunked(rows, entries, in_cache, _running_minimum),
-        default=lambda rows, entries: _chunked(rows, entries, in_memory, _all_distances),
+        cpu=lambda rows, entries: _chunked(rows, entries, in_cache, width, _running_minimum),
+        default=lambda rows, entries: _chunked(rows, entries, in_memory, groups, _all_distances),
     )
 
 
-def _positions_in_cache(rows: Float[Array, "B P C"]) -> int:
-    examples, positions, channels = rows.shape
-    return max(1, min(positions, -(-_CACHED // (examples * channels))))
+def _length(values: int, positions: int, per_position: int) -> int:
+    return max(1, min(positions, -(-values // per_position)))
 
 
 def nearest_entry(
@@ -247,27 +250,35 @@ def _chunked(
     rows: Array,
     entries: Float[Array, "S G N D"],
     length: int,
+    width: int,
     nearest: Callable[[Array, Array], Array],
 ) -> Array:
     (stages, groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
+    parts = -(-groups // width)
 
     def chunk(i: Array, all_codes: Array) -> Array:
-        # The last chunk overlaps the one before, which only computes the same codes twice.
-        start = jnp.minimum(i * length, positions - length)
-        vectors, numbers = _vectors(jax.lax.dynamic_slice_in_dim(rows, start, length, 1), dims), []
+        # The last chunks overlap the ones before, which only computes the same codes twice.
+        start = jnp.minimum(i // parts * length, positions - length)
+        group = jnp.minimum(i % parts * width, groups - width)
+        part = jax.lax.dynamic_slice(
+            rows, (0, start, group * dims), (examples, length, width * dims)
+        )
+        vectors, numbers = _vectors(part, dims), []
+        stage_entries = jax.lax.dynamic_slice_in_dim(entries, group, width, 1)
         for stage in range(stages):
-            numbers.append(nearest(vectors, entries[stage]))
+            numbers.append(nearest(vectors, stage_entries[stage]))
             if stage + 1 < stages:
-                vectors = vectors - entries_of(entries[stage], numbers[-1])
-        number = jnp.concatenate(numbers).T.reshape(examples, length, stages * groups)
-        return jax.lax.dynamic_update_slice_in_dim(
-            all_codes, number.astype(all_codes.dtype), start, 1
+                vectors = vectors - entries_of(stage_entries[stage], numbers[-1])
+        number = jnp.concatenate(numbers).T.reshape(examples, length, stages, width)
+        return jax.lax.dynamic_update_slice(
+            all_codes, number.astype(all_codes.dtype), (0, start, 0, group)
         )
 
     all_codes = jnp.zeros(
-        (examples, positions, stages * groups), jnp.uint8 if codes <= 256 else jnp.uint16
+        (examples, positions, stages, groups), jnp.uint8 if codes <= 256 else jnp.uint16
     )
-    return jax.lax.fori_loop(0, -(-positions // length), chunk, all_codes)
+    all_codes = jax.lax.fori_loop(0, -(-positions // length) * parts, chunk, all_codes)
+    return all_codes.reshape(examples, positions, stages * groups)
 
 
 def _running_minimum(
@@ -275,28 +286,29 @@ def _running_minimum(
 ) -> Int[Array, "G n"]:
     """Finds nearest entries on a CPU, with one fused loop over entries that keeps the best so far.
 
-    The values stay in cache. The search takes a third of the time of a matrix product of vectors
-    and entries alone.
+    The values stay in cache. The search takes less time than a matrix product of vectors and
+    entries alone.
     """
     codes = entries.shape[1]
+    # XLA inlines a loop of one pass, and would fuse the transposition of the vectors into it.
+    unroll = max(1, min(_UNROLL, codes // 2))
 
-    def look(n: Any, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        distance, number = best
-        new_distance = _square(vectors, jax.lax.dynamic_index_in_dim(entries, n, 1, keepdims=False))
-        closer = new_distance < distance
-        return jnp.where(closer, new_distance, distance), jnp.where(closer, jnp.int32(n), number)
-
-    def several(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        for j in range(_UNROLL):
-            best = look(i * _UNROLL + j, best)
+    def several(i: Array, best: Array) -> Array:
+        for j in range(unroll):
+            # Beyond the end the last entry repeats, which is never closer than itself.
+            n = jnp.minimum(i * unroll + j, codes - 1)
+            entry = jax.lax.dynamic_index_in_dim(entries, n, 1, keepdims=False)
+            distance = _square(vectors, entry)
+            candidate = jax.lax.complex(distance, jnp.full_like(distance, n))
+            best = jnp.where(distance < best.real, candidate, best)
         return best
 
+    # The parts of a complex value are distance and number of the best entry. From two arrays XLA
+    # makes two loops on a CPU, each of which computes all distances.
     shape = (vectors.shape[0], vectors.shape[2])
-    best = (jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32))
-    best = jax.lax.fori_loop(0, codes // _UNROLL, several, best)
-    for n in range(codes - codes % _UNROLL, codes):
-        best = look(n, best)
-    return best[1]
+    best = jnp.full(shape, jnp.inf, jnp.complex64)
+    best = jax.lax.fori_loop(0, -(-codes // unroll), several, best)
+    return best.imag.astype(jnp.int32)
 
 
 def _all_distances(
@@ -346,8 +358,8 @@ def accumulate(rows: Float[Array, "B P C"], entries: Float[Array, "G N D"]) -> t
 
     Works in chunks of positions to bound the temporary memory.
     """
-    (groups, codes, dims), (examples, positions, _) = entries.shape, rows.shape
-    length = _positions_in_cache(rows)
+    (groups, codes, dims), (examples, positions, channels) = entries.shape, rows.shape
+    length = _length(_SUMMED, positions, examples * channels)
 
     def chunk(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * length, positions - length)
