@@ -235,6 +235,8 @@ def test_a_resumed_run_may_change_only_free_fields(name):
                 "log.",
                 "engine.group_sizes",
                 "engine.ticks",
+                "engine.barrier",
+                "engine.command_buffers",
                 "engine.restart",
                 "engine.watchdog",
             )
@@ -266,6 +268,7 @@ OF_VQ = {
     "codec.decode",
 }
 OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
+OF_FUSED = {"engine.barrier", "engine.command_buffers"}
 OF_SIMULATED = {"engine.order", "replay.at_limit"}
 # Kinds to which most options apply, and the options that do not apply to `simulated`.
 RICH = {
@@ -274,17 +277,17 @@ RICH = {
     "engine": {"name": "simulated"},
     "codec": {"name": "vq"},
 }
-NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS}
+NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS, *OF_FUSED}
 
 
 @pytest.mark.parametrize(
     ("kind", "chosen", "expected"),
     [
         ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
-        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED),
+        ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED | OF_FUSED),
         ("method.name", "backprop", NOT_SIMULATED | {"model.head"}),
         ("engine.name", "simulated", NOT_SIMULATED),
-        ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight"}),
+        ("engine.name", "threads", OF_SIMULATED | OF_FUSED | {"engine.ticks_in_flight"}),
         ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
         ("codec.name", "identity", NOT_SIMULATED | OF_VQ | {"codec.dims", "eval.codec"}),
         ("codec.name", "bf16", NOT_SIMULATED | OF_VQ | {"codec.dims"}),
