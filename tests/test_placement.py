@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dgl_jax.config import ReplaySettings
+from dgl_jax.engines import EngineInputs
 from dgl_jax.engines.placement import assign, check_batch, layout, one_group, put
 from dgl_jax.errors import UserError
 from dgl_jax.types import Batch
@@ -193,3 +195,12 @@ def test_check_batch_refuses_indivisible_batches(devices):
         check_batch(8, sizes)
     with pytest.raises(UserError, match="3 devices of module_0; 30 would do"):
         check_batch(16, [3, 5])
+
+
+def test_idle_devices_are_logged(tiny, devices, caplog):
+    caplog.set_level("INFO", "dgl_jax")
+    inputs = EngineInputs(tiny.spec(), devices, ReplaySettings(), total_steps=1)
+    assert inputs.placed((2, 1, 1)).count() == 4
+    assert not caplog.messages
+    assert inputs.placed(()).count() == 3
+    assert caplog.messages == ["1 of 4 devices stay idle; config.engine.group_sizes can use them"]

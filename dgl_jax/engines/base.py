@@ -1,5 +1,6 @@
 """Interface of an engine, with the state and the reports that its callers see."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import never
 from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,24 @@ class EngineInputs:
         return placement
 
     def placed(self, group_sizes: Sequence[int]) -> Placement:
-        """Returns a device group per module; raises UserError if sizes or batch do not fit."""
+        """Returns a device group per module, and logs how many devices stay idle.
+
+        Raises:
+          UserError: the sizes or the batch do not fit.
+        """
         modules = len(self.spec.modules)
         costs = (
             [body + head for body, head in module_flops(self.spec)]
             if not group_sizes and len(self.devices) < modules
             else ()
         )
-        return self.checked(assign(self.devices, modules, group_sizes, costs))
+        placement = self.checked(assign(self.devices, modules, group_sizes, costs))
+        if idle := len(self.devices) - placement.count():
+            _LOG.info(
+                "%d of %d devices stay idle; config.engine.group_sizes can use them",
+                *(idle, len(self.devices)),
+            )
+        return placement
 
 
 @dataclass(frozen=True)
