@@ -81,6 +81,16 @@ def test_replayed_features_equal_plain_jax_loop(engine):
     assert furthest(params, not_delayed) > 1e-4, "the delay of the gradients has no effect"
 
 
+def test_replayed_features_run_in_dispatches_of_many_steps():
+    """Filling the pipeline takes ticks with other turns, which are dispatched one by one."""
+    fields = REPLAYED | {"train__steps": 12}
+    one = trained(12, devices=1, **fields)
+    many = trained(12, devices=1, engine__steps_per_dispatch=3, **fields)
+    assert furthest(many, one) < 1e-5
+    # Twin: the parameters of one step earlier.
+    assert furthest(trained(11, devices=1, **fields), one) > 1e-3
+
+
 def gradients_of_the_last_batch(method: str, steps: int) -> list[Any]:
     """Returns the gradient of each module on its last batch, with parameters that never change."""
     experiment = make_experiment(

@@ -118,7 +118,7 @@ class FusedEngine(Synchronous):
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.dispatches, compiler = dispatches or Dispatches(), compiler or StepCompiler()
-        self._prepared = False
+        self._prepared: set[tuple[tuple[int, str], ...]] = set()
         self.steps = Programs(lambda turns: _jitted(spec, turns, compiler))
         self.loops = Programs(lambda turns: _jitted_loop(spec, turns, compiler))
 
@@ -127,8 +127,6 @@ class FusedEngine(Synchronous):
     ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
         states, feed = state.modules, self.feed(source)
-        if self.dispatches.steps > 1 and not self._prepared:
-            self._prepare(states, feed)
 
         def dispatch(group: Group) -> Sequence[Metrics]:
             nonlocal states
@@ -136,6 +134,8 @@ class FusedEngine(Synchronous):
             first = entering(group[0])
             if len(group) > 1:
                 assert first is not None
+                if turns not in self._prepared:
+                    self._prepare(turns, states, feed)
                 batches = feed.batches(first.batch, len(group))
                 states, metrics = self.loops[turns](states, feed.stored, batches)
             else:
@@ -155,12 +155,11 @@ class FusedEngine(Synchronous):
             self, groups, dispatch, updates_before, lambda flight=True: EngineState(states)
         )
 
-    def _prepare(self, states: Any, feed: Feed) -> None:
-        """Compiles the functions of one and of many updates of all modules, at the same time.
+    def _prepare(self, turns: tuple[tuple[int, str], ...], states: Any, feed: Feed) -> None:
+        """Compiles the functions of one and of many ticks with these turns, at the same time.
 
-        Otherwise the second one would be compiled in the middle of the training.
+        Otherwise one of them would be compiled in the middle of the training.
         """
-        turns = tuple((k, "step") for k in range(len(states)))
         batch, count = self.placement.batch_shapes(self.spec.batch()), self.dispatches.steps
         with ThreadPoolExecutor(2) as threads:
             single = threads.submit(lambda: self.steps[turns].lower(states, batch).compile())
@@ -168,7 +167,7 @@ class FusedEngine(Synchronous):
             stack = stacked_shapes(batch, count, self.placement, resident)
             self.loops[turns].lower(states, feed.stored, stack).compile()
             single.result()
-        self._prepared = True
+        self._prepared.add(turns)
 
 
 def _make(run: EngineInputs, options: FusedOptions) -> FusedEngine:

@@ -200,11 +200,8 @@ class Evaluator:
         """Returns the metrics of one batch by module, as (sum, count) on the devices."""
         heads, ensemble, context = self.answers(states, batch)
         end = self.placement.split(len(heads) - 1)
-        predictions = {
-            module.name: put(head, end)
-            for module, head in zip(self.spec.modules, heads)
-            if head is not None
-        } | {"ensemble": ensemble}
+        placed = [None if head is None else put(head, end) for head in heads]
+        predictions = _named(self.spec, placed, ensemble)
         return {name: self.metrics(p, context["label"]) for name, p in predictions.items()}
 
     def _count_in_groups(
@@ -229,6 +226,13 @@ class Evaluator:
         return on_host[:number]
 
 
+def _named(spec: TrainSpec, answers: Sequence[Any], ensemble: Any) -> dict[str, Any]:
+    """Returns the predictions of the modules that make any, and of the ensemble, by name."""
+    names = [module.name for module in spec.modules]
+    known = {name: answer for name, answer in zip(names, answers) if answer is not None}
+    return known | {"ensemble": ensemble}
+
+
 @cached_program(32)
 def _loop(spec: TrainSpec) -> Any:
     """Returns the jitted function that evaluates a stack of batches with all modules."""
@@ -244,11 +248,7 @@ def _loop(spec: TrainSpec) -> Any:
             params, batch_stats, codebook, published = part
             incoming, answer = _forward(spec, k, params, batch_stats, codebook, published, incoming)
             answers.append(answer)
-        predictions = {
-            module.name: answer
-            for module, answer in zip(spec.modules, answers)
-            if answer is not None
-        } | {"ensemble": spec.task.ensemble(answers)}
+        predictions = _named(spec, answers, spec.task.ensemble(answers))
         label: Any = batch.context["label"]
         return {name: spec.task.metrics(p, label) for name, p in predictions.items()}
 
