@@ -82,7 +82,7 @@ def test_replayed_features_equal_plain_jax_loop(engine):
 
 
 def test_replayed_features_run_in_dispatches_of_many_steps():
-    """Filling the pipeline takes ticks with other turns, which are dispatched one by one."""
+    """Checks a method that fills the pipeline with other turns, which are dispatched singly."""
     fields = REPLAYED | {"train__steps": 12}
     one = trained(12, devices=1, **fields)
     many = trained(12, devices=1, engine__steps_per_dispatch=3, **fields)
