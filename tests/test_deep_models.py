@@ -305,6 +305,7 @@ def test_every_published_network_is_registered():
     assert set(NETWORKS) >= {
         *PUBLISHED,
         *CIFAR_RESNETS,
+        "cnn3",
         "cnn4",
         "cnn6",
         "cnn6_replay",

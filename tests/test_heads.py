@@ -38,6 +38,12 @@ def numpy_cnn(layers, x):
     )
 
 
+def numpy_conv5x5(layers, x):
+    for _ in range(2):
+        x = np.maximum(layers.batch_norm(layers.conv(x)), 0)
+    return layers.linear(layers.conv(x).mean((1, 2)))
+
+
 def numpy_linear(layers, x):
     return layers.linear(x.mean((1, 2)))
 
@@ -46,6 +52,7 @@ ORACLES = {
     "mlp_sr": partial(numpy_mlp, convs=3),
     "mlp": numpy_mlp,
     "cnn": numpy_cnn,
+    "conv5x5": numpy_conv5x5,
     "linear": numpy_linear,
 }
 

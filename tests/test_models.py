@@ -65,6 +65,7 @@ def test_networks_with_equal_arguments_are_equal_and_hashable():
 # cnn6         27 w + 18 w^2 + 36 w^2 + 72 w^2 + 2 * 144 w^2 weights, 17 w biases
 # cnn6_replay  27 w + 9 (1 + 2 + 4 + 8 + 16) w^2 weights, no biases
 # cnn4         27 w + 18 w^2 + 36 w^2 + 72 w^2 weights, 9 w biases
+# cnn3         75 w + 2 * 25 w^2 weights, 3 w biases
 SHAPES = {
     "cnn6": (
         128,
@@ -79,6 +80,7 @@ SHAPES = {
         0,
     ),
     "cnn4": (64, [(64, 32), (128, 16), (128, 16), (256, 8)], 517_824, 576),
+    "cnn3": (128, [(128, 10), (128, 3), (128, 1)], 828_800, 384),
 }
 
 
@@ -138,6 +140,22 @@ def test_multiplications_of_all_heads_equal_published_percentages(name, head, pe
     module = make_head(head, 10)
     extra = sum(macs(module, trace(module, y)[1], y) for y, _, _ in rows[:-1])
     np.testing.assert_allclose(100 * extra / sum(m for _, _, m in rows), percent, rtol=0.01)
+
+
+def test_synthetic_gradient_network_refuses_images_that_shrink_to_nothing():
+    walk(make_network("cnn3", 4, 10, (27, 27, 3)), image((27, 27, 3)))
+    with pytest.raises(UserError, match=r"config.data.image_size.*2x2 map.*at least 27x27"):
+        walk(make_network("cnn3", 4, 10, (26, 26, 3)), image((26, 26, 3)))
+
+
+def test_convolutional_head_of_5x5_kernels_starts_without_a_signal():
+    maps = image((3, 3, 8))
+    logits, _ = trace(make_head("conv5x5", 10), maps)
+    assert logits.shape == (1, 10)
+    params = make_head("conv5x5", 10).init(jax.random.key(0), jnp.ones(maps.shape), train=False)
+    kernels = [p["kernel"] for name, p in params["params"].items() if name.startswith("Conv")]
+    assert [kernel.shape for kernel in kernels] == [(5, 5, 8, 8)] * 3
+    assert [bool(kernel.any()) for kernel in kernels] == [True, True, False]
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("cnn4", 2), ("cnn6", 2), ("cnn6_replay", 3)])

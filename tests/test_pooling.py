@@ -14,7 +14,14 @@ from numpy_layers import adaptive_avg_pool as numpy_adaptive
 from numpy_layers import close
 from numpy_layers import max_pool_3x3 as numpy_max_3x3
 
-from dgl_jax.ops import adaptive_avg_pool, max_pool_2x2, max_pool_3x3, pooling
+from dgl_jax.ops import (
+    adaptive_avg_pool,
+    avg_pool_windows,
+    max_pool_2x2,
+    max_pool_3x3,
+    max_pool_windows,
+    pooling,
+)
 from dgl_jax.ops.cpu import pooling as on_cpu
 
 pytestmark = pytest.mark.full_compile
@@ -84,6 +91,29 @@ def test_first_of_equal_maxima_receives_the_gradient():
         check_same(lambda x: on_cpu.windows(x, 2, 2).max((2, 4)), flax_max, x)
     one = jax.grad(lambda x: max_pool_2x2(x).sum())(jnp.ones((1, 2, 2, 1)))
     assert one.ravel().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "flax_pool"), [(max_pool_windows, nn.max_pool), (avg_pool_windows, nn.avg_pool)]
+)
+def test_separate_windows_equal_flax_without_the_rest(ours, flax_pool, monkeypatch, fresh_traces):
+    def reference(x):
+        return flax_pool(x, (3, 3), strides=(3, 3))
+
+    for x in (distinct(2, 7, 9, 5), np.asarray(nn.relu(distinct(2, 8, 10, 5) - 0.3))):
+        check_same(relu_before(lambda x: ours(x, 3)), relu_before(reference), x)
+    monkeypatch.setattr(pooling, "_by_platform", lambda x, ops, *, cpu, elsewhere: elsewhere(x))
+    check_same(lambda x: ours(x, 3), reference, distinct(2, 7, 9, 5))
+
+
+def test_twin_windows_with_the_first_row_left_out_fail(monkeypatch, fresh_traces):
+    monkeypatch.setattr(pooling, "_whole_windows", lambda x, side: x[:, 1:][:, :6, :9])
+    with pytest.raises(AssertionError):
+        check_same(
+            lambda x: max_pool_windows(x, 3),
+            lambda x: nn.max_pool(x, (3, 3), strides=(3, 3)),
+            distinct(2, 7, 9, 5),
+        )
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from dgl_jax.errors import UserError
 from dgl_jax.models.adapters import Adapter, AdapterKind
-from dgl_jax.models.cnn import cnn4, cnn6, cnn6_replay
+from dgl_jax.models.cnn import cnn3, cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HeadKind, make_head
 from dgl_jax.models.network import Network, with_choices
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
@@ -58,6 +58,7 @@ NETWORKS.ship(
     cnn4=NetworkKind(cnn4),
     cnn6=NetworkKind(cnn6),
     cnn6_replay=NetworkKind(cnn6_replay),
+    cnn3=NetworkKind(cnn3),
     **{f"vgg{depth}": NetworkKind(partial(vgg_bn, depth)) for depth in (11, 13, 16, 19)},
     **{
         f"resnet{depth}": NetworkKind(partial(cifar_resnet, depth))

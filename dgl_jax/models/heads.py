@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dgl_jax.errors import UserError
-from dgl_jax.models.blocks import conv_norm, linear, linear_logits
+from dgl_jax.models.blocks import Conv, conv_norm, linear, linear_logits
 from dgl_jax.models.network import with_choices
 from dgl_jax.ops import BatchNorm, adaptive_avg_pool
 from dgl_jax.registry import HEADS, Kind
@@ -94,17 +94,36 @@ class CNNHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
-        if x.ndim != 4:
-            raise UserError(
-                f"config.model.head='cnn': needs maps (B, H, W, C), not {_shape(x)}; "
-                "for tokens use linear, mlp or mlp_sr"
-            )
+        _require_map("cnn", x)
         for _ in range(2):
             x = conv_norm(
                 x, train, x.shape[-1], relu=True, bias=False, dtype=self.dtype, ops=self.ops
             )
         x = BatchNorm(self.dtype, self.ops)(_pool_2x2(x, self.ops), train)
         return linear_logits(_flatten(x), self.num_classes, self.dtype, self.logits)
+
+
+class Conv5x5Head(nn.Module):
+    """Convolutional head of the comparison with synthetic gradients, for maps only.
+
+    The layers are 2 x (5x5 convolution, batch norm, ReLU), a 5x5 convolution whose weights start at
+    0, the average over the map and Linear. It has the layers of a synthesizer in the method `dni`.
+    """
+
+    num_classes: int
+    dtype: DTypeLike = "float32"
+    ops: str = "auto"
+    logits: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B classes"]:
+        _require_map("conv5x5", x)
+        features, dtype, ops = x.shape[-1], self.dtype, self.ops
+        for _ in range(2):
+            x = conv_norm(x, train, features, relu=True, kernel=5, dtype=dtype, ops=ops)
+        x = Conv(features, 5, kernel_init=nn.initializers.zeros, dtype=dtype, ops=ops)(x)
+        x = adaptive_avg_pool(x, (1, 1), ops=self.ops)[:, 0, 0]
+        return linear_logits(x, self.num_classes, self.dtype, self.logits)
 
 
 class LinearHead(nn.Module):
@@ -135,6 +154,7 @@ HEADS.ship(
     mlp_sr=HeadKind(partial(MLPHead, convs=3)),
     mlp=HeadKind(MLPHead),
     cnn=HeadKind(CNNHead),
+    conv5x5=HeadKind(Conv5x5Head),
     linear=HeadKind(LinearHead),
 )
 
@@ -155,6 +175,14 @@ def make_head(
       returns logits [B, num_classes].
     """
     return with_choices(HEADS[name].make(num_classes, dtype=dtype), ops=ops)
+
+
+def _require_map(name: str, x: Array) -> None:
+    if x.ndim != 4:
+        raise UserError(
+            f"config.model.head={name!r}: needs maps (B, H, W, C), not {_shape(x)}; "
+            "for tokens use linear, mlp or mlp_sr"
+        )
 
 
 def _as_map(x: Array) -> tuple[Array, bool]:

@@ -12,7 +12,13 @@ Each operation takes `ops`, the formulation to use:
 from dgl_jax.ops.batch_norm import BatchNorm
 from dgl_jax.ops.choice import OPS
 from dgl_jax.ops.conv import conv_general_dilated
-from dgl_jax.ops.pooling import adaptive_avg_pool, max_pool_2x2, max_pool_3x3
+from dgl_jax.ops.pooling import (
+    adaptive_avg_pool,
+    avg_pool_windows,
+    max_pool_2x2,
+    max_pool_3x3,
+    max_pool_windows,
+)
 from dgl_jax.ops.remat import after, recomputed
 
 __all__ = [
@@ -20,8 +26,10 @@ __all__ = [
     "BatchNorm",
     "adaptive_avg_pool",
     "after",
+    "avg_pool_windows",
     "conv_general_dilated",
     "max_pool_2x2",
     "max_pool_3x3",
+    "max_pool_windows",
     "recomputed",
 ]

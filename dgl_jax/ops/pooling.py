@@ -63,6 +63,37 @@ def max_pool_3x3(x: Float[Array, "B H W C"], *, ops: str = "auto") -> Float[Arra
     )
 
 
+def max_pool_windows(
+    x: Float[Array, "B H W C"], side: int, *, ops: str = "auto"
+) -> Float[Array, "B h w C"]:
+    """Takes the maximum of windows of `side` x `side` values that do not overlap.
+
+    Equal maxima get the gradient as in `max_pool_3x3`.
+
+    Args:
+      x: maps. Rows and columns that do not fill a window are left out.
+      side: height and width of the windows, and their stride.
+      ops: see `dgl_jax.ops`.
+
+    Returns:
+      Maps of height H / side and width W / side, rounded down.
+    """
+    return _by_platform(
+        _whole_windows(x, side),
+        ops,
+        cpu=lambda y: on_cpu.windows(y, side, side).max((2, 4)),
+        elsewhere=lambda y: nn.max_pool(y, (side, side), strides=(side, side)),
+    )
+
+
+def avg_pool_windows(
+    x: Float[Array, "B H W C"], side: int, *, ops: str = "auto"
+) -> Float[Array, "B h w C"]:
+    """Averages windows of `side` x `side` values; arguments as in `max_pool_windows`."""
+    x = _whole_windows(x, side)
+    return adaptive_avg_pool(x, (x.shape[1] // side, x.shape[2] // side), ops=ops)
+
+
 def adaptive_avg_pool(
     x: Float[Array, "B H W C"], out_size: tuple[int, int], *, ops: str = "auto"
 ) -> Float[Array, "B h w C"]:
@@ -96,6 +127,10 @@ def adaptive_avg_pool(
             elsewhere=lambda z: nn.avg_pool(z, window, strides=window),
         )
     return y.astype(x.dtype)
+
+
+def _whole_windows(x: Array, side: int) -> Array:
+    return x[:, : x.shape[1] // side * side, : x.shape[2] // side * side]
 
 
 def _by_platform(x: Array, ops: str, *, cpu: Pool, elsewhere: Pool) -> Array:
