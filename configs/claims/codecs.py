@@ -1,0 +1,36 @@
+"""Claim: quantized messages cost little accuracy, at up to 32 times fewer bytes.
+
+    python launch.py --mode=sweep --sweep=configs/claims/codecs.py:small --workdir=runs/f
+    python launch.py --mode=report --workdir=runs/f
+
+The runs of the claim `asynchronous` with a codec on every hop. At N = 256 codes, `vq` sends one
+byte per D values and stage. The paper on quantized DGL has published no numbers.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dgl_jax.configs.claims import asynchronous, common
+
+
+def vq(dims: int, stages: int = 1) -> dict[str, Any]:
+    """Returns the fields of vector quantization of `dims` values at a time."""
+    return {"codec.name": "vq", "codec.dims": dims, "codec.stages": stages}
+
+
+ROWS = {
+    "identity": {},
+    "bf16": {"codec.name": "bf16"},
+    "int8": {"codec.name": "int8"},
+    **{f"vq,D={dims}": vq(dims) for dims in (2, 4, 8, 16)},
+    "vq,D=16,stages=2": vq(16, 2),
+    "asynchronous,identity": asynchronous.slowed(1.2, 50),
+    "asynchronous,vq,D=8": asynchronous.slowed(1.2, 50) | vq(8),
+}
+CHOSEN: dict[str, float] = {}
+
+
+def get_sweep(size: str | None = None) -> common.Rows:
+    """Yields the rows of the claim; see `common.sweep`."""
+    return common.sweep(asynchronous.base, ROWS, size, CHOSEN)

@@ -1,0 +1,43 @@
+"""Claim: DGL scales to ImageNet, with four modules as with back-propagation.
+
+    python launch.py --mode=sweep --sweep=configs/claims/imagenet.py:small --workdir=runs/h \
+        --config.data.dir=FOLDER
+    python launch.py --mode=report --workdir=runs/h
+
+VGG-13 in 4 and in 10 modules. The small size trains a network of an eighth of the width on any
+folder of images at 64 pixels, with the crops of ImageNet.
+
+Published top-1 accuracy (50 epochs): K = 4 67.8 %, K = 10 64.4 %, back-propagation 66.6 %.
+"""
+
+from ml_collections import ConfigDict
+
+from dgl_jax.configs.bases import imagenet
+from dgl_jax.configs.claims import common
+
+ROWS = {
+    "dgl,K=4": {"model.modules": 4, "model.split": "0,3,6,9"},
+    "dgl,K=10": {"model.modules": 10},
+    "backprop": {"method.name": "backprop", "model.modules": 1},
+}
+CHOSEN: dict[str, float] = {}
+
+
+def base(full: bool) -> ConfigDict:
+    """Returns the configuration that the rows share."""
+    config = imagenet()
+    config.model.name = "vgg13"
+    config.checkpoint.keep = 1
+    if not full:
+        config.data.name, config.data.image_size = "folder", 64
+        config.data.train_examples, config.data.batch_size = 10_000, 128
+        config.data.validation_fraction = 0.1
+        config.model.width = 8
+        config.schedule = common.small_cifar10().schedule
+        config.train.epochs = 16.0
+    return config
+
+
+def get_sweep(size: str | None = None) -> common.Rows:
+    """Yields the rows of the claim; see `common.sweep`."""
+    return common.sweep(base, ROWS, size, CHOSEN)
