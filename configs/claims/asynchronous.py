@@ -1,12 +1,13 @@
-"""Claim: asynchronous training keeps its accuracy up to a slowdown of 1.2 and loses little up to 2.
+r"""Claim: asynchronous training keeps its accuracy up to a slowdown of 1.2, and most of it up to 2.
 
-    python launch.py --mode=sweep --sweep=configs/claims/asynchronous.py:small --workdir=runs/e
-    python launch.py --mode=report --workdir=runs/e
+    python launch.py --mode=sweep --sweep=configs/claims/asynchronous.py:small \
+        --workdir=runs/asynchronous
+    python launch.py --mode=report --workdir=runs/asynchronous
 
 The network and heads of the authors' asynchronous experiments, six modules, the fourth one slowed
 by S; M is the number of messages per replay ring. The first row is synchronous.
 
-Published as figures only: no loss up to about S = 1.2, a small one up to 2; even M = 1 costs little.
+Published as figures only: no loss up to about S = 1.2, a small one up to 2; M = 1 costs little.
 """
 
 from typing import Any

@@ -1,15 +1,14 @@
-"""Claim: quantized messages cost little accuracy, at up to 32 times fewer bytes.
+r"""Claim: quantized messages cost little accuracy, at up to 32 times fewer bytes.
 
-    python launch.py --mode=sweep --sweep=configs/claims/codecs.py:small --workdir=runs/f
-    python launch.py --mode=report --workdir=runs/f
+    python launch.py --mode=sweep --sweep=configs/claims/codecs.py:small \
+        --workdir=runs/codecs
+    python launch.py --mode=report --workdir=runs/codecs
 
 The runs of the claim `asynchronous` with a codec on every hop. At N = 256 codes, `vq` sends one
 byte per D values and stage. The paper on quantized DGL has published no numbers.
 """
 
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import asynchronous, common
 

@@ -1,7 +1,8 @@
-"""Claim: with two modules DGL is as good as methods with delayed gradients, without their traffic.
+r"""Claim: with two modules DGL is as good as methods with delayed gradients, without their traffic.
 
-    python launch.py --mode=sweep --sweep=configs/claims/delayed_gradients.py:small --workdir=runs/d
-    python launch.py --mode=report --workdir=runs/d
+    python launch.py --mode=sweep --sweep=configs/claims/delayed_gradients.py:small \
+        --workdir=runs/delayed
+    python launch.py --mode=report --workdir=runs/delayed
 
 A residual network in two modules: ResNet-20 of half the width at the small size, ResNet-110 at the
 full size.

@@ -1,7 +1,8 @@
-"""Claim: small auxiliary networks are enough, those of 1x1 convolutions and linear layers.
+r"""Claim: small auxiliary networks are enough, those of 1x1 convolutions and linear layers.
 
-    python launch.py --mode=sweep --sweep=configs/claims/heads.py:small --workdir=runs/b
-    python launch.py --mode=report --workdir=runs/b
+    python launch.py --mode=sweep --sweep=configs/claims/heads.py:small \
+        --workdir=runs/heads
+    python launch.py --mode=report --workdir=runs/heads
 
 The six-layer network, one module per layer, with each head of the paper's study.
 

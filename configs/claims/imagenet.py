@@ -1,8 +1,8 @@
-"""Claim: DGL scales to ImageNet, with four modules as with back-propagation.
+r"""Claim: DGL scales to ImageNet, with four modules as with back-propagation.
 
-    python launch.py --mode=sweep --sweep=configs/claims/imagenet.py:small --workdir=runs/h \
+    python launch.py --mode=sweep --sweep=configs/claims/imagenet.py:small --workdir=runs/imagenet \
         --config.data.dir=FOLDER
-    python launch.py --mode=report --workdir=runs/h
+    python launch.py --mode=report --workdir=runs/imagenet
 
 VGG-13 in 4 and in 10 modules. The small size trains a network of an eighth of the width on any
 folder of images at 64 pixels, with the crops of ImageNet.

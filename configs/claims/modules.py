@@ -1,7 +1,8 @@
-"""Claim: accuracy falls as modules multiply, and isolation is the reason, not the heads.
+r"""Claim: accuracy falls as modules multiply, and isolation is the reason, not the heads.
 
-    python launch.py --mode=sweep --sweep=configs/claims/modules.py:small --workdir=runs/g
-    python launch.py --mode=report --workdir=runs/g
+    python launch.py --mode=sweep --sweep=configs/claims/modules.py:small \
+        --workdir=runs/modules
+    python launch.py --mode=report --workdir=runs/modules
 
 The six-layer network in K modules. `deep_supervision` has the same heads and losses as DGL, but
 gradients flow through all modules: it separates the effect of heads from that of isolation.

@@ -1,6 +1,7 @@
-"""Claim: synchronous DGL reaches the accuracy of the sequential solver in fewer passes.
+r"""Claim: synchronous DGL reaches the accuracy of the sequential solver in fewer passes.
 
-    python launch.py --mode=sweep --sweep=configs/claims/sequential.py:small --workdir=runs/sequential
+    python launch.py --mode=sweep --sweep=configs/claims/sequential.py:small \
+        --workdir=runs/sequential
     python launch.py --mode=report --workdir=runs/sequential
 
 The four-layer network of the paper's learning curves, one module per layer. `layerwise` trains one

@@ -1,7 +1,8 @@
-"""Claim: DGL is better than synthetic gradients, and about as good as back-propagation.
+r"""Claim: DGL is better than synthetic gradients, and about as good as back-propagation.
 
-    python launch.py --mode=sweep --sweep=configs/claims/synthetic_gradients.py:small --workdir=runs/c
-    python launch.py --mode=report --workdir=runs/c
+    python launch.py --mode=sweep --sweep=configs/claims/synthetic_gradients.py:small \
+        --workdir=runs/synthetic
+    python launch.py --mode=report --workdir=runs/synthetic
 
 The three-layer network of the comparison, cut after every layer; the heads of DGL have the layers
 of a synthesizer. At full size the learning rate is that of the published runs, 3e-5, for all rows.

@@ -1,0 +1,60 @@
+"""The sweeps in configs/claims/: their rows are valid, distinct, and say what they claim."""
+
+import importlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dgl_jax.config import make_settings
+from dgl_jax.configs.claims import common
+from dgl_jax.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "configs" / "claims"
+CLAIMS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if "CHOSEN" in path.read_text())
+
+
+def claim(name):
+    return importlib.import_module(f"dgl_jax.configs.claims.{name}")
+
+
+def rows(name, size):
+    return {row: make_settings(config) for row, config in claim(name).get_sweep(size)}
+
+
+@pytest.mark.parametrize("size", common.SIZES)
+@pytest.mark.parametrize("name", CLAIMS)
+def test_rows_are_valid_and_distinct(name, size):
+    names = [row for row, _ in claim(name).get_sweep(size)]
+    assert not [row for row, count in Counter(names).items() if count > 1]
+    settings = rows(name, size)
+    assert len({each.hash() for each in settings.values()}) == len(names)
+    assert not any(each.ignored for each in settings.values())
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_row_is_tried_with_three_rates_and_run_with_three_seeds(name):
+    module = claim(name)
+    tried, run = rows(name, "rates"), rows(name, "small")
+    for row in module.ROWS:
+        rates = {s.optimizer.learning_rate for n, s in tried.items() if n.startswith(f"{row}/")}
+        final = {s.optimizer.learning_rate for n, s in run.items() if n.startswith(f"{row}/")}
+        seeds = {s.seed for n, s in run.items() if n.startswith(f"{row}/")}
+        assert len(rates) == 3
+        assert len(final) == 1
+        assert final <= rates
+        assert seeds == {0, 1, 2}
+    assert set(module.CHOSEN) <= set(module.ROWS)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_sweeps_of_rates_and_of_seeds_share_a_run_of_every_row(name):
+    tried, run = rows(name, "rates"), rows(name, "small")
+    shared = tried.keys() & run.keys()
+    assert len(shared) == len(claim(name).ROWS)
+    assert all(tried[row] == run[row] for row in shared)
+
+
+def test_unknown_size_is_refused():
+    with pytest.raises(UserError, match="huge: must be one of rates, small, full"):
+        list(claim("heads").get_sweep("huge"))
