@@ -54,7 +54,7 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base",), ("dgl", "backprop")),
+    "methods": (("base",), ("dgl", "backprop", "dni")),
     "engines": (
         ("placement", "flight"),
         ("feed",),
@@ -83,7 +83,20 @@ ONLY = {
     "codecs": {"config", "core", "errors", "fields", "registry"},
     "replay": {"errors", "registry", "system", "types"},
     "schedule": set(),
-    "methods": {"codecs", "core", "objectives", "registry", "schedule", "spec", "tasks", "types"},
+    "methods": {
+        "codecs",
+        "config",
+        "core",
+        "errors",
+        "fields",
+        "models",
+        "objectives",
+        "registry",
+        "schedule",
+        "spec",
+        "tasks",
+        "types",
+    },
 }
 # The only names that other rooms may import from these folders.
 DOORS = {"ops": ops.__all__}
