@@ -54,7 +54,7 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base",), ("dgl", "backprop", "dni")),
+    "methods": (("base",), ("dgl", "backprop", "dni"), ("deep_supervision",)),
     "engines": (
         ("placement", "flight"),
         ("feed",),
