@@ -39,8 +39,9 @@ from dgl_jax.core.step import (
     loss_step,
 )
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
+from dgl_jax.fields import number, option
 from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
+from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
 from dgl_jax.models import Synthesizer, with_choices
 from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
@@ -59,11 +60,14 @@ class Dni:
         `models.Synthesizer`. Each module below the last one has its own parameters for it.
       optimizer: optimizer of the synthesizers.
       conditional: True passes the one-hot label to the synthesizers (the method `cdni`).
+      encode_gradients: True encodes the messages that travel down with the codec, as those that
+        travel up; False sends them unchanged.
     """
 
     synthesizer: nn.Module
     optimizer: optax.GradientTransformation
     conditional: bool = False
+    encode_gradients: bool = True
     sends: ClassVar[bool] = True
 
     def schedule(
@@ -88,17 +92,25 @@ class Dni:
         module, ports = spec.modules[k], Ports(spec, k)
         layer = self._layer(spec, k)
 
+        def sent_down(
+            state: ModuleState, updates: jax.Array, gradient: jax.Array
+        ) -> tuple[ModuleState, Message | None, Metrics]:
+            if k == 0:
+                return state, None, {}
+            return encode_gradient(spec, state, updates, gradient, self.encode_gradients)
+
         def lower(
             state: ModuleState, inbox: Inbox, context: Context
         ) -> tuple[ModuleState, Outbox, Metrics]:
             assert inbox.above is not None
             inputs, metrics = ports.receive(inbox.below)
-            extras, gradient_above = state.extras, inbox.above.payload
+            extras, updates = state.extras, state.updates
+            gradient_above = decode_gradient(spec, inbox.above, self.encode_gradients)
             new, errors = self._regressed(
                 layer, extras["synthesizer"], extras["pending"], gradient_above
             )
             # Nothing is pending before the first update.
-            pending = state.updates > 0
+            pending = updates > 0
             synthesizer = jax.tree.map(
                 lambda new, old: jnp.where(pending, new, old), new, extras["synthesizer"]
             )
@@ -117,25 +129,26 @@ class Dni:
             state = apply_gradient(spec.optimizer, state, gradient, batch_stats)
             kept = {"synthesizer": synthesizer | {"batch_stats": stats}, "pending": seen}
             state = dataclasses.replace(state, extras=state.extras | kept)
+            state, down, down_metrics = sent_down(state, updates, gradient_below)
             if spec.ema:
                 state = ema.advance(state, spec.ema)
-            down = Message(gradient_below) if k else None
-            return state, Outbox(ports.emit(outputs, (), inputs), down), metrics | errors
+            state, up, up_metrics = ports.send(state, updates, outputs, inputs)
+            return state, Outbox(up, down), metrics | errors | down_metrics | up_metrics
 
         def last(
             state: ModuleState, inbox: Inbox, context: Context
         ) -> tuple[ModuleState, Outbox, Metrics]:
-            inputs, input_metrics = ports.receive(inbox.below)
-            context = ports.full_context(inputs, context)
-            down = None
+            inputs, metrics = ports.receive(inbox.below)
+            context, updates, down = ports.full_context(inputs, context), state.updates, None
             if k:
-                state, gradient, metrics = loss_step(module, spec.optimizer, state, inputs, context)
-                down = Message(gradient)
+                state, gradient, losses = loss_step(module, spec.optimizer, state, inputs, context)
+                state, down, down_metrics = sent_down(state, updates, gradient)
+                losses |= down_metrics
             else:
-                state, _, metrics = local_step(module, spec.optimizer, state, inputs, context)
+                state, _, losses = local_step(module, spec.optimizer, state, inputs, context)
             if spec.ema:
                 state = ema.advance(state, spec.ema)
-            return state, Outbox(below=down), metrics | input_metrics
+            return state, Outbox(below=down), metrics | losses
 
         program = last if k == len(spec.modules) - 1 else lower
         program.__name__ = module.name
@@ -153,8 +166,9 @@ class Dni:
         This is the batch that the module has seen last, and the gradient of it that waits at the
         module. The last module has none of these.
         """
+        extras = gradient_extras(spec, k, states, self.encode_gradients)
         if k == len(spec.modules) - 1:
-            return {}
+            return extras
         activations = spec.shapes(states)[k + 1]
         seen: dict[str, Any] = {"activations": activations}
         if self.conditional:
@@ -166,16 +180,13 @@ class Dni:
             rngs.synthesizer_params(states[k].rng), activations, seen.get("targets"), train=False
         )
         params = variables.get("params", {})
-        zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
-        return {
-            "synthesizer": {
-                "params": params,
-                "batch_stats": variables.get("batch_stats", {}),
-                "opt_state": self.optimizer.init(params),
-            },
-            "pending": zeros,
-            "above": (Message(jnp.zeros_like(zeros["activations"])),),
+        synthesizer = {
+            "params": params,
+            "batch_stats": variables.get("batch_stats", {}),
+            "opt_state": self.optimizer.init(params),
         }
+        pending = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+        return extras | {"synthesizer": synthesizer, "pending": pending}
 
     def _layer(self, spec: TrainSpec, k: int) -> nn.Module:
         return with_choices(self.synthesizer, ops=spec.modules[k].ops)
@@ -253,12 +264,15 @@ class DniOptions(MethodSettings):
         activations have.
       synthesizer_layers: layers of a synthesizer.
       synthesizer_kernel: height and width of a synthesizer's convolutions, an odd number.
+      encode_gradients: True encodes the gradients that travel down with the codec of the
+        activations; False sends them unchanged.
     """
 
     synthesizer_learning_rate: float = number(1e-3, 0.0, 1e30, exclusive=True)
     synthesizer_channels: int = number(0, 0, 2**16)
     synthesizer_layers: int = number(3, 1, 100)
     synthesizer_kernel: int = number(5, 1, 99)
+    encode_gradients: bool = option(True)
 
     def check(self, settings: Settings) -> None:
         """Raises UserError if a setting does not fit the method."""
@@ -279,7 +293,8 @@ def _make(options: DniOptions) -> Dni:
     synthesizer = Synthesizer(
         options.synthesizer_channels, options.synthesizer_layers, options.synthesizer_kernel
     )
-    return Dni(synthesizer, _adam(options.synthesizer_learning_rate), options.name == "cdni")
+    optimizer, conditional = _adam(options.synthesizer_learning_rate), options.name == "cdni"
+    return Dni(synthesizer, optimizer, conditional, options.encode_gradients)
 
 
 @cached_program(32)
