@@ -12,6 +12,19 @@ right: the deepest module is first, since its input was computed one tick earlie
     tick 5   m2:b3
 
 Filling and draining do not change the results: each module sees the same batches in the same order.
+
+`staggered` leaves one tick between two batches of a module: module k works on batch b at tick
+2b + k. A message that module k sends down in one tick is then read in the next tick, before the
+module below works on another batch. Neighbors take turns, and every other module works at the same
+time:
+
+    tick 0                          m0:b0
+    tick 1              m1:b0
+    tick 2   m2:b0                  m0:b1
+    tick 3              m1:b1
+    tick 4   m2:b1                  m0:b2
+    tick 5              m1:b2
+    tick 6   m2:b2
 """
 
 import random
@@ -90,16 +103,42 @@ def pipelined(
         tick += 1
 
 
-def aligned(
-    counts: Sequence[int], until: int, stop: Callable[[], bool] = never, overlap: bool = False
+def staggered(
+    modules: int, start: int, until: int, stop: Callable[[], bool] = never
 ) -> Iterator[Tick]:
-    """Returns the schedule that continues from equal update counts, `pipelined` or `fused`.
+    """Yields ticks in which module k works on batch b at tick 2b + k, the deepest module first.
+
+    Takes the same arguments as `pipelined`.
+    """
+    tick = 2 * start
+    while tick < 2 * until + modules - 2:
+        if tick % 2 == 0 and tick < 2 * until and stop():
+            until = tick // 2
+        turns = tuple(
+            Turn(k, (tick - k) // 2)
+            for k in reversed(range(modules))
+            if (tick - k) % 2 == 0 and start <= (tick - k) // 2 < until
+        )
+        if turns:
+            yield turns
+        tick += 1
+
+
+def aligned(
+    counts: Sequence[int],
+    until: int,
+    stop: Callable[[], bool] = never,
+    overlap: bool = False,
+    overlapping: Callable[..., Iterator[Tick]] = pipelined,
+) -> Iterator[Tick]:
+    """Returns the schedule that continues from equal update counts, `overlapping` or `fused`.
 
     Args:
       counts: updates made so far, per module.
       until: updates per module at the end.
       stop: see `pipelined` and `fused`.
-      overlap: modules work at the same time, so that `pipelined` is used.
+      overlap: modules work at the same time, so that `overlapping` is used.
+      overlapping: `pipelined` or `staggered`.
 
     Raises:
       ValueError: the update counts differ.
@@ -108,7 +147,7 @@ def aligned(
         raise ValueError(
             f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}"
         )
-    return (pipelined if overlap else fused)(len(counts), counts[0], until, stop)
+    return (overlapping if overlap else fused)(len(counts), counts[0], until, stop)
 
 
 def grouped(

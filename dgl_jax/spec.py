@@ -15,14 +15,15 @@ from dgl_jax.core.drawing import DrawnFirst
 from dgl_jax.core.module import LocalModule, ModuleState, init_states, output_shape
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.tasks import Task
-from dgl_jax.types import Batch, Context, nbytes
+from dgl_jax.types import Batch, Context, Message, nbytes
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes per image that cross each hop, in both directions together; one entry per hop.
 
-    Upward these are activations (or their codes) and the context.
+    Upward these are activations (or their codes) and the context, downward gradients or
+    publications.
 
     Attributes:
       raw: bytes without a codec.
@@ -30,12 +31,14 @@ class Traffic:
       codebook: the part of `wire` that is codebooks.
       measured: True if `wire` was counted from messages that crossed a device boundary, False if it
         was computed from the shapes of the encoded arrays.
+      down: the part of `wire` that travels down; empty if nothing does.
     """
 
     raw: tuple[float, ...]
     wire: tuple[float, ...]
     codebook: tuple[float, ...]
     measured: bool = False
+    down: tuple[float, ...] = ()
 
     def gauges(self) -> dict[str, float]:
         """Returns the traffic as metrics of the sending modules."""
@@ -46,6 +49,8 @@ class Traffic:
             gauges[f"wire/module_{k}/bytes_per_image"] = wire
             gauges[f"wire/module_{k}/compression"] = raw / wire
             gauges[f"wire/module_{k}/codebook_share"] = codebook / wire
+        for k, down in enumerate(self.down):
+            gauges[f"wire/module_{k}/bytes_down_per_image"] = down
         return gauges
 
 
@@ -54,14 +59,20 @@ class Meter:
     """Counter of the bytes that cross one hop.
 
     Attributes:
-      messages: bytes of payloads and contexts.
-      codebooks: bytes of codebooks.
+      messages: bytes of payloads and contexts that travel up.
+      codebooks: bytes of codebooks that travel up.
       images: number of images whose activations crossed.
+      down_messages: bytes of messages that travel down, without codebooks.
+      down_codebooks: bytes of codebooks that travel down.
+      down_count: number of messages that travel down.
     """
 
     messages: int = 0
     codebooks: int = 0
     images: int = 0
+    down_messages: int = 0
+    down_codebooks: int = 0
+    down_count: int = 0
 
     def count(self, payload: Any, context: Context, codebook: Any = ()) -> None:
         """Counts one message to the module above and the codebook sent with it, if any."""
@@ -69,9 +80,11 @@ class Meter:
         self.codebooks += nbytes(codebook)
         self.images += len(context["id"])
 
-    def count_from_above(self, message: Any) -> None:
-        """Counts one message from the module above."""
-        self.messages += nbytes(message)
+    def count_from_above(self, message: Any, codebook: Any = ()) -> None:
+        """Counts one message from the module above and the codebook sent with it, if any."""
+        self.down_messages += nbytes(message)
+        self.down_codebooks += nbytes(codebook)
+        self.down_count += 1
 
 
 class MessageSpec(NamedTuple):
@@ -82,7 +95,8 @@ class MessageSpec(NamedTuple):
       payload: the encoded activations.
       codebook: the codebook; `()` if the codec has none.
       period: updates between two codebooks; 0 if the codec has none.
-      down: message that the module above sends back for each batch.
+      down: message that the module above sends back for each batch, with the codebook that encodes
+        it, which is sent once per `period`; `()` if nothing travels down.
     """
 
     activations: jax.ShapeDtypeStruct
@@ -94,6 +108,11 @@ class MessageSpec(NamedTuple):
     def publishes(self, updates: int) -> bool:
         """Returns True if the message sent after `updates` updates carries a new codebook."""
         return bool(self.period) and updates % self.period == 0
+
+    def down_parts(self) -> tuple[Message, Any]:
+        """Returns the message from above without its codebook, and the codebook."""
+        message = self.down or Message()
+        return (message._replace(codebook=()), message.codebook) if self.period else (message, ())
 
 
 @dataclass(frozen=True)
@@ -258,19 +277,31 @@ class TrainSpec:
         if not self.method.sends:
             return Traffic((), (), ())
         size = self.batch_size
-        raw, messages, codebooks = [], [], []
+        raw, up, down = [], [], []  # up and down: bytes of messages and of codebooks
         for k, hop in enumerate(self.hops, 1):
-            overhead = nbytes((self.context(k), hop.down))
-            raw.append((nbytes(hop.activations) + overhead) / size)
-            messages.append((nbytes(hop.payload) + overhead) / size)
-            codebooks.append(nbytes(hop.codebook) / hop.period / size if hop.period else 0.0)
+            context, period = nbytes(self.context(k)), max(hop.period, 1)
+            below, book = hop.down_parts()
+            # The payload of a message from above is a gradient of the activations.
+            raw_down = nbytes((hop.activations if nbytes(below.payload) else (), below.published))
+            raw.append((nbytes(hop.activations) + context + raw_down) / size)
+            up.append(
+                ((nbytes(hop.payload) + context) / size, nbytes(hop.codebook) / period / size)
+            )
+            down.append((nbytes(below) / size, nbytes(book) / period / size))
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:
-            messages[k], codebooks[k] = (
-                n / meters[k].images for n in (meters[k].messages, meters[k].codebooks)
-            )
-        wire = tuple(m + c for m, c in zip(messages, codebooks))
-        return Traffic(tuple(raw), wire, tuple(codebooks), bool(counted))
+            m = meters[k]
+            up[k] = (m.messages / m.images, m.codebooks / m.images)
+            if m.down_count:
+                images = m.down_count * size
+                down[k] = (m.down_messages / images, m.down_codebooks / images)
+        return Traffic(
+            tuple(raw),
+            tuple(sum(parts) for parts in zip(map(sum, up), map(sum, down))),
+            tuple(a + b for (_, a), (_, b) in zip(up, down)),
+            bool(counted),
+            tuple(map(sum, down)) if any(map(any, down)) else (),
+        )
 
 
 @cached_program(8)

@@ -54,7 +54,7 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base",), ("dgl", "backprop")),
+    "methods": (("base", "downward"), ("dgl", "backprop", "dni"), ("deep_supervision",)),
     "engines": (
         ("placement", "flight"),
         ("feed",),
@@ -83,7 +83,20 @@ ONLY = {
     "codecs": {"config", "core", "errors", "fields", "registry"},
     "replay": {"errors", "registry", "system", "types"},
     "schedule": set(),
-    "methods": {"codecs", "core", "objectives", "registry", "schedule", "spec", "tasks", "types"},
+    "methods": {
+        "codecs",
+        "config",
+        "core",
+        "errors",
+        "fields",
+        "models",
+        "objectives",
+        "registry",
+        "schedule",
+        "spec",
+        "tasks",
+        "types",
+    },
 }
 # The only names that other rooms may import from these folders.
 DOORS = {"ops": ops.__all__}
@@ -275,8 +288,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 5_500
-    assert package < 11_600
+    assert core < 6_100
+    assert package < 12_400
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ TREE = {
                 {"micro_batch": (MICRO_BATCHES, {"block": (BLOCKS,), "head": (), "adapter": ()})},
             ),
             "codec": (UPDATES, {"stage": (STAGES, CODEBOOK_STREAMS)}),
+            "gradient_codec": (UPDATES, {"stage": (STAGES, CODEBOOK_STREAMS)}),
+            "synthesizer_params": (),
         },
     ),
 }

@@ -6,6 +6,7 @@ from dgl_jax.codecs.base import (
     GroupOptions,
     Stateless,
     check_dims,
+    encode_and_learn,
     make_codec,
     relative_error,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Vq",
     "VqOptions",
     "check_dims",
+    "encode_and_learn",
     "make_codec",
     "register_codec",
     "relative_error",

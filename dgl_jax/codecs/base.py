@@ -137,6 +137,38 @@ def relative_error(
     )
 
 
+def encode_and_learn(
+    codec: Codec,
+    state: Any,
+    key: Array,
+    values: Float[Array, "B ..."],
+    updates: Int[Array, ""],
+) -> tuple[Any, Any, Any, dict[str, Array]]:
+    """Encodes the values of a message and updates the codec with them afterwards.
+
+    Args:
+      codec: codec of the message.
+      state: the sender's state of the codec; `()` or None if the codec has none.
+      key: random key of the message.
+      values: [B, ...] values to send.
+      updates: [] number of messages that were sent before.
+
+    Returns:
+      The new state; the codebook that encodes the message; the payload; and metrics, among them
+      `codec_error` (relative error of the decoded values) unless the codec is lossless.
+    """
+    published = codec.publish(state, key, values, updates)
+    codebook = codec.codebook(published)
+    payload = codec.encode(codebook, values)
+    metrics = (
+        {}
+        if codec.lossless
+        else {"codec_error": relative_error(values, codec.decode(codebook, payload))}
+    )
+    learned, health = codec.update(published, key, values)
+    return learned, codebook, payload, metrics | health
+
+
 def check_dims(dims: int, channels: int) -> int:
     """Returns the number of groups of `dims` channels each.
 

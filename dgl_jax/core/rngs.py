@@ -19,6 +19,8 @@ this: its `fold_in` ignores the order of the numbers.)
                     pool(), first(), entry(n)  initialization of a codebook
                     sample(), restart_pool(), restart()
                 rest()                         vectors that initialize the later stages
+            gradient_codec(t)                  codec of the gradient sent down at update t, likewise
+            synthesizer_params()               initial values of the module's synthesizer
 
 Random numbers on the host have other generators: `bits` for the order and the crops of examples,
 `ring` for replay, and `schedule.drawn` for the turns of the simulated engine.
@@ -74,6 +76,8 @@ sample = Stream(14)  # sample of vectors that updates a codebook
 restart_pool = Stream(15)  # sample of vectors that may replace dead entries
 restart = Stream(16)  # choice of the replacements in that sample
 rest = Stream(17)  # sample of vectors that initializes the stages after the first
+synthesizer_params = Stream(20)  # initial values of the synthesizer behind a module
+gradient_codec = Stream(21, 1)  # codec of the gradients that a module sends down, by update
 _stage = Stream(10, 1)
 
 

@@ -18,6 +18,8 @@ from dgl_jax.ops import after
 PyTree = Any
 # By name, a scalar or (sum, count) over a batch.
 Metrics = dict[str, Any]
+# gradient of outputs -> (gradient of params, gradient of inputs)
+Pullback = Callable[[Array], tuple[PyTree, Array]]
 # (params, batch_stats, inputs, context, keys) -> (loss, (new batch_stats, outputs, metrics))
 LossFunction = Callable[
     [PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, Metrics]]
@@ -193,18 +195,37 @@ def backward_step(
       The new state, whose objective received a gradient of 0; the activations; and the gradient
       with respect to the inputs.
     """
+    outputs, pull, batch_stats = body_pullback(module, state, inputs, context)
+    gradient, inputs_gradient = pull(cotangent)
+    return apply_gradient(optimizer, state, gradient, batch_stats), outputs, inputs_gradient
+
+
+def body_pullback(
+    module: LocalModule,
+    state: ModuleState,
+    inputs: Float[Array, "B ..."],
+    context: Context = NOTHING,
+) -> tuple[Float[Array, "B ..."], Pullback, PyTree]:
+    """Computes a module's activations in training and the function that takes their gradient back.
+
+    Args:
+      module: see `local_step`.
+      state: see `local_step`.
+      inputs: see `local_step`.
+      context: context of the same examples, read by the adapter only.
+
+    Returns:
+      The activations, [B, ...]; a function from the gradient of a loss with respect to them to the
+      gradients with respect to the parameters and to the inputs; and the new batch_stats of the
+      module.
+    """
     rng = _whole_batch_key(state)
 
     def forward(params, inputs):
         return module.apply_body(params, state.batch_stats, inputs, context, train=True, rng=rng)
 
     outputs, pull, body_stats = jax.vjp(forward, state.params, inputs, has_aux=True)
-    gradient, inputs_gradient = pull(cotangent)
-    return (
-        apply_gradient(optimizer, state, gradient, {**state.batch_stats, "body": body_stats}),
-        outputs,
-        inputs_gradient,
-    )
+    return outputs, pull, {**state.batch_stats, "body": body_stats}
 
 
 def forward_step(

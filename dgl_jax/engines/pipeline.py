@@ -33,8 +33,9 @@ class PipelineEngine(Synchronous):
 
     Attributes:
       meters: bytes that crossed each hop.
-      publishers: during a run, the publisher of each hop.
-      published: codebook at each module's entrance, on its devices.
+      publishers: during a run, the publisher of each hop in each direction, by the index of the
+        module that reads its messages and the port that they arrive at.
+      published: newest codebook that arrived there, on the devices of that module.
       programs: jitted programs by (module, kind).
     """
 
@@ -44,8 +45,8 @@ class PipelineEngine(Synchronous):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
         self.meters = [Meter() for _ in spec.modules[1:]]
-        self.publishers: list[Publisher] = []
-        self.published: list[Any] = []
+        self.publishers: dict[tuple[int, str], Publisher] = {}
+        self.published: dict[tuple[int, str], Any] = {}
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
 
@@ -57,8 +58,9 @@ class PipelineEngine(Synchronous):
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
         """Trains until every module has `until` updates; see `Engine.run`."""
-        self.publishers = [Publisher(hop) for hop in self.hops]
-        self.published = [()] * len(state.modules)
+        self.published = {}
+        self.publishers = {(k, "below"): Publisher(hop) for k, hop in enumerate(self.hops, 1)}
+        self.publishers |= {(k, "above"): Publisher(hop) for k, hop in enumerate(self.hops)}
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
         yield from run_turns(
@@ -75,17 +77,32 @@ class PipelineEngine(Synchronous):
         """
         if context is None:  # messages from above carry no context
             if self.placement.crosses(k):
-                self.meters[k].count_from_above(message)
+                fresh, publishes = None, bool(self.hops[k].period)
+                if publishes:
+                    fresh = self._publish(k, "above", number, message.codebook)
+                    message = message._replace(codebook=())
+                self.meters[k].count_from_above(message, fresh)
                 message = put(message, self.placement.message(k))
+                if publishes:
+                    message = message._replace(codebook=self.published[k, "above"])
             return message, context
         if not self.placement.crosses(k - 1):
             return message, context
         payload, context = put((message.payload, context), self.placement.split(k))
-        fresh = self.publishers[k - 1].fresh(message.codebook, number)
-        if fresh is not None:
-            fresh = self.published[k] = put(fresh, self.placement.replicated(k))
+        fresh = self._publish(k, "below", number, message.codebook)
         self.meters[k - 1].count(payload, context, fresh)
-        return Message(payload, self.published[k]), context
+        return Message(payload, self.published[k, "below"]), context
+
+    def _publish(self, k: int, port: str, number: int, codebook: Any) -> Any:
+        """Moves a codebook that was just published to module k; returns it, or None if it was not.
+
+        Stores the newest codebook at the port in `published`.
+        """
+        fresh = self.publishers[k, port].fresh(codebook, number)
+        if fresh is not None:
+            fresh = self.published[k, port] = put(fresh, self.placement.replicated(k))
+        self.published.setdefault((k, port), ())
+        return fresh
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:

@@ -1,6 +1,6 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, dgl
+from dgl_jax.methods import backprop, deep_supervision, dgl, dni
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -14,6 +14,8 @@ __all__ = [
     "TrainStep",
     "backprop",
     "composed",
+    "deep_supervision",
     "dgl",
+    "dni",
     "register_method",
 ]

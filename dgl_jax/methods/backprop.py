@@ -1,8 +1,8 @@
 """Backpropagation through the whole network, the baseline for every comparison.
 
-Blocks, data, optimizer and training loop are the same as for decoupled training, but there is only
-one loss, at the head of the last module, and its gradient flows down through all modules. The other
-modules have no heads.
+Blocks, data, optimizer and training loop are the same as for decoupled training, but gradients flow
+down through all modules. The only loss is that of the last module, and the other modules have no
+heads, unless the method is `deep_supervision`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,16 @@ from dgl_jax.types import Batch
 
 @dataclass(frozen=True)
 class Backprop:
-    """Backpropagation of a single loss through all modules in one program."""
+    """Backpropagation through all modules in one program.
 
+    The loss is that of the last module, plus `weight` times the sum of the losses of the other
+    modules that have an objective.
+
+    Attributes:
+      weight: factor of the other modules' losses.
+    """
+
+    weight: float = 0.0
     sends: ClassVar[bool] = False
 
     def schedule(
@@ -40,24 +48,30 @@ class Backprop:
     def fused(
         self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
     ) -> TrainStep:
-        """Returns the function that updates all modules on the loss of the last one.
+        """Returns the function that updates all modules on the loss of the whole network.
 
         It has no turns for a `barrier` to separate.
         """
         modules = spec.modules
 
         def loss_function(params, batch_stats, inputs, context, keys):
-            x, new = inputs, []
+            x, losses, new, metrics = inputs, [], [], []
             for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
                 x, body, collected = module.apply_body_and_collect(
                     p, stats, x, context, train=True, rng=key
                 )
                 new.append({"body": body})
-            last = modules[-1]
-            local, new[-1]["objective"] = last.apply_objective(
-                params[-1], batch_stats[-1], x, context, collected, train=True, rng=keys[-1]
-            )
-            return local.loss, (new, (), local.metrics)
+                metrics.append({})
+                if module.objective is not None:
+                    local, new[-1]["objective"] = module.apply_objective(
+                        p, stats, x, context, collected, train=True, rng=key
+                    )
+                    losses.append(local.loss)
+                    metrics[-1] = local.metrics
+            loss = losses.pop()
+            for other in losses:
+                loss += self.weight * other
+            return loss, (new, (), metrics)
 
         def step(states: States, batch: Batch | None) -> tuple[States, tuple[Metrics, ...]]:
             assert batch is not None
@@ -69,7 +83,7 @@ class Backprop:
             ports = Ports(spec, 0)
             inputs, _ = ports.receive(batch)
             context = ports.full_context(inputs, batch.context)
-            gradients, stats, _, last_metrics = mean_gradient(
+            gradients, stats, _, metrics = mean_gradient(
                 loss_function, params, stats, inputs, context, keys, spec.accumulate
             )
             new = [
@@ -78,8 +92,6 @@ class Backprop:
             ]
             if spec.ema:
                 new = [ema.advance(state, spec.ema) for state in new]
-            metrics: list[Metrics] = [{} for _ in modules]
-            metrics[-1] = last_metrics
             return tuple(new), tuple(metrics)
 
         return step

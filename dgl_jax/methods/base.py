@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import jax
 
-from dgl_jax.codecs import relative_error
+from dgl_jax.codecs import encode_and_learn, relative_error
+from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
@@ -85,6 +86,29 @@ class Ports:
         else:
             added = {name: answering[name] for name in self.spec.needs(self.k + 1, answering=True)}
         return Message(self.spec.codec.encode(codebook, outputs), codebook, context=added)
+
+    def send(
+        self, state: ModuleState, number: jax.Array, outputs: jax.Array, inputs: jax.Array
+    ) -> tuple[ModuleState, Message, Metrics]:
+        """Encodes the outputs of a training turn and updates the module's codec with them.
+
+        Args:
+          state: state of the module.
+          number: [] number of messages that the module sent upward before.
+          outputs: activations of the module.
+          inputs: inputs of the module, see `emit`.
+
+        Returns:
+          The state with the new state of the codec, the message to the next module, and metrics.
+        """
+        key = rngs.codec(state.rng, number)
+        learned, codebook, payload, metrics = encode_and_learn(
+            self.spec.codec, state.extras.get("codec"), key, outputs, number
+        )
+        if "codec" in state.extras:
+            state = replace(state, extras=state.extras | {"codec": learned})
+        added = self._added(inputs, self.spec.needs(1))
+        return state, Message(payload, codebook, context=added), metrics
 
     def _added(self, inputs: jax.Array, needs: Sequence[str]) -> Context:
         return {"image": inputs} if self.k == 0 and "image" in needs else {}

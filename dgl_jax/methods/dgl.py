@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax import schedule
-from dgl_jax.codecs import relative_error
-from dgl_jax.core import ema, rngs
+from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, forward_step, local_step
 from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
@@ -41,32 +40,6 @@ def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
         jnp.copy,
         {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]},
     )
-
-
-def _learn(
-    spec: TrainSpec,
-    state: ModuleState,
-    published: Any,
-    key: jax.Array,
-    outputs: jax.Array,
-    message: Any,
-) -> tuple[ModuleState, Metrics]:
-    """Updates the codec on the outputs that were just encoded; returns the new state and metrics.
-
-    `published` is the state of the codec after its publication for this update.
-    """
-    codec = spec.codec
-    metrics = (
-        {}
-        if codec.lossless
-        else {
-            "codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))
-        }
-    )
-    learned, health = codec.update(published, key, outputs)
-    if "codec" in state.extras:
-        state = dataclasses.replace(state, extras=state.extras | {"codec": learned})
-    return state, metrics | health
 
 
 @dataclass(frozen=True)
@@ -128,10 +101,7 @@ class Dgl:
             metrics |= input_metrics
             if sends.above is None:
                 return state, Outbox(below=down), metrics
-            key = rngs.codec(state.rng, updates)
-            published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
-            message = ports.emit(outputs, spec.codec.codebook(published), inputs)
-            state, codec_metrics = _learn(spec, state, published, key, outputs, message)
+            state, message, codec_metrics = ports.send(state, updates, outputs, inputs)
             return state, Outbox(message, down), metrics | codec_metrics
 
         program.__name__ = module.name

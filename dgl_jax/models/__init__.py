@@ -16,6 +16,7 @@ from dgl_jax.models.heads import HeadKind, make_head
 from dgl_jax.models.network import Network, with_choices
 from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
+from dgl_jax.models.synthesizers import Synthesizer
 from dgl_jax.models.vgg import vgg_bn
 from dgl_jax.registry import ADAPTERS, HEADS, NETWORKS, Kind
 
@@ -30,6 +31,7 @@ __all__ = [
     "HeadKind",
     "Network",
     "NetworkKind",
+    "Synthesizer",
     "cuts",
     "make_head",
     "make_network",

@@ -68,6 +68,8 @@ class Window:
     def close(self) -> dict[str, float]:
         """Returns the means over the window as `train/module_0/loss`, ..., and empties the window.
 
+        Metrics whose counts are all 0 are left out.
+
         Raises:
           UserError: a loss is not finite; the message names the module and the step.
         """
@@ -77,9 +79,11 @@ class Window:
                 for name, value in values.items():
                     pairs.setdefault(f"train/module_{k}/{name}", []).append(value)
         self._values = []
+        # A metric may have no examples in a window, such as the error of a first prediction.
         return {
-            name: math.fsum(s for s, _ in window) / math.fsum(n for _, n in window)
+            name: math.fsum(s for s, _ in window) / count
             for name, window in pairs.items()
+            if (count := math.fsum(n for _, n in window))
         }
 
 

@@ -162,6 +162,7 @@ def summarize(
         ensemble_accuracy=test.get("test/ensemble/accuracy"),
         images_per_second=record.throughput.rate(),
         wire_bytes_per_image=list(traffic.wire),
+        wire_bytes_down_per_image=list(traffic.down),
         raw_bytes_per_image=list(traffic.raw),
         wire="measured" if traffic.measured else "simulated",
         codebook_share=[c / w for c, w in zip(traffic.codebook, traffic.wire)],

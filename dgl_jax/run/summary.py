@@ -5,7 +5,7 @@ import importlib.util
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ class Summary:
       modules: name, parameter count, device ids, update count and accuracies of each module.
       ensemble_accuracy: test accuracy of all heads together.
       images_per_second: training throughput, without compilation, evaluation and checkpoints.
-      wire_bytes_per_image: bytes per image that cross each hop.
+      wire_bytes_per_image: bytes per image that cross each hop, in both directions together.
       raw_bytes_per_image: the same without a codec.
       wire: "measured" if messages crossed devices, otherwise "simulated".
+      wire_bytes_down_per_image: the part of `wire_bytes_per_image` that travels down; empty if
+        nothing does.
       codebook_share: share of the codebooks in the bytes on the wire.
       codec_error: newest relative reconstruction error of the codec.
       wall_seconds: duration of the run, including the parts before a resume.
@@ -68,6 +70,7 @@ class Summary:
     dataset: str
     versions: dict[str, str]
     cpu_threads: int | None = None
+    wire_bytes_down_per_image: list[float] = field(default_factory=list)
     staleness: list[float] | None = None
     reuse: list[float] | None = None
     ring_bytes: list[int] | None = None

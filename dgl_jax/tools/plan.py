@@ -30,7 +30,7 @@ from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
 from dgl_jax.run.writers import check_writable
-from dgl_jax.spec import TrainSpec
+from dgl_jax.spec import MessageSpec, TrainSpec
 from dgl_jax.tools.pipeline import Pipeline, group_sizes, make_pipeline
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
@@ -244,7 +244,10 @@ def _with_codec(spec: TrainSpec, codec: Codec) -> TrainSpec:
         x = hop.activations
         codebook = jax.eval_shape(lambda x=x: codec.codebook(codec.init(x)))
         payload = jax.eval_shape(codec.encode, codebook, x)
-        hops.append(hop._replace(payload=payload, codebook=codebook, period=codec.period(x)))
+        down = hop.down
+        if getattr(spec.method, "encode_gradients", False):
+            down = hop.down._replace(payload=payload, codebook=codebook)
+        hops.append(MessageSpec(x, payload, codebook, codec.period(x), down))
     vars(other)["hops"] = tuple(hops)  # the value of the cached property
     return other
 
