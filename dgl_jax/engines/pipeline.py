@@ -1,12 +1,14 @@
 """Engine `pipeline`: modules work at the same time on their own devices, dispatched by one thread.
 
-A sent message moves to its reader's devices at once. Under `dgl` a tick
+A sent message moves to its reader's devices at once. Under `dgl` and `layerwise` a tick
 dispatches the deepest module first: the previous tick produced all its inputs, so the devices of
 all modules start at once.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
@@ -46,6 +48,7 @@ class PipelineEngine(Synchronous):
         self.meters = [Meter() for _ in spec.modules[1:]]
         self.publishers: list[Publisher] = []
         self.published: list[Any] = []
+        self._sent: list[int | None] = []
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
 
@@ -56,9 +59,13 @@ class PipelineEngine(Synchronous):
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates; see `Engine.run`."""
+        """Trains until step `until`; see `Engine.run`."""
         self.publishers = [Publisher(hop) for hop in self.hops]
         self.published = [()] * len(state.modules)
+        self._sent = [
+            int(jax.device_get(module.extras["sent"])) if "sent" in module.extras else None
+            for module in state.modules
+        ]
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
         yield from run_turns(
@@ -81,6 +88,8 @@ class PipelineEngine(Synchronous):
         if not self.placement.crosses(k - 1):
             return message, context
         payload, context = put((message.payload, context), self.placement.split(k))
+        if (sent := self._sent[k - 1]) is not None:
+            number, self._sent[k - 1] = sent, sent + 1
         fresh = self.publishers[k - 1].fresh(message.codebook, number)
         if fresh is not None:
             fresh = self.published[k] = put(fresh, self.placement.replicated(k))

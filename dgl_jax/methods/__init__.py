@@ -1,6 +1,6 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, dgl
+from dgl_jax.methods import backprop, dgl, layerwise
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -15,5 +15,6 @@ __all__ = [
     "backprop",
     "composed",
     "dgl",
+    "layerwise",
     "register_method",
 ]

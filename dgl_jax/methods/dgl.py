@@ -43,19 +43,24 @@ def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
     )
 
 
-def _learn(
-    spec: TrainSpec,
-    state: ModuleState,
-    published: Any,
-    key: jax.Array,
-    outputs: jax.Array,
-    message: Any,
-) -> tuple[ModuleState, Metrics]:
-    """Updates the codec on the outputs that were just encoded; returns the new state and metrics.
+def encoded(
+    ports: Ports, state: ModuleState, number: jax.Array, outputs: jax.Array, inputs: jax.Array
+) -> tuple[ModuleState, Message, Metrics]:
+    """Encodes the outputs of a module for the next one, and lets the codec learn from them.
 
-    `published` is the state of the codec after its publication for this update.
+    Args:
+      ports: input and output of the module.
+      state: state of the module.
+      number: number of messages that the module has sent before.
+      outputs: activations of the module.
+      inputs: inputs of the module, which modules above may need as context.
+
+    Returns:
+      The state with the new state of the codec, the message, and the codec's metrics.
     """
-    codec = spec.codec
+    codec, key = ports.spec.codec, rngs.codec(state.rng, number)
+    published = codec.publish(state.extras.get("codec"), key, outputs, number)
+    message = ports.emit(outputs, codec.codebook(published), inputs)
     metrics = (
         {}
         if codec.lossless
@@ -66,7 +71,7 @@ def _learn(
     learned, health = codec.update(published, key, outputs)
     if "codec" in state.extras:
         state = dataclasses.replace(state, extras=state.extras | {"codec": learned})
-    return state, metrics | health
+    return state, message, metrics | health
 
 
 @dataclass(frozen=True)
@@ -128,10 +133,7 @@ class Dgl:
             metrics |= input_metrics
             if sends.above is None:
                 return state, Outbox(below=down), metrics
-            key = rngs.codec(state.rng, updates)
-            published = spec.codec.publish(state.extras.get("codec"), key, outputs, updates)
-            message = ports.emit(outputs, spec.codec.codebook(published), inputs)
-            state, codec_metrics = _learn(spec, state, published, key, outputs, message)
+            state, message, codec_metrics = encoded(ports, state, updates, outputs, inputs)
             return state, Outbox(message, down), metrics | codec_metrics
 
         program.__name__ = module.name
