@@ -25,6 +25,19 @@ time:
     tick 4   m2:b1                  m0:b2
     tick 5              m1:b2
     tick 6   m2:b2
+
+`layerwise` trains one module after the other, shown here for three modules and two batches, without
+and with overlap; f marks the forward turns of modules that do not train:
+
+    phase 0    m0:b0                     m0:b0
+               m0:b1                     m0:b1
+    phase 1    m0:f0   m1:b0                      m0:f0
+               m0:f1   m1:b1             m1:b0    m0:f1
+                                         m1:b1
+    phase 2    m0:f0   m1:f0   m2:b0                      m0:f0
+               m0:f1   m1:f1   m2:b1             m1:f0    m0:f1
+                                         m2:b0   m1:f1
+                                         m2:b1
 """
 
 import random
@@ -56,6 +69,23 @@ Tick = tuple[Turn, ...]
 
 # Consecutive ticks with equal turns, which a single dispatch may run.
 Group = tuple[Tick, ...]
+
+
+class Progress(NamedTuple):
+    """Progress of a run, computed from the update counts of its modules.
+
+    Attributes:
+      made: count that rises with every tick once the first batches have passed.
+      per_step: amount by which it rises per step of the run.
+    """
+
+    made: int
+    per_step: int = 1
+
+    @property
+    def step(self) -> int:
+        """Returns the step that the run has reached."""
+        return self.made // self.per_step
 
 
 def never() -> bool:
@@ -148,6 +178,47 @@ def aligned(
             f"modules of a synchronous run have unequal update counts: {sorted(set(counts))}"
         )
     return (overlapping if overlap else fused)(len(counts), counts[0], until, stop)
+
+
+def layerwise(
+    counts: Sequence[int],
+    until: int,
+    total: int,
+    laps: int = 1,
+    stop: Callable[[], bool] = never,
+    overlap: bool = False,
+) -> Iterator[Tick]:
+    """Yields ticks that train one module after the other, on equal batches.
+
+    Update n of every module uses batch n. In lap i of R every module makes its updates from
+    i * total // R to (i + 1) * total // R, while the modules below it forward the same batches and
+    the modules above it rest. The next phase follows from the counts alone: it is the first one
+    whose module has updates left.
+
+    Args:
+      counts: updates made so far, per module.
+      until: average number of updates per module at which the schedule ends.
+      total: updates per module at the end of training.
+      laps: number of passes over the modules, R.
+      stop: see `pipelined` and `fused`.
+      overlap: modules forward and train at the same time, so that each phase is `pipelined`.
+    """
+    made, left, stopped = list(counts), until * len(counts) - sum(counts), False
+
+    def polled() -> bool:
+        nonlocal stopped
+        stopped = stop()
+        return stopped
+
+    for lap in range(laps):
+        for k, begin in enumerate(made):
+            end = min((lap + 1) * total // laps, begin + left)
+            for tick in (pipelined if overlap else fused)(k + 1, begin, end, polled):
+                yield tuple(t if t.module == k else t._replace(kind="forward") for t in tick)
+            if stopped:
+                return
+            made[k] = max(begin, end)
+            left -= made[k] - begin
 
 
 def grouped(

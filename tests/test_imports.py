@@ -54,7 +54,11 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base", "downward"), ("dgl", "backprop", "dni"), ("deep_supervision",)),
+    "methods": (
+        ("base", "downward"),
+        ("dgl", "backprop", "dni", "layerwise"),
+        ("deep_supervision",),
+    ),
     "engines": (
         ("placement", "flight"),
         ("feed",),

@@ -158,7 +158,7 @@ class Snapshot(Protocol):
 
 @dataclass
 class Report:
-    """Progress report: one per batch (synchronous engine) or module update (asynchronous engine).
+    """Progress report: one per batch, or per update if modules update on different batches.
 
     Attributes:
       updates: number of updates made by each module.
@@ -167,7 +167,10 @@ class Report:
       snapshot: returns the EngineState. In a synchronous engine only the last report of a run can
         do so, because batches are in flight before it.
       step: the step that the run has reached, which is the number of updates that every module has
-        made. It decreases when a module is restarted from a checkpoint.
+        made, unless the method defines it (`Method.progress`). It decreases when a module is
+        restarted from a checkpoint.
+      module: the module that made the newest update, if the method trains one module after the
+        other; otherwise None.
       at: time at which the update finished, in seconds of a monotonic clock; None if every
         report is read at once. Updates of one dispatch finish at the same time.
     """
@@ -176,6 +179,7 @@ class Report:
     metrics: tuple[Metrics, ...]
     snapshot: Snapshot
     step: int = field(kw_only=True)
+    module: int | None = None
     at: float | None = None
 
 
@@ -225,14 +229,14 @@ class Engine(Protocol):
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates.
+        """Trains until step `until`, at which every module usually has `until` updates.
 
         Args:
           state: state to start from; its arrays are donated.
           source: random-access source of batches.
-          until: number of updates per module at which to stop.
+          until: step at which to stop, see `Report.step`.
           stop: polled between turns. After it returns true no new batch enters, and a synchronous
-            run ends with all modules at the same number of updates.
+            run ends once all modules have made their updates on the batches that have entered.
 
         Yields:
           Progress reports in the order in which the updates finished.

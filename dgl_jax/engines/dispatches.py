@@ -35,11 +35,18 @@ class Dispatches:
         chosen = steps or chosen_steps(run.spec, run.devices[0], run.log_every, run.every)
         return cls(chosen, run.every)
 
-    def size(self, step: int, until: int) -> int:
-        """Returns the number of steps of the dispatch that starts at a step and ends by `until`."""
-        begin = max((step // n * n for n in self.every), default=0)
-        end = min([until, *((step // n + 1) * n for n in self.every)])
-        fits = (step - begin) % self.steps == 0 and step + self.steps <= end
+    def size(self, tick: int, until: int, per_step: int = 1) -> int:
+        """Returns the number of ticks of the dispatch that starts at a tick of the run.
+
+        Args:
+          tick: number of the tick; the step itself if a step has one tick.
+          until: step by which the dispatch ends.
+          per_step: number of ticks per step, see `schedule.Progress`.
+        """
+        every = [n * per_step for n in self.every]
+        begin = max((tick // n * n for n in every), default=0)
+        end = min([until * per_step, *((tick // n + 1) * n for n in every)])
+        fits = (tick - begin) % self.steps == 0 and tick + self.steps <= end
         return self.steps if fits else 1
 
 

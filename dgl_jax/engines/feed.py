@@ -5,7 +5,7 @@ only the ids of its examples from the host: `select` gathers the examples on the
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -124,11 +124,13 @@ class Feed:
         self._source, self._placement = source, placement
         self.stored = residence.stored(source, "train", placement.replicated(0))
         self._batches: Iterator[Batch] | None = None
+        self._next = -1  # number of the batch that `_batches` yields next
 
     def batch(self, number: int) -> Batch:
         """Returns the batch with this number, on the devices.
 
-        Numbers must be consecutive from call to call, because sources read ahead.
+        Numbers should be consecutive from call to call, because sources read ahead; after a jump
+        they start to read again.
         """
         return put_selected(self._read(number), self.stored, self._placement)
 
@@ -145,8 +147,11 @@ class Feed:
             assert isinstance(self._source, StoredSource)
             ids = self._source.ids(number).astype(np.int32)
             return chosen(ids, number)
-        if self._batches is None:
+        if self._batches is None or number != self._next:
+            if isinstance(self._batches, Generator):
+                self._batches.close()  # stops the workers that read ahead
             self._batches = self._source.batches(number)
+        self._next = number + 1
         return next(self._batches)
 
 

@@ -29,9 +29,9 @@ from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import TrainStep
+from dgl_jax.methods.base import TrainStep, progress
 from dgl_jax.registry import ENGINES
-from dgl_jax.schedule import Group, entering, grouped, never
+from dgl_jax.schedule import Group, Progress, Tick, entering, grouped, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch
 
@@ -125,7 +125,7 @@ class FusedEngine(Synchronous):
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates; see `Engine.run`."""
+        """Trains until step `until`; see `Engine.run`."""
         states, feed = state.modules, self.feed(source)
 
         def dispatch(group: Group) -> Sequence[Metrics]:
@@ -144,13 +144,21 @@ class FusedEngine(Synchronous):
             return metrics
 
         updates_before = counts(state)
-        groups = grouped(
-            lambda stop: self.spec.method.schedule(
+        made = list(updates_before)
+
+        def ticks(stop: Callable[[], bool]) -> Iterator[Tick]:
+            for tick in self.spec.method.schedule(
                 updates_before, until, max(until, self.total_steps), stop
-            ),
-            lambda step: self.dispatches.size(step, until),
-            stop,
-        )
+            ):
+                yield tick
+                for turn in tick:
+                    made[turn.module] += turn.updates()
+
+        def size_at(batch: int) -> int:
+            begin = progress(self.spec.method, made) or Progress(batch)
+            return self.dispatches.size(begin.made, until, begin.per_step)
+
+        groups = grouped(ticks, size_at, stop)
         yield from run_ticks(
             self, groups, dispatch, updates_before, lambda flight=True: EngineState(states)
         )

@@ -1,12 +1,14 @@
 """Engine `pipeline`: modules work at the same time on their own devices, dispatched by one thread.
 
-A sent message moves to its reader's devices at once. Under `dgl` a tick
+A sent message moves to its reader's devices at once. Under `dgl` and `layerwise` a tick
 dispatches the deepest module first: the previous tick produced all its inputs, so the devices of
 all modules start at once.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
@@ -47,6 +49,7 @@ class PipelineEngine(Synchronous):
         self.meters = [Meter() for _ in spec.modules[1:]]
         self.publishers: dict[tuple[int, str], Publisher] = {}
         self.published: dict[tuple[int, str], Any] = {}
+        self._sent: list[int | None] = []
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
 
@@ -57,10 +60,14 @@ class PipelineEngine(Synchronous):
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
-        """Trains until every module has `until` updates; see `Engine.run`."""
+        """Trains until step `until`; see `Engine.run`."""
         self.published = {}
         self.publishers = {(k, "below"): Publisher(hop) for k, hop in enumerate(self.hops, 1)}
         self.publishers |= {(k, "above"): Publisher(hop) for k, hop in enumerate(self.hops)}
+        self._sent = [
+            int(jax.device_get(module.extras["sent"])) if "sent" in module.extras else None
+            for module in state.modules
+        ]
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
         yield from run_turns(
@@ -89,6 +96,8 @@ class PipelineEngine(Synchronous):
         if not self.placement.crosses(k - 1):
             return message, context
         payload, context = put((message.payload, context), self.placement.split(k))
+        if (sent := self._sent[k - 1]) is not None:
+            number, self._sent[k - 1] = sent, sent + 1
         fresh = self._publish(k, "below", number, message.codebook)
         self.meters[k - 1].count(payload, context, fresh)
         return Message(payload, self.published[k, "below"]), context

@@ -13,8 +13,8 @@ from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineState, Report, Snapshot, counts, place_modules
 from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.placement import Placement, put
-from dgl_jax.methods.base import Post
-from dgl_jax.schedule import Group
+from dgl_jax.methods.base import Post, progress
+from dgl_jax.schedule import Group, Tick, Turn
 from dgl_jax.spec import Traffic, TrainSpec
 from dgl_jax.types import Message
 
@@ -68,11 +68,12 @@ def run_ticks(
 ) -> Iterator[Report]:
     """Dispatches ticks ahead of the devices and reports each finished batch.
 
-    A report is yielded once all modules have made their update on its batch and the metrics are
-    computed, so reading them never stalls the devices. Only the last report can return a snapshot.
+    A report is yielded once all modules have made their update on its batch (or for each update, if
+    the method defines `progress`) and the metrics are computed, so reading them never stalls the
+    devices. Only the last report can return a snapshot.
 
     Args:
-      engine: object with `ticks_in_flight`, the number of unfinished ticks allowed when the next
+      engine: object with `spec`, `ticks_in_flight`, the number of unfinished ticks allowed when the next
         one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
         groups of several ticks one may be unfinished.
       groups: ticks of the method's schedule, as groups of one or more ticks with equal turns.
@@ -83,12 +84,10 @@ def run_ticks(
       snapshot: returns the final state; see `Report`.
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
-    collected: dict[int, dict[int, Metrics]] = {}
     pending: Report | None = None
-    furthest = max(counts)
-
-    def expected_metrics(batch: int) -> int:
-        return len(counts) if batch >= furthest else sum(count <= batch for count in counts)
+    collect = (_by_batch if progress(engine.spec.method, counts) is None else _by_update)(
+        engine.spec.method, counts
+    )
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
         jax.block_until_ready(metrics)
@@ -97,19 +96,9 @@ def run_ticks(
             metrics = jax.device_get(metrics)  # slicing on the devices would be a program each
         for i, tick in enumerate(group):
             parts = jax.tree.map(lambda x, i=i: x[i], metrics) if len(group) > 1 else metrics
-            for turn, turn_metrics in zip(tick, parts, strict=True):
-                if turn.updates():
-                    collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
-        for batch in sorted(
-            b for b, batch_metrics in collected.items() if len(batch_metrics) == expected_metrics(b)
-        ):
-            batch_metrics = collected.pop(batch)
-            report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
-            yield Report(
-                *((batch + 1,) * len(counts), report_metrics, _snapshot_in_flight),
-                step=batch + 1,
-                at=finished_at,
-            )
+            for report in collect(tick, parts):
+                report.at = finished_at
+                yield report
 
     def reports() -> Iterator[Report]:
         for group in groups:
@@ -133,6 +122,55 @@ def run_ticks(
         yield pending
 
 
+# (turns of a tick, metrics of each turn) -> reports of what the tick has completed
+_Collect = Callable[[Tick, Sequence[Metrics]], Iterator[Report]]
+
+
+def _by_batch(method: Any, counts: Sequence[int]) -> _Collect:
+    """Returns the function that reports each batch once all modules have made their update."""
+    collected: dict[int, dict[int, Metrics]] = {}
+    furthest = max(counts)
+
+    def expected_metrics(batch: int) -> int:
+        return len(counts) if batch >= furthest else sum(count <= batch for count in counts)
+
+    def collect(tick: Tick, metrics: Sequence[Metrics]) -> Iterator[Report]:
+        for turn, turn_metrics in zip(tick, metrics, strict=True):
+            if turn.updates():
+                collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
+        for batch in sorted(
+            b for b, batch_metrics in collected.items() if len(batch_metrics) == expected_metrics(b)
+        ):
+            batch_metrics = collected.pop(batch)
+            report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
+            yield Report(
+                *((batch + 1,) * len(counts), report_metrics, _snapshot_in_flight), step=batch + 1
+            )
+
+    return collect
+
+
+def _by_update(method: Any, counts: Sequence[int]) -> _Collect:
+    """Returns the function that reports each update, with the metrics of all turns on its batch."""
+    collected: dict[int, dict[int, Metrics]] = {}
+    made = list(counts)
+
+    def collect(tick: Tick, metrics: Sequence[Metrics]) -> Iterator[Report]:
+        for turn, turn_metrics in zip(tick, metrics, strict=True):
+            collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
+        for turn in filter(Turn.updates, tick):
+            made[turn.module] += 1
+            batch_metrics = collected.pop(turn.batch)
+            report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
+            yield Report(
+                *(tuple(made), report_metrics, _snapshot_in_flight),
+                step=method.progress(made).step,
+                module=turn.module,
+            )
+
+    return collect
+
+
 def run_turns(
     engine: Any,
     state: EngineState,
@@ -149,7 +187,7 @@ def run_turns(
         kind).
       state: state to start from; its arrays are donated.
       source: random-access source of batches.
-      until: number of updates per module at which to stop.
+      until: step at which to stop.
       stop: polled between ticks; no new batch enters after it returns true.
       move: moves messages to the devices of their reader, see `methods.base.Post`; None if nothing
         has to move.

@@ -1,6 +1,6 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, deep_supervision, dgl, dni
+from dgl_jax.methods import backprop, deep_supervision, dgl, dni, layerwise
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -17,5 +17,6 @@ __all__ = [
     "deep_supervision",
     "dgl",
     "dni",
+    "layerwise",
     "register_method",
 ]

@@ -11,7 +11,7 @@ from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
-from dgl_jax.schedule import Tick, never
+from dgl_jax.schedule import Progress, Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import augment_key
 from dgl_jax.types import Batch, Context, Inbox, Message, Outbox
@@ -173,14 +173,14 @@ class Method(Protocol):
         stop: Callable[[], bool] = never,
         overlap: bool = False,
     ) -> Iterator[Tick]:
-        """Yields the ticks that bring every module to `until` updates.
+        """Yields the ticks that bring the run to step `until`; see `progress`.
 
         Ends early once `stop()` returns True; a method with delayed updates does so only after
         every module has made at least one update.
 
         Args:
           counts: current number of updates per module.
-          until: updates per module at which the schedule ends.
+          until: step at which the schedule ends.
           total: updates per module at the end of training; modules that run ahead stop there.
           stop: polled between ticks; the schedule ends early once it returns True.
           overlap: True if modules have separate devices and work at the same time.
@@ -220,6 +220,17 @@ class Method(Protocol):
         oldest message; a new message is appended and the oldest is dropped.
         """
 
+    def progress(self, counts: Sequence[int]) -> Progress:
+        """Returns the progress of a run, given the updates that each module has made.
+
+        Optional. Without it all modules update on the same batches, and the step of a run is the
+        number of updates that every module has made. With it every update counts, and a
+        synchronous engine reports each of them.
+        """
+
+    def check(self, spec: TrainSpec) -> None:
+        """Optional. Raises UserError if the method does not support a part of the run."""
+
 
 @dataclass(frozen=True)
 class MethodKind(Kind):
@@ -228,16 +239,26 @@ class MethodKind(Kind):
     Attributes:
       local: True if every module has an objective; otherwise only the last one does.
       engines: names of the engines that support the method; None for all.
+      in_turn: True if modules train one after the other, so that the order of all updates depends
+        on the length of the run.
     """
 
     local: bool = True
     engines: tuple[str, ...] | None = None
+    in_turn: bool = False
+
+
+def progress(method: Any, counts: Sequence[int]) -> Progress | None:
+    """Returns `method.progress(counts)`; None if the method does not define it."""
+    return method.progress(counts) if hasattr(method, "progress") else None
 
 
 def steps_alone(spec: TrainSpec) -> bool:
     """Returns True if every turn is an update on input from below, so a module can run alone."""
-    first = next(spec.method.schedule([0] * len(spec.modules), 1, 1))
-    return spec.method.sends and all(turn.kind == "step" for turn in first)
+    modules = len(spec.modules)
+    first = next(spec.method.schedule([0] * modules, 1, 1))
+    alone = len(first) == modules and all(turn.kind == "step" for turn in first)
+    return bool(spec.method.sends and alone)
 
 
 # Messages that wait at a module, by the port they arrived at; see `Method.extras`.

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.engines import EngineState
+from dgl_jax.engines import EngineState, counts
+from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
-from dgl_jax.registry import SCHEDULES
+from dgl_jax.registry import METHODS, SCHEDULES
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import Trained, borrow_weights
@@ -63,7 +64,8 @@ def begin(
       The state to train from.
 
     Raises:
-      UserError: there are checkpoints, but all of them are damaged.
+      UserError: there are checkpoints, but all of them are damaged, or the length of the run was
+        changed while its modules train one after the other.
     """
     now = time.monotonic()
     step, flight = 0, False
@@ -96,6 +98,14 @@ def _restored(
     restored = checkpoints.restore(
         lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True
     )
+    planned, total = restored.meta["total_steps"], experiment.total_steps
+    made, settings = counts(restored.state), experiment.settings
+    if METHODS[settings.method.name].in_turn and planned != total and len(set(made)) > 1:
+        raise UserError(
+            f"config.train: {total} steps, but this run was planned with {planned} and its modules "
+            f"have made {', '.join(map(str, made))} updates; config.method.name="
+            f"{settings.method.name} must finish with {planned} before it can be extended"
+        )
     state = experiment.engine.resume(restored.state, restored.flight)
     if state.flight is not None and restored.flight is None:
         _LOG.warning(
@@ -103,12 +113,18 @@ def _restored(
             "an uninterrupted one"
         )
     _LOG.info("resuming from step %d", restored.step)
-    planned = restored.meta["total_steps"]
-    if SCHEDULES[experiment.settings.schedule.name].whole and planned != experiment.total_steps:
+    if SCHEDULES[settings.schedule.name].whole and planned != total:
         _LOG.warning(
             "the cosine schedule now ends at step %d, not %d: the result differs from that of one "
             "uninterrupted run of this length",
-            experiment.total_steps,
+            total,
+            planned,
+        )
+    elif METHODS[settings.method.name].in_turn and planned != total:
+        _LOG.warning(
+            "the modules train one after the other again, to step %d instead of %d: the result "
+            "differs from that of one uninterrupted run of this length",
+            total,
             planned,
         )
     return state, restored.step, restored.meta, restored.flight is not None

@@ -267,8 +267,8 @@ def make_spec(
       schedule: learning-rate schedule. Without one the spec can restore and evaluate but not train.
 
     Raises:
-      UserError: a codec is set although the method sends no messages, or the input adapter needs an
-        array that evaluation does not provide.
+      UserError: a codec is set although the method sends no messages, the input adapter needs an
+        array that evaluation does not provide, or the method does not support a part of the run.
     """
     model, task = settings.model, make_task(settings, info)
     network = _network(settings, info, task)
@@ -294,7 +294,7 @@ def make_spec(
             f"config.model.adapter={model.adapter}: needs {missing!r}, but evaluation provides "
             "only 'image'"
         )
-    return TrainSpec(
+    spec = TrainSpec(
         modules=make_modules(
             network.blocks, first_blocks, objectives, model.remat, model.ops, adapters
         ),
@@ -308,6 +308,9 @@ def make_spec(
         accumulate=settings.train.accumulate,
         ema=settings.train.ema,
     )
+    if hasattr(method, "check"):
+        method.check(spec)
+    return spec
 
 
 def make_engine(

@@ -134,7 +134,7 @@ class Progress(contextlib.AbstractContextManager):
 _ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
 _AGE = re.compile(r"replay/module_(\d+)/age")
 _RATE = re.compile(r"work/module_(\d+)/updates_per_second")
-_ASYNCHRONOUS = re.compile(r"(?:replay|work)/module_(\d+)/")
+_MODULES = re.compile(r"(replay|work|wire)/module_(\d+)/")
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
 
 
@@ -188,8 +188,11 @@ def status(scalars: Scalars) -> dict[str, str]:
             heads.setdefault(split, []).append(
                 (int(module), text) if module else (math.inf, f"(ensemble {text})")
             )
-    # In asynchronous training a module may have made no update since the last record: show a dash.
-    modules = {int(match[1]) for key in scalars if (match := _ASYNCHRONOUS.match(key))}
+    # A module may have made no update since the last record: show a dash. Module k sends over the
+    # wire to module k + 1.
+    modules = {
+        int(match[2]) + (match[1] == "wire") for key in scalars if (match := _MODULES.match(key))
+    }
     if "train" in heads:
         present = {k for k, _ in heads["train"]}
         heads["train"] += [

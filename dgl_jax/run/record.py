@@ -34,6 +34,7 @@ class Record:
         self.throughput = Throughput(experiment.spec.batch_size)
         self._window = Window(start.meta.get("window"))
         self._clock = start.clock
+        self._report: Report | None = None  # the newest one
         # Step at which this process has measured each metric in `latest`.
         self._written: dict[str, int] = {}
 
@@ -44,6 +45,9 @@ class Record:
           report: the report.
           advance: number of steps that the run has advanced since the previous report.
         """
+        before, self._report = self._report, report
+        if before is not None and report.module != before.module:
+            self.throughput.skip(report.at)  # the module's first update compiled its program
         self.throughput.count(advance, report.at)
         self._window.add(report)
 
@@ -77,10 +81,13 @@ class Record:
             self.writer.write_turns(step, state.flight.recent(), state.flight.unit)
 
     def pace(self, step: int) -> dict[str, float]:
-        """Returns the learning rate of the update before `step`, and the images/s if known."""
+        """Returns the learning rate of the newest update at `step`, and the images/s if known."""
+        report, updates = self._report, step
+        if report is not None and report.module is not None:
+            updates = report.updates[report.module]
         # On the host: a transfer from an accelerator costs more than computing one scalar.
         with jax.default_device(system.host_device()):
-            pace = {"learning_rate": float(self.experiment.schedule(step - 1))}
+            pace = {"learning_rate": float(self.experiment.schedule(updates - 1))}
         rate = self.throughput.rate()
         return pace | ({"images_per_second": rate} if rate else {})
 

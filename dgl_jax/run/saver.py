@@ -3,7 +3,7 @@
 import dataclasses
 
 from dgl_jax.core.module import ModuleState
-from dgl_jax.engines import EngineState
+from dgl_jax.engines import EngineState, counts
 from dgl_jax.run.arrays import all_finite
 from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
@@ -49,9 +49,12 @@ class Saver:
         flight = None
         if state.flight is not None and self.takes_flight(step):
             flight, self._flight_saved = state.flight.snapshot(), step
-        accuracy = self.record.value(
-            f"validation/{experiment.spec.modules[-1].name}/accuracy", step
-        )
+        accuracy = None
+        # Before its first update the accuracy of the last module is chance and must not be the best.
+        if counts(state)[-1]:
+            accuracy = self.record.value(
+                f"validation/{experiment.spec.modules[-1].name}/accuracy", step
+            )
         self.checkpoints.save(step, state, meta, accuracy, flight)
         self._saved = step
 

@@ -44,6 +44,10 @@ class Throughput:
             self.seconds += max(0.0, now - self._last)
             self._last = max(now, self._last)
 
+    def skip(self, at: float | None = None) -> None:
+        """Leaves out the time since the previous report, until `at` or until now."""
+        self._last = max(self._last, self.clock() if at is None else at)
+
     def rate(self) -> float | None:
         """Returns images per second, or None before the second batch."""
         return round(self.images / self.seconds, 2) if self.seconds and self.images else None

@@ -121,6 +121,12 @@ def plan(
             f"config.method.name={settings.method.name}: --mode=plan predicts pipelines, "
             "but the modules of this method cannot work at the same time"
         )
+    if METHODS[settings.method.name].in_turn:
+        raise UserError(
+            f"config.method.name={settings.method.name}: --mode=plan predicts the steady state of "
+            "a pipeline, but this method trains one module after the other, each at another speed; "
+            "plan with config.method.name=dgl, or measure it with --mode=bench"
+        )
     for flag, value in (("bandwidth", bandwidth), ("cores", cores)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
