@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgl_jax.config import Settings, field_names, fields_of, make_settings
+from dgl_jax.config import Settings, field_names, fields_of, make_settings, values_of
 from dgl_jax.errors import UserError
 from dgl_jax.tools.config_files import SHIPPED, resolve
 
@@ -48,23 +48,12 @@ def shell_command(settings: Settings, workdir: str | Path) -> str:
 
 def _candidates(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields every shipped configuration with the fields in which `settings` differs from it."""
-    wanted = _values(settings)
+    wanted = values_of(settings)
     for name in _shipped():
         base = make_settings(_load(name, tuple(field_names())))
         # A kind that the shipped configuration does not choose has its options in `unused`.
-        present = {field: _default(field) for field in wanted} | dict(base.unused) | _values(base)
+        present = {field: _default(field) for field in wanted} | dict(base.unused) | values_of(base)
         yield name, {field: v for field, v in wanted.items() if v != present[field]}
-
-
-def _values(settings: Settings) -> dict[str, Any]:
-    """Returns the value of every field that the chosen kinds have, by dotted name."""
-    values = {}
-    for name in field_names():
-        group, _, leaf = name.rpartition(".")
-        owner = getattr(settings, group) if group else settings
-        if hasattr(owner, leaf):
-            values[name] = getattr(owner, leaf)
-    return values
 
 
 def _default(name: str) -> Any:
@@ -89,7 +78,7 @@ def _same(name: str, changes: dict[str, Any], settings: Settings, ignored: Seque
         result = make_settings(config, [field for field in changes if field != "plugins"])
     except UserError:
         return False
-    wanted, values = _values(settings), _values(result)
+    wanted, values = values_of(settings), values_of(result)
     return all(field in ignored or values.get(field) == v for field, v in wanted.items())
 
 
