@@ -341,11 +341,18 @@ def _group(part: tuple[str, list[Row]], chosen: list[str], all_rows: list[Row]) 
         if n not in columns and n in rows[0].settings and _differ(all_rows, n)
     }
     if setting:
-        rows = sorted(rows, key=lambda row: _order(row.settings.get(setting)))
+        for name in reversed(columns):  # the sort is stable
+            rows = sorted(rows, key=_order([row.settings.get(name) for row in rows], name))
     return Group(setting, tuple(rows), tuple(columns), fixed)
 
 
-def _order(value: Any) -> tuple[int, float, str]:
-    """Returns a key that sorts numbers by size; other values keep their order."""
-    size = number(value)
-    return (0, size, "") if size is not None else (1, 0.0, "")
+def _order(values: list[Any], name: str) -> Callable[[Row], tuple[int, float]]:
+    """Returns a key that sorts rows by a setting: numbers by size, then others as they appear."""
+    keys = list(dict.fromkeys(map(_key, values)))
+
+    def key(row: Row) -> tuple[int, float]:
+        value = row.settings.get(name)
+        size = number(value)
+        return (1, keys.index(_key(value))) if size is None else (0, size)
+
+    return key
