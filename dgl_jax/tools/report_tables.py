@@ -82,28 +82,23 @@ def labels(group: Group) -> list[str]:
         )
         for row in group.rows
     ]
-    return [
-        label if label and len(label) <= 60 and short.count(label) == 1 else row.name
-        for label, row in zip(short, group.rows)
-    ]
+    clear = len(set(short)) == len(short) and all(1 <= len(label) <= 70 for label in short)
+    return short if clear else [row.name for row in group.rows]
 
 
 def results(group: Group) -> Table:
-    """Returns the main table of a group: one row per row of the report."""
-    rows, best_last, best_all = (
-        group.rows,
-        group.best(lambda row: row.accuracy(-1)),
-        group.best(Row.ensemble),
-    )
-    columns = [Column("run", False)]
-    columns += [Column(name, False) for name in group.columns]
+    """Returns the main table of a group: one row per row of the report.
+
+    The names of the runs, which may be long, come first only if nothing else identifies a row.
+    """
+    best_last, best_all = group.best(lambda row: row.accuracy(-1)), group.best(Row.ensemble)
+    columns = [Column(name, False) for name in group.columns]
     columns += [Column("seeds"), Column("last module, %"), Column("ensemble, %")]
     columns += [Column("images/s"), Column("peak memory"), Column("bytes up"), Column("bytes down")]
-    columns += [Column("staleness"), Column("state", False)]
-    return columns, [
+    columns += [Column("staleness"), Column("state", False), Column("run", False)]
+    cells = [
         [
-            Cell(row.name, best=n in best_last),
-            *(_setting(row.settings.get(name)) for name in group.columns),
+            *(_setting(row.settings.get(name), n in best_last) for name in group.columns),
             _seeds(row),
             _percent(row.accuracy(-1), n in best_last),
             _percent(row.ensemble(), n in best_all),
@@ -113,9 +108,13 @@ def results(group: Group) -> Table:
             _number(row.wire(down=True), bytes_text),
             _number(row.staleness(), "{:.2f}".format),
             Cell(row.state()),
+            Cell(row.name),
         ]
-        for n, row in enumerate(rows)
+        for n, row in enumerate(group.rows)
     ]
+    if group.columns:
+        return columns, cells
+    return [columns[-1], *columns[:-1]], [[row[-1], *row[:-1]] for row in cells]
 
 
 def modules(group: Group) -> Table | None:
@@ -249,8 +248,8 @@ def _sortable(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _setting(value: Any) -> Cell:
-    return Cell(setting_text(value), _sortable(value))
+def _setting(value: Any, best: bool) -> Cell:
+    return Cell(setting_text(value), _sortable(value), best)
 
 
 def _seeds(row: Row) -> Cell:
