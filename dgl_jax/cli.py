@@ -46,7 +46,7 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(name), name, None, text, serializer=flags.ArgumentSerializer())
 
 
-_MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan"]
+_MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan", "report"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -72,7 +72,8 @@ _IMAGES = flags.DEFINE_multi(
 )
 _OUTPUT = _define_path(
     "output",
-    "Output file of predict (.csv or .jsonl), folder of export, or picture of plan (.png).",
+    "Output file of predict (.csv or .jsonl), folder of export, picture of plan (.png), or page of "
+    "report (.html).",
 )
 _STEPS = flags.DEFINE_integer(
     "bench_steps", 200, "Number of steps that --mode=bench times.", lower_bound=1
@@ -152,6 +153,12 @@ def _dispatch(argv: list[str]) -> None:
 
             _start()
             writers.write_stdout("".join(f"{path}\n" for path in plots.plot(folder)))
+        elif mode == "report":
+            from dgl_jax.run import writers
+            from dgl_jax.tools import report
+
+            paths = report.report_runs(folder, _OUTPUT.value)
+            writers.write_stdout("".join(f"{path}\n" for path in paths))
         elif mode == "plan":
             config = _config()
             from dgl_jax.tools import plan

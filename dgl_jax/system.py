@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +119,22 @@ def device_memory(device: Any) -> DeviceMemory:
     return DeviceMemory(
         None if limit is None or used is None else max(0, limit - used), limit, peak
     )
+
+
+def peak_memory(devices: Iterable[Any]) -> dict[str, int | None] | None:
+    """Returns the most bytes ever in use on each JAX device, such as `{"gpu:0": 1048576}`.
+
+    Args:
+      devices: JAX devices of one platform.
+
+    Returns:
+      Bytes by platform and number, None for a device that does not tell; None instead of the
+      dictionary for CPU devices, which have no memory of their own.
+    """
+    ordered = sorted(devices, key=lambda device: device.id)
+    if any(device.platform == "cpu" for device in ordered):
+        return None
+    return {f"{device.platform}:{device.id}": device_memory(device).peak for device in ordered}
 
 
 def host_device() -> Any | None:

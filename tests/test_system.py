@@ -123,6 +123,13 @@ def test_device_memory_is_none_where_stats_are_missing(stats, memory):
     assert system.device_memory(Device(stats)) == memory
 
 
+def test_peak_memory_is_asked_of_every_device_except_the_cpu():
+    known, unknown, host = (Device({"peak_bytes_in_use": 500}), Device(None), Device(None))
+    known.id, unknown.id, host.id, host.platform = 1, 0, 0, "cpu"
+    assert system.peak_memory([known, unknown]) == {"cuda:0": None, "cuda:1": 500}
+    assert system.peak_memory([host]) is None
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("TPU v5e", "TPU v5e"), (None, "cuda"), ("", "cuda"), (fails, "cuda")]
 )

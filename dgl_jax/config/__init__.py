@@ -32,6 +32,7 @@ from dgl_jax.config.settings import (
     import_plugins,
     make_settings,
     options,
+    values_of,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "import_plugins",
     "make_settings",
     "options",
+    "values_of",
 ]

@@ -222,6 +222,22 @@ def field_names() -> list[str]:
     ]
 
 
+def values_of(settings: Settings, effective: bool = False) -> dict[str, Any]:
+    """Returns the values of all fields that the chosen kinds have, by dotted name.
+
+    Args:
+      settings: the settings.
+      effective: True leaves out fields that have no effect together with the others.
+    """
+    values = {}
+    for name in field_names():
+        group, _, leaf = name.rpartition(".")
+        owner = getattr(settings, group) if group else settings
+        if hasattr(owner, leaf) and not (effective and _unmet(name, settings)):
+            values[name] = getattr(owner, leaf)
+    return values
+
+
 def fields_of(group: str) -> dict[str, dataclasses.Field]:
     """Returns the fields of a group by name: the common ones, then the options of its kinds."""
     common = {f.name: f for f in dataclasses.fields(_GROUPS[group])}  # type: ignore[arg-type]

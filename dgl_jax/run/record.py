@@ -157,6 +157,8 @@ def summarize(
             spec.modules, state.modules, engine.placement.groups, counts(state), strict=True
         )
     ]
+    devices = {device for group in engine.placement.groups for device in group.devices.flat}
+    peaks = system.peak_memory(devices)
     traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
     return Summary(
         engine=settings.engine.name,
@@ -180,6 +182,8 @@ def summarize(
         dataset=experiment.info.name,
         versions=start.versions,
         cpu_threads=start.cpu_threads,
+        peak_memory_bytes=peaks if peaks and any(peaks.values()) else None,
+        peak_host_bytes=system.process_peak(),
         staleness=[gauges.get(f"replay/{m.name}/age", 0.0) for m in spec.modules]
         if asynchronous
         else None,

@@ -45,6 +45,9 @@ class Summary:
       versions: library versions, see `versions`.
       cpu_threads: size of XLA's thread pool, which decides how sums are rounded; None if unknown
         or on an accelerator.
+      peak_memory_bytes: most bytes that were ever in use, by device such as "gpu:0"; None if no
+        device tells. Like the next field it is a peak of the process that ended the run.
+      peak_host_bytes: most bytes of host memory that the process ever held; None if unknown.
       staleness: asynchronous engines only: mean age of the messages read, in updates of the
         producing module.
       reuse: asynchronous engines only: reads per message.
@@ -71,6 +74,8 @@ class Summary:
     versions: dict[str, str]
     cpu_threads: int | None = None
     wire_bytes_down_per_image: list[float] = field(default_factory=list)
+    peak_memory_bytes: dict[str, int | None] | None = None
+    peak_host_bytes: int | None = None
     staleness: list[float] | None = None
     reuse: list[float] | None = None
     ring_bytes: list[int] | None = None

@@ -130,9 +130,7 @@ def _trained(experiment: Experiment, state: EngineState, until: int) -> EngineSt
 def _peak_memory(placement: Placement) -> dict[str, int | str]:
     """Returns the peak memory in bytes by device."""
     devices = {device for group in placement.groups for device in group.devices.flat}
-    if any(device.platform == "cpu" for device in devices):
-        return {"process": system.process_peak() or "unknown"}
-    return {
-        f"{device.platform}:{device.id}": system.device_memory(device).peak or "unknown"
-        for device in sorted(devices, key=lambda device: device.id)
-    }
+    peaks = system.peak_memory(devices)
+    if peaks is None:
+        peaks = {"process": system.process_peak()}
+    return {name: peak or "unknown" for name, peak in peaks.items()}

@@ -1,0 +1,272 @@
+"""Reads the runs below a folder for a report, damaged and unfinished ones as far as possible.
+
+This file must not import JAX. Nothing in the folder of a run raises an exception here.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dgl_jax.config import Settings, make_settings, values_of
+from dgl_jax.errors import UserError
+from dgl_jax.run.curves import series
+from dgl_jax.run.workdir import read_json
+from dgl_jax.tools.commands import shell_command
+
+# Folders inside a run that hold many files and no runs.
+_SKIPPED = ("checkpoints", "plots", "tensorboard")
+_METRIC = re.compile(r"(train|validation)/(module_(\d+)|ensemble)/(accuracy|loss)")
+FINISHED, FAILED, UNREADABLE = "finished", "failed", "cannot be read"
+
+# Positions on the horizontal axis and values, of one metric.
+Curve = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as found on the disk.
+
+    Attributes:
+      name: path of its folder below the folder of the report; "." for that folder.
+      state: "finished", "unfinished", "cannot be read", or the state that a sweep has recorded.
+      problem: reason why the run failed or cannot be read; "" if there is none.
+      settings: values of the fields that have an effect, by dotted name; empty if unknown.
+      command: command line that trains the run; "" if unknown.
+      step: newest step in the metrics; 0 before the first.
+      total: steps of the whole run; 0 if unknown.
+      epoch: newest epoch in the metrics.
+      summary: content of `summary.json`; empty if the run is not finished.
+      curves: metrics over epochs by (split, module, metric), such as ("train", 0, "loss"); the
+        module of the ensemble is -1.
+    """
+
+    name: str
+    state: str
+    problem: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    step: int = 0
+    total: int = 0
+    epoch: float = 0.0
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[tuple[str, int, str], Curve] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Returns True if the run has a summary."""
+        return self.state == FINISHED
+
+    @property
+    def seed(self) -> Any:
+        """Returns the seed; None if unknown."""
+        return self.settings.get("seed")
+
+    def progress(self) -> str:
+        """Returns a text such as "step 20 of 48"; "" if no step is known."""
+        if not self.step:
+            return ""
+        return f"step {self.step:,}" + (f" of {self.total:,}" if self.total else "")
+
+
+def read_runs(root: Path) -> tuple[list[Run], list[str]]:
+    """Reads every run below a folder.
+
+    Args:
+      root: folder that is searched at any depth.
+
+    Returns:
+      The runs, in the order of a sweep if one has recorded it and by name otherwise; and one line
+      for each file of a sweep that cannot be read.
+    """
+    folders, sweeps, notes = [], [], []
+    for path, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIPPED]
+        # `--mode=export` writes a config.json of another kind.
+        if "config.json" in files and "model.safetensors" not in files:
+            folders.append(Path(path))
+        if "sweep.json" in files:
+            sweeps.append(Path(path))
+    recorded: dict[Path, Mapping[str, Any]] = {}
+    for folder in sorted(sweeps):
+        try:
+            rows = read_json(folder / "sweep.json", "rows")["rows"]
+            recorded |= {folder / name: row for name, row in rows.items() if _is_row(row)}
+        except (UserError, AttributeError, TypeError) as error:
+            notes.append(str(error))
+    order = {folder: number for number, folder in enumerate(recorded)}
+    found = sorted(
+        {*folders, *recorded}, key=lambda folder: (order.get(folder, math.inf), _natural(folder))
+    )
+    return [read_run(folder, root, recorded.get(folder, {})) for folder in found], notes
+
+
+def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
+    """Reads one run.
+
+    Args:
+      folder: workdir of the run; may be missing if a sweep has not started it.
+      root: folder of the report.
+      row: what a sweep has recorded about the run; empty without a sweep.
+    """
+    name = _printable(folder.relative_to(root).as_posix())
+    state, problem = str(row.get("state") or "unfinished"), str(row.get("error") or "")
+    command = str(row.get("command") or "")
+    if not (folder / "config.json").exists():
+        return Run(name, state, problem, command=command)
+    try:
+        values = read_json(folder / "config.json")
+        settings, described = _settings(values)
+    except UserError as error:
+        return Run(name, UNREADABLE, _below(error, root), command=command)
+    if isinstance(settings, Settings):
+        command = command or shell_command(settings, folder)
+    records, damage = _records(folder / "metrics.jsonl")
+    step, epoch, total = _progress(records, described)
+    summary: Mapping[str, Any] = {}
+    if (folder / "summary.json").exists():
+        try:
+            summary, state, problem = _summary(folder / "summary.json"), FINISHED, damage
+        except UserError as error:
+            state, problem = UNREADABLE, _below(error, root)
+    elif damage and not problem:
+        problem = damage
+    return Run(
+        name,
+        state,
+        problem or ("" if isinstance(settings, Settings) else settings),
+        described,
+        command,
+        step,
+        total,
+        epoch,
+        summary,
+        _curves(records),
+    )
+
+
+def number(value: Any) -> float | None:
+    """Returns a finite number, or None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def numbers(value: Any) -> list[float | None]:
+    """Returns the finite numbers of a list, with None for everything else in it."""
+    return [number(item) for item in value] if isinstance(value, list) else []
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict)
+
+
+def _natural(folder: Path) -> list[tuple[int, str]]:
+    """Returns a key that sorts "seed_2" before "seed_10"."""
+    parts = re.split(r"(\d+)", str(folder))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _printable(text: str) -> str:
+    """Replaces undecodable bytes of file names, which cannot be written as UTF-8."""
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
+def _below(error: Exception, root: Path) -> str:
+    """Returns the text of an error without the folder of the report."""
+    return _printable(str(error)).replace(f"{root}/", "")
+
+
+def _settings(values: dict[str, Any]) -> tuple[Settings | str, dict[str, Any]]:
+    """Returns settings, or a line that explains why there are none, and the fields of a run.
+
+    Configurations of other versions, or with plugins that are missing here, are described by what
+    the file holds.
+    """
+    try:
+        settings = make_settings(values)
+        return settings, {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values_of(settings, effective=True).items()
+        }
+    except Exception as error:  # a plugin may raise anything
+        flat: dict[str, Any] = {}
+        for group, value in values.items():
+            nested = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{group}.{leaf}".rstrip("."): v for leaf, v in nested.items()}
+        return f"no command: {str(error).splitlines()[0] if str(error) else error!r}", flat
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Reads a summary and checks the fields without which it says nothing.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    summary = read_json(path, "modules", "steps")
+    modules = summary["modules"]
+    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+        raise UserError(f"{path}: cannot be read (modules is not a list); restore the file")
+    return summary
+
+
+def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Returns the readable records of a run, and a line about unreadable ones.
+
+    An incomplete last line is that of a run which is being written.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return [], ""
+    records, damaged = [], []
+    for place, line in enumerate(lines[:-1], 1):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+                continue
+        except (ValueError, RecursionError):
+            pass
+        damaged.append(place)
+    return records, f"metrics.jsonl: line {damaged[0]} cannot be read" if damaged else ""
+
+
+def _progress(records: list[dict[str, Any]], settings: Mapping[str, Any]) -> tuple[int, float, int]:
+    """Returns the newest step, its epoch, and the steps of the whole run (0 if unknown)."""
+    step, epoch = 0, 0.0
+    for record in records:
+        at = number(record.get("step"))
+        if at is not None and at >= step:
+            step, epoch = int(at), number(record.get("epoch")) or epoch
+    epochs, total = number(settings.get("train.epochs")), number(settings.get("train.steps"))
+    if not total and epochs and epoch:
+        total = round(epochs * step / epoch)
+    return step, epoch, int(total or 0)
+
+
+def _curves(records: list[dict[str, Any]]) -> dict[tuple[str, int, str], Curve]:
+    """Returns the curves of all modules and of the ensemble, without values that are not finite."""
+    keys = {key: match for record in records for key in record if (match := _METRIC.fullmatch(key))}
+    return {
+        (match[1], int(match[3]) if match[3] else -1, match[4]): curve
+        for key, match in keys.items()
+        if (curve := _finite(records, key))[0]
+    }
+
+
+def _finite(records: list[dict[str, Any]], key: str) -> Curve:
+    valid = (
+        record for record in records if number(record.get(key)) is not None and _placed(record)
+    )
+    return series(valid, key)
+
+
+def _placed(record: Mapping[str, Any]) -> bool:
+    """Returns True if the position of a record on the horizontal axis is a number."""
+    epoch = record.get("epoch")
+    return number(record.get("step", 0) if epoch is None else epoch) is not None
