@@ -1,0 +1,117 @@
+"""Command line that trains a run with given settings.
+
+This file must not import JAX: a sweep and a report compute commands of many runs.
+"""
+
+import runpy
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgl_jax.config import Settings, field_names, fields_of, make_settings
+from dgl_jax.errors import UserError
+from dgl_jax.tools.config_files import SHIPPED, resolve
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def command_of(settings: Settings) -> list[str]:
+    """Returns the flags that select a configuration.
+
+    The flags name the shipped configuration that differs in the fewest fields, and set the fields
+    that differ. A run of these flags has the hash of `settings`. The only exception are fields of
+    `settings` that have no effect and which the command line refuses for that reason: they are left
+    out if no shipped configuration sets them to the same values.
+
+    Args:
+      settings: complete settings of the run.
+
+    Returns:
+      `--config=configs/NAME.py`, followed by one `--config.a.b=value` per field that differs.
+    """
+    candidates = sorted(_candidates(settings), key=lambda candidate: len(candidate[1]))
+    for ignored in ((), tuple(settings.ignored)):
+        for name, changes in candidates:
+            chosen = {field: value for field, value in changes.items() if field not in ignored}
+            if _same(name, chosen, settings, ignored):
+                return [f"--config={name}", *_flags(chosen)]
+    raise UserError("no shipped configuration can be changed to these settings")
+
+
+def shell_command(settings: Settings, workdir: str | Path) -> str:
+    """Returns the command line, quoted for a shell, that trains a run in a workdir."""
+    return shlex.join(["python", "launch.py", *command_of(settings), f"--workdir={Path(workdir)}"])
+
+
+def _candidates(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields every shipped configuration with the fields in which `settings` differs from it."""
+    wanted = _values(settings)
+    for name in _shipped():
+        base = make_settings(_load(name, tuple(field_names())))
+        # A kind that the shipped configuration does not choose has its options in `unused`.
+        present = {field: _default(field) for field in wanted} | dict(base.unused) | _values(base)
+        yield name, {field: v for field, v in wanted.items() if v != present[field]}
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """Returns the value of every field that the chosen kinds have, by dotted name."""
+    values = {}
+    for name in field_names():
+        group, _, leaf = name.rpartition(".")
+        owner = getattr(settings, group) if group else settings
+        if hasattr(owner, leaf):
+            values[name] = getattr(owner, leaf)
+    return values
+
+
+def _default(name: str) -> Any:
+    group, _, leaf = name.rpartition(".")
+    return fields_of(group)[leaf].default if group else None
+
+
+def _same(name: str, changes: dict[str, Any], settings: Settings, ignored: Sequence[str]) -> bool:
+    """Returns True if the changed configuration is accepted and equals `settings`.
+
+    Args:
+      name: name of a shipped configuration.
+      changes: values of fields that the command line sets.
+      settings: settings to compare with.
+      ignored: names of fields without an effect, which may differ.
+    """
+    config = _load(name, tuple(field_names())).copy_and_resolve_references()
+    for field, value in changes.items():
+        group, _, leaf = field.rpartition(".")
+        (config[group] if group else config)[leaf] = value
+    try:
+        result = make_settings(config, [field for field in changes if field != "plugins"])
+    except UserError:
+        return False
+    wanted, values = _values(settings), _values(result)
+    return all(field in ignored or values.get(field) == v for field, v in wanted.items())
+
+
+def _flags(changes: dict[str, Any]) -> list[str]:
+    """Returns one flag per changed field."""
+    flags = []
+    for field, value in changes.items():
+        if field == "plugins":  # the command line reads them before all other flags
+            text = ",".join(value)
+        else:
+            text = value if isinstance(value, str) else repr(value)
+        if isinstance(value, tuple):
+            text = text.replace(", ", ",")
+        flags.append(f"--config.{field}={text}")
+    return flags
+
+
+def _shipped() -> list[str]:
+    return [f"configs/{path.name}" for path in sorted(SHIPPED.glob("[!_]*.py"))]
+
+
+@cache
+def _load(name: str, fields: tuple[str, ...]) -> "ConfigDict":
+    """Returns the configuration that `--config=name` loads; `fields` change with the plugins."""
+    return runpy.run_path(resolve(name))["get_config"]()
