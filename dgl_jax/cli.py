@@ -76,6 +76,9 @@ _OUTPUT = _define_path(
 _STEPS = flags.DEFINE_integer(
     "bench_steps", 200, "Number of steps that --mode=bench times.", lower_bound=1
 )
+_MODULES = flags.DEFINE_boolean(
+    "bench_modules", True, "bench: also time each module's program alone."
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, "plan: number of devices; default: one per module.", lower_bound=1
 )
@@ -189,7 +192,7 @@ def _dispatch(argv: list[str]) -> None:
             from dgl_jax.tools import bench
 
             _start()
-            print(json.dumps(bench.bench(config, _STEPS.value)))
+            print(json.dumps(bench.bench(config, _STEPS.value, _MODULES.value)))
 
 
 def _train(config: configuration.Settings, folder: str) -> None:
