@@ -38,7 +38,7 @@ def slowed(factor: float, size: int, rule: str = "least_used_latest") -> dict[st
     }
 
 
-ROWS = {
+ROWS: common.Variants = {
     "synchronous": {},
     **{
         f"S={factor:g},M={size}": slowed(factor, size)

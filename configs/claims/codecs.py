@@ -18,7 +18,7 @@ def vq(dims: int, stages: int = 1) -> dict[str, Any]:
     return {"codec.name": "vq", "codec.dims": dims, "codec.stages": stages}
 
 
-ROWS = {
+ROWS: common.Variants = {
     "identity": {},
     "bf16": {"codec.name": "bf16"},
     "int8": {"codec.name": "int8"},

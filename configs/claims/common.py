@@ -20,13 +20,14 @@ from dgl_jax.configs.bases import cifar10
 from dgl_jax.errors import UserError
 
 Rows = Iterator[tuple[str, ConfigDict]]
+Variants = dict[str, dict[str, Any]]  # fields that differ, by the name of the row
 RATES = (0.03, 0.1, 0.3)
 SIZES = ("rates", "small", "full")
 
 
 def sweep(
     base: Callable[[bool], ConfigDict],
-    variants: Mapping[str, Mapping[str, Any]],
+    variants: Variants,
     size: str | None,
     chosen: Mapping[str, float],
     *,
@@ -38,7 +39,7 @@ def sweep(
 
     Args:
       base: returns the configuration that the rows share; its argument is True for the full size.
-      variants: fields that differ, by the name of the row, as `{"method.name": "backprop"}`.
+      variants: such as `{"backprop": {"method.name": "backprop"}}`.
       size: one of `SIZES`; None for `small`.
       chosen: learning rate of each row; rows that it lacks use `default`.
       rates: learning rates of the sweep `rates`.
@@ -59,7 +60,7 @@ def sweep(
         runs = [(r, 0) for r in rates] if size == "rates" else [(rate, s) for s in range(seeds)]
         for learning_rate, seed in runs[:1] if size == "full" else runs:
             config = base(size == "full")
-            config.update_from_flattened_dict(dict(fields))
+            config.update_from_flattened_dict(fields)
             config.optimizer.learning_rate, config.seed = learning_rate, seed
             yield f"{name}/lr={learning_rate:g}/seed={seed}", config
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dgl_jax.configs.bases import cifar10_resnet
 from dgl_jax.configs.claims import common
 
-ROWS = {
+ROWS: common.Variants = {
     **{
         name: {"method.name": name} for name in ("backprop", "dgl", "ddg", "features_replay", "fdg")
     },

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import common
 
-ROWS = {
+ROWS: common.Variants = {
     **{head: {"model.head": head} for head in ("cnn", "mlp", "mlp_sr", "linear")},
     "backprop": {"method.name": "backprop"},
 }

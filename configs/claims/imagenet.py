@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dgl_jax.configs.bases import imagenet
 from dgl_jax.configs.claims import common
 
-ROWS = {
+ROWS: common.Variants = {
     "dgl,K=4": {"model.modules": 4, "model.split": "0,3,6,9"},
     "dgl,K=10": {"model.modules": 10},
     "backprop": {"method.name": "backprop", "model.modules": 1},

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import common
 
-ROWS = {
+ROWS: common.Variants = {
     "backprop": {"method.name": "backprop", "model.modules": 1},
     **{
         f"{method},K={count}": {"method.name": method, "model.modules": count}

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import common
 
-ROWS = {
+ROWS: common.Variants = {
     "dgl": {},
     "layerwise": {"method.name": "layerwise"},
     "layerwise_4_laps": {"method.name": "layerwise", "method.laps": 4},

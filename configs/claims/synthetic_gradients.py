@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import common
 
-ROWS = {name: {"method.name": name} for name in ("backprop", "dgl", "cdni", "dni")}
+ROWS: common.Variants = {name: {"method.name": name} for name in ("backprop", "dgl", "cdni", "dni")}
 CHOSEN: dict[str, float] = {}
 
 
