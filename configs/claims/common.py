@@ -21,7 +21,7 @@ from dgl_jax.errors import UserError
 
 Rows = Iterator[tuple[str, ConfigDict]]
 Variants = dict[str, dict[str, Any]]  # fields that differ, by the name of the row
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1)
 SIZES = ("rates", "small", "full")
 
 
@@ -33,7 +33,7 @@ def sweep(
     *,
     rates: tuple[float, ...] = RATES,
     seeds: int = 3,
-    default: float = 0.1,
+    default: float = 0.03,
 ) -> Rows:
     """Yields the rows of a claim.
 
