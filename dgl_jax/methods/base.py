@@ -196,7 +196,6 @@ class Method(Protocol):
         oldest message; a new message is appended and the oldest is dropped.
         """
 
-
     def progress(self, counts: Sequence[int]) -> Progress:
         """Returns the progress of a run, given the updates that each module has made.
 
@@ -206,7 +205,7 @@ class Method(Protocol):
         """
 
     def check(self, spec: TrainSpec) -> None:
-        """Optional. Raises UserError if the method does not support a part of the run."""
+        """Raises UserError if the method does not support a part of the run; optional."""
 
 
 @dataclass(frozen=True)
