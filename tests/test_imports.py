@@ -54,7 +54,7 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base",), ("dgl", "backprop"), ("layerwise",)),
+    "methods": (("base",), ("dgl", "backprop", "layerwise")),
     "engines": (
         ("placement", "flight"),
         ("feed",),

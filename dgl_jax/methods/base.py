@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 
 from dgl_jax.codecs import relative_error
+from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.registry import Kind
@@ -85,6 +86,32 @@ class Ports:
         else:
             added = {name: answering[name] for name in self.spec.needs(self.k + 1, answering=True)}
         return Message(self.spec.codec.encode(codebook, outputs), codebook, context=added)
+
+    def send(
+        self, state: ModuleState, number: jax.Array, outputs: jax.Array, inputs: jax.Array
+    ) -> tuple[ModuleState, Message, Metrics]:
+        """Encodes the outputs of a training turn and updates the module's codec with them.
+
+        Args:
+          state: state of the module.
+          number: [] number of messages that the module sent upward before.
+          outputs: activations of the module.
+          inputs: inputs of the module, see `emit`.
+
+        Returns:
+          The state with the new state of the codec, the message to the next module, and metrics.
+        """
+        codec, key = self.spec.codec, rngs.codec(state.rng, number)
+        published = codec.publish(state.extras.get("codec"), key, outputs, number)
+        message = self.emit(outputs, codec.codebook(published), inputs)
+        metrics: Metrics = {}
+        if not codec.lossless:
+            decoded = codec.decode(message.codebook, message.payload)
+            metrics["codec_error"] = relative_error(outputs, decoded)
+        learned, health = codec.update(published, key, outputs)
+        if "codec" in state.extras:
+            state = replace(state, extras=state.extras | {"codec": learned})
+        return state, message, metrics | health
 
     def _added(self, inputs: jax.Array, needs: Sequence[str]) -> Context:
         return {"image": inputs} if self.k == 0 and "image" in needs else {}

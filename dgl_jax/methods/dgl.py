@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax import schedule
-from dgl_jax.codecs import relative_error
-from dgl_jax.core import ema, rngs
+from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, forward_step, local_step
 from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
@@ -41,37 +40,6 @@ def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
         jnp.copy,
         {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]},
     )
-
-
-def encoded(
-    ports: Ports, state: ModuleState, number: jax.Array, outputs: jax.Array, inputs: jax.Array
-) -> tuple[ModuleState, Message, Metrics]:
-    """Encodes the outputs of a module for the next one, and lets the codec learn from them.
-
-    Args:
-      ports: input and output of the module.
-      state: state of the module.
-      number: number of messages that the module has sent before.
-      outputs: activations of the module.
-      inputs: inputs of the module, which modules above may need as context.
-
-    Returns:
-      The state with the new state of the codec, the message, and the codec's metrics.
-    """
-    codec, key = ports.spec.codec, rngs.codec(state.rng, number)
-    published = codec.publish(state.extras.get("codec"), key, outputs, number)
-    message = ports.emit(outputs, codec.codebook(published), inputs)
-    metrics = (
-        {}
-        if codec.lossless
-        else {
-            "codec_error": relative_error(outputs, codec.decode(message.codebook, message.payload))
-        }
-    )
-    learned, health = codec.update(published, key, outputs)
-    if "codec" in state.extras:
-        state = dataclasses.replace(state, extras=state.extras | {"codec": learned})
-    return state, message, metrics | health
 
 
 @dataclass(frozen=True)
@@ -133,7 +101,7 @@ class Dgl:
             metrics |= input_metrics
             if sends.above is None:
                 return state, Outbox(below=down), metrics
-            state, message, codec_metrics = encoded(ports, state, updates, outputs, inputs)
+            state, message, codec_metrics = ports.send(state, updates, outputs, inputs)
             return state, Outbox(message, down), metrics | codec_metrics
 
         program.__name__ = module.name

@@ -19,7 +19,6 @@ from dgl_jax.core.step import Metrics, forward_step, local_step
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number
 from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
-from dgl_jax.methods.dgl import encoded
 from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Progress, Tick, never
 from dgl_jax.spec import TrainSpec
@@ -122,7 +121,7 @@ class Layerwise:
             )
             # The module's update count does not rise here, so the codec counts its messages.
             sent = state.extras.get("sent", state.updates)
-            state, message, metrics = encoded(ports, state, sent, outputs, inputs)
+            state, message, metrics = ports.send(state, sent, outputs, inputs)
             if "sent" in state.extras:
                 extras = state.extras | {"sent": sent + 1}
                 state = dataclasses.replace(state, extras=extras)
