@@ -23,7 +23,7 @@ def test_name_fields_choose_from_the_registries():
         group, _, leaf = name.partition(".")
         assert fields_of(group)[leaf].metadata["kinds"] is kinds
     assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
-    assert [*METHODS] == ["backprop", "dgl"]
+    assert [*METHODS] == ["backprop", "dgl", "layerwise"]
 
 
 def engine_of(name: str, method: str = "dgl") -> Engine:

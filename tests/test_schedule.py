@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgl_jax import schedule
-from dgl_jax.schedule import Turn, drawn, fused, in_order, pipelined
+from dgl_jax.schedule import Turn, drawn, fused, in_order, layerwise, pipelined
 
 SIZES = {"modules": st.integers(1, 6), "start": st.integers(0, 20), "count": st.integers(0, 12)}
 
@@ -33,6 +33,89 @@ def test_pipelined_schedule_equals_the_picture_in_the_docstring():
     assert [
         [(int(k), int(b)) for k, b in re.findall(r"m(\d):b(\d)", line)] for line in picture
     ] == expected
+
+
+def lettered(ticks):
+    """Returns each tick as (module, letter of the kind, batch)."""
+    letters = {"step": "b", "forward": "f"}
+    return [[(turn.module, letters[turn.kind], turn.batch) for turn in tick] for tick in ticks]
+
+
+def test_layerwise_schedule_equals_the_picture_in_the_docstring():
+    expected = {
+        False: [
+            [(0, "b", 0)],
+            [(0, "b", 1)],
+            [(0, "f", 0), (1, "b", 0)],
+            [(0, "f", 1), (1, "b", 1)],
+            [(0, "f", 0), (1, "f", 0), (2, "b", 0)],
+            [(0, "f", 1), (1, "f", 1), (2, "b", 1)],
+        ],
+        True: [
+            [(0, "b", 0)],
+            [(0, "b", 1)],
+            [(0, "f", 0)],
+            [(1, "b", 0), (0, "f", 1)],
+            [(1, "b", 1)],
+            [(0, "f", 0)],
+            [(1, "f", 0), (0, "f", 1)],
+            [(2, "b", 0), (1, "f", 1)],
+            [(2, "b", 1)],
+        ],
+    }
+    for overlap, ticks in expected.items():
+        assert lettered(layerwise([0] * 3, 2, 2, overlap=overlap)) == ticks
+    lines = schedule.__doc__.splitlines()
+    rows = lines[next(n for n, line in enumerate(lines) if "phase 0" in line) :]
+    column = rows[0].rindex("m0")  # the right half of the picture starts here
+    for overlap, ticks in expected.items():
+        halves = [row[column:] if overlap else row[:column] for row in rows]
+        turns = [re.findall(r"m(\d):([bf])(\d)", half) for half in halves]
+        assert [[(int(k), kind, int(b)) for k, kind, b in row] for row in turns if row] == ticks
+
+
+def updates_of(ticks):
+    """Returns the module and the batch of every update, in order."""
+    return [(turn.module, turn.batch) for tick in ticks for turn in tick if turn.updates()]
+
+
+@given(
+    modules=st.integers(1, 4),
+    total=st.integers(1, 9),
+    laps=st.integers(1, 4),
+    parts=st.lists(st.integers(0, 9), max_size=3),
+    polls=st.integers(0, 20),
+    overlap=st.booleans(),
+)
+def test_layerwise_trains_in_phases_and_continues_anywhere(
+    modules, total, laps, parts, polls, overlap
+):
+    bounds = [lap * total // laps for lap in range(laps + 1)]
+    expected = [
+        (k, batch)
+        for begin, end in itertools.pairwise(bounds)
+        for k in range(modules)
+        for batch in range(begin, end)
+    ]
+    counts, made, asked = [0] * modules, [], itertools.count()
+    steps = sorted({min(part, total) for part in parts} | {total})
+    stops = [lambda: next(asked) >= polls, *[lambda: False] * len(steps)]
+    for until, stop in zip([steps[0], *steps], stops):
+        ticks = list(layerwise(counts, until, total, laps, stop, overlap))
+        for tick in ticks:
+            (update,) = [turn for turn in tick if turn.updates()] or [None]
+            deepest = max(turn.module for turn in tick)
+            assert update is None or update.module == deepest
+        new = updates_of(ticks)
+        # All modules below have just forwarded the batch of every update.
+        forwarded = [(t.module, t.batch) for tick in ticks for t in tick if not t.updates()]
+        assert sorted(forwarded) == sorted((j, b) for k, b in new for j in range(k))
+        for k, _ in new:
+            counts[k] += 1
+        made += new
+        if stop is not stops[0]:
+            assert sum(counts) == max(until * modules, sum(counts) - len(new))
+    assert made == expected
 
 
 def test_fused_schedule_gives_all_modules_the_same_batch():

@@ -179,7 +179,7 @@ class Report:
     metrics: tuple[Metrics, ...]
     snapshot: Snapshot
     step: int = field(kw_only=True)
-    module: int | None = None
+    module: int | None = field(default=None, kw_only=True)
     at: float | None = None
 
 

@@ -73,8 +73,8 @@ def run_ticks(
     devices. Only the last report can return a snapshot.
 
     Args:
-      engine: object with `spec`, `ticks_in_flight`, the number of unfinished ticks allowed when the next
-        one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
+      engine: object with `spec`, `ticks_in_flight`, the number of unfinished ticks allowed when the
+        next one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
         groups of several ticks one may be unfinished.
       groups: ticks of the method's schedule, as groups of one or more ticks with equal turns.
       dispatch: starts the turns of a group and returns the metrics of each turn of a tick, with a

@@ -229,7 +229,7 @@ class Method(Protocol):
         """
 
     def check(self, spec: TrainSpec) -> None:
-        """Optional. Raises UserError if the method does not support a part of the run."""
+        """Raises UserError if the method does not support a part of the run; optional."""
 
 
 @dataclass(frozen=True)

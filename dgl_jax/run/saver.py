@@ -50,7 +50,7 @@ class Saver:
         if state.flight is not None and self.takes_flight(step):
             flight, self._flight_saved = state.flight.snapshot(), step
         accuracy = None
-        # Before its first update the accuracy of the last module is chance and must not be the best.
+        # Chance must not be the best, so accuracy counts from the last module's first update on.
         if counts(state)[-1]:
             accuracy = self.record.value(
                 f"validation/{experiment.spec.modules[-1].name}/accuracy", step
