@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgl_jax import schedule
-from dgl_jax.schedule import Turn, drawn, fused, in_order, layerwise, pipelined
+from dgl_jax.schedule import Turn, drawn, fused, in_order, layerwise, pipelined, staggered
 
 SIZES = {"modules": st.integers(1, 6), "start": st.integers(0, 20), "count": st.integers(0, 12)}
 
@@ -29,10 +29,50 @@ def test_pipelined_schedule_equals_the_picture_in_the_docstring():
         [(2, 3)],
     ]
     assert [plain(tick) for tick in pipelined(3, 0, 4)] == expected
-    picture = [line for line in schedule.__doc__.splitlines() if line.strip().startswith("tick ")]
-    assert [
-        [(int(k), int(b)) for k, b in re.findall(r"m(\d):b(\d)", line)] for line in picture
-    ] == expected
+    assert pictures()[:6] == expected
+
+
+def pictures():
+    """Returns the turns of all lines of the pictures in the docstring, as (module, batch)."""
+    lines = [line for line in schedule.__doc__.splitlines() if line.strip().startswith("tick ")]
+    return [[(int(k), int(b)) for k, b in re.findall(r"m(\d):b(\d)", line)] for line in lines]
+
+
+def test_staggered_schedule_equals_the_picture_in_the_docstring():
+    expected = [
+        [(0, 0)],
+        [(1, 0)],
+        [(2, 0), (0, 1)],
+        [(1, 1)],
+        [(2, 1), (0, 2)],
+        [(1, 2)],
+        [(2, 2)],
+    ]
+    assert [plain(tick) for tick in staggered(3, 0, 3)] == expected
+    assert pictures()[6:] == expected
+
+
+@given(**SIZES)
+def test_staggered_modules_read_what_neighbors_sent_one_tick_before(modules, start, count):
+    ticks = list(staggered(modules, start, start + count))
+    turns = [turn for tick in ticks for turn in tick]
+    assert sorted(turns) == [Turn(k, start + b) for k in range(modules) for b in range(count)]
+    tick_of = {turn: t for t, tick in enumerate(ticks) for turn in tick}
+    for k, batch, _ in turns:
+        if k:
+            assert tick_of[Turn(k, batch)] == tick_of[Turn(k - 1, batch)] + 1
+            # The answer to batch b arrives before module k - 1 works on batch b + 1.
+            following = tick_of.get(Turn(k - 1, batch + 1))
+            assert following in (None, tick_of[Turn(k, batch)] + 1)
+
+
+@given(**SIZES, after=st.integers(0, 14))
+def test_stopped_staggered_schedule_finishes_the_batches_in_flight(modules, start, count, after):
+    polls = iter(range(100))
+    ticks = list(staggered(modules, start, start + count, lambda: next(polls) >= after))
+    turns = sorted(turn for tick in ticks for turn in tick)
+    ended = start + min(count, after)
+    assert turns == [Turn(k, b) for k in range(modules) for b in range(start, ended)]
 
 
 def lettered(ticks):

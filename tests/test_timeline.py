@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgl_jax.schedule import Turn, fused, pipelined
+from dgl_jax.schedule import Turn, fused, pipelined, staggered
 from dgl_jax.tools.timeline import Span, Work, simulate, waiting
 
 # Three modules; a message takes 1 s from the first to the second and 2 s to the third.
@@ -59,6 +59,15 @@ def test_host_without_run_ahead_waits_for_each_tick():
 def test_link_carries_one_message_at_a_time():
     slow = times_by_module(simulate(pipelined(2, 0, 3), (Work(0, 1.0, 5.0), Work(1, 1.0))))
     assert slow[1] == [(6, 7), (11, 12), (16, 17)]
+
+
+def test_steps_wait_for_the_message_from_above_of_an_earlier_batch():
+    works, ticks = (Work(0, 1.0, 0.5), Work(1, 2.0)), list(staggered(2, 0, 2))
+    # Module 1 answers batch 0 at 3.5, and the answer takes half a second.
+    waits = times_by_module(simulate(ticks, works, waiting_above=(1, 0)))
+    assert waits == {0: [(0, 1), (4, 5)], 1: [(1.5, 3.5), (5.5, 7.5)]}
+    free = times_by_module(simulate(ticks, works))
+    assert free == {0: [(0, 1), (1, 2)], 1: [(1.5, 3.5), (3.5, 5.5)]}
 
 
 def test_device_runs_one_turn_at_a_time():

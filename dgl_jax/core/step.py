@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 Pullback = Callable[[Array], tuple[PyTree, Array]]
 # (params, batch_stats, inputs, context, keys) -> (loss, (new batch_stats, outputs, metrics))
 LossFunction = Callable[
-    [PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, Metrics]]
+    [PyTree, PyTree, Array, Context, PyTree], tuple[Array, tuple[PyTree, PyTree, PyTree]]
 ]
 
 
@@ -78,7 +78,7 @@ def mean_gradient(
     context: Context,
     keys: PyTree,
     accumulate: int = 1,
-) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """Computes the mean gradient of a loss over micro-batches, in the memory of one micro-batch.
 
     Without batch norm, the result is the gradient of the whole batch. Batch norm normalizes each

@@ -55,7 +55,8 @@ class Backprop:
         modules = spec.modules
 
         def loss_function(params, batch_stats, inputs, context, keys):
-            x, losses, new, metrics = inputs, [], [], []
+            x, losses, new = inputs, [], []
+            metrics: list[Metrics] = []
             for module, p, stats, key in zip(modules, params, batch_stats, keys, strict=True):
                 x, body, collected = module.apply_body_and_collect(
                     p, stats, x, context, train=True, rng=key

@@ -4,13 +4,14 @@ Behind every module but the last, a synthesizer S predicts the gradient of the l
 with respect to the activations, so that the module can update before the modules above have seen
 the batch. On batch b, module k with activations h and batch size B does the following:
 
-    1. S regresses on batch b - 1: it moves towards B times the gradient that module k + 1 has sent.
-    2. The module updates with the gradient S(h) / B of its activations.
-    3. It sends h up, and the gradient with respect to its inputs, which followed from S(h) / B, down.
+    1. S learns from batch b - 1: its target is B times the gradient that module k + 1 has sent.
+    2. The module updates with S(h) / B in place of the gradient of its activations.
+    3. It sends h up, and the gradient with respect to its inputs that follows from S(h) / B, down.
 
-The last module updates with its loss and sends the true gradient down. All regression targets of
-batch b come from parameters before their updates on batch b. Each regression is applied just before
-the synthesizer is used again, which equals one joint update of all parts at the end of each batch.
+The last module updates with its loss and sends the true gradient down. All gradients of batch b are
+those of the parameters before their updates on batch b, and S learns from the batch just before it
+is used again. The result equals one joint update of all parts at the end of each batch, except that
+the last update of the synthesizers of a run waits in its final checkpoint.
 """
 
 import dataclasses
@@ -88,7 +89,7 @@ class Dni:
         return Inbox(True, above), Outbox(above, below)  # type: ignore[arg-type]
 
     def program(self, spec: TrainSpec, k: int, kind: str = "step") -> Program:
-        """Returns the program of a turn of module k; see the head of this file."""
+        """Returns the program of a turn of module k, which the docstring of this file describes."""
         module, ports = spec.modules[k], Ports(spec, k)
         layer = self._layer(spec, k)
 

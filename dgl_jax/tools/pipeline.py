@@ -10,6 +10,7 @@ from dgl_jax.config import Settings
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
 from dgl_jax.registry import METHODS
+from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
 
 
@@ -64,6 +65,7 @@ class Pipeline:
       cores: processors that all devices share; may be infinite.
       ticks_in_flight: how many ticks the host runs ahead of the devices.
       method: the training method, which defines the schedule.
+      waiting_above: messages from above that wait at each module, see `timeline.simulate`.
     """
 
     works: tuple[Work, ...]
@@ -72,6 +74,7 @@ class Pipeline:
     cores: float
     ticks_in_flight: int
     method: Method
+    waiting_above: tuple[int, ...] = ()
 
     def crosses(self) -> list[bool]:
         """Returns, per hop, True if it leads to another device."""
@@ -98,7 +101,7 @@ class Pipeline:
         ticks = self.method.schedule(
             [0] * len(works), batches, batches, overlap=any(self.crosses())
         )
-        return simulate(ticks, works, self.cores, self.ticks_in_flight)
+        return simulate(ticks, works, self.cores, self.ticks_in_flight, self.waiting_above)
 
     def steady(self, wire: Sequence[float]) -> tuple[float, dict[int, float], list[Span]]:
         """Measures the middle half of a long simulated run, while the pipeline is full.
@@ -132,6 +135,14 @@ class Pipeline:
             turn * max(1.0, work.cores * work.seconds / turn / self.cores)
             for turn, work in zip(seconds, self.works)
         )
+
+
+def waiting_above(spec: TrainSpec) -> tuple[int, ...]:
+    """Returns how many messages from above wait at each module whose steps read them, else 0."""
+    return tuple(
+        len(state.extras["above"]) if spec.method.ports(spec, k, "step")[0].above else 0
+        for k, state in enumerate(spec.abstract_states())
+    )
 
 
 def group_sizes(settings: Settings) -> tuple[int, ...]:

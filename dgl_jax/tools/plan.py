@@ -31,7 +31,7 @@ from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
 from dgl_jax.run.writers import check_writable
 from dgl_jax.spec import MessageSpec, TrainSpec
-from dgl_jax.tools.pipeline import Pipeline, group_sizes, make_pipeline
+from dgl_jax.tools.pipeline import Pipeline, group_sizes, make_pipeline, waiting_above
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
 
@@ -166,6 +166,7 @@ def plan(
         [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
     )
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, bandwidth, cores)
+    pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     codecs = _codecs(pipeline, spec, settings)
     wire = spec.traffic().wire

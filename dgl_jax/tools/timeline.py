@@ -57,7 +57,11 @@ class _Running:
 
 
 def simulate(
-    ticks: Iterable[Tick], works: Sequence[Work], cores: float = math.inf, ticks_in_flight: int = 2
+    ticks: Iterable[Tick],
+    works: Sequence[Work],
+    cores: float = math.inf,
+    ticks_in_flight: int = 2,
+    waiting_above: Sequence[int] = (),
 ) -> list[Span]:
     """Simulates a schedule and returns its turns in the order in which they end.
 
@@ -67,6 +71,9 @@ def simulate(
       cores: processors that all devices share.
       ticks_in_flight: tick t is dispatched when tick t - 1 - `ticks_in_flight` has ended, as in
         `run_ticks`.
+      waiting_above: messages from above that wait at each module at the start, of which each `step`
+        reads one: with n of them, the step on batch b reads the message of batch b - n. 0 or empty
+        if steps read no such messages.
     """
     queues: dict[int, deque[tuple[int, Turn]]] = {work.device: deque() for work in works}
     unfinished: list[int] = []  # number of unfinished turns per tick
@@ -77,6 +84,7 @@ def simulate(
     # Arrival time of messages; the key is (module, batch, True if the message comes from above).
     arrival: dict[tuple[int, int, bool], float] = {}
     link_free = [0.0] * len(works)
+    lags = list(waiting_above) or [0] * len(works)
     running: dict[int, _Running] = {}
     now, done, spans = 0.0, 0, list[Span]()
     while running or any(queues.values()):
@@ -91,6 +99,9 @@ def simulate(
                 if turn.module or above
                 else 0.0
             )
+            lag = lags[turn.module]
+            if turn.kind == "step" and 0 < lag <= turn.batch:
+                ready = max(ready, arrival.get((turn.module, turn.batch - lag, True), math.inf))
             if ready <= now:
                 queue.popleft()
                 running[device] = _Running(
