@@ -54,7 +54,11 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base", "downward"), ("dgl", "backprop")),
+    "methods": (
+        ("base", "downward"),
+        ("dgl", "backprop", "delayed"),
+        ("ddg", "fdg", "features_replay"),
+    ),
     "engines": (
         ("placement", "flight"),
         ("feed",),

@@ -1,6 +1,6 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, dgl
+from dgl_jax.methods import backprop, ddg, dgl, fdg, features_replay
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -14,6 +14,9 @@ __all__ = [
     "TrainStep",
     "backprop",
     "composed",
+    "ddg",
     "dgl",
+    "fdg",
+    "features_replay",
     "register_method",
 ]
