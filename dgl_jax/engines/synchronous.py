@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,19 +12,22 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineState, Report, Snapshot, counts, place_modules
+from dgl_jax.engines.collect import collector
 from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.placement import Placement, put
-from dgl_jax.methods.base import Post, progress
-from dgl_jax.schedule import Group, Tick, Turn
+from dgl_jax.methods.base import Post
+from dgl_jax.schedule import Group
 from dgl_jax.spec import Traffic, TrainSpec
 from dgl_jax.types import Message
 
 
 class Synchronous:
-    """Base class of synchronous engines: nothing is in flight between two calls of `run`.
+    """Base class of synchronous engines, whose state between two calls of `run` is in the modules.
 
     Attributes:
       residence: keeps the data set on the devices of the first module, if it fits.
+      early: metrics of batches that some modules have worked on and others have not yet, by batch
+        and module. Only methods with delayed updates have such batches between two calls of `run`.
       host_seconds: seconds that the host has spent starting work on the devices.
     """
 
@@ -33,6 +37,7 @@ class Synchronous:
     recover: Callable[[int], ModuleState | None] | None = None
     residence = Residence("off")
     host_seconds = 0.0
+    early: Mapping[int, Mapping[int, Metrics]] = MappingProxyType({})
 
     def feed(self, source: Source) -> Feed:
         """Returns the supply of batches for the first module."""
@@ -74,20 +79,18 @@ def run_ticks(
 
     Args:
       engine: object with `spec`, `ticks_in_flight`, the number of unfinished ticks allowed when the
-        next one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
-        groups of several ticks one may be unfinished.
+        next one is dispatched, `host_seconds`, to which the time of the dispatches is added, and
+        `early`. Of groups of several ticks one may be unfinished.
       groups: ticks of the method's schedule, as groups of one or more ticks with equal turns.
       dispatch: starts the turns of a group and returns the metrics of each turn of a tick, with a
         leading axis over the ticks if the group has more than one.
       counts: updates that each module has made before the run. A batch below a module's count does
-        not wait for that module and reports no metrics of it.
+        not wait for that module, and reports its metrics if they are in `engine.early`.
       snapshot: returns the final state; see `Report`.
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
     pending: Report | None = None
-    collect = (_by_batch if progress(engine.spec.method, counts) is None else _by_update)(
-        engine.spec.method, counts
-    )
+    collect = collector(engine, counts, _snapshot_in_flight)
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
         jax.block_until_ready(metrics)
@@ -120,55 +123,6 @@ def run_ticks(
     if pending is not None:
         pending.snapshot = snapshot
         yield pending
-
-
-# (turns of a tick, metrics of each turn) -> reports of what the tick has completed
-_Collect = Callable[[Tick, Sequence[Metrics]], Iterator[Report]]
-
-
-def _by_batch(method: Any, counts: Sequence[int]) -> _Collect:
-    """Returns the function that reports each batch once all modules have made their update."""
-    collected: dict[int, dict[int, Metrics]] = {}
-    furthest = max(counts)
-
-    def expected_metrics(batch: int) -> int:
-        return len(counts) if batch >= furthest else sum(count <= batch for count in counts)
-
-    def collect(tick: Tick, metrics: Sequence[Metrics]) -> Iterator[Report]:
-        for turn, turn_metrics in zip(tick, metrics, strict=True):
-            if turn.updates():
-                collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
-        for batch in sorted(
-            b for b, batch_metrics in collected.items() if len(batch_metrics) == expected_metrics(b)
-        ):
-            batch_metrics = collected.pop(batch)
-            report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
-            yield Report(
-                *((batch + 1,) * len(counts), report_metrics, _snapshot_in_flight), step=batch + 1
-            )
-
-    return collect
-
-
-def _by_update(method: Any, counts: Sequence[int]) -> _Collect:
-    """Returns the function that reports each update, with the metrics of all turns on its batch."""
-    collected: dict[int, dict[int, Metrics]] = {}
-    made = list(counts)
-
-    def collect(tick: Tick, metrics: Sequence[Metrics]) -> Iterator[Report]:
-        for turn, turn_metrics in zip(tick, metrics, strict=True):
-            collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
-        for turn in filter(Turn.updates, tick):
-            made[turn.module] += 1
-            batch_metrics = collected.pop(turn.batch)
-            report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
-            yield Report(
-                *(tuple(made), report_metrics, _snapshot_in_flight),
-                step=method.progress(made).step,
-                module=turn.module,
-            )
-
-    return collect
 
 
 def run_turns(

@@ -1,6 +1,15 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, deep_supervision, dgl, dni, layerwise
+from dgl_jax.methods import (
+    backprop,
+    ddg,
+    deep_supervision,
+    dgl,
+    dni,
+    fdg,
+    features_replay,
+    layerwise,
+)
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -14,9 +23,12 @@ __all__ = [
     "TrainStep",
     "backprop",
     "composed",
+    "ddg",
     "deep_supervision",
     "dgl",
     "dni",
+    "fdg",
+    "features_replay",
     "layerwise",
     "register_method",
 ]
