@@ -502,6 +502,19 @@ def test_a_child_stops_when_its_parent_ends():
         os.close(reading)
 
 
+def test_a_child_that_has_received_a_signal_gets_no_second_one():
+    interruption = Interruption()
+    before = signal.signal(signal.SIGTERM, interruption)
+    try:
+        interruption(signal.SIGTERM, None)
+        reading, writing = os.pipe()
+        os.close(writing)
+        child.follow(reading)  # a second signal would raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.close(reading)
+
+
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "launch.py", "--mode=sweep", *arguments],
@@ -561,7 +574,7 @@ SWEEP = """
 from dgl_jax.config import default_config
 
 def get_sweep(argument=None):
-    for name, rate in (("a/seed=0", 0.05), ("bad", 1e30), ("c", 0.02)):
+    for name, rate in (("a/seed=0", 0.05), ("bad", 1e20), ("c", 0.02)):
         config = default_config(("hold",))
         for field, value in {fields!r}.items():
             group, _, leaf = field.rpartition(".")
