@@ -26,10 +26,16 @@ def bind(cores: str) -> None:
 
 
 def follow(pipe: int) -> None:
-    """Waits until the other end of a pipe is closed, then sends SIGTERM to this process."""
+    """Waits until the other end of a pipe is closed, then sends SIGTERM to this process.
+
+    Does nothing if the run has received a signal before, as from a job scheduler that signals all
+    processes: a second one would end it without a checkpoint.
+    """
     while os.read(pipe, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)  # `run.signals.Interruption` while a run trains
+    if getattr(handler, "signum", None) is None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:

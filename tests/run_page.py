@@ -102,6 +102,8 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
 def prepare(command: Command, found: dict[str, Any]) -> None:
     """Provides the run or the images that a command reads, unless the page has made them."""
     workdir = command.flag("workdir")
+    if found["mode"] == "sweep":  # its folder must hold no run
+        return
     reads_run = command.flag("config") is None or found["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):
         if folder and not Path(folder, "config.json").exists():

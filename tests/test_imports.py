@@ -45,6 +45,7 @@ ROOMS = (
     "tools",
     "testing",
     "cli",
+    "child",
 )
 # Inside these folders a file imports only from files in earlier groups.
 LEVELS = {
@@ -113,7 +114,7 @@ LIBRARIES = {
     "grain": ("data",),
     "cv2": ("data",),
     "simplejpeg": ("data",),
-    "rich": ("run/progress.py",),
+    "rich": ("run/progress.py", "tools/bars.py"),
     "matplotlib": ("run/axes.py", "tools"),
     "safetensors": ("export.py",),
 }
@@ -135,6 +136,7 @@ ALLOWED = {
     # Grain passes absl's flags to its workers, so they must be marked as parsed; none is read.
     ("data/streaming.py", "absl.flags"),
     ("cli.py", "absl.flags"),
+    ("system.py", "os.environ"),  # copied for child processes
     ("cli.py", "os.environ"),  # sets the number of XLA's threads before XLA starts
     ("run/axes.py", "os.environ"),  # hides MPLBACKEND while matplotlib is imported
 }
@@ -293,8 +295,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 6_100
-    assert package < 12_400
+    assert core < 6_300
+    assert package < 14_000
 
 
 @pytest.mark.parametrize(

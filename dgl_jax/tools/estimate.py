@@ -201,8 +201,8 @@ class Meter:
     Attributes:
       row: the row.
       step: newest step.
-      total: updates per module at the end; None as long as it is unknown.
-      rate: steps per second since the start of this process; None as long as it is unknown.
+      total: updates per module at the end; None if unknown.
+      rate: steps per second since the start of this process; None if unknown.
       steps_per_epoch: updates per module in one epoch.
     """
 
@@ -239,9 +239,9 @@ class Meter:
 def spoken(seconds: float) -> str:
     """Formats a duration for people, such as "3 h 10 min"."""
     seconds = round(seconds)
-    minutes, hours = seconds // 60, round(seconds / 60) // 60
     if seconds < 60:
         return f"{seconds} s"
-    if hours < 1:
-        return f"{minutes} min" + (f" {seconds % 60} s" if minutes < 10 else "")
-    return f"{hours} h {round(seconds / 60) % 60} min"
+    if seconds < 600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -169,8 +169,9 @@ class Job:
         return min(time.monotonic(), self._end) - self._begin
 
     def stop(self) -> None:
-        """Asks the run to write a checkpoint and to end."""
-        self._process.terminate()
+        """Asks the run to write a checkpoint and to end; a second call changes nothing."""
+        if self._process.stdin:
+            self._process.stdin.close()
 
     def kill(self) -> None:
         """Ends the process at once and waits for its end."""

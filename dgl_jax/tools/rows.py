@@ -24,7 +24,7 @@ Pairs = Iterable[tuple[str, Any]]  # name of a row and its configuration
 
 @dataclass
 class Row:
-    """One run of a sweep and what has become of it.
+    """Run of a sweep and its state.
 
     Attributes:
       name: name of the row, a relative path.

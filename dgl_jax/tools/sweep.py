@@ -27,6 +27,8 @@ from dgl_jax.tools.jobs import Job, backend, shares
 from dgl_jax.tools.rows import Pairs, Row, make_rows, write
 
 _LOG = logging.getLogger(__name__)
+# Exit codes of a run that a signal has stopped, before and after it can write checkpoints.
+_STOPPED = tuple(code for s in (signal.SIGINT, signal.SIGTERM) for code in (128 + s, -s))
 _PAUSE = 0.2  # seconds between two looks at the processes
 _LOOKS = 10  # looks between two looks at the progress of the runs
 
@@ -329,11 +331,10 @@ class Loop:
                 continue
             row, job = running.row, running.job
             row.exit_code, row.seconds = code, job.seconds()
-            stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)
             if code == 0:
                 row.state = "finished"
                 self._costs.learn(row)
-            elif self._stopping and code in stopped:
+            elif self._interruption.came() and code in _STOPPED:
                 row.state = "stopped"
             else:
                 row.state, row.error = "failed", job.error()
