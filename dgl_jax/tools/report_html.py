@@ -30,7 +30,7 @@ _PANELS = (
     ("training loss", "train", "loss"),
 )
 # Points of all curves together, which bound the size of the page.
-_POINTS = 45_000
+_POINTS = 35_000
 _FEWEST, _MOST = 8, 200
 # Nothing outside the page is loaded, whatever the names of runs contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -129,29 +129,36 @@ def _figure(group: Group, names: Sequence[str], limit: int) -> str:
         ]
         for title, split, metric in _PANELS
     }
-    return _panels(lines, "last module", limit)
+    return _panels(lines, dict(enumerate(names)), "last module", limit)
 
 
-def _panels(lines: Mapping[str, Sequence[Line]], caption: str, limit: int) -> str:
-    """Returns a figure of panels with one legend; "" without any line."""
-    names = {line.number: line.label for panel_lines in lines.values() for line in panel_lines}
-    if not names:
+def _panels(
+    lines: Mapping[str, Sequence[Line]], names: Mapping[int, str], caption: str, limit: int
+) -> str:
+    """Returns a figure of panels with one legend; "" without any line.
+
+    Args:
+      lines: lines of each panel by its title.
+      names: entries of the legend by the number of their lines.
+      caption: text above the legend.
+      limit: greatest number of points per line.
+    """
+    drawn_numbers = {line.number for panel_lines in lines.values() for line in panel_lines}
+    if not drawn_numbers:
         return ""
-    legend = "".join(_entry(number, names[number]) for number in sorted(names))
+    legend = "".join(_entry(number, names[number]) for number in sorted(drawn_numbers))
     drawn = "".join(panel(title, ls, "accuracy" in title, limit) for title, ls in lines.items())
     return (
-        f'<figure style="margin:0"><figcaption>{_text(caption)}</figcaption>'
-        f'<fieldset class="legend">{legend}</fieldset><div class="panels">{drawn}</div></figure>'
+        f"<figure><figcaption>{_text(caption)}</figcaption>"
+        f'<form class="legend" autocomplete="off">{legend}</form>'
+        f'<div class="panels">{drawn}</div></figure>'
     )
 
 
 def _entry(number: int, label: str) -> str:
-    color, dashes = style(number)
-    pattern = f' stroke-dasharray="{dashes}"' if dashes else ""
     return (
-        f'<label><input type="checkbox" value="{number}" checked autocomplete="off">'
-        f'<svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {color}"{pattern} '
-        f'd="M1 5H25"/></svg>{_text(label)}</label>'
+        f'<label><input type="checkbox" value="{number}" checked>'
+        f'<i class="{style(number)}"></i>{_text(label)}</label>'
     )
 
 
@@ -160,17 +167,19 @@ def _row(row: Row, name: str, anchor: str, limit: int) -> str:
     commands = "".join(
         _command(run.command, f"{anchor}-{n}") for n, run in enumerate(row.runs) if run.command
     )
+    entries = {k: f"module {k}" for k in range(row.modules)}
     curves = {
         title: [
-            Line(k, f"module {k}", curve)
+            Line(k, "", curve)
             for k in range(_drawn_modules(row))
             if (curve := row.curve(split, k, metric))
         ]
         for title, split, metric in _PANELS
     }
+    table = _table(members(row)) if len(row.runs) > 1 else ""
     return (
-        f'<details id="{anchor}"><summary>{_text(name)}</summary>{_table(members(row))}{commands}'
-        f"{_panels(curves, 'per module', limit)}</details>"
+        f'<details id="{anchor}"><summary>{_text(name)}</summary>{table}{commands}'
+        f"{_panels(curves, entries, 'per module', limit)}</details>"
     )
 
 
