@@ -11,6 +11,8 @@ from dgl_jax.tools.report_runs import FAILED, FINISHED, UNREADABLE, Run
 from dgl_jax.tools.report_tables import (
     LEGEND,
     PROBLEMS,
+    Cell,
+    Column,
     Table,
     heading,
     labels,
@@ -184,10 +186,7 @@ def _row(row: Row, name: str, anchor: str, limit: int) -> str:
 
 
 def _command(command: str, anchor: str) -> str:
-    return (
-        f'<div class="command" id="{anchor}"><code>{_text(command)}</code>'
-        f'<button class="copy" type="button" data-from="{anchor}">copy</button></div>'
-    )
+    return f'<div class="command" id="{anchor}"><code>{_text(command)}</code>{_copy(anchor)}</div>'
 
 
 def _problems(runs: Sequence[Run]) -> list[str]:
@@ -204,35 +203,44 @@ def _problems(runs: Sequence[Run]) -> list[str]:
 
 
 def _table(table: Table, anchors: Sequence[str] = ()) -> str:
-    """Returns a table, whose last column copies commands if `anchors` name where they are."""
+    """Returns a table that can be sorted.
+
+    Args:
+      table: its content.
+      anchors: per row, the element with the commands that a button after the state copies; "" for
+        a row without a command.
+    """
     columns, rows = table
-    heads = "".join(
-        f'<th scope="col"{_class("number" if column.number else "")}>'
-        f'<button type="button">{_text(column.title)}</button></th>'
-        for column in columns
-    )
-    lines = []
-    for n, row in enumerate(rows):
-        cells = []
-        for column, cell in zip(columns, row):
-            kinds = ["number"] * column.number + ["best"] * cell.best
-            kinds += ["wrap"] * (column.title == "reason")
-            sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
-            hint = f' title="{_text(cell.hint)}"' if cell.hint else ""
-            text = _text(cell.text)
-            if column.title == "state":
-                text = f'<span class="state{_mood(cell.text)}">{text}</span>'
-            cells.append(f"<td{_class(' '.join(kinds))}{sort}{hint}>{text}</td>")
-        if anchors:
-            button = f'<button class="copy" type="button" data-from="{anchors[n]}">copy</button>'
-            cells.append(f"<td>{button if anchors[n] else ''}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    if anchors:
-        heads += '<th scope="col">command</th>'
+    heads, lines = "", ["" for _ in rows]
+    for place, column in enumerate(columns):
+        kind = _class("number" if column.number else "")
+        heads += f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
+        for n, row in enumerate(rows):
+            lines[n] += _cell(column, row[place])
+        if anchors and column.title == "state":
+            heads += '<th scope="col">command</th>'
+            for n, anchor in enumerate(anchors):
+                lines[n] += f"<td>{_copy(anchor) if anchor else ''}</td>"
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
     )
+
+
+def _cell(column: Column, cell: Cell) -> str:
+    kinds = ["number"] * column.number + ["best"] * cell.best
+    kinds += ["wrap"] * (column.title == "reason")
+    sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
+    hint = f' title="{_text(cell.hint)}"' if cell.hint else ""
+    text = _text(cell.text)
+    if column.title == "state":
+        text = f'<span class="state{_mood(cell.text)}">{text}</span>'
+    return f"<td{_class(' '.join(kinds))}{sort}{hint}>{text}</td>"
+
+
+def _copy(anchor: str) -> str:
+    """Returns a button that copies the commands inside an element."""
+    return f'<button class="copy" type="button" data-from="{anchor}">copy</button>'
 
 
 def _class(names: str) -> str:
