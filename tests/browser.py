@@ -4,7 +4,6 @@ The protocol needs no other package: JSON messages, each ended by a zero byte, o
 the browser expects as file descriptors 3 and 4.
 """
 
-import base64
 import json
 import os
 import select
@@ -110,11 +109,6 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.send("Emulation.setEmulatedMedia", features=features)
-
-    def screenshot(self, path: Path) -> None:
-        """Writes a picture of the whole page."""
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         """Ends the browser."""

@@ -178,7 +178,7 @@ def test_both_color_schemes_are_readable(opened, scheme):
         document.querySelector('.panel').append(probe);
         const lines = [];
         for (let n = 0; n < 8; n++) {
-            probe.setAttribute('class', `line c${n}`);
+            probe.setAttribute('class', `c${n}`);
             lines.push(style(probe).stroke);
         }
         probe.remove();

@@ -10,8 +10,8 @@ from dgl_jax.tools.report_runs import Curve
 WIDTH, HEIGHT = 360, 220
 # Inner box of a panel: left, top, right, bottom.
 BOX = (44.0, 26.0, 352.0, 188.0)
-COLORS = 8  # classes c0 to c7 of the style sheet
-_DASHES = ("", "6 3", "2 2", "8 3 2 3")
+# Classes c0 to c7 and d1 to d3 of the style sheet.
+COLORS, DASHES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Line:
 
     Attributes:
       number: decides color and dashes, and joins the lines of a row in several panels.
-      label: name of the line.
+      label: name of the line, shown on demand; may be empty.
       curve: positions and values; at least one.
     """
 
@@ -69,60 +69,49 @@ def panel(title: str, lines: Sequence[Line], percent: bool, limit: int) -> str:
     def y_of(y: float) -> float:
         return bottom - (bottom - top) * _share(y, y_range, log)
 
+    name = html.escape(title)
+    grid = "".join(f"M{left:g} {y_of(y):.1f}H{right:g}" for y in y_ticks)
     parts = [
-        f'<svg class="panel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-        f"<title>{html.escape(title)}</title>"
-        f'<text class="title" x="{left:g}" y="15">{html.escape(title)}</text>'
+        f'<svg class="panel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">'
+        f'<text class="title" x="{left:g}" y="15">{name}</text><path class="grid" d="{grid}"/>'
+        f'<path class="axis" d="M{left:g} {bottom:g}H{right:g}"/>'
+        f'<g class="x"><text x="{(left + right) / 2:g}" y="{HEIGHT - 4}">epoch</text>'
     ]
-    for y in y_ticks:
-        parts.append(
-            f'<path class="grid" d="M{left:g} {y_of(y):.1f}H{right:g}"/>'
-            f'<text class="tick" text-anchor="end" x="{left - 5:g}" y="{y_of(y) + 4:.1f}">'
-            f"{y:g}</text>"
-        )
-    for x in x_ticks:
-        if min(xs) <= x <= max(xs):
-            parts.append(
-                f'<text class="tick" text-anchor="middle" x="{x_of(x):.1f}" y="{bottom + 14:g}">'
-                f"{x:g}</text>"
-            )
-    parts.append(
-        f'<path class="axis" d="M{left:g} {bottom:g}H{right:g}"/><text class="tick" '
-        f'text-anchor="middle" x="{(left + right) / 2:g}" y="{HEIGHT - 4}">epoch</text>'
-    )
+    parts += [
+        f'<text x="{x_of(x):.1f}" y="{bottom + 14:g}">{x:g}</text>'
+        for x in x_ticks
+        if min(xs) <= x <= max(xs)
+    ]
+    parts.append('</g><g class="y">')
+    parts += [f'<text x="{left - 5:g}" y="{y_of(y) + 4:.0f}">{y:g}</text>' for y in y_ticks]
+    parts.append("</g>")
     for line, (at, values) in zip(lines, curves):
         points = [(x_of(x), y_of(factor * y)) for x, y in zip(at, values)]
-        parts.append(_drawn(line, points))
+        # Tenths are not visible where few points are far apart.
+        parts.append(_drawn(line, points, digits=0 if len(points) < 40 else 1))
     return "".join([*parts, "</svg>"])
 
 
-def style(number: int) -> tuple[str, str]:
-    """Returns the class that colors a line, and its pattern of dashes ("" for none)."""
-    return f"c{number % COLORS}", _DASHES[number // COLORS % len(_DASHES)]
+def style(number: int) -> str:
+    """Returns the classes that color and dash a line in the style sheet."""
+    dashes = number // COLORS % DASHES
+    return f"c{number % COLORS}" + (f" d{dashes}" if dashes else "")
 
 
-def _drawn(line: Line, points: list[tuple[float, float]]) -> str:
-    color, dashes = style(line.number)
-    attributes = f' data-line="{line.number}"'
-    label = f"<title>{html.escape(line.label)}</title>"
+def _drawn(line: Line, points: list[tuple[float, float]], digits: int) -> str:
+    label = f"<title>{html.escape(line.label)}</title>" if line.label else ""
+    names = f'class="{style(line.number)}" data-line="{line.number}"'
+    rounded = [[f"{value:.{digits}f}" for value in point] for point in points]
     if len(points) == 1:
-        x, y = points[0]
-        dot = f'<circle cx="{_short(x)}" cy="{_short(y)}" r="3"'
-        return f'{dot} class="dot {color}"{attributes}>{label}</circle>'
-    text = " ".join(f"{_short(x)},{_short(y)}" for x, y in points)
-    pattern = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<polyline class="line {color}"{attributes}{pattern} points="{text}">{label}</polyline>'
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+        ((x, y),) = rounded
+        return f'<circle cx="{x}" cy="{y}" r="3" {names}>{label}</circle>'
+    return f'<polyline {names} points="{" ".join(map(",".join, rounded))}">{label}</polyline>'
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
     """Returns a range that is not empty."""
-    return (
-        (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(low) or 1))
-    )
+    size = max(abs(low), abs(high), 1e-30)
+    return (low, high) if high - low > 1e-9 * size else (low - 0.5 * size, high + 0.5 * size)
 
 
 def _share(value: float, limits: tuple[float, float], log: bool) -> float:
@@ -144,9 +133,10 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Returns the powers of ten that cover a range, with 2 and 5 between them if there are few."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 3 else (1,)
-    ticks = [float(f"{f}e{n}") for n in range(first, last + 1) for f in steps]
-    below, above = [t for t in ticks if t <= low], [t for t in ticks if t >= high]
-    return [t for t in ticks if below[-1] <= t <= above[0]]
+    """Returns powers of ten that cover a range, with 2 and 5 between them if there are few."""
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    steps = (1, 2, 5) if last - first <= 5 else (1,)
+    powers = range(first, last + 1, max(1, (last - first) // 8))
+    ticks = [float(f"{f}e{n}") for n in (*powers, last) for f in steps]
+    below, above = max(t for t in ticks if t <= low), min(t for t in ticks if t >= high)
+    return sorted({t for t in ticks if below <= t <= above})

@@ -341,14 +341,14 @@ def _group(part: tuple[str, list[Row]], chosen: list[str], all_rows: list[Row]) 
         if n not in columns and n in rows[0].settings and _differ(all_rows, n)
     }
     if setting:
-        for name in reversed(columns):  # the sort is stable
-            rows = sorted(rows, key=_order([row.settings.get(name) for row in rows], name))
+        keys = [_order(rows, name) for name in columns]
+        rows = sorted(rows, key=lambda row: [key(row) for key in keys])
     return Group(setting, tuple(rows), tuple(columns), fixed)
 
 
-def _order(values: list[Any], name: str) -> Callable[[Row], tuple[int, float]]:
+def _order(rows: list[Row], name: str) -> Callable[[Row], tuple[int, float]]:
     """Returns a key that sorts rows by a setting: numbers by size, then others as they appear."""
-    keys = list(dict.fromkeys(map(_key, values)))
+    keys = list(dict.fromkeys(_key(row.settings.get(name)) for row in rows))
 
     def key(row: Row) -> tuple[int, float]:
         value = row.settings.get(name)

@@ -11,6 +11,8 @@ from dgl_jax.tools.report_runs import FAILED, FINISHED, UNREADABLE, Run
 from dgl_jax.tools.report_tables import (
     LEGEND,
     PROBLEMS,
+    Cell,
+    Column,
     Table,
     heading,
     labels,
@@ -30,7 +32,7 @@ _PANELS = (
     ("training loss", "train", "loss"),
 )
 # Points of all curves together, which bound the size of the page.
-_POINTS = 45_000
+_POINTS = 35_000
 _FEWEST, _MOST = 8, 200
 # Nothing outside the page is loaded, whatever the names of runs contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -129,29 +131,36 @@ def _figure(group: Group, names: Sequence[str], limit: int) -> str:
         ]
         for title, split, metric in _PANELS
     }
-    return _panels(lines, "last module", limit)
+    return _panels(lines, dict(enumerate(names)), "last module", limit)
 
 
-def _panels(lines: Mapping[str, Sequence[Line]], caption: str, limit: int) -> str:
-    """Returns a figure of panels with one legend; "" without any line."""
-    names = {line.number: line.label for panel_lines in lines.values() for line in panel_lines}
-    if not names:
+def _panels(
+    lines: Mapping[str, Sequence[Line]], names: Mapping[int, str], caption: str, limit: int
+) -> str:
+    """Returns a figure of panels with one legend; "" without any line.
+
+    Args:
+      lines: lines of each panel by its title.
+      names: entries of the legend by the number of their lines.
+      caption: text above the legend.
+      limit: greatest number of points per line.
+    """
+    drawn_numbers = {line.number for panel_lines in lines.values() for line in panel_lines}
+    if not drawn_numbers:
         return ""
-    legend = "".join(_entry(number, names[number]) for number in sorted(names))
+    legend = "".join(_entry(number, names[number]) for number in sorted(drawn_numbers))
     drawn = "".join(panel(title, ls, "accuracy" in title, limit) for title, ls in lines.items())
     return (
-        f'<figure style="margin:0"><figcaption>{_text(caption)}</figcaption>'
-        f'<fieldset class="legend">{legend}</fieldset><div class="panels">{drawn}</div></figure>'
+        f"<figure><figcaption>{_text(caption)}</figcaption>"
+        f'<form class="legend" autocomplete="off">{legend}</form>'
+        f'<div class="panels">{drawn}</div></figure>'
     )
 
 
 def _entry(number: int, label: str) -> str:
-    color, dashes = style(number)
-    pattern = f' stroke-dasharray="{dashes}"' if dashes else ""
     return (
-        f'<label><input type="checkbox" value="{number}" checked autocomplete="off">'
-        f'<svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {color}"{pattern} '
-        f'd="M1 5H25"/></svg>{_text(label)}</label>'
+        f'<label><input type="checkbox" value="{number}" checked>'
+        f'<i class="{style(number)}"></i>{_text(label)}</label>'
     )
 
 
@@ -160,25 +169,24 @@ def _row(row: Row, name: str, anchor: str, limit: int) -> str:
     commands = "".join(
         _command(run.command, f"{anchor}-{n}") for n, run in enumerate(row.runs) if run.command
     )
+    entries = {k: f"module {k}" for k in range(row.modules)}
     curves = {
         title: [
-            Line(k, f"module {k}", curve)
+            Line(k, "", curve)
             for k in range(_drawn_modules(row))
             if (curve := row.curve(split, k, metric))
         ]
         for title, split, metric in _PANELS
     }
+    table = _table(members(row)) if len(row.runs) > 1 else ""
     return (
-        f'<details id="{anchor}"><summary>{_text(name)}</summary>{_table(members(row))}{commands}'
-        f"{_panels(curves, 'per module', limit)}</details>"
+        f'<details id="{anchor}"><summary>{_text(name)}</summary>{table}{commands}'
+        f"{_panels(curves, entries, 'per module', limit)}</details>"
     )
 
 
 def _command(command: str, anchor: str) -> str:
-    return (
-        f'<div class="command" id="{anchor}"><code>{_text(command)}</code>'
-        f'<button class="copy" type="button" data-from="{anchor}">copy</button></div>'
-    )
+    return f'<div class="command" id="{anchor}"><code>{_text(command)}</code>{_copy(anchor)}</div>'
 
 
 def _problems(runs: Sequence[Run]) -> list[str]:
@@ -195,35 +203,44 @@ def _problems(runs: Sequence[Run]) -> list[str]:
 
 
 def _table(table: Table, anchors: Sequence[str] = ()) -> str:
-    """Returns a table, whose last column copies commands if `anchors` name where they are."""
+    """Returns a table that can be sorted.
+
+    Args:
+      table: its content.
+      anchors: per row, the element with the commands that a button after the state copies; "" for
+        a row without a command.
+    """
     columns, rows = table
-    heads = "".join(
-        f'<th scope="col"{_class("number" if column.number else "")}>'
-        f'<button type="button">{_text(column.title)}</button></th>'
-        for column in columns
-    )
-    lines = []
-    for n, row in enumerate(rows):
-        cells = []
-        for column, cell in zip(columns, row):
-            kinds = ["number"] * column.number + ["best"] * cell.best
-            kinds += ["wrap"] * (column.title == "reason")
-            sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
-            hint = f' title="{_text(cell.hint)}"' if cell.hint else ""
-            text = _text(cell.text)
-            if column.title == "state":
-                text = f'<span class="state{_mood(cell.text)}">{text}</span>'
-            cells.append(f"<td{_class(' '.join(kinds))}{sort}{hint}>{text}</td>")
-        if anchors:
-            button = f'<button class="copy" type="button" data-from="{anchors[n]}">copy</button>'
-            cells.append(f"<td>{button if anchors[n] else ''}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    if anchors:
-        heads += '<th scope="col">command</th>'
+    heads, lines = "", ["" for _ in rows]
+    for place, column in enumerate(columns):
+        kind = _class("number" if column.number else "")
+        heads += f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
+        for n, row in enumerate(rows):
+            lines[n] += _cell(column, row[place])
+        if anchors and column.title == "state":
+            heads += '<th scope="col">command</th>'
+            for n, anchor in enumerate(anchors):
+                lines[n] += f"<td>{_copy(anchor) if anchor else ''}</td>"
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
     )
+
+
+def _cell(column: Column, cell: Cell) -> str:
+    kinds = ["number"] * column.number + ["best"] * cell.best
+    kinds += ["wrap"] * (column.title == "reason")
+    sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
+    hint = f' title="{_text(cell.hint)}"' if cell.hint else ""
+    text = _text(cell.text)
+    if column.title == "state":
+        text = f'<span class="state{_mood(cell.text)}">{text}</span>'
+    return f"<td{_class(' '.join(kinds))}{sort}{hint}>{text}</td>"
+
+
+def _copy(anchor: str) -> str:
+    """Returns a button that copies the commands inside an element."""
+    return f'<button class="copy" type="button" data-from="{anchor}">copy</button>'
 
 
 def _class(names: str) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dgl_jax.config import Settings, make_settings, values_of
@@ -21,7 +21,9 @@ from dgl_jax.tools.commands import shell_command
 # Folders inside a run that hold many files and no runs.
 _SKIPPED = ("checkpoints", "plots", "tensorboard")
 _METRIC = re.compile(r"(train|validation)/(module_(\d+)|ensemble)/(accuracy|loss)")
+_UNFINISHED = "unfinished"
 FINISHED, FAILED, UNREADABLE = "finished", "failed", "cannot be read"
+_HUGE = 1e100  # beyond this a number is damaged, and arithmetic with it overflows
 
 # Positions on the horizontal axis and values, of one metric.
 Curve = tuple[list[float], list[float]]
@@ -95,7 +97,7 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
     for folder in sorted(sweeps):
         try:
             rows = read_json(folder / "sweep.json", "rows")["rows"]
-            recorded |= {folder / name: row for name, row in rows.items() if _is_row(row)}
+            recorded |= {folder / name: row for name, row in rows.items() if _is_row(name, row)}
         except (UserError, AttributeError, TypeError) as error:
             notes.append(str(error))
     order = {folder: number for number, folder in enumerate(recorded)}
@@ -114,9 +116,12 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
       row: what a sweep has recorded about the run; empty without a sweep.
     """
     name = _printable(folder.relative_to(root).as_posix())
-    state, problem = str(row.get("state") or "unfinished"), str(row.get("error") or "")
+    state, problem = str(row.get("state") or _UNFINISHED), str(row.get("error") or "")
+    if state == FINISHED:
+        state, problem = _UNFINISHED, "summary.json is missing, although a sweep has finished it"
     command = str(row.get("command") or "")
-    if not (folder / "config.json").exists():
+    # `Path.exists` raises in a folder that may not be entered.
+    if not os.path.exists(folder / "config.json"):
         return Run(name, state, problem, command=command)
     try:
         values = read_json(folder / "config.json")
@@ -128,13 +133,13 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
     records, damage = _records(folder / "metrics.jsonl")
     step, epoch, total = _progress(records, described)
     summary: Mapping[str, Any] = {}
-    if (folder / "summary.json").exists():
+    if os.path.exists(folder / "summary.json"):
         try:
             summary, state, problem = _summary(folder / "summary.json"), FINISHED, damage
         except UserError as error:
             state, problem = UNREADABLE, _below(error, root)
-    elif damage and not problem:
-        problem = damage
+    else:
+        problem = problem or damage
     return Run(
         name,
         state,
@@ -150,19 +155,20 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
 
 
 def number(value: Any) -> float | None:
-    """Returns a finite number, or None for everything else."""
+    """Returns a number of reasonable size, or None for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < _HUGE else None
 
 
 def numbers(value: Any) -> list[float | None]:
-    """Returns the finite numbers of a list, with None for everything else in it."""
+    """Returns the numbers of a list, with None for everything else in it."""
     return [number(item) for item in value] if isinstance(value, list) else []
 
 
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict)
+def _is_row(name: str, row: Any) -> bool:
+    path = PurePath(name)
+    return isinstance(row, dict) and not path.is_absolute() and ".." not in path.parts
 
 
 def _natural(folder: Path) -> list[tuple[int, str]]:
@@ -172,8 +178,8 @@ def _natural(folder: Path) -> list[tuple[int, str]]:
 
 
 def _printable(text: str) -> str:
-    """Replaces undecodable bytes of file names, which cannot be written as UTF-8."""
-    return os.fsencode(text).decode("utf-8", "replace")
+    """Replaces what cannot be written as UTF-8, such as undecodable bytes of file names."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _below(error: Exception, root: Path) -> str:
@@ -198,7 +204,8 @@ def _settings(values: dict[str, Any]) -> tuple[Settings | str, dict[str, Any]]:
         for group, value in values.items():
             nested = value if isinstance(value, dict) else {"": value}
             flat |= {f"{group}.{leaf}".rstrip("."): v for leaf, v in nested.items()}
-        return f"no command: {str(error).splitlines()[0] if str(error) else error!r}", flat
+        reason = (str(error) or repr(error)).splitlines()[0]
+        return f"no command: {reason}", flat
 
 
 def _summary(path: Path) -> dict[str, Any]:
