@@ -296,7 +296,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 6_300
-    assert package < 14_000
+    assert package < 14_600
 
 
 @pytest.mark.parametrize(

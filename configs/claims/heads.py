@@ -1,4 +1,4 @@
-r"""Claim: small auxiliary networks are enough, those of 1x1 convolutions and linear layers.
+r"""Claim: small heads of 1x1 convolutions and linear layers are enough.
 
     python launch.py --mode=sweep --sweep=configs/claims/heads.py:small \
         --workdir=runs/heads
