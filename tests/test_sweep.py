@@ -649,7 +649,7 @@ def test_stopped_and_killed_sweeps_equal_an_undisturbed_one(held, tmp_path):
     table = json.loads((whole / "sweep.json").read_text())
     assert table["sweep"] == str(held)
     assert table["rows"]["bad"]["exit_code"] == 2
-    assert "is not finite" in table["rows"]["bad"]["error"]
+    assert "training diverged" in table["rows"]["bad"]["error"]
     assert f"bad failed: {table['rows']['bad']['error']}" in done.stderr
     assert "estimated time: about" in done.stderr
     assert json.loads(done.stdout)["failed"] == ["bad"]

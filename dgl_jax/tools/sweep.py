@@ -345,6 +345,7 @@ class Loop:
                 _LOG.info("%s: %s", row.name, "; ".join(part for part in parts if part))
             else:
                 _LOG.info("%s: %s", row.name, row.error or row.state)
+            self._show()
 
     def _show(self) -> None:
         meters = []
