@@ -225,11 +225,13 @@ def _train(config: configuration.Settings, folder: str) -> None:
 def _sweep(folder: str) -> None:
     if not _SWEEP.value:
         raise UserError("--sweep is missing; for example --sweep=configs/claims/digits.py")
-    if _CONFIG.value is not None:
+    given = _CONFIG.value and config_flags.get_config_filename(flags.FLAGS["config"])
+    if given and given.partition(":")[0] != workdir.__file__:  # which stands for no file
         raise UserError(
             "--config: does not apply to --mode=sweep, whose file holds the configuration of each "
-            "row"
+            "row; --config.a.b=value sets a field in all rows"
         )
+    fields = config_flags.get_override_values(flags.FLAGS["config"]) if given else {}
     from dgl_jax.run import progress
     from dgl_jax.tools import rows, sweep
 
@@ -240,7 +242,7 @@ def _sweep(folder: str) -> None:
         f"--{flag.name}={flag.value}" for flag in (_CPU_DEVICES, _CACHE) if flag.value is not None
     ]
     result = sweep.sweep(
-        rows.load(_SWEEP.value),
+        rows.overridden(rows.load(_SWEEP.value), fields),
         folder,
         _JOBS.value,
         estimate=_ESTIMATE.value,

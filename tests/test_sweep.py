@@ -64,6 +64,20 @@ def store(folder: Path, config: ConfigDict, **summary) -> None:
 # ---- rows ----
 
 
+def test_fields_of_the_command_line_change_all_rows_but_not_what_the_sweep_yields():
+    config = small_config()
+    pairs = [("a", config), ("b", small_config(seed=1)), "no row"]
+    fields = {"optimizer.learning_rate": 0.25, "train.steps": 7}
+    *changed, other = rows.overridden(iter(pairs), fields)
+    assert [(name, c.optimizer.learning_rate, c.train.steps, c.seed) for name, c in changed] == [
+        ("a", 0.25, 7, 0),
+        ("b", 0.25, 7, 1),
+    ]
+    assert other == "no row"
+    assert config == small_config()
+    assert list(rows.overridden(iter(pairs), {})) == pairs
+
+
 def test_finished_rows_are_marked_and_others_wait(tmp_path):
     store(tmp_path / "a" / "seed=0", small_config(), steps=12)
     store(tmp_path / "b", small_config(seed=1))
@@ -537,6 +551,8 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
         ([folder, shipped, "--jobs=0"], "--jobs=0"),
         ([folder, shipped, "--jobs=9999"], "--jobs=9999: there are"),
         ([folder, shipped, "--config=digits"], "--config: does not apply to --mode=sweep"),
+        ([folder, shipped, "--config.data.batch_size=1"], "config.data.batch_size=1"),
+        ([folder, shipped, "--config.data.batchsize=8"], "batchsize"),
         ([shipped], "--workdir is missing"),
     ]:
         done = launch(*arguments)

@@ -65,11 +65,13 @@ def load_settings(path: Path) -> Settings:
 
 
 def get_config(workdir: str) -> "ConfigDict":
-    """Returns the configuration of the run in a workdir.
+    """Returns the configuration of the run in a workdir; without one, the default.
 
     This function makes the present file a configuration file for ml_collections:
     `--config=dgl_jax/run/workdir.py:runs/digits` loads the configuration of `runs/digits`.
     """
+    if not workdir:
+        return default_config()
     settings = load_settings(Path(workdir) / "config.json")
     config = default_config(settings.plugins)
     for name, value in settings.to_dict().items():
@@ -85,7 +87,8 @@ def get_config(workdir: str) -> "ConfigDict":
 def with_own_config(argv: list[str]) -> list[str]:
     """Adds `--config` to a command line that overrides fields but names no configuration.
 
-    Such a command line changes the configuration of the run in its `--workdir`.
+    Such a command line changes the configuration of the run in its `--workdir`. With `--mode=sweep`
+    it changes all rows; the added configuration is then the default one.
 
     Args:
       argv: the command line.
@@ -99,6 +102,8 @@ def with_own_config(argv: list[str]) -> list[str]:
     override = next((argument for argument in argv if re.match(r"--?config\.", argument)), None)
     if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
         return argv
+    if any(re.fullmatch(r"--?mode=sweep", argument) for argument in argv):
+        return [argv[0], f"--config={__file__}:", *argv[1:]]
     flag = re.compile(r"--?workdir=(.+)")
     workdir = next(
         (expand(match[1], "--workdir") for argument in argv if (match := flag.match(argument))),

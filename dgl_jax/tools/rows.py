@@ -1,9 +1,10 @@
 """Rows of a sweep: reading them from a file, checks before the start, and `sweep.json`."""
 
+import copy
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,23 @@ def _called(function: Callable[..., Pairs], arguments: list[str], path: str) -> 
         yield from function(*arguments)
     except Exception as error:
         raise UserError(f"--sweep={path}: {explain(error) or where(error)}") from error
+
+
+def overridden(pairs: Pairs, fields: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields the rows with some fields changed in all of them.
+
+    Args:
+      pairs: name and configuration of each row.
+      fields: new values, by name such as `data.dir`.
+    """
+    for pair in pairs:
+        # What is no row is refused later.
+        if fields and isinstance(pair, tuple) and hasattr(pair[-1], "update_from_flattened_dict"):
+            config = copy.deepcopy(pair[-1])
+            config.update_from_flattened_dict(fields)
+            yield (*pair[:-1], config)
+        else:
+            yield pair
 
 
 def make_rows(pairs: Pairs, workdir: Path) -> list[Row]:
