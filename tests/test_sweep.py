@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from ml_collections import ConfigDict
@@ -609,6 +610,7 @@ def held(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOLD", str(tmp_path / "hold"))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.delenv("NPROC")
+    monkeypatch.setitem(sys.modules, "hold", ModuleType("hold"))  # this process holds nothing
     path = tmp_path / "sweep.py"
     path.write_text(SWEEP.format(fields=FIELDS))
     return path

@@ -116,7 +116,8 @@ def sweep(
             measure(
                 table, costs, interruption, lambda *child: Job(child[0], parts[0], child[1]), flags
             )
-        announce_needs(table, len(parts), costs, workdir)
+        if not interruption.came():
+            announce_needs(table, len(parts), costs, workdir)
         loop = Loop(
             table,
             len(parts),
