@@ -101,6 +101,8 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
 
 def prepare(command: Command, found: dict[str, Any]) -> None:
     """Provides the run or the images that a command reads, unless the page has made them."""
+    if found["mode"] == "report":  # the page has trained the runs below its folder
+        return
     workdir = command.flag("workdir")
     reads_run = command.flag("config") is None or found["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):

@@ -276,7 +276,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 5_500
-    assert package < 11_600
+    assert package < 12_600
 
 
 @pytest.mark.parametrize(
