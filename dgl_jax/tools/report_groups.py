@@ -347,7 +347,7 @@ def _group(part: tuple[str, list[Row]], chosen: list[str], all_rows: list[Row]) 
 
 
 def _order(rows: list[Row], name: str) -> Callable[[Row], tuple[int, float]]:
-    """Returns a key that sorts rows by a setting: numbers by size, others in order of appearance."""
+    """Returns a key that sorts rows by a setting: numbers by size, others as they appear."""
     keys = list(dict.fromkeys(_key(row.settings.get(name)) for row in rows))
 
     def key(row: Row) -> tuple[int, float]:
