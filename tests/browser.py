@@ -25,7 +25,7 @@ _PATIENCE = 120  # seconds; a busy machine may be slow to start a browser
 
 
 class Browser:
-    """One page in a browser.
+    """Browser with one page, which it opens and clicks on.
 
     Args:
       profile: empty folder for the files of the browser.
@@ -111,7 +111,7 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=features)
 
     def close(self) -> None:
-        """Ends the browser."""
+        """Ends the browser and waits for it."""
         os.close(self._write)  # the browser ends when its pipe does
         os.close(self._read)
         try:

@@ -101,6 +101,8 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
 
 def prepare(command: Command, found: dict[str, Any]) -> None:
     """Provides the run or the images that a command reads, unless the page has made them."""
+    if found["mode"] == "report":  # the page has trained the runs below its folder
+        return
     workdir = command.flag("workdir")
     if found["mode"] == "sweep":  # its folder must hold no run
         return

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from runs import FIELDS, arrays, records
 from safetensors.numpy import load_file
+from written_runs import write_run
 
 from dgl_jax import system
 
@@ -93,6 +94,18 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
     assert stop(tmp_path, signal.SIGTERM) == 128 + signal.SIGTERM
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert newest >= 6
+
+
+def test_report_opens_no_device(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", [0.5, 0.6], 0.6)
+    # An accelerator that does not exist: JAX fails as soon as it is asked for devices.
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    report = ["--mode=report", f"--workdir={run.parent}"]
+    process = launch(*report, env=environment)
+    assert process.stderr == ""
+    assert process.stdout.split() == [str(run.parent / f"report.{end}") for end in ("html", "md")]
+    assert "--output=x.pdf: must end in .html" in fails(*report, "--output=x.pdf")
+    assert "no such folder" in fails("--mode=report", f"--workdir={run / 'none'}")
 
 
 @pytest.mark.slow

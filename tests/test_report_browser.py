@@ -85,7 +85,7 @@ def test_curves_lie_in_their_box(opened):
         visible: svg.checkVisibility({contentVisibilityAuto: true}),
     }))""")
     shown = [panel for panel in panels if panel["visible"]]
-    assert len(shown) == 4  # those of single rows are folded
+    assert len(shown) == 4  # the curves of single rows are folded
     assert [len(panel["lines"]) for panel in shown] == [3, 3, 3, 3]
     points = [point for panel in panels for line in panel["lines"] for point in line]
     assert len(points) > 100

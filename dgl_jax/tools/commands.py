@@ -1,6 +1,6 @@
 """Command line that trains a run with given settings.
 
-This file must not import JAX: a sweep and a report compute commands of many runs.
+No device is opened: a sweep and a report compute commands while other processes use the devices.
 """
 
 import runpy

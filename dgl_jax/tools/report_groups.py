@@ -292,13 +292,13 @@ def _parts(rows: list[Row], varying: list[str], chosen: list[str]) -> list[tuple
     """Divides rows into groups that differ in one setting, the largest first.
 
     Options that only some kinds have count as part of the setting that chooses the kind. Equally
-    large groups: first those of a setting that is a heading already, then in the order of the
-    configuration. Rows without a partner come last, together.
+    large groups: a setting that is a heading already comes first, then the order of the
+    configuration decides. Rows without a partner come last, together.
 
     Args:
       rows: all rows.
       varying: settings that are not the same in all rows.
-      chosen: those of them that may be a heading.
+      chosen: settings among them that may be a heading.
     """
     partial = {n for n in varying if any(n not in row.settings for row in rows)}
 
@@ -347,7 +347,7 @@ def _group(part: tuple[str, list[Row]], chosen: list[str], all_rows: list[Row]) 
 
 
 def _order(rows: list[Row], name: str) -> Callable[[Row], tuple[int, float]]:
-    """Returns a key that sorts rows by a setting: numbers by size, then others as they appear."""
+    """Returns a key that sorts rows by a setting: numbers by size, others as they appear."""
     keys = list(dict.fromkeys(_key(row.settings.get(name)) for row in rows))
 
     def key(row: Row) -> tuple[int, float]:

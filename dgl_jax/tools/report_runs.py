@@ -1,6 +1,6 @@
 """Reads the runs below a folder for a report, damaged and unfinished ones as far as possible.
 
-This file must not import JAX. Nothing in the folder of a run raises an exception here.
+No device is opened, and nothing in the folder of a run raises an exception.
 """
 
 import json
@@ -31,7 +31,7 @@ Curve = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Run:
-    """One run as found on the disk.
+    """Content of a run's folder, as far as it can be read.
 
     Attributes:
       name: path of its folder below the folder of the report; "." for that folder.
@@ -224,7 +224,7 @@ def _summary(path: Path) -> dict[str, Any]:
 def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
     """Returns the readable records of a run, and a line about unreadable ones.
 
-    An incomplete last line is that of a run which is being written.
+    The last line of a run that is being written may be incomplete; it is left out.
     """
     try:
         lines = path.read_bytes().split(b"\n")

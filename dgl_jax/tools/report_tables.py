@@ -54,7 +54,7 @@ def bytes_text(value: float) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
+    """Returns a value in the form in which the command line reads it."""
     if isinstance(value, list):
         return f"({','.join(map(setting_text, value))})"
     return NONE if value is None else str(value)
@@ -184,7 +184,7 @@ LEGEND = (
     "Accuracies are on the test set, mean \N{PLUS-MINUS SIGN} sample standard deviation over the "
     "seeds; the best of a group is bold. Bytes up (activations) and down (gradients) are per image "
     "over all hops. Staleness is the mean age of the messages read, in updates, of the module "
-    "where it is largest. Peak memory is that of the fullest device, or of the process on the host."
+    "where it is largest. Peak memory is of the fullest device, or of the process on the host."
 )
 
 
