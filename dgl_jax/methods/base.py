@@ -241,11 +241,13 @@ class MethodKind(Kind):
       engines: names of the engines that support the method; None for all.
       in_turn: True if modules train one after the other, so that the order of all updates depends
         on the length of the run.
+      unlocked: several batches are between two modules when a run stops.
     """
 
     local: bool = True
     engines: tuple[str, ...] | None = None
     in_turn: bool = False
+    unlocked: bool = False
 
 
 def progress(method: Any, counts: Sequence[int]) -> Progress | None:

@@ -56,5 +56,6 @@ METHODS.ship(
         FdgOptions,
         local=False,
         engines=("fused", "pipeline"),
+        unlocked=True,
     )
 )

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from dgl_jax import system
+from dgl_jax.config import Settings
 from dgl_jax.engines import EngineState, counts
 from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
@@ -99,13 +101,9 @@ def _restored(
         lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True
     )
     planned, total = restored.meta["total_steps"], experiment.total_steps
-    made, settings = counts(restored.state), experiment.settings
-    if METHODS[settings.method.name].in_turn and planned != total and len(set(made)) > 1:
-        raise UserError(
-            f"config.train: {total} steps, but this run was planned with {planned} and its modules "
-            f"have made {', '.join(map(str, made))} updates; config.method.name="
-            f"{settings.method.name} must finish with {planned} before it can be extended"
-        )
+    settings = experiment.settings
+    if planned != total:
+        _check_new_length(settings, planned, total, counts(restored.state))
     state = experiment.engine.resume(restored.state, restored.flight)
     if state.flight is not None and restored.flight is None:
         _LOG.warning(
@@ -128,6 +126,31 @@ def _restored(
             planned,
         )
     return state, restored.step, restored.meta, restored.flight is not None
+
+
+def _check_new_length(settings: Settings, planned: int, total: int, made: Sequence[int]) -> None:
+    """Checks that a run can have another length than it was planned with.
+
+    Args:
+      settings: configuration of the run.
+      planned: number of steps that the run was planned with.
+      total: new number of steps.
+      made: updates that each module has made.
+
+    Raises:
+      UserError: the updates that were made would be others in a run of the new length.
+    """
+    kind, name = METHODS[settings.method.name], settings.method.name
+    if len(set(made)) == 1:
+        return
+    # From here on the first module had no further batch, which the counts do not show.
+    last = kind.unlocked and planned < total and max(made) + len(made) - 1 > planned
+    if kind.in_turn or last:
+        raise UserError(
+            f"config.train: {total} steps, but this run was planned with {planned} and its modules "
+            f"have made {', '.join(map(str, made))} updates; config.method.name={name} must finish "
+            f"with {planned} before it can be extended"
+        )
 
 
 def _tidy(workdir: Path, step: int, recorded: bool) -> None:
