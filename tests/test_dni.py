@@ -81,7 +81,7 @@ def test_message_down_is_the_gradient_of_the_function_above(tiny, modules):
         return mean_loss(spec.modules[-1], last.params, last.batch_stats, x, targets)[0]
 
     def bootstrapped(x):
-        """Scalar whose gradient at the second activations is the prediction divided by B."""
+        """Returns a scalar with the prediction / B as its gradient at the second activations."""
         x, _ = spec.modules[1].apply_body(states[1].params, states[1].batch_stats, x, train=True)
         variables = {n: states[1].extras["synthesizer"][n] for n in ("params", "batch_stats")}
         prediction, _ = CDNI.synthesizer.apply(
