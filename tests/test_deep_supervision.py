@@ -108,7 +108,7 @@ def test_every_module_reports_its_loss_and_predicts(tmp_path):
 @pytest.mark.full_compile
 @pytest.mark.slow
 def test_deep_supervision_passes_the_checks_of_testing():
-    testing.check_method("deep_supervision", method={"name": "deep_supervision"})
+    testing.check_method("deep_supervision")
 
 
 def test_pipeline_is_refused():

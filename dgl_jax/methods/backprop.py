@@ -1,8 +1,8 @@
 """Backpropagation through the whole network, the baseline for every comparison.
 
 Blocks, data, optimizer and training loop are the same as for decoupled training, but gradients flow
-down through all modules. The only loss is that of the last module, and the other modules have no
-heads, unless the method is `deep_supervision`.
+down through all modules. Only the last module has a head and a loss, unless the method is
+`deep_supervision`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from dgl_jax.types import Batch
 class Backprop:
     """Backpropagation through all modules in one program.
 
-    The loss is that of the last module, plus `weight` times the sum of the losses of the other
+    It minimizes the loss of the last module plus `weight` times the sum of the losses of the other
     modules that have an objective.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Deep supervision: backpropagation through the whole network with the losses of all heads.
 
-The heads are those of decoupled training, but no gradient is cut: each block learns from its own
-module's loss and from the losses of all modules above. Compared with `dgl`, the method therefore
-separates the effect of the heads from the effect of the cuts.
+The heads are the same as in decoupled training, but no gradient is cut: each block learns from its
+own module's loss and from the losses of all modules above. Compared with `dgl`, the method
+therefore separates the effect of the heads from the effect of the cuts.
 """
 
 from collections.abc import Sequence

@@ -9,9 +9,9 @@ the batch. On batch b, module k with activations h and batch size B does the fol
     3. It sends h up, and the gradient with respect to its inputs that follows from S(h) / B, down.
 
 The last module updates with its loss and sends the true gradient down. All gradients of batch b are
-those of the parameters before their updates on batch b, and S learns from the batch just before it
-is used again. The result equals one joint update of all parts at the end of each batch, except that
-the last update of the synthesizers of a run waits in its final checkpoint.
+computed with the parameters before their updates on batch b, and S learns from the batch just
+before it is used again. The result equals one joint update of all parts at the end of each batch,
+except that the last update of the synthesizers of a run waits in its final checkpoint.
 """
 
 import dataclasses
