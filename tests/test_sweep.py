@@ -27,7 +27,7 @@ from dgl_jax.tools.bars import Bars
 from dgl_jax.tools.estimate import Cost, Costs, Meter, kind_of, newest_record, spoken
 from dgl_jax.tools.jobs import Share, shares
 from dgl_jax.tools.rows import Row, make_rows
-from dgl_jax.tools.sweep import Loop, Result, sweep
+from dgl_jax.tools.sweep import Loop, Result, measure, sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -429,6 +429,25 @@ def test_the_time_is_that_of_the_steps_left(tmp_path):
     assert costs.seconds([small], 1) == 2 + 8 * 0.5
     costs.observe(small, 0.25, 6.0)
     assert costs.seconds([small], 1) == 2 + 8 * 0.25
+
+
+def test_a_signal_ends_the_measurement():
+    interruption, fake, started = Interruption(), FakeJob(looks=99), []
+
+    def start(arguments, log):
+        started.append(arguments)
+        interruption(signal.SIGINT, None)
+        return fake
+
+    def pause():
+        fake.looks = 0  # the process ends once it is killed
+        fake.code = -9
+
+    wide = Row("wide", make_settings(small_config(model__width=8)), Path("/nowhere/wide"), "")
+    measure([*fake_rows("a", "b"), wide], Costs(), interruption, start, pause=pause)
+    assert len(started) == 1
+    assert started[0][0] == "--mode=bench"
+    assert fake.calls[0] == "kill"
 
 
 def test_a_finished_row_tells_the_cost_of_others(tmp_path):
