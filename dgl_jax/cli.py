@@ -22,7 +22,6 @@ with reported(), needed("the command line"):
 
 
 _LOG = logging.getLogger(__name__)
-_POOL = 16  # fewest threads of XLA's CPU pool; machines with more processors get one per processor
 
 
 class _Path(flags.ArgumentParser):
@@ -46,7 +45,7 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(name), name, None, text, serializer=flags.ArgumentSerializer())
 
 
-_MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan", "report"]
+_MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan", "sweep", "report"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -78,6 +77,9 @@ _OUTPUT = _define_path(
 _STEPS = flags.DEFINE_integer(
     "bench_steps", 200, "Number of steps that --mode=bench times.", lower_bound=1
 )
+_MODULES = flags.DEFINE_boolean(
+    "bench_modules", True, "bench: also time each module's program alone."
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, "plan: number of devices; default: one per module.", lower_bound=1
 )
@@ -104,6 +106,22 @@ _CACHE = flags.DEFINE(
 )
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Number of CPU devices to create.", lower_bound=1
+)
+
+_SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "Python file with get_sweep, which yields the rows of --mode=sweep, or the name of one in "
+    "configs/claims/; FILE:ARGUMENT passes an argument to it.",
+)
+_JOBS = flags.DEFINE_integer(
+    "jobs",
+    None,
+    "sweep: number of runs at the same time; default: the number of accelerators, on a CPU 1.",
+    lower_bound=1,
+)
+_ESTIMATE = flags.DEFINE_boolean(
+    "estimate", True, "sweep: measure a few steps before the start to estimate time and disk."
 )
 
 
@@ -153,6 +171,8 @@ def _dispatch(argv: list[str]) -> None:
 
             _start()
             writers.write_stdout("".join(f"{path}\n" for path in plots.plot(folder)))
+        elif mode == "sweep":
+            _sweep(folder)
         elif mode == "report":
             from dgl_jax.run import writers
             from dgl_jax.tools import report
@@ -179,7 +199,7 @@ def _dispatch(argv: list[str]) -> None:
             from dgl_jax.tools import bench
 
             _start()
-            print(json.dumps(bench.bench(config, _STEPS.value)))
+            print(json.dumps(bench.bench(config, _STEPS.value, _MODULES.value)))
 
 
 def _train(config: configuration.Settings, folder: str) -> None:
@@ -202,16 +222,55 @@ def _train(config: configuration.Settings, folder: str) -> None:
     )
 
 
+def _sweep(folder: str) -> None:
+    if not _SWEEP.value:
+        raise UserError("--sweep is missing; for example --sweep=configs/claims/digits.py")
+    if _CONFIG.value is not None:
+        raise UserError(
+            "--config: does not apply to --mode=sweep, whose file holds the configuration of each "
+            "row"
+        )
+    from dgl_jax.run import progress
+    from dgl_jax.tools import rows, sweep
+
+    progress.log_to_stderr()
+    _set_threads()
+    # The children open the devices; this process must not take their memory.
+    flags_of_rows = [
+        f"--{flag.name}={flag.value}" for flag in (_CPU_DEVICES, _CACHE) if flag.value is not None
+    ]
+    result = sweep.sweep(
+        rows.load(_SWEEP.value),
+        folder,
+        _JOBS.value,
+        estimate=_ESTIMATE.value,
+        name=_SWEEP.value,
+        flags=flags_of_rows,
+    )
+    print(json.dumps(result.names()))
+    sys.exit(result.exit_code)
+
+
 def _start() -> None:
     """Sets up logging and devices; call it after the imports, which install log handlers."""
     from dgl_jax.run import compiling, progress
 
     progress.log_to_stderr()
+    _set_threads()
+    compiling.store_programs(_CACHE.value, os.environ["NPROC"])
+    if _CPU_DEVICES.value:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+
+
+def _set_threads() -> None:
+    """Sets the number of threads of XLA's CPU pool, which XLA reads when it starts."""
     # XLA splits the sums of weight gradients over the threads of its pool, so the number of threads
     # decides how they are rounded and must not depend on the number of devices. With XLA's default
     # (one thread per processor or device), devices that wait in a reduction can occupy all threads
     # while the last device still needs one for its own work, hence two per device.
-    devices, usual = _CPU_DEVICES.value or 1, max(_POOL, system.cpu_count() or 1)
+    devices, usual = _CPU_DEVICES.value or 1, system.pool_threads()
     threads = max(usual, 2 * devices)
     if threads > usual and "NPROC" not in os.environ:
         text = (
@@ -220,11 +279,6 @@ def _start() -> None:
         )
         _LOG.warning(text, devices, threads, usual, usual // 2)
     os.environ.setdefault("NPROC", str(threads))
-    compiling.store_programs(_CACHE.value, os.environ["NPROC"])
-    if _CPU_DEVICES.value:
-        import jax
-
-        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_POOL = 16  # fewest threads of XLA's CPU pool; machines with more processors get one per processor
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ def cpu_count() -> int | None:
     """Returns the number of processors this process may use, or else that of the machine."""
     usable = usable_cpus()
     return len(usable) if usable else machine_cpus()
+
+
+def pool_threads() -> int:
+    """Returns the usual number of threads of XLA's CPU pool, unless NPROC chooses another.
+
+    XLA splits the sums of weight gradients over these threads, so their number decides how the sums
+    are rounded.
+    """
+    return max(_POOL, cpu_count() or 1)
+
+
+def environment() -> dict[str, str]:
+    """Returns a copy of the environment variables, to start a child process with."""
+    return dict(os.environ)
 
 
 def cpu_threads() -> int | None:

@@ -104,6 +104,8 @@ def prepare(command: Command, found: dict[str, Any]) -> None:
     if found["mode"] == "report":  # the page has trained the runs below its folder
         return
     workdir = command.flag("workdir")
+    if found["mode"] == "sweep":  # its folder must hold no run
+        return
     reads_run = command.flag("config") is None or found["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):
         if folder and not Path(folder, "config.json").exists():

@@ -1,8 +1,13 @@
 """Tests of `--mode=bench`, also with several devices per module."""
 
+import math
+
+import jax
 import pytest
 from runs import small_config
 
+from dgl_jax.config import make_settings
+from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.bench import bench
 
 
@@ -15,6 +20,22 @@ def test_every_device_of_a_module_has_the_whole_codebook(devices):
     assert len(numbers["module_milliseconds"]) == 2
     assert min(numbers["module_milliseconds"]) > 0
     assert numbers["peak_memory_bytes"]["process"] > 2**20
+
+
+@pytest.mark.slow
+def test_bench_tells_the_sizes_of_a_run():
+    config = small_config()
+    numbers = bench(config, 2, modules=False)
+    assert numbers["module_milliseconds"] == []
+    assert numbers["steps_per_epoch"] == 6
+    states = make_experiment(make_settings(config)).spec.abstract_states()
+    parameters = sum(math.prod(leaf.shape) for s in states for leaf in jax.tree.leaves(s.params))
+    statistics = sum(
+        math.prod(leaf.shape) for s in states for leaf in jax.tree.leaves(s.batch_stats)
+    )
+    # The momentum is as large as the parameters; counters and keys take a few bytes.
+    arrays = 4 * (2 * parameters + statistics)
+    assert arrays < numbers["checkpoint_bytes"] < arrays + 200
 
 
 def test_bench_extends_training_to_its_own_steps(monkeypatch):

@@ -45,6 +45,7 @@ ROOMS = (
     "tools",
     "testing",
     "cli",
+    "child",
 )
 # Inside these folders a file imports only from files in earlier groups.
 LEVELS = {
@@ -95,7 +96,7 @@ LIBRARIES = {
     "grain": ("data",),
     "cv2": ("data",),
     "simplejpeg": ("data",),
-    "rich": ("run/progress.py",),
+    "rich": ("run/progress.py", "tools/bars.py"),
     "matplotlib": ("run/axes.py", "tools"),
     "safetensors": ("export.py",),
 }
@@ -117,6 +118,7 @@ ALLOWED = {
     # Grain passes absl's flags to its workers, so they must be marked as parsed; none is read.
     ("data/streaming.py", "absl.flags"),
     ("cli.py", "absl.flags"),
+    ("system.py", "os.environ"),  # copied for child processes
     ("cli.py", "os.environ"),  # sets the number of XLA's threads before XLA starts
     ("run/axes.py", "os.environ"),  # hides MPLBACKEND while matplotlib is imported
 }
@@ -276,7 +278,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 5_500
-    assert package < 12_600
+    assert package < 13_500
 
 
 @pytest.mark.parametrize(

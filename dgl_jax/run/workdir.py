@@ -113,10 +113,14 @@ def with_own_config(argv: list[str]) -> list[str]:
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path, work: str = "training") -> Iterator[None]:
     """Creates the workdir and locks it against a second training for the `with` block.
 
     The operating system releases the lock when the process ends, even if it is killed.
+
+    Args:
+      workdir: the folder to lock.
+      work: what is done there, for the message.
 
     Raises:
       UserError: the workdir cannot be written, or another training holds the lock.
@@ -130,8 +134,20 @@ def lock(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--workdir={workdir}: another training is running there") from None
+            raise UserError(f"--workdir={workdir}: another {work} is running there") from None
         yield
+
+
+def is_locked(workdir: Path) -> bool:
+    """Returns True if a process trains in the workdir at this moment."""
+    try:
+        with open(workdir / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock file
+        pass
+    return False
 
 
 @contextmanager

@@ -25,24 +25,31 @@ _WARM_UP = 5
 _NEVER = 2**30  # interval in steps
 
 
-def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200) -> dict[str, Any]:
+def bench(
+    config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200, modules: bool = True
+) -> dict[str, Any]:
     """Measures `steps` training steps of the configured engine; writes no files.
 
     Args:
       config: checked settings, or a configuration to make them from.
       steps: number of timed steps; a few more run first as a warm-up.
+      modules: if True, each module's program is compiled and timed alone as well.
 
     Returns:
       A dictionary that can be written as JSON, with the configuration's names and
         images_per_second: training throughput.
         tick_milliseconds: time from one batch entering the network to the next.
-        module_milliseconds: time of each module's program when it runs alone on its devices.
+        module_milliseconds: time of each module's program when it runs alone on its devices;
+          empty without `modules`.
         python_milliseconds_per_tick: time that the host spends starting work on the devices, of all
           threads together; None if the engine does not measure it.
         steps_per_dispatch: training steps that one dispatch runs.
         peak_memory_bytes: peak memory by device, "unknown" if JAX does not tell; of the whole
           process on the CPU, where devices have no memory of their own.
         cpu_threads: threads of XLA's CPU pool; None on an accelerator or if unknown.
+        steps_per_epoch: updates per module in one epoch of the data set.
+        checkpoint_bytes: size of a checkpoint without compression: all arrays of the modules and,
+          in asynchronous engines, the rings filled so far.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     settings = dataclasses.replace(
@@ -64,13 +71,15 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
     jax.block_until_ready(state.modules)
     wall = time.perf_counter() - begin
     host = None if host is None else engine.host_seconds - host  # type: ignore[attr-defined]
+    checkpoint = _bytes(state)  # before the measurements below, which donate its arrays
     return {
         "method": settings.method.name,
         "engine": settings.engine.name,
         "images_per_second": round(steps * settings.data.batch_size / wall, 1),
         "tick_milliseconds": round(1e3 * wall / steps, 3),
         "module_milliseconds": [
-            round(1e3 * elapsed.seconds, 3) for elapsed in module_times(experiment, state)
+            round(1e3 * elapsed.seconds, 3)
+            for elapsed in (module_times(experiment, state) if modules else ())
         ],
         "python_milliseconds_per_tick": None if host is None else round(1e3 * host / steps, 3),
         "steps_per_dispatch": at_once,
@@ -79,7 +88,15 @@ def bench(config: "Mapping[str, Any] | ConfigDict | Settings", steps: int = 200)
         "batch_size": settings.data.batch_size,
         "devices": engine.placement.describe(),
         "cpu_threads": system.cpu_threads() if jax.default_backend() == "cpu" else None,
+        "steps_per_epoch": experiment.source.steps_per_epoch,
+        "checkpoint_bytes": checkpoint,
     }
+
+
+def _bytes(state: EngineState) -> int:
+    """Returns the bytes of a state's arrays, including the messages in flight."""
+    flight = {} if state.flight is None else state.flight.snapshot()
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves((state.modules, flight)))
 
 
 def module_times(

@@ -12,13 +12,15 @@ from dgl_jax.registry import nearest
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
-def resolve(value: str) -> str:
-    """Returns the path of the configuration file that a value of `--config` names.
+def resolve(value: str, flag: str = "--config", folder: str = "") -> str:
+    """Returns the path of the file that a value of `--config` or `--sweep` names.
 
     Args:
-      value: a path, the bare name of a shipped configuration (`digits`), or its path in a checkout
+      value: a path, the bare name of a shipped file (`digits`), or its path in a checkout
         (`configs/digits.py`), which works from any directory. A file of the user wins over a
-        shipped one. An argument for `get_config` may follow after a colon.
+        shipped one. An argument for the file may follow after a colon.
+      flag: name of the flag.
+      folder: folder below `configs/` with the shipped files of this flag; it may be omitted.
 
     Returns:
       The path, followed by the colon and argument if there were any.
@@ -27,16 +29,18 @@ def resolve(value: str) -> str:
       UserError: if there is no such file; the message suggests the nearest names.
     """
     name, colon, argument = value.partition(":")
-    path, stem = Path(expand(name, "--config")), re.fullmatch(r"(?:configs/)?(\w+?)(?:\.py)?", name)
-    shipped = sorted(file.stem for file in SHIPPED.glob("[!_]*.py"))
+    inside = f"(?:{folder}/)?" if folder else ""
+    path = Path(expand(name, flag))
+    stem = re.fullmatch(rf"(?:configs/)?{inside}(\w+?)(?:\.py)?", name)
+    shipped = sorted(file.stem for file in (SHIPPED / folder).glob("[!_]*.py"))
     if path.is_file() or stem is None:
         return f"{path}{colon}{argument}"
     if stem[1] in shipped:
-        return f"{SHIPPED / stem[1]}.py{colon}{argument}"
+        return f"{SHIPPED / folder / stem[1]}.py{colon}{argument}"
     if path.exists() or (path.suffix == ".py" and path.parent.is_dir() and path.parent != Path()):
         return f"{path}{colon}{argument}"  # reading it fails with an error that lists its neighbors
     raise UserError(
-        f"--config={name}: neither a file nor a configuration of dgl_jax; "
+        f"{flag}={name}: neither a file nor a {'sweep' if folder else 'configuration'} of dgl_jax; "
         f"{nearest(stem[1], shipped)}"
     )
 

@@ -1,0 +1,1 @@
+"""Sweeps that are shipped with the package; each file yields the runs of one claim."""
