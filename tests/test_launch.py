@@ -98,7 +98,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
 
 def test_report_opens_no_device(tmp_path):
     run = write_run(tmp_path / "runs" / "a", [0.5, 0.6], 0.6)
-    # An accelerator that does not exist: JAX fails as soon as it is asked for devices.
+    # An accelerator that does not exist: JAX fails when somebody asks it for devices.
     environment = os.environ | {"JAX_PLATFORMS": "nowhere"}
     report = ["--mode=report", f"--workdir={run.parent}"]
     process = launch(*report, env=environment)

@@ -390,15 +390,15 @@ def test_markdown_table_is_aligned(tmp_path):
 
 def test_page_is_one_small_file_that_names_no_address(tmp_path):
     lines = []
-    for step in range(1, 2001):
-        line = {"step": step, "epoch": step / 100, "time": 0.0}
+    for step in range(1, 401):
+        line = {"step": step, "epoch": step / 20, "time": 0.0}
         names = [f"{split}/module_{k}" for split in ("train", "validation") for k in range(6)]
         line |= {f"{name}/{m}": 1 / step for name in names for m in ("accuracy", "loss")}
         lines.append(json.dumps(line) + "\n")
     for n in range(100):
         folder = tmp_path / f"some_name_of_a_sweep/row_{n}"
         write_run(folder, [0.5] * 6, 0.6, optimizer__learning_rate=0.001 * (n + 1))
-        (folder / "metrics.jsonl").write_text("".join(lines[:: 1 if n < 10 else 10]))
+        (folder / "metrics.jsonl").write_text("".join(lines))
     html, _ = report_runs(tmp_path)
     assert html.stat().st_size < 1_000_000
     text = html.read_text()

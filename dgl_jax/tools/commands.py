@@ -50,15 +50,8 @@ def _candidates(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields every shipped configuration with the fields in which `settings` differs from it."""
     wanted = values_of(settings)
     for name in _shipped():
-        base = make_settings(_load(name, tuple(field_names())))
-        # A kind that the shipped configuration does not choose has its options in `unused`.
-        present = {field: _default(field) for field in wanted} | dict(base.unused) | values_of(base)
+        present = _present(name, tuple(field_names()))
         yield name, {field: v for field, v in wanted.items() if v != present[field]}
-
-
-def _default(name: str) -> Any:
-    group, _, leaf = name.rpartition(".")
-    return fields_of(group)[leaf].default if group else None
 
 
 def _same(name: str, changes: dict[str, Any], settings: Settings, ignored: Sequence[str]) -> bool:
@@ -104,3 +97,17 @@ def _shipped() -> list[str]:
 def _load(name: str, fields: tuple[str, ...]) -> "ConfigDict":
     """Returns the configuration that `--config=name` loads; `fields` change with the plugins."""
     return runpy.run_path(resolve(name))["get_config"]()
+
+
+@cache
+def _present(name: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the value of every field after `--config=name`, also of kinds not chosen there."""
+    settings = make_settings(_load(name, fields))
+    groups = {field.rpartition(".")[0] for field in fields} - {""}
+    defaults = {group: fields_of(group) for group in groups}
+    values = {}
+    for field in fields:
+        group, _, leaf = field.rpartition(".")
+        if group:
+            values[field] = defaults[group][leaf].default
+    return values | dict(settings.unused) | values_of(settings)

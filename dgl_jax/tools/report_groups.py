@@ -148,13 +148,10 @@ class Row:
           metric: "accuracy" or "loss".
         """
         k = self.modules - 1 if k < 0 else k
-        curves = [
-            dict(zip(*run.curves[split, k, metric]))
-            for run in self.finished or self.runs
-            if (split, k, metric) in run.curves
-        ]
-        if not curves:
-            return None
+        found = [run.curves.get((split, k, metric)) for run in self.finished or self.runs]
+        curves = [dict(zip(*curve)) for curve in found if curve]
+        if len(curves) < 2:
+            return next(filter(None, found), None)
         shared = sorted(set(curves[0]).intersection(*curves[1:]))
         if len(shared) < 2:  # the runs were measured at other epochs
             return sorted(curves[0]), [curves[0][x] for x in sorted(curves[0])]

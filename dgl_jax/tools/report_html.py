@@ -32,7 +32,7 @@ _PANELS = (
     ("training loss", "train", "loss"),
 )
 # Points of all curves together, which bound the size of the page.
-_POINTS = 35_000
+_POINTS = 28_000
 _FEWEST, _MOST = 8, 200
 # Nothing outside the page is loaded, whatever the names of runs contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -230,7 +230,7 @@ def _table(table: Table, anchors: Sequence[str] = ()) -> str:
 def _cell(column: Column, cell: Cell) -> str:
     kinds = ["number"] * column.number + ["best"] * cell.best
     kinds += ["wrap"] * (column.title == "reason")
-    sort = "" if cell.sort is None else f' data-sort="{cell.sort!r}"'
+    sort = "" if cell.sort is None else f' data-sort="{cell.sort:.9g}"'
     hint = f' title="{_text(cell.hint)}"' if cell.hint else ""
     text = _text(cell.text)
     if column.title == "state":

@@ -14,7 +14,6 @@ from typing import Any
 
 from dgl_jax.config import Settings, make_settings, values_of
 from dgl_jax.errors import UserError
-from dgl_jax.run.curves import series
 from dgl_jax.run.workdir import read_json
 from dgl_jax.tools.commands import shell_command
 
@@ -257,23 +256,18 @@ def _progress(records: list[dict[str, Any]], settings: Mapping[str, Any]) -> tup
 
 
 def _curves(records: list[dict[str, Any]]) -> dict[tuple[str, int, str], Curve]:
-    """Returns the curves of all modules and of the ensemble, without values that are not finite."""
+    """Returns the curves of all modules and of the ensemble, without values that are no numbers."""
     keys = {key: match for record in records for key in record if (match := _METRIC.fullmatch(key))}
+    curves: dict[str, Curve] = {key: ([], []) for key in keys}
+    for record in records:
+        epoch = record.get("epoch")
+        place = number(record.get("step", 0) if epoch is None else epoch)
+        for key, recorded in record.items():
+            if key in curves and place is not None and (value := number(recorded)) is not None:
+                curves[key][0].append(place)
+                curves[key][1].append(value)
     return {
-        (match[1], int(match[3]) if match[3] else -1, match[4]): curve
+        (match[1], int(match[3]) if match[3] else -1, match[4]): curves[key]
         for key, match in keys.items()
-        if (curve := _finite(records, key))[0]
+        if curves[key][0]
     }
-
-
-def _finite(records: list[dict[str, Any]], key: str) -> Curve:
-    valid = (
-        record for record in records if number(record.get(key)) is not None and _placed(record)
-    )
-    return series(valid, key)
-
-
-def _placed(record: Mapping[str, Any]) -> bool:
-    """Returns True if the position of a record on the horizontal axis is a number."""
-    epoch = record.get("epoch")
-    return number(record.get("step", 0) if epoch is None else epoch) is not None

@@ -255,16 +255,18 @@ def _setting(value: Any, best: bool) -> Cell:
 def _seeds(row: Row) -> Cell:
     done, count = len(row.finished), len(row.runs)
     text = str(done) if done == count else f"{done} of {count}"
-    return Cell(text, done, hint=", ".join(setting_text(run.seed) for run in row.runs))
+    seeds = ", ".join(setting_text(run.seed) for run in row.runs)
+    return Cell(text, done, hint=seeds if count > 1 else "")
 
 
 def _percent(value: Value | None, best: bool = False) -> Cell:
     if value is None:
         return Cell(NONE)
-    text = f"{100 * value.mean:.2f}"
+    text, hint = f"{100 * value.mean:.2f}", ""
     if value.deviation is not None:
         text += f" \N{PLUS-MINUS SIGN} {100 * value.deviation:.2f}"
-    return Cell(text, value.mean, best, f"over {value.count} seed{'s' if value.count > 1 else ''}")
+        hint = f"over {value.count} seeds"
+    return Cell(text, value.mean, best, hint)
 
 
 def _number(value: Value | None, form: Callable[[float], str]) -> Cell:
