@@ -54,7 +54,11 @@ LEVELS = {
         ("module", "optimizer"),
         ("ema", "step"),
     ),
-    "methods": (("base", "downward"), ("dgl", "backprop", "dni"), ("deep_supervision",)),
+    "methods": (
+        ("base", "downward"),
+        ("dgl", "backprop", "delayed", "dni"),
+        ("ddg", "deep_supervision", "fdg", "features_replay"),
+    ),
     "engines": (
         ("placement", "flight"),
         ("feed",),

@@ -78,6 +78,7 @@ def mean_gradient(
     context: Context,
     keys: PyTree,
     accumulate: int = 1,
+    to_inputs: bool = False,
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """Computes the mean gradient of a loss over micro-batches, in the memory of one micro-batch.
 
@@ -94,12 +95,14 @@ def mean_gradient(
       context: context of the same examples.
       keys: key of the update, or a pytree of such keys; micro-batches derive their keys from it.
       accumulate: number of micro-batches.
+      to_inputs: True also computes the gradient with respect to the inputs.
 
     Returns:
-      The gradient; the new batch_stats; the outputs for all examples, in their order; and the
-      metrics, summed over the micro-batches.
+      The gradient; the new batch_stats; the outputs for all examples, in their order (with
+      `to_inputs` the gradient with respect to the inputs instead); and the metrics, summed over the
+      micro-batches.
     """
-    differentiate = jax.value_and_grad(loss_function, has_aux=True)
+    differentiate = jax.value_and_grad(loss_function, (0, 2) if to_inputs else 0, has_aux=True)
     gradient, outputs, metrics = None, [], []
     for (part, part_context), part_keys in zip(
         _split((inputs, context), accumulate), _keys(keys, accumulate), strict=True
@@ -110,6 +113,8 @@ def mean_gradient(
         (_, (batch_stats, y, part_metrics)), part_gradient = differentiate(
             ordered_params, batch_stats, part, part_context, part_keys
         )
+        if to_inputs:
+            part_gradient, y = part_gradient
         if gradient is None:
             gradient = part_gradient
         else:
@@ -119,7 +124,8 @@ def mean_gradient(
     if accumulate == 1:
         return gradient, batch_stats, outputs[0], metrics[0]
     gradient = jax.tree.map(lambda x: x / accumulate, gradient)
-    return gradient, batch_stats, _join(outputs), jax.tree.map(lambda *x: sum(x), *metrics)
+    joined = _join(outputs) / accumulate if to_inputs else _join(outputs)
+    return gradient, batch_stats, joined, jax.tree.map(lambda *x: sum(x), *metrics)
 
 
 def apply_gradient(
@@ -154,19 +160,25 @@ def loss_step(
     context: Context,
     *,
     published: Mapping[str, Any] = NOTHING,
+    accumulate: int = 1,
 ) -> tuple[ModuleState, Float[Array, "B ..."], Metrics]:
     """Updates one module with its local loss and returns the gradient for the module below.
 
-    Takes the same arguments as `local_step`, without micro-batches.
+    Takes the same arguments as `local_step`.
 
     Returns:
       The new state; the gradient of the loss with respect to the inputs, [B, ...]; and the
       objective's metrics.
     """
-    differentiate = jax.value_and_grad(_loss(module, published), argnums=(0, 2), has_aux=True)
-    key = _whole_batch_key(state)
-    (_, (batch_stats, _, metrics)), (gradient, inputs_gradient) = differentiate(
-        state.params, state.batch_stats, inputs, context, key
+    gradient, batch_stats, inputs_gradient, metrics = mean_gradient(
+        _loss(module, published),
+        state.params,
+        state.batch_stats,
+        inputs,
+        context,
+        rngs.update(state.rng, state.updates),
+        accumulate,
+        to_inputs=True,
     )
     return apply_gradient(optimizer, state, gradient, batch_stats), inputs_gradient, metrics
 
@@ -265,6 +277,49 @@ def forward_step(
         batch_stats = {**batch_stats, "body": body_stats}
         outputs.append(y)
     return _join(outputs), batch_stats
+
+
+def body_gradient(
+    module: LocalModule,
+    variables: tuple[PyTree, PyTree],
+    inputs: Float[Array, "B ..."],
+    cotangent: Float[Array, "B ..."],
+    context: Context,
+    rng: Array,
+    accumulate: int = 1,
+) -> tuple[PyTree, Float[Array, "B ..."]]:
+    """Computes the gradients of one module from the gradient of its activations, without an update.
+
+    Args:
+      module: the module, which has no objective.
+      variables: (params, batch_stats) of the forward pass, which is computed here.
+      inputs: inputs of the forward pass, [B, ...].
+      cotangent: gradient of a loss with respect to the activations, [B, ...].
+      context: context of the same examples, read by the adapter only.
+      rng: key of the update that the activations were computed for, see `rngs.update`.
+      accumulate: number of micro-batches, see `mean_gradient`.
+
+    Returns:
+      The gradient with respect to the parameters, summed over the micro-batches, and the gradient
+      with respect to the inputs, [B, ...].
+    """
+    params, batch_stats = variables
+    gradient, pulled = None, []
+    for (part, part_context, part_cotangent), key in zip(
+        _split((inputs, context, cotangent), accumulate), _keys(rng, accumulate), strict=True
+    ):
+
+        def forward(params, inputs, context=part_context, key=key):
+            y, _ = module.apply_body(params, batch_stats, inputs, context, train=True, rng=key)
+            return y
+
+        _, pull = jax.vjp(forward, params if gradient is None else after(params, gradient), part)
+        part_gradient, inputs_gradient = pull(part_cotangent)
+        gradient = (
+            part_gradient if gradient is None else jax.tree.map(jnp.add, gradient, part_gradient)
+        )
+        pulled.append(inputs_gradient)
+    return gradient, _join(pulled)
 
 
 def eval_step(

@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
 
 import jax
 
@@ -20,10 +21,12 @@ from dgl_jax.types import Message
 
 
 class Synchronous:
-    """Base class of synchronous engines: nothing is in flight between two calls of `run`.
+    """Base class of synchronous engines, whose state between two calls of `run` is in the modules.
 
     Attributes:
       residence: keeps the data set on the devices of the first module, if it fits.
+      early: metrics of batches that some modules have worked on and others have not yet, by batch
+        and module. Only methods with delayed updates have such batches between two calls of `run`.
       host_seconds: seconds that the host has spent starting work on the devices.
     """
 
@@ -33,6 +36,7 @@ class Synchronous:
     recover: Callable[[int], ModuleState | None] | None = None
     residence = Residence("off")
     host_seconds = 0.0
+    early: Mapping[int, Mapping[int, Metrics]] = MappingProxyType({})
 
     def feed(self, source: Source) -> Feed:
         """Returns the supply of batches for the first module."""
@@ -73,22 +77,24 @@ def run_ticks(
 
     Args:
       engine: object with `ticks_in_flight`, the number of unfinished ticks allowed when the next
-        one is dispatched, and `host_seconds`, to which the time of the dispatches is added. Of
-        groups of several ticks one may be unfinished.
+        one is dispatched, `host_seconds`, to which the time of the dispatches is added, and
+        `early`. Of groups of several ticks one may be unfinished.
       groups: ticks of the method's schedule, as groups of one or more ticks with equal turns.
       dispatch: starts the turns of a group and returns the metrics of each turn of a tick, with a
         leading axis over the ticks if the group has more than one.
       counts: updates that each module has made before the run. A batch below a module's count does
-        not wait for that module and reports no metrics of it.
+        not wait for that module, and reports its metrics if they are in `engine.early`.
       snapshot: returns the final state; see `Report`.
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
-    collected: dict[int, dict[int, Metrics]] = {}
-    pending: Report | None = None
-    furthest = max(counts)
-
-    def expected_metrics(batch: int) -> int:
-        return len(counts) if batch >= furthest else sum(count <= batch for count in counts)
+    made, pending = list(counts), cast(Report | None, None)
+    # With equal counts no batch is between two modules.
+    collected = {
+        batch: dict(metrics)
+        for batch, metrics in getattr(engine, "early", {}).items()
+        if min(counts) <= batch and len(set(counts)) > 1
+    }
+    engine.early = collected
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
         jax.block_until_ready(metrics)
@@ -98,11 +104,11 @@ def run_ticks(
         for i, tick in enumerate(group):
             parts = jax.tree.map(lambda x, i=i: x[i], metrics) if len(group) > 1 else metrics
             for turn, turn_metrics in zip(tick, parts, strict=True):
+                batch_metrics = collected.setdefault(turn.batch, {})
+                batch_metrics[turn.module] = batch_metrics.get(turn.module, {}) | turn_metrics
                 if turn.updates():
-                    collected.setdefault(turn.batch, {})[turn.module] = turn_metrics
-        for batch in sorted(
-            b for b, batch_metrics in collected.items() if len(batch_metrics) == expected_metrics(b)
-        ):
+                    made[turn.module] = turn.batch + 1
+        for batch in sorted(b for b in collected if b < min(made)):
             batch_metrics = collected.pop(batch)
             report_metrics = tuple(batch_metrics.get(k, {}) for k in range(len(counts)))
             yield Report(

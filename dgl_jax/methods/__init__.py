@@ -1,6 +1,14 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
-from dgl_jax.methods import backprop, deep_supervision, dgl, dni
+from dgl_jax.methods import (
+    backprop,
+    ddg,
+    deep_supervision,
+    dgl,
+    dni,
+    fdg,
+    features_replay,
+)
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
 from dgl_jax.registry import METHODS
 
@@ -14,8 +22,11 @@ __all__ = [
     "TrainStep",
     "backprop",
     "composed",
+    "ddg",
     "deep_supervision",
     "dgl",
     "dni",
+    "fdg",
+    "features_replay",
     "register_method",
 ]

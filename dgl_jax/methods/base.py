@@ -228,10 +228,12 @@ class MethodKind(Kind):
     Attributes:
       local: True if every module has an objective; otherwise only the last one does.
       engines: names of the engines that support the method; None for all.
+      unlocked: several batches are between two modules when a run stops.
     """
 
     local: bool = True
     engines: tuple[str, ...] | None = None
+    unlocked: bool = False
 
 
 def steps_alone(spec: TrainSpec) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.engines import EngineState
+from dgl_jax.engines import EngineState, counts
+from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
-from dgl_jax.registry import SCHEDULES
+from dgl_jax.registry import METHODS, SCHEDULES
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import Trained, borrow_weights
@@ -96,6 +97,16 @@ def _restored(
     restored = checkpoints.restore(
         lambda _: (experiment.spec.abstract_states(), experiment.engine.placement), set_aside=True
     )
+    planned = restored.meta["total_steps"]
+    made = set(counts(restored.state))
+    if METHODS[experiment.settings.method.name].unlocked and planned < experiment.total_steps:
+        modules = len(restored.state.modules)
+        # From here on the first module had no further batch, which the counts do not show.
+        if len(made) > 1 and max(made) + modules - 1 > planned:
+            raise UserError(
+                f"config.train: {experiment.total_steps} steps, but the checkpoint holds the last "
+                f"batches of a run of {planned}; finish it with {planned} before extending it"
+            )
     state = experiment.engine.resume(restored.state, restored.flight)
     if state.flight is not None and restored.flight is None:
         _LOG.warning(
@@ -103,7 +114,6 @@ def _restored(
             "an uninterrupted one"
         )
     _LOG.info("resuming from step %d", restored.step)
-    planned = restored.meta["total_steps"]
     if SCHEDULES[experiment.settings.schedule.name].whole and planned != experiment.total_steps:
         _LOG.warning(
             "the cosine schedule now ends at step %d, not %d: the result differs from that of one "

@@ -1,6 +1,7 @@
 """Training metrics, which stay on the devices until they are written; one transfer reads many."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -85,6 +86,23 @@ class Window:
             for name, window in pairs.items()
             if (count := math.fsum(n for _, n in window))
         }
+
+
+def early_values(early: Mapping[int, Mapping[int, Any]]) -> list[Any]:
+    """Returns the metrics of unfinished batches (`Synchronous.early`) as JSON values."""
+    return [
+        [batch, k, {name: _pair(value) for name, value in values.items()}]
+        for batch, modules in read(dict(early)).items()
+        for k, values in modules.items()
+    ]
+
+
+def early_metrics(rows: Iterable[Any]) -> dict[int, dict[int, Any]]:
+    """Returns the metrics by batch and module; the inverse of `early_values`."""
+    early: dict[int, dict[int, Any]] = {}
+    for batch, k, values in rows:
+        early.setdefault(batch, {})[k] = values
+    return early
 
 
 def _pair(value: Any) -> list[float]:

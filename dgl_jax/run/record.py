@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -13,7 +13,7 @@ from dgl_jax.core.module import count_parameters
 from dgl_jax.engines import EngineState, Report, counts
 from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
-from dgl_jax.run.metrics import Window
+from dgl_jax.run.metrics import Window, early_metrics, early_values
 from dgl_jax.run.progress import Progress
 from dgl_jax.run.summary import Summary
 from dgl_jax.run.throughput import Throughput
@@ -33,6 +33,8 @@ class Record:
         self.latest: dict[str, float] = start.meta.get("latest", {})
         self.throughput = Throughput(experiment.spec.batch_size)
         self._window = Window(start.meta.get("window"))
+        if rows := start.meta.get("early"):
+            cast(Any, experiment.engine).early = early_metrics(rows)
         self._clock = start.clock
         # Step at which this process has measured each metric in `latest`.
         self._written: dict[str, int] = {}
@@ -102,6 +104,7 @@ class Record:
         """
         return {
             "window": self._window.values(),
+            "early": early_values(getattr(self.experiment.engine, "early", {})),
             "latest": self.latest,
             "wall_seconds": self.wall_seconds(),
         }

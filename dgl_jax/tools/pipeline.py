@@ -80,40 +80,49 @@ class Pipeline:
         """Returns, per hop, True if it leads to another device."""
         return [here.device != there.device for here, there in pairwise(self.works)]
 
-    def spans(self, wire: Sequence[float], batches: int) -> list[Span]:
+    def spans(self, wire: Sequence[float], batches: int, down: Sequence[float] = ()) -> list[Span]:
         """Simulates a run from its first batch.
 
         Args:
-          wire: bytes per image that each hop sends.
+          wire: bytes per image that cross each hop.
           batches: length of the run.
+          down: the part of `wire` that travels down; empty if nothing does.
 
         Returns:
           All turns, in the order in which they end.
         """
-        transfers = [
-            bytes_ * self.batch_size / (1e9 * self.bandwidth) if crosses else 0.0
-            for bytes_, crosses in zip(wire, self.crosses())
-        ]
-        works = [
-            dataclasses.replace(work, transfer=seconds)
-            for work, seconds in zip(self.works, [*transfers, 0.0])
-        ]
+
+        def seconds(bytes_: float, crosses: bool) -> float:
+            return bytes_ * self.batch_size / (1e9 * self.bandwidth) if crosses else 0.0
+
+        works = list(self.works)
+        for k, (both, crosses) in enumerate(zip(wire, self.crosses())):
+            below = down[k] if down else 0.0
+            works[k] = dataclasses.replace(
+                works[k],
+                transfer=seconds(both - below, crosses),
+                transfer_down=seconds(below, crosses),
+            )
+        works[-1] = dataclasses.replace(works[-1], transfer=0.0)
         ticks = self.method.schedule(
             [0] * len(works), batches, batches, overlap=any(self.crosses())
         )
         return simulate(ticks, works, self.cores, self.ticks_in_flight, self.waiting_above)
 
-    def steady(self, wire: Sequence[float]) -> tuple[float, dict[int, float], list[Span]]:
+    def steady(
+        self, wire: Sequence[float], down: Sequence[float] = ()
+    ) -> tuple[float, dict[int, float], list[Span]]:
         """Measures the middle half of a long simulated run, while the pipeline is full.
 
         Args:
-          wire: bytes per image that each hop sends.
+          wire: bytes per image that cross each hop.
+          down: the part of `wire` that travels down; empty if nothing does.
 
         Returns:
           Ticks per second, the busy share of each device, and all turns of the run.
         """
         batches = 8 * len(self.works) + 64
-        spans, last = self.spans(wire, batches), len(self.works) - 1
+        spans, last = self.spans(wire, batches, down), len(self.works) - 1
         done = [span.end for span in spans if span.module == last]
         begin, end = (done[batches // 4], done[3 * batches // 4])
         rate = (3 * batches // 4 - batches // 4) / (end - begin)

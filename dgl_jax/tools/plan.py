@@ -163,8 +163,8 @@ def plan(
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     codecs = _codecs(pipeline, spec, settings)
-    wire = spec.traffic().wire
-    rate, busy, spans = pipeline.steady(wire)
+    traffic = spec.traffic()
+    rate, busy, spans = pipeline.steady(traffic.wire, traffic.down)
     # `busy` has an entry for the first device of each group; the others work just as long.
     idle = [
         1.0 - next((busy[group[0]] for group in groups if number in group), 0.0)
@@ -199,7 +199,7 @@ def plan(
             name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()
         },
     }
-    return numbers, pipeline.spans(wire, len(starts) + _DRAWN)
+    return numbers, pipeline.spans(traffic.wire, len(starts) + _DRAWN, traffic.down)
 
 
 def _codec_options(settings: Settings, name: str) -> CodecSettings:
@@ -221,7 +221,7 @@ def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str
         except UserError:  # config.codec.dims does not divide the channels of a hop
             results[name] = None
             continue
-        rate, _, _ = pipeline.steady(traffic.wire)
+        rate, _, _ = pipeline.steady(traffic.wire, traffic.down)
         crossing = [
             bytes_ if crosses else 0.0 for bytes_, crosses in zip(traffic.wire, pipeline.crosses())
         ]

@@ -30,12 +30,14 @@ class Work:
       seconds: duration of a turn of kind `step` if nothing else runs. A `forward` turn takes a
         third of it; a `backward` turn takes all of it, because it repeats the forward pass.
       transfer: seconds that the module's message takes to the next module.
+      transfer_down: seconds that a message from the next module takes; None: as long as `transfer`.
       cores: host processors that the turn keeps busy; matters only if cores are limited.
     """
 
     device: int
     seconds: float
     transfer: float = 0.0
+    transfer_down: float | None = None
     cores: float = 1.0
 
 
@@ -128,7 +130,9 @@ def simulate(
                 link_free[k] = max(link_free[k], end) + works[k].transfer
                 arrival[k + 1, batch, False] = link_free[k]
             if kind != "forward" and k:
-                arrival[k - 1, batch, True] = end + works[k - 1].transfer
+                below = works[k - 1]
+                down = below.transfer if below.transfer_down is None else below.transfer_down
+                arrival[k - 1, batch, True] = end + down
         while done < len(unfinished) and not unfinished[done]:
             done += 1
         now = then
