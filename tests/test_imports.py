@@ -56,8 +56,8 @@ LEVELS = {
     ),
     "methods": (
         ("base", "downward"),
-        ("dgl", "backprop", "delayed", "dni"),
-        ("ddg", "deep_supervision", "fdg", "features_replay"),
+        ("dgl", "backprop", "delayed"),
+        ("ddg", "deep_supervision", "dni", "fdg", "features_replay"),
     ),
     "engines": (
         ("placement", "flight"),
