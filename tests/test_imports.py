@@ -57,8 +57,8 @@ LEVELS = {
     ),
     "methods": (
         ("base", "downward"),
-        ("dgl", "backprop", "dni", "layerwise", "delayed"),
-        ("ddg", "deep_supervision", "fdg", "features_replay"),
+        ("dgl", "backprop", "layerwise", "delayed"),
+        ("ddg", "deep_supervision", "dni", "fdg", "features_replay"),
     ),
     "engines": (
         ("placement", "flight"),

@@ -26,7 +26,7 @@ import optax
 from jax import lax
 
 from dgl_jax import schedule
-from dgl_jax.config import MethodSettings, Settings
+from dgl_jax.config import Settings
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.apply import apply_layer
 from dgl_jax.core.module import ModuleState
@@ -40,8 +40,9 @@ from dgl_jax.core.step import (
     loss_step,
 )
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number, option
+from dgl_jax.fields import number
 from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
+from dgl_jax.methods.delayed import DelayedOptions
 from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
 from dgl_jax.models import Synthesizer, with_choices
 from dgl_jax.registry import METHODS
@@ -255,7 +256,7 @@ def _classes(spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> int:
 
 
 @dataclass(frozen=True)
-class DniOptions(MethodSettings):
+class DniOptions(DelayedOptions):
     """Options of the methods `dni` and `cdni`.
 
     Attributes:
@@ -265,15 +266,12 @@ class DniOptions(MethodSettings):
         activations have.
       synthesizer_layers: layers of a synthesizer.
       synthesizer_kernel: height and width of a synthesizer's convolutions, an odd number.
-      encode_gradients: True encodes the gradients that travel down with the codec of the
-        activations; False sends them unchanged.
     """
 
     synthesizer_learning_rate: float = number(1e-3, 0.0, 1e30, exclusive=True)
     synthesizer_channels: int = number(0, 0, 2**16)
     synthesizer_layers: int = number(3, 1, 100)
     synthesizer_kernel: int = number(5, 1, 99)
-    encode_gradients: bool = option(True)
 
     def check(self, settings: Settings) -> None:
         """Raises UserError if a setting does not fit the method."""
