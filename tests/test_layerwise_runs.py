@@ -12,6 +12,7 @@ from plugin_runs import config as plugin_config
 from runs import arrays, same_run, small_config
 
 from dgl_jax.config import make_settings
+from dgl_jax.configs.digits import get_config
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.export import export_run, load_exported
@@ -135,6 +136,15 @@ def test_finished_run_serves_every_mode(whole, tmp_path):
     assert {path.stem for path in plot(whole)} >= {"accuracy", "loss"}
     start = train_and_evaluate(config(train__steps=2), tmp_path / "next", init_from=whole)
     assert start.steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.full_compile
+def test_every_module_learns_digits(tmp_path):
+    digits = get_config()
+    digits.method.name, digits.model.width, digits.train.epochs = "layerwise", 8, 6.0
+    summary = train_and_evaluate(digits, tmp_path)
+    assert all(module["test_accuracy"] > 0.85 for module in summary.modules)
 
 
 @pytest.mark.slow

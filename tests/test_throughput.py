@@ -8,11 +8,31 @@ import jax
 import pytest
 
 from dgl_jax.config import ReplaySettings, options
-from dgl_jax.engines import SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
+from dgl_jax.engines import Report, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
+from dgl_jax.run.metrics import Window
+from dgl_jax.run.record import Record
 from dgl_jax.run.throughput import Throughput
 
 TOTAL, BATCH = 8, 8
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["", "twin"])
+def test_first_update_of_a_module_that_trains_later_is_left_out(broken):
+    record = Record.__new__(Record)
+    record.throughput = Throughput(10, lambda: 0.0)
+    record._report, record._window = None, Window()
+    record.throughput.start()
+    if broken:
+        record.throughput.skip = lambda at: record.throughput.count(0, at)
+    # (time, module, advance in steps): two modules with four updates each, a second per update and
+    # a minute to compile the second program.
+    for at, module, advance in (
+        (100, 0, 0), (101, 0, 1), (102, 0, 0), (103, 0, 1),
+        (163, 1, 0), (164, 1, 1), (165, 1, 0), (166, 1, 1),
+    ):  # fmt: skip
+        record.add(Report((0, 0), ({}, {}), lambda: None, step=0, module=module, at=at), advance)
+    assert record.throughput.rate() == pytest.approx(40 / (66 if broken else 6), abs=0.01)
 
 
 class Clock:

@@ -50,7 +50,8 @@ class Record:
         before, self._report = self._report, report
         if before is not None and report.module != before.module:
             self.throughput.skip(report.at)  # the module's first update compiled its program
-        self.throughput.count(advance, report.at)
+        else:
+            self.throughput.count(advance, report.at)
         self._window.add(report)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:

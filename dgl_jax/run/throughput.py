@@ -45,7 +45,7 @@ class Throughput:
             self._last = max(now, self._last)
 
     def skip(self, at: float | None = None) -> None:
-        """Leaves out the time since the previous report, until `at` or until now."""
+        """Leaves out the time since the previous report, until `at` or now, and its images."""
         self._last = max(self._last, self.clock() if at is None else at)
 
     def rate(self) -> float | None:
