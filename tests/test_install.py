@@ -119,7 +119,8 @@ def test_wheel_and_checkout_work_in_a_new_environment(tmp_path):
     assert {
         str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources
     } <= wheel_files
-    assert "dgl_jax/py.typed" in wheel_files
+    others = {"py.typed", "tools/report.css", "tools/report.js"}
+    assert {f"dgl_jax/{name}" for name in others} <= wheel_files
 
     # The library part works with only the five libraries that it needs.
     call(*pip, "install", "--no-compile", "jax", "flax", "optax", "numpy", "jaxtyping", cwd=empty)

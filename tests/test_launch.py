@@ -260,7 +260,7 @@ def test_missing_checkpoint_is_one_line(trained):
 
 def test_help_lists_the_modes():
     process = launch("--help", env=os.environ | {"COLUMNS": "200"})
-    assert "<train|eval|predict|export|plot|bench|plan|sweep>" in process.stdout
+    assert "<train|eval|predict|export|plot|bench|plan|sweep|report>" in process.stdout
 
 
 def test_launch_script_stays_short():

@@ -146,6 +146,10 @@ def test_legend_hides_and_shows_the_curves_of_a_row(opened):
     assert opened.call(visible) == 8
     opened.click("document.querySelectorAll('.legend input')[1]")
     assert opened.call(visible) == 12
+    opened.click("document.querySelector('.legend .all')")
+    assert opened.call(visible) == 0
+    opened.click("document.querySelector('.legend .all')")
+    assert opened.call(visible) == 12
 
 
 def luminance(color: str) -> float:

@@ -62,3 +62,14 @@ for (const box of document.querySelectorAll(".legend input")) {
   });
   box.dispatchEvent(new Event("change"));
 }
+
+for (const button of document.querySelectorAll("button.all")) {
+  button.addEventListener("click", () => {
+    const boxes = [...button.closest("form").querySelectorAll("input")];
+    const checked = !boxes.some((box) => box.checked);
+    for (const box of boxes) {
+      box.checked = checked;
+      box.dispatchEvent(new Event("change"));
+    }
+  });
+}

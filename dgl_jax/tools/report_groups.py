@@ -184,10 +184,10 @@ class Group:
     def best(self, value: Callable[[Row], Value | None]) -> frozenset[int]:
         """Returns the places of the rows with the largest mean.
 
-        Empty if fewer than two rows have one, or if the rows were measured on different data.
+        Empty if all rows are equal, or if they were measured on different data.
         """
         means = {n: found.mean for n, row in enumerate(self.rows) if (found := value(row))}
-        if len(means) < 2 or any(_DATA.fullmatch(name) for name in self.columns):
+        if len(set(means.values())) < 2 or any(_DATA.fullmatch(name) for name in self.columns):
             return frozenset()
         return frozenset(n for n, mean in means.items() if mean == max(means.values()))
 

@@ -149,6 +149,8 @@ def _panels(
     if not drawn_numbers:
         return ""
     legend = "".join(_entry(number, names[number]) for number in sorted(drawn_numbers))
+    if len(drawn_numbers) > 2:
+        legend = f'<button class="all" type="button">all or none</button>{legend}'
     drawn = "".join(panel(title, ls, "accuracy" in title, limit) for title, ls in lines.items())
     return (
         f"<figure><figcaption>{_text(caption)}</figcaption>"
