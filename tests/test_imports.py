@@ -87,7 +87,19 @@ ONLY = {
     "codecs": {"config", "core", "errors", "fields", "registry"},
     "replay": {"errors", "registry", "system", "types"},
     "schedule": set(),
-    "methods": {"codecs", "core", "objectives", "registry", "schedule", "spec", "tasks", "types"},
+    "methods": {
+        "codecs",
+        "config",
+        "core",
+        "errors",
+        "fields",
+        "objectives",
+        "registry",
+        "schedule",
+        "spec",
+        "tasks",
+        "types",
+    },
 }
 # The only names that other rooms may import from these folders.
 DOORS = {"ops": ops.__all__}
