@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgl_jax.schedule import Turn, fused, pipelined, staggered
+from dgl_jax.schedule import Turn, fused, layerwise, pipelined, staggered
 from dgl_jax.tools.timeline import Span, Work, simulate, waiting
 
 # Three modules; a message takes 1 s from the first to the second and 2 s to the third.
@@ -162,3 +162,17 @@ def test_waiting_matches_hand_calculation():
     used = [Span(1, b, 2.0 * b + 1, 2.0 * b + 3) for b in range(4)]  # until 3, 5, 7, 9
     assert waiting(sent + used, 1) == 3
     assert waiting(used, 3) == 0
+
+
+def test_frozen_modules_forward_the_next_batches_while_a_module_trains():
+    works = [Work(k, 3.0) for k in range(3)]  # a forward turn takes 1 s
+    phase = list(layerwise([8, 8, 0], 8, 8, overlap=True))
+    spans = simulate(phase, works)
+    assert spans[-1] == Span(2, 7, 23.0, 26.0)
+    steps = [span for span in spans if span.module == 2]
+    for step in steps[:4]:
+        others = {s.module for s in spans if s.begin < step.end and step.begin < s.end}
+        assert others == {0, 1, 2}
+    # Twin: without overlap a batch passes all modules before the next one enters.
+    alone = simulate(layerwise([8, 8, 0], 8, 8), [Work(0, 3.0)] * 3)
+    assert alone[-1].end == 8 * 5.0
