@@ -11,6 +11,10 @@ from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORK
 from dgl_jax.run.build import DatasetInfo, make_engine
 
 
+WITH_HEADS = ("dgl", "layerwise", "deep_supervision")
+WITHOUT_HEADS = ("backprop", "dni", "cdni", "ddg", "features_replay", "fdg")
+
+
 def test_name_fields_choose_from_the_registries():
     registries = {
         "data.name": DATA_SETS,
@@ -23,7 +27,7 @@ def test_name_fields_choose_from_the_registries():
         group, _, leaf = name.partition(".")
         assert fields_of(group)[leaf].metadata["kinds"] is kinds
     assert [*ENGINES] == ["fused", "pipeline", "simulated", "threads"]
-    assert [*METHODS] == ["backprop", "dgl", "layerwise"]
+    assert {*METHODS} == {*WITH_HEADS, *WITHOUT_HEADS}
 
 
 def engine_of(name: str, method: str = "dgl") -> Engine:
@@ -47,7 +51,7 @@ def test_every_engine_name_builds_its_engine():
 def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
     for method in METHODS:
         first, last = engine_of("fused", method).spec.modules
-        assert (first.objective is None) == (method == "backprop")
+        assert (first.objective is None) == (method in WITHOUT_HEADS)
         assert last.objective is not None
     with pytest.raises(
         UserError,
