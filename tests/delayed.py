@@ -151,7 +151,7 @@ def ddg_by_hand(spec: TrainSpec, steps: int, late: int = 0, current: bool = Fals
       spec: the spec of the run.
       steps: updates per module.
       late: further ticks of delay, for a twin.
-      current: takes the current parameters instead of those of that time, for a twin.
+      current: takes the current parameters instead of the stored ones, for a twin.
     """
     hand = Hand(spec)
     before: list[list[Any]] = []

@@ -85,7 +85,7 @@ def test_groups_of_several_devices_train_alike(name):
 
 @NAMES
 def test_turns_of_different_modules_are_dispatched_side_by_side(name):
-    """Checks that no turn in the log of the pipeline reads a message of the same tick."""
+    """Compares the order of the turns with the schedule, in whose ticks most modules work."""
     engine = make_engine(make_spec(METHODS[name]), 3)
     log: list[tuple[int, str]] = []
     for turn in [(k, kind) for k in range(3) for kind in ("forward", "backward", "step")]:
@@ -159,8 +159,8 @@ def test_gradients_have_a_codec_and_metrics_of_their_own():
     *reports, _ = make_engine(spec).run(spec_state(spec), SOURCE, STEPS)
     for report in reports:
         lower, upper = (set(metrics) for metrics in report.metrics)
-        assert {"codec_error", "perplexity"} < lower
-        assert {"loss", "accuracy", "gradient_codec_error", "gradient_perplexity"} <= upper
+        assert {"codec_error", "codec_perplexity"} < lower
+        assert {"loss", "gradient_codec_error", "gradient_codec_perplexity"} <= upper
         assert 0 < float(report.metrics[1]["gradient_codec_error"]) < 2
     raw = make_spec(Ddg(encode_gradients=False), modules=2, codec=VQ)
     assert "gradient_codec" not in raw.abstract_states()[1].extras

@@ -78,9 +78,9 @@ def locked_ticks(
 def staggered(ticks: Iterator[Tick]) -> Iterator[Tick]:
     """Divides `locked_ticks` so that modules on separate devices work side by side.
 
-    The turns of module k come k ticks later than those of module 0, and its forward pass and its
-    update are separate ticks. In each tick every other module runs a batch forward and the rest
-    update. No turn changes: it reads the same messages and the same state as before.
+    The turns of module k are k ticks behind module 0, and its forward pass and its update are in
+    separate ticks. In each tick every other module runs a batch forward and the rest update. Every
+    turn reads the same messages and the same state as before.
 
         tick 2   m2:s0           m0:f1
         tick 3           m1:f1
@@ -261,7 +261,7 @@ class Delayed:
         return forward
 
     def _backward(self, spec: TrainSpec, k: int) -> Program:
-        """Returns the program that updates a module with a gradient from above."""
+        """Returns the program of an update with a gradient from above."""
         module, ports, optimizer = spec.modules[k], Ports(spec, k), self._optimizer(spec, k)
         size = self.stored(len(spec.modules), k)
 
