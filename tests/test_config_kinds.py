@@ -10,7 +10,6 @@ from dgl_jax.errors import UserError
 from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.run.build import DatasetInfo, make_engine
 
-
 WITH_HEADS = ("dgl", "layerwise", "deep_supervision")
 WITHOUT_HEADS = ("backprop", "dni", "cdni", "ddg", "features_replay", "fdg")
 
