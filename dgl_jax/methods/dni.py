@@ -268,7 +268,7 @@ class DniOptions(DelayedOptions):
       synthesizer_kernel: height and width of a synthesizer's convolutions, an odd number.
     """
 
-    synthesizer_learning_rate: float = number(1e-3, 0.0, 1e30, exclusive=True)
+    synthesizer_learning_rate: float = number(1e-4, 0.0, 1e30, exclusive=True)
     synthesizer_channels: int = number(0, 0, 2**16)
     synthesizer_layers: int = number(3, 1, 100)
     synthesizer_kernel: int = number(5, 1, 99)
