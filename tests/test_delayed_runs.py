@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from delayed import BATCH, SOURCE, STEPS, make_engine, make_spec, params_of, train
-from plugin_runs import furthest
+from plugin_runs import equal, furthest
 from runs import arrays, records, small_config
 
 from dgl_jax import testing
@@ -35,7 +35,7 @@ def leaves(state: EngineState) -> list[np.ndarray]:
 
 
 def same(one: EngineState, other: EngineState) -> bool:
-    return all(map(np.array_equal, leaves(one), leaves(other), strict=True))
+    return equal(leaves(one), leaves(other))
 
 
 def moved(state: EngineState, engine: Any) -> EngineState:
@@ -50,6 +50,7 @@ def moved(state: EngineState, engine: Any) -> EngineState:
 # Engines
 
 
+@pytest.mark.slow
 @pytest.mark.full_compile
 @NAMES
 def test_pipeline_equals_fused_and_resumes_its_state_bit_for_bit(name):
@@ -165,7 +166,7 @@ def test_gradients_have_a_codec_and_metrics_of_their_own():
     raw = make_spec(Ddg(encode_gradients=False), modules=2, codec=VQ)
     assert "gradient_codec" not in raw.abstract_states()[1].extras
     encoded, unchanged = params_of(train(make_engine(spec))), params_of(train(make_engine(raw)))
-    assert furthest(encoded[1:], unchanged[1:]) < 1e-6 < furthest(encoded[:1], unchanged[:1])
+    assert furthest(encoded, unchanged) > 1e-4
 
 
 def spec_state(spec: Any) -> EngineState:
@@ -197,7 +198,7 @@ def test_resumed_run_equals_uninterrupted_run(name, tmp_path):
         remove(tmp_path / "stopped" / "checkpoints" / str(step))
     train_and_evaluate(small_config(**fields), tmp_path / "stopped")
     one, other = tmp_path / "whole", tmp_path / "stopped"
-    assert all(map(np.array_equal, arrays(one), arrays(other), strict=True))
+    assert equal(arrays(one), arrays(other))
     assert records(one) == records(other)
     logged = [line for line in records(one) if "train/module_2/loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6, 8]
@@ -216,8 +217,10 @@ def remove(path: Path) -> None:
 @NAMES
 def test_plan_predicts_a_pipeline(name):
     config = small_config(method__name=name, model__modules=4, engine__name="pipeline")
-    numbers, spans = plan(make_settings(config), devices=4, stated="1,1,1,1", cores=8)
-    assert numbers["ticks_per_second"] == pytest.approx(1000 / (4 / 3), rel=0.05)
+    numbers, spans = plan(make_settings(config), devices=4, stated="9,9,9,1", cores=8)
+    # A forward pass takes a third of an update. Only the last module has the time of a head.
+    assert numbers["modules"][3]["milliseconds"] < 12
+    assert numbers["ticks_per_second"] == pytest.approx(1000 / (9 + 3), rel=0.02)
     begins = sorted((span.begin, span.end, span.module) for span in spans)
     overlapping = [a for a, b in itertools.pairwise(begins) if b[0] < a[1]]
     assert len(overlapping) > len(begins) / 2
