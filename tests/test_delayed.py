@@ -206,7 +206,7 @@ def test_options_of_the_methods():
         method("fdg", shrink=0.0)
     refused = testing.small_settings(method={"name": "ddg"}, engine={"name": "threads"})
     with pytest.raises(
-        UserError, match=r"threads: config\.method\.name=ddg runs under fused or pi"
+        UserError, match=r"threads: config\.method\.name=ddg runs under fused or"
     ):
         testing.make_experiment(refused, jax.devices()[:1])
 

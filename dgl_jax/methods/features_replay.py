@@ -1,8 +1,8 @@
 """Features replay (FR) of Huo et al. 2018, "Training Neural Networks Using Features Replay".
 
-The schedule is the same as for `ddg`: a module updates with a gradient that is K - 1 - k batches old. It
-stores only its inputs and repeats the forward pass from them with its current parameters. The
-running averages of batch norm are updated in the first pass only.
+The schedule is the same as for `ddg`: a module updates with a gradient that is K - 1 - k batches
+old. It stores only its inputs and repeats the forward pass from them with its current parameters.
+The running averages of batch norm are updated in the first pass only.
 
 Memory: module k holds K - k copies of its inputs.
 """
