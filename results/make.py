@@ -1,0 +1,155 @@
+"""Writes the table and the picture of a claim from the runs of its sweeps `rates` and `small`.
+
+    python results/make.py WORKDIR CLAIM
+
+CLAIM is the name of a file in configs/claims/. Writes results/CLAIM.md and results/CLAIM.png. Runs
+that are missing or not finished are left out and counted.
+"""
+
+import importlib
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dgl_jax.configs.claims.common import Variants
+from dgl_jax.tools.report_runs import Run, read_runs
+
+HERE = Path(__file__).parent
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one row of a claim.
+
+    Attributes:
+      name: name of the row.
+      rates: by learning rate, the validation accuracy of the last module with the first seed.
+      chosen: learning rate with the highest one; None if there is no run.
+      runs: finished runs with the chosen rate, one per seed.
+    """
+
+    name: str
+    rates: dict[float, float]
+    chosen: float | None
+    runs: tuple[Run, ...]
+
+    def accuracies(self, module: int = -1) -> list[float]:
+        """Returns the test accuracy of a module for each seed, in percent."""
+        values = [run.summary["modules"][module]["test_accuracy"] for run in self.runs]
+        return [100 * value for value in values if value is not None]
+
+    def text(self) -> str:
+        """Returns mean and sample standard deviation of the last module's test accuracy."""
+        values = self.accuracies()
+        if len(values) < 2:
+            return f"{values[0]:.2f}" if values else ""
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def last_module(run: Run) -> int:
+    """Returns the index of a run's last module."""
+    return len(run.summary["modules"]) - 1
+
+
+def make_row(name: str, runs: Sequence[Run]) -> Row:
+    """Collects the finished runs of a row."""
+    mine = [run for run in runs if run.finished and run.name.startswith(f"{name}/lr=")]
+    rates = {
+        run.settings["optimizer.learning_rate"]: 100
+        * run.curves["validation", last_module(run), "accuracy"][1][-1]
+        for run in mine
+        if run.seed == 0
+    }
+    chosen = max(rates, key=lambda rate: rates[rate], default=None)
+    kept = [run for run in mine if run.settings["optimizer.learning_rate"] == chosen]
+    return Row(name, rates, chosen, tuple(sorted(kept, key=lambda run: run.seed)))
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Returns the lines of a Markdown table."""
+    rates = sorted({rate for row in rows for rate in row.rates})
+    header = ["row", *(f"validation, lr {rate:g}" for rate in rates)]
+    header += ["test accuracy of the last module, %", "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [f"{row.rates[rate]:.2f}" if rate in row.rates else "" for rate in rates]
+        cells = [
+            f"**{cell}**" if rate == row.chosen else cell
+            for rate, cell in zip(rates, cells, strict=True)
+        ]
+        line = [f"`{row.name}`", *cells, f"**{row.text()}**", str(len(row.runs))]
+        lines.append("| " + " | ".join(line) + " |")
+    return lines
+
+
+def by_module(rows: Sequence[Row]) -> list[str]:
+    """Returns the lines of a Markdown table of all heads; empty if no row has several."""
+    count = max((last_module(row.runs[0]) + 1 for row in rows if row.runs), default=0)
+    wide = [row for row in rows if row.runs and last_module(row.runs[0]) + 1 == count]
+    if count < 2 or not any(len(row.accuracies(0)) for row in wide):
+        return []
+    header = ["mean test accuracy, %", *(f"module {k}" for k in range(count))]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in wide:
+        cells = [row.accuracies(k) for k in range(count)]
+        texts = [f"{statistics.mean(values):.2f}" if values else "" for values in cells]
+        lines.append("| " + " | ".join([f"`{row.name}`", *texts]) + " |")
+    return lines
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Draws validation accuracy over epochs, and test accuracy of every seed."""
+    figure = Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, row in enumerate(rows):
+        color = COLORS[place % len(COLORS)]
+        curves = [run.curves["validation", last_module(run), "accuracy"] for run in row.runs]
+        length = min((len(values) for _, values in curves), default=0)
+        means = [100 * statistics.mean(v[i] for _, v in curves) for i in range(length)]
+        if curves:
+            left.plot(curves[0][0][:length], means, color=color, label=row.name)
+        values = row.accuracies()
+        right.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.6)
+        if values:
+            right.plot(statistics.mean(values), place, "|", color=color, markersize=16)
+    left.set(xlabel="epoch", ylabel="validation accuracy of the last module, %")
+    right.set(xlabel="test accuracy of the last module, %")
+    right.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    right.invert_yaxis()
+    for axes in (left, right):
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    workdir, claim = Path(sys.argv[1]), sys.argv[2]
+    module = importlib.import_module(f"dgl_jax.configs.claims.{claim}")
+    runs, _ = read_runs(workdir)
+    variants: Variants = module.ROWS
+    rows = [make_row(name, runs) for name in variants]
+    picture(rows, HERE / f"{claim}.png")
+    text = [*table(rows), "", *by_module(rows)]
+    missing = sum(not run.finished for run in runs)
+    print("\n".join(text), f"\n\n{missing} runs are not finished", sep="")
+    chosen = {row.name: row.chosen for row in rows if row.chosen is not None}
+    print(f"CHOSEN = {chosen!r}")
+    page = HERE / f"{claim}.md"
+    begin, end = "<!-- table -->\n", "<!-- end -->\n"
+    old = page.read_text() if page.exists() else f"# {claim}\n\n{begin}{end}"
+    head, tail = old.partition(begin)[0], old.partition(end)[2]
+    lines = "\n".join(text).strip()
+    page.write_text(f"{head}{begin}\n{lines}\n\n![Accuracy]({claim}.png)\n\n{end}{tail}")
+
+
+if __name__ == "__main__":
+    main()
