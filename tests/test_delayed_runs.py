@@ -40,11 +40,13 @@ def same(one: EngineState, other: EngineState) -> bool:
 
 def moved(state: EngineState, engine: Any) -> EngineState:
     """Returns a state, restored from host copies as from a checkpoint, on an engine's devices."""
-    copies = jax.tree.map(
-        lambda x: x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.array(x),
-        state.modules,
-    )
-    return engine.resume(EngineState(copies), None)
+
+    def copied(x: Any) -> Any:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(np.array(jax.random.key_data(x)), impl="threefry2x32")
+        return np.array(x)
+
+    return engine.resume(EngineState(jax.tree.map(copied, state.modules)), None)
 
 
 # Engines
@@ -180,6 +182,7 @@ RUN: dict[str, Any] = {
     "train__steps": 8,
     "eval__every": 3,
     "checkpoint__every": 3,
+    "checkpoint__keep": 9,
     "log__every": 2,
 }
 
@@ -196,6 +199,7 @@ def test_resumed_run_equals_uninterrupted_run(name, tmp_path):
     train_and_evaluate(small_config(**fields), tmp_path / "stopped")
     for step in (6, 8):  # the newest checkpoints are lost
         remove(tmp_path / "stopped" / "checkpoints" / str(step))
+    (tmp_path / "stopped" / "summary.json").unlink()
     train_and_evaluate(small_config(**fields), tmp_path / "stopped")
     one, other = tmp_path / "whole", tmp_path / "stopped"
     assert equal(arrays(one), arrays(other))

@@ -30,15 +30,15 @@ class Work:
       seconds: duration of a turn of kind `step` if nothing else runs. A `forward` turn takes a
         third of it; a `backward` turn takes all of it, because it repeats the forward pass.
       transfer: seconds that the module's message takes to the next module.
-      transfer_down: seconds that a message from the next module takes; None: as long as `transfer`.
       cores: host processors that the turn keeps busy; matters only if cores are limited.
+      transfer_down: seconds that a message from the next module takes; None: as long as `transfer`.
     """
 
     device: int
     seconds: float
     transfer: float = 0.0
-    transfer_down: float | None = None
     cores: float = 1.0
+    transfer_down: float | None = None
 
 
 class Span(NamedTuple):
