@@ -16,6 +16,7 @@ from dgl_jax.config import make_settings
 from dgl_jax.core import rngs
 from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.engines import EngineState
+from dgl_jax.registry import METHODS
 from dgl_jax.run.build import DatasetInfo
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.types import Batch
@@ -118,6 +119,25 @@ def test_no_array_of_a_step_exceeds_32_bits(name):
         assert jax.eval_shape(lambda: jax.numpy.zeros(())).dtype == np.float64, (
             "x64 was not enabled"
         )
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dgl", "backprop")])
+def test_no_array_of_a_method_exceeds_32_bits(name):
+    """Checks the turns of the fullest tick under x64, without compiling anything."""
+    info = DatasetInfo("two", ("a", "b"), (8, 8, 3), (0.0,) * 3, (1.0,) * 3)
+    fields = {"method__name": name, "model__modules": 3, "train__ema": 0.5}
+    if name != "deep_supervision":
+        fields |= {"codec__name": "vq", "codec__dims": 1, "codec__codes": 4}
+    with jax.enable_x64(True):
+        spec = spec_of(make_settings(small_config(**fields)), info)
+        fullest = max(spec.method.schedule([0] * 3, 6, 6), key=len)
+        step = spec.method.fused(spec, [(turn.module, turn.kind) for turn in fullest])
+        states = spec.abstract_states()
+        new, metrics = jax.eval_shape(step, states, spec.batch())
+        for path, leaf in jax.tree_util.tree_leaves_with_path((states, new, metrics)):
+            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                assert leaf.dtype.itemsize <= 4, jax.tree_util.keystr(path)
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), states, new)
 
 
 def test_checkpoint_restores_random_keys_of_another_kind(tmp_path, tiny):

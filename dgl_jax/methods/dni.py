@@ -125,7 +125,7 @@ class Dni:
             seen = {"activations": outputs}
             if self.conditional:
                 classes = extras["pending"]["targets"].shape[-1]
-                seen["targets"] = jax.nn.one_hot(context["label"], classes)
+                seen["targets"] = jax.nn.one_hot(context["label"], classes, dtype=jnp.float32)
             prediction, stats = self._predicted(layer, synthesizer["params"], synthesizer, seen)
             gradient, gradient_below = pull((prediction / len(outputs)).astype(outputs.dtype))
             state = apply_gradient(spec.optimizer, state, gradient, batch_stats)

@@ -87,7 +87,9 @@ def cross_entropy(
         )
     logits = logits.astype(jnp.float32)
     if smoothing:
-        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype), smoothing
+        )
         losses = optax.softmax_cross_entropy(logits, targets)
     else:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
