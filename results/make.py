@@ -16,7 +16,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dgl_jax.configs.claims.common import Variants
+from dgl_jax.configs.claims._common import Variants
 from dgl_jax.tools.report_runs import Run, read_runs
 
 HERE = Path(__file__).parent

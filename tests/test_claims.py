@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgl_jax.config import make_settings
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 from dgl_jax.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "configs" / "claims"

@@ -10,6 +10,8 @@ from written_runs import write_run
 
 from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
+from dgl_jax.run.workdir import load_settings, lock
+from dgl_jax.tools.commands import shell_command
 from dgl_jax.tools.report import report_runs
 from dgl_jax.tools.report_curves import BOX, Line, panel, thinned
 from dgl_jax.tools.report_groups import Report, Row, make_report
@@ -193,16 +195,28 @@ def test_sweep_adds_order_states_errors_and_commands(tmp_path):
     rows = {"b": row("failed", error="boom <b>"), "a": row("finished"), "c": row("running")}
     sweep(tmp_path / "sub", rows | {"d/e": row("waiting"), "/etc": row("waiting"), "../x": {}})
     report = report_of(tmp_path)
+
+    def settings_of(name: str):
+        return load_settings(tmp_path / "sub" / name / "config.json")
+
     assert [(run.name, run.state, run.problem, run.command) for run in report.runs] == [
-        ("sub/b", "failed", "boom <b>", "python launch.py --failed"),
-        ("sub/a", "finished", "", "python launch.py --finished"),
-        ("sub/c", "running", "", "python launch.py --running"),
+        ("sub/b", "failed", "boom <b>", shell_command(settings_of("b"), tmp_path / "sub" / "b")),
+        ("sub/a", "finished", "", shell_command(settings_of("a"), tmp_path / "sub" / "a")),
+        # Nothing holds its lock: the sweep was killed.
+        ("sub/c", "stopped", "", shell_command(settings_of("c"), tmp_path / "sub" / "c")),
         ("sub/d/e", "waiting", "", "python launch.py --waiting"),
     ]
     html, md = report_runs(tmp_path)
     assert "boom &lt;b&gt;" in html.read_text()
     assert r"boom \<b\>" in md.read_text()
     assert "sub/d/e" in html.read_text()
+
+
+def test_run_is_running_as_long_as_its_folder_is_locked(tmp_path):
+    write_run(tmp_path / "alone")
+    assert [run.state for run in report_of(tmp_path).runs] == ["unfinished"]
+    with lock(tmp_path / "alone"):
+        assert [run.state for run in report_of(tmp_path).runs] == ["running"]
 
 
 def test_sweep_that_cannot_be_read_is_a_note(tmp_path):

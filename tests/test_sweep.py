@@ -21,7 +21,7 @@ from dgl_jax import child, system
 from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.run.signals import Interruption
-from dgl_jax.run.workdir import is_locked, lock
+from dgl_jax.run.workdir import check, is_locked, lock
 from dgl_jax.tools import jobs, rows
 from dgl_jax.tools.bars import Bars
 from dgl_jax.tools.estimate import Cost, Costs, Meter, kind_of, newest_record, spoken
@@ -77,6 +77,28 @@ def test_fields_of_the_command_line_change_all_rows_but_not_what_the_sweep_yield
     assert other == "no row"
     assert config == small_config()
     assert list(rows.overridden(iter(pairs), {})) == pairs
+
+
+def test_rows_of_another_sweep_stay_in_the_table(tmp_path):
+    path = tmp_path / "sweep.json"
+    first, second = (
+        make_rows(iter([(name, small_config(seed=n)) for n, name in enumerate(names)]), tmp_path)
+        for names in (("a", "b"), ("b", "c"))
+    )
+    first[0].state = first[1].state = "finished"
+    for table in (first, second):
+        rows.write(path, "name", table)
+    states = {name: row["state"] for name, row in json.loads(path.read_text())["rows"].items()}
+    assert states == {"a": "finished", "b": "waiting", "c": "waiting"}
+    path.write_text("{")
+    rows.write(path, "name", second)
+    assert list(json.loads(path.read_text())["rows"]) == ["b", "c"]
+
+
+def test_run_in_the_folder_of_a_sweep_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the rows of a sweep"):
+        check(tmp_path, make_settings(small_config()))
 
 
 def test_finished_rows_are_marked_and_others_wait(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 MODULES, SLOWED = 6, 3
 

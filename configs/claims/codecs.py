@@ -10,7 +10,8 @@ byte per D values and stage. The paper on quantized DGL has published no numbers
 
 from typing import Any
 
-from dgl_jax.configs.claims import asynchronous, common
+from dgl_jax.configs.claims import _common as common
+from dgl_jax.configs.claims import asynchronous
 
 
 def vq(dims: int, stages: int = 1) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Published errors (ResNet-110, K = 2, 300 epochs): back-propagation 6.47 and 5.79
 from ml_collections import ConfigDict
 
 from dgl_jax.configs.bases import cifar10_resnet
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     **{

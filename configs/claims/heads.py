@@ -12,7 +12,7 @@ Published (width 128, 50 epochs; not verified against the paper): `cnn` 92.2 %, 
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     **{head: {"model.head": head} for head in ("cnn", "mlp", "mlp_sr", "linear")},

@@ -13,7 +13,7 @@ Published top-1 accuracy (50 epochs): K = 4 67.8 %, K = 10 64.4 %, back-propagat
 from ml_collections import ConfigDict
 
 from dgl_jax.configs.bases import imagenet
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     "dgl,K=4": {"model.modules": 4, "model.split": "0,3,6,9"},

@@ -13,7 +13,7 @@ Published by others (ResNet-32, batch 1,024): errors of DGL 8.69, 11.48, 14.17 a
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     "backprop": {"method.name": "backprop", "model.modules": 1},

@@ -14,7 +14,7 @@ Published (width 64, 50 epochs per layer, one seed), test accuracy of layers 1 t
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     "dgl": {},

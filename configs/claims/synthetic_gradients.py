@@ -13,7 +13,7 @@ Published (width 128, Adam 3e-5, batch 256, 1,500 epochs, one seed): back-propag
 
 from ml_collections import ConfigDict
 
-from dgl_jax.configs.claims import common
+from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     "dgl": {"model.head": "conv5x5"},

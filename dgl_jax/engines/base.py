@@ -173,6 +173,7 @@ class Report:
         other; otherwise None.
       at: time at which the update finished, in seconds of a monotonic clock; None if every
         report is read at once. Updates of one dispatch finish at the same time.
+      compiled: True if a program has been compiled since the previous report.
     """
 
     updates: tuple[int, ...]
@@ -181,6 +182,7 @@ class Report:
     step: int = field(kw_only=True)
     module: int | None = field(default=None, kw_only=True)
     at: float | None = None
+    compiled: bool = False
 
 
 class Engine(Protocol):

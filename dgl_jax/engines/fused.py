@@ -4,6 +4,7 @@ It needs the fewest dispatches and serves as the reference for the other engines
 dispatch runs many steps, as a loop inside the jitted function (`engine.steps_per_dispatch`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from dgl_jax.engines.base import (
 from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
 from dgl_jax.engines.placement import Placement, assign, one_group
-from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers
+from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import TrainStep, progress
+from dgl_jax.methods.base import Post, TrainStep, progress
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Group, Progress, Tick, entering, grouped, never
 from dgl_jax.spec import TrainSpec
@@ -95,6 +96,15 @@ def _jitted_loop(
     return compiler.jit(loop)
 
 
+def _repeated(spec: TrainSpec) -> frozenset[tuple[tuple[int, str], ...]]:
+    """Returns the turns of the ticks that occur again and again in the method's schedule."""
+    modules = len(spec.modules)
+    steps = 4 * modules + 16  # longer than it takes to fill all modules
+    ticks = spec.method.schedule([0] * modules, steps, steps)
+    counted = Counter(tuple((turn.module, turn.kind) for turn in tick) for tick in ticks)
+    return frozenset(turns for turns, count in counted.items() if count > 2)
+
+
 class FusedEngine(Synchronous):
     """Synchronous engine that runs all turns of a tick as one jitted function.
 
@@ -103,6 +113,9 @@ class FusedEngine(Synchronous):
         (module, kind) pairs of the turns.
       loops: jitted functions of many ticks, `(states, stored, batches) -> (states, metrics)`, with
         a leading axis over the ticks in `batches` and `metrics`.
+      turns: jitted programs by (module, kind). They run the few ticks with other turns at the
+        beginning and end of a method with delays: compiling a function for each of these ticks
+        would take longer than running them.
     """
 
     def __init__(
@@ -119,6 +132,8 @@ class FusedEngine(Synchronous):
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.dispatches, compiler = dispatches or Dispatches(), compiler or StepCompiler()
         self._prepared: set[tuple[tuple[int, str], ...]] = set()
+        self._whole = _repeated(spec)
+        self.turns = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
         self.steps = Programs(lambda turns: _jitted(spec, turns, compiler))
         self.loops = Programs(lambda turns: _jitted_loop(spec, turns, compiler))
 
@@ -138,9 +153,13 @@ class FusedEngine(Synchronous):
                     self._prepare(turns, states, feed)
                 batches = feed.batches(first.batch, len(group))
                 states, metrics = self.loops[turns](states, feed.stored, batches)
-            else:
+            elif turns in self._whole:
                 batch = None if first is None else feed.batch(first.batch)
                 states, metrics = self.steps[turns](states, batch)
+            else:
+                post = Post(self.spec, states)
+                metrics = post.run(group[0], self.turns, feed.batch)
+                states = post.closed()
             return metrics
 
         updates_before = counts(state)

@@ -34,7 +34,13 @@ CompilerOptions = tuple[tuple[str, str | int], ...]
 
 
 class Programs(dict[Any, Any]):
-    """Dict of programs by turn, which builds each program when it is first looked up."""
+    """Dict of programs by turn, which builds each program when it is first looked up.
+
+    Attributes:
+      built: number of programs that all objects of this class have built.
+    """
+
+    built = 0
 
     def __init__(self, make: Callable[[Any], Any]):
         super().__init__()
@@ -42,6 +48,7 @@ class Programs(dict[Any, Any]):
 
     def __missing__(self, turn: Any) -> Any:
         program = self[turn] = self._make(turn)
+        Programs.built += 1
         return program
 
 

@@ -15,6 +15,7 @@ from dgl_jax.engines.base import EngineState, Report, Snapshot, counts, place_mo
 from dgl_jax.engines.collect import collector
 from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.program import Programs
 from dgl_jax.methods.base import Post
 from dgl_jax.schedule import Group
 from dgl_jax.spec import Traffic, TrainSpec
@@ -90,6 +91,7 @@ def run_ticks(
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
     pending: Report | None = None
+    compiled: list[bool] = []  # per dispatch since the newest report
     collect = collector(engine, counts, _snapshot_in_flight)
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
@@ -100,17 +102,19 @@ def run_ticks(
         for i, tick in enumerate(group):
             parts = jax.tree.map(lambda x, i=i: x[i], metrics) if len(group) > 1 else metrics
             for report in collect(tick, parts):
-                report.at = finished_at
+                report.at, report.compiled = finished_at, any(compiled)
+                compiled.clear()
                 yield report
 
     def reports() -> Iterator[Report]:
         for group in groups:
-            begin = time.perf_counter()
+            begin, built = time.perf_counter(), Programs.built
             # Guard the dispatch alone: a generator that yields inside `with` would leave the guard
             # on in its caller.
             with jax.transfer_guard("disallow"):
                 waiting.append((group, dispatch(group)))
             engine.host_seconds += time.perf_counter() - begin
+            compiled.append(Programs.built > built)  # a program compiles when it is first called
             while len(waiting) > (engine.ticks_in_flight if len(group) == 1 else 1):
                 yield from reports_of(*waiting.popleft())
         while waiting:
@@ -150,24 +154,13 @@ def run_turns(
     post, feed = Post(engine.spec, state.modules, move), engine.feed(source)
     updates_before = counts(state)
 
-    def dispatch(group: Group) -> list[Metrics]:
-        metrics = []
-        for k, number, kind in group[0]:
-            inbox, context = post.read(k, number, kind, feed.batch)
-            post.states[k], sent, turn_metrics = engine.programs[k, kind](
-                post.states[k], inbox, context
-            )
-            post.send(k, number, context, sent)
-            metrics.append(turn_metrics)
-        return metrics
-
     ticks = engine.spec.method.schedule(
         updates_before, until, max(until, engine.total_steps), stop, overlap
     )
     yield from run_ticks(
         engine,
         ((tick,) for tick in ticks),
-        dispatch,
+        lambda group: post.run(group[0], engine.programs, feed.batch),
         updates_before,
         lambda flight=True: EngineState(post.closed()),
     )

@@ -354,6 +354,24 @@ class Post:
             message, _ = self._move(k - 1, number, sent.below, None)
             self._mails[k - 1] = delivered(self._mails[k - 1], "above", message)
 
+    def run(
+        self, tick: Tick, programs: Mapping[Any, Any], batch: Callable[[int], Batch]
+    ) -> list[Metrics]:
+        """Runs the turns of a tick and returns the metrics of each.
+
+        Args:
+          tick: the turns, in order.
+          programs: programs by (module, kind).
+          batch: returns the batch with a number.
+        """
+        metrics = []
+        for k, number, kind in tick:
+            inbox, context = self.read(k, number, kind, batch)
+            self.states[k], sent, turn_metrics = programs[k, kind](self.states[k], inbox, context)
+            self.send(k, number, context, sent)
+            metrics.append(turn_metrics)
+        return metrics
+
     def closed(self) -> States:
         """Returns the states of all modules, including their waiting messages."""
         return tuple(map(closed, self.states, self._mails))

@@ -48,8 +48,8 @@ class Record:
           advance: number of steps that the run has advanced since the previous report.
         """
         before, self._report = self._report, report
-        if before is not None and report.module != before.module:
-            self.throughput.skip(report.at)  # the module's first update compiled its program
+        if before is not None and report.compiled:
+            self.throughput.skip(report.at)
         else:
             self.throughput.count(advance, report.at)
         self._window.add(report)

@@ -190,11 +190,15 @@ def check(workdir: Path, settings: Settings) -> None:
     """Checks that the workdir can hold this run and does not hold a run of another configuration.
 
     Raises:
-      UserError: it holds another run (the message names the fields that differ), its config.json is
-        missing or damaged, or checkpoints could not be read back from this path.
+      UserError: it holds another run (the message names the fields that differ) or a sweep, its
+        config.json is missing or damaged, or checkpoints could not be read back from this path.
     """
     check_path(workdir, "--workdir")
     check_path(workdir / "checkpoints")
+    if (workdir / "sweep.json").exists():
+        raise UserError(
+            f"--workdir={workdir}: holds the rows of a sweep; a run needs a folder of its own"
+        )
     if not holds_checkpoint(workdir):  # without checkpoints nothing is lost by starting over
         return
     changed = differences(load_settings(workdir / "config.json"), settings)

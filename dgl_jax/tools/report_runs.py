@@ -14,7 +14,7 @@ from typing import Any
 
 from dgl_jax.config import Settings, make_settings, values_of
 from dgl_jax.errors import UserError
-from dgl_jax.run.workdir import read_json
+from dgl_jax.run.workdir import is_locked, read_json
 from dgl_jax.tools.commands import shell_command
 
 # Folders inside a run that hold many files and no runs.
@@ -22,6 +22,7 @@ _SKIPPED = ("checkpoints", "plots", "tensorboard")
 _METRIC = re.compile(r"(train|validation)/(module_(\d+)|ensemble)/(accuracy|loss)")
 _UNFINISHED = "unfinished"
 FINISHED, FAILED, UNREADABLE = "finished", "failed", "cannot be read"
+RUNNING, STOPPED = "running", "stopped"
 _HUGE = 1e100  # beyond this a number is damaged, and arithmetic with it overflows
 
 # Positions on the horizontal axis and values, of one metric.
@@ -128,7 +129,8 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
     except UserError as error:
         return Run(name, UNREADABLE, _below(error, root), command=command)
     if isinstance(settings, Settings):
-        command = command or shell_command(settings, folder)
+        # Not the command of the sweep, which may since ask for more steps.
+        command = shell_command(settings, folder)
     records, damage = _records(folder / "metrics.jsonl")
     step, epoch, total = _progress(records, described)
     summary: Mapping[str, Any] = {}
@@ -139,6 +141,10 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
             state, problem = UNREADABLE, _below(error, root)
     else:
         problem = problem or damage
+        if is_locked(folder):
+            state = RUNNING
+        elif state == RUNNING:
+            state = STOPPED  # with the sweep, which could not record it
     return Run(
         name,
         state,

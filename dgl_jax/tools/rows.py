@@ -13,7 +13,7 @@ from dgl_jax.config import Settings, differences, make_settings
 from dgl_jax.errors import UserError, explain, where
 from dgl_jax.run.checkpoint_folder import check_path
 from dgl_jax.run.summary import read_summary
-from dgl_jax.run.workdir import finished, holds_checkpoint, load_settings
+from dgl_jax.run.workdir import finished, holds_checkpoint, load_settings, read_json
 from dgl_jax.run.writers import write_text
 from dgl_jax.tools.commands import shell_command
 from dgl_jax.tools.config_files import resolve
@@ -203,6 +203,8 @@ def _compare_with_folder(row: Row) -> None:
 def write(path: Path, name: str, rows: Sequence[Row]) -> None:
     """Writes the states of all rows to `sweep.json`, atomically.
 
+    Rows of other sweeps in the same folder stay there.
+
     Args:
       path: the file.
       name: value of `--sweep`.
@@ -218,4 +220,9 @@ def write(path: Path, name: str, rows: Sequence[Row]) -> None:
         }
         for row in rows
     }
+    try:
+        others = read_json(path, "rows")["rows"]
+        entries = {other: row for other, row in others.items() if other not in entries} | entries
+    except (UserError, AttributeError):
+        pass  # there is none, or it is damaged
     write_text(path, json.dumps({"sweep": name, "rows": entries}, indent=2) + "\n")
