@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import jax
 import pytest
+from runs import small_config
 
-from dgl_jax.config import ReplaySettings, options
+from dgl_jax.config import ReplaySettings, make_settings, options
 from dgl_jax.engines import Report, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
+from dgl_jax.run.build import make_experiment
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.record import Record
 from dgl_jax.run.throughput import Throughput
@@ -18,7 +20,7 @@ TOTAL, BATCH = 8, 8
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["", "twin"])
-def test_first_update_of_a_module_that_trains_later_is_left_out(broken):
+def test_time_of_compiling_during_a_run_is_left_out(broken):
     record = Record.__new__(Record)
     record.throughput = Throughput(10, lambda: 0.0)
     record._report, record._window = None, Window()
@@ -31,8 +33,23 @@ def test_first_update_of_a_module_that_trains_later_is_left_out(broken):
         (100, 0, 0), (101, 0, 1), (102, 0, 0), (103, 0, 1),
         (163, 1, 0), (164, 1, 1), (165, 1, 0), (166, 1, 1),
     ):  # fmt: skip
-        record.add(Report((0, 0), ({}, {}), lambda: None, step=0, module=module, at=at), advance)
+        report = Report((0, 0), ({}, {}), lambda: None, step=0, module=module, at=at)
+        report.compiled = at in (100, 163)
+        record.add(report, advance)
     assert record.throughput.rate() == pytest.approx(40 / (66 if broken else 6), abs=0.01)
+
+
+def test_reports_tell_when_a_program_was_compiled():
+    """With `layerwise` every module has a program, which compiles when the module begins."""
+    fields = {"method__name": "layerwise", "model__modules": 2, "train__steps": 8}
+    experiment = make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+    engine = experiment.engine
+    compiled = [r.compiled for r in engine.run(engine.init(), experiment.source, 8)]
+    assert len(compiled) == 16
+    assert compiled[0]
+    (second,) = [number for number, flag in enumerate(compiled) if flag and number]
+    # Ticks are dispatched a little before the reports of earlier ones.
+    assert 8 - engine.ticks_in_flight - 1 <= second <= 8
 
 
 class Clock:
