@@ -296,16 +296,14 @@ def place_modules(
       placement: device group of each module.
       put: moves a pytree to a sharding.
     """
-    placed = []
-    for k, state_with_mail in enumerate(states):
-        state, waiting = opened(state_with_mail)
-        shardings = {
-            "above": placement.message(k),
-            "below": (placement.message(k), placement.split(k)),
-        }
-        moved = {
-            port: tuple(put(message, shardings[port]) for message in messages)
-            for port, messages in waiting.items()
-        }
-        placed.append(closed(put(state, placement.replicated(k)), moved))
-    return EngineState(tuple(placed))
+    return EngineState(
+        tuple(put(state, module_shardings(k, state, placement)) for k, state in enumerate(states))
+    )
+
+
+def module_shardings(k: int, state: ModuleState, placement: Placement) -> Any:
+    """Returns the sharding of every array of a module's state; see `place_modules`."""
+    rest, waiting = opened(state)
+    ports = {"above": placement.message(k), "below": (placement.message(k), placement.split(k))}
+    shardings = jax.tree.map(lambda _: placement.replicated(k), rest)
+    return closed(shardings, {port: (ports[port],) * len(waiting[port]) for port in waiting})

@@ -7,7 +7,7 @@ dispatch runs many steps, as a loop inside the jitted function (`engine.steps_pe
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from dgl_jax.engines.base import (
     Report,
     SynchronousOptions,
     counts,
+    module_shardings,
 )
 from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
@@ -64,22 +65,30 @@ class StepCompiler:
     Attributes:
       barrier: see `FusedOptions`.
       options: compiler options of `jax.jit`.
+      placement: placement whose shardings the returned states have; None leaves them to XLA.
     """
 
     barrier: bool = True
     options: CompilerOptions = ()
+    placement: Placement | None = None
 
-    def jit(self, function: Callable[..., Any]) -> Any:
-        """Returns the jitted function, which donates its first argument."""
-        options = dict(self.options) or None
-        return jax.jit(function, donate_argnums=0, compiler_options=options)
+    def jit(self, spec: TrainSpec, function: Callable[..., Any]) -> Any:
+        """Returns the jitted function of (states, ...), which donates the states."""
+        options, shardings = dict(self.options) or None, None
+        if self.placement is not None:
+            with jax.transfer_guard("allow"):  # a run builds programs between its steps
+                states = enumerate(spec.abstract_states())
+            shardings = tuple(module_shardings(k, s, self.placement) for k, s in states), None
+        return jax.jit(
+            function, donate_argnums=0, compiler_options=options, out_shardings=shardings
+        )
 
 
 @cached_program(64)
 def _jitted(
     spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler
 ) -> TrainStep:
-    step: TrainStep = compiler.jit(spec.method.fused(spec, turns, compiler.barrier))
+    step: TrainStep = compiler.jit(spec, spec.method.fused(spec, turns, compiler.barrier))
     return step
 
 
@@ -93,7 +102,7 @@ def _jitted_loop(
     def loop(states: Any, stored: Stored | None, batches: Batch) -> Any:
         return lax.scan(lambda states, batch: step(states, select(stored, batch)), states, batches)
 
-    return compiler.jit(loop)
+    return compiler.jit(spec, loop)
 
 
 def _repeated(spec: TrainSpec) -> frozenset[tuple[tuple[int, str], ...]]:
@@ -131,6 +140,12 @@ class FusedEngine(Synchronous):
         self.placement = placement
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.dispatches, compiler = dispatches or Dispatches(), compiler or StepCompiler()
+        # Without these shardings XLA might split a history of batches over the devices. The second
+        # step would then be another program than the first one, and so would the first step of a
+        # resumed run, which rounds differently.
+        stored = {name for state in spec.abstract_states() for name in state.extras}
+        if placement.count() > 1 and stored - {"codec", "ema"}:
+            compiler = replace(compiler, placement=placement)
         self._prepared: set[tuple[tuple[int, str], ...]] = set()
         self._whole = _repeated(spec)
         self.turns = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))

@@ -138,9 +138,9 @@ def make_experiment(
         settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps
     )
     spec = make_spec(settings, info, first_blocks, schedule)
-    spec.abstract_states()  # parts that do not fit together are reported before a file is written
     due = Due.of(settings, steps_per_epoch, total_steps)
     engine = make_engine(settings, spec, devices, total_steps, due)
+    spec.abstract_states()  # parts that do not fit together are reported before a file is written
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
 
 
