@@ -16,7 +16,7 @@ from benchmarks.accelerator.rows import Figures, Job, Row, Size, Skipped
 from dgl_jax import cli, evaluate, export
 from dgl_jax.registry import CODECS, ENGINES, METHODS
 from dgl_jax.run import plots
-from dgl_jax.tools import bench, plan, predict
+from dgl_jax.tools import bench, plan, predict, report, sweep
 from dgl_jax.train import train_and_evaluate
 
 _FIELDS: Fields = {
@@ -121,6 +121,19 @@ def _planned(job: Job) -> Any:
     return json.loads(plan.plan_run(settings, as_json=True))["ticks_per_second"]
 
 
+def _swept(job: Job) -> Any:
+    if job.platform != "cpu":
+        raise Skipped("the rows of a sweep are other processes, but this one holds the device")
+    rows = [(f"seed={seed}", configured(dict(_FIELDS) | {"seed": seed})) for seed in range(2)]
+    return len(sweep.sweep(rows, job.folder / "sweep", 1, estimate=False).names()["finished"])
+
+
+def _reported(job: Job) -> Any:
+    _train(job, {})
+    page, _ = report.report_runs(job.folder / "modes", job.folder / "report.html")
+    return page.stat().st_size
+
+
 # By mode: the name of its figure, and the function that returns it.
 MODES: dict[str, tuple[str, Callable[[Job], Any]]] = {
     "train": ("workdir", lambda job: _train(job, {}).name),
@@ -130,6 +143,8 @@ MODES: dict[str, tuple[str, Callable[[Job], Any]]] = {
     "plot": ("pictures", lambda job: len(plots.plot(_train(job, {})))),
     "bench": ("images_per_second", _benched),
     "plan": ("ticks_per_second", _planned),
+    "sweep": ("finished_runs", _swept),
+    "report": ("bytes", _reported),
 }
 
 
