@@ -40,7 +40,7 @@ def test_time_of_compiling_during_a_run_is_left_out(broken):
 
 
 def test_reports_tell_when_a_program_was_compiled():
-    """With `layerwise` every module has a program, which compiles when the module begins."""
+    """Checks a `layerwise` run, in which the program of a module compiles when it begins."""
     fields = {"method__name": "layerwise", "model__modules": 2, "train__steps": 8}
     experiment = make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
     engine = experiment.engine
