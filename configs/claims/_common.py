@@ -66,7 +66,7 @@ def sweep(
 
 
 def small_cifar10() -> ConfigDict:
-    """Returns the small size: 10,000 images of CIFAR-10, width 16, 16 epochs, cosine schedule."""
+    """Returns the small size: 10,000 images of CIFAR-10, width 16, 10 epochs, cosine schedule."""
     config = default_config()
     config.data.name = "cifar10"
     config.data.augment = "crop_flip"
@@ -74,7 +74,7 @@ def small_cifar10() -> ConfigDict:
     config.model.width = 16
     config.model.head = "mlp_sr"
     config.schedule.name = "cosine"
-    config.train.epochs = 16.0
+    config.train.epochs = 10.0
     config.checkpoint.every = 390  # five epochs
     config.checkpoint.keep = 1
     return config

@@ -1,11 +1,12 @@
 r"""Claim: quantized messages cost little accuracy, at up to 32 times fewer bytes.
 
     python launch.py --mode=sweep --sweep=configs/claims/codecs.py:small \
-        --workdir=runs/codecs
-    python launch.py --mode=report --workdir=runs/codecs
+        --workdir=runs/asynchronous
+    python launch.py --mode=report --workdir=runs/asynchronous
 
-The runs of the claim `asynchronous` with a codec on every hop. At N = 256 codes, `vq` sends one
-byte per D values and stage. The paper on quantized DGL has published no numbers.
+The runs of the claim `asynchronous` with a codec on every hop. The rows without a codec are rows of
+that claim, so that both sweeps share a workdir. At N = 256 codes, `vq` sends one byte per D values
+and stage. The paper on quantized DGL has published no numbers.
 """
 
 from typing import Any
@@ -20,13 +21,13 @@ def vq(dims: int, stages: int = 1) -> dict[str, Any]:
 
 
 ROWS: common.Variants = {
-    "identity": {},
+    "synchronous": {},
     "bf16": {"codec.name": "bf16"},
     "int8": {"codec.name": "int8"},
     **{f"vq,D={dims}": vq(dims) for dims in (2, 4, 8, 16)},
     "vq,D=16,stages=2": vq(16, 2),
-    "asynchronous,identity": asynchronous.slowed(1.2, 50),
-    "asynchronous,vq,D=8": asynchronous.slowed(1.2, 50) | vq(8),
+    "S=1.2,M=50": asynchronous.slowed(1.2, 50),
+    "S=1.2,M=50,vq,D=8": asynchronous.slowed(1.2, 50) | vq(8),
 }
 CHOSEN: dict[str, float] = {}
 
