@@ -108,6 +108,25 @@ _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Number of CPU devices to create.", lower_bound=1
 )
 
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "Train in several processes: the same command on every host."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, for --distributed; default: from the cluster (SLURM, GKE, TPU, "
+    "Kubernetes, Open MPI).",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes, with --coordinator.", lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0, with --coordinator.", lower_bound=0
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "Seconds after which a process that died ends the others.", lower_bound=5
+)
+
 _SWEEP = flags.DEFINE_string(
     "sweep",
     None,
@@ -144,11 +163,12 @@ def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
     mode, checkpoint = _MODE.value, _CHECKPOINT.value
+    _check_distributed(mode)
     # Check the flags first: the imports of a mode below take seconds.
     folder = _workdir() if mode not in ("bench", "plan") else _WORKDIR.value
     with needed(f"--mode={mode}"):
         if mode == "train":
-            _train(_config(), folder)
+            _train(folder)
         elif mode == "eval":
             override = _config() if _CONFIG.value is not None else None
             from dgl_jax import evaluate
@@ -202,24 +222,66 @@ def _dispatch(argv: list[str]) -> None:
             print(json.dumps(bench.bench(config, _STEPS.value, _MODULES.value)))
 
 
-def _train(config: configuration.Settings, folder: str) -> None:
+def _check_distributed(mode: str) -> None:
+    """Raises UserError if a flag of several processes does not apply."""
+    given = {"coordinator": _COORDINATOR, "num_processes": _PROCESSES, "process_id": _PROCESS}
+    if not _DISTRIBUTED.value:
+        for name, flag in given.items():
+            if flag.value is not None:
+                raise UserError(f"--{name}={flag.value}: applies only with --distributed")
+        return
+    if mode != "train":
+        raise UserError(
+            f"--distributed: applies to --mode=train; --mode={mode} runs in one process"
+        )
+    missing = [f"--{name}" for name, flag in given.items() if flag.value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            f"{', '.join(missing)}: missing; --coordinator, --num_processes and --process_id "
+            "belong together; without all of them the cluster's environment is asked"
+        )
+    count = _PROCESSES.value
+    if _PROCESS.value is not None and count is not None and _PROCESS.value >= count:
+        raise UserError(f"--process_id={_PROCESS.value}: must be less than --num_processes={count}")
+
+
+def _join() -> None:
+    """Joins the other processes of the run; call it before anything asks JAX for devices."""
+    import jax
+
+    from dgl_jax.engines import world
+    from dgl_jax.run import progress
+
+    world.join(
+        *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+        heartbeat=_HEARTBEAT.value,
+        bind="JAX_COORDINATOR_BIND_ADDRESS" not in os.environ,
+        on_cpu=bool(_CPU_DEVICES.value) or jax.config.jax_platforms == "cpu",
+    )
+    if world.count() > 1:
+        progress.log_to_stderr(world.index())
+
+
+def _train(folder: str) -> None:
     from dgl_jax import train
+    from dgl_jax.engines import world
     from dgl_jax.run.signals import Interrupted
 
     _start()
-    try:
-        summary = train.train_and_evaluate(config, folder, _INIT_FROM.value)
-    except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signum)
-    print(
-        json.dumps(
-            {
-                "modules": [m["test_accuracy"] for m in summary.modules],
-                "ensemble": summary.ensemble_accuracy,
-            }
-        )
-    )
+    if _DISTRIBUTED.value:
+        _join()
+    with world.together():
+        try:
+            summary = train.train_and_evaluate(_config(), folder, _INIT_FROM.value)
+        except Interrupted as stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+            sys.exit(128 + stopped.signum)
+        result = {
+            "modules": [m["test_accuracy"] for m in summary.modules],
+            "ensemble": summary.ensemble_accuracy,
+        }
+        if world.first():
+            print(json.dumps(result))
 
 
 def _sweep(folder: str) -> None:

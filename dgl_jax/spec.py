@@ -78,7 +78,7 @@ class Meter:
         """Counts one message to the module above and the codebook sent with it, if any."""
         self.messages += nbytes((payload, context))
         self.codebooks += nbytes(codebook)
-        self.images += len(context["id"])
+        self.images += context["id"].shape[0]
 
     def count_from_above(self, message: Any, codebook: Any = ()) -> None:
         """Counts one message from the module above and the codebook sent with it, if any."""

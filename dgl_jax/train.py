@@ -2,19 +2,22 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import Settings, make_settings
 from dgl_jax.data.info import DatasetInfo
+from dgl_jax.engines import world
 from dgl_jax.errors import require
 from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import make_experiment, remarks
 from dgl_jax.run.checkpoint import newest_meta
+from dgl_jax.run.hosts import check_hosts
 from dgl_jax.run.loop import train_loop
 from dgl_jax.run.restore import check_weights, load_trained
 from dgl_jax.run.signals import interrupted_by_signals
-from dgl_jax.run.summary import Summary
+from dgl_jax.run.summary import Summary, read_summary
 from dgl_jax.run.workdir import check, finished, holds_checkpoint, lock, reporting
 from dgl_jax.run.writers import check_writable
 
@@ -49,28 +52,32 @@ def train_and_evaluate(
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     workdir = Path(workdir)
-    check(workdir, settings)
-    summary = finished(workdir, settings)
-    if summary:
+    check_hosts(settings)
+    # One process looks: another may see the files a moment later.
+    world.from_first(lambda: check(workdir, settings))
+    if world.from_first(lambda: finished(workdir, settings) is not None):
         _LOG.info("this run is finished, see %s/summary.json", workdir)
+        summary = read_summary(workdir)
+        assert summary is not None, "it was there a moment ago"
         return summary
     require(
         "--mode=train", "matplotlib"
     )  # plots are drawn at the end; fail before training, not after it
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
-    check_writable(workdir, f"--workdir={workdir}", folder=True)
+    world.from_first(lambda: check_writable(workdir, f"--workdir={workdir}", folder=True))
     with reporting(workdir):
         experiment = make_experiment(settings, **_stored(workdir, settings))
         for line in remarks(experiment):
             _LOG.warning("%s", line)
-        if init_from and holds_checkpoint(workdir):
+        if init_from and world.from_first(lambda: holds_checkpoint(workdir)):
             _LOG.info("--init_from is ignored: this run resumes from its own checkpoint")
             init_from = None
         initial = load_trained(Path(init_from), flag="--init_from") if init_from else None
         if initial:
             check_weights(experiment, initial)
-        with lock(workdir), interrupted_by_signals() as interruption:
+        held = lock(workdir) if world.first() else nullcontext()
+        with held, interrupted_by_signals() as interruption:
             return train_loop(experiment, workdir, interruption, initial)
 
 
@@ -79,7 +86,9 @@ def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
 
     These are the dataset info and, for measured splits, the cuts: a new measurement could differ.
     """
-    meta = newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
+    meta = world.from_first(
+        lambda: newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
+    )
     stored: dict[str, Any] = (
         {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
     )

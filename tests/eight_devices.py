@@ -34,8 +34,9 @@ from dgl_jax.engines import (  # noqa: E402
     counts,
     pipeline,
 )
-from dgl_jax.engines.placement import assign, one_group, put  # noqa: E402
+from dgl_jax.engines.placement import assign, one_group  # noqa: E402
 from dgl_jax.engines.program import jitted  # noqa: E402
+from dgl_jax.engines.transfer import put  # noqa: E402
 from dgl_jax.replay import Ring  # noqa: E402
 from dgl_jax.run.checkpoint import Checkpoints  # noqa: E402
 from dgl_jax.train import train_and_evaluate  # noqa: E402

@@ -9,7 +9,8 @@ import pytest
 
 from dgl_jax.config import ReplaySettings
 from dgl_jax.engines import EngineInputs
-from dgl_jax.engines.placement import assign, check_batch, layout, one_group, put
+from dgl_jax.engines.placement import assign, check_batch, layout, one_group
+from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
 from dgl_jax.types import Batch
 

@@ -25,7 +25,7 @@ from dgl_jax.data import synthetic
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
-from dgl_jax.engines.placement import put
+from dgl_jax.engines.transfer import put
 from dgl_jax.tasks import ImageClassification, Task, augment_key
 
 FLAGS = flags.FLAGS

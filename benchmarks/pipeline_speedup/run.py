@@ -19,7 +19,7 @@ from interleaved import WARM_UP, Process, Timing, Variant, in_turns, serve, time
 
 from dgl_jax import system
 from dgl_jax.engines import Engine, PipelineEngine
-from dgl_jax.engines.placement import put
+from dgl_jax.engines.transfer import put
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.types import Inbox
 

@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from sklearn.cluster import MiniBatchKMeans  # noqa: E402
 
 from dgl_jax import vq  # noqa: E402
-from dgl_jax.engines.placement import put  # noqa: E402
+from dgl_jax.engines.transfer import put  # noqa: E402
 from dgl_jax.run.build import make_experiment  # noqa: E402
 from dgl_jax.types import Inbox  # noqa: E402
 

@@ -17,8 +17,9 @@ from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
 from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.flight import FrozenRings, Rings, ring_specs
-from dgl_jax.engines.placement import Placement, placed_shapes, put
+from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import jitted, jitted_feed
+from dgl_jax.engines.transfer import placed_shapes, put
 from dgl_jax.errors import UserError
 from dgl_jax.fields import choice, option
 from dgl_jax.methods.base import Mail, closed, delivered, oldest, opened

@@ -11,8 +11,10 @@ from dgl_jax.config import EngineSettings, ReplaySettings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
+from dgl_jax.engines import world
 from dgl_jax.engines.feed import Residence
 from dgl_jax.engines.placement import Placement, assign, check_batch
+from dgl_jax.engines.transfer import is_here
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
 from dgl_jax.methods.base import closed, opened
@@ -62,6 +64,8 @@ class EngineInputs:
             else ()
         )
         placement = self.checked(assign(self.devices, modules, group_sizes, costs))
+        if world.count() > 1:
+            placement.check_processes()
         if idle := len(self.devices) - placement.count():
             _LOG.info(
                 "%d of %d devices stay idle; config.engine.group_sizes can use them",
@@ -79,11 +83,13 @@ class EngineKind(Kind):
       continuous: see `Engine`.
       family: engines of one family compute the same numbers and can read each other's checkpoints;
         "" if the engine is the only one of its family.
+      distributed: a run may have several processes.
     """
 
     asynchronous: bool = False
     continuous: bool = False
     family: str = ""
+    distributed: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,8 +285,26 @@ class Publisher:
 
 
 def counts(state: EngineState) -> list[int]:
-    """Returns the number of updates of each module, as host integers."""
-    return [int(jax.device_get(module.updates)) for module in state.modules]
+    """Returns the number of updates of each module, as host integers.
+
+    In a run of several processes all of them have to call it.
+    """
+    return held(state, lambda module: module.updates)
+
+
+def held(state: EngineState, read: Callable[[ModuleState], Any]) -> list[Any]:
+    """Returns a number that each module's state holds, from the process where the module is.
+
+    Args:
+      state: states of the modules.
+      read: returns a scalar of a state; None if it has none.
+    """
+    values = {k: read(module) for k, module in enumerate(state.modules)}
+    here = {
+        str(k): int(jax.device_get(x)) for k, x in values.items() if x is not None and is_here(x)
+    }
+    every = world.merged(here)
+    return [every.get(str(k)) for k in values]
 
 
 def place_modules(

@@ -17,7 +17,8 @@ from jaxtyping import Int, Shaped
 from dgl_jax import system
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source, StoredSource
-from dgl_jax.engines.placement import Placement, placed_shapes, put
+from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.transfer import placed_shapes, put
 from dgl_jax.types import PADDING, Batch
 
 _LOG = logging.getLogger(__name__)

@@ -16,17 +16,20 @@ from jax import lax
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
+from dgl_jax.engines import world
 from dgl_jax.engines.base import (
     EngineInputs,
     EngineKind,
     EngineState,
     Report,
+    Snapshot,
     SynchronousOptions,
     counts,
     module_shardings,
 )
 from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
+from dgl_jax.engines.pace import Pace
 from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
@@ -144,7 +147,7 @@ class FusedEngine(Synchronous):
         # step would then be another program than the first one, and so would the first step of a
         # resumed run, which rounds differently.
         stored = {name for state in spec.abstract_states() for name in state.extras}
-        if placement.count() > 1 and stored - {"codec", "ema"}:
+        if world.count() > 1 or (placement.count() > 1 and stored - {"codec", "ema"}):
             compiler = replace(compiler, placement=placement)
         self._prepared: set[tuple[tuple[int, str], ...]] = set()
         self._whole = _repeated(spec)
@@ -178,6 +181,7 @@ class FusedEngine(Synchronous):
             return metrics
 
         updates_before = counts(state)
+        pace = Pace(self.placement, self.ticks_in_flight, stop)
         made = list(updates_before)
 
         def ticks(stop: Callable[[], bool]) -> Iterator[Tick]:
@@ -192,10 +196,9 @@ class FusedEngine(Synchronous):
             begin = progress(self.spec.method, made) or Progress(batch)
             return self.dispatches.size(begin.made, until, begin.per_step)
 
-        groups = grouped(ticks, size_at, stop)
-        yield from run_ticks(
-            self, groups, dispatch, updates_before, lambda flight=True: EngineState(states)
-        )
+        groups = grouped(ticks, size_at, pace.stop)
+        final: Snapshot = lambda flight=True: EngineState(states)  # noqa: E731
+        yield from run_ticks(self, groups, dispatch, updates_before, final, pace)
 
     def _prepare(self, turns: tuple[tuple[int, str], ...], states: Any, feed: Feed) -> None:
         """Compiles the functions of one and of many ticks with these turns, at the same time.
@@ -232,4 +235,4 @@ def _make(run: EngineInputs, options: FusedOptions) -> FusedEngine:
     )
 
 
-ENGINES.ship(fused=EngineKind(_make, FusedOptions, family="synchronous"))
+ENGINES.ship(fused=EngineKind(_make, FusedOptions, family="synchronous", distributed=True))

@@ -8,8 +8,6 @@ all modules start at once.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
     EngineInputs,
@@ -18,10 +16,12 @@ from dgl_jax.engines.base import (
     Publisher,
     Report,
     SynchronousOptions,
+    held,
 )
-from dgl_jax.engines.placement import Placement, put
-from dgl_jax.engines.program import Programs, jitted
+from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.program import Programs, elsewhere, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_turns
+from dgl_jax.engines.transfer import put
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
@@ -51,7 +51,12 @@ class PipelineEngine(Synchronous):
         self.published: dict[tuple[int, str], Any] = {}
         self._sent: list[int | None] = []
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
-        self.programs = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
+        self.programs = Programs(self._program)
+
+    def _program(self, turn: tuple[int, str]) -> Any:
+        """Returns the program of a turn (module, kind); of modules elsewhere only its shapes."""
+        make = jitted if self.placement.mine(turn[0]) else elsewhere
+        return make(self.spec, turn[0], self.placement, turn[1])
 
     def traffic(self) -> Traffic:
         """Returns bytes per image, measured once messages have crossed devices."""
@@ -64,10 +69,7 @@ class PipelineEngine(Synchronous):
         self.published = {}
         self.publishers = {(k, "below"): Publisher(hop) for k, hop in enumerate(self.hops, 1)}
         self.publishers |= {(k, "above"): Publisher(hop) for k, hop in enumerate(self.hops)}
-        self._sent = [
-            int(jax.device_get(module.extras["sent"])) if "sent" in module.extras else None
-            for module in state.modules
-        ]
+        self._sent = held(state, lambda module: module.extras.get("sent"))
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
         yield from run_turns(
@@ -120,4 +122,4 @@ def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:
     )
 
 
-ENGINES.ship(pipeline=EngineKind(_make, SynchronousOptions, family="synchronous"))
+ENGINES.ship(pipeline=EngineKind(_make, SynchronousOptions, family="synchronous", distributed=True))

@@ -1,17 +1,17 @@
-"""Device groups of the modules, and the one function that moves arrays between devices."""
+"""Device groups of the modules."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dgl_jax import system
+from dgl_jax.engines.transfer import moves, placed_shapes, put_rows
 from dgl_jax.errors import UserError
 from dgl_jax.models.partition import balanced
 from dgl_jax.types import Batch, Message
@@ -53,11 +53,66 @@ class Placement:
         return [group.size for group in self.groups]
 
     def put_batch(self, batch: Batch, module: int) -> Batch:
-        """Moves a host batch to a module: examples are split, the step number is replicated."""
+        """Moves a host batch to a module: examples are split, the step number is replicated.
+
+        Args:
+          batch: the batch; if the module spans several processes, the rows of this one.
+          module: index of the module.
+        """
         split: Any = self.split(module)
         everywhere: Any = self.replicated(module)
-        # One call for all arrays: the overhead is per call, not per array.
-        return put(batch, Batch(split, split, everywhere))
+        moved: Batch = put_rows(batch, Batch(split, split, everywhere), len(self.processes(module)))
+        return moved
+
+    def processes(self, module: int) -> list[int]:
+        """Returns the processes that hold devices of a module, in increasing order."""
+        return sorted({device.process_index for device in self.groups[module].devices.flat})
+
+    def mine(self, module: int) -> bool:
+        """Returns True if this process holds devices of the module."""
+        return jax.process_index() in self.processes(module)
+
+    def neighbors(self, process: int) -> list[int]:
+        """Returns the processes whose pace a process follows.
+
+        These are the first processes of the modules next to those whose first process it is. The
+        other processes of a module are held by its collectives.
+        """
+        leaders = [self.processes(k)[0] for k in range(len(self.groups))]
+        pairs = itertools.pairwise(leaders)
+        return sorted({a if b == process else b for a, b in pairs if process in (a, b)} - {process})
+
+    def check_processes(self) -> None:
+        """Checks that arrays can move between the modules of a run of several processes.
+
+        Raises:
+          UserError: the devices of a move lie partly in the same process, or differ in number; or a
+            process has no module.
+        """
+        last = len(self.groups) - 1
+        # Evaluation gathers all predictions at the last module.
+        hops = {*itertools.pairwise(range(last + 1)), *((k, last) for k in range(last))}
+        for a, b in sorted(hops):
+            how, sizes = moves(self.split(a), self.split(b)), self.sizes()
+            processes = f"processes {self.processes(a)} and {self.processes(b)}"
+            if how == "mixed":
+                raise UserError(
+                    f"config.engine.group_sizes: module_{a} and module_{b} lie on {processes}; JAX "
+                    "moves arrays either inside one process or between separate ones, so let every "
+                    "module have whole processes, or a part of one"
+                )
+            if how == "cross" and sizes[a] != sizes[b]:
+                raise UserError(
+                    f"config.engine.group_sizes: module_{a} has {sizes[a]} devices and module_{b} "
+                    f"{sizes[b]}, on {processes}; JAX moves arrays between processes only if the "
+                    "numbers are equal"
+                )
+        used = {process for k in range(last + 1) for process in self.processes(k)}
+        if idle := sorted(set(range(jax.process_count())) - used):
+            raise UserError(
+                f"config.engine.group_sizes={tuple(self.sizes())}: processes {idle} have no "
+                f"module; start {len(used)} processes, or give the modules more devices"
+            )
 
     def batch_shapes(self, batch: Batch) -> Batch:
         """Returns shapes, dtypes and shardings of a batch on the devices of module 0."""
@@ -70,107 +125,17 @@ class Placement:
 
     def describe(self) -> str:
         """Returns one line for the log that lists the devices of each module."""
-        names = [",".join(str(d.id) for d in group.devices.flat) for group in self.groups]
+        several = jax.process_count() > 1  # ids then have large gaps
+        names = [
+            f"process {','.join(map(str, self.processes(k)))} ({group.size} devices)"
+            if several
+            else ",".join(str(d.id) for d in group.devices.flat)
+            for k, group in enumerate(self.groups)
+        ]
         kinds = sorted({system.device_kind(d) for group in self.groups for d in group.devices.flat})
         return f"{', '.join(kinds)}: " + "; ".join(
             f"module {k} on {name}" for k, name in enumerate(names)
         )
-
-
-def placed_shapes(tree: Any, sharding: Any) -> Any:
-    """Returns shapes and dtypes of a pytree with a sharding, as arguments of `lower`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
-def put(tree: Any, sharding: Any) -> Any:
-    """Moves a pytree from the host or other devices to a sharding (or a pytree of shardings).
-
-    All such moves in the package go through this function. Host arrays are copied first: on the CPU
-    `device_put` may alias an aligned NumPy array, and overwriting that array later (as replay rings
-    and data loaders do) would change the values on the device. Nothing moves from devices to the
-    host, and the call does not wait for the arrays to be computed.
-
-    Args:
-      tree: pytree of host or device arrays.
-      sharding: target sharding of all leaves, or a prefix pytree of shardings.
-
-    Returns:
-      The pytree with its arrays on the target devices.
-    """
-    leaves, form = jax.tree.flatten(tree)
-    wanted = jax.tree.leaves(jax.tree.broadcast(sharding, tree))
-    moved = [_ready_to_put(leaf, target) for leaf, target in zip(leaves, wanted, strict=True)]
-    # One call for all arrays: the overhead is per call, not per array.
-    return jax.tree.unflatten(form, jax.device_put(moved, wanted))
-
-
-def _ready_to_put(leaf: Any, sharding: NamedSharding) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return leaf.copy()
-    if isinstance(leaf, jax.Array) and not _shard_for_shard(leaf, sharding):
-        return _regrouped(leaf, sharding)
-    return leaf
-
-
-def _shard_for_shard(array: jax.Array, sharding: NamedSharding) -> bool:
-    """Returns True if `device_put` can move the array directly, shard by shard, without blocking.
-
-    This is so if the array stays on its devices, or if each of its shards is exactly what one
-    target device needs. Also returns True for arrays split along another axis than the first, which
-    no module produces.
-    """
-    source = array.sharding
-    if source.device_set == sharding.device_set or source.num_devices == sharding.num_devices == 1:
-        return True
-    if source.shard_shape(array.shape)[1:] != array.shape[1:]:
-        return True
-    if source.num_devices != sharding.num_devices:
-        return False
-    shards = [
-        list(placed.devices_indices_map(array.shape).values()) for placed in (source, sharding)
-    ]
-    return shards[0] == shards[1]
-
-
-def _regrouped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Moves an array to a group that splits it differently, one piece of rows at a time.
-
-    A plain `device_put` would wait for the array and take it through the host.
-    """
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        data = _regrouped(jax.random.key_data(array), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    shards, rows = array.addressable_shards, array.shape[0] if array.ndim else 1
-    source_shards = [(shard.device, *_bounds(shard.index, rows), shard.data) for shard in shards]
-    target_shards = []
-    for target_index, (device, index) in enumerate(
-        sharding.addressable_devices_indices_map(array.shape).items()
-    ):
-        row, end = _bounds(index, rows)
-        pieces = []
-        while row < end:
-            holders = [shard for shard in source_shards if shard[1] <= row < shard[2]]
-            _, first, last, data = next(
-                (s for s in holders if s[0] == device), holders[target_index % len(holders)]
-            )
-            stop = min(last, end)
-            piece = (
-                data
-                if (row, stop) == (first, last)
-                else jax.lax.slice_in_dim(data, row - first, stop - first)
-            )
-            pieces.append(jax.device_put(piece, device))
-            row = stop
-        target_shards.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, target_shards)
-
-
-def _bounds(index: tuple[slice, ...] | None, rows: int) -> tuple[int, int]:
-    """Returns first and end row of a shard, which is split along the first axis or not at all."""
-    start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
-    return start, stop
 
 
 def one_group(devices: Sequence[jax.Device], modules: int) -> Placement:
@@ -202,16 +167,17 @@ def assign(
     Raises:
       UserError: `group_sizes` does not have K entries or asks for more devices than there are.
     """
-    return Placement(
-        tuple(
-            _mesh([devices[i] for i in group])
-            for group in layout(len(devices), modules, group_sizes, costs)
-        )
-    )
+    per_process = max(Counter(device.process_index for device in devices).values())
+    groups = layout(len(devices), modules, group_sizes, costs, per_process)
+    return Placement(tuple(_mesh([devices[i] for i in group]) for group in groups))
 
 
 def layout(
-    count: int, modules: int, group_sizes: Sequence[int] = (), costs: Sequence[float] = ()
+    count: int,
+    modules: int,
+    group_sizes: Sequence[int] = (),
+    costs: Sequence[float] = (),
+    per_process: int = 0,
 ) -> list[range]:
     """Returns the device indices of each module, as `assign` chooses them.
 
@@ -220,6 +186,8 @@ def layout(
       modules: number of modules K.
       group_sizes: number of devices per module; empty: chosen as in `assign`.
       costs: relative cost of each module; empty: all equal.
+      per_process: number of devices of each process; 0: all belong to one. A module then gets whole
+        processes, or an equal part of one.
 
     Returns:
       K ranges of indices in [0, count).
@@ -240,7 +208,13 @@ def layout(
                 f"are {count} (on the CPU, --cpu_devices=N provides N)"
             )
     elif count >= modules:
-        sizes = [count // modules] * modules
+        size = count // modules
+        if 0 < per_process < count:
+            size -= size % per_process if size >= per_process else 0
+            size = next(
+                n for n in range(size, 0, -1) if n % per_process == 0 or per_process % n == 0
+            )
+        sizes = [size] * modules
     else:
         total = [0.0, *itertools.accumulate(costs or [1.0] * modules)]
         starts = balanced(lambda first, end: total[end] - total[first], modules, count)

@@ -10,8 +10,9 @@ from jax import lax
 
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.transfer import placed_shapes
 from dgl_jax.spec import TrainSpec
-from dgl_jax.types import Outbox
+from dgl_jax.types import Message, Outbox
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,6 +105,32 @@ def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") ->
         donate_argnums=0,
         out_shardings=_output_shardings(spec, k, placement, kind),
     )
+
+
+@cached_program(256)
+def elsewhere(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
+    """Returns a stand-in for the program of a module whose devices belong to other processes.
+
+    It has the arguments of `jitted`. It runs nothing and returns the state as it was, the shapes of
+    the outbox with their shardings, and no metrics.
+    """
+    program, shardings = spec.method.program(spec, k, kind), placement.message(k)
+    outbox: list[Outbox] = []
+
+    def stand_in(state: Any, inbox: Any, context: Any) -> tuple[Any, Outbox, dict[str, Any]]:
+        if not outbox:
+            with jax.transfer_guard("allow"):
+                _, sent, _ = jax.eval_shape(program, state, inbox, context)
+            parts = (None if m is None else placed_message(m, shardings) for m in sent)
+            outbox.append(Outbox(*parts))
+        return state, outbox[0], {}
+
+    return stand_in
+
+
+def placed_message(message: Message, shardings: Message) -> Message:
+    """Returns the shapes and dtypes of a message with their shardings."""
+    return Message(*map(placed_shapes, message, shardings))
 
 
 @cached_program(256)

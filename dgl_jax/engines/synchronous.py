@@ -14,8 +14,10 @@ from dgl_jax.data import Source
 from dgl_jax.engines.base import EngineState, Report, Snapshot, counts, place_modules
 from dgl_jax.engines.collect import collector
 from dgl_jax.engines.feed import Feed, Residence
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.pace import Pace
+from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import Programs
+from dgl_jax.engines.transfer import distribute
 from dgl_jax.methods.base import Post
 from dgl_jax.schedule import Group
 from dgl_jax.spec import Traffic, TrainSpec
@@ -54,7 +56,7 @@ class Synchronous:
 
     def place(self, state: EngineState) -> EngineState:
         """Moves a state to the engine's devices."""
-        return place_modules(state.modules, self.placement, put)
+        return place_modules(state.modules, self.placement, distribute)
 
     def resume(self, state: EngineState, saved: Any) -> EngineState:
         """Moves a restored state and its waiting messages to the devices; ignores `saved`."""
@@ -71,6 +73,7 @@ def run_ticks(
     dispatch: Callable[[Group], Sequence[Metrics]],
     counts: Sequence[int],
     snapshot: Snapshot,
+    pace: Pace,
 ) -> Iterator[Report]:
     """Dispatches ticks ahead of the devices and reports each finished batch.
 
@@ -88,6 +91,7 @@ def run_ticks(
       counts: updates that each module has made before the run. A batch below a module's count does
         not wait for that module, and reports its metrics if they are in `engine.early`.
       snapshot: returns the final state; see `Report`.
+      pace: keeps the processes of the run in step.
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
     pending: Report | None = None
@@ -96,6 +100,7 @@ def run_ticks(
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
         jax.block_until_ready(metrics)
+        pace.finished()
         finished_at = time.monotonic()
         if len(group) > 1:
             metrics = jax.device_get(metrics)  # slicing on the devices would be a program each
@@ -107,7 +112,8 @@ def run_ticks(
                 yield report
 
     def reports() -> Iterator[Report]:
-        for group in groups:
+        for number, group in enumerate(groups):
+            pace.wait(number)
             begin, built = time.perf_counter(), Programs.built
             # Guard the dispatch alone: a generator that yields inside `with` would leave the guard
             # on in its caller.
@@ -119,6 +125,7 @@ def run_ticks(
                 yield from reports_of(*waiting.popleft())
         while waiting:
             yield from reports_of(*waiting.popleft())
+        pace.close()
 
     for report in reports():
         if pending is not None:
@@ -153,9 +160,10 @@ def run_turns(
     """
     post, feed = Post(engine.spec, state.modules, move), engine.feed(source)
     updates_before = counts(state)
+    pace = Pace(engine.placement, engine.ticks_in_flight, stop)
 
     ticks = engine.spec.method.schedule(
-        updates_before, until, max(until, engine.total_steps), stop, overlap
+        updates_before, until, max(until, engine.total_steps), pace.stop, overlap
     )
     yield from run_ticks(
         engine,
@@ -163,6 +171,7 @@ def run_turns(
         lambda group: post.run(group[0], engine.programs, feed.batch),
         updates_before,
         lambda flight=True: EngineState(post.closed()),
+        pace,
     )
 
 

@@ -39,7 +39,8 @@ from dgl_jax.engines.base import (
     counts,
 )
 from dgl_jax.engines.flight import FrozenRings
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.transfer import put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
 from dgl_jax.fields import number, option

@@ -12,7 +12,7 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.config import Settings
-from dgl_jax.engines import EngineState, counts
+from dgl_jax.engines import EngineState, counts, world
 from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
 from dgl_jax.registry import METHODS, SCHEDULES
@@ -72,14 +72,16 @@ def begin(
     now = time.monotonic()
     step, flight = 0, False
     meta: dict[str, Any] = {}
-    if checkpoints.steps():
+    if world.from_first(checkpoints.steps):
         state, step, meta, flight = _restored(experiment, checkpoints)
     else:
         state = experiment.engine.init()
         if weights is not None:
             state = experiment.engine.place(borrow_weights(experiment.spec, state, weights))
-    _tidy(workdir, step, recorded=bool(meta.get("latest")))
-    write_text(workdir / "config.json", json.dumps(experiment.settings.to_dict(), indent=2) + "\n")
+    if world.first():
+        _tidy(workdir, step, recorded=bool(meta.get("latest")))
+        config = json.dumps(experiment.settings.to_dict(), indent=2)
+        write_text(workdir / "config.json", f"{config}\n")
     cpu_threads = system.cpu_threads() if jax.default_backend() == "cpu" else None
     _LOG.info(
         "%s%s",

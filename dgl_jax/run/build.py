@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -13,9 +14,10 @@ from dgl_jax.codecs import make_codec
 from dgl_jax.config import DataSettings, Settings
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
-from dgl_jax.data import Source, make_source
+from dgl_jax.data import Shard, Source, make_source
 from dgl_jax.data.info import DatasetInfo
-from dgl_jax.engines import Engine
+from dgl_jax.data.shares import Absent, Share, facts
+from dgl_jax.engines import Engine, world
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
@@ -114,7 +116,7 @@ def make_experiment(
     if kind.layout is not None:
         # Report a task that does not fit the data set before anything is downloaded.
         make_task(settings, known_info(settings.data))
-    source = make_source(settings.data, settings.seed)
+    source = open_source(settings)
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:
@@ -133,15 +135,57 @@ def make_experiment(
         info.check(source_info, settings.data)
     info = info or source_info
     network = make_blocks(settings, info)
-    first_blocks = first_blocks or choose_cuts(settings, network, device=devices[0])
+    # One process decides: times differ from one process to the next.
+    first_blocks = first_blocks or tuple(
+        world.from_first(lambda: choose_cuts(settings, network, device=devices[0]))
+    )
     schedule = make_schedule(
         settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps
     )
     spec = make_spec(settings, info, first_blocks, schedule)
     due = Due.of(settings, steps_per_epoch, total_steps)
     engine = make_engine(settings, spec, devices, total_steps, due)
+    source = share_source(settings, source, engine)
     spec.abstract_states()  # parts that do not fit together are reported before a file is written
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
+
+
+def open_source(settings: Settings) -> Source:
+    """Returns the source of the run; in all but the first of several processes, its shapes.
+
+    Raises:
+      UserError: the data cannot be loaded.
+    """
+    opened: list[Source] = []
+
+    def open_first() -> dict[str, Any]:
+        opened.append(make_source(settings.data, settings.seed))
+        return facts(opened[0], settings.data.batch_size) if world.count() > 1 else {}
+
+    known = world.from_first(open_first)
+    return opened[0] if opened else Absent(known)
+
+
+def share_source(settings: Settings, source: Source, engine: Engine) -> Source:
+    """Opens the data in the processes of the first module, each its own rows of every batch.
+
+    Args:
+      settings: configuration of the run.
+      source: source that `open_source` has returned.
+      engine: engine of the run.
+
+    Raises:
+      UserError: the processes do not divide the batch, or the data cannot be loaded.
+    """
+    if world.count() == 1 or not engine.placement.mine(0):
+        return source
+    processes = engine.placement.processes(0)
+    shard = Shard(processes.index(world.index()), len(processes))
+    shard.slice(settings.data.batch_size)
+    if isinstance(source, Absent):
+        source = make_source(settings.data, settings.seed)
+    share: Any = Share(source, shard)
+    return share  # type: ignore[no-any-return]
 
 
 def make_task(settings: Settings, info: DatasetInfo) -> Task:
@@ -344,8 +388,16 @@ def make_engine(
         log_every=due.log_every if due else 0,
         every=(due.evaluate_every, due.save_every) if due else (),
     )
+    if world.count() > 1 and not ENGINES[name].distributed:
+        able = ", ".join(other for other, kind in ENGINES.items() if kind.distributed)
+        raise UserError(f"config.engine.name={name}: runs in one process; with several, use {able}")
+    if world.count() > 1 and settings.data.on_device == "on":
+        raise UserError(
+            "config.data.on_device=on: would copy all examples to every process; with several "
+            "processes, use auto or off"
+        )
     engine: Engine = ENGINES[name].make(inputs, settings.engine)
-    engine.residence = Residence(settings.data.on_device)
+    engine.residence = Residence(settings.data.on_device if world.count() == 1 else "off")
     return engine
 
 

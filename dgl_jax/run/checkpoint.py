@@ -18,10 +18,10 @@ from orbax.checkpoint import v1 as ocp
 
 from dgl_jax import system
 from dgl_jax.core.module import ModuleState
-from dgl_jax.engines import EngineState
+from dgl_jax.engines import EngineState, world
 from dgl_jax.engines.placement import Placement
 from dgl_jax.errors import UserError
-from dgl_jax.run.arrays import checksum
+from dgl_jax.run.arrays import checksum, raw, target, typed
 from dgl_jax.run.checkpoint_folder import (
     check_path,
     checkpoint_steps,
@@ -85,7 +85,9 @@ class Checkpoints:
         self._manager: Any = None
         if not read_only:
             with write_errors(self.directory):
-                self._move_strays()
+                if world.first():
+                    self._move_strays()
+                world.barrier()
                 self._manager = ocp.training.Checkpointer(
                     self.directory,
                     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -119,7 +121,7 @@ class Checkpoints:
 
         Args:
           step: step of the checkpoint; an existing one of the same step is overwritten.
-          state: states of the modules.
+          state: states of the modules, see `arrays.collected`.
           meta: JSON values that `restore` returns.
           accuracy: validation accuracy of the last module, which decides the best checkpoint.
           flight: snapshot of the in-flight state, a pytree of host arrays.
@@ -129,7 +131,7 @@ class Checkpoints:
             read back.
         """
         self.finish()
-        items: dict[str, Any] = {f"module_{k}": module for k, module in enumerate(state.modules)}
+        items: dict[str, Any] = {f"module_{k}": raw(m) for k, m in enumerate(state.modules)}
         if flight is not None:
             items["flight"] = flight
         checksums = {name: checksum(item) for name, item in items.items()}
@@ -257,7 +259,7 @@ class Checkpoints:
         while True:
             # List again on every attempt: a running training may have replaced a checkpoint that
             # could not be read.
-            present = self.select(which)
+            present = world.from_first(lambda: self.select(which))
             if sum(step not in present for step in failed) > _RETRIES:
                 raise UserError(
                     f"{self.directory}: a running training replaces checkpoints faster than they "
@@ -275,13 +277,17 @@ class Checkpoints:
                     f"{self.directory}: {names} damaged; restore the files, or start again in "
                     "another --workdir"
                 )
+            restored, reason = None, None
             try:
                 restored = self._load(step, prepare, only)
             except Exception as error:
                 # Orbax and its storage layer raise many kinds of exceptions for a damaged file.
                 if is_file_intact(error):
                     raise
-                failed[step] = first_line(error)
+                reason = first_line(error)
+            reason = next(filter(None, world.exchange(reason)), None)
+            if reason is not None or restored is None:
+                failed[step] = reason or ""
                 continue
             self._readable = True
             # Older checkpoints that failed were being removed by a running training.
@@ -293,7 +299,7 @@ class Checkpoints:
             if damaged:
                 self._report(damaged)
                 _LOG.warning("falling back to checkpoint %d", step)
-            for other in damaged if set_aside else ():
+            for other in damaged if set_aside and world.first() else ():
                 self._set_aside(other)
             return restored
 
@@ -304,18 +310,10 @@ class Checkpoints:
     def _load(self, step: int, prepare: Prepare, only: int | None) -> Restored:
         meta = self.meta(step)
         abstract, placement = prepare(meta)
-        wanted: dict[str, Any] = {
-            f"module_{k}": jax.tree.map(
-                lambda leaf, k=k: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=placement.replicated(k)
-                ),
-                module,
-            )
-            for k, module in enumerate(abstract)
-            if only in (None, k)
-        }
+        chosen = [k for k in range(len(abstract)) if only in (None, k)]
+        wanted = {f"module_{k}": target(abstract[k], placement.replicated(k)) for k in chosen}
         items = self._read(step, meta, wanted, flight=only is None)
-        modules = tuple(items[name] for name in wanted)
+        modules = tuple(typed(items[f"module_{k}"], abstract[k]) for k in chosen)
         return Restored(step, EngineState(modules), meta, items.get("flight"))
 
     def _read(
@@ -335,16 +333,12 @@ class Checkpoints:
         # Read into host memory: the accelerators may have no room for a second copy.
         device = system.host_device()
         host = None if device is None else jax.sharding.SingleDeviceSharding(device)
-
-        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host or leaf.sharding)
-
+        wanted = {
+            f"module_{k}": jax.tree.map(lambda leaf: target(leaf, host or leaf.sharding), module)
+            for k, module in enumerate(state.modules)
+        }
         try:
-            self._read(
-                step,
-                self.meta(step),
-                {f"module_{k}": jax.tree.map(abstract, m) for k, m in enumerate(state.modules)},
-            )
+            self._read(step, self.meta(step), wanted)
         except Exception as error:
             if is_file_intact(error):
                 raise

@@ -16,6 +16,7 @@ from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source, StoredSource
+from dgl_jax.engines import world
 from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.feed import (
     Residence,
@@ -26,7 +27,8 @@ from dgl_jax.engines.feed import (
     select,
     stacked_shapes,
 )
-from dgl_jax.engines.placement import Placement, placed_shapes, put
+from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.transfer import placed_shapes, put
 from dgl_jax.methods.base import evaluate
 from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
@@ -68,7 +70,11 @@ class Evaluator:
             )
         self.spec = spec
         self.placement = placement
-        self.forward = [_jitted(spec, k) for k in range(len(spec.modules))]
+        self.forward = [
+            _jitted(spec, k) if placement.mine(k) else _elsewhere(spec, k, placement)
+            for k in range(len(spec.modules))
+        ]
+        self._ends_here = placement.mine(len(spec.modules) - 1)
         self.ensemble, self.metrics = _of_task(spec.task)
         self._compiler: threading.Thread | None = None
         self._closed = False
@@ -77,7 +83,7 @@ class Evaluator:
 
     def answers(
         self, states: Sequence[ModuleState], batch: Batch
-    ) -> tuple[list[Array | None], Array, Context]:
+    ) -> tuple[list[Array | None], Array | None, Context]:
         """Returns the predictions for one batch.
 
         Args:
@@ -87,7 +93,7 @@ class Evaluator:
         Returns:
           The predictions of each head (None for a module without one), the predictions of the
           ensemble, and the context of the batch on the devices of the last module, where the
-          ensemble is computed.
+          ensemble is computed. Of what other processes hold, shapes and dtypes.
         """
         heads: list[Any] = []
         incoming: Any = self.placement.put_batch(batch, 0).inputs
@@ -102,7 +108,8 @@ class Evaluator:
             heads.append(predictions)
         end = self.placement.split(len(heads) - 1)
         gathered = [None if head is None else put(head, end) for head in heads]
-        return heads, self.ensemble(gathered), put(batch.context, end)
+        ensemble = self.ensemble(gathered) if self._ends_here else None
+        return heads, ensemble, put(batch.context, end)
 
     def compile(self, source: Source) -> None:
         """Starts to compile the programs of `evaluate` in a thread, for which `evaluate` waits.
@@ -110,6 +117,8 @@ class Evaluator:
         Args:
           source: source of the examples.
         """
+        if world.count() > 1:
+            return  # processes compile the programs that they share at the same time
         # A daemon thread, so that an error elsewhere does not wait for the compiler.
         self._compiler = threading.Thread(target=self._compile, args=(source,), daemon=True)
         self._compiler.start()
@@ -189,7 +198,7 @@ class Evaluator:
             else:
                 selected = (put_selected(batch, stored, self.placement) for batch in batches)
                 counts = read([self._count(state.modules, batch) for batch in selected])
-        return _summarize(counts, split)
+        return world.merged(_summarize(counts, split))
 
     def _read_by_forward(self, state: ModuleState) -> tuple[Any, ...]:
         """Returns the parts of a module's state that its forward pass reads."""
@@ -201,6 +210,8 @@ class Evaluator:
         heads, ensemble, context = self.answers(states, batch)
         end = self.placement.split(len(heads) - 1)
         placed = [None if head is None else put(head, end) for head in heads]
+        if not self._ends_here:
+            return {}
         predictions = _named(self.spec, placed, ensemble)
         return {name: self.metrics(p, context["label"]) for name, p in predictions.items()}
 
@@ -261,6 +272,23 @@ def _loop(spec: TrainSpec) -> Any:
 @cached_program(256)
 def _jitted(spec: TrainSpec, k: int) -> Any:
     return jax.jit(partial(_forward, spec, k))
+
+
+@cached_program(256)
+def _elsewhere(spec: TrainSpec, k: int, placement: Placement) -> Any:
+    """Returns a stand-in for `_jitted` of a module whose devices belong to other processes."""
+    split = placement.split(k)
+    answers: list[Any] = []
+
+    def stand_in(*arguments: Any) -> Any:
+        if not answers:
+            with jax.transfer_guard("allow"):
+                answers.append(
+                    placed_shapes(jax.eval_shape(partial(_forward, spec, k), *arguments), split)
+                )
+        return answers[0]
+
+    return stand_in
 
 
 @cached_program(32)

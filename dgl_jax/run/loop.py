@@ -5,7 +5,7 @@ import logging
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from dgl_jax.engines import EngineState, Report
+from dgl_jax.engines import EngineState, Report, world
 from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.errors import UserError
 from dgl_jax.run.begin import begin
@@ -114,15 +114,18 @@ def train_loop(
                 evaluate_and_save(state, due.at(step))
             # A signal may arrive at any time: either the engine has stopped early because of it, or
             # it came between two calls of `run`, and the engine is not started again.
-            if interruption.signum and step < total:
+            signum = next(filter(None, world.exchange(interruption.signum)), None)
+            if signum and step < total:
                 saver.save(step, state)
                 checkpoints.finish()
-                raise Interrupted(interruption.signum, step)
+                raise Interrupted(signum, step)
         checkpoints.finish()
 
         test = evaluator.evaluate(state, source, "test") if source.examples("test") else {}
         record.write(step, test)
         summary = summarize(experiment, start, record, step, state, test)
+        if not world.first():
+            return summary
         write_text(workdir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         from dgl_jax.run import plots  # here: matplotlib takes a second to import
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from dgl_jax.engines import Report
+from dgl_jax.engines import Report, world
+from dgl_jax.engines.transfer import is_here
 from dgl_jax.errors import UserError
 
 
@@ -15,11 +16,7 @@ def read(tree: Any) -> Any:
 
     Arrays that live in another process become None.
     """
-    return jax.device_get(jax.tree.map(lambda x: x if _is_here(x) else None, tree))
-
-
-def _is_here(x: Any) -> bool:
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return jax.device_get(jax.tree.map(lambda x: x if is_here(x) else None, tree))
 
 
 class Window:
@@ -49,13 +46,14 @@ class Window:
           UserError: a loss is not finite; the message names the module and the step.
         """
         reports = read([metrics for _, metrics in self._unread])
-        for (updates, _), metrics in zip(self._unread, reports):
-            self._values.append(
-                [
-                    updates,
-                    [{name: _pair(v) for name, v in values.items()} for values in metrics],
-                ]
-            )
+        # By report and module; each process has the metrics of the modules on its devices.
+        pairs = [
+            [{name: _pair(v) for name, v in values.items()} for values in metrics]
+            for metrics in reports
+        ]
+        of_processes = world.exchange(pairs)
+        for (updates, _), *rows in zip(self._unread, *of_processes, strict=True):
+            self._values.append([updates, [next(filter(None, r), {}) for r in zip(*rows)]])
         self._unread = []
         for updates, metrics in self._values:
             for k, values in enumerate(metrics):
@@ -90,10 +88,15 @@ class Window:
 
 def early_values(early: Mapping[int, Mapping[int, Any]]) -> list[Any]:
     """Returns the metrics of unfinished batches (`Synchronous.early`) as JSON values."""
-    return [
+    rows = [
         [batch, k, {name: _pair(value) for name, value in values.items()}]
         for batch, modules in read(dict(early)).items()
         for k, values in modules.items()
+    ]
+    # Every process has a row for the same batches and modules; it is empty for modules elsewhere.
+    return [
+        max(of_processes, key=lambda row: len(row[2]))
+        for of_processes in zip(*world.exchange(rows), strict=True)
     ]
 
 

@@ -154,16 +154,21 @@ class StderrHandler(logging.StreamHandler):
         pass
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(process: int | None = None) -> None:
     """Sends the log of the package to standard error, with the time of day.
 
     Only the command line calls this function: a library must not configure logging.
+
+    Args:
+      process: number of this process, which begins every line, if the run has several. The first
+        one logs everything, the others warnings alone.
     """
     handler = StderrHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    prefix = "" if process is None else f"[{process}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("dgl_jax")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if process else logging.INFO)
     for other in logging.getLogger().handlers:  # other libraries: warnings only
         other.setLevel(logging.WARNING)
         # Through these loggers Orbax logs the full traceback of errors that it raises anyway.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+from rich.console import Console
 
 from dgl_jax import system
 from dgl_jax.core.module import count_parameters
-from dgl_jax.engines import EngineState, Report, counts
+from dgl_jax.engines import EngineState, Report, counts, world
 from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.metrics import Window, early_metrics, early_values
@@ -121,10 +122,12 @@ class Record:
 @contextmanager
 def recording(experiment: Experiment, workdir: Path, start: RunStart) -> Iterator[Record]:
     """Opens the metric files and the progress display for the duration of a `with` block."""
-    writers: list[Writer] = [JsonLinesWriter(workdir / "metrics.jsonl")]
-    if experiment.settings.log.tensorboard:
+    writers: list[Writer] = [JsonLinesWriter(workdir / "metrics.jsonl")] if world.first() else []
+    if experiment.settings.log.tensorboard and world.first():
         writers.append(TensorBoardWriter(workdir / "tensorboard", start.step or None))
-    with closing(MultiWriter(writers)) as writer, Progress() as progress:
+    # Without a terminal the progress is logged, and other processes log warnings alone.
+    console = None if world.first() else Console(stderr=True, force_terminal=False)
+    with closing(MultiWriter(writers)) as writer, Progress(console) as progress:
         progress.start(experiment.total_steps, start.step)
         yield Record(experiment, start, writer, progress)
 
@@ -161,7 +164,12 @@ def summarize(
             spec.modules, state.modules, engine.placement.groups, counts(state), strict=True
         )
     ]
-    devices = {device for group in engine.placement.groups for device in group.devices.flat}
+    devices = {
+        device
+        for group in engine.placement.groups
+        for device in group.devices.flat
+        if device.process_index == world.index()
+    }
     peaks = system.peak_memory(devices)
     traffic, gauges, asynchronous = engine.traffic(), engine.gauges(state), state.flight is not None
     return Summary(

@@ -4,7 +4,7 @@ import dataclasses
 
 from dgl_jax.core.module import ModuleState
 from dgl_jax.engines import EngineState, counts
-from dgl_jax.run.arrays import all_finite
+from dgl_jax.run.arrays import all_finite, collected
 from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
@@ -43,6 +43,8 @@ class Saver:
             "first_blocks": [module.first for module in experiment.spec.modules],
             "total_steps": experiment.total_steps,
         }
+        updates = counts(state)
+        state = collected(state, experiment.engine.placement)
         for k, ok in enumerate(all_finite(state)):
             if not ok:
                 raise diverged(f"a parameter of module_{k} is not finite at step {step}")
@@ -51,7 +53,7 @@ class Saver:
             flight, self._flight_saved = state.flight.snapshot(), step
         accuracy = None
         # Chance must not be the best, so accuracy counts from the last module's first update on.
-        if counts(state)[-1]:
+        if updates[-1]:
             accuracy = self.record.value(
                 f"validation/{experiment.spec.modules[-1].name}/accuracy", step
             )

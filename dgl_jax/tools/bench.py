@@ -11,8 +11,9 @@ from dgl_jax import system
 from dgl_jax.config import Settings, make_settings
 from dgl_jax.engines import EngineState
 from dgl_jax.engines.dispatches import steps_per_dispatch
-from dgl_jax.engines.placement import Placement, put
+from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import jitted
+from dgl_jax.engines.transfer import put
 from dgl_jax.methods.base import oldest, opened, steps_alone
 from dgl_jax.profile.timing import Elapsed, clocked
 from dgl_jax.registry import METHODS

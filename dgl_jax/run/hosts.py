@@ -1,0 +1,57 @@
+"""Comparison of the processes of a run before they start: all must do the same work."""
+
+import hashlib
+import json
+import platform
+from typing import Any
+
+import jax
+
+from dgl_jax import system
+from dgl_jax.config import Settings, differences, make_settings
+from dgl_jax.engines import world
+from dgl_jax.errors import UserError
+from dgl_jax.run.summary import versions
+
+
+def check_hosts(settings: Settings) -> None:
+    """Checks that all processes have the same configuration, libraries and devices.
+
+    Every process has to call it, and each of them raises the same error.
+
+    Raises:
+      UserError: a process differs from the first one; the message names it and the differences.
+    """
+    if world.count() == 1:
+        return
+    mine = facts(settings)
+    every = world.exchange(mine)
+    different = [i for i, theirs in enumerate(every) if theirs != every[0]]
+    if not different:
+        return
+    # The configurations are long, so that they travel only if they differ.
+    first = make_settings(world.from_first(settings.to_dict))
+    fields = world.exchange(differences(first, settings))
+    process = different[0]
+    problems = fields[process] + [
+        f"{name} is {value} there and {every[0].get(name)} in process 0"
+        for name, value in every[process].items()
+        if value != every[0].get(name) and name != "configuration"
+    ]
+    raise UserError(
+        f"process {process} of {world.count()} differs from process 0: {'; '.join(problems)}; "
+        "start the same command with the same installation on every host"
+    )
+
+
+def facts(settings: Settings) -> dict[str, Any]:
+    """Returns what has to be equal in all processes, as JSON values by name."""
+    devices = jax.local_devices()
+    text = json.dumps(settings.to_dict(), sort_keys=True)
+    return {
+        "configuration": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **versions(),
+        "device kind": system.device_kind(devices[0]),
+        "number of devices": len(devices),
+    }
