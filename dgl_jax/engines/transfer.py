@@ -74,7 +74,8 @@ def _put_in_a_world(leaves: list[Any], wanted: list[NamedSharding]) -> list[Any]
         if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
         and moves(leaf.sharding, target) == "cross"
     ]
-    crossed = jax.device_put([_handle(leaves[i]) for i in crossing], [wanted[i] for i in crossing])
+    handles = [_handle(leaves[i]) for i in crossing]
+    crossed = jax.device_put(handles, [wanted[i] for i in crossing]) if crossing else []
     moved = dict(zip(crossing, crossed, strict=True))
     return [
         _if_here(moved[i]) if i in moved else _put_inside(leaf, target)

@@ -122,7 +122,7 @@ def join(
 
 
 def _chatter_to_stderr() -> None:
-    """Sends what C++ libraries write to standard output, which is for results, to standard error."""
+    """Sends what C++ libraries print to standard error: standard output is for results."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
