@@ -256,7 +256,7 @@ def _join() -> None:
         *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
         heartbeat=_HEARTBEAT.value,
         bind="JAX_COORDINATOR_BIND_ADDRESS" not in os.environ,
-        on_cpu=bool(_CPU_DEVICES.value) or jax.config.jax_platforms == "cpu",
+        on_cpu=bool(_CPU_DEVICES.value) or getattr(jax.config, "jax_platforms", None) == "cpu",
     )
     if world.count() > 1:
         progress.log_to_stderr(world.index())

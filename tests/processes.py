@@ -24,7 +24,7 @@ def free_port() -> int:
 
 @dataclass
 class Ended:
-    """What a process left behind.
+    """Result of a process.
 
     Attributes:
       code: exit code; negative if a signal ended the process.

@@ -61,8 +61,9 @@ LEVELS = {
         ("ddg", "deep_supervision", "dni", "fdg", "features_replay"),
     ),
     "engines": (
-        ("placement", "flight"),
-        ("feed",),
+        ("world", "transfer", "flight"),
+        ("placement",),
+        ("pace", "feed"),
         ("base",),
         ("dispatches",),
         ("program", "collect"),
@@ -110,6 +111,8 @@ DOORS = {"ops": ops.__all__}
 LIBRARIES = {
     "tensorboardX": ("run/writers.py",),
     "orbax": ("run/checkpoint.py",),
+    "jax._src": ("engines/world.py",),
+    "jax.experimental.multihost_utils": ("engines/world.py",),
     "tensorflow_datasets": ("data",),
     "grain": ("data",),
     "cv2": ("data",),
@@ -295,8 +298,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 6_300
-    assert package < 14_600
+    assert core < 6_900
+    assert package < 15_500
 
 
 @pytest.mark.parametrize(

@@ -112,14 +112,14 @@ def numbers(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    """Workdir and output of the pipeline in one process with three devices."""
+    """Trains the pipeline in one process with three devices; returns workdir and output."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     return workdir, alone(workdir, 3, *PIPELINE, cache)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, cache):
-    """Workdir, recorded facts and ends of the pipeline in three processes."""
+    """Trains it in three processes; returns workdir, recorded facts and results."""
     folder = tmp_path_factory.mktemp("pipeline")
     workdir = folder / "run"
     ended = recorded(3, folder / "facts", *PIPELINE, cache, f"--workdir={workdir}")
@@ -216,7 +216,7 @@ def test_stopped_and_killed_runs_resume_exactly_also_in_fewer_processes(
 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory, cache):
-    """Two equal runs in three processes, with the facts of the first, and one in one process."""
+    """Trains twice in three processes and once in one; returns the folder and recorded facts."""
     folder = tmp_path_factory.mktemp("fused")
     for name in ("one", "two"):
         recorded(3, folder / f"facts_{name}", *FUSED, cache, f"--workdir={folder / name}")

@@ -20,7 +20,7 @@ CREDIT, READY, TICKS = 2, 10, 50
 
 
 def never() -> bool:
-    """Returns False."""
+    """Returns False, as no process is asked to stop."""
     return False
 
 

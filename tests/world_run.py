@@ -16,7 +16,7 @@ import dgl_jax.cli as cli
 import dgl_jax.train as train
 from dgl_jax.engines import pipeline, transfer, world
 from dgl_jax.engines.placement import Placement
-from dgl_jax.run import build
+from dgl_jax.run import hosts
 
 done: dict[str, Any] = {"compiled": [], "opened": 0, "moves": 0, "ids": [], "bytes": []}
 
@@ -66,7 +66,7 @@ def listening() -> list[str]:
 
 
 recorded(pipeline, "jitted", lambda spec, k, *_: done["compiled"].append(k))
-recorded(build, "make_source", add("opened"))
+recorded(hosts, "make_source", add("opened"))
 recorded(transfer, "_handle", add("moves"))  # arrays that move between processes
 recorded(Placement, "put_batch", note_ids)
 trained = train.train_loop

@@ -175,16 +175,15 @@ def put_rows(tree: Any, sharding: Any, processes: int) -> Any:
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=target)
         parts = target.addressable_devices_indices_map(shape)
         # The devices of a process are neighbors, so its rows are the ones from its first part on.
-        starts = [
-            min(cut.indices(n)[0] for cut in cuts) for n, cuts in zip(shape, zip(*parts.values()))
-        ]
+        bounds = {
+            device: [cut.indices(size) for cut, size in zip(index or (), shape, strict=True)]
+            for device, index in parts.items()
+        }
+        starts = [min(begin for begin, *_ in axis) for axis in zip(*bounds.values())]
         shards = []
-        for device, index in parts.items():
-            index = tuple(
-                slice(cut.indices(n)[0] - start, cut.indices(n)[1] - start)
-                for cut, n, start in zip(index, shape, starts)
-            )
-            shards.append(jax.device_put(leaf[index].copy(), device))
+        for device, cuts in bounds.items():
+            rows = tuple(slice(a - start, b - start) for (a, b, _), start in zip(cuts, starts))
+            shards.append(jax.device_put(leaf[rows].copy(), device))
         return jax.make_array_from_single_device_arrays(shape, target, shards, dtype=leaf.dtype)
 
     return jax.tree.map(place, tree, jax.tree.broadcast(sharding, tree))

@@ -240,7 +240,7 @@ def together() -> Iterator[None]:
     After an error each process prints one line and exits: with 2 after a UserError, otherwise with
     1. Without it the others would wait for messages of the failed one. At the end of the block all
     processes wait for each other and exit, with the code of `SystemExit` if it was raised. A run of
-    one process goes on after the block.
+    one process continues after the block.
     """
     if _State.count == 1:
         yield

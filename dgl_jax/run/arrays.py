@@ -2,7 +2,7 @@
 
 Random keys are stored as the integers they consist of. Orbax writes no array that lives in only one
 of several processes. With several processes the first one therefore collects all arrays in host
-memory; the others hand zeros of the same shapes to Orbax, which writes those of the first process.
+memory. Orbax writes its arrays; the others give it zeros of the same shapes.
 """
 
 import zlib

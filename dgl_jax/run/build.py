@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import optax
@@ -14,9 +13,8 @@ from dgl_jax.codecs import make_codec
 from dgl_jax.config import DataSettings, Settings
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
-from dgl_jax.data import Shard, Source, make_source
+from dgl_jax.data import Source
 from dgl_jax.data.info import DatasetInfo
-from dgl_jax.data.shares import Absent, Share, facts
 from dgl_jax.engines import Engine, world
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
@@ -35,6 +33,7 @@ from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES, TASKS
 from dgl_jax.run.due import Due
+from dgl_jax.run.hosts import open_source, share_source
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import Task, TaskInputs
 
@@ -148,44 +147,6 @@ def make_experiment(
     source = share_source(settings, source, engine)
     spec.abstract_states()  # parts that do not fit together are reported before a file is written
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
-
-
-def open_source(settings: Settings) -> Source:
-    """Returns the source of the run; in all but the first of several processes, its shapes.
-
-    Raises:
-      UserError: the data cannot be loaded.
-    """
-    opened: list[Source] = []
-
-    def open_first() -> dict[str, Any]:
-        opened.append(make_source(settings.data, settings.seed))
-        return facts(opened[0], settings.data.batch_size) if world.count() > 1 else {}
-
-    known = world.from_first(open_first)
-    return opened[0] if opened else Absent(known)
-
-
-def share_source(settings: Settings, source: Source, engine: Engine) -> Source:
-    """Opens the data in the processes of the first module, each its own rows of every batch.
-
-    Args:
-      settings: configuration of the run.
-      source: source that `open_source` has returned.
-      engine: engine of the run.
-
-    Raises:
-      UserError: the processes do not divide the batch, or the data cannot be loaded.
-    """
-    if world.count() == 1 or not engine.placement.mine(0):
-        return source
-    processes = engine.placement.processes(0)
-    shard = Shard(processes.index(world.index()), len(processes))
-    shard.slice(settings.data.batch_size)
-    if isinstance(source, Absent):
-        source = make_source(settings.data, settings.seed)
-    share: Any = Share(source, shard)
-    return share  # type: ignore[no-any-return]
 
 
 def make_task(settings: Settings, info: DatasetInfo) -> Task:

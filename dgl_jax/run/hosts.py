@@ -1,4 +1,4 @@
-"""Comparison of the processes of a run before they start: all must do the same work."""
+"""Start of a run of several processes: compares them, and gives each its part of the data."""
 
 import hashlib
 import json
@@ -9,7 +9,9 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.config import Settings, differences, make_settings
-from dgl_jax.engines import world
+from dgl_jax.data import Shard, Source, make_source
+from dgl_jax.data.shares import Absent, Share, facts
+from dgl_jax.engines import Engine, world
 from dgl_jax.errors import UserError
 from dgl_jax.run.summary import versions
 
@@ -24,7 +26,7 @@ def check_hosts(settings: Settings) -> None:
     """
     if world.count() == 1:
         return
-    mine = facts(settings)
+    mine = work_of(settings)
     every = world.exchange(mine)
     different = [i for i, theirs in enumerate(every) if theirs != every[0]]
     if not different:
@@ -44,7 +46,7 @@ def check_hosts(settings: Settings) -> None:
     )
 
 
-def facts(settings: Settings) -> dict[str, Any]:
+def work_of(settings: Settings) -> dict[str, Any]:
     """Returns what has to be equal in all processes, as JSON values by name."""
     devices = jax.local_devices()
     text = json.dumps(settings.to_dict(), sort_keys=True)
@@ -55,3 +57,41 @@ def facts(settings: Settings) -> dict[str, Any]:
         "device kind": system.device_kind(devices[0]),
         "number of devices": len(devices),
     }
+
+
+def open_source(settings: Settings) -> Source:
+    """Returns the source of the run; in all but the first of several processes, its shapes.
+
+    Raises:
+      UserError: the data cannot be loaded.
+    """
+    opened: list[Source] = []
+
+    def open_first() -> dict[str, Any]:
+        opened.append(make_source(settings.data, settings.seed))
+        return facts(opened[0], settings.data.batch_size) if world.count() > 1 else {}
+
+    known = world.from_first(open_first)
+    return opened[0] if opened else Absent(known)
+
+
+def share_source(settings: Settings, source: Source, engine: Engine) -> Source:
+    """Opens the data in the processes of the first module, each its own rows of every batch.
+
+    Args:
+      settings: configuration of the run.
+      source: source that `open_source` has returned.
+      engine: engine of the run.
+
+    Raises:
+      UserError: the processes do not divide the batch, or the data cannot be loaded.
+    """
+    if world.count() == 1 or not engine.placement.mine(0):
+        return source
+    processes = engine.placement.processes(0)
+    shard = Shard(processes.index(world.index()), len(processes))
+    shard.slice(settings.data.batch_size)
+    if isinstance(source, Absent):
+        source = make_source(settings.data, settings.seed)
+    share: Any = Share(source, shard)
+    return share  # type: ignore[no-any-return]

@@ -30,10 +30,17 @@ class Progress(contextlib.AbstractContextManager):
     Args:
       console: where to draw, by default standard error; it also tells if there is a terminal.
       clock: returns seconds.
+      bar: False to log lines on a terminal as well.
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
-        self._console, self._clock = console or Console(stderr=True), clock
+    def __init__(
+        self,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        bar: bool = True,
+    ):
+        self._clock = clock
+        self._console = console or Console(stderr=True, force_terminal=None if bar else False)
         self._marks: deque[tuple[float, int]] = deque()  # (time, step)
         self._total = self._step = self._advances = 0
         self._status: dict[str, str] = {}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-from rich.console import Console
 
 from dgl_jax import system
 from dgl_jax.core.module import count_parameters
@@ -125,9 +124,7 @@ def recording(experiment: Experiment, workdir: Path, start: RunStart) -> Iterato
     writers: list[Writer] = [JsonLinesWriter(workdir / "metrics.jsonl")] if world.first() else []
     if experiment.settings.log.tensorboard and world.first():
         writers.append(TensorBoardWriter(workdir / "tensorboard", start.step or None))
-    # Without a terminal the progress is logged, and other processes log warnings alone.
-    console = None if world.first() else Console(stderr=True, force_terminal=False)
-    with closing(MultiWriter(writers)) as writer, Progress(console) as progress:
+    with closing(MultiWriter(writers)) as writer, Progress(bar=world.first()) as progress:
         progress.start(experiment.total_steps, start.step)
         yield Record(experiment, start, writer, progress)
 
