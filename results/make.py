@@ -4,9 +4,15 @@
 
 CLAIM is the name of a file in configs/claims/. Writes results/CLAIM.md and results/CLAIM.png. Runs
 that are missing or not finished are left out and counted.
+
+results/CLAIM.jsonl holds the finished runs: configuration, summary, and the metrics on validation
+and test images. Runs of this file that WORKDIR lacks are written there first, without checkpoints,
+so that a sweep in WORKDIR trains only what is missing, and `--mode=report` shows everything.
+Finished runs of WORKDIR are then added to the file.
 """
 
 import importlib
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,6 +26,8 @@ from dgl_jax.configs.claims._common import Variants
 from dgl_jax.tools.report_runs import Run, read_runs
 
 HERE = Path(__file__).parent
+FILES = ("config", "summary")
+KEPT = ("validation/", "test/")  # metrics in results/CLAIM.jsonl
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
@@ -131,10 +139,41 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def unpack(store: Path, workdir: Path) -> None:
+    """Writes the stored runs that a workdir lacks."""
+    for line in store.read_text().splitlines() if store.exists() else ():
+        run = json.loads(line)
+        folder = workdir / run["name"]
+        if folder.exists():
+            continue
+        folder.mkdir(parents=True)
+        for name in FILES:
+            (folder / f"{name}.json").write_text(json.dumps(run[name], indent=2) + "\n")
+        lines = [json.dumps(line) + "\n" for line in run["metrics"]]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def pack(runs: Sequence[Run], workdir: Path, store: Path) -> None:
+    """Writes the finished runs, one per line."""
+    lines = []
+    for run in sorted((run for run in runs if run.finished), key=lambda run: run.name):
+        folder = workdir / run.name
+        metrics = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        content = {
+            "name": run.name,
+            **{name: json.loads((folder / f"{name}.json").read_text()) for name in FILES},
+            "metrics": [line for line in metrics if any(key.startswith(KEPT) for key in line)],
+        }
+        lines.append(json.dumps(content) + "\n")
+    store.write_text("".join(lines))
+
+
 def main() -> None:
     workdir, claim = Path(sys.argv[1]), sys.argv[2]
     module = importlib.import_module(f"dgl_jax.configs.claims.{claim}")
+    unpack(HERE / f"{claim}.jsonl", workdir)
     runs, _ = read_runs(workdir)
+    pack(runs, workdir, HERE / f"{claim}.jsonl")
     variants: Variants = module.ROWS
     rows = [make_row(name, runs) for name in variants]
     picture(rows, HERE / f"{claim}.png")
