@@ -177,8 +177,8 @@ def measured(repeats: int) -> dict[str, dict[str, dict[str, list[float]]]]:
     peer = connect()
     byte, announced = Acknowledged(peer), Announced()
     cases = []
-    for size, count in COUNTS.items():
-        message = np.arange(size // 4, dtype=np.float32).reshape(BATCH, -1)
+    for size_in_bytes, messages in COUNTS.items():
+        message = np.arange(size_in_bytes // 4, dtype=np.float32).reshape(BATCH, -1)
         tcp, array = Tcp(peer, message), Put(message)
         check(tcp, message)
         check(array, message)
@@ -189,7 +189,7 @@ def measured(repeats: int) -> dict[str, dict[str, dict[str, list[float]]]]:
             ("round trip", "tcp"): lambda n, tcp=tcp: round_trip(tcp, n),
             ("round trip", "put"): lambda n, put=array: round_trip(put, n),
         }
-        cases += [(str(size), *names, run, count) for names, run in ways.items()]
+        cases += [(str(size_in_bytes), *names, run, messages) for names, run in ways.items()]
     spent: dict[str, dict[str, dict[str, list[float]]]] = {}
     for repeat in range(repeats + 1):
         for size, way, name, run, count in cases:
