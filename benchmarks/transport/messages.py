@@ -1,4 +1,4 @@
-"""One of two processes that send messages to each other; `run.py` starts both.
+"""Sends messages to another process, and receives them; `run.py` starts both processes.
 
 Process 0 prints the seconds per message as JSON: for each size, way and transport one value per
 repeat.
@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -183,11 +184,11 @@ def measured(repeats: int) -> dict[str, dict[str, dict[str, list[float]]]]:
         check(tcp, message)
         check(array, message)
         ways: dict[tuple[str, str], Callable[[int], None]] = {
-            ("one way", "tcp"): lambda n, tcp=tcp: one_way(tcp, byte, n),
-            ("one way", "put"): lambda n, put=array: one_way(put, byte, n),
-            ("one way", "put, paced"): lambda n, put=array: one_way(put, announced, n),
-            ("round trip", "tcp"): lambda n, tcp=tcp: round_trip(tcp, n),
-            ("round trip", "put"): lambda n, put=array: round_trip(put, n),
+            ("one way", "tcp"): partial(one_way, tcp, byte),
+            ("one way", "put"): partial(one_way, array, byte),
+            ("one way", "put, paced"): partial(one_way, array, announced),
+            ("round trip", "tcp"): partial(round_trip, tcp),
+            ("round trip", "put"): partial(round_trip, array),
         }
         cases += [(str(size_in_bytes), *names, run, messages) for names, run in ways.items()]
     spent: dict[str, dict[str, dict[str, list[float]]]] = {}

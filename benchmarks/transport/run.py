@@ -242,11 +242,11 @@ def main() -> None:
     """Measures messages and shares, and prints the tables."""
     flags = harness.parser(__doc__)
     flags.add_argument("--repeats", type=int, default=25, help="repeats of the messages")
-    flags.add_argument("--runs", type=int, default=5, help="runs of each way of training")
-    flags.add_argument("--steps", type=int, default=250, help="steps of a run")
+    flags.add_argument("--runs", type=int, default=3, help="runs of each way of training")
+    flags.add_argument("--steps", type=int, default=300, help="steps of a run")
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--batch_size", type=int, default=64)
-    flags.add_argument("--threads", type=int, default=4, help="NPROC of every process")
+    flags.add_argument("--threads", type=int, default=16, help="NPROC of every process")
     args = flags.parse_args()
     chosen = {k: v for k, v in vars(args).items() if k != "write"}
     chosen |= {
