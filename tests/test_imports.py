@@ -56,7 +56,8 @@ LEVELS = {
         ("ema", "step"),
     ),
     "methods": (
-        ("base", "downward"),
+        ("base",),
+        ("post", "downward"),
         ("dgl", "backprop", "layerwise", "delayed"),
         ("ddg", "deep_supervision", "dni", "fdg", "features_replay"),
     ),

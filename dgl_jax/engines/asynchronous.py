@@ -22,7 +22,7 @@ from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.engines.transfer import placed_shapes, put
 from dgl_jax.errors import UserError
 from dgl_jax.fields import choice, option
-from dgl_jax.methods.base import Mail, closed, delivered, oldest, opened
+from dgl_jax.methods.post import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Header, Inbox, Message

@@ -17,7 +17,7 @@ from dgl_jax.engines.placement import Placement, assign, check_batch
 from dgl_jax.engines.transfer import is_here
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import closed, opened
+from dgl_jax.methods.post import closed, opened
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import never

@@ -34,7 +34,8 @@ from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import Post, TrainStep, progress
+from dgl_jax.methods.base import TrainStep, progress
+from dgl_jax.methods.post import Post
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Group, Progress, Tick, entering, grouped, never
 from dgl_jax.spec import TrainSpec

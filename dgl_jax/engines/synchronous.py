@@ -18,7 +18,7 @@ from dgl_jax.engines.pace import Pace
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import Programs
 from dgl_jax.engines.transfer import distribute
-from dgl_jax.methods.base import Post
+from dgl_jax.methods.post import Post
 from dgl_jax.schedule import Group
 from dgl_jax.spec import Traffic, TrainSpec
 from dgl_jax.types import Message

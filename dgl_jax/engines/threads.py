@@ -44,7 +44,7 @@ from dgl_jax.engines.transfer import put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
 from dgl_jax.fields import number, option
-from dgl_jax.methods.base import opened
+from dgl_jax.methods.post import opened
 from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec

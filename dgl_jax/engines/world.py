@@ -28,6 +28,7 @@ from dgl_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _FOREVER = 2**31 - 1  # milliseconds; the heartbeat ends a wait for a process that died
+_A_DAY = 86_400  # seconds
 _NOTICE_SECONDS = 1.0  # between two questions if another process has failed
 _LAST_SECONDS = 6.0  # for which the coordinator waits until the others know of a failure
 _PREFIX = "dgl_jax"
@@ -92,6 +93,8 @@ def join(
             raise UserError(
                 f"--coordinator={coordinator}: must be host:port, such as 10.0.0.1:8000"
             )
+    # A process may compile for long while its neighbor waits; the heartbeat notices its death.
+    jax.config.update("jax_cross_host_transfer_timeout_seconds", _A_DAY)
     if on_cpu:
         _set_cpu_addresses(host)
     try:

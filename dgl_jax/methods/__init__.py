@@ -10,13 +10,15 @@ from dgl_jax.methods import (
     features_replay,
     layerwise,
 )
-from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep, composed
+from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep
+from dgl_jax.methods.post import Composed, composed
 from dgl_jax.registry import METHODS
 
 register_method = METHODS.register
 
 __all__ = [
     "METHODS",
+    "Composed",
     "Method",
     "MethodKind",
     "Program",

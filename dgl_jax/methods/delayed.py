@@ -46,8 +46,9 @@ from dgl_jax.core.step import (
     loss_step,
 )
 from dgl_jax.fields import option
-from dgl_jax.methods.base import Ports, Program, TrainStep, composed
+from dgl_jax.methods.base import Ports, Program
 from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
+from dgl_jax.methods.post import Composed
 from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message, Outbox
@@ -135,7 +136,7 @@ class DelayedOptions(MethodSettings):
 
 
 @dataclass(frozen=True)
-class Delayed:
+class Delayed(Composed):
     """Base class of the training rules with delayed gradients.
 
     Attributes:
@@ -150,7 +151,6 @@ class Delayed:
     encode_gradients: bool = True
     first_rate: float = 1.0
     shrink: float = 1.0
-    sends: ClassVar[bool] = True
     unlocked: ClassVar[bool] = False
     stores_params: ClassVar[bool] = False
 
@@ -190,12 +190,6 @@ class Delayed:
         program = make(spec, k)
         program.__name__ = f"{spec.modules[k].name}_{kind}"
         return program
-
-    def fused(
-        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
-    ) -> TrainStep:
-        """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns, barrier)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the history of a module, the codec of its gradients, and messages in flight."""

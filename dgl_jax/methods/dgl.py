@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from dgl_jax import schedule
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, forward_step, local_step
-from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
+from dgl_jax.methods.base import MethodKind, Ports, Program
+from dgl_jax.methods.post import Composed
 from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
@@ -43,13 +44,11 @@ def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Dgl:
+class Dgl(Composed):
     """Training rule of Belilovsky et al. 2020, Algorithm 1: each module minimizes its own loss.
 
     A module sends its activations to the next one without a gradient path back.
     """
-
-    sends: ClassVar[bool] = True
 
     def schedule(
         self,
@@ -106,12 +105,6 @@ class Dgl:
 
         program.__name__ = module.name
         return program
-
-    def fused(
-        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
-    ) -> TrainStep:
-        """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns, barrier)
 
     def feed(
         self, spec: TrainSpec, k: int, train: bool

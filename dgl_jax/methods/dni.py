@@ -17,7 +17,7 @@ except that the last update of the synthesizers of a run waits in its final chec
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,9 +41,10 @@ from dgl_jax.core.step import (
 )
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number
-from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
+from dgl_jax.methods.base import MethodKind, Ports, Program
 from dgl_jax.methods.delayed import DelayedOptions
 from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
+from dgl_jax.methods.post import Composed
 from dgl_jax.models import Synthesizer, with_choices
 from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
@@ -54,7 +55,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class Dni:
+class Dni(Composed):
     """Training rule with synthetic gradients and a single loss, at the last module.
 
     Attributes:
@@ -70,7 +71,6 @@ class Dni:
     optimizer: optax.GradientTransformation
     conditional: bool = False
     encode_gradients: bool = True
-    sends: ClassVar[bool] = True
 
     def schedule(
         self,
@@ -155,12 +155,6 @@ class Dni:
         program = last if k == len(spec.modules) - 1 else lower
         program.__name__ = module.name
         return program
-
-    def fused(
-        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
-    ) -> TrainStep:
-        """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns, barrier)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the synthesizer and its optimizer state, and what its next regression reads.

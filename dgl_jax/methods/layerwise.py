@@ -7,7 +7,7 @@ averages of batch norm, as in evaluation.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,7 +18,8 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, forward_step, local_step
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number
-from dgl_jax.methods.base import MethodKind, Ports, Program, TrainStep, composed
+from dgl_jax.methods.base import MethodKind, Ports, Program
+from dgl_jax.methods.post import Composed
 from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Progress, Tick, never
 from dgl_jax.spec import TrainSpec
@@ -45,7 +46,7 @@ class LayerwiseOptions(MethodSettings):
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Composed):
     """Training of one module after the other, each on the outputs of the frozen ones below it.
 
     The step of a run is the average number of updates per module, rounded down.
@@ -55,8 +56,6 @@ class Layerwise:
     """
 
     laps: int = 1
-
-    sends: ClassVar[bool] = True
 
     def progress(self, counts: Sequence[int]) -> Progress:
         """Returns the updates of all modules together, of which K make one step."""
@@ -130,12 +129,6 @@ class Layerwise:
         program = forward if kind == "forward" else step
         program.__name__ = f"{module.name}_{kind}"
         return program
-
-    def fused(
-        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
-    ) -> TrainStep:
-        """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns, barrier)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the number of messages that the module has sent, if its codec learns."""

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from dgl_jax import system
-from dgl_jax.methods.base import oldest, opened, steps_alone
+from dgl_jax.methods.base import steps_alone
+from dgl_jax.methods.post import oldest, opened
 from dgl_jax.profile.compiling import compile_all
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Inbox, Message, nbytes

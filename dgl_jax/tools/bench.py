@@ -14,7 +14,8 @@ from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import jitted
 from dgl_jax.engines.transfer import put
-from dgl_jax.methods.base import oldest, opened, steps_alone
+from dgl_jax.methods.base import steps_alone
+from dgl_jax.methods.post import oldest, opened
 from dgl_jax.profile.timing import Elapsed, clocked
 from dgl_jax.registry import METHODS
 from dgl_jax.run.build import Experiment, make_experiment

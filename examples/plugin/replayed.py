@@ -14,7 +14,7 @@ by a gradient from above:
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -22,7 +22,7 @@ from dgl_jax.config import MethodSettings, Settings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import backward_step, forward_step, local_step, loss_step
 from dgl_jax.errors import UserError
-from dgl_jax.methods import MethodKind, Program, TrainStep, composed, register_method
+from dgl_jax.methods import Composed, MethodKind, Program, register_method
 from dgl_jax.methods.base import Ports
 from dgl_jax.schedule import Tick, Turn, never
 from dgl_jax.spec import TrainSpec
@@ -30,10 +30,8 @@ from dgl_jax.types import Inbox, Message, Outbox
 
 
 @dataclass(frozen=True)
-class Replayed:
+class Replayed(Composed):
     """Training rule with delayed gradients on stored inputs and one loss at the last module."""
-
-    sends: ClassVar[bool] = True
 
     def schedule(
         self,
@@ -106,12 +104,6 @@ class Replayed:
         program = {"step": step, "forward": forward, "backward": backward}[kind]
         program.__name__ = f"{module.name}_{kind}"
         return program
-
-    def fused(
-        self, spec: TrainSpec, turns: Sequence[tuple[int, str]], barrier: bool = True
-    ) -> TrainStep:
-        """Composes the turns of a tick into one function; see `composed`."""
-        return composed(spec, turns, barrier)
 
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the stored inputs, the number of batches seen, and the gradient in flight."""
