@@ -19,7 +19,7 @@ from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.run.build import known_info, make_blocks
 from dgl_jax.tools import plan as planning
-from dgl_jax.tools.pipeline import Pipeline
+from dgl_jax.tools.pipeline import Link, Pipeline
 from dgl_jax.tools.plan import plan, plan_run
 from dgl_jax.tools.timeline import Work
 
@@ -154,13 +154,13 @@ def test_module_slightly_faster_than_slowest_is_idle_for_the_difference():
     """Checks that the idle share does not depend on how many ticks the host runs ahead."""
     works = Work(0, 0.0275), Work(1, 0.028)
     for ticks_in_flight in (1, 4, 1000):
-        pipeline = Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl())
+        pipeline = Pipeline(works, BATCH, Link(), math.inf, ticks_in_flight, Dgl())
         rate, busy, _ = pipeline.steady([0.0])
         assert rate == pytest.approx(1 / 0.028)
         assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
     # One core for both devices.
     sharing = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)
-    rate, busy, _ = Pipeline(sharing, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
+    rate, busy, _ = Pipeline(sharing, BATCH, Link(), 1.0, 2, Dgl()).steady([0.0])
     assert rate == pytest.approx(1 / 0.0555, rel=0.02)
     assert 0.9 < busy[0] <= 1.0
 

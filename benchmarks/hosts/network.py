@@ -12,12 +12,14 @@ kernel has no `netem`, the process `relay.py` on TUN devices. Needs root and the
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_NAMES = Path("/etc/netns")
 _NET = "10.77.0"
 _MTU = 9000  # jumbo frames: a sixth of the packets, so that a relay in Python keeps up
 _BURST = 64  # kilobytes that may leave at once
@@ -76,6 +78,7 @@ class Network:
         try:
             for host in range(self.hosts):
                 run("ip", "netns", "add", self._namespace(host))
+                self._name(host)
                 run(*self.command(host, "ip", "link", "set", "lo", "up"))
                 # A connection keeps its speed over the pauses between two messages.
                 setting = "/proc/sys/net/ipv4/tcp_slow_start_after_idle"
@@ -91,6 +94,17 @@ class Network:
             self.close()
             raise
         return self
+
+    def _name(self, host: int) -> None:
+        """Lets the name of the machine lead to the address of a host.
+
+        `ip netns exec` puts the files of this folder over the ones in /etc. JAX's collectives on
+        the CPU (gloo) listen at the address of the machine's name.
+        """
+        folder = _NAMES / self._namespace(host)
+        folder.mkdir(parents=True)
+        lines = f"127.0.0.1 localhost\n{self.address(host)} {socket.gethostname()}\n"
+        (folder / "hosts").write_text(lines)
 
     def _has_netem(self) -> bool:
         lo = self.command(0, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
@@ -111,7 +125,18 @@ class Network:
             if self.delay:
                 self.switch = "netem"
                 queue = ("limit", str(_QUEUE * 1000000 // 1000))  # packets
-                run("tc", "qdisc", "add", "dev", port, "root", "netem", "delay", f"{self.delay}ms", *queue)
+                run(
+                    "tc",
+                    "qdisc",
+                    "add",
+                    "dev",
+                    port,
+                    "root",
+                    "netem",
+                    "delay",
+                    f"{self.delay}ms",
+                    *queue,
+                )
 
     def _start_relay(self) -> None:
         if not os.path.exists("/dev/net/tun"):
@@ -157,6 +182,10 @@ class Network:
         if self._relay is not None:
             self._relay.kill()
             self._relay.wait()
+        for host in range(self.hosts):
+            shutil.rmtree(_NAMES / self._namespace(host), ignore_errors=True)
+        with suppress(OSError):
+            _NAMES.rmdir()  # only if it is empty
         names = [self._namespace(host) for host in range(self.hosts)]
         removals: list[tuple[str, ...]] = [("ip", "netns", "del", name) for name in names]
         # Devices of a namespace vanish with it, and with them their other ends; without it they

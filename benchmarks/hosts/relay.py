@@ -27,7 +27,9 @@ _AT_ONCE = 32  # packets read from one device before others have a turn
 def open_tun(name: str) -> int:
     """Makes a TUN device and returns its file descriptor, which does not block."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI))
+    fcntl.ioctl(
+        descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI)
+    )
     return descriptor
 
 
