@@ -24,7 +24,8 @@ class Link:
     Attributes:
       bandwidth: of each link, in GB/s; may be infinite.
       latency: seconds that a message travels, one way, in addition to the time of its bytes.
-      message_cost: seconds for which a host is busy with each message that it sends or receives.
+      message_cost: seconds for which a host is busy with each message that it sends or receives,
+        and which each round of an all-reduce takes longer.
     """
 
     bandwidth: float = math.inf
@@ -42,8 +43,7 @@ class Reduction:
 
     Attributes:
       bytes_: of the gradients.
-      times: number of all-reduces: one for all gradients, and two for each batch norm, whose
-        statistics and their gradients are sums over the whole batch.
+      times: number of all-reduces.
     """
 
     bytes_: float = 0.0
@@ -55,16 +55,27 @@ class Reduction:
         In each of 2 (g - 1) rounds every device sends one part in g to its neighbor.
         """
         rounds = 2 * (devices - 1)
-        return link.seconds(rounds * self.bytes_ / devices) + self.times * rounds * link.latency
+        each = link.latency + link.message_cost
+        return link.seconds(rounds * self.bytes_ / devices) + self.times * rounds * each
 
 
-def reductions(spec: TrainSpec) -> list[Reduction]:
-    """Returns what a group of devices adds up in each module of a run."""
-    return [
-        # Each batch norm has a running mean and a running variance.
-        Reduction(nbytes(state.params), 1 + len(jax.tree.leaves(state.batch_stats)))
-        for state in spec.abstract_states()
-    ]
+def reductions(spec: TrainSpec, each_array: bool = False) -> list[Reduction]:
+    """Returns what a group of devices adds up in each module of a run.
+
+    XLA joins the gradients of a module into one all-reduce. Batch norm needs two more, for the
+    statistics of the whole batch and their gradients.
+
+    Args:
+      spec: the training run.
+      each_array: True counts every array, as XLA's collectives on the CPU send them.
+    """
+    sums = []
+    for state in spec.abstract_states():
+        arrays = len(jax.tree.leaves(state.params))
+        statistics = len(jax.tree.leaves(state.batch_stats))  # a mean and a variance per batch norm
+        times = arrays + 2 * statistics if each_array else 1 + statistics
+        sums.append(Reduction(nbytes(state.params), times))
+    return sums
 
 
 def make_pipeline(

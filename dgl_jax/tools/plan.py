@@ -185,7 +185,7 @@ def plan(
     seconds, processor = (
         [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
     )
-    sums = reductions(spec)
+    sums = reductions(spec, each_array=not stated and device.platform == "cpu")
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, link, cores, sums)
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
