@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 from network import Network, Unavailable
 
@@ -144,7 +144,7 @@ def train(net: Network, engine: str, codec: str, args: argparse.Namespace) -> di
 
         with Hosts(net, lambda host: [*common, f"--process_id={host}"], Path(folder)) as hosts:
             hosts.wait(args.limit, done)
-            end, bytes_ = [row for row in rows() if row["step"] == steps][0], sent()
+            end, bytes_ = next(row for row in rows() if row["step"] == steps), sent()
         assert begin is not None, "the run ended within one look at its metrics"
     ticks = end["step"] - begin[0]["step"]
     return {
