@@ -200,8 +200,8 @@ def main() -> None:
         f"Predicted, not measured: {args.modules} modules, {args.batch_size:,} images per batch, "
         f"{args.teraflops:g} TFLOP/s per device in bfloat16 at any size of its part (an assumption "
         f"for an H100), {PER_HOST} devices per host with {INSIDE.bandwidth:g} GB/s and "
-        f"{1e6 * INSIDE.latency:g} microseconds between them. A cell is the speed-up over one device "
-        "with the same modules, and the share of the time in which devices compute nothing. "
+        f"{1e6 * INSIDE.latency:g} microseconds between them. A cell is the speed-up over one "
+        "device with the same modules, and the share of the time in which devices compute nothing. "
         "`python benchmarks/hosts/scaling.py` prints the tables.",
         "",
         "![Speed-up over devices](assets/scaling.png)",
