@@ -113,43 +113,37 @@ def fields(engine: str, codec: str, args: argparse.Namespace) -> dict[str, Any]:
 def train(net: Network, engine: str, codec: str, args: argparse.Namespace) -> dict[str, float]:
     """Trains on the hosts and returns ticks per second and megabytes sent per tick.
 
-    Both are taken over the last three quarters of the steps. The processes are ended after the last
+    The speed is the one of the last three quarters of the steps, from the run's own meter; the
+    bytes are all that the hosts have sent since their start. The processes are ended after the last
     step, before they evaluate.
     """
     chosen = fields(engine, codec, args)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in chosen.items()]
     steps = chosen["train__steps"]
+    sent = lambda: sum(map(net.sent, range(HOSTS)))  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         common = [
             *(sys.executable, str(ROOT / "launch.py"), "--distributed", "--cpu_devices=1"),
             *(f"--coordinator={net.address(0)}:8000", f"--num_processes={HOSTS}"),
             *("--config=configs/cifar10.py", f"--workdir={folder}/run", *flags),
         ]
-        begin: tuple[dict[str, float], int] | None = None
 
-        def rows() -> list[dict[str, float]]:
+        def rows() -> dict[int, float]:
+            """Returns the images per second since the first step, by step."""
             path = Path(folder) / "run" / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            return {e["step"]: e["images_per_second"] for e in entries if "images_per_second" in e}
 
-        def sent() -> int:
-            return sum(map(net.sent, range(HOSTS)))
-
-        def done() -> bool:
-            nonlocal begin
-            trained = [row for row in rows() if "learning_rate" in row]
-            if begin is None and trained and trained[-1]["step"] >= steps / 4:
-                begin = trained[-1], sent()
-            return bool(trained) and trained[-1]["step"] == steps
-
+        before = sent()
         with Hosts(net, lambda host: [*common, f"--process_id={host}"], Path(folder)) as hosts:
-            hosts.wait(args.limit, done)
-            end, bytes_ = next(row for row in rows() if row["step"] == steps), sent()
-        assert begin is not None, "the run ended within one look at its metrics"
-    ticks = end["step"] - begin[0]["step"]
+            hosts.wait(args.limit, lambda: steps in rows())
+            speeds, bytes_ = rows(), sent() - before
+    begin = min(step for step in speeds if step >= max(2, steps / 4))
+    seconds = [(step - 1) * args.batch_size / speeds[step] for step in (begin, steps)]
     return {
-        "ticks_per_second": ticks / (end["time"] - begin[0]["time"]),
-        "megabytes_per_tick": (bytes_ - begin[1]) / ticks / 1e6,
+        "ticks_per_second": (steps - begin) / (seconds[1] - seconds[0]),
+        "megabytes_per_tick": bytes_ / steps / 1e6,
     }
 
 
