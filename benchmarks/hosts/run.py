@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = 3
 LIMITS = {"pipeline": 0.2, "fused": 0.3}  # how far a prediction may be off
 NEVER = 10**6
-CASES = [(engine, codec) for engine in LIMITS for codec in ("identity", "vq")]
+CODECS = ("identity", "vq")
 
 
 class Hosts:
@@ -173,6 +173,7 @@ def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--megabits", type=float, default=100.0, help="what each host sends")
     flags.add_argument("--delay", type=float, default=10.0, help="milliseconds, one way")
+    flags.add_argument("--engines", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--batch_size", type=int, default=66)
     flags.add_argument("--steps", type=int, default=100, help="steps of a run with `pipeline`")
@@ -181,13 +182,14 @@ def main() -> None:
     flags.add_argument("--limit", type=float, default=400.0, help="seconds that a run may take")
     args = flags.parse_args()
     jax.config.update("jax_num_cpu_devices", HOSTS)
+    cases = [(engine, codec) for engine in args.engines for codec in CODECS]
     experiments = {
         case: make_experiment(harness.settings(**fields(*case, args)), jax.devices())
-        for case in CASES
+        for case in cases
     }
-    first = experiments[CASES[0]]
+    first = experiments[cases[0]]
     network = make_blocks(first.settings, first.info)
-    measured: dict[Any, list[dict[str, float]]] = {case: [] for case in CASES}
+    measured: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
     small: list[dict[str, float]] = []
     try:
         with (
@@ -204,7 +206,7 @@ def main() -> None:
                     jax.devices()[0],
                     concurrency=min(system.cpu_count() or 1, HOSTS),
                 )
-                for case in CASES:
+                for case in cases:
                     row = train(net, *case, args)
                     rate, idle = predict(experiments[case], times, small[-1], args)
                     work = (1.0 - idle) / rate  # seconds of a tick in which a device is busy
