@@ -335,7 +335,6 @@ def test_printed_tables_and_picture(stated, tmp_path):
         "module_1            3           1\n",
         "333.3 ticks/s",
         "2.00 times one device; idle 33 % of the time",
-        "fused, data parallel:",
         "0       33 %",
         "codec int8: config.codec.dims",
     ):
@@ -345,6 +344,19 @@ def test_printed_tables_and_picture(stated, tmp_path):
         r"^vq, dims=4, codes=16, stages=1 +\d+ +\d+ +0\.\d +333\.3$", fits, re.MULTILINE
     )
     assert "int8, dims=4" in fits
+    assert "fused" not in text, "3 devices do not divide a batch of 8"
+    shared = plan_run(
+        small(data__batch_size=12),
+        6,
+        stated,
+        1.0,
+        latency=1.0,
+        message_cost=0.5,
+    )
+    assert "1 GB/s per link, 1 ms latency, 0.5 ms of the host per message\n" in shared
+    assert "of it sums" in shared
+    assert "of it sums" not in text
+    assert re.search(r"^fused, data parallel: [\d.]+ ticks/s$", shared, re.MULTILINE)
     picture = tmp_path / "plots" / "plan.png"
     assert f"timeline: {picture}" in text
     assert image.imread(picture).shape[1] > 1000
