@@ -1,10 +1,10 @@
 """Hosts on one machine: network namespaces with links of a given bandwidth and delay.
 
     host 0 (netns) -- tbf --.
-    host 1 (netns) -- tbf --+-- switch, which holds each packet for the delay
+    host 1 (netns) -- tbf --+-- switch, which holds each datagram for the delay
     host 2 (netns) -- tbf --'
 
-Each host sends at most `megabits` per second (`tc tbf`), and each packet takes `delay`
+Each host sends at most `megabits` per second (`tc tbf`), and each datagram takes `delay`
 milliseconds. The switch is a bridge whose ports have the queueing discipline `netem`, or, if the
 kernel has no `netem`, the process `relay.py` on TUN devices. Needs root and the commands `ip` and
 `tc`.
@@ -21,9 +21,9 @@ from typing import Any
 
 _NAMES = Path("/etc/netns")
 _NET = "10.77.0"
-_MTU = 9000  # jumbo frames: a sixth of the packets, so that a relay in Python keeps up
+_MTU = 9000  # jumbo frames: a sixth of the datagrams, so that a relay in Python keeps up
 _BURST = 64  # kilobytes that may leave at once
-_QUEUE = 8  # megabytes that wait at a link before packets are lost
+_QUEUE = 8  # megabytes that wait at a link before datagrams are lost
 
 
 class Unavailable(Exception):
@@ -43,10 +43,10 @@ class Network:
     Args:
       hosts: number of hosts.
       megabits: bandwidth of what each host sends, in Mbit/s.
-      delay: milliseconds that each packet takes, one way.
+      delay: milliseconds that each datagram takes, one way.
 
     Attributes:
-      switch: "netem" or "relay", what delays the packets; "bridge" without a delay.
+      switch: "netem" or "relay", what delays the datagrams; "bridge" without a delay.
 
     Raises:
       Unavailable: not root, or a command or device is missing.
@@ -124,7 +124,7 @@ class Network:
             run("ip", "link", "set", port, "mtu", str(_MTU), "master", bridge, "up")
             if self.delay:
                 self.switch = "netem"
-                queue = ("limit", str(_QUEUE * 1000000 // 1000))  # packets
+                queue = ("limit", str(_QUEUE * 1000000 // 1000))  # datagrams
                 run(
                     "tc",
                     "qdisc",

@@ -1,12 +1,11 @@
-"""Relay of IP packets between TUN devices, which holds each packet for a fixed time.
+"""Relay of IP datagrams between TUN devices, which holds each datagram for a fixed time.
 
 python benchmarks/hosts/relay.py MILLISECONDS DEVICE=ADDRESS DEVICE=ADDRESS ...
 
 It stands for the wires between hosts on kernels without the queueing discipline `netem`. It makes
 the TUN devices, prints "ready", and forwards until it is killed; the devices vanish with it. Every
-packet (IPv4, anything else is dropped) leaves through the device that has its destination address.
-Losing no packet and keeping their order, it adds to the time of a packet only what the system needs
-to run it.
+IPv4 datagram leaves through the device that has its destination address, in the order of arrival;
+all others are dropped.
 """
 
 import fcntl
@@ -19,9 +18,9 @@ import time
 from collections import deque
 
 _TUNSETIFF = 0x400454CA
-_IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000  # whole IP packets, without a header of the driver
-_LARGEST = 65536  # bytes of a packet
-_AT_ONCE = 32  # packets read from one device before others have a turn
+_IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000  # whole IP datagrams, without a header of the driver
+_LARGEST = 65536  # bytes of a datagram
+_AT_ONCE = 32  # datagrams read from one device before others have a turn
 
 
 def open_tun(name: str) -> int:
@@ -33,17 +32,17 @@ def open_tun(name: str) -> int:
     return descriptor
 
 
-def destination(packet: bytes) -> bytes | None:
-    """Returns the destination address of an IPv4 packet, and None for any other."""
-    return packet[16:20] if len(packet) >= 20 and packet[0] >> 4 == 4 else None
+def destination(datagram: bytes) -> bytes | None:
+    """Returns the destination address of an IPv4 datagram, and None for any other."""
+    return datagram[16:20] if len(datagram) >= 20 and datagram[0] >> 4 == 4 else None
 
 
 def relay(devices: dict[bytes, int], delay: float) -> None:
-    """Forwards packets forever.
+    """Forwards datagrams forever.
 
     Args:
       devices: file descriptor of the device that leads to each address.
-      delay: seconds for which each packet is held.
+      delay: seconds for which each datagram is held.
     """
     held: deque[tuple[float, int, bytes]] = deque()  # all wait equally long, so in order of time
     descriptors = list(devices.values())
@@ -53,16 +52,16 @@ def relay(devices: dict[bytes, int], delay: float) -> None:
         for descriptor in ready:
             for _ in range(_AT_ONCE):
                 try:
-                    packet = os.read(descriptor, _LARGEST)
+                    datagram = os.read(descriptor, _LARGEST)
                 except OSError:  # nothing waits any more, or the device is not up yet
                     break
-                to = devices.get(destination(packet) or b"")
+                to = devices.get(destination(datagram) or b"")
                 if to is not None:
-                    held.append((time.monotonic() + delay, to, packet))
+                    held.append((time.monotonic() + delay, to, datagram))
         while held and held[0][0] <= time.monotonic():
-            _, to, packet = held.popleft()
+            _, to, datagram = held.popleft()
             try:
-                os.write(to, packet)
+                os.write(to, datagram)
             except OSError:  # the device is down: a host that has left receives nothing
                 continue
 

@@ -49,7 +49,7 @@ WORTH = 0.5  # a device that computes less than this share of the time is not wo
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What a plan needs to know about a network.
+    """Numbers of a network from which a plan is made.
 
     Attributes:
       settings: configuration of the run.

@@ -39,7 +39,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the devices of a group add up in each turn of a module that updates it.
+    """Sums over the devices of a group in each turn of a module that updates it.
 
     Attributes:
       bytes_: of the gradients.
