@@ -29,6 +29,7 @@ from network import Network, Unavailable
 from dgl_jax import system
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.run.build import Experiment, make_blocks, make_experiment
+from dgl_jax.tools.bench import module_times
 from dgl_jax.tools.pipeline import Link, fused_rate, make_pipeline, reductions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,13 +152,14 @@ def train(net: Network, engine: str, codec: str, args: argparse.Namespace) -> di
 
 
 def predict(
-    experiment: Experiment, times: BlockTimes, small: dict[str, float], args: argparse.Namespace
+    experiment: Experiment,
+    seconds: Sequence[float],
+    processor: Sequence[float],
+    small: dict[str, float],
+    args: argparse.Namespace,
 ) -> tuple[float, float]:
     """Returns ticks per second and the idle share of the devices, as planned."""
     spec, settings = experiment.spec, experiment.settings
-    starts = [module.first for module in spec.modules]
-    ends = [*starts[1:], len(times.seconds.head)]
-    seconds, processor = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
     delay, bandwidth, cores = args.delay / 1e3, args.megabits / 8e3, system.cpu_count()
     if settings.engine.name == "pipeline":
         # The host in the middle receives a message and sends one in every tick.
@@ -172,6 +174,26 @@ def predict(
     return rate, 1.0 - rate * sum(seconds) / HOSTS
 
 
+def predictions(
+    experiment: Experiment, times: BlockTimes, small: dict[str, float], args: argparse.Namespace
+) -> dict[str, float]:
+    """Returns what is predicted from blocks and heads, and for `pipeline` also from its programs.
+
+    The programs of the modules contain the codec, whose time `--mode=plan` leaves out.
+    """
+    starts = [module.first for module in experiment.spec.modules]
+    ends = [*starts[1:], len(times.seconds.head)]
+    turns = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    rate, idle = predict(experiment, *turns, small, args)
+    found = {"predicted": rate, "predicted_idle": idle}
+    if experiment.settings.engine.name == "pipeline":
+        state = experiment.engine.init()
+        elapsed = module_times(experiment, state, args.calls, args.concurrency)
+        turns = [e.seconds for e in elapsed], [e.processor for e in elapsed]
+        found["predicted_from_programs"] = predict(experiment, *turns, small, args)[0]
+    return found
+
+
 def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--megabits", type=float, default=100.0, help="what each host sends")
@@ -183,7 +205,9 @@ def main() -> None:
     flags.add_argument("--fused_steps", type=int, default=8)
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--limit", type=float, default=400.0, help="seconds that a run may take")
+    flags.add_argument("--calls", type=int, default=10, help="calls of each program per repeat")
     args = flags.parse_args()
+    args.concurrency = min(system.cpu_count() or 1, HOSTS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are removed
     jax.config.update("jax_num_cpu_devices", HOSTS)
     cases = [(engine, codec) for engine in args.engines for codec in CODECS[engine]]
@@ -208,13 +232,13 @@ def main() -> None:
                     network,
                     first.spec.optimizer,
                     jax.devices()[0],
-                    concurrency=min(system.cpu_count() or 1, HOSTS),
+                    concurrency=args.concurrency,
                 )
                 for case in cases:
                     row = train(net, *case, args)
-                    rate, idle = predict(experiments[case], times, small[-1], args)
-                    work = (1.0 - idle) / rate  # seconds of a tick in which a device is busy
-                    row |= {"predicted": rate, "predicted_idle": idle}
+                    row |= predictions(experiments[case], times, small[-1], args)
+                    # Seconds of a tick in which a device is busy.
+                    work = (1.0 - row["predicted_idle"]) / row["predicted"]
                     row |= {"idle": 1.0 - row["ticks_per_second"] * work}
                     measured[case].append(row)
                     print(repeat, *case, {k: round(v, 4) for k, v in row.items()}, flush=True)
@@ -226,6 +250,10 @@ def main() -> None:
         columns = {name: [run[name] for run in runs] for name in runs[0]}
         ratio = harness.quartiles(harness.ratios(columns["predicted"], columns["ticks_per_second"]))
         within = abs(ratio["median"] - 1) <= LIMITS[engine]
+        programs = "-"
+        if "predicted_from_programs" in columns:
+            over = harness.ratios(columns["predicted_from_programs"], columns["ticks_per_second"])
+            programs = harness.shown(harness.quartiles(over))
         results[f"{engine} {codec}"] = {
             **{name: harness.quartiles(values, 4) for name, values in columns.items()},
             "predicted_over_measured": ratio,
@@ -238,10 +266,11 @@ def main() -> None:
                 f"{100 * statistics.median(columns['idle']):.0f} %",
                 f"{statistics.median(columns['megabytes_per_tick']):.3g}",
                 f"{harness.shown(ratio)} {'yes' if within else 'NO'}",
+                programs,
             ]
         )
     header = ["engine", "codec", "ticks/s", "idle", "MB per tick", "predicted over measured"]
-    harness.table(header, rows)
+    harness.table([*header, "from programs, over measured"], rows)
     link = {k: harness.quartiles([each[k] for each in small], 2) for k in small[0]}
     print(f"switch: {switch}; milliseconds of the link: {link}")
     settings = {key: value for key, value in vars(args).items() if key != "write"}
