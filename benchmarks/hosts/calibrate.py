@@ -3,24 +3,29 @@
 python benchmarks/hosts/calibrate.py COORDINATOR PROCESSES PROCESS
 
 Process 0 prints a JSON object: milliseconds of one all-reduce of a small array (`all_reduce`), and
-milliseconds per tick of small messages that pass all processes one after the other, up to three on
-their way at a time (`messages`). Nothing is computed, so both are times of the link and of JAX.
+milliseconds per tick of small messages that pass all processes one after the other, with the flow
+control of the engine `pipeline` (`messages`). Nothing is computed: both
+are times of the link, of JAX and of the flow control.
 """
 
 import json
 import sys
 import time
+from collections import deque
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgl_jax.engines import world
+from dgl_jax.engines.pace import Pace
 from dgl_jax.engines.placement import assign, one_group
-from dgl_jax.engines.transfer import distribute, is_here, put
+from dgl_jax.engines.transfer import distribute, is_here, placed_shapes, put
 
-COUNT = 20  # sums, or ticks
-WARM_UP = 5
+COUNT = 40  # sums, or ticks
+WARM_UP = 10
+AHEAD = 2  # engine.ticks_in_flight
 
 
 def all_reduce() -> float:
@@ -38,32 +43,37 @@ def all_reduce() -> float:
 
 
 def messages() -> float:
-    """Returns the seconds per tick in which each process sends one message to the next."""
+    """Returns the seconds per tick in which each process sends one message to the next.
+
+    The processes keep pace as in the engine `pipeline`.
+    """
     count = world.count()
     placement = assign(jax.devices(), count)
     plus = jax.jit(lambda x: x + 1)
     held = [distribute(jnp.zeros(8), placement.split(k)) for k in range(count)]
-    shapes = [
-        jax.ShapeDtypeStruct((8,), jnp.float32, sharding=placement.split(k)) for k in range(count)
-    ]
-    flight = []
-    world.barrier()
+    pace, flight = Pace(placement, AHEAD, lambda: False), deque[list[Any]]()
+
+    def finish() -> None:
+        jax.block_until_ready([x for x in flight.popleft() if is_here(x)])
+        pace.finished()
+
     for tick in range(WARM_UP + COUNT):
         if tick == WARM_UP:
-            jax.block_until_ready([x for x in flight if is_here(x)])
-            world.barrier()
             begin = time.perf_counter()
-        for k in reversed(range(count - 1)):  # the deepest first, as in the engine `pipeline`
-            sent = plus(held[k]) if is_here(held[k]) else shapes[k]
+        pace.wait(tick)
+        for k in reversed(range(count - 1)):  # the deepest first, as in the engine
+            here = is_here(held[k])
+            sent = plus(held[k]) if here else placed_shapes(held[k], placement.split(k))
             held[k + 1] = put(sent, placement.split(k + 1))
-            flight.append(held[k + 1])
-        if tick >= 3:
-            for x in flight[(tick - 3) * (count - 1) : (tick - 2) * (count - 1)]:
-                if is_here(x):
-                    x.block_until_ready()
-    jax.block_until_ready([x for x in flight if is_here(x)])
+        flight.append(list(held))
+        if len(flight) > AHEAD:
+            finish()
+    while flight:
+        finish()
     world.barrier()
-    return (time.perf_counter() - begin) / COUNT
+    seconds = (time.perf_counter() - begin) / COUNT
+    pace.close()
+    return seconds
 
 
 def main() -> None:
