@@ -90,6 +90,12 @@ _TIMES = _define_path(
 _BANDWIDTH = flags.DEFINE_float(
     "bandwidth", None, "plan: GB/s from one device to another; default: messages take no time."
 )
+_LATENCY = flags.DEFINE_float(
+    "latency", 0.0, "plan: milliseconds that a message travels to another device, one way."
+)
+_MESSAGE_COST = flags.DEFINE_float(
+    "message_cost", 0.0, "plan: milliseconds for which a host is busy with each message."
+)
 _CORES = flags.DEFINE_float(
     "cores",
     None,
@@ -212,6 +218,8 @@ def _dispatch(argv: list[str]) -> None:
                 _JSON.value,
                 _OUTPUT.value,
                 folder,
+                _LATENCY.value,
+                _MESSAGE_COST.value,
             )
             print(plan.plan_run(config, *chosen))
         else:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import jax
 import pytest
 from matplotlib import image
 from runs import small_config, spec_of
@@ -19,7 +20,7 @@ from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.run.build import known_info, make_blocks
 from dgl_jax.tools import plan as planning
-from dgl_jax.tools.pipeline import Pipeline
+from dgl_jax.tools.pipeline import Link, Pipeline, Reduction, fused_rate, reductions
 from dgl_jax.tools.plan import plan, plan_run
 from dgl_jax.tools.timeline import Work
 
@@ -142,6 +143,90 @@ def test_hops_inside_one_device_send_nothing(stated):
     )
 
 
+def test_latency_matches_hand_calculation(stated):
+    """Checks the begin of the turns, and the speed once hosts wait for news of earlier ticks."""
+    bandwidth = BATCH * BYTES[0] / 1e6  # a message of module 0 takes 1 ms
+    _, spans = plan(small(), stated=stated, bandwidth=bandwidth, latency=10.0)
+    late = round(BYTES[1] / BYTES[0], 6)  # ms that a message of module 1 takes
+    assert milliseconds(spans, 0)[:3] == [(0, 2), (2, 4), (4, 6)]
+    assert milliseconds(spans, 1)[0] == (2 + 1 + 10, 16)
+    assert milliseconds(spans, 2)[0][0] == pytest.approx(16 + late + 10, abs=1e-5)
+    # Tick 3 is dispatched two latencies after the end of tick 0.
+    assert milliseconds(spans, 0)[3] == (2 + 20, 24)
+    # Without transfers: module 0 begins batch b, 12 ms later module 1, 13 ms later module 2, which
+    # ends it 1 ms later, in tick b + 2. Tick b + 5 begins 20 ms later: 46 ms for five ticks.
+    assert plan(small(), stated=stated, latency=10.0)[0]["ticks_per_second"] == pytest.approx(
+        5000 / 46, rel=0.01
+    )
+    same, without = plan(small(), stated=stated, latency=0.0), plan(small(), stated=stated)
+    assert same == without
+    # Modules on one device send nothing.
+    alone = plan(small(), 1, stated, latency=10.0)[0]
+    assert alone["ticks_per_second"] == pytest.approx(1000 / 6)
+
+
+def test_messages_keep_their_host_busy(stated):
+    # Module 1 receives one message per turn and sends one: 4 ms, against 3 ms of computation.
+    numbers, _ = plan(small(), stated=stated, message_cost=2.0)
+    assert numbers["ticks_per_second"] == pytest.approx(250)
+    # Twins: 2 ms are hidden behind the computation; modules on one device send nothing.
+    assert plan(small(), stated=stated, message_cost=1.0)[0]["ticks_per_second"] == pytest.approx(
+        1000 / 3
+    )
+    alone = plan(small(), 1, stated, message_cost=2.0)[0]
+    assert alone["ticks_per_second"] == pytest.approx(1000 / 6)
+
+
+def test_sums_inside_groups_match_hand_calculation(stated):
+    """Checks a ring of four devices: 6 rounds, each with a quarter of the gradients."""
+    settings, bandwidth, latency = small(engine__group_sizes=(1, 4, 1)), 0.001, 0.01
+    numbers, _ = plan(settings, stated=stated, bandwidth=bandwidth, latency=latency)
+    rows = numbers["modules"]
+    # Bytes over 0.001 GB/s are microseconds. The first module has a batch norm in its body and in
+    # its head; each has a mean and a variance.
+    spec = spec_of(settings, known_info(settings.data))
+    norms = [len(jax.tree.leaves(state.batch_stats)) // 2 for state in spec.abstract_states()]
+    wire = 6 / 4 * 4 * rows[1]["parameters"] / 1e3
+    rounds = 6 * (1 + 2 * norms[1]) * latency
+    assert [row["reduction_milliseconds"] for row in rows] == [0, pytest.approx(wire + rounds), 0]
+    assert rows[1]["milliseconds"] == pytest.approx(3 / 4 + wire + rounds)
+    # All modules on all six devices.
+    parameters = sum(row["parameters"] for row in rows)
+    total = 6 / 6 + 10 / 6 * 4 * parameters / 1e3 + 10 * (3 + 2 * sum(norms)) * latency
+    assert numbers["fused_ticks_per_second"] is None, "6 devices do not divide a batch of 8"
+    numbers, _ = plan(
+        small(data__batch_size=12, engine__group_sizes=(1, 4, 1)),
+        stated=stated,
+        bandwidth=bandwidth,
+        latency=latency,
+    )
+    assert numbers["fused_ticks_per_second"] == pytest.approx(1e3 / total)
+    # Twin: links without limits, as before, cost nothing.
+    free, _ = plan(settings, stated=stated)
+    assert [row["milliseconds"] for row in free["modules"]] == pytest.approx([2, 3 / 4, 1])
+
+
+def test_each_array_is_summed_alone_on_the_cpu():
+    spec = spec_of(small(), known_info(small().data))
+    joined, single = reductions(spec), reductions(spec, each_array=True)
+    for state, one, each in zip(spec.abstract_states(), joined, single, strict=True):
+        statistics = len(jax.tree.leaves(state.batch_stats))
+        assert (one.times, each.times) == (
+            1 + statistics,
+            len(jax.tree.leaves(state.params)) + 2 * statistics,
+        )
+        assert one.bytes_ == each.bytes_
+    assert Reduction(12.0, 5).seconds(1, Link(1e-9, 1.0, 1.0)) == 0
+    # Four rounds: 16 bytes over 1 B/s, and five times 2 + 3 seconds each.
+    assert Reduction(12.0, 5).seconds(3, Link(1e-9, 2.0, 3.0)) == pytest.approx(16 + 4 * 5 * 5)
+
+
+def test_fused_shares_the_cores():
+    sums = [Reduction()] * 2
+    assert fused_rate([2.0, 4.0], [2.0, 4.0], sums, 2) == pytest.approx(1 / 3)
+    assert fused_rate([2.0, 4.0], [2.0, 4.0], sums, 2, cores=1.0) == pytest.approx(1 / 6)
+
+
 @pytest.mark.slow
 def test_shared_cores_limit_the_speedup(stated):
     # The work per batch adds up to 6 ms of one core.
@@ -154,13 +239,13 @@ def test_module_slightly_faster_than_slowest_is_idle_for_the_difference():
     """Checks that the idle share does not depend on how many ticks the host runs ahead."""
     works = Work(0, 0.0275), Work(1, 0.028)
     for ticks_in_flight in (1, 4, 1000):
-        pipeline = Pipeline(works, BATCH, math.inf, math.inf, ticks_in_flight, Dgl())
+        pipeline = Pipeline(works, BATCH, Link(), math.inf, ticks_in_flight, Dgl())
         rate, busy, _ = pipeline.steady([0.0])
         assert rate == pytest.approx(1 / 0.028)
         assert busy == pytest.approx({0: 0.0275 / 0.028, 1: 1.0})
     # One core for both devices.
     sharing = tuple(Work(work.device, work.seconds, cores=1.0) for work in works)
-    rate, busy, _ = Pipeline(sharing, BATCH, math.inf, 1.0, 2, Dgl()).steady([0.0])
+    rate, busy, _ = Pipeline(sharing, BATCH, Link(), 1.0, 2, Dgl()).steady([0.0])
     assert rate == pytest.approx(1 / 0.0555, rel=0.02)
     assert 0.9 < busy[0] <= 1.0
 
@@ -259,6 +344,19 @@ def test_printed_tables_and_picture(stated, tmp_path):
         r"^vq, dims=4, codes=16, stages=1 +\d+ +\d+ +0\.\d +333\.3$", fits, re.MULTILINE
     )
     assert "int8, dims=4" in fits
+    assert "fused" not in text, "3 devices do not divide a batch of 8"
+    shared = plan_run(
+        small(data__batch_size=12),
+        6,
+        stated,
+        1.0,
+        latency=1.0,
+        message_cost=0.5,
+    )
+    assert "1 GB/s per link, 1 ms latency, 0.5 ms of the host per message\n" in shared
+    assert "of it sums" in shared
+    assert "of it sums" not in text
+    assert re.search(r"^fused, data parallel: [\d.]+ ticks/s$", shared, re.MULTILINE)
     picture = tmp_path / "plots" / "plan.png"
     assert f"timeline: {picture}" in text
     assert image.imread(picture).shape[1] > 1000
@@ -294,6 +392,8 @@ def test_printed_tables_and_picture(stated, tmp_path):
         ({}, {"stated": "1,2,3,x"}, ["--block_times=1,2,3,x", "1.5,2,3"]),
         ({}, {"stated": "nowhere.json"}, ["--block_times=nowhere.json", "No such file"]),
         ({}, {"bandwidth": 0.0}, ["--bandwidth=0.0", "above 0"]),
+        ({}, {"latency": -1.0}, ["--latency=-1.0", "0 or above"]),
+        ({}, {"message_cost": math.inf}, ["--message_cost=inf", "0 or above"]),
         ({}, {"cores": -1.0}, ["--cores=-1.0", "above 0"]),
         (
             {},

@@ -9,9 +9,11 @@ dispatches a tick before the neighbors have finished the one `credit` ticks befo
 """
 
 import itertools
+import json
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from dgl_jax.engines import world
 from dgl_jax.engines.placement import Placement
@@ -21,12 +23,20 @@ _END = "end"
 _runs = itertools.count()
 
 
+def _key(name: str, place: int, keep: int | None) -> str:
+    """Returns the key of a publication, in a folder that is removed as a whole."""
+    return f"{name}/{place // keep if keep else 0}/{place}"
+
+
 class Announcer:
-    """Publishes the values 0, 1, 2, ... of a stream from a thread, so that no caller waits.
+    """Publishes the values of a stream, in order, from a thread, so that no caller waits.
+
+    A publication takes two latencies of the network. Values that are put meanwhile are published
+    together, so a slow network delays values but does not limit how many pass per second.
 
     Args:
       name: name of the stream.
-      keep: number of newest values that stay readable; None: all.
+      keep: number of newest publications that stay readable at least; None: all.
     """
 
     def __init__(self, name: str, keep: int | None = None):
@@ -46,11 +56,14 @@ class Announcer:
 
     def _publish(self) -> None:
         for place in itertools.count():
-            value = self._queue.get()
-            world.publish(f"{self._name}/{place}", value)
-            if self._keep is not None and place >= self._keep:
-                world.forget(f"{self._name}/{place - self._keep}")
-            if value == _END:
+            values = [self._queue.get()]
+            with suppress(queue.Empty):
+                while True:
+                    values.append(self._queue.get_nowait())
+            world.publish(_key(self._name, place, self._keep), json.dumps(values))
+            if self._keep and place % self._keep == 0:  # one question for many publications
+                world.forget(f"{self._name}/{place // self._keep - 2}/")
+            if values[-1] == _END:
                 return
 
 
@@ -59,10 +72,11 @@ class Follower:
 
     Args:
       name: name of the stream.
+      keep: as for its `Announcer`.
     """
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, keep: int | None = None):
+        self._name, self._keep = name, keep
         self._values: list[str] = []
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -80,11 +94,11 @@ class Follower:
 
     def _read(self) -> None:
         for place in itertools.count():
-            value = world.awaited(f"{self._name}/{place}")
+            values = json.loads(world.awaited(_key(self._name, place, self._keep)))
             with self._changed:
-                self._values.append(value)
+                self._values += values
                 self._changed.notify_all()
-            if value == _END:
+            if values[-1] == _END:
                 return
 
 
@@ -112,8 +126,9 @@ class Pace:
             world.forget(f"run/{run - 1}/")
         neighbors = placement.neighbors(me)
         if neighbors:
-            self._announcers.append(Announcer(f"run/{run}/ticks/{me}", 4 * ahead + 16))
-            self._neighbors = [Follower(f"run/{run}/ticks/{process}") for process in neighbors]
+            ticks, keep = f"run/{run}/ticks", 4 * ahead + 16
+            self._announcers.append(Announcer(f"{ticks}/{me}", keep))
+            self._neighbors = [Follower(f"{ticks}/{process}", keep) for process in neighbors]
         self._decided = Follower(f"run/{run}/stop")
         self._decides = Announcer(f"run/{run}/stop") if world.first() else None
 

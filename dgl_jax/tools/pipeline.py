@@ -6,12 +6,76 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import jax
+
 from dgl_jax.config import Settings
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
+from dgl_jax.types import nbytes
+
+
+@dataclass(frozen=True)
+class Link:
+    """Speed of the links between devices.
+
+    Attributes:
+      bandwidth: of each link, in GB/s; may be infinite.
+      latency: seconds that a message travels, one way, in addition to the time of its bytes.
+      message_cost: seconds for which a host is busy with each message that it sends or receives,
+        and which each round of an all-reduce takes longer.
+    """
+
+    bandwidth: float = math.inf
+    latency: float = 0.0
+    message_cost: float = 0.0
+
+    def seconds(self, bytes_: float) -> float:
+        """Returns the seconds for which bytes occupy a link."""
+        return bytes_ / (1e9 * self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Sums over the devices of a group in each turn of a module that updates it.
+
+    Attributes:
+      bytes_: of the gradients.
+      times: number of all-reduces.
+    """
+
+    bytes_: float = 0.0
+    times: int = 0
+
+    def seconds(self, devices: int, link: Link) -> float:
+        """Returns the duration on a ring of devices.
+
+        In each of 2 (g - 1) rounds every device sends one part in g to its neighbor.
+        """
+        rounds = 2 * (devices - 1)
+        each = link.latency + link.message_cost
+        return link.seconds(rounds * self.bytes_ / devices) + self.times * rounds * each
+
+
+def reductions(spec: TrainSpec, each_array: bool = False) -> list[Reduction]:
+    """Returns what a group of devices adds up in each module of a run.
+
+    XLA joins the gradients of a module into one all-reduce. Batch norm needs two more, for the
+    statistics of the whole batch and their gradients.
+
+    Args:
+      spec: the training run.
+      each_array: True counts every array, as XLA's collectives on the CPU send them.
+    """
+    sums = []
+    for state in spec.abstract_states():
+        arrays = len(jax.tree.leaves(state.params))
+        statistics = len(jax.tree.leaves(state.batch_stats))  # a mean and a variance per batch norm
+        times = arrays + 2 * statistics if each_array else 1 + statistics
+        sums.append(Reduction(nbytes(state.params), times))
+    return sums
 
 
 def make_pipeline(
@@ -19,8 +83,9 @@ def make_pipeline(
     seconds: Sequence[float],
     processor: Sequence[float],
     devices: int | None = None,
-    bandwidth: float | None = None,
+    link: Link = Link(),
     cores: float | None = None,
+    sums: Sequence[Reduction] = (),
 ) -> tuple["Pipeline", list[range]]:
     """Builds the model of a pipeline and assigns devices to its modules.
 
@@ -29,8 +94,9 @@ def make_pipeline(
       seconds: wall time of each module's turn on one device.
       processor: processor seconds of the host that each of these turns uses.
       devices: number of devices, see `plan`.
-      bandwidth: of each link in GB/s, see `plan`.
+      link: speed of all links.
       cores: processors that all devices share, see `plan`.
+      sums: what the devices of each module add up; empty: nothing.
 
     Returns:
       The pipeline, and the devices of each module.
@@ -42,11 +108,13 @@ def make_pipeline(
     groups = layout(devices or sum(sizes) or modules, modules, sizes, seconds)
     check_batch(settings.data.batch_size, list(map(len, groups)), settings.train.accumulate)
     # The devices of a group share each turn: it takes less wall time but the same processor time.
-    works = [
-        Work(group[0], turn / len(group), cores=len(group) * used / turn)
-        for group, turn, used in zip(groups, seconds, processor)
-    ]
-    limits = bandwidth or math.inf, cores or math.inf
+    works = []
+    for group, turn, used, each in zip(
+        groups, seconds, processor, sums or [Reduction()] * modules, strict=True
+    ):
+        alone, reduction = turn / len(group), each.seconds(len(group), link)
+        works.append(Work(group[0], alone, cores=used / (alone + reduction), reduction=reduction))
+    limits = link, cores or math.inf
     ticks, method = (
         getattr(settings.engine, "ticks_in_flight", 2),
         METHODS[settings.method.name].make(settings.method),
@@ -59,9 +127,10 @@ class Pipeline:
     """Model of modules on their devices and of the links between them.
 
     Attributes:
-      works: one entry per module. `transfer` is ignored: it is computed from the bytes sent.
+      works: one entry per module. The times of messages are ignored: they are computed from the
+        bytes sent.
       batch_size: examples per batch.
-      bandwidth: of the link of each hop, in GB/s; may be infinite.
+      link: speed of the link of each hop.
       cores: processors that all devices share; may be infinite.
       ticks_in_flight: how many ticks the host runs ahead of the devices.
       method: the training method, which defines the schedule.
@@ -70,7 +139,7 @@ class Pipeline:
 
     works: tuple[Work, ...]
     batch_size: int
-    bandwidth: float
+    link: Link
     cores: float
     ticks_in_flight: int
     method: Method
@@ -92,22 +161,29 @@ class Pipeline:
           All turns, in the order in which they end.
         """
 
-        def seconds(bytes_: float, crosses: bool) -> float:
-            return bytes_ * self.batch_size / (1e9 * self.bandwidth) if crosses else 0.0
-
-        works = list(self.works)
+        works, link = list(self.works), self.link
+        messages = [0] * len(works)  # that the host of each module sends and receives per turn
         for k, (both, crosses) in enumerate(zip(wire, self.crosses())):
             below = down[k] if down else 0.0
             works[k] = dataclasses.replace(
                 works[k],
-                transfer=seconds(both - below, crosses),
-                transfer_down=seconds(below, crosses),
+                transfer=link.seconds((both - below) * self.batch_size) if crosses else 0.0,
+                transfer_down=link.seconds(below * self.batch_size) if crosses else 0.0,
+                latency=link.latency if crosses else 0.0,
             )
+            for end in (k, k + 1):
+                messages[end] += crosses * (2 if below else 1)
+        works = [
+            dataclasses.replace(work, host=count * link.message_cost)
+            for work, count in zip(works, messages)
+        ]
         works[-1] = dataclasses.replace(works[-1], transfer=0.0)
         ticks = self.method.schedule(
             [0] * len(works), batches, batches, overlap=any(self.crosses())
         )
-        return simulate(ticks, works, self.cores, self.ticks_in_flight, self.waiting_above)
+        # Hosts tell each other through the first of them.
+        notice = 2 * link.latency if any(self.crosses()) else 0.0
+        return simulate(ticks, works, self.cores, self.ticks_in_flight, self.waiting_above, notice)
 
     def steady(
         self, wire: Sequence[float], down: Sequence[float] = ()
@@ -141,9 +217,34 @@ class Pipeline:
     def alone(self, seconds: Sequence[float]) -> float:
         """Returns the seconds per batch if all modules run one after the other on one device."""
         return sum(
-            turn * max(1.0, work.cores * work.seconds / turn / self.cores)
+            turn * max(1.0, work.cores * (work.seconds + work.reduction) / turn / self.cores)
             for turn, work in zip(seconds, self.works)
         )
+
+
+def fused_rate(
+    seconds: Sequence[float],
+    processor: Sequence[float],
+    sums: Sequence[Reduction],
+    devices: int,
+    link: Link = Link(),
+    cores: float | None = None,
+) -> float:
+    """Returns the ticks per second of the engine `fused`, which splits each batch over all devices.
+
+    Args:
+      seconds: wall time of each module's turn on one device.
+      processor: processor seconds of the host that each of these turns uses.
+      sums: what all devices add up for each module.
+      devices: number of devices.
+      link: speed of the links of the ring.
+      cores: processors that all devices share; None: no limit.
+    """
+    limit = cores or math.inf
+    return 1.0 / sum(
+        max(turn / devices, used / limit) + each.seconds(devices, link)
+        for turn, used, each in zip(seconds, processor, sums, strict=True)
+    )
 
 
 def waiting_above(spec: TrainSpec) -> tuple[int, ...]:

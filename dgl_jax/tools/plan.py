@@ -1,9 +1,9 @@
 """Predicts speed, idle time, traffic, memory and timeline of a pipeline on any devices.
 
 The prediction is an event simulation (`timeline.py`) of the engine's schedule, using the training
-time of each block and head. No data set is read. Not modeled are the time of codecs and
-augmentation, reductions inside a device group (a batch split over g devices is assumed to take 1/g
-of the time), and contention between devices other than for the cores of a shared host.
+time of each block and head. A batch split over g devices takes 1/g of the time, plus the sum of the
+gradients over the group. No data set is read. Not modeled are the time of codecs and augmentation,
+and contention between devices other than for the cores of a shared host.
 """
 
 import dataclasses
@@ -31,7 +31,15 @@ from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
 from dgl_jax.run.writers import check_writable
 from dgl_jax.spec import MessageSpec, TrainSpec
-from dgl_jax.tools.pipeline import Pipeline, group_sizes, make_pipeline, waiting_above
+from dgl_jax.tools.pipeline import (
+    Link,
+    Pipeline,
+    fused_rate,
+    group_sizes,
+    make_pipeline,
+    reductions,
+    waiting_above,
+)
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
 
@@ -47,6 +55,8 @@ def plan_run(
     as_json: bool = False,
     output: str | None = None,
     workdir: str | None = None,
+    latency: float = 0.0,
+    message_cost: float = 0.0,
 ) -> str:
     """Makes a plan, draws its timeline and returns the text that `--mode=plan` prints.
 
@@ -59,6 +69,8 @@ def plan_run(
       as_json: returns JSON instead of tables.
       output: picture of the timeline (a .png file); default `<workdir>/plots/plan.png`.
       workdir: folder of a run; without it and `output` no picture is drawn.
+      latency: see `plan`.
+      message_cost: see `plan`.
 
     Returns:
       Tables or JSON, without a line end.
@@ -72,7 +84,7 @@ def plan_run(
     if picture:
         require("the picture of --mode=plan", "matplotlib")  # before anything is measured
         check_writable(picture, f"--output={picture}" if output else str(picture))
-    numbers, spans = plan(settings, devices, stated, bandwidth, cores)
+    numbers, spans = plan(settings, devices, stated, bandwidth, cores, latency, message_cost)
     if picture:
         from dgl_jax.run import plots  # matplotlib takes a third of a second to import
 
@@ -93,6 +105,8 @@ def plan(
     stated: str | None = None,
     bandwidth: float | None = None,
     cores: float | None = None,
+    latency: float = 0.0,
+    message_cost: float = 0.0,
 ) -> tuple[dict[str, Any], list[Span]]:
     """Predicts how the network of a configuration trains as a pipeline.
 
@@ -108,6 +122,8 @@ def plan(
       bandwidth: of the link of each hop in GB/s; None: messages take no time.
       cores: processors that all devices share. None: the processors of this process if the times
         are measured on a CPU, otherwise (or if unknown) no limit.
+      latency: milliseconds that every message travels, one way.
+      message_cost: milliseconds for which a host is busy with each message.
 
     Returns:
       The numbers that `--json` prints, and the turns of the first batches.
@@ -130,6 +146,10 @@ def plan(
     for flag, value in (("bandwidth", bandwidth), ("cores", cores)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag}={value}: a number above 0 is needed")
+    for flag, value in (("latency", latency), ("message_cost", message_cost)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{flag}={value}: a number of milliseconds, 0 or above, is needed")
+    link = Link(bandwidth or math.inf, latency / 1e3, message_cost / 1e3)
     info, device = known_info(settings.data), jax.devices()[0]
     network = make_blocks(settings, info)
     concurrency = 1
@@ -165,7 +185,8 @@ def plan(
     seconds, processor = (
         [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
     )
-    pipeline, groups = make_pipeline(settings, seconds, processor, devices, bandwidth, cores)
+    sums = reductions(spec, each_array=not stated and device.platform == "cpu")
+    pipeline, groups = make_pipeline(settings, seconds, processor, devices, link, cores, sums)
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     codecs = _codecs(pipeline, spec, settings)
@@ -176,15 +197,22 @@ def plan(
         1.0 - next((busy[group[0]] for group in groups if number in group), 0.0)
         for number in range(count)
     ]
-    turns = [work.seconds for work in pipeline.works]
+    turns = [work.seconds + work.reduction for work in pipeline.works]
     rows = [
-        dataclasses.asdict(cost) | {"devices": list(group), "milliseconds": 1e3 * turn}
-        for cost, group, turn in zip(module_costs(spec, turns), groups, turns)
+        dataclasses.asdict(cost)
+        | {"devices": list(group), "milliseconds": 1e3 * turn}
+        | {"reduction_milliseconds": 1e3 * work.reduction}
+        for cost, group, turn, work in zip(module_costs(spec, turns), groups, turns, pipeline.works)
     ]
+    fused = None
+    if (engines is None or "fused" in engines) and spec.batch_size % count == 0:
+        fused = fused_rate(seconds, processor, sums, count, link, cores)
     numbers = {
         "devices": count,
         "cores": cores,
         "bandwidth": bandwidth,
+        "latency": latency,
+        "message_cost": message_cost,
         "codec": settings.codec.name,
         "codec_sizes": {
             name: getattr(_codec_options(settings, "vq"), name)
@@ -195,6 +223,7 @@ def plan(
         "ticks_per_second": rate,
         "images_per_second": rate * spec.batch_size,
         "speedup": rate * pipeline.alone(seconds),
+        "fused_ticks_per_second": fused,
         "idle": idle,
         "idle_share": sum(idle) / count,
         "modules": rows,

@@ -21,16 +21,28 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
         for row in numbers["modules"]
     ]
     shared = f", which share {numbers['cores']:g} cores" if numbers["cores"] else ""
-    link = (
-        f"{numbers['bandwidth']:g} GB/s per link"
-        if numbers["bandwidth"]
-        else "messages take no time"
-    )
-    turns = [["module", "ms per turn", "on devices"]]
+    given = [
+        f"{numbers[name]:g} {unit}"
+        for name, unit in (
+            ("bandwidth", "GB/s per link"),
+            ("latency", "ms latency"),
+            ("message_cost", "ms of the host per message"),
+        )
+        if numbers[name]
+    ]
+    link = ", ".join(given) or "messages take no time"
+    summed = any(row["reduction_milliseconds"] for row in numbers["modules"])
+    turns = [["module", "ms per turn", *(["of it sums"] if summed else []), "on devices"]]
     turns += [
-        [row["name"], f"{row['milliseconds']:.4g}", ", ".join(map(str, row["devices"]))]
+        [
+            row["name"],
+            f"{row['milliseconds']:.4g}",
+            *([f"{row['reduction_milliseconds']:.4g}"] if summed else []),
+            ", ".join(map(str, row["devices"])),
+        ]
         for row in numbers["modules"]
     ]
+    fused = numbers["fused_ticks_per_second"]
     devices = [["device", "idle", "peak memory, MiB"]]
     for number, (idle, memory) in enumerate(zip(numbers["idle"], numbers["peak_memory_bytes"])):
         devices.append(
@@ -73,6 +85,7 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
             f"({numbers['images_per_second']:,.0f} images/s), "
             f"{numbers['speedup']:.2f} times one device; "
             f"idle {100 * numbers['idle_share']:.0f} % of the time",
+            *([f"fused, data parallel: {fused:.4g} ticks/s"] if fused else []),
         ],
         [*aligned(devices), f"(memory as compiled for {numbers['memory_compiled_for']})"],
         [*aligned(codecs), *unfit],
