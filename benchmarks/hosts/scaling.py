@@ -3,13 +3,14 @@
 python benchmarks/hosts/scaling.py [--write]
 
 Nothing is measured: block times follow from operations at a stated rate, and links have printed
-figures. `--write` writes docs/_scaling_part.md and docs/assets/scaling.png.
+figures. `--write` writes docs/assets/scaling.png and a part of docs/distributed.md.
 """
 
 import argparse
 import dataclasses
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,13 +208,16 @@ def main() -> None:
     flags.add_argument("--modules", type=int, default=8)
     args = flags.parse_args()
     curves: dict[str, dict[str, Any]] = {}
-    text = [
+    introduction = (
         f"Predicted, not measured: {args.modules} modules, {args.batch_size:,} images per batch, "
         f"{args.teraflops:g} TFLOP/s per device in bfloat16 at any size of its part (an assumption "
         f"for an H100), {PER_HOST} devices per host with {INSIDE.bandwidth:g} GB/s and "
         f"{1e6 * INSIDE.latency:g} microseconds between them. A cell is the speed-up over one "
         "device with the same modules, and the share of the time in which devices compute nothing. "
-        "`python benchmarks/hosts/scaling.py` prints the tables.",
+        "`python benchmarks/hosts/scaling.py` prints the tables."
+    )
+    text = [
+        textwrap.fill(introduction, 100, break_on_hyphens=False),
         "",
         "![Speed-up over devices](assets/scaling.png)",
         "",
@@ -246,7 +250,10 @@ def main() -> None:
     print("\n".join(text))
     if args.write:
         draw(curves, DOCS / "assets" / "scaling.png")
-        (DOCS / "_scaling_part.md").write_text("\n".join(text))
+        page = DOCS / "distributed.md"
+        before, begin, rest = page.read_text().partition("<!-- scaling -->\n")
+        _, end, after = rest.partition("<!-- end -->\n")
+        page.write_text(before + begin + "\n".join(text).rstrip() + "\n" + end + after)
 
 
 if __name__ == "__main__":
