@@ -15,7 +15,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.models import Network, make_network, register_network
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.registry import NETWORKS
-from dgl_jax.run import build
+from dgl_jax.run import hosts
 from dgl_jax.run.build import make_experiment
 
 
@@ -97,7 +97,7 @@ def test_names_of_the_package_cannot_be_registered_again():
 
 def test_unknown_name_is_reported_before_data_is_loaded(monkeypatch):
     register_network("transformer", token_network)
-    monkeypatch.setattr(build, "make_source", lambda *_: pytest.fail("data was loaded first"))
+    monkeypatch.setattr(hosts, "make_source", lambda *_: pytest.fail("data was loaded first"))
     with pytest.raises(
         UserError, match=r"config.model.name='transfomer': no such name; did you mean transformer"
     ):

@@ -65,9 +65,13 @@ def typed(tree: Any, like: Any) -> Any:
       tree: pytree that `raw` has returned.
       like: shapes and dtypes of the original pytree.
     """
-    return jax.tree.map(
-        lambda leaf, shape: jax.random.wrap_key_data(leaf) if _is_key(shape) else leaf, tree, like
-    )
+
+    def restore(leaf: Any, shape: Any) -> Any:
+        if not _is_key(shape):
+            return leaf
+        return jax.random.wrap_key_data(leaf, impl=_implementation(shape))
+
+    return jax.tree.map(restore, tree, like)
 
 
 def target(shapes: Any, sharding: Any) -> Any:
@@ -144,3 +148,10 @@ def _replicating(replicated: NamedSharding) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _implementation(key: Any) -> Any:
+    """Returns the generator that a random key is for, given its shape and dtype."""
+    found: list[Any] = []
+    jax.eval_shape(lambda traced: found.append(jax.random.key_impl(traced)), key)
+    return found[0]
