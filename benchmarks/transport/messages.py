@@ -98,7 +98,7 @@ class Announced:
 
     def __init__(self) -> None:
         # One stream for all repeats: the places of its values count the messages.
-        self._arrived = Announcer("arrived", keep=16) if world.index() else None
+        self._arrived = Announcer("arrived", forget=True) if world.index() else None
         self._follower = None if world.index() else Follower("arrived")
         self._place = 0
 

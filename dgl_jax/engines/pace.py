@@ -20,12 +20,13 @@ from dgl_jax.engines.placement import Placement
 
 _BLOCK = 4  # polls of `stop` that share a decision
 _END = "end"
+_FOLDER = 256  # publications; neighbors are apart by twice the largest credit (64) at most
 _runs = itertools.count()
 
 
-def _key(name: str, place: int, keep: int | None) -> str:
+def _key(name: str, place: int) -> str:
     """Returns the key of a publication, in a folder that is removed as a whole."""
-    return f"{name}/{place // keep if keep else 0}/{place}"
+    return f"{name}/{place // _FOLDER}/{place}"
 
 
 class Announcer:
@@ -36,11 +37,11 @@ class Announcer:
 
     Args:
       name: name of the stream.
-      keep: number of newest publications that stay readable at least; None: all.
+      forget: True to remove old publications; the newest `_FOLDER` at least stay readable.
     """
 
-    def __init__(self, name: str, keep: int | None = None):
-        self._name, self._keep = name, keep
+    def __init__(self, name: str, forget: bool = False):
+        self._name, self._forget = name, forget
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._publish, daemon=True)
         self._thread.start()
@@ -60,9 +61,9 @@ class Announcer:
             with suppress(queue.Empty):
                 while True:
                     values.append(self._queue.get_nowait())
-            world.publish(_key(self._name, place, self._keep), json.dumps(values))
-            if self._keep and place % self._keep == 0:  # one question for many publications
-                world.forget(f"{self._name}/{place // self._keep - 2}/")
+            world.publish(_key(self._name, place), json.dumps(values))
+            if self._forget and place % _FOLDER == 0:  # one question for many publications
+                world.forget(f"{self._name}/{place // _FOLDER - 2}/")
             if values[-1] == _END:
                 return
 
@@ -72,11 +73,10 @@ class Follower:
 
     Args:
       name: name of the stream.
-      keep: as for its `Announcer`.
     """
 
-    def __init__(self, name: str, keep: int | None = None):
-        self._name, self._keep = name, keep
+    def __init__(self, name: str):
+        self._name = name
         self._values: list[str] = []
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -94,7 +94,7 @@ class Follower:
 
     def _read(self) -> None:
         for place in itertools.count():
-            values = json.loads(world.awaited(_key(self._name, place, self._keep)))
+            values = json.loads(world.awaited(_key(self._name, place)))
             with self._changed:
                 self._values += values
                 self._changed.notify_all()
@@ -126,9 +126,9 @@ class Pace:
             world.forget(f"run/{run - 1}/")
         neighbors = placement.neighbors(me)
         if neighbors:
-            ticks, keep = f"run/{run}/ticks", 4 * ahead + 16
-            self._announcers.append(Announcer(f"{ticks}/{me}", keep))
-            self._neighbors = [Follower(f"{ticks}/{process}", keep) for process in neighbors]
+            ticks = f"run/{run}/ticks"
+            self._announcers.append(Announcer(f"{ticks}/{me}", forget=True))
+            self._neighbors = [Follower(f"{ticks}/{process}") for process in neighbors]
         self._decided = Follower(f"run/{run}/stop")
         self._decides = Announcer(f"run/{run}/stop") if world.first() else None
 
