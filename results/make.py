@@ -91,7 +91,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"**{cell}**" if rate == row.chosen else cell
             for rate, cell in zip(rates, cells, strict=True)
         ]
-        line = [f"`{row.name}`", *cells, f"**{row.text()}**", str(len(row.runs))]
+        text = f"**{row.text()}**" if row.runs else ""
+        line = [f"`{row.name}`", *cells, text, str(len(row.runs))]
         lines.append("| " + " | ".join(line) + " |")
     return lines
 

@@ -22,7 +22,12 @@ ROWS: common.Variants = {
     "layerwise_4_laps": {"method.name": "layerwise", "method.laps": 4},
     "backprop": {"method.name": "backprop"},
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "dgl": 0.1,
+    "layerwise": 0.1,
+    "layerwise_4_laps": 0.03,
+    "backprop": 0.03,
+}
 
 
 def base(full: bool) -> ConfigDict:
