@@ -130,8 +130,13 @@ def test_xla_values_and_gradients_equal_auto(name):
     auto, xla = (
         jax.jit(jax.value_and_grad(loss_of(module(name, ops), name)))(params) for ops in OPS[:2]
     )
-    # Rounding depends on the processor: up to 2.3e-5 has been seen.
-    assert relative_error(xla, auto) < 5e-5
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(auto))
+    pairs = list(zip(jax.tree.leaves(xla), jax.tree.leaves(auto), strict=True))
+    # The gradient of a bias in front of a batch norm is exactly 0, so that only rounding is left.
+    zero = [max(np.abs(a).max(), np.abs(b).max()) < 1e-6 * largest for a, b in pairs]
+    assert sum(zero) < len(pairs) / 4
+    nonzero = [pair for pair, vanishes in zip(pairs, zero, strict=True) if not vanishes]
+    assert relative_error(*map(list, zip(*nonzero))) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
