@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from dgl_jax.config import Settings, default_config
 from dgl_jax.data.info import DatasetInfo
 from dgl_jax.replay import Ring
-from dgl_jax.run.build import choose_cuts, make_blocks, make_spec
+from dgl_jax.run.build import choose_cuts, make_spec
+from dgl_jax.run.parts import make_blocks
 from dgl_jax.run.restore import load_trained
 from dgl_jax.spec import TrainSpec
 from dgl_jax.train import train_and_evaluate

@@ -25,7 +25,7 @@ from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.profile import flops
 from dgl_jax.registry import NETWORKS
 from dgl_jax.run import plots
-from dgl_jax.run.build import known_info, make_blocks
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.bench import bench
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run

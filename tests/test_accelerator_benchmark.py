@@ -22,7 +22,7 @@ from dgl_jax import cli
 from dgl_jax.config import make_settings
 from dgl_jax.data import make_source
 from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, METHODS
-from dgl_jax.run.build import known_info
+from dgl_jax.run.parts import known_info
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.models.heads import LinearHead
 from dgl_jax.profile import compiling, flops, memory, timing
 from dgl_jax.profile.compiling import compile_all
-from dgl_jax.run.build import known_info
+from dgl_jax.run.parts import known_info
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools import plan
 

@@ -10,7 +10,8 @@ from dgl_jax.ops import conv as convolution
 from dgl_jax.ops import pooling
 from dgl_jax.profile import flops
 from dgl_jax.profile.flops import block_flops
-from dgl_jax.run.build import DatasetInfo, make_blocks
+from dgl_jax.run.build import DatasetInfo
+from dgl_jax.run.parts import make_blocks
 
 W = jax.ShapeDtypeStruct((8, 8), "float32")
 X = jax.ShapeDtypeStruct((4, 8), "float32")

@@ -52,7 +52,8 @@ LEVELS = {
     "ops": (("choice", "cpu"), ("remat", "pooling", "batch_norm", "conv")),
     "core": (
         ("rngs", "program_cache", "apply", "drawing"),
-        ("module", "optimizer"),
+        ("orthogonal", "optimizer"),
+        ("module",),
         ("ema", "step"),
     ),
     "methods": (
@@ -85,7 +86,7 @@ ONLY = {
     "types": set(),
     "ops": set(),
     "models": {"errors", "ops", "registry", "types"},
-    "objectives": {"errors", "registry", "types"},
+    "objectives": {"config", "errors", "fields", "models", "ops", "registry", "types"},
     "core": {"config", "fields", "errors", "objectives", "ops", "registry", "types"},
     "tasks": {"config", "core", "errors", "registry", "types"},
     "codecs": {"config", "core", "errors", "fields", "registry"},
@@ -299,8 +300,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 6_900
-    assert package < 15_500
+    assert core < 7_400
+    assert package < 16_200
 
 
 @pytest.mark.parametrize(

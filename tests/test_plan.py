@@ -18,7 +18,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.methods.dgl import Dgl
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
-from dgl_jax.run.build import known_info, make_blocks
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.pipeline import Link, Pipeline, Reduction, fused_rate, reductions
 from dgl_jax.tools.plan import plan, plan_run

@@ -23,7 +23,8 @@ from dgl_jax.models import BlockCosts
 from dgl_jax.profile import flops, memory, table
 from dgl_jax.profile import timing as costs
 from dgl_jax.run import build
-from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_spec
+from dgl_jax.run.parts import make_blocks
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import nbytes

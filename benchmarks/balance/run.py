@@ -28,7 +28,8 @@ from dgl_jax.data import DATA_SETS
 from dgl_jax.models import BlockCosts, cuts
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.run.build import known_info, make_blocks, make_experiment
+from dgl_jax.run.build import make_experiment
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.bench import module_times
 
 SPLITS = ("count", "flops", "time")

@@ -20,7 +20,8 @@ import harness
 
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import block_flops
-from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
+from dgl_jax.run.build import choose_cuts, make_spec
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.spec import Traffic
 from dgl_jax.tools.pipeline import Link, Reduction, make_pipeline, reductions
 

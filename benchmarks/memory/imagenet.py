@@ -11,7 +11,8 @@ import harness
 import jax
 from measure import Compiled, holdings, measure, pipeline_peak
 
-from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_engine, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_engine, make_spec
+from dgl_jax.run.parts import make_blocks
 from dgl_jax.types import Batch, Inbox, Message, nbytes
 
 DEVICE = 16 * 2**30  # bytes of the accelerators that the paper used

@@ -21,7 +21,8 @@ import harness
 from dgl_jax import system
 from dgl_jax.engines import EngineState
 from dgl_jax.profile.timing import BlockTimes, block_times
-from dgl_jax.run.build import Experiment, make_blocks, make_experiment
+from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.run.parts import make_blocks
 from dgl_jax.tools.bench import module_times
 from dgl_jax.tools.pipeline import make_pipeline
 

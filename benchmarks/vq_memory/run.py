@@ -21,7 +21,8 @@ import harness
 
 from dgl_jax.engines import ring_specs
 from dgl_jax.replay import Ring
-from dgl_jax.run.build import DatasetInfo, choose_cuts, make_blocks, make_spec
+from dgl_jax.run.build import DatasetInfo, choose_cuts, make_spec
+from dgl_jax.run.parts import make_blocks
 from dgl_jax.types import Header
 
 MESSAGES, BATCH = 50, 128

@@ -98,6 +98,9 @@ class ModelSettings(Group):
         "model"; the loss is computed in float32 in any case.
       pointwise: how heads compute their 1x1 convolutions: "conv" as convolutions, "dot" as matrix
         products.
+      init: initial weights of convolutions and linear layers: the "default" of each layer, or
+        "orthogonal" matrices.
+      init_gain: factor of the orthogonal matrices.
     """
 
     name: str = kind_of(registry.NETWORKS, "cnn4")
@@ -113,6 +116,10 @@ class ModelSettings(Group):
     ops: str = choice("auto", "xla", "joint")
     logits: str = choice("float32", "model")
     pointwise: str = choice("conv", "dot")
+    init: str = choice("default", "orthogonal")
+    init_gain: float = number(
+        1.0, 0.0, 1e6, exclusive=True, applies={"model.init": ("orthogonal",)}
+    )
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,15 @@ class ObjectiveSettings(Group):
 
     Attributes:
       name: objective.
+      context_input: True adds a small learned encoding of the image to the inputs of every module
+        but the first, in training and evaluation.
+      transport: weight of the squared residuals of a module's blocks, which are added to its loss;
+        needs a network of residual blocks; 0: none.
     """
 
     name: str = kind_of(registry.OBJECTIVES, "classifier")
+    context_input: bool = option(False, applies=_IMAGES)
+    transport: float = number(0.0, 0.0, 1e6)
 
 
 @dataclass(frozen=True)

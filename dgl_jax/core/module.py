@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dgl_jax.core import rngs
 from dgl_jax.core.apply import apply_layer, apply_recomputed
+from dgl_jax.core.orthogonal import ADAPTER, BLOCK, OBJECTIVE, orthogonal
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 
@@ -64,6 +65,7 @@ class LocalModule:
       ops: how `remat` recomputes, see `dgl_jax.ops`. Blocks and heads have an `ops` field too.
       adapter: Flax module in front of the blocks, called as `adapter(inputs, context, train)`,
         which keeps the shape and dtype of the inputs; None for no adapter.
+      gain: factor of orthogonal initial weights; 0 keeps the initial weights of each layer.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LocalModule:
     remat: bool = False
     ops: str = "auto"
     adapter: nn.Module | None = None
+    gain: float = 0.0
 
     def init(
         self,
@@ -115,11 +118,12 @@ class LocalModule:
                     f"config.model.adapter: the adapter of {self.name} turns {x} into {adapted}; "
                     "it must keep shape and dtype"
                 )
-            params["body"]["adapter"] = variables.get("params", {})
+            params["body"]["adapter"] = self._initial(variables, key, ADAPTER, self.first)
             batch_stats["body"]["adapter"] = variables.get("batch_stats", {})
         for number, block in enumerate(self.blocks, self.first):
             variables = block.lazy_init(rngs.block_params(key, number), x, train=False)
-            block_params, block_stats = _both_collections(variables).values()
+            block_params = self._initial(variables, key, BLOCK, number)
+            block_stats = variables.get("batch_stats", {})
             params["body"][f"block_{number}"] = block_params
             batch_stats["body"][f"block_{number}"] = block_stats
             x, _, intermediates[f"block_{number}"] = jax.eval_shape(
@@ -141,13 +145,16 @@ class LocalModule:
                         following.lazy_init(rngs.block_params(key, end), x, train=False)
                     )
                 )
-            key = rngs.head_params(key, end)
-            variables = self.objective.lazy_init(key, x, context, published, train=False)
-            params["objective"], batch_stats["objective"] = (
-                variables.get("params", {}),
-                variables.get("batch_stats", {}),
+            variables = self.objective.lazy_init(
+                rngs.head_params(key, end), x, context, published, train=False
             )
+            params["objective"] = self._initial(variables, key, OBJECTIVE, end)
+            batch_stats["objective"] = variables.get("batch_stats", {})
         return params, batch_stats
+
+    def _initial(self, variables: Any, key: jax.Array, part: int, number: int) -> PyTree:
+        params = variables.get("params", {})
+        return orthogonal(params, key, part, number, self.gain) if self.gain else params
 
     @property
     def collects(self) -> bool:
@@ -283,6 +290,7 @@ def make_modules(
     remat: bool = False,
     ops: str = "auto",
     adapters: Sequence[nn.Module | None] = (),
+    gain: float = 0.0,
 ) -> tuple[LocalModule, ...]:
     """Cuts an ordered list of blocks into modules.
 
@@ -294,6 +302,7 @@ def make_modules(
       remat: see `LocalModule`.
       ops: see `LocalModule`.
       adapters: one entry per module, see `LocalModule`; empty for no adapters.
+      gain: see `LocalModule`.
 
     Returns:
       The modules, named "module_0" and so on.
@@ -304,7 +313,9 @@ def make_modules(
     ]
     parts = zip(cuts, ends, objectives, adapters or [None] * len(objectives), strict=True)
     return tuple(
-        LocalModule(f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops, adapter)
+        LocalModule(
+            f"module_{k}", first, tuple(blocks[first:end]), objective, remat, ops, adapter, gain
+        )
         for k, (first, end, objective, adapter) in enumerate(parts)
     )
 

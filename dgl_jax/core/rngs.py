@@ -9,6 +9,7 @@ this: its `fold_in` ignores the order of the numbers.)
     root(seed)
         block_params(n), head_params(n)        initial values of block n, of the head after n blocks
         adapter_params(n)                      initial values of the adapter in front of block n
+        orthogonal(p, n, i)                    orthogonal weights, array i of part p at block n
         augmentation(step)                     augmentation of training batch `step`
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
@@ -77,6 +78,7 @@ restart_pool = Stream(15)  # sample of vectors that may replace dead entries
 restart = Stream(16)  # choice of the replacements in that sample
 rest = Stream(17)  # sample of vectors that initializes the stages after the first
 synthesizer_params = Stream(20)  # initial values of the synthesizer behind a module
+orthogonal = Stream(22, 3)  # orthogonal initial weights, by part, its number and array
 gradient_codec = Stream(21, 1)  # codec of the gradients that a module sends down, by update
 _stage = Stream(10, 1)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from dgl_jax.errors import UserError
-from dgl_jax.models.adapters import Adapter, AdapterKind
+from dgl_jax.models.adapters import Adapter, AdapterKind, ContextInput
 from dgl_jax.models.cnn import cnn3, cnn4, cnn6, cnn6_replay
 from dgl_jax.models.heads import HeadKind, make_head
 from dgl_jax.models.network import Network, with_choices
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdapterKind",
     "BlockCosts",
+    "ContextInput",
     "HeadKind",
     "Network",
     "NetworkKind",

@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
 
     If the shape changes, the shortcut is a projection by a 1x1 convolution and batch norm. With
     `padded` it has no parameters: it takes every `stride`-th row and column and appends channels of
-    zeros.
+    zeros (or drops channels, if the block has fewer than its input).
     """
 
     features: int
@@ -65,6 +65,7 @@ class BasicBlock(nn.Module):
             x, train, self.features, relu=True, stride=self.stride, dtype=self.dtype, ops=self.ops
         )
         y = _conv_norm(y, train, self.features, relu=False, dtype=self.dtype, ops=self.ops)
+        _sow_residual(self, x, y)
         if self.padded:
             return nn.relu(y + _padded(x, y.shape[-1], self.stride))
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype, self.ops))
@@ -91,6 +92,7 @@ class Bottleneck(nn.Module):
         y = _conv_norm(
             y, train, 4 * self.features, relu=False, kernel=1, dtype=self.dtype, ops=self.ops
         )
+        _sow_residual(self, x, y)
         return nn.relu(y + _projected(x, y.shape[-1], self.stride, train, self.dtype, self.ops))
 
 
@@ -164,4 +166,11 @@ def _projected(
 
 
 def _padded(x: Array, features: int, stride: int) -> Array:
-    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+    x = x[:, ::stride, ::stride, :features]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+
+def _sow_residual(block: nn.Module, x: Array, y: Array) -> None:
+    """Sows what a block adds to its inputs, if it changes no shape, for objectives to read."""
+    if x.shape == y.shape:
+        block.sow("intermediates", "residual", y)

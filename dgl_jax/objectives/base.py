@@ -1,12 +1,14 @@
 """Interface of objectives: Flax modules that compute a local loss from a module's features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from dgl_jax.config import Settings
+from dgl_jax.errors import UserError
 from dgl_jax.registry import Kind
 from dgl_jax.types import Context
 
@@ -97,6 +99,10 @@ class ObjectiveInputs:
         network's classifier for the last module.
       dtype: dtype of the computation.
       label_smoothing: share of each target that is spread over all classes.
+      make_head: returns a fresh head of the configured kind with that many outputs.
+      ops: formulation of the operations, see `dgl_jax.ops`.
+      mean: mean of each channel by which images were normalized; empty for other examples.
+      std: standard deviation of each channel, likewise.
     """
 
     k: int | None
@@ -107,6 +113,25 @@ class ObjectiveInputs:
     head: nn.Module
     dtype: str = "float32"
     label_smoothing: float = 0.0
+    make_head: Callable[[int], nn.Module] | None = None
+    ops: str = "auto"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def refuse_micro_batches(settings: Settings, name: str) -> None:
+    """Raises UserError if batches are split although an objective compares all their examples.
+
+    Args:
+      settings: the settings of the run.
+      name: the objective, for the message.
+    """
+    if settings.train.accumulate > 1:
+        raise UserError(
+            f"config.train.accumulate={settings.train.accumulate}: config.objective.name={name} "
+            "compares all examples of a batch and cannot be computed in micro-batches; use 1, or "
+            "config.model.remat=True for less memory"
+        )
 
 
 @dataclass(frozen=True)

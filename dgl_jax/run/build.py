@@ -10,7 +10,7 @@ import optax
 
 from dgl_jax import system
 from dgl_jax.codecs import make_codec
-from dgl_jax.config import DataSettings, Settings
+from dgl_jax.config import Settings
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 from dgl_jax.data import Source
@@ -19,47 +19,24 @@ from dgl_jax.engines import Engine, world
 from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
-from dgl_jax.models import (
-    BALANCED,
-    BlockCosts,
-    Network,
-    cuts,
-    make_head,
-    make_network,
-    with_choices,
-)
-from dgl_jax.objectives import Objective, ObjectiveInputs
+from dgl_jax.models import BALANCED, BlockCosts, cuts
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.registry import ADAPTERS, DATA_SETS, ENGINES, METHODS, OBJECTIVES, TASKS
+from dgl_jax.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.run.due import Due
 from dgl_jax.run.hosts import open_source, share_source
+from dgl_jax.run.parts import (
+    adapters,
+    check_residuals,
+    known_info,
+    make_blocks,
+    make_task,
+    make_whole,
+    objective,
+)
 from dgl_jax.spec import TrainSpec
-from dgl_jax.tasks import Task, TaskInputs
 
 _LOG = logging.getLogger(__name__)
-
-
-def known_info(settings: DataSettings) -> DatasetInfo:
-    """Returns the description of a data set without reading or downloading it.
-
-    Mean and standard deviation are unknown before the data are read: 0 and 1 stand in for them.
-
-    Raises:
-      UserError: the shapes of this data set are not known in advance.
-    """
-    kind, name = DATA_SETS[settings.name], settings.name
-    if kind.layout is None:
-        known = (other for other, kind in DATA_SETS.items() if kind.layout)
-        raise UserError(
-            f"config.data.name={name}: its shapes are not known before it is read; use one of "
-            f"{', '.join(known)} instead, for images with config.data.image_size"
-        )
-    example, dtype, label, classes = kind.layout.resized(settings.image_size)
-    channels = example[-1] if len(example) == 3 and dtype == "uint8" else 0
-    mean, std = (0.0,) * channels, (1.0,) * channels
-    names = tuple(map(str, range(classes)))
-    return DatasetInfo(name, names, example, mean, std, example_dtype=dtype, label_shape=label)
 
 
 @dataclass(frozen=True)
@@ -149,71 +126,6 @@ def make_experiment(
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
 
 
-def make_task(settings: Settings, info: DatasetInfo) -> Task:
-    """Returns the configured task for a data set.
-
-    Raises:
-      UserError: the task does not fit the data set.
-    """
-    example = jax.ShapeDtypeStruct(info.example_shape, info.example_dtype)
-    details = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
-    return TASKS[settings.task.name].make(
-        settings.task, TaskInputs(settings.data.name, example, *details)
-    )
-
-
-def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
-    """Returns the uncut network, with the objective that a module ending at each block would have.
-
-    Raises:
-      UserError: there is no such network, or it does not fit the examples.
-    """
-    task = make_task(settings, info)
-    network = _network(settings, info, task)
-    objectives = [
-        _objective(settings, network, end, len(info.class_names))
-        for end in range(1, len(network.blocks) + 1)
-    ]
-    return Blocks(
-        network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label
-    )
-
-
-def _network(settings: Settings, info: DatasetInfo, task: Task) -> Network:
-    model = settings.model
-    return make_network(
-        model.name,
-        model.width,
-        len(info.class_names),
-        task.inputs(1).shape[1:],
-        model.dtype,
-        model.ops,
-    )
-
-
-def _objective(
-    settings: Settings,
-    network: Network,
-    end: int,
-    classes: int,
-    k: int | None = None,
-    modules: int | None = None,
-) -> Objective | None:
-    """Returns the objective of a module whose last block is `end - 1`.
-
-    Returns None if the method trains without local objectives and this is not the last module.
-    """
-    model, last = settings.model, end == len(network.blocks)
-    if not last and not METHODS[settings.method.name].local:
-        return None
-    head = network.classifier if last else make_head(model.head, classes, model.dtype, model.ops)
-    head = with_choices(head, logits=model.logits, pointwise=model.pointwise)
-    inputs = ObjectiveInputs(
-        k, modules, network.blocks, end, classes, head, model.dtype, settings.train.label_smoothing
-    )
-    return OBJECTIVES[settings.objective.name].make(settings.objective, inputs)
-
-
 def choose_cuts(
     settings: Settings,
     network: Blocks,
@@ -277,32 +189,21 @@ def make_spec(
         array that evaluation does not provide, or the method does not support a part of the run.
     """
     model, task = settings.model, make_task(settings, info)
-    network = _network(settings, info, task)
+    network = make_whole(settings, info, task)
+    check_residuals(settings, network, task.inputs(settings.data.batch_size))
     method = METHODS[settings.method.name].make(settings.method)
     if not method.sends and settings.codec.name != "identity":
         raise UserError(
             f"config.codec.name={settings.codec.name}: config.method.name={settings.method.name} "
             "sends nothing between modules; use identity"
         )
-    ends, classes, count = (
-        [*first_blocks[1:], len(network.blocks)],
-        len(info.class_names),
-        len(first_blocks),
-    )
-    objectives = [
-        _objective(settings, network, end, classes, k, count) for k, end in enumerate(ends)
-    ]
-    adapters = [ADAPTERS[model.adapter].make(k, model.dtype) for k in range(count)]
-    if missing := next(
-        (name for adapter in adapters if adapter for name in adapter.needs if name != "image"), None
-    ):
-        raise UserError(
-            f"config.model.adapter={model.adapter}: needs {missing!r}, but evaluation provides "
-            "only 'image'"
-        )
+    ends, count = [*first_blocks[1:], len(network.blocks)], len(first_blocks)
+    objectives = [objective(settings, network, info, end, k, count) for k, end in enumerate(ends)]
     spec = TrainSpec(
         modules=make_modules(
-            network.blocks, first_blocks, objectives, model.remat, model.ops, adapters
+            *(network.blocks, first_blocks, objectives, model.remat, model.ops),
+            adapters=adapters(settings, count),
+            gain=model.init_gain if model.init == "orthogonal" else 0.0,
         ),
         method=method,
         optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),

@@ -28,7 +28,8 @@ from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.registry import CODECS, METHODS
-from dgl_jax.run.build import choose_cuts, known_info, make_blocks, make_spec
+from dgl_jax.run.build import choose_cuts, make_spec
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.run.writers import check_writable
 from dgl_jax.spec import MessageSpec, TrainSpec
 from dgl_jax.tools.pipeline import (

@@ -1,0 +1,201 @@
+"""Objective `auglocal`: cross entropy behind an auxiliary network shaped like later blocks.
+
+The auxiliary network follows Ma et al. 2024 (AugLocal), section 3. With `momentum_block` its first
+block is added to a moving average of the next module's first block, as in Su et al. 2024 (MAN).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from dgl_jax.config import ObjectiveSettings
+from dgl_jax.fields import number, option
+from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
+from dgl_jax.objectives.classifier import Classifier, classification
+from dgl_jax.registry import OBJECTIVES
+
+
+class AugLocal(Objective):
+    """Cross entropy of a head behind fresh blocks, which train with it and are used nowhere else.
+
+    Attributes:
+      head: Flax module called as `head(x, train)` that returns logits.
+      auxiliary: the blocks in front of the head, called as `block(x, train)`.
+      momentum: the next block of the network, whose moving average is applied beside the first
+        auxiliary block; None for no momentum block.
+      decay: decay of that moving average, see `Objective`.
+      label_smoothing: see `cross_entropy`.
+    """
+
+    head: nn.Module
+    auxiliary: tuple[nn.Module, ...]
+    momentum: nn.Module | None = None
+    decay: float = 0.0
+    label_smoothing: float = 0.0
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Returns `next_block` if there is a momentum block."""
+        return () if self.momentum is None else ("next_block",)
+
+    def __call__(
+        self,
+        features: Float[Array, "B ..."],
+        context: Context,
+        published: Mapping[str, Any],
+        train: bool,
+    ) -> LocalLoss:
+        """Computes cross entropy and accuracy for `label`, int [B] or [B, T]; see `Objective`."""
+        logits = self.predict(features, published, train)
+        return classification(logits, context["label"], self.label_smoothing)
+
+    def predict(
+        self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
+    ) -> Array:
+        """Returns the logits of the head behind the auxiliary blocks."""
+        x = features
+        for number_, block in enumerate(self.auxiliary):
+            y = block(x, train)
+            if number_ == 0 and self.momentum is not None and "next_block" in published:
+                y += self._momentum(x, published["next_block"], train)
+            x = y
+        return self.head(x, train)
+
+    def _momentum(self, x: Array, copy: Any, train: bool) -> Array:
+        """Applies the moving average of the next block; gradients reach x, not the average."""
+        assert self.momentum is not None
+        block: Any = self.momentum.clone(parent=None)
+        keys = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
+        # In training batch norm uses the statistics of the batch. Their running averages belong to
+        # the next module, so that the update of this call is dropped.
+        y, _ = block.apply(
+            jax.lax.stop_gradient(copy), x, train, mutable=["batch_stats"], rngs=keys
+        )
+        return y
+
+
+@dataclass(frozen=True)
+class AugLocalOptions(ObjectiveSettings):
+    """Options of the objective `auglocal`.
+
+    Attributes:
+      depth: number of auxiliary blocks, or fewer if fewer blocks follow in the network.
+      pyramid: True lets the depth fall to about half of it towards the last modules.
+      widen: factor of the channels of the auxiliary blocks, relative to the blocks they are shaped
+        like.
+      momentum_block: True adds to the first auxiliary block, which is then shaped like the next
+        block, a moving average of the next module's first block.
+      decay: decay of this moving average, per update of it.
+      refresh_every: updates of the next module between two publications of its first block.
+    """
+
+    depth: int = number(2, 1, 1000)
+    pyramid: bool = option(False)
+    widen: float = number(1.0, 0.0, 64.0, exclusive=True)
+    momentum_block: bool = option(False)
+    decay: float = number(0.995, 0.0, 0.999999, applies={"objective.momentum_block": (True,)})
+    refresh_every: int = number(1, 1, 2**31 - 1, applies={"objective.momentum_block": (True,)})
+
+
+def chosen_blocks(end: int, count: int, depth: int) -> list[int]:
+    """Returns the indices of the later blocks that the auxiliary network is shaped like.
+
+    They are spread evenly; the last one is always the last block of the network.
+
+    Args:
+      end: index of the first block after the module.
+      count: number of blocks of the network, more than `end`.
+      depth: number of auxiliary blocks.
+
+    Returns:
+      `depth` increasing indices, or all later ones if there are fewer.
+    """
+    module, later = end - 1, count - end
+    depth = min(depth, later)
+    return [round(module + later / depth * number_) for number_ in range(1, depth + 1)]
+
+
+def pyramid_depth(depth: int, position: float) -> int:
+    """Returns the depth of a pyramid, which falls linearly to about half.
+
+    Args:
+      depth: depth behind the first module.
+      position: place of the module, from 0 for the first one to 1 for the last but one.
+    """
+    return max(1, round(depth - 0.5 * (depth - 1) * position))
+
+
+def auxiliary_blocks(
+    blocks: Sequence[nn.Module], end: int, indices: Sequence[int], widen: float = 1.0
+) -> tuple[nn.Module, ...]:
+    """Returns fresh blocks shaped like chosen later blocks of a network.
+
+    Blocks between two chosen ones are left out, but not their reductions of height and width: an
+    auxiliary block halves the map once if a block since the one before it does, and reductions that
+    are left over are made up for by the next auxiliary blocks. Only blocks with a field `pool` or
+    `stride` take part in this; other blocks are copied without a change.
+
+    Args:
+      blocks: all blocks of the network.
+      end: index of the first block after the module.
+      indices: the chosen blocks, see `chosen_blocks`.
+      widen: factor of the channels (the field `features`).
+    """
+    made, pending, before = [], 0, end
+    for index in indices:
+        pending += sum(_halvings(block) for block in blocks[before : index + 1])
+        before = index + 1
+        block = blocks[index].clone()
+        fields: dict[str, Any] = {}
+        if hasattr(block, "pool") and isinstance(block.pool, bool):
+            fields["pool"] = pending > 0
+        elif hasattr(block, "stride"):
+            fields["stride"] = 2 if pending > 0 else 1
+        pending -= min(1, pending)
+        if widen != 1.0 and hasattr(block, "features"):
+            fields["features"] = max(1, round(widen * block.features))
+        made.append(block.clone(**fields))
+    return tuple(made)
+
+
+def _halvings(block: Any) -> int:
+    if getattr(block, "pool", False) is True:
+        return 1
+    return round(math.log2(getattr(block, "stride", 1)))
+
+
+def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:
+    blocks, end, smoothing = inputs.blocks, inputs.end, inputs.label_smoothing
+    if end == len(blocks):
+        return Classifier(inputs.head, smoothing)
+    depth = options.depth
+    if options.pyramid:
+        # Before the network is cut, the place of the last block stands for that of the module.
+        place, last = (
+            (end - 1, len(blocks) - 2)
+            if inputs.k is None or inputs.modules is None
+            else (inputs.k, inputs.modules - 2)
+        )
+        depth = pyramid_depth(depth, place / last if last else 0.0)
+    if not options.momentum_block:
+        indices = chosen_blocks(end, len(blocks), depth)
+        return AugLocal(
+            inputs.head,
+            auxiliary_blocks(blocks, end, indices, options.widen),
+            label_smoothing=smoothing,
+        )
+    indices = [end]
+    if depth > 1 and end + 1 < len(blocks):
+        indices += chosen_blocks(end + 1, len(blocks), depth - 1)
+    first, *others = auxiliary_blocks(blocks, end, indices, options.widen)
+    # The sum with the momentum block needs the next block's own channels.
+    first = blocks[end].clone()
+    return AugLocal(inputs.head, (first, *others), blocks[end], options.decay, smoothing)
+
+
+OBJECTIVES.ship(auglocal=ObjectiveKind(_make, AugLocalOptions))

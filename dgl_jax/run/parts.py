@@ -1,0 +1,188 @@
+"""Parts of a run that follow from its settings alone: task, network, objectives, adapters."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from dgl_jax.config import DataSettings, Settings
+from dgl_jax.core import rngs
+from dgl_jax.data.info import DatasetInfo
+from dgl_jax.errors import UserError
+from dgl_jax.models import ContextInput, Network, make_head, make_network, with_choices
+from dgl_jax.objectives import RESIDUAL, Objective, ObjectiveInputs, Transport
+from dgl_jax.profile.flops import Blocks
+from dgl_jax.registry import ADAPTERS, DATA_SETS, METHODS, OBJECTIVES, TASKS
+from dgl_jax.tasks import Task, TaskInputs
+
+
+def known_info(settings: DataSettings) -> DatasetInfo:
+    """Returns the description of a data set without reading or downloading it.
+
+    Mean and standard deviation are unknown before the data are read: 0 and 1 stand in for them.
+
+    Raises:
+      UserError: the shapes of this data set are not known in advance.
+    """
+    kind, name = DATA_SETS[settings.name], settings.name
+    if kind.layout is None:
+        known = (other for other, kind in DATA_SETS.items() if kind.layout)
+        raise UserError(
+            f"config.data.name={name}: its shapes are not known before it is read; use one of "
+            f"{', '.join(known)} instead, for images with config.data.image_size"
+        )
+    example, dtype, label, classes = kind.layout.resized(settings.image_size)
+    channels = example[-1] if len(example) == 3 and dtype == "uint8" else 0
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    names = tuple(map(str, range(classes)))
+    return DatasetInfo(name, names, example, mean, std, example_dtype=dtype, label_shape=label)
+
+
+def make_task(settings: Settings, info: DatasetInfo) -> Task:
+    """Returns the configured task for a data set.
+
+    Raises:
+      UserError: the task does not fit the data set.
+    """
+    example = jax.ShapeDtypeStruct(info.example_shape, info.example_dtype)
+    details = info.label_shape, len(info.class_names), info.mean, info.std, settings.data.augment
+    return TASKS[settings.task.name].make(
+        settings.task, TaskInputs(settings.data.name, example, *details)
+    )
+
+
+def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
+    """Returns the uncut network, with the objective that a module ending at each block would have.
+
+    Raises:
+      UserError: there is no such network, or it does not fit the examples.
+    """
+    task = make_task(settings, info)
+    network = make_whole(settings, info, task)
+    objectives = [
+        objective(settings, network, info, end) for end in range(1, len(network.blocks) + 1)
+    ]
+    return Blocks(
+        network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label
+    )
+
+
+def make_whole(settings: Settings, info: DatasetInfo, task: Task) -> Network:
+    """Returns the configured network, before it is cut.
+
+    Raises:
+      UserError: there is no such network, or it does not fit the examples.
+    """
+    model = settings.model
+    return make_network(
+        model.name,
+        model.width,
+        len(info.class_names),
+        task.inputs(1).shape[1:],
+        model.dtype,
+        model.ops,
+    )
+
+
+def objective(
+    settings: Settings,
+    network: Network,
+    info: DatasetInfo,
+    end: int,
+    k: int | None = None,
+    modules: int | None = None,
+) -> Objective | None:
+    """Returns the objective of a module whose last block is `end - 1`.
+
+    Args:
+      settings: configuration of the run.
+      network: the network before it is cut.
+      info: description of the data set.
+      end: index of the first block after the module.
+      k: index of the module; None before the network is cut.
+      modules: number of modules; None in the same case.
+
+    Returns:
+      The objective; None if the method trains without local objectives and this is not the last
+      module.
+    """
+    model, last, classes = settings.model, end == len(network.blocks), len(info.class_names)
+    if not last and not METHODS[settings.method.name].local:
+        return None
+
+    def new_head(outputs: int) -> nn.Module:
+        head = make_head(model.head, outputs, model.dtype, model.ops)
+        return with_choices(head, logits=model.logits, pointwise=model.pointwise)
+
+    head = (
+        with_choices(network.classifier, logits=model.logits, pointwise=model.pointwise)
+        if last
+        else new_head(classes)
+    )
+    inputs = ObjectiveInputs(
+        *(k, modules, network.blocks, end, classes, head),
+        dtype=model.dtype,
+        label_smoothing=settings.train.label_smoothing,
+        make_head=new_head,
+        ops=model.ops,
+        mean=info.mean,
+        std=info.std,
+    )
+    made: Objective = OBJECTIVES[settings.objective.name].make(settings.objective, inputs)
+    weight = settings.objective.transport
+    return Transport(made, weight) if weight else made
+
+
+def adapters(settings: Settings, modules: int) -> Sequence[nn.Module | None]:
+    """Returns the input adapter of each module, or None for a module without one.
+
+    Raises:
+      UserError: the adapter needs an array that evaluation does not provide, or two adapters are
+        configured.
+    """
+    model = settings.model
+    if settings.objective.context_input:
+        if model.adapter != "none":
+            raise UserError(
+                f"config.model.adapter={model.adapter}: config.objective.context_input is an "
+                "adapter too, and a module has only one; use none, or context_input=False"
+            )
+        return [None, *[ContextInput(model.dtype, model.ops)] * (modules - 1)]
+    made = [ADAPTERS[model.adapter].make(k, model.dtype) for k in range(modules)]
+    if missing := next(
+        (name for adapter in made if adapter for name in adapter.needs if name != "image"), None
+    ):
+        raise UserError(
+            f"config.model.adapter={model.adapter}: needs {missing!r}, but evaluation provides "
+            "only 'image'"
+        )
+    return made
+
+
+def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtypeStruct) -> None:
+    """Raises UserError if a transport cost is configured and no block sows a residual.
+
+    Args:
+      settings: configuration of the run.
+      network: the network before it is cut.
+      inputs: shape and dtype of a batch of network inputs.
+    """
+    if not settings.objective.transport:
+        return
+    x = inputs
+    for block in network.blocks:
+        variables = jax.eval_shape(
+            lambda key, x, block=block: block.init(key, x, train=False), rngs.root(0), x
+        )
+        x, sown = jax.eval_shape(
+            lambda v, x, block=block: block.apply(v, x, train=False, mutable=["intermediates"]),
+            variables,
+            x,
+        )
+        if RESIDUAL in sown.get("intermediates", {}):
+            return
+    raise UserError(
+        f"config.objective.transport={settings.objective.transport}: no block of "
+        f"config.model.name={settings.model.name} has a residual; residual networks such as "
+        "resnet20 fit, or 0"
+    )
