@@ -97,6 +97,8 @@ class MessageSpec(NamedTuple):
       period: updates between two codebooks; 0 if the codec has none.
       down: message that the module above sends back for each batch, with the codebook that encodes
         it, which is sent once per `period`; `()` if nothing travels down.
+      refresh: updates of the module above between two publications of parameters; 0 if it
+        publishes none.
     """
 
     activations: jax.ShapeDtypeStruct
@@ -104,15 +106,14 @@ class MessageSpec(NamedTuple):
     codebook: Any
     period: int
     down: Any = ()
+    refresh: int = 0
 
-    def publishes(self, updates: int) -> bool:
-        """Returns True if the message sent after `updates` updates carries a new codebook."""
-        return bool(self.period) and updates % self.period == 0
-
-    def down_parts(self) -> tuple[Message, Any]:
-        """Returns the message from above without its codebook, and the codebook."""
+    def down_bytes(self) -> tuple[float, float]:
+        """Returns the bytes that travel down per batch, without codebooks and of codebooks."""
         message = self.down or Message()
-        return (message._replace(codebook=()), message.codebook) if self.period else (message, ())
+        codebook = nbytes(message.codebook) / self.period if self.period else 0.0
+        published = nbytes(message.published) / max(self.refresh, 1)
+        return nbytes(message.payload) + published, codebook
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,15 @@ class TrainSpec:
     def hops(self) -> tuple[MessageSpec, ...]:
         """Returns the messages that cross each hop, one entry per hop."""
         states, hops = self.abstract_states(), []
-        for state, activations in zip(states, self.shapes(states)[1:]):
+        for k, (state, activations) in enumerate(zip(states, self.shapes(states)[1:])):
             codebook = jax.eval_shape(self.codebook, state)
             payload = jax.eval_shape(self.codec.encode, codebook, activations)
             down = state.extras.get("above", ((),))[0]
             hops.append(
-                MessageSpec(activations, payload, codebook, self.codec.period(activations), down)
+                MessageSpec(
+                    *(activations, payload, codebook, self.codec.period(activations), down),
+                    refresh=self.refresh(k),
+                )
             )
         return tuple(hops)
 
@@ -244,6 +248,14 @@ class TrainSpec:
         objective = self.modules[k].objective if 0 <= k < len(self.modules) - 1 else None
         return () if objective is None else objective.reads
 
+    def refresh(self, k: int) -> int:
+        """Returns the updates of module k + 1 between two publications that module k reads.
+
+        Returns 0 if the objective of module k reads none.
+        """
+        objective = self.modules[k].objective
+        return objective.refresh if objective and "next_block" in self.reads(k) else 0
+
     def carried(self, k: int, context: Context, added: Context | None = None) -> Context:
         """Selects the context that travels to module k.
 
@@ -280,14 +292,15 @@ class TrainSpec:
         raw, up, down = [], [], []  # up and down: bytes of messages and of codebooks
         for k, hop in enumerate(self.hops, 1):
             context, period = nbytes(self.context(k)), max(hop.period, 1)
-            below, book = hop.down_parts()
+            below, below_codebook = hop.down_bytes()
+            sent = hop.down or Message()
             # The payload of a message from above is a gradient of the activations.
-            raw_down = nbytes((hop.activations if nbytes(below.payload) else (), below.published))
+            raw_down = nbytes((hop.activations if nbytes(sent.payload) else (), sent.published))
             raw.append((nbytes(hop.activations) + context + raw_down) / size)
             up.append(
                 ((nbytes(hop.payload) + context) / size, nbytes(hop.codebook) / period / size)
             )
-            down.append((nbytes(below) / size, nbytes(book) / period / size))
+            down.append((below / size, below_codebook / size))
         counted = [k for k, meter in enumerate(meters) if meter.images]
         for k in counted:
             m = meters[k]

@@ -197,6 +197,7 @@ class RunningModule:
       updates: number of updates made so far.
       publisher: publisher of the hop above; None for the last module.
       mail: waiting messages from the module above, which replaces them.
+      published: newest publication of parameters that was sent down, on the reader's devices.
     """
 
     number: int
@@ -204,6 +205,7 @@ class RunningModule:
     updates: int
     publisher: Publisher | None
     mail: Mail = field(default_factory=dict)
+    published: Any = None
 
     def __post_init__(self) -> None:
         if self.state is not None:
@@ -317,7 +319,7 @@ class Turns:
                     state, inbox, intake.context
                 )
                 if below is not None:
-                    below = put(below, self._engine.placement.message(k - 1))
+                    below = self._sent_down(module, below)
         above = None
         if module.publisher is not None:
             codebook = module.publisher.fresh(
@@ -331,6 +333,16 @@ class Turns:
         if k == 0:
             self.rings.batches = intake.sequence + 1
         return Outcome(metrics, above, below)
+
+    def _sent_down(self, module: RunningModule, message: Message) -> Message:
+        """Moves a message to the module below; parameters only if they are newly published."""
+        k, refresh = module.number, self._engine.hops[module.number - 1].refresh or 1
+        if module.published is not None and module.updates % refresh:
+            message = message._replace(published=())
+        moved = put(message, self._engine.placement.message(k - 1))
+        if jax.tree.leaves(message.published):
+            module.published = moved.published
+        return moved if module.published is None else moved._replace(published=module.published)
 
     def deliver(
         self, modules: Sequence[RunningModule], k: int, outcome: Outcome, begin: float, end: float

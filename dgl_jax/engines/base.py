@@ -21,7 +21,7 @@ from dgl_jax.methods.post import closed, opened
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.registry import Kind
 from dgl_jax.schedule import never
-from dgl_jax.spec import MessageSpec, Traffic, TrainSpec
+from dgl_jax.spec import Traffic, TrainSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -255,12 +255,12 @@ class Publisher:
     """Decides which messages of a hop carry their codebook, which the reader keeps for later ones.
 
     Args:
-      hop: shapes and publication period of the hop's messages.
+      period: updates of the sender between two codebooks; 0 if there are none.
       known: true if the reader already has the newest codebook.
     """
 
-    def __init__(self, hop: MessageSpec, known: bool = False):
-        self._hop, self._known = hop, known
+    def __init__(self, period: int, known: bool = False):
+        self._period, self._known = period, known
 
     def fresh(self, codebook: Any, updates: int | None) -> Any:
         """Returns the codebook to send along with a message, or None if the reader already has it.
@@ -273,8 +273,8 @@ class Publisher:
           updates: the producer's number of updates before the update that produced the message;
             None if the producer is finished and only forwards, in which case it publishes nothing.
         """
-        publishes = updates is not None and self._hop.publishes(updates)
-        if not self._hop.period or (self._known and not publishes):
+        publishes = updates is not None and self._period and updates % self._period == 0
+        if not self._period or (self._known and not publishes):
             return None
         self._known = True
         return codebook

@@ -37,7 +37,8 @@ class PipelineEngine(Synchronous):
       meters: bytes that crossed each hop.
       publishers: during a run, the publisher of each hop in each direction, by the index of the
         module that reads its messages and the port that they arrive at.
-      published: newest codebook that arrived there, on the devices of that module.
+      published: newest codebook (at the port "parameters": newest publication of parameters) that
+        arrived there, on the devices of that module.
       programs: jitted programs by (module, kind).
     """
 
@@ -67,8 +68,11 @@ class PipelineEngine(Synchronous):
     ) -> Iterator[Report]:
         """Trains until step `until`; see `Engine.run`."""
         self.published = {}
-        self.publishers = {(k, "below"): Publisher(hop) for k, hop in enumerate(self.hops, 1)}
-        self.publishers |= {(k, "above"): Publisher(hop) for k, hop in enumerate(self.hops)}
+        self.publishers = {}
+        for k, hop in enumerate(self.hops):
+            self.publishers[k + 1, "below"] = Publisher(hop.period)
+            self.publishers[k, "above"] = Publisher(hop.period)
+            self.publishers[k, "parameters"] = Publisher(hop.refresh or 1)
         self._sent = held(state, lambda module: module.extras.get("sent"))
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
@@ -86,14 +90,14 @@ class PipelineEngine(Synchronous):
         """
         if context is None:  # messages from above carry no context
             if self.placement.crosses(k):
-                fresh, publishes = None, bool(self.hops[k].period)
-                if publishes:
-                    fresh = self._publish(k, "above", number, message.codebook)
-                    message = message._replace(codebook=())
-                self.meters[k].count_from_above(message, fresh)
-                message = put(message, self.placement.message(k))
-                if publishes:
-                    message = message._replace(codebook=self.published[k, "above"])
+                codebook = self._publish(k, "above", number, message.codebook)
+                parameters = self._publish(k, "parameters", number, message.published)
+                self.meters[k].count_from_above((message.payload, parameters), codebook)
+                message = Message(
+                    put(message.payload, self.placement.split(k)),
+                    self.published[k, "above"],
+                    published=self.published[k, "parameters"],
+                )
             return message, context
         if not self.placement.crosses(k - 1):
             return message, context

@@ -89,7 +89,7 @@ class SimulatedEngine(Asynchronous):
         rings = flight_of(state)
         # A restored ring already holds the newest codebook.
         publishers = [
-            Publisher(hop, known=bool(ring.newest_codebook[0]))
+            Publisher(hop.period, known=bool(ring.newest_codebook[0]))
             for hop, ring in zip(self.hops, rings.rings, strict=True)
         ]
         module_args = zip(state.modules, counts(state), [*publishers, None], strict=True)

@@ -171,7 +171,7 @@ class Supervisor:
         self.engine, self.rings = engine, flight_of(state)
         # Checkpoints save the rings before the modules, which may have published in between. So the
         # first message of every restored module carries its codebook.
-        publishers = [*(Publisher(hop) for hop in engine.hops), None]
+        publishers = [*(Publisher(hop.period) for hop in engine.hops), None]
         worker_args = zip(
             state.modules,
             counts(state),

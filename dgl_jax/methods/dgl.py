@@ -21,26 +21,50 @@ from dgl_jax.types import Context, Inbox, Message, Outbox
 
 
 def _published(state: ModuleState, message: Message, decay: float) -> ModuleState:
-    """Updates the stored copy of a publication: replaces it, or advances its moving average."""
-    old = state.extras["published"]["next_block"]
-    # Copy even without an average: the next update donates the state, but the message may be read
-    # again after that.
-    mix = (
-        (lambda old, new: decay * old + (1 - decay) * new)
-        if decay
-        else lambda old, new: jnp.copy(new)
+    """Updates the stored copy of a publication: replaces it, or advances its moving average.
+
+    Does neither if the message repeats a publication that has been read before.
+    """
+    old, new = state.extras["published"], message.published
+    is_new = new["version"] > old["version"]
+
+    def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+        # The result is a copy even without an average: the next update donates the state, but the
+        # message may be read again after that.
+        return jnp.where(is_new, decay * old + (1 - decay) * new if decay else new, old)
+
+    return dataclasses.replace(
+        state,
+        extras=state.extras
+        | {
+            "published": jax.tree.map(mix, old, new)
+            | {"version": jnp.maximum(old["version"], new["version"])}
+        },
     )
-    new = jax.tree.map(mix, old, message.published)
-    return dataclasses.replace(state, extras=state.extras | {"published": {"next_block": new}})
 
 
 def _first_block(spec: TrainSpec, k: int, state: ModuleState) -> dict[str, Any]:
-    """Returns a copy of the parameters and batch statistics of a module's first block."""
+    """Returns a copy of the first block of module k, as a publication.
+
+    Its version is the number of updates that the module has made.
+    """
     name = f"block_{spec.modules[k].first}"
-    return jax.tree.map(
-        jnp.copy,
-        {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]},
+    block = {"params": state.params["body"][name], "batch_stats": state.batch_stats["body"][name]}
+    return jax.tree.map(jnp.copy, {"next_block": block, "version": state.updates})
+
+
+def _publish(spec: TrainSpec, k: int, state: ModuleState) -> tuple[ModuleState, dict[str, Any]]:
+    """Returns the newest publication of module k, after an update, and the state that holds it."""
+    new = _first_block(spec, k, state)
+    if "publication" not in state.extras:
+        return state, new
+    # The update that the publication follows is the one with this index.
+    is_due = (state.updates - 1) % spec.refresh(k - 1) == 0
+    new = jax.tree.map(
+        lambda old, new: jnp.where(is_due, new, old), state.extras["publication"], new
     )
+    state = dataclasses.replace(state, extras=state.extras | {"publication": new})
+    return state, jax.tree.map(jnp.copy, new)
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,8 @@ class Dgl(Composed):
             updates = state.updates
             if inbox.above is not None:
                 state = _published(state, inbox.above, module.objective.decay)  # type: ignore[union-attr]
+                age = updates - state.extras["published"]["version"]
+                input_metrics |= {"copy_age": age.astype(jnp.float32)}
             state, outputs, metrics = local_step(
                 module,
                 spec.optimizer,
@@ -92,9 +118,10 @@ class Dgl(Composed):
                 published=state.extras.get("published", {}),
                 accumulate=spec.accumulate,
             )
-            down = (
-                Message(published=_first_block(spec, k, state)) if sends.below is not None else None
-            )
+            down = None
+            if sends.below is not None:
+                state, publication = _publish(spec, k, state)
+                down = Message(published=publication)
             if spec.ema:
                 state = ema.advance(state, spec.ema)
             metrics |= input_metrics
@@ -130,15 +157,20 @@ class Dgl(Composed):
     def extras(self, spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> dict[str, Any]:
         """Returns the copy of the next module's first block and two messages with it in flight.
 
-        Both exist only if the objective of module k reads that block. With two messages in flight
+        Both exist only if the objective of module k reads that block. A module that publishes its
+        own block less often than it updates holds its newest publication, which every message
+        repeats. With two messages in flight
         no module waits for another: in a pipeline, module k + 1 works on batch b - 1 while module k
         works on batch b, so module k reads the message that was sent after batch b - 2. The other
         engines use the same delay.
         """
-        if "next_block" not in spec.reads(k):
-            return {}
-        block = _first_block(spec, k + 1, states[k + 1])
-        return {"published": {"next_block": block}, "above": (Message(published=block),) * 2}
+        extras: dict[str, Any] = {}
+        if k and spec.refresh(k - 1) > 1:
+            extras["publication"] = _first_block(spec, k, states[k])
+        if spec.refresh(k):
+            block = _first_block(spec, k + 1, states[k + 1])
+            extras |= {"published": block, "above": (Message(published=block),) * 2}
+        return extras
 
 
 METHODS.ship(dgl=MethodKind(lambda options: Dgl()))

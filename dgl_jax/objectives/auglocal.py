@@ -29,6 +29,7 @@ class AugLocal(Objective):
       momentum: the next block of the network, whose moving average is applied beside the first
         auxiliary block; None for no momentum block.
       decay: decay of that moving average, see `Objective`.
+      refresh: updates of the next module between two publications of its first block.
       label_smoothing: see `cross_entropy`.
     """
 
@@ -36,6 +37,7 @@ class AugLocal(Objective):
     auxiliary: tuple[nn.Module, ...]
     momentum: nn.Module | None = None
     decay: float = 0.0
+    refresh: int = 1
     label_smoothing: float = 0.0
 
     @property
@@ -195,7 +197,9 @@ def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:
     first, *others = auxiliary_blocks(blocks, end, indices, options.widen)
     # The sum with the momentum block needs the next block's own channels.
     first = blocks[end].clone()
-    return AugLocal(inputs.head, (first, *others), blocks[end], options.decay, smoothing)
+    return AugLocal(
+        inputs.head, (first, *others), blocks[end], options.decay, options.refresh_every, smoothing
+    )
 
 
 OBJECTIVES.ship(auglocal=ObjectiveKind(_make, AugLocalOptions))

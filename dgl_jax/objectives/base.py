@@ -35,17 +35,21 @@ class Objective(nn.Module):
       needs: names of the context arrays that `__call__` reads. They travel with the activations up
         to the last module that needs them.
       reads: names of what the objective reads in `published`. `next_block` is a publication of the
-        next module: {"params": ..., "batch_stats": ...} of its first block, two updates old.
+        next module: {"params": ..., "batch_stats": ...} of its first block, at least two updates
+        old.
         `intermediates` holds what the module's blocks sow on the same batch (`nn.Module.sow` into
         the collection "intermediates"), as {"block_0": {name: values}, ...}; gradients reach the
         blocks through it.
       decay: decay of the moving average that is read in place of a publication; 0 reads the
         publication itself.
+      refresh: updates of the next module between two publications.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
     reads: ClassVar[tuple[str, ...]] = ()
-    decay = 0.0  # no annotation, hence no dataclass field: a subclass may declare one of this name
+    # No annotations, hence no dataclass fields: a subclass may declare fields of these names.
+    decay = 0.0
+    refresh = 1
 
     def __call__(
         self,

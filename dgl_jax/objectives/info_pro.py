@@ -1,6 +1,6 @@
 """Objective `info_pro`: reconstruction of the image beside the task's loss (Wang et al. 2021)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,8 +146,26 @@ class InfoPro(Objective):
                 "classifier or auglocal fit this network"
             )
         logits = Decoder(image.shape[1:], self.dtype, self.ops, name="decoder")(features, train)
-        scaled = image.astype(jnp.float32) * jnp.asarray(self.std) + jnp.asarray(self.mean)
-        return optax.sigmoid_binary_cross_entropy(logits, jnp.clip(scaled, 0.0, 1.0)).mean()
+        return reconstruction_error(logits, image, self.mean, self.std)
+
+
+def reconstruction_error(
+    logits: Float[Array, "B H W C"],
+    image: Float[AnyArray, "B H W C"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, ""]:
+    """Computes the mean binary cross entropy between a decoder's values and an image, in nats.
+
+    Args:
+      logits: logits of the decoder's values.
+      image: normalized image; its values become targets in [0, 1].
+      mean: mean of each channel by which the image was normalized.
+      std: standard deviation of each channel, likewise.
+    """
+    targets = image.astype(logits.dtype) * np.asarray(std) + np.asarray(mean)
+    targets = jnp.clip(targets, 0.0, 1.0).astype(logits.dtype)
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
 
 
 def contrastive_loss(
@@ -171,7 +189,7 @@ def contrastive_loss(
             "config.objective.form=contrast: compares whole examples, and the labels here have "
             f"shape {label.shape}; softmax fits this task"
         )
-    x = x.astype(jnp.float32)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     unit = x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=1, keepdims=True), 1e-12))
     similarity = jnp.matmul(unit, unit.T, precision="highest") / temperature
     itself = jnp.eye(len(x), dtype=bool)

@@ -126,7 +126,7 @@ def similarity_loss(
       label: class indices.
       classes: number of classes.
     """
-    targets = jax.nn.one_hot(label, classes, dtype=jnp.float32)
+    targets = jax.nn.one_hot(label, classes, dtype=x.dtype)
     return jnp.mean(jnp.square(_similarities(x) - _similarities(targets)))
 
 

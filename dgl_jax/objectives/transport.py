@@ -44,6 +44,11 @@ class Transport(Objective):
         return tuple(dict.fromkeys((*self.inner.reads, "intermediates")))
 
     @property
+    def refresh(self) -> int:  # type: ignore[override]
+        """Returns the period of publications for the other objective."""
+        return self.inner.refresh
+
+    @property
     def decay(self) -> float:  # type: ignore[override]
         """Returns the decay of the other objective."""
         return self.inner.decay

@@ -284,7 +284,7 @@ def _with_codec(spec: TrainSpec, codec: Codec) -> TrainSpec:
         down = hop.down
         if getattr(spec.method, "encode_gradients", False):
             down = hop.down._replace(payload=payload, codebook=codebook)
-        hops.append(MessageSpec(x, payload, codebook, codec.period(x), down))
+        hops.append(MessageSpec(x, payload, codebook, codec.period(x), down, hop.refresh))
     vars(other)["hops"] = tuple(hops)  # the value of the cached property
     return other
 
