@@ -13,9 +13,15 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from dgl_jax.config import ObjectiveSettings
 from dgl_jax.fields import number, option
-from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
+from dgl_jax.objectives.base import (
+    Context,
+    HiddenOptions,
+    LocalLoss,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveKind,
+)
 from dgl_jax.objectives.classifier import Classifier, classification
 from dgl_jax.registry import OBJECTIVES
 
@@ -82,7 +88,7 @@ class AugLocal(Objective):
 
 
 @dataclass(frozen=True)
-class AugLocalOptions(ObjectiveSettings):
+class AugLocalOptions(HiddenOptions):
     """Options of the objective `auglocal`.
 
     Attributes:
@@ -92,7 +98,7 @@ class AugLocalOptions(ObjectiveSettings):
         like.
       momentum_block: True adds to the first auxiliary block, which is then shaped like the next
         block, a moving average of the next module's first block.
-      decay: decay of this moving average, per update of it.
+      momentum: decay of this moving average, per publication.
       refresh_every: updates of the next module between two publications of its first block.
     """
 
@@ -100,7 +106,7 @@ class AugLocalOptions(ObjectiveSettings):
     pyramid: bool = option(False)
     widen: float = number(1.0, 0.0, 64.0, exclusive=True)
     momentum_block: bool = option(False)
-    decay: float = number(0.995, 0.0, 0.999999, applies={"objective.momentum_block": (True,)})
+    momentum: float = number(0.995, 0.0, 0.999999, applies={"objective.momentum_block": (True,)})
     refresh_every: int = number(1, 1, 2**31 - 1, applies={"objective.momentum_block": (True,)})
 
 
@@ -198,7 +204,7 @@ def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:
     # The sum with the momentum block needs the next block's own channels.
     first = blocks[end].clone()
     return AugLocal(
-        inputs.head, (first, *others), blocks[end], options.decay, options.refresh_every, smoothing
+        inputs.head, (first, *others), blocks[end], options.momentum, options.refresh_every, smoothing
     )
 
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dgl_jax.config import Settings
+from dgl_jax.config import ObjectiveSettings, Settings
 from dgl_jax.errors import UserError
-from dgl_jax.registry import Kind
+from dgl_jax.registry import METHODS, Kind
 from dgl_jax.types import Context
 
 
@@ -121,6 +121,24 @@ class ObjectiveInputs:
     ops: str = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class HiddenOptions(ObjectiveSettings):
+    """Base class of the options of objectives that every module but the last one has.
+
+    The last module minimizes the cross entropy of the network's classifier.
+    """
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError if the method trains without local objectives."""
+        super().check(settings)
+        if not METHODS[settings.method.name].local:
+            raise UserError(
+                f"config.objective.name={self.name}: has no effect under config.method.name="
+                f"{settings.method.name}, where only the last module has an objective; use "
+                "classifier"
+            )
 
 
 def refuse_micro_batches(settings: Settings, name: str) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from dgl_jax.config import ObjectiveSettings, Settings
+from dgl_jax.config import Settings
 from dgl_jax.errors import UserError
 from dgl_jax.fields import choice, number, option
 from dgl_jax.models.blocks import Conv, conv_norm
 from dgl_jax.objectives.base import (
     Context,
+    HiddenOptions,
     LocalLoss,
     Objective,
     ObjectiveInputs,
@@ -202,7 +203,7 @@ def contrastive_loss(
 
 
 @dataclass(frozen=True)
-class InfoProOptions(ObjectiveSettings):
+class InfoProOptions(HiddenOptions):
     """Options of the objective `info_pro`.
 
     Weights are given for the first module and the last but one and are linear in between; the last

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dgl_jax.config import ObjectiveSettings, Settings
+from dgl_jax.config import Settings
 from dgl_jax.errors import UserError
 from dgl_jax.fields import number
 from dgl_jax.models.blocks import Conv, uniform_fan_in
 from dgl_jax.objectives.base import (
     Context,
+    HiddenOptions,
     LocalLoss,
     Objective,
     ObjectiveInputs,
@@ -144,7 +145,7 @@ def _root(x: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class PredSimOptions(ObjectiveSettings):
+class PredSimOptions(HiddenOptions):
     """Options of the objective `pred_sim`.
 
     Attributes:
