@@ -204,7 +204,12 @@ def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:
     # The sum with the momentum block needs the next block's own channels.
     first = blocks[end].clone()
     return AugLocal(
-        inputs.head, (first, *others), blocks[end], options.momentum, options.refresh_every, smoothing
+        inputs.head,
+        (first, *others),
+        blocks[end],
+        options.momentum,
+        options.refresh_every,
+        smoothing,
     )
 
 
