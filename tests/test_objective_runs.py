@@ -142,9 +142,8 @@ def test_copies_carry_the_version_that_they_have():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fused", "simulated"])
-def test_run_with_copies_resumes_exactly(engine, tmp_path):
-    fields = MOMENTUM | {"engine__name": engine, "objective__refresh_every": 3}
+def test_run_with_copies_resumes_exactly(tmp_path):
+    fields = MOMENTUM | {"objective__refresh_every": 3}
     train_and_evaluate(small_config(**fields), tmp_path / "whole")
     for steps in (5, 12):
         train_and_evaluate(small_config(**fields, train__steps=steps), tmp_path / "part")

@@ -16,7 +16,7 @@ from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
     **{head: {"model.head": head} for head in ("cnn", "mlp", "mlp_sr", "linear")},
-    "backprop": {"method.name": "backprop"},
+    "backprop": {"method.name": "backprop", "model.modules": 1},
 }
 CHOSEN: dict[str, float] = {}
 

@@ -23,7 +23,15 @@ ROWS: common.Variants = {
         for method in ("dgl", "deep_supervision")
     },
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "backprop": 0.01,
+    "dgl,K=2": 0.01,
+    "deep_supervision,K=2": 0.03,
+    "dgl,K=3": 0.01,
+    "deep_supervision,K=3": 0.03,
+    "dgl,K=6": 0.03,
+    "deep_supervision,K=6": 0.03,
+}
 
 
 def base(full: bool) -> ConfigDict:
