@@ -159,10 +159,11 @@ def test_run_with_copies_resumes_exactly(tmp_path):
 def test_contrastive_modules_are_trained_evaluated_and_exported_without_predictions(tmp_path):
     fields = {"objective__name": "info_pro", "objective__form": "contrast", "model__modules": 3}
     summary = train_and_evaluate(small_config(**fields), tmp_path)
-    assert [module["accuracy"] for module in summary.modules[:2]] == [None, None]
+    assert [module["test_accuracy"] is None for module in summary.modules] == [True, True, False]
     result = evaluate_run(tmp_path)
-    assert result.modules[:2] == [None, None]
-    assert result.modules[2] == result.ensemble  # the only module that predicts
+    accuracies = [result.get(f"test/module_{k}/accuracy") for k in range(3)]
+    assert accuracies[:2] == [None, None]
+    assert accuracies[2] == result["test/ensemble/accuracy"]  # the only module that predicts
     exported = load_exported(export_run(tmp_path))
     logits = exported.logits(np.zeros((2, 8, 8, 3), np.uint8))
     assert [x is None for x in logits] == [True, True, False]
