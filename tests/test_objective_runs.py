@@ -69,6 +69,33 @@ def test_rings_carry_images_and_copies(name):
     testing.check_engine("simulated", **LOSSES[name] | {"model": {"modules": 3}})
 
 
+def test_similarities_compare_all_examples_of_a_device_group():
+    settings = make_settings(small_config(objective__name="pred_sim", data__augment="none"))
+    values = []
+    for count in (1, 2):
+        made = make_experiment(settings, jax.devices()[:count])
+        *_, report = made.engine.run(made.engine.init(), made.source, 1)
+        total, examples = report.metrics[0]["similarity"]
+        values.append(float(total) / float(examples))
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+    module, state = made.spec.modules[0], made.spec.init()[0]
+    batch = made.source.batch(0)
+    images, label = made.spec.task.evaluate(batch.inputs), batch.context["label"]
+    features, _ = module.apply_body(state.params, state.batch_stats, images, train=True)
+
+    def similarity(rows: slice) -> float:
+        loss, _ = module.apply_objective(
+            *(state.params, state.batch_stats, features[rows], {"label": label[rows]}), train=True
+        )
+        total, examples = loss.metrics["similarity"]
+        return float(total / examples)
+
+    np.testing.assert_allclose(similarity(slice(None)), values[0], rtol=1e-5)
+    halves = [similarity(slice(0, 4)), similarity(slice(4, 8))]
+    assert abs(np.mean(halves) - values[0]) > 1e-3, "pairs across the devices do not count"
+
+
 # The momentum copy of the next module's first block
 
 
