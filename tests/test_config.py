@@ -44,12 +44,14 @@ def other(name: str) -> typing.Any:
         return [kind for kind in field.metadata["kinds"] if kind != field.default][-1]
     if "choices" in field.metadata:
         return field.metadata["choices"][-1]
-    if name == "method.synthesizer_kernel":
-        return 3  # must be odd
+    if name in ("method.synthesizer_kernel", "objective.similarity_kernel"):
+        return 7  # must be odd
     if name == "plugins":
         return ["json"]  # any module that can be imported
     if name == "engine.slowdown":  # one factor per module
         return [1.0, 1.5, 1.0, 1.0]
+    if name in ("objective.reconstruction_weights", "objective.task_weights"):
+        return [1.0, 1.5]  # of the first module and the last but one
     if typing.get_origin(field.type) is tuple:
         return [1 if typing.get_args(field.type)[0] is int else 1.0]
     if field.type is str:
@@ -285,6 +287,8 @@ OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
 OF_SIMULATED = {"engine.order", "replay.at_limit"}
 OF_METHODS = {name for name in field_names() if name.startswith("method.")} - {"method.name"}
 OF_DELAYED = {"method.encode_gradients"}
+COMMON = {"objective.name", "objective.context_input", "objective.transport"}
+OF_OBJECTIVES = {name for name in field_names() if name.startswith("objective.")} - COMMON
 # Kinds to which most options apply, and the options that do not apply to `simulated`.
 RICH = {
     "data": {"name": "imagenet"},
@@ -345,7 +349,7 @@ def test_options_that_do_not_apply_are_ignored_or_refused(kind, chosen, expected
             make_settings(config, given=[name])
     if chosen not in ("layerwise", "ddg"):
         expected |= OF_METHODS  # dgl and backprop have no options
-    assert ignored == expected
+    assert ignored == expected | OF_OBJECTIVES | {"model.init_gain"}
 
 
 def test_the_message_names_the_kinds_to_which_an_option_applies():

@@ -34,6 +34,7 @@ TREE = {
     "block_params": (BLOCKS,),
     "head_params": (BLOCKS,),
     "adapter_params": (BLOCKS,),
+    "orthogonal": (range(3), BLOCKS, range(4)),
     "augmentation": (range(24),),
     "module": (
         MODULES,
