@@ -2,8 +2,9 @@
 
     python results/make.py WORKDIR CLAIM
 
-CLAIM is the name of a file in configs/claims/. Writes results/CLAIM.md and results/CLAIM.png. Runs
-that are missing or not finished are left out and counted.
+CLAIM is the name of a file in configs/claims/. Writes results/CLAIM.md and results/CLAIM.png, and
+results/CLAIM_modules.png if the claim has `LINES`: rows by label and number of modules. Runs that
+are missing or not finished are left out and counted.
 
 results/CLAIM.jsonl holds the finished runs: configuration, summary, and the metrics on validation
 and test images. Runs of this file that WORKDIR lacks are written there first, without checkpoints,
@@ -15,7 +16,7 @@ import importlib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +141,36 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def accuracy_by_modules(
+    lines: Mapping[str, Mapping[int, str]], rows: Sequence[Row], path: Path
+) -> None:
+    """Draws the mean test accuracy of the last module against the number of modules.
+
+    Args:
+      lines: names of rows, by label of the line and number of modules.
+      rows: all rows.
+      path: file to write.
+    """
+    by_name = {row.name: row for row in rows}
+    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, (label, names) in zip(COLORS, lines.items()):
+        means = {
+            modules: statistics.mean(values)
+            for modules, name in names.items()
+            if (values := by_name[name].accuracies())
+        }
+        axes.plot(means.keys(), means.values(), "o-", color=color, label=label)
+    axes.set(xlabel="modules", ylabel="test accuracy of the last module, %")
+    axes.set_xticks(sorted({modules for names in lines.values() for modules in names}))
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
 def unpack(store: Path, workdir: Path) -> None:
     """Writes the stored runs that a workdir lacks."""
     for line in store.read_text().splitlines() if store.exists() else ():
@@ -173,11 +204,18 @@ def main() -> None:
     workdir, claim = Path(sys.argv[1]), sys.argv[2]
     module = importlib.import_module(f"dgl_jax.configs.claims.{claim}")
     unpack(HERE / f"{claim}.jsonl", workdir)
-    runs, _ = read_runs(workdir)
-    pack(runs, workdir, HERE / f"{claim}.jsonl")
     variants: Variants = module.ROWS
+    # Claims may share a workdir.
+    runs = [
+        run
+        for run in read_runs(workdir)[0]
+        if any(run.name.startswith(f"{name}/lr=") for name in variants)
+    ]
+    pack(runs, workdir, HERE / f"{claim}.jsonl")
     rows = [make_row(name, runs) for name in variants]
     picture(rows, HERE / f"{claim}.png")
+    if lines := getattr(module, "LINES", None):
+        accuracy_by_modules(lines, rows, HERE / f"{claim}_modules.png")
     text = [*table(rows), "", *by_module(rows)]
     missing = sum(not run.finished for run in runs)
     print("\n".join(text), f"\n\n{missing} runs are not finished", sep="")
