@@ -255,6 +255,8 @@ def test_a_resumed_run_may_change_only_free_fields(name):
             "data.workers",
             "data.on_device",
             "model.remat",
+            "diagnostics.enabled",
+            "diagnostics.every",
         )
     ) and name != "train.ema"
     if free:
@@ -285,6 +287,7 @@ OF_THREADS = {"engine.restart_workers", "engine.watchdog_seconds"}
 OF_SIMULATED = {"engine.order", "replay.at_limit"}
 OF_METHODS = {name for name in field_names() if name.startswith("method.")} - {"method.name"}
 OF_DELAYED = {"method.encode_gradients"}
+OF_DIAGNOSTICS = {f"diagnostics.{name}" for name in ("every", "batches", "projections")}
 # Kinds to which most options apply, and the options that do not apply to `simulated`.
 RICH = {
     "data": {"name": "imagenet"},
@@ -345,7 +348,7 @@ def test_options_that_do_not_apply_are_ignored_or_refused(kind, chosen, expected
             make_settings(config, given=[name])
     if chosen not in ("layerwise", "ddg"):
         expected |= OF_METHODS  # dgl and backprop have no options
-    assert ignored == expected
+    assert ignored == expected | OF_DIAGNOSTICS
 
 
 def test_the_message_names_the_kinds_to_which_an_option_applies():
