@@ -283,6 +283,15 @@ def test_extended_run_measures_the_new_end(probed, tmp_path):
     assert final[-1]["final/module_1/mmd"] == 0 < final[-2]["final/module_1/mmd"]
 
 
+def test_run_killed_at_its_end_measures_a_lost_probe_again(probed, tmp_path):
+    folder = shutil.copytree(probed, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    (folder / "diagnostics" / "12.npz").unlink()
+    train_and_evaluate(config(), folder)
+    assert ours(folder)[-4:] == ours(probed)[-4:]
+    assert (folder / "diagnostics" / "12.npz").exists()
+
+
 RUNS = {
     "pipeline": {"engine__name": "pipeline"},
     "dispatches": {"engine__steps_per_dispatch": 4, "eval__every": 7, "checkpoint__every": 9},

@@ -147,12 +147,14 @@ class Probes:
         on the inputs that the final modules provide.
 
         Args:
-          step: last step of the run, which has been probed.
+          step: last step of the run.
           state: the modules at the end.
           checkpoints: checkpoints of the run.
         """
         spec, placement = self._experiment.spec, self._experiment.engine.placement
-        assert self._last is not None, "the last step is always probed"
+        if self._last is None:  # the run had ended, and its last probe is lost
+            self.measure(step, state, state)
+        assert self._last is not None
         probes = {
             int(path.stem): stored
             for path in self._folder.glob("*.npz")
