@@ -333,6 +333,16 @@ def test_probes_change_no_number_of_any_engine_and_method(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_stopped_asynchronous_run_resumes_exactly(tmp_path):
+    settings = config(**RUNS["simulated,vq"])
+    train_and_evaluate(settings, tmp_path / "whole")
+    interrupted(tmp_path / "stopped", 6, settings)
+    train_and_evaluate(settings, tmp_path / "stopped")
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    assert ours(tmp_path / "whole")[3]["diagnostics/module_1/staleness"] >= 0
+
+
+@pytest.mark.slow
 def test_threads_run_with_probes(tmp_path):
     train_and_evaluate(config(engine__name="threads", replay__size=2), tmp_path)
     lines = ours(tmp_path)
