@@ -147,7 +147,7 @@ def test_twin_bound_without_drift_fails():
     assert np.any(found.left > found.without_drift)
 
 
-def test_twin_producer_that_never_settles_leaves_the_bound_without_content():
+def test_twin_producer_that_never_settles_keeps_bound_and_gradient_large():
     spec = make_spec(2, constant_producer(RATE, 0.7))
     found = bound_of(train(fused(spec), START[:2], STEPS, 0), RATES)
     per_rate = found.right / found.rates / found.most
