@@ -257,6 +257,8 @@ def test_a_resumed_run_may_change_only_free_fields(name):
             "data.workers",
             "data.on_device",
             "model.remat",
+            "diagnostics.enabled",
+            "diagnostics.every",
         )
     ) and name != "train.ema"
     if free:
@@ -289,6 +291,7 @@ OF_METHODS = {name for name in field_names() if name.startswith("method.")} - {"
 OF_DELAYED = {"method.encode_gradients"}
 COMMON = {"objective.name", "objective.context_input", "objective.transport"}
 OF_OBJECTIVES = {name for name in field_names() if name.startswith("objective.")} - COMMON
+OF_DIAGNOSTICS = {f"diagnostics.{name}" for name in ("every", "batches", "projections")}
 # Kinds to which most options apply, and the options that do not apply to `simulated`.
 RICH = {
     "data": {"name": "imagenet"},
@@ -349,7 +352,7 @@ def test_options_that_do_not_apply_are_ignored_or_refused(kind, chosen, expected
             make_settings(config, given=[name])
     if chosen not in ("layerwise", "ddg"):
         expected |= OF_METHODS  # dgl and backprop have no options
-    assert ignored == expected | OF_OBJECTIVES | {"model.init_gain"}
+    assert ignored == expected | OF_OBJECTIVES | OF_DIAGNOSTICS | {"model.init_gain"}
 
 
 def test_the_message_names_the_kinds_to_which_an_option_applies():

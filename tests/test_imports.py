@@ -36,6 +36,7 @@ ROOMS = (
     "spec",
     "schedule",
     "methods",
+    "diagnostics",
     "profile",
     "engines",
     "run",
@@ -106,6 +107,7 @@ ONLY = {
         "tasks",
         "types",
     },
+    "diagnostics": {"codecs", "core", "methods", "spec", "types"},
 }
 # The only names that other rooms may import from these folders.
 DOORS = {"ops": ops.__all__}
@@ -301,7 +303,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 7_400
-    assert package < 16_200
+    assert package < 16_800
 
 
 @pytest.mark.parametrize(

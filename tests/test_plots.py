@@ -16,6 +16,7 @@ from dgl_jax.run.plots import (
     accuracy_figure,
     compare,
     compare_figure,
+    convergence_figure,
     loss_figure,
     plot,
     series,
@@ -325,3 +326,29 @@ def test_module_has_the_same_color_in_every_plot():
     assert [dots[f"after module {k}"] for k in (0, 1)] == [
         lines[f"train module_{k}"] for k in (0, 1)
     ]
+
+
+def test_convergence_plot_has_the_running_minimum_beside_the_drift_sum():
+    squares = {0: (4.0, 1.0, 2.0), 1: (8.0, 9.0, None)}
+    records = [
+        {"step": 5 * n, "epoch": n}
+        | {f"diagnostics/module_{k}/gradient_squared": squares[k][n] for k in (0, 1)}
+        | ({"diagnostics/module_1/mmd": 0.1 * n} if n else {})
+        for n in range(3)
+    ]
+    assert convergence_figure(make_records(2)) is None
+    left, right = convergence_figure(records).axes
+    minima = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert minima == {"module 0": [4, 1, 1], "module 1": [8, 8, 8]}
+    (drift,) = right.lines
+    assert list(drift.get_xdata()) == [1, 2]
+    assert list(drift.get_ydata()) == [0.1, 0.2]
+    assert "last probe" in right.get_ylabel()
+    # The end of the run adds lines with the steps of the probes.
+    records += [
+        {"step": 5 * n, "epoch": n, "final/module_1/weighted_drift": 0.5 / n} for n in (1, 2)
+    ]
+    _, right = convergence_figure(records).axes
+    (drift,) = right.lines
+    assert list(drift.get_ydata()) == [0.5, 0.25]
+    assert "drift sum" in right.get_ylabel()

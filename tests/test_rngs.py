@@ -48,6 +48,7 @@ TREE = {
             "synthesizer_params": (),
         },
     ),
+    "probe": ({"module": (MODULES, {"update": (range(1),)}), "directions": (MODULES,)},),
 }
 
 

@@ -277,6 +277,26 @@ class EvalSettings(Group):
     codec: bool = option(True, free=True, applies={"codec.lossless": (False,)})
 
 
+_DIAGNOSED: Applies = {"diagnostics.enabled": (True,)}
+
+
+@dataclass(frozen=True)
+class DiagnosticsSettings(Group):
+    """Group `diagnostics`: measurements of convergence on a fixed probe set.
+
+    Attributes:
+      enabled: True measures gradient norms, and the drift of each module's inputs.
+      every: steps between two probes.
+      batches: training batches in the probe set.
+      projections: random directions on which the inputs of a module are compared.
+    """
+
+    enabled: bool = option(False, free=True)
+    every: int = number(200, 1, MANY, free=True, applies=_DIAGNOSED)
+    batches: int = number(2, 1, 65536, applies=_DIAGNOSED)
+    projections: int = number(64, 1, 65536, applies=_DIAGNOSED)
+
+
 @dataclass(frozen=True)
 class LogSettings(Group):
     """Group `log`: when and where training metrics are written.

@@ -54,6 +54,7 @@ class Settings:
     checkpoint: groups.CheckpointSettings = field(default_factory=lambda: options("checkpoint"))
     eval: groups.EvalSettings = field(default_factory=lambda: options("eval"))
     log: groups.LogSettings = field(default_factory=lambda: options("log"))
+    diagnostics: groups.DiagnosticsSettings = field(default_factory=lambda: options("diagnostics"))
     ignored: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     unused: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -315,7 +316,7 @@ def _ignored(settings: Settings, unused: Mapping[str, Any]) -> dict[str, str]:
                 chosen = getattr(getattr(settings, other_group), other_leaf)
                 lines[name] = (
                     f"config.{name}={value!r}: applies to config.{condition}="
-                    f"{' or '.join(fitting)}, not to {chosen}"
+                    f"{' or '.join(map(str, fitting))}, not to {chosen}"
                 )
     return lines
 

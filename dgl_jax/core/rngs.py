@@ -22,6 +22,9 @@ this: its `fold_in` ignores the order of the numbers.)
                 rest()                         vectors that initialize the later stages
             gradient_codec(t)                  codec of the gradient sent down at update t, likewise
             synthesizer_params()               initial values of the module's synthesizer
+        probe()                                diagnostics
+            module(k), update(t)               random operations inside module k, as above
+            directions(k)                      directions in the input space of module k
 
 Random numbers on the host have other generators: `bits` for the order and the crops of examples,
 `ring` for replay, and `schedule.drawn` for the turns of the simulated engine.
@@ -78,8 +81,10 @@ restart_pool = Stream(15)  # sample of vectors that may replace dead entries
 restart = Stream(16)  # choice of the replacements in that sample
 rest = Stream(17)  # sample of vectors that initializes the stages after the first
 synthesizer_params = Stream(20)  # initial values of the synthesizer behind a module
-orthogonal = Stream(22, 3)  # orthogonal initial weights, by part, its number and array
 gradient_codec = Stream(21, 1)  # codec of the gradients that a module sends down, by update
+probe = Stream(22)  # root of the keys of the diagnostics
+directions = Stream(23, 1)  # random directions in the input space of a module, by k
+orthogonal = Stream(24, 3)  # orthogonal initial weights, by part, its number and array
 _stage = Stream(10, 1)
 
 

@@ -61,7 +61,13 @@ def local_step(
     rng = rngs.update(state.rng, state.updates)
 
     gradient, batch_stats, outputs, metrics = mean_gradient(
-        _loss(module, published), state.params, state.batch_stats, inputs, context, rng, accumulate
+        local_loss(module, published),
+        state.params,
+        state.batch_stats,
+        inputs,
+        context,
+        rng,
+        accumulate,
     )
     return (
         apply_gradient(optimizer, state, gradient, batch_stats),
@@ -171,7 +177,7 @@ def loss_step(
       objective's metrics.
     """
     gradient, batch_stats, inputs_gradient, metrics = mean_gradient(
-        _loss(module, published),
+        local_loss(module, published),
         state.params,
         state.batch_stats,
         inputs,
@@ -349,7 +355,9 @@ def eval_step(
     return outputs, module.predict(params, batch_stats, outputs, {**published, **collected})
 
 
-def _loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
+def local_loss(module: LocalModule, published: Mapping[str, Any]) -> LossFunction:
+    """Returns the local loss of a module in training, with the publications that it reads."""
+
     def loss_function(params, batch_stats, inputs, context, rng):
         outputs, body_stats, collected = module.apply_body_and_collect(
             params, batch_stats, inputs, context, train=True, rng=rng

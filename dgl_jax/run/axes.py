@@ -92,6 +92,25 @@ def curve_axes(
       rows: number of rows that `value_table` will have, which decides the height.
     """
     figure, axes = new_axes(title, subtitle, max(4.4, 0.24 * rows + 1.6))
+    _over_epochs(axes, records, ylabel)
+    return figure, axes
+
+
+def paired_axes(
+    title: str, subtitle: str, ylabels: tuple[str, str], records: Sequence[Record]
+) -> tuple[Figure, tuple[Axes, Axes]]:
+    """Creates a figure with two pairs of axes side by side; see `curve_axes` for the arguments."""
+    figure, left = new_axes(title, subtitle, 4.4)
+    figure.set_figwidth(11.0)
+    left.set_subplotspec(figure.add_gridspec(1, 2)[0])
+    right = figure.add_subplot(1, 2, 2)
+    _clear(right)
+    for axes, ylabel in zip((left, right), ylabels):
+        _over_epochs(axes, records, ylabel)
+    return figure, (left, right)
+
+
+def _over_epochs(axes: Axes, records: Sequence[Record], ylabel: str) -> None:
     # Records of turns, which no curve shows, have a step and no epoch.
     positions = [epoch_or_step(record) for record in records if "turns" not in record]
     left, right = min(positions, default=0.0), max(positions, default=1.0)
@@ -103,7 +122,6 @@ def curve_axes(
     )
     axes.set_ylabel(ylabel, fontsize=11)
     axes.grid(color="#e6e6e6", linewidth=0.8)
-    return figure, axes
 
 
 def new_axes(title: str, subtitle: str, height: float) -> tuple[Figure, Axes]:
@@ -111,15 +129,20 @@ def new_axes(title: str, subtitle: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8.6, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.tick_params(labelsize=10, color=GRAY)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
+    _clear(axes)
     if subtitle:
         offset = ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
         axes.text(0, 1, subtitle, fontsize=10, color=GRAY, transform=axes.transAxes + offset)
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24 if subtitle else 10)
     return figure, axes
+
+
+def _clear(axes: Axes) -> None:
+    """Leaves the frame of the axes at the left and below only."""
+    axes.tick_params(labelsize=10, color=GRAY)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
 
 
 def log_scale(axes: Axes) -> None:

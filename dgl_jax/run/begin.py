@@ -156,13 +156,13 @@ def _check_new_length(settings: Settings, planned: int, total: int, made: Sequen
 
 
 def _tidy(workdir: Path, step: int, recorded: bool) -> None:
-    """Removes the metrics written after `step`, the test metrics and summary.json.
+    """Removes the metrics written after `step` or at the end of the run, and summary.json.
 
     The resumed run writes all of them again.
     """
     metrics = workdir / "metrics.jsonl"
     (workdir / "summary.json").unlink(missing_ok=True)
-    truncate(metrics, step, without="test/")
+    truncate(metrics, step, without=("test/", "final/"))
     if recorded and not (metrics.exists() and read_jsonl(metrics)):
         _LOG.warning(
             "%s: the metrics of the steps up to %d are missing and lost; training continues",

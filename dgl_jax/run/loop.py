@@ -15,6 +15,7 @@ from dgl_jax.run.compiling import Compiling
 from dgl_jax.run.copies import Copies
 from dgl_jax.run.due import Due, Events
 from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.probes import Probes
 from dgl_jax.run.record import recording, summarize
 from dgl_jax.run.restore import Trained
 from dgl_jax.run.saver import Saver
@@ -67,24 +68,33 @@ def train_loop(
         state, step = start.state, start.step
         record = stack.enter_context(recording(experiment, workdir, start))
         saver = Saver(experiment, checkpoints, record, start)
-        due = Due.of(settings, source.steps_per_epoch, total)
+        due = Due.of(settings, source.steps_per_epoch, total, apart=steps_per_dispatch(engine) == 1)
         copies = Copies(due, saver)
         if getattr(settings.engine, "restart_workers", False):
             engine.recover = saver.recover
 
-        def evaluate_and_save(state: EngineState, events: Events) -> None:
+        probes: Probes | None = None
+        if settings.diagnostics.enabled:
+            extra = start.meta.get("extra", {})
+            probes = Probes(experiment, workdir, record, step, extra)
+            if step == 0:
+                probes.measure(step, state, state)
+
+        def handle(events: Events, modules: EngineState, live: EngineState) -> None:
             if events.evaluate and source.examples("validation"):
-                record.write(step, evaluator.evaluate(state, source, "validation"))
+                record.write(step, evaluator.evaluate(modules, source, "validation"))
+            if events.probe and probes is not None:
+                probes.measure(step, modules, live)
             if events.save:
-                saver.save(step, state)
+                saver.save(step, modules)
 
         if step < total:
             record.pace(step)  # compiles the learning-rate schedule before anything is timed
             _LOG.info("compiling the training programs before the first step")
         while step < total:
             # A synchronous engine trains to the next event and drains, so that no message is in
-            # flight while the modules are evaluated and saved. A continuous engine trains to the
-            # end in one go; events are then handled on snapshots while it trains.
+            # flight while the modules are evaluated, probed and saved. A continuous engine trains
+            # to the end in one go; events are then handled on snapshots while it trains.
             until = total if engine.continuous else due.next_event(step)
             first = step
             report: Report | None = None
@@ -103,7 +113,7 @@ def train_loop(
                         and step < total
                         and (ready := copies.ready(report, step, before))
                     ):
-                        evaluate_and_save(*ready)
+                        handle(ready[1], ready[0], state)
                         del (
                             ready
                         )  # frees the snapshot, as large as the modules, before the next one
@@ -111,7 +121,7 @@ def train_loop(
             if report is not None:
                 state = report.snapshot()
             if step > first:
-                evaluate_and_save(state, due.at(step))
+                handle(due.at(step), state, state)
             # A signal may arrive at any time: either the engine has stopped early because of it, or
             # it came between two calls of `run`, and the engine is not started again.
             signum = next(filter(None, world.exchange(interruption.signum)), None)
@@ -121,6 +131,8 @@ def train_loop(
                 raise Interrupted(signum, step)
         checkpoints.finish()
 
+        if probes is not None:
+            probes.finish(step, state, checkpoints)
         test = evaluator.evaluate(state, source, "test") if source.examples("test") else {}
         record.write(step, test)
         summary = summarize(experiment, start, record, step, state, test)

@@ -20,6 +20,7 @@ from dgl_jax.run.axes import (
     draw_newest,
     log_scale,
     new_axes,
+    paired_axes,
     value_table,
 )
 from dgl_jax.run.curves import Record, head_names, read_records, series, title_and_subtitle
@@ -33,8 +34,9 @@ _TEST = "\N{BLACK DIAMOND} test"
 def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     """Draws the plots of a run into `<workdir>/plots/`.
 
-    Draws `accuracy.png` and `loss.png`, `timeline.png` and `ages.png` for asynchronous runs, and
-    `codec.png` for runs with a codec, as far as metrics.jsonl holds the metrics for them.
+    Draws `accuracy.png` and `loss.png`, `timeline.png` and `ages.png` for asynchronous runs,
+    `codec.png` for runs with a codec, and `convergence.png` for runs with diagnostics, as far as
+    metrics.jsonl holds the metrics for them.
 
     Args:
       workdir: folder of the run.
@@ -54,6 +56,7 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
         "timeline": timeline_figure,
         "ages": ages_figure,
         "codec": codec_figure,
+        "convergence": convergence_figure,
     }
     drawn = {name: draw_figure(records, *title) for name, draw_figure in draw.items()}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
@@ -278,6 +281,43 @@ def codec_figure(records: Sequence[Record], title: str = "", subtitle: str = "")
     axes.set_ylabel("relative reconstruction error", fontsize=11)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def convergence_figure(
+    records: Sequence[Record], title: str = "", subtitle: str = ""
+) -> Figure | None:
+    """Draws the running minimum of every module's squared gradient norm, and the drift sum.
+
+    The drift sum is sum(eta sqrt(c)) / sum(eta) over the updates so far, with the distance c
+    between a module's inputs and those at the end of training. It is known once the run has ended;
+    until then the right half shows the drift from one probe to the next. Returns None without
+    diagnostics.
+    """
+    names = head_names(records, r"diagnostics/(module_\d+)/gradient_squared")
+    if not names:
+        return None
+    ended = head_names(records, r"final/(module_\d+)/weighted_drift")
+    drift = "final/{}/weighted_drift" if ended else "diagnostics/{}/mmd"
+    drifting = head_names(records, drift.format(r"(module_\d+)"))
+    labels = (
+        "running minimum of the squared gradient norm",
+        "drift sum of the bound" if ended else "drift since the last probe (MMD)",
+    )
+    figure, (left, right) = paired_axes(title, subtitle, labels, records)
+    colors, values = colors_of(records, names), []
+    for name in names:
+        epochs, squares = series(records, f"diagnostics/{name}/gradient_squared")
+        curve = epochs, np.fmin.accumulate(squares).tolist()
+        draw_line(left, curve, colors[name], name.replace("_", " "), linewidth=1.5)
+        values += [y for y in curve[1] if math.isfinite(y)]
+    for name in drifting:
+        curve = series(records, drift.format(name))
+        draw_line(right, curve, colors[name], name.replace("_", " "), linewidth=1.5)
+    if values and min(values) > 0:
+        log_scale(left)
+    right.set_ylim(bottom=0.0)
+    left.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -26,12 +26,14 @@ class Record:
     Attributes:
       latest: newest value of every metric, including those from before a resume.
       throughput: meter of the images per second of training.
+      extra: further JSON values for the checkpoints, by name.
     """
 
     def __init__(self, experiment: Experiment, start: RunStart, writer: Writer, progress: Progress):
         self.experiment, self.writer, self.progress = experiment, writer, progress
         self.latest: dict[str, float] = start.meta.get("latest", {})
         self.throughput = Throughput(experiment.spec.batch_size)
+        self.extra: dict[str, Any] = {}
         self._window = Window(start.meta.get("window"))
         if rows := start.meta.get("early"):
             cast(Any, experiment.engine).early = early_metrics(rows)
@@ -115,6 +117,7 @@ class Record:
             "early": early_values(getattr(self.experiment.engine, "early", {})),
             "latest": self.latest,
             "wall_seconds": self.wall_seconds(),
+            "extra": self.extra,
         }
 
 

@@ -152,7 +152,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for _, record in _lines(Path(path))]
 
 
-def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> int:
+def truncate(path: str | os.PathLike[str], step: float, without: str | tuple[str, ...] = "") -> int:
     """Removes records after `step` and an incomplete last line from a JSON-lines file.
 
     The file is replaced atomically, so no writer may have it open.
@@ -160,7 +160,7 @@ def truncate(path: str | os.PathLike[str], step: float, without: str = "") -> in
     Args:
       path: the file; a missing one is left missing.
       step: last step to keep.
-      without: also remove records with a key that starts with this prefix.
+      without: also remove records with a key that starts with this prefix, or one of them.
 
     Returns:
       The number of complete records removed.

@@ -26,6 +26,7 @@ _IRRELEVANT: dict[str, tuple[str, ...] | None] = {
     "checkpoint": None,
     "eval": None,
     "log": None,
+    "diagnostics": None,
     "optimizer": ("learning_rate", "weight_decay", "momentum"),
     "train": ("epochs", "steps", "label_smoothing"),
 }

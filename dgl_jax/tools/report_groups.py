@@ -16,7 +16,9 @@ from typing import Any
 from dgl_jax.tools.report_runs import Curve, Run, number, numbers
 
 # Settings that do not influence the results.
-_WITHOUT_EFFECT = re.compile(r"seed|plugins|checkpoint\..*|log\..*|eval\.every|data\.on_device")
+_WITHOUT_EFFECT = re.compile(
+    r"seed|plugins|checkpoint\..*|log\..*|diagnostics\..*|eval\.every|data\.on_device"
+)
 # Settings whose change makes accuracies incomparable.
 _DATA = re.compile(r"data\.name|data\.dir|task\..*")
 
@@ -143,9 +145,9 @@ class Row:
         The mean is taken where all of these runs have a value.
 
         Args:
-          split: "train" or "validation".
+          split: "train", "validation", "diagnostics" or "final".
           k: module; -1 for the last.
-          metric: "accuracy" or "loss".
+          metric: such as "accuracy" or "loss".
         """
         k = self.modules - 1 if k < 0 else k
         found = [run.curves.get((split, k, metric)) for run in self.finished or self.runs]

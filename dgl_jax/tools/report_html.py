@@ -30,6 +30,9 @@ _PANELS = (
     ("training accuracy, %", "train", "accuracy"),
     ("validation loss", "validation", "loss"),
     ("training loss", "train", "loss"),
+    ("squared gradient norm", "diagnostics", "gradient_squared"),
+    ("drift since the last probe (MMD)", "diagnostics", "mmd"),
+    ("drift sum of the bound", "final", "weighted_drift"),
 )
 # Points of all curves together, which bound the size of the page.
 _POINTS = 28_000
@@ -82,7 +85,9 @@ def _text(text: str) -> str:
 def _points_per_curve(report: Report) -> int:
     """Returns the greatest number of points per curve with which the page stays small."""
     rows = [row for group in report.groups for row in group.rows]
-    curves = sum(len(_PANELS) * (1 + _drawn_modules(row)) for row in rows)
+    measured = {(split, metric) for run in report.runs for split, _, metric in run.curves}
+    panels = sum((split, metric) in measured for _, split, metric in _PANELS)
+    curves = sum(panels * (1 + _drawn_modules(row)) for row in rows)
     return min(_MOST, max(_FEWEST, _POINTS // max(1, curves)))
 
 

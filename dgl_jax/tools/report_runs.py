@@ -19,7 +19,10 @@ from dgl_jax.tools.commands import shell_command
 
 # Folders inside a run that hold many files and no runs.
 _SKIPPED = ("checkpoints", "plots", "tensorboard")
-_METRIC = re.compile(r"(train|validation)/(module_(\d+)|ensemble)/(accuracy|loss)")
+_METRIC = re.compile(
+    r"(train|validation|diagnostics|final)/(module_(\d+)|ensemble)/"
+    r"(accuracy|loss|gradient_squared|mmd|weighted_drift)"
+)
 _UNFINISHED = "unfinished"
 FINISHED, FAILED, UNREADABLE = "finished", "failed", "cannot be read"
 RUNNING, STOPPED = "running", "stopped"

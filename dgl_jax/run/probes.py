@@ -1,0 +1,335 @@
+"""Probes of a run: measures its convergence on a fixed probe set, and keeps the results in files.
+
+Each probe writes `diagnostics/STEP.npz` into the workdir, before a checkpoint of the same step. The
+checkpoint stores its checksum, so that a resumed run compares with the same numbers.
+"""
+
+import io
+import itertools
+import logging
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgl_jax.core.program_cache import cached_program
+from dgl_jax.data import Source
+from dgl_jax.diagnostics import Parts, drift, probe, weighted_drift
+from dgl_jax.engines import EngineState, counts, world
+from dgl_jax.engines.transfer import put
+from dgl_jax.errors import UserError
+from dgl_jax.run.build import Experiment
+from dgl_jax.run.checkpoint import Checkpoints
+from dgl_jax.run.record import Record
+from dgl_jax.run.writers import write_atomically, writing
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Batch, Message
+
+_LOG = logging.getLogger(__name__)
+FOLDER = "diagnostics"
+
+
+class Stored(NamedTuple):
+    """Results of a probe that later probes are compared with.
+
+    Attributes:
+      inputs: projected inputs of each module but the first, float32 [K - 1, n, p].
+      updates: updates that each module has made, int64 [K].
+      reads: messages that each module has read, and the sum of their ages, float64 [K, 2].
+    """
+
+    inputs: np.ndarray
+    updates: np.ndarray
+    reads: np.ndarray
+
+
+class Walk(NamedTuple):
+    """Results of passing the probe set through all modules.
+
+    Attributes:
+      inputs: see `Stored`.
+      gradients: per module, the squared norm of the gradient on the probe set and the mean of the
+        squared norms on its batches; None without an objective.
+      codec_errors: mean relative error of what each module sends; None if it sends no codes.
+      incoming: per batch and module, what the module read: (message or inputs, context).
+    """
+
+    inputs: np.ndarray
+    gradients: list[tuple[float, float] | None]
+    codec_errors: list[float | None]
+    incoming: list[list[tuple[Any, Any]]]
+
+
+class Probes:
+    """Measurements of a run on a fixed probe set; they change no number of the run.
+
+    Args:
+      experiment: the run.
+      workdir: folder of the run.
+      record: receives the metrics; its `extra` becomes part of every checkpoint.
+      start: step from which this process starts the run.
+      saved: the part of the checkpoint's metadata that `Record.extra` was; {} for a new run.
+
+    Raises:
+      UserError: the probe set is larger than the training data.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        record: Record,
+        start: int,
+        saved: dict[str, Any],
+    ):
+        self._experiment, self._record, self._folder = experiment, record, workdir / FOLDER
+        self._batches = probe_set(experiment.source, experiment.settings.diagnostics.batches)
+        self._last: Stored | None = None
+        for path in self._folder.glob("*.npz"):
+            if path.stem.isdecimal() and (int(path.stem) > start or not start):
+                path.unlink()  # the resumed run measures it again
+        if "probe" in saved:
+            self._last = self._restored(**saved["probe"])
+            record.extra["probe"] = saved["probe"]
+
+    def measure(self, step: int, state: EngineState, live: EngineState) -> None:
+        """Probes all modules, writes the metrics, and stores what the next probe needs.
+
+        Args:
+          step: current step of the run.
+          state: the modules.
+          live: current state of the engine, whose `flight` counts the messages read.
+
+        Raises:
+          UserError: an objective has no gradient, or the disk is full.
+        """
+        spec, engine = self._experiment.spec, self._experiment.engine
+        walk = self._walk(state)
+        gauges = engine.gauges(live)
+        reads = np.array([_reads(gauges, module.name) for module in spec.modules])
+        new = Stored(walk.inputs, np.array(counts(state), np.int64), reads)
+        values: dict[str, float] = {}
+        for k, module in enumerate(spec.modules):
+            found: dict[str, float] = {}
+            if (gradient := walk.gradients[k]) is not None:
+                if step == 0 and not gradient[1]:
+                    raise UserError(
+                        f"config.diagnostics.enabled=True: the objective of {module.name} has no "
+                        "gradient, it is 0 for every parameter; use another config.objective.name "
+                        "or no diagnostics"
+                    )
+                found["gradient_squared"], found["gradient_second_moment"] = gradient
+            if k and (error := walk.codec_errors[k - 1]) is not None:
+                found["codec_error"] = error
+            if self._last is not None:
+                if k:
+                    found |= _numbers(drift(self._last.inputs[k - 1], new.inputs[k - 1]))
+                count, total = reads[k] - self._last.reads[k]
+                if count > 0:
+                    found["staleness"] = total / count
+            values |= {f"diagnostics/{module.name}/{name}": v for name, v in found.items()}
+        self._record.write(step, values)
+        self._last = new
+        content = _packed(new)
+        with writing(str(self._folder)):
+            write_atomically({self._folder / f"{step}.npz": content})
+        self._record.extra["probe"] = {"step": step, "checksum": zlib.crc32(content)}
+
+    def finish(self, step: int, state: EngineState, checkpoints: Checkpoints) -> None:
+        """Compares every probe with the last one, and writes the metrics `final/...`.
+
+        Where a checkpoint of a probe's step is left, the gradients of its parameters are computed
+        on the inputs that the final modules provide.
+
+        Args:
+          step: last step of the run.
+          state: the modules at the end.
+          checkpoints: checkpoints of the run.
+        """
+        spec, placement = self._experiment.spec, self._experiment.engine.placement
+        if self._last is None:  # the run had ended, and its last probe is lost
+            self.measure(step, state, state)
+        assert self._last is not None
+        probes = {
+            int(path.stem): stored
+            for path in self._folder.glob("*.npz")
+            if path.stem.isdecimal() and (stored := self._read(path)) is not None
+        } | {step: self._last}
+        steps = sorted(s for s in probes if probes[s].inputs.shape == self._last.inputs.shape)
+        values: dict[int, dict[str, float]] = {s: {} for s in steps}
+        for k, module in enumerate(spec.modules[1:], 1):
+            final = [drift(probes[s].inputs[k - 1], self._last.inputs[k - 1]) for s in steps]
+            rates = [
+                self._rates(probes[a].updates[k], probes[b].updates[k])
+                for a, b in itertools.pairwise(steps)
+            ]
+            sums = weighted_drift([float(distances["mmd"].value) for distances in final], rates)
+            for s, distances in zip(steps, final):
+                numbers = _numbers(distances)
+                values[s] |= {f"final/{module.name}/{name}": v for name, v in numbers.items()}
+            for s, weighted in zip(steps[1:], sums):
+                values[s][f"final/{module.name}/weighted_drift"] = weighted
+        incoming = self._walk(state).incoming
+        checkpoints.finish()
+        for s in sorted({*steps} & {*checkpoints.steps()}):
+            older = state
+            if s != step:
+                older = checkpoints.restore(
+                    lambda _: (spec.abstract_states(), placement), str(s)
+                ).state
+            for k, module in enumerate(spec.modules):
+                gradient = self._gradient(k, older, [batch[k] for batch in incoming])
+                if gradient is not None:
+                    values[s][f"final/{module.name}/gradient_squared"] = gradient[0]
+        epoch = self._experiment.source.steps_per_epoch
+        for s in steps:
+            if values[s]:
+                self._record.writer.write_scalars(s, {"epoch": s / epoch} | values[s])
+
+    def _walk(self, state: EngineState) -> Walk:
+        """Passes the probe set through all modules, each on its own devices."""
+        spec, placement = self._experiment.spec, self._experiment.engine.placement
+        modules = range(len(spec.modules))
+        parts = [Parts.of(spec, module) for module in state.modules]
+        programs = self._programs(spec)
+        sums: list[Any] = [None for _ in modules]
+        inputs: list[list[Any]] = [[] for _ in modules]
+        errors: list[list[Any]] = [[] for _ in modules]
+        incoming: list[list[tuple[Any, Any]]] = []
+        for host_batch in self._batches:
+            batch = placement.put_batch(host_batch, 0)
+            read: Any = (batch.inputs, batch.context)
+            incoming.append([])
+            for k in modules:
+                if k:
+                    payload, context = put(read, placement.split(k))
+                    codebook = put(parts[k - 1].codebook, placement.replicated(k))
+                    read = Message(payload, codebook), context
+                incoming[-1].append(read)
+                found = programs[k](parts[k], *read)
+                read = found.payload, found.context
+                if found.gradient is not None:
+                    sums[k] = _added(sums[k], found.gradient)
+                inputs[k].append(found.inputs)
+                errors[k].append(found.codec_error)
+        projected = [np.concatenate(jax.device_get(found)) for found in inputs[1:]]
+        size = len(self._batches) * spec.batch_size
+        none = np.zeros((0, size, self._experiment.settings.diagnostics.projections), np.float32)
+        return Walk(
+            np.stack(projected) if projected else none,
+            [_moments(total, len(self._batches)) for total in sums],
+            [None if e[0] is None else float(np.mean(jax.device_get(e))) for e in errors],
+            incoming,
+        )
+
+    def _gradient(
+        self, k: int, state: EngineState, incoming: Sequence[tuple[Any, Any]]
+    ) -> tuple[float, float] | None:
+        """Returns the entry of `Walk.gradients` for given inputs of module k."""
+        spec = self._experiment.spec
+        if spec.modules[k].objective is None:
+            return None
+        total = None
+        for read in incoming:
+            found = self._programs(spec)[k](Parts.of(spec, state.modules[k]), *read)
+            total = _added(total, found.gradient)
+        return _moments(total, len(incoming))
+
+    def _programs(self, spec: TrainSpec) -> list[Any]:
+        directions = self._experiment.settings.diagnostics.projections
+        return [_jitted(spec, k, directions) for k in range(len(spec.modules))]
+
+    def _rates(self, begin: int, end: int) -> float:
+        """Returns the sum of the learning rates of a module's updates `begin` to `end`."""
+        numbers = jnp.arange(begin, end)
+        return float(np.sum(jax.vmap(self._experiment.schedule)(numbers))) if end > begin else 0.0
+
+    def _restored(self, step: int, checksum: int) -> Stored | None:
+        path = self._folder / f"{step}.npz"
+        intact = path.exists() and zlib.crc32(path.read_bytes()) == checksum
+        stored = self._read(path) if intact else None
+        if stored is None:
+            _LOG.warning(
+                "%s: missing or damaged; the drift of the next probe is left out, training "
+                "continues",
+                path,
+            )
+        return stored
+
+    def _read(self, path: Path) -> Stored | None:
+        try:
+            with np.load(path) as arrays:
+                return Stored(*(arrays[name] for name in Stored._fields))
+        except Exception as error:  # a damaged archive raises many kinds
+            _LOG.warning("%s: cannot be read (%s); this probe is left out", path, error)
+            return None
+
+
+def probe_set(source: Source, batches: int) -> list[Batch]:
+    """Returns the first batches of the run's first epoch, in which no example occurs twice.
+
+    Raises:
+      UserError: the epoch has fewer batches.
+    """
+    if world.count() > 1:
+        raise UserError(
+            "config.diagnostics.enabled=True: diagnostics run in one process; start a single one"
+        )
+    if batches > source.steps_per_epoch:
+        size = len(source.batch(0).context["id"])
+        raise UserError(
+            f"config.diagnostics.batches={batches}: {batches * size} examples, but the training "
+            f"data have {source.steps_per_epoch} batches of {size}; use at most "
+            f"{source.steps_per_epoch}"
+        )
+    return [source.batch(number) for number in range(batches)]
+
+
+@cached_program(256)
+def _jitted(spec: TrainSpec, k: int, directions: int) -> Any:
+    return jax.jit(partial(probe, spec, k, directions))
+
+
+@jax.jit
+def _added(total: Any, gradient: Any) -> Any:
+    """Adds a gradient, and its squared norm, to a sum that None begins."""
+    norm = _squared(gradient)
+    if total is None:
+        return gradient, norm
+    return jax.tree.map(jnp.add, total[0], gradient), total[1] + norm
+
+
+@jax.jit
+def _squared(tree: Any) -> jax.Array:
+    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+
+
+def _moments(total: Any, batches: int) -> tuple[float, float] | None:
+    if total is None:
+        return None
+    gradient, norms = total
+    return float(_squared(gradient)) / batches**2, float(norms) / batches
+
+
+def _numbers(distances: dict[str, Any]) -> dict[str, float]:
+    """Returns distances and their errors as metrics."""
+    values = {name: float(d.value) for name, d in distances.items()}
+    return values | {f"{name}_error": float(d.error) for name, d in distances.items()}
+
+
+def _reads(gauges: dict[str, float], name: str) -> tuple[float, float]:
+    """Returns the number of messages that a module has read, and the sum of their ages."""
+    prefix = f"replay/{name}/"
+    count = sum(v for key, v in gauges.items() if key.startswith(f"{prefix}ages_from_"))
+    return count, count * gauges.get(f"{prefix}age", 0.0)
+
+
+def _packed(stored: Stored) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **stored._asdict())
+    return file.getvalue()
