@@ -153,15 +153,14 @@ def test_int8_is_affine_for_each_example_and_group():
     ],
 )
 def test_publisher_sends_codebooks_that_the_reader_lacks(tiny, known, asked, sent):
-    hop = tiny.spec(codec=VQ).hops[0]
-    publisher, carriers = Publisher(hop, known), []
+    publisher, carriers = Publisher(tiny.spec(codec=VQ).hops[0].period, known), []
     for updates in asked:
         if updates == "forget":
             publisher.forget()
         elif publisher.fresh("codebook", updates) is not None:
             carriers.append(updates)
     assert carriers == sent
-    without = Publisher(hop._replace(period=0))
+    without = Publisher(0)
     assert [without.fresh((), updates) for updates in (0, 1, None)] == [None] * 3
 
 
