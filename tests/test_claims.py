@@ -55,6 +55,16 @@ def test_sweeps_of_rates_and_of_seeds_share_a_run_of_every_row(name):
     assert all(tried[row] == run[row] for row in shared)
 
 
+def test_final_rows_have_their_number_of_modules_and_rate():
+    gap = claim("gap")
+    for name, config in gap.get_sweep("final"):
+        network, row, _ = name.split("/")
+        modules = int(network.rpartition("=")[2])
+        assert config.model.modules == (1 if row == "backprop" else modules)
+        (chosen,) = (key for key in gap.ROWS if key in (row, f"{row},K=6"))
+        assert config.optimizer.learning_rate == gap.CHOSEN.get(chosen, 0.03)
+
+
 def test_unknown_size_is_refused():
     with pytest.raises(UserError, match="huge: must be one of rates, small, full"):
         list(claim("heads").get_sweep("huge"))

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import arrays, records, small_config
@@ -112,6 +113,18 @@ def test_weighted_drift_by_hand():
     found = weighted_drift([0.25, 0.04, 0.01, 0.0], [2.0, 1.0, 1.0])
     assert found == pytest.approx([0.5, (1.0 + 0.2) / 3, (1.0 + 0.2 + 0.1) / 4])
     np.testing.assert_array_equal(weighted_drift([0.25, 0.04, 0.0], [0.0, 1.0]), [np.nan, 0.2])
+    # In turn, the updates between two probes read the inputs of the later one.
+    found = weighted_drift([0.25, 0.04, 0.0, 0.0], [2.0, 1.0, 1.0], in_turn=True)
+    assert found == pytest.approx([0.2, 0.4 / 3, 0.1])
+
+
+def test_distances_of_few_or_equal_examples_are_unknown():
+    sample = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    few, enough = drift(sample[:2], sample[1:3]), drift(sample, sample[::-1])
+    assert np.isfinite(few["mmd"].value)
+    assert np.isnan(few["mmd"].error)
+    assert np.isfinite(enough["mmd"].error)
+    assert np.isnan(sliced_wasserstein(sample, jnp.ones((4, 3))))
 
 
 def test_probes_are_due():
@@ -326,6 +339,9 @@ def test_probes_change_no_number_of_any_engine_and_method(name, tmp_path):
         drifts = [line["diagnostics/module_1/mmd"] for line in lines[1:4]]
         assert drifts[0] > 0 < drifts[1]
         assert drifts[2] == 0
+        final = [line for line in ours(tmp_path / "probed") if "final/module_1/mmd" in line]
+        # All updates of module 1 read the outputs of the frozen module 0.
+        assert final[-1]["final/module_1/weighted_drift"] == 0
     if name == "simulated,vq":
         assert last["diagnostics/module_1/staleness"] >= 0
     if name in ("simulated,vq", "int8,adam,ema"):

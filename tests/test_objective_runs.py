@@ -300,6 +300,19 @@ def test_orthogonal_weights_do_not_depend_on_the_cuts():
         ({"objective__name": "auglocal", "method__name": "backprop"}, "use classifier"),
         ({"objective__transport": 0.1}, "residual networks such as resnet20 fit"),
         (
+            {"objective__transport": 0.1, "model__name": "resnet20", "method__name": "fdg"},
+            "only the last module has an objective",
+        ),
+        (
+            {
+                "objective__name": "auglocal",
+                "objective__depth": 1,
+                "objective__momentum_block": True,
+                "objective__widen": 2.0,
+            },
+            "use 1.0, or objective.depth above 1",
+        ),
+        (
             {
                 "objective__name": "auglocal",
                 "objective__momentum_block": True,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dgl_jax.errors import UserError
 from dgl_jax.models import make_network
 from dgl_jax.models.resnet import BasicBlock
 from dgl_jax.objectives import (
@@ -63,6 +64,8 @@ def test_similarity_loss_by_hand():
     # Across three classes the similarity of labels is -1/2: two pairs are off by 1/2.
     two = pred_sim.similarity_loss(x[:2], np.array([0, 1]), 3)
     np.testing.assert_allclose(two, 2 * 0.25 / 4, rtol=1e-6)
+    one = pred_sim.similarity_loss(x[:2], np.array([0, 0]), 1)  # of a single class, all agree
+    np.testing.assert_allclose(one, 2 * 4 / 4, rtol=1e-6)
 
 
 def test_deviation_is_unbiased_and_differentiable_at_zero():
@@ -182,6 +185,8 @@ def test_auxiliary_network_makes_up_for_poolings_that_it_skips():
     strided = make("auglocal", inputs(2, network="resnet20"), depth=2)  # like blocks 5 and 9
     assert [(b.features, b.stride) for b in strided.auxiliary] == [(8, 2), (16, 2)]
     assert isinstance(make("auglocal", inputs(6)), Classifier)
+    with pytest.raises(UserError, match="block 1 of the network is Given, which has no"):
+        auglocal.auxiliary_blocks((Given(), Given()), 1, [1], widen=2.0)
 
 
 def test_pyramid_follows_the_modules():
@@ -228,8 +233,8 @@ def test_transport_by_hand():
     loss = Transport(Classifier(Given()), 0.5)
     x, context = jnp.zeros((3, 1, 2)), {"label": LABEL}
     local = loss.apply({}, x, context, {"intermediates": sown}, train=True)
-    np.testing.assert_allclose(local.loss, math.log(2) + 0.5 * 14 / 3, rtol=1e-6)
-    np.testing.assert_allclose(local.metrics["transport"], (14.0, 3.0), rtol=1e-6)
+    np.testing.assert_allclose(local.loss, math.log(2) + 0.5 * 14 / 6, rtol=1e-6)
+    np.testing.assert_allclose(local.metrics["transport"], (7.0, 3.0), rtol=1e-6)
     assert loss.reads == ("intermediates",)
     assert loss.needs == ("label",)
     wrapped = Transport(make("auglocal", inputs(1), momentum_block=True, refresh_every=3), 1.0)

@@ -80,8 +80,9 @@ def final() -> common.Rows:
                 config.data.train_examples = 0
                 config.train.epochs = 16.0
                 config.model.name, config.model.width = network, 32 if network == "cnn6" else 16
-                config.model.modules = modules
                 config.update_from_flattened_dict(ROWS[name])
+                if name != "backprop":
+                    config.model.modules = modules
                 config.optimizer.learning_rate, config.seed = CHOSEN.get(name, 0.03), seed
                 label = name.removesuffix(",K=6")
                 yield f"{network},K={modules}/{label}/seed={seed}", config

@@ -69,10 +69,12 @@ def sliced_wasserstein(sample: Sample, reference: Sample) -> Float[Array, ""]:
 
     Returns:
       The distance in standard deviations of the reference: the root of the mean squared difference
-      between sorted projections, over the root of the mean variance.
+      between sorted projections, over the root of the mean variance. NaN if all reference examples
+      are equal.
     """
     gap = jnp.mean((jnp.sort(sample, axis=0) - jnp.sort(reference, axis=0)) ** 2)
-    return jnp.sqrt(gap / _spread(reference))
+    spread = _spread(reference)
+    return jnp.where(spread > 0, jnp.sqrt(gap / jnp.where(spread > 0, spread, 1.0)), jnp.nan)
 
 
 def mmd(sample: Sample, reference: Sample) -> Float[Array, ""]:
@@ -91,7 +93,8 @@ def mmd(sample: Sample, reference: Sample) -> Float[Array, ""]:
       The discrepancy, from 0 to the root of 2.
     """
     center = reference.mean(axis=0)  # expanding squared distances needs small numbers
-    bandwidth = 2 * reference.shape[1] * _spread(reference)
+    tiny = jnp.finfo(jnp.float32).tiny
+    bandwidth = jnp.maximum(2 * reference.shape[1] * _spread(reference), tiny)
 
     def kernel(a: Sample, b: Sample) -> Float[Array, ""]:
         product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -115,9 +118,14 @@ def distance(
       measure: `sliced_wasserstein` or `mmd`.
       sample: projections of n examples, [n, p].
       reference: projections of the same examples at another time, [n, p].
+
+    Returns:
+      The distance; its error is NaN with fewer than four examples.
     """
     count = sample.shape[0]
-    groups = min(_GROUPS, count)
+    groups = min(_GROUPS, count // 2)
+    if groups < 2:
+        return Distance(measure(sample, reference), jnp.full((), jnp.nan))
     members = np.arange(count // groups * groups).reshape(-1, groups)
     rest = np.stack([np.delete(np.arange(count), members[:, g]) for g in range(groups)])
     values = jax.lax.map(lambda rows: measure(sample[rows], reference[rows]), jnp.asarray(rest))
@@ -134,24 +142,29 @@ def drift(sample: Sample, reference: Sample) -> dict[str, Distance]:
     }
 
 
-def weighted_drift(distances: Sequence[float], rates: Sequence[float]) -> list[float]:
+def weighted_drift(
+    distances: Sequence[float], rates: Sequence[float], in_turn: bool = False
+) -> list[float]:
     """Computes the drift sum of the convergence bound, at every probe after the first.
 
     Args:
       distances: distance c between the input distribution at each probe and the final one.
       rates: sum of the learning rates of the updates between each probe and the next one, one
         fewer than distances.
+      in_turn: True if a module makes its updates after the module below has made all of its own.
 
     Returns:
       For each probe after the first, sum(eta sqrt(c)) / sum(eta) over the updates before it. The
-      distance counts as constant from one probe to the next. NaN while the rates are 0.
+      distance counts as constant from one probe to the next: as that of the earlier probe, or with
+      `in_turn` of the later one, because the module below is settled before the updates begin. NaN
+      while the rates are 0.
     """
-    eta = np.asarray(rates, np.float64)
-    weighted = np.cumsum(eta * np.sqrt(np.asarray(distances, np.float64)[:-1]))
+    eta, roots = np.asarray(rates, np.float64), np.sqrt(np.asarray(distances, np.float64))
+    weighted = np.cumsum(eta * (roots[1:] if in_turn else roots[:-1]))
     total = np.cumsum(eta)
     return np.divide(weighted, total, out=np.full_like(total, np.nan), where=total > 0).tolist()
 
 
 def _spread(reference: Sample) -> Float[Array, ""]:
-    """Returns the mean variance over the directions; a tiny number if there is none."""
-    return jnp.maximum(jnp.mean(jnp.var(reference, axis=0)), jnp.finfo(jnp.float32).tiny)
+    """Returns the mean variance over the directions."""
+    return jnp.mean(jnp.var(reference, axis=0))

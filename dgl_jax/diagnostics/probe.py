@@ -59,7 +59,13 @@ class Probe(NamedTuple):
 
 
 def probe(
-    spec: TrainSpec, k: int, directions: int, parts: Parts, incoming: Any, context: Context
+    spec: TrainSpec,
+    k: int,
+    directions: int,
+    in_turn: bool,
+    parts: Parts,
+    incoming: Any,
+    context: Context,
 ) -> Probe:
     """Computes the gradient of module k on a batch, and projects what the module reads.
 
@@ -71,6 +77,8 @@ def probe(
       spec: description of the run.
       k: index of the module.
       directions: number of random directions.
+      in_turn: True if the module above trains on the activations of a frozen module, which
+        normalizes with its running statistics; the gradient is the one of an update in any case.
       parts: the module's parameters, batch statistics and publications.
       incoming: stored inputs for the first module, otherwise the message from the module below.
       context: context of the same examples.
@@ -96,6 +104,8 @@ def probe(
             spec.accumulate,
         )
         gradient = jax.tree.map(lambda x: x.astype(jnp.float32), computed)
+    if in_turn:
+        outputs, _ = module.apply_body(parts.params, parts.batch_stats, inputs, full, train=False)
     projected = project(inputs, rngs.directions(root, k), directions) if k else None
     if k == len(spec.modules) - 1:
         return Probe((), {}, gradient, projected, None)

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from dgl_jax.config import Settings
+from dgl_jax.errors import UserError
 from dgl_jax.fields import number, option
 from dgl_jax.objectives.base import (
     Context,
@@ -95,7 +97,7 @@ class AugLocalOptions(HiddenOptions):
       depth: number of auxiliary blocks, or fewer if fewer blocks follow in the network.
       pyramid: True lets the depth fall to about half of it towards the last modules.
       widen: factor of the channels of the auxiliary blocks, relative to the blocks they are shaped
-        like.
+        like; not of a block to which the momentum block is added.
       momentum_block: True adds to the first auxiliary block, which is then shaped like the next
         block, a moving average of the next module's first block.
       momentum: decay of this moving average, per publication.
@@ -108,6 +110,15 @@ class AugLocalOptions(HiddenOptions):
     momentum_block: bool = option(False)
     momentum: float = number(0.995, 0.0, 0.999999, applies={"objective.momentum_block": (True,)})
     refresh_every: int = number(1, 1, 2**31 - 1, applies={"objective.momentum_block": (True,)})
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError if no auxiliary block could be widened."""
+        super().check(settings)
+        if self.momentum_block and self.depth == 1 and self.widen != 1.0:
+            raise UserError(
+                f"config.objective.widen={self.widen}: the only auxiliary block has the channels "
+                "of the momentum block, to which it is added; use 1.0, or objective.depth above 1"
+            )
 
 
 def chosen_blocks(end: int, count: int, depth: int) -> list[int]:
@@ -153,6 +164,9 @@ def auxiliary_blocks(
       end: index of the first block after the module.
       indices: the chosen blocks, see `chosen_blocks`.
       widen: factor of the channels (the field `features`).
+
+    Raises:
+      UserError: `widen` is not 1, and a block has no field `features`.
     """
     made, pending, before = [], 0, end
     for index in indices:
@@ -165,7 +179,12 @@ def auxiliary_blocks(
         elif hasattr(block, "stride"):
             fields["stride"] = 2 if pending > 0 else 1
         pending -= min(1, pending)
-        if widen != 1.0 and hasattr(block, "features"):
+        if widen != 1.0:
+            if not hasattr(block, "features"):
+                raise UserError(
+                    f"config.objective.widen={widen}: block {index} of the network is "
+                    f"{type(block).__name__}, which has no field `features` to change; use 1.0"
+                )
             fields["features"] = max(1, round(widen * block.features))
         made.append(block.clone(**fields))
     return tuple(made)

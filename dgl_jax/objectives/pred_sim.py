@@ -127,8 +127,8 @@ def similarity_loss(
       label: class indices.
       classes: number of classes.
     """
-    targets = jax.nn.one_hot(label, classes, dtype=x.dtype)
-    return jnp.mean(jnp.square(_similarities(x) - _similarities(targets)))
+    targets = _similarities(jax.nn.one_hot(label, classes, dtype=x.dtype)) if classes > 1 else 1.0
+    return jnp.mean(jnp.square(_similarities(x) - targets))
 
 
 def _similarities(x: Float[Array, "B C"]) -> Float[Array, "B B"]:

@@ -17,9 +17,9 @@ class Transport(Objective):
     """An objective plus `weight` x the squared residuals of the module's blocks.
 
     The residual of a block is what it adds to its inputs, so that the penalty is small for modules
-    that move their inputs little (Karkar et al. 2023). It is averaged over the examples
-    and summed over the values of a residual and over the blocks. Blocks that sow no `residual`, or
-    whose outputs have another shape than their inputs, do not count.
+    that move their inputs little (Karkar et al. 2023). Its squares are averaged over all values of
+    the batch and summed over the blocks. Blocks that sow no `residual`, or whose outputs have
+    another shape than their inputs, do not count.
 
     Attributes:
       inner: the other objective.
@@ -64,7 +64,7 @@ class Transport(Objective):
         local = self.inner(features, context, published, train)
         penalty, count = jnp.float32(0), jnp.float32(len(features))
         for residual in residuals(published.get("intermediates", {})):
-            penalty += jnp.sum(jnp.square(residual.astype(jnp.float32))) / len(residual)
+            penalty += jnp.mean(jnp.square(residual.astype(jnp.float32)))
         loss = local.loss + self.weight * penalty
         metrics = {"loss": (loss * count, count), "transport": (penalty * count, count)}
         return LocalLoss(loss, local.metrics | metrics, local.predictions)

@@ -160,15 +160,23 @@ def adapters(settings: Settings, modules: int) -> Sequence[nn.Module | None]:
 
 
 def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtypeStruct) -> None:
-    """Raises UserError if a transport cost is configured and no block sows a residual.
+    """Raises UserError if a transport cost is configured that could not reach all modules.
+
+    No block sows a residual, or the method trains modules without objectives.
 
     Args:
       settings: configuration of the run.
       network: the network before it is cut.
       inputs: shape and dtype of a batch of network inputs.
     """
-    if not settings.objective.transport:
+    weight, method = settings.objective.transport, settings.method.name
+    if not weight:
         return
+    if not METHODS[method].local:
+        raise UserError(
+            f"config.objective.transport={weight}: under config.method.name={method} only the last "
+            "module has an objective to add it to; use 0"
+        )
     x = inputs
     for block in network.blocks:
         variables = jax.eval_shape(
@@ -182,7 +190,7 @@ def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtype
         if RESIDUAL in sown.get("intermediates", {}):
             return
     raise UserError(
-        f"config.objective.transport={settings.objective.transport}: no block of "
+        f"config.objective.transport={weight}: no block of "
         f"config.model.name={settings.model.name} has a residual; residual networks such as "
         "resnet20 fit, or 0"
     )

@@ -314,10 +314,14 @@ def convergence_figure(
     for name in drifting:
         curve = series(records, drift.format(name))
         draw_line(right, curve, colors[name], name.replace("_", " "), linewidth=1.5)
-    if values and min(values) > 0:
+    if values and 0 < 10 * min(values) < max(
+        values
+    ):  # an axis of less has no tick at a power of 10
         log_scale(left)
     right.set_ylim(bottom=0.0)
     left.legend(frameon=False, fontsize=9)
+    if {*drifting} - {*names}:  # modules without a gradient
+        right.legend(frameon=False, fontsize=9)
     return figure
 
 

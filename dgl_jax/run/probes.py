@@ -23,6 +23,7 @@ from dgl_jax.diagnostics import Parts, drift, probe, weighted_drift
 from dgl_jax.engines import EngineState, counts, world
 from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
+from dgl_jax.registry import METHODS
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.record import Record
@@ -90,6 +91,7 @@ class Probes:
         self._experiment, self._record, self._folder = experiment, record, workdir / FOLDER
         self._batches = probe_set(experiment.source, experiment.settings.diagnostics.batches)
         self._last: Stored | None = None
+        self._in_turn = METHODS[experiment.settings.method.name].in_turn
         for path in self._folder.glob("*.npz"):
             if path.stem.isdecimal() and (int(path.stem) > start or not start):
                 path.unlink()  # the resumed run measures it again
@@ -120,8 +122,9 @@ class Probes:
                 if step == 0 and not gradient[1]:
                     raise UserError(
                         f"config.diagnostics.enabled=True: the objective of {module.name} has no "
-                        "gradient, it is 0 for every parameter; use another config.objective.name "
-                        "or no diagnostics"
+                        "gradient on the probe set, it is 0 for every parameter; use more "
+                        "config.diagnostics.batches, another config.objective.name, or no "
+                        "diagnostics"
                     )
                 found["gradient_squared"], found["gradient_second_moment"] = gradient
             if k and (error := walk.codec_errors[k - 1]) is not None:
@@ -168,9 +171,10 @@ class Probes:
                 self._rates(probes[a].updates[k], probes[b].updates[k])
                 for a, b in itertools.pairwise(steps)
             ]
-            sums = weighted_drift([float(distances["mmd"].value) for distances in final], rates)
-            for s, distances in zip(steps, final):
-                numbers = _numbers(distances)
+            distances = [float(found["mmd"].value) for found in final]
+            sums = weighted_drift(distances, rates, self._in_turn)
+            for s, found in zip(steps, final):
+                numbers = _numbers(found)
                 values[s] |= {f"final/{module.name}/{name}": v for name, v in numbers.items()}
             for s, weighted in zip(steps[1:], sums):
                 values[s][f"final/{module.name}/weighted_drift"] = weighted
@@ -242,7 +246,7 @@ class Probes:
 
     def _programs(self, spec: TrainSpec) -> list[Any]:
         directions = self._experiment.settings.diagnostics.projections
-        return [_jitted(spec, k, directions) for k in range(len(spec.modules))]
+        return [_jitted(spec, k, directions, self._in_turn) for k in range(len(spec.modules))]
 
     def _rates(self, begin: int, end: int) -> float:
         """Returns the sum of the learning rates of a module's updates `begin` to `end`."""
@@ -291,8 +295,8 @@ def probe_set(source: Source, batches: int) -> list[Batch]:
 
 
 @cached_program(256)
-def _jitted(spec: TrainSpec, k: int, directions: int) -> Any:
-    return jax.jit(partial(probe, spec, k, directions))
+def _jitted(spec: TrainSpec, k: int, directions: int, in_turn: bool) -> Any:
+    return jax.jit(partial(probe, spec, k, directions, in_turn))
 
 
 @jax.jit
