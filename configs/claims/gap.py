@@ -38,6 +38,11 @@ ROWS: common.Variants = {
     "deep_supervision,K=6": {"method.name": "deep_supervision"},
     **{f"dgl,K={count}": {"model.modules": count} for count in (2, 3, 6)},
     "auglocal,d=2": auglocal(2),
+    **{
+        f"auglocal,d=2,context_input,K={count}": auglocal(2, context_input=True)
+        | {"model.modules": count}
+        for count in (2, 3)
+    },
     **{f"auglocal,d=2,K={count}": auglocal(2) | {"model.modules": count} for count in (2, 3)},
     "pred_sim,w=0.5": loss("pred_sim", similarity_weight=0.5),
     "info_pro": loss("info_pro", **INFO_PRO),
@@ -49,14 +54,16 @@ ROWS: common.Variants = {
     "dgl,orthogonal": {"model.init": "orthogonal"},
     "auglocal,d=3,pyramid": auglocal(3, pyramid=True),
     "auglocal,d=2,context_input": auglocal(2, context_input=True),
+    "auglocal,d=1,context_input": auglocal(1, context_input=True),
     "info_pro,contrast": loss("info_pro", form="contrast", **INFO_PRO),
 }
 CHOSEN: dict[str, float] = {}
-BEST = "auglocal,d=2"  # on validation; `final` trains it
+BEST = "auglocal,d=2,context_input"  # on validation; `final` trains it
 # Rows of the picture of accuracy against the number of modules.
 LINES = {
     "back-propagation": dict.fromkeys((2, 3, 6), "backprop"),
-    "DGL with auxiliary networks": {2: f"{BEST},K=2", 3: f"{BEST},K=3", 6: BEST},
+    "auxiliary networks, context input": {2: f"{BEST},K=2", 3: f"{BEST},K=3", 6: BEST},
+    "auxiliary networks": {2: "auglocal,d=2,K=2", 3: "auglocal,d=2,K=3", 6: "auglocal,d=2"},
     "plain DGL": {2: "dgl,K=2", 3: "dgl,K=3", 6: "dgl,K=6"},
 }
 # Network, modules.
