@@ -57,7 +57,29 @@ ROWS: common.Variants = {
     "auglocal,d=1,context_input": auglocal(1, context_input=True),
     "info_pro,contrast": loss("info_pro", form="contrast", **INFO_PRO),
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "backprop": 0.01,
+    "deep_supervision,K=6": 0.03,
+    "dgl,K=2": 0.01,
+    "dgl,K=3": 0.01,
+    "dgl,K=6": 0.03,
+    "auglocal,d=2": 0.03,
+    "auglocal,d=2,context_input,K=2": 0.03,
+    "auglocal,d=2,context_input,K=3": 0.03,
+    "auglocal,d=2,K=2": 0.03,
+    "auglocal,d=2,K=3": 0.03,
+    "pred_sim,w=0.5": 0.03,
+    "info_pro": 0.03,
+    "auglocal,d=1": 0.03,
+    "dgl,context_input": 0.03,
+    "auglocal,d=1,momentum": 0.03,
+    "dgl,smoothing": 0.03,
+    "pred_sim,w=0.99": 0.03,
+    "dgl,orthogonal": 0.03,
+    "auglocal,d=3,pyramid": 0.03,
+    "auglocal,d=2,context_input": 0.1,
+    "auglocal,d=1,context_input": 0.03,
+}
 BEST = "auglocal,d=2,context_input"  # on validation; `final` trains it
 # Rows of the picture of accuracy against the number of modules.
 LINES = {
