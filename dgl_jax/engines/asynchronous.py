@@ -336,13 +336,13 @@ class Turns:
 
     def _sent_down(self, module: RunningModule, message: Message) -> Message:
         """Moves a message to the module below; parameters only if they are newly published."""
-        k, refresh = module.number, self._engine.hops[module.number - 1].refresh or 1
-        if module.published is not None and module.updates % refresh:
-            message = message._replace(published=())
+        k, known = module.number, module.published is not None
+        publisher = Publisher(self._engine.hops[k - 1].refresh or 1, known)
+        fresh = publisher.fresh(message.published, module.updates)
+        message = message._replace(published=() if fresh is None else fresh)
         moved = put(message, self._engine.placement.message(k - 1))
-        if jax.tree.leaves(message.published):
-            module.published = moved.published
-        return moved if module.published is None else moved._replace(published=module.published)
+        module.published = module.published if fresh is None else moved.published
+        return moved._replace(published=module.published)
 
     def deliver(
         self, modules: Sequence[RunningModule], k: int, outcome: Outcome, begin: float, end: float
