@@ -114,30 +114,34 @@ def by_module(rows: Sequence[Row]) -> list[str]:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draws validation accuracy over epochs, and test accuracy of every seed."""
-    figure = Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained", facecolor="white")
+    """Draws test accuracy of every seed and, of few rows, validation accuracy over epochs."""
+    few = len(rows) <= len(COLORS)
+    size = (9.6, 4.2) if few else (6.4, 0.6 + 0.24 * len(rows))
+    figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    panels = figure.subplots(1, 2, width_ratios=(3, 2)) if few else [figure.subplots()]
+    right = panels[-1]
     for place, row in enumerate(rows):
-        color = COLORS[place % len(COLORS)]
+        color = COLORS[place] if few else COLORS[0]
         curves = [run.curves["validation", last_module(run), "accuracy"] for run in row.runs]
         length = min((len(values) for _, values in curves), default=0)
         means = [100 * statistics.mean(v[i] for _, v in curves) for i in range(length)]
-        if curves:
-            left.plot(curves[0][0][:length], means, color=color, label=row.name)
+        if curves and few:
+            panels[0].plot(curves[0][0][:length], means, color=color, label=row.name)
         values = row.accuracies()
         right.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.6)
         if values:
             right.plot(statistics.mean(values), place, "|", color=color, markersize=16)
-    left.set(xlabel="epoch", ylabel="validation accuracy of the last module, %")
     right.set(xlabel="test accuracy of the last module, %")
     right.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     right.invert_yaxis()
-    for axes in (left, right):
+    for axes in panels:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
+    if few:
+        panels[0].set(xlabel="epoch", ylabel="validation accuracy of the last module, %")
+        panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 
@@ -213,7 +217,7 @@ def main() -> None:
     ]
     pack(runs, workdir, HERE / f"{claim}.jsonl")
     rows = [make_row(name, runs) for name in variants]
-    picture(rows, HERE / f"{claim}.png")
+    picture([row for row in rows if row.runs], HERE / f"{claim}.png")
     if lines := getattr(module, "LINES", None):
         accuracy_by_modules(lines, rows, HERE / f"{claim}_modules.png")
     text = [*table(rows), "", *by_module(rows)]
