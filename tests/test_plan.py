@@ -11,13 +11,16 @@ from matplotlib import image
 from runs import small_config, spec_of
 
 from dgl_jax import system
-from dgl_jax.codecs import CODECS
-from dgl_jax.config import DataSettings, make_settings
+from dgl_jax.codecs import CODECS, make_codec
+from dgl_jax.config import CodecSettings, DataSettings, make_settings
 from dgl_jax.data import DATA_SETS, make_source
 from dgl_jax.errors import UserError
 from dgl_jax.methods.dgl import Dgl
+from dgl_jax.profile import codec_timing
+from dgl_jax.profile.codec_timing import codec_times
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
+from dgl_jax.profile.timing import Elapsed
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.pipeline import Link, Pipeline, Reduction, fused_rate, reductions
@@ -316,6 +319,84 @@ def test_times_are_measured_if_none_are_stated(monkeypatch):
     monkeypatch.setattr(system, "cpu_count", lambda: None)
     numbers, _ = plan(small())
     assert (numbers["cores"], concurrencies[3]) == (None, 1)
+
+
+def elapsed(*milliseconds):
+    return [Elapsed(m / 1e3, 2 * m / 1e3) for m in milliseconds]
+
+
+@pytest.fixture
+def measured(monkeypatch, stated):
+    """Replaces measurements: blocks as in `stated`, and codecs that add milliseconds to turns."""
+    monkeypatch.setattr(
+        planning, "block_times", lambda network, *_, **__: planning._stated(stated, network)
+    )
+    nothing = elapsed(0, 0, 0)
+    times = {"identity": nothing, "bf16": elapsed(1, 4, 0.5)}
+    monkeypatch.setattr(
+        planning,
+        "codec_times",
+        lambda specs, device, concurrency: {name: times.get(name, nothing) for name in specs},
+    )
+    monkeypatch.setattr(system, "cpu_count", lambda: None)
+
+
+def test_turns_include_the_configured_codec(measured):
+    numbers, spans = plan(small(codec__name="bf16"))
+    assert milliseconds(spans, 0)[:2] == [(0, 3), (3, 6)]
+    assert milliseconds(spans, 1)[:2] == [(3, 10), (10, 17)]
+    assert [row["milliseconds"] for row in numbers["modules"]] == pytest.approx([3, 7, 1.5])
+    assert [row["codec_milliseconds"] for row in numbers["modules"]] == pytest.approx([1, 4, 0.5])
+    assert numbers["ticks_per_second"] == pytest.approx(1000 / 7)
+    assert numbers["speedup"] == pytest.approx(11.5 / 7)
+    rates = {n: c and c["ticks_per_second"] for n, c in numbers["codecs"].items()}
+    assert rates["bf16"] == pytest.approx(1000 / 7)
+    assert rates["identity"] == pytest.approx(1000 / 3)
+    # The table of codecs does not depend on the configured one.
+    assert plan(small())[0]["codecs"]["bf16"]["ticks_per_second"] == pytest.approx(1000 / 7)
+    assert "module_1            7                4           1\n" in plan_run(
+        small(codec__name="bf16")
+    )
+
+
+def test_a_group_shares_the_time_of_its_codec(measured):
+    numbers, _ = plan(small(codec__name="bf16"), devices=6)
+    assert numbers["ticks_per_second"] == pytest.approx(2000 / 7)
+    assert [row["codec_milliseconds"] for row in numbers["modules"]] == pytest.approx(
+        [0.5, 2, 0.25]
+    )
+
+
+def test_codecs_use_the_shared_cores(measured):
+    numbers, _ = plan(small(codec__name="bf16"), cores=1)
+    # Blocks use one processor; the codec uses two for each of its milliseconds.
+    assert numbers["ticks_per_second"] == pytest.approx(1000 / (6 + 2 * 5.5))
+
+
+def test_stated_times_leave_codecs_out(stated):
+    numbers, _ = plan(small(codec__name="bf16"), stated=stated)
+    assert numbers["ticks_per_second"] == pytest.approx(1000 / 3)
+    assert [row["codec_milliseconds"] for row in numbers["modules"]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("method", "turns"), [("dgl", [1, 2, 1]), ("fdg", [2, 4, 2])])
+def test_codecs_are_measured_per_message(monkeypatch, method, turns):
+    calls = []
+
+    def clocked(program, *arguments, repeats, concurrency):
+        calls.append(jax.tree.map(jax.numpy.shape, program(*arguments)))
+        return Elapsed(1.0, 10.0), ()
+
+    monkeypatch.setattr(codec_timing, "clocked", clocked)
+    settings = small(method__name=method, codec__name="vq", codec__dims=4, codec__codes=16)
+    spec = spec_of(settings, known_info(settings.data))
+    plain = dataclasses.replace(spec, codec=make_codec(CodecSettings("identity"), "float32"))
+    times = codec_times({"vq": spec, "identity": plain}, jax.devices()[0])
+    assert times["vq"] == [(n, 10 * n) for n in turns]
+    assert times["identity"] == [(0, 0)] * 3, "a codec that does nothing was measured"
+    assert len(calls) == 4  # two hops, each with a sender and a receiver
+    decoded = [call[1] for call in calls if call[0] == ()]
+    assert decoded == [(8, 8, 8, 4), (8, 4, 4, 8)]
 
 
 def test_unknown_memory_is_printed_as_a_dash(stated, monkeypatch):

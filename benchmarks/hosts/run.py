@@ -27,6 +27,7 @@ import harness
 from network import Network, Unavailable
 
 from dgl_jax import system
+from dgl_jax.profile.codec_timing import codec_times
 from dgl_jax.profile.timing import BlockTimes, block_times
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.run.parts import make_blocks
@@ -178,13 +179,18 @@ def predict(
 def predictions(
     experiment: Experiment, times: BlockTimes, small: dict[str, float], args: argparse.Namespace
 ) -> dict[str, float]:
-    """Returns what is predicted from blocks and heads, and for `pipeline` also from its programs.
+    """Returns what `--mode=plan` predicts, and for `pipeline` also a prediction from its programs.
 
-    The programs of the modules contain the codec, whose time `--mode=plan` leaves out.
+    `--mode=plan` adds the times of blocks, heads and codec, each measured alone.
     """
-    starts = [module.first for module in experiment.spec.modules]
+    spec = experiment.spec
+    starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
-    turns = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    (coding,) = codec_times({"": spec}, jax.devices()[0], concurrency=args.concurrency).values()
+    turns = [
+        [costs.module(a, b) + codec for a, b, codec in zip(starts, ends, codecs)]
+        for costs, codecs in zip(times, zip(*coding))
+    ]
     rate, idle = predict(experiment, *turns, small, args)
     found = {"predicted": rate, "predicted_idle": idle}
     if experiment.settings.engine.name == "pipeline":

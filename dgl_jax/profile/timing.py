@@ -194,7 +194,7 @@ def block_times(
         leaves, tree = jax.tree.flatten(inputs)
         # Activations are large and not donated, so successive programs share them.
         arrays = {
-            key: arrays[key] if key in arrays else jax.device_put(_draw(leaf), device)
+            key: arrays[key] if key in arrays else jax.device_put(draw(leaf), device)
             for number, leaf in enumerate(leaves)
             for key in [(number, leaf.shape, leaf.dtype)]
         }
@@ -257,10 +257,10 @@ def _random_state(state: ModuleState) -> ModuleState:
     """
     without_key: Any = dataclasses.replace(state, rng=None)  # type: ignore[arg-type]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), without_key)
-    return dataclasses.replace(zeros, params=jax.tree.map(_draw, state.params), rng=rngs.root(0))
+    return dataclasses.replace(zeros, params=jax.tree.map(draw, state.params), rng=rngs.root(0))
 
 
-def _draw(leaf: Any) -> np.ndarray:
+def draw(leaf: Any) -> np.ndarray:
     """Returns a random array of the shape and dtype of `leaf`; zeros unless floating-point."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return np.zeros(leaf.shape, leaf.dtype)

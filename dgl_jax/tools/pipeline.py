@@ -11,6 +11,7 @@ import jax
 from dgl_jax.config import Settings
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
+from dgl_jax.profile.timing import Elapsed
 from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
@@ -144,6 +145,21 @@ class Pipeline:
     ticks_in_flight: int
     method: Method
     waiting_above: tuple[int, ...] = ()
+
+    def with_codec(self, added: Sequence[Elapsed], groups: Sequence[range]) -> "Pipeline":
+        """Returns the pipeline with longer turns.
+
+        Args:
+          added: what a codec adds to each module's turn on one device.
+          groups: devices of each module, which share its turns.
+        """
+        works = []
+        for work, codec, group in zip(self.works, added, groups, strict=True):
+            processor = work.cores * (work.seconds + work.reduction) + codec.processor
+            seconds = work.seconds + codec.seconds / len(group)
+            cores = processor / (seconds + work.reduction)
+            works.append(dataclasses.replace(work, seconds=seconds, cores=cores))
+        return dataclasses.replace(self, works=tuple(works))
 
     def crosses(self) -> list[bool]:
         """Returns, per hop, True if it leads to another device."""

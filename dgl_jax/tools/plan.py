@@ -1,15 +1,17 @@
 """Predicts speed, idle time, traffic, memory and timeline of a pipeline on any devices.
 
 The prediction is an event simulation (`timeline.py`) of the engine's schedule, using the training
-time of each block and head. A batch split over g devices takes 1/g of the time, plus the sum of the
-gradients over the group. No data set is read. Not modeled are the time of codecs and augmentation,
-and contention between devices other than for the cores of a shared host.
+time of each block and head and, if these are measured, of the codec at each hop. A batch split over
+g devices takes 1/g of the time, plus the sum of the gradients over the group. No data set is read.
+Not modeled are the time of augmentation, and contention between devices other than for the cores of
+a shared host.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from dgl_jax.config import CodecSettings, Settings, options
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.errors import UserError, require
 from dgl_jax.models import BlockCosts
+from dgl_jax.profile.codec_timing import codec_times
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
-from dgl_jax.profile.timing import BlockTimes, block_times
+from dgl_jax.profile.timing import BlockTimes, Elapsed, block_times
 from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
@@ -120,6 +123,7 @@ def plan(
       stated: milliseconds of each block in a local step, as a comma-separated list (the time of
         heads then follows from their number of operations), or a JSON file with the same list or
         with `block_milliseconds` of an earlier plan. None: measured on the first device here.
+        Codecs are measured too then, and otherwise take no time.
       bandwidth: of the link of each hop in GB/s; None: messages take no time.
       cores: processors that all devices share. None: the processors of this process if the times
         are measured on a CPU, otherwise (or if unknown) no limit.
@@ -190,8 +194,19 @@ def plan(
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, link, cores, sums)
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
-    codecs = _codecs(pipeline, spec, settings)
-    traffic = spec.traffic()
+    traffic, specs = spec.traffic(), _with_codecs(spec, settings)
+    known_codecs = {} if stated else codec_times(specs, device, concurrency=concurrency)
+    pipelines = {
+        name: pipeline.with_codec(known_codecs[name], groups) if known_codecs else pipeline
+        for name in specs
+    }
+    codecs = {
+        name: _codec(pipelines[name], specs[name]) if name in specs else None for name in CODECS
+    }
+    pipeline = pipelines[settings.codec.name]
+    coding = known_codecs.get(settings.codec.name) or [Elapsed(0.0, 0.0)] * len(seconds)
+    seconds = [turn + codec.seconds for turn, codec in zip(seconds, coding)]
+    processor = [used + codec.processor for used, codec in zip(processor, coding)]
     rate, busy, spans = pipeline.steady(traffic.wire, traffic.down)
     # `busy` has an entry for the first device of each group; the others work just as long.
     idle = [
@@ -203,7 +218,10 @@ def plan(
         dataclasses.asdict(cost)
         | {"devices": list(group), "milliseconds": 1e3 * turn}
         | {"reduction_milliseconds": 1e3 * work.reduction}
-        for cost, group, turn, work in zip(module_costs(spec, turns), groups, turns, pipeline.works)
+        | {"codec_milliseconds": 1e3 * codec.seconds / len(group)}
+        for cost, group, turn, work, codec in zip(
+            module_costs(spec, turns), groups, turns, pipeline.works, coding
+        )
     ]
     fused = None
     if (engines is None or "fused" in engines) and spec.batch_size % count == 0:
@@ -247,27 +265,29 @@ def _codec_options(settings: Settings, name: str) -> CodecSettings:
     return options("codec", name=name, **{n: v for n, v in given.items() if n in fields})
 
 
-def _codecs(pipeline: Pipeline, spec: TrainSpec, settings: Settings) -> dict[str, Any]:
-    """Computes the traffic per hop and the speed with every codec; None if it does not fit."""
-    results: dict[str, Any] = {}
+def _with_codecs(spec: TrainSpec, settings: Settings) -> dict[str, TrainSpec]:
+    """Returns the spec with every codec that fits its messages, by the name of the codec."""
+    specs = {}
     for name in CODECS:
         codec = make_codec(_codec_options(settings, name), settings.model.dtype)
-        try:
-            traffic = _with_codec(spec, codec).traffic()
-        except UserError:  # config.codec.dims does not divide the channels of a hop
-            results[name] = None
-            continue
-        rate, _, _ = pipeline.steady(traffic.wire, traffic.down)
-        crossing = [
-            bytes_ if crosses else 0.0 for bytes_, crosses in zip(traffic.wire, pipeline.crosses())
-        ]
-        results[name] = {
-            "ticks_per_second": rate,
-            "bytes_per_image": list(traffic.wire),
-            "compression": [raw / wire for raw, wire in zip(traffic.raw, traffic.wire)],
-            "megabytes_per_second": [bytes_ * spec.batch_size * rate / 1e6 for bytes_ in crossing],
-        }
-    return results
+        with suppress(UserError):  # config.codec.dims does not divide the channels of a hop
+            specs[name] = _with_codec(spec, codec)
+    return specs
+
+
+def _codec(pipeline: Pipeline, spec: TrainSpec) -> dict[str, Any]:
+    """Computes the traffic per hop and the speed with the codec of a spec."""
+    traffic = spec.traffic()
+    rate, _, _ = pipeline.steady(traffic.wire, traffic.down)
+    crossing = [
+        bytes_ if crosses else 0.0 for bytes_, crosses in zip(traffic.wire, pipeline.crosses())
+    ]
+    return {
+        "ticks_per_second": rate,
+        "bytes_per_image": list(traffic.wire),
+        "compression": [raw / wire for raw, wire in zip(traffic.raw, traffic.wire)],
+        "megabytes_per_second": [bytes_ * spec.batch_size * rate / 1e6 for bytes_ in crossing],
+    }
 
 
 def _with_codec(spec: TrainSpec, codec: Codec) -> TrainSpec:

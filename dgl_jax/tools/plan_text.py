@@ -31,13 +31,20 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
         if numbers[name]
     ]
     link = ", ".join(given) or "messages take no time"
-    summed = any(row["reduction_milliseconds"] for row in numbers["modules"])
-    turns = [["module", "ms per turn", *(["of it sums"] if summed else []), "on devices"]]
+    # Parts of a turn, shown if any module has them.
+    parts = {
+        title: name
+        for title, name in (
+            ("of it sums", "reduction_milliseconds"),
+            ("of it the codec", "codec_milliseconds"),
+        )
+        if any(row[name] for row in numbers["modules"])
+    }
+    turns = [["module", "ms per turn", *parts, "on devices"]]
     turns += [
         [
             row["name"],
-            f"{row['milliseconds']:.4g}",
-            *([f"{row['reduction_milliseconds']:.4g}"] if summed else []),
+            *(f"{row[name]:.4g}" for name in ("milliseconds", *parts.values())),
             ", ".join(map(str, row["devices"])),
         ]
         for row in numbers["modules"]
@@ -76,7 +83,7 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
                 f"{codec['ticks_per_second']:.4g}",
             ]
         )
-    parts = [
+    sections = [
         [f"{numbers['devices']} devices{shared}; block times {numbers['block_times']}; {link}"],
         table(rows),
         aligned(turns),
@@ -91,4 +98,4 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
         [*aligned(codecs), *unfit],
         [f"timeline: {numbers['timeline']}"] if numbers["timeline"] else [],
     ]
-    return [line for part in parts if part for line in [*part, ""]][:-1]
+    return [line for section in sections if section for line in [*section, ""]][:-1]

@@ -1,0 +1,103 @@
+"""Measurements of the time that codecs add to the turns of modules."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dgl_jax.codecs import Codec, encode_and_learn
+from dgl_jax.core import rngs
+from dgl_jax.profile.compiling import compile_all
+from dgl_jax.profile.timing import Elapsed, clocked, draw
+from dgl_jax.spec import TrainSpec
+
+_LOG = logging.getLogger(__name__)
+_NOTHING = Elapsed(0.0, 0.0)
+_Part = tuple[str, jax.ShapeDtypeStruct, str]  # codec, activations, "send" or "receive"
+
+
+def codec_times(
+    specs: Mapping[str, TrainSpec], device: jax.Device, repeats: int = 7, concurrency: int = 1
+) -> dict[str, list[Elapsed]]:
+    """Measures how much longer the turns of each module take with each codec.
+
+    The program of a sender encodes a message and learns from it; the program of a receiver decodes
+    it. Gradients that travel down are included if the method encodes them. A codec that returns its
+    inputs takes no time.
+
+    Args:
+      specs: training runs that differ in nothing but their codec, by the name of the codec.
+      device: the device to measure on.
+      repeats: see `clocked`.
+      concurrency: see `clocked`.
+
+    Returns:
+      By name, one entry per module.
+    """
+    measured: dict[_Part, Elapsed] = {}
+    programs: dict[_Part, tuple[Any, ...]] = {}
+    for name, spec in specs.items():
+        for hop in spec.hops:
+            for role, build in (("send", _sender), ("receive", _receiver)):
+                program, inputs = build(spec.codec, hop.activations)
+                part = name, hop.activations, role
+                if jax.make_jaxpr(program)(*inputs).eqns:
+                    programs[part] = program, inputs
+                else:
+                    measured[part] = _NOTHING
+    compiled = compile_all(
+        (jax.jit(program).lower(*inputs) for program, inputs in programs.values()),
+        "codecs",
+    )
+    for (part, (_, inputs)), program in zip(programs.items(), compiled):
+        arrays = jax.device_put(jax.tree.map(_concrete, inputs), device)
+        measured[part], _ = clocked(program, *arrays, repeats=repeats, concurrency=concurrency)
+        name, x, role = part
+        shape, milliseconds = " x ".join(map(str, x.shape)), 1e3 * measured[part].seconds
+        _LOG.info("codec %s, %s %s: %.4g ms", name, role, shape, milliseconds)
+    return {
+        name: [
+            Elapsed(*map(sum, zip(_NOTHING, *(measured[name, *part] for part in _parts(spec, k)))))
+            for k in range(len(spec.modules))
+        ]
+        for name, spec in specs.items()
+    }
+
+
+def _parts(spec: TrainSpec, k: int) -> Iterator[tuple[jax.ShapeDtypeStruct, str]]:
+    """Yields the activations that module k sends and receives in a turn, and gradients likewise."""
+    both = getattr(spec.method, "encode_gradients", False)
+    for number, role, other in ((k, "send", "receive"), (k - 1, "receive", "send")):
+        if 0 <= number < len(spec.hops):
+            yield spec.hops[number].activations, role
+            if both:
+                yield spec.hops[number].activations, other
+
+
+def _sender(codec: Codec, x: jax.ShapeDtypeStruct) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the program of a sender, and its arguments: arrays or their shapes."""
+
+    def send(state: Any, key: Any, values: Any, updates: Any) -> tuple[Any, ...]:
+        state, _, payload, metrics = encode_and_learn(codec, state, key, values, updates)
+        return state, payload, metrics
+
+    # Not a multiple of the period: publications are rare.
+    return send, (codec.init(x), rngs.root(0), x, jnp.ones((), jnp.int32))
+
+
+def _receiver(codec: Codec, x: jax.ShapeDtypeStruct) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the program of a receiver, and its arguments: arrays or their shapes."""
+
+    def receive(state: tuple[()], codebook: Any, payload: Any) -> tuple[Any, ...]:
+        return state, codec.decode(codebook, payload)
+
+    codebook = codec.codebook(codec.init(x))
+    return receive, ((), codebook, jax.eval_shape(partial(codec.encode, codebook), x))
+
+
+def _concrete(leaf: Any) -> Any:
+    """Returns random values for a shape, and everything else unchanged."""
+    return draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
