@@ -14,7 +14,7 @@ from dgl_jax import system
 from dgl_jax.errors import UserError, explain, needed, reported, where
 from dgl_jax.fields import expand
 from dgl_jax.run import workdir
-from dgl_jax.tools import config_files
+from dgl_jax.tools import config_files, early_errors
 
 with reported(), needed("the command line"):
     from absl import app, flags
@@ -395,4 +395,5 @@ def main() -> None:
     # Without this, --help lists only the flags of the main script and --helpfull the others.
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(_dispatch, flags_parser=_parse)
+    with early_errors.told(sys.argv):
+        app.run(_dispatch, flags_parser=_parse)

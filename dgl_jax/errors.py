@@ -101,7 +101,7 @@ def reported() -> Iterator[None]:
         if (text := explain(error)) is None:
             raise
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(2)
+        raise SystemExit(2) from error
 
 
 # Extra of pyproject.toml that installs a library; libraries not listed have no extra.

@@ -29,6 +29,8 @@ from dgl_jax.tools.report_runs import Run, read_runs
 HERE = Path(__file__).parent
 FILES = ("config", "summary")
 KEPT = ("validation/", "test/")  # metrics in results/CLAIM.jsonl
+# Of claims with diagnostics also these, with four digits.
+PROBED = ("gradient_squared", "weighted_drift", "codec_error", "staleness")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
@@ -189,6 +191,14 @@ def unpack(store: Path, workdir: Path) -> None:
         (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+def kept(record: Mapping[str, float]) -> dict[str, float]:
+    """Returns what is stored of a line of metrics; empty if nothing is."""
+    if any(key.startswith(KEPT) for key in record):
+        return dict(record)
+    probed = {key: float(f"{record[key]:.4g}") for key in record if key.endswith(PROBED)}
+    return probed and {key: record[key] for key in ("step", "epoch")} | probed
+
+
 def pack(runs: Sequence[Run], workdir: Path, store: Path) -> None:
     """Writes the finished runs, one per line."""
     lines = []
@@ -198,7 +208,7 @@ def pack(runs: Sequence[Run], workdir: Path, store: Path) -> None:
         content = {
             "name": run.name,
             **{name: json.loads((folder / f"{name}.json").read_text()) for name in FILES},
-            "metrics": [line for line in metrics if any(key.startswith(KEPT) for key in line)],
+            "metrics": [line for record in metrics if (line := kept(record))],
         }
         lines.append(json.dumps(content) + "\n")
     store.write_text("".join(lines))

@@ -75,7 +75,7 @@ LEVELS = {
         ("simulated", "worker"),
         ("threads",),
     ),
-    "profile": (("flops", "compiling"), ("timing", "memory", "table"), ("codec_timing",)),
+    "profile": (("flops", "compiling"), ("timing", "memory", "table"), ("turn_timing",)),
 }
 # Rooms with stricter rules than the order: the only rooms from which they may import.
 ONLY = {

@@ -16,11 +16,11 @@ from dgl_jax.config import CodecSettings, DataSettings, make_settings
 from dgl_jax.data import DATA_SETS, make_source
 from dgl_jax.errors import UserError
 from dgl_jax.methods.dgl import Dgl
-from dgl_jax.profile import codec_timing
-from dgl_jax.profile.codec_timing import codec_times
+from dgl_jax.profile import turn_timing
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.profile.timing import Elapsed
+from dgl_jax.profile.turn_timing import augmentation_time, codec_times
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.pipeline import Link, Pipeline, Reduction, fused_rate, reductions
@@ -338,6 +338,7 @@ def measured(monkeypatch, stated):
         "codec_times",
         lambda specs, device, concurrency: {name: times.get(name, nothing) for name in specs},
     )
+    monkeypatch.setattr(planning, "augmentation_time", lambda *_, **__: Elapsed(0.0, 0.0))
     monkeypatch.setattr(system, "cpu_count", lambda: None)
 
 
@@ -373,6 +374,33 @@ def test_codecs_use_the_shared_cores(measured):
     assert numbers["ticks_per_second"] == pytest.approx(1000 / (6 + 2 * 5.5))
 
 
+def test_the_first_module_augments(measured, monkeypatch):
+    monkeypatch.setattr(planning, "augmentation_time", lambda *_, **__: Elapsed(0.002, 0.003))
+    numbers, spans = plan(small(codec__name="bf16"))
+    assert [row["milliseconds"] for row in numbers["modules"]] == pytest.approx([5, 7, 1.5])
+    assert [row["augmentation_milliseconds"] for row in numbers["modules"]] == [2, 0, 0]
+    assert numbers["speedup"] == pytest.approx(13.5 / 7)
+    assert milliseconds(spans, 0)[:2] == [(0, 5), (5, 10)]
+    # With one processor for all, the times of processors count.
+    assert plan(small(), cores=1)[0]["ticks_per_second"] == pytest.approx(1000 / (6 + 3))
+
+
+def test_augmentation_is_measured(monkeypatch):
+    measured = []
+
+    def clocked(program, *arguments, repeats, concurrency):
+        measured.append(program(*arguments)[1])
+        return Elapsed(1.0, 10.0), ()
+
+    monkeypatch.setattr(turn_timing, "clocked", clocked)
+    settings = small(data__augment="crop_flip")
+    assert augmentation_time(spec_of(settings, known_info(settings.data)), jax.devices()[0]) == (
+        1,
+        10,
+    )
+    assert [(x.shape, x.dtype) for x in measured] == [((8, 8, 8, 3), "float32")]
+
+
 def test_stated_times_leave_codecs_out(stated):
     numbers, _ = plan(small(codec__name="bf16"), stated=stated)
     assert numbers["ticks_per_second"] == pytest.approx(1000 / 3)
@@ -387,7 +415,7 @@ def test_codecs_are_measured_per_message(monkeypatch, method, turns):
         calls.append(jax.tree.map(jax.numpy.shape, program(*arguments)))
         return Elapsed(1.0, 10.0), ()
 
-    monkeypatch.setattr(codec_timing, "clocked", clocked)
+    monkeypatch.setattr(turn_timing, "clocked", clocked)
     settings = small(method__name=method, codec__name="vq", codec__dims=4, codec__codes=16)
     spec = spec_of(settings, known_info(settings.data))
     plain = dataclasses.replace(spec, codec=make_codec(CodecSettings("identity"), "float32"))

@@ -276,6 +276,18 @@ def test_no_process_holds_examples_of_another(fused):
             lambda i: (),
             "config.engine.name=threads: runs in one process",
         ),
+        (
+            "flag of the first process",
+            (),
+            lambda i: ("--config.sed=7",) if i == 0 else (),
+            "^(process 0: )?config.sed: no such field",
+        ),
+        (
+            "flag of another process",
+            (),
+            lambda i: ("--no_such_flag",) if i == 2 else (),
+            "^(process 2: )?Unknown command line flag 'no_such_flag'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_in_every_process(
@@ -302,3 +314,15 @@ def test_neighbors_hold_each_other_to_the_credit_and_stop_together():
     assert result["no credit"] == 50
     assert len(set(result["stopped"])) == 1
     assert result["union"] == {"0": 0, "1": 1, "2": 2, "all": 0}
+
+
+def test_a_process_that_never_comes_is_named_as_the_reason():
+    script = (
+        "from dgl_jax.engines import world\n"
+        f"world.join('127.0.0.1:{free_port()}', 3, {{}}, on_cpu=True, start_seconds=3)"
+    )
+    ended = Processes([[sys.executable, "-c", script.format(i)] for i in range(2)]).end()
+    assert [each.code for each in ended] == [2, 2], [each.log for each in ended]
+    message = "--distributed: not all processes joined within 3 s"
+    assert [len(each.errors()) for each in ended] == [1, 1]
+    assert all(each.errors()[0].startswith(message) for each in ended)

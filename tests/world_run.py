@@ -6,7 +6,9 @@ Writes FOLDER/process_<i>.json when the training has ended.
 """
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,26 @@ def add(name: str) -> Any:
     return count
 
 
+def family() -> list[int]:
+    """Returns the numbers of this process and of all processes below it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(fields[1])
+    found = [os.getpid()]
+    for process in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
 def listening() -> list[str]:
-    """Returns the addresses at which this process listens, as in /proc/net/tcp."""
+    """Returns the addresses at which this process tree listens, as in /proc/net/tcp."""
     sockets = set()
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            sockets.add(str(link.readlink()))
-        except OSError:  # the descriptor of this listing
-            continue
+    for process in family():
+        for link in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(OSError):  # the descriptor of this listing
+                sockets.add(str(link.readlink()))
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:

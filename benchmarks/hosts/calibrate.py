@@ -2,10 +2,10 @@
 
 python benchmarks/hosts/calibrate.py COORDINATOR PROCESSES PROCESS
 
-Process 0 prints a JSON object: milliseconds of one all-reduce of a small array (`all_reduce`), and
+Process 0 prints a JSON object: milliseconds of one all-reduce of a small array (`all_reduce`),
 milliseconds per tick of small messages that pass all processes one after the other, with the flow
-control of the engine `pipeline` (`messages`). Nothing is computed: both
-are times of the link, of JAX and of the flow control.
+control of the engine `pipeline` (`messages`), and their processor time per tick and process
+(`processor`). Nothing is computed: these are times of the link, of JAX and of the flow control.
 """
 
 import json
@@ -42,10 +42,13 @@ def all_reduce() -> float:
     return (time.perf_counter() - begin) / COUNT
 
 
-def messages() -> float:
+def messages() -> tuple[float, float]:
     """Returns the seconds per tick in which each process sends one message to the next.
 
     The processes keep pace as in the engine `pipeline`.
+
+    Returns:
+      Wall time, and the mean processor time of a process.
     """
     count = world.count()
     placement = assign(jax.devices(), count)
@@ -59,7 +62,7 @@ def messages() -> float:
 
     for tick in range(WARM_UP + COUNT):
         if tick == WARM_UP:
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
         pace.wait(tick)
         for k in reversed(range(count - 1)):  # the deepest first, as in the engine
             here = is_here(held[k])
@@ -72,8 +75,9 @@ def messages() -> float:
         finish()
     world.barrier()
     seconds = (time.perf_counter() - begin) / COUNT
+    every = world.exchange((time.process_time() - used) / COUNT)
     pace.close()
-    return seconds
+    return seconds, sum(every) / count
 
 
 def main() -> None:
@@ -81,9 +85,11 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     world.join(coordinator, int(processes), int(process), on_cpu=True)
     with world.together():
-        times = {"all_reduce": 1e3 * all_reduce(), "messages": 1e3 * messages()}
+        times = {"all_reduce": all_reduce()}
+        times["messages"], times["processor"] = messages()
         if world.first():
-            print(json.dumps(times), file=sys.stderr, flush=True)
+            text = json.dumps({name: 1e3 * value for name, value in times.items()})
+            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

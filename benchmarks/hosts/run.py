@@ -27,8 +27,8 @@ import harness
 from network import Network, Unavailable
 
 from dgl_jax import system
-from dgl_jax.profile.codec_timing import codec_times
 from dgl_jax.profile.timing import BlockTimes, block_times
+from dgl_jax.profile.turn_timing import augmentation_time, codec_times
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.run.parts import make_blocks
 from dgl_jax.tools.bench import module_times
@@ -105,12 +105,12 @@ def fields(engine: str, codec: str, args: argparse.Namespace) -> dict[str, Any]:
         "model__name": "cnn6",
         "model__width": args.width,
         "model__modules": HOSTS,
-        # The faster convolutions of the CPU gather the images of all devices on each of them.
-        "model__ops": "xla",
+        # The faster convolutions of the CPU gather all images on each device of a group.
+        "model__ops": "auto" if engine == "pipeline" else "xla",
         "engine__name": engine,
         "codec__name": codec,
         "train__steps": args.steps if engine == "pipeline" else args.fused_steps,
-        "log__every": 4 if engine == "pipeline" else 1,
+        "log__every": 50 if engine == "pipeline" else 1,
         "eval__every": NEVER,
         "checkpoint__every": NEVER,
     }
@@ -166,6 +166,7 @@ def predict(
     if settings.engine.name == "pipeline":
         # The host in the middle receives a message and sends one in every tick.
         link = Link(bandwidth, delay, small["messages"] / 2e3)
+        processor = [used + small["processor"] / 1e3 for used in processor]
         pipeline, _ = make_pipeline(settings, seconds, processor, HOSTS, link, cores)
         rate = pipeline.steady(spec.traffic().wire)[0]
     else:
@@ -181,16 +182,20 @@ def predictions(
 ) -> dict[str, float]:
     """Returns what `--mode=plan` predicts, and for `pipeline` also a prediction from its programs.
 
-    `--mode=plan` adds the times of blocks, heads and codec, each measured alone.
+    `--mode=plan` adds the times of blocks, heads, augmentation and codec, each measured alone. The
+    hosts share the processors of this machine, so what their messages take of them is added.
     """
     spec = experiment.spec
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
     (coding,) = codec_times({"": spec}, jax.devices()[0], concurrency=args.concurrency).values()
+    augmentation = augmentation_time(spec, jax.devices()[0], concurrency=args.concurrency)
     turns = [
         [costs.module(a, b) + codec for a, b, codec in zip(starts, ends, codecs)]
         for costs, codecs in zip(times, zip(*coding))
     ]
+    for turn, more in zip(turns, augmentation):
+        turn[0] += more
     rate, idle = predict(experiment, *turns, small, args)
     found = {"predicted": rate, "predicted_idle": idle}
     if experiment.settings.engine.name == "pipeline":
@@ -204,26 +209,27 @@ def predictions(
 def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--megabits", type=float, default=100.0, help="what each host sends")
-    flags.add_argument("--delay", type=float, default=10.0, help="milliseconds, one way")
+    flags.add_argument("--delay", type=float, default=20.0, help="milliseconds, one way")
     flags.add_argument("--engines", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     flags.add_argument("--width", type=int, default=16)
     flags.add_argument("--batch_size", type=int, default=66)
-    flags.add_argument("--steps", type=int, default=100, help="steps of a run with `pipeline`")
-    flags.add_argument("--fused_steps", type=int, default=8)
+    flags.add_argument("--steps", type=int, default=200, help="steps of a run with `pipeline`")
+    flags.add_argument("--fused_steps", type=int, default=4)
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--limit", type=float, default=400.0, help="seconds that a run may take")
     flags.add_argument("--calls", type=int, default=10, help="calls of each program per repeat")
     args = flags.parse_args()
     args.concurrency = min(system.cpu_count() or 1, HOSTS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are removed
+    # XLA's pool has as many threads as in the processes that `launch.py` starts.
+    os.environ.setdefault("NPROC", str(system.pool_threads()))
     jax.config.update("jax_num_cpu_devices", HOSTS)
     cases = [(engine, codec) for engine in args.engines for codec in CODECS[engine]]
     experiments = {
         case: make_experiment(harness.settings(**fields(*case, args)), jax.devices())
         for case in cases
     }
-    first = experiments[cases[0]]
-    network = make_blocks(first.settings, first.info)
+    networks = {case: make_blocks(each.settings, each.info) for case, each in experiments.items()}
     measured: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
     small: list[dict[str, float]] = []
     try:
@@ -235,15 +241,17 @@ def main() -> None:
             for repeat in range(args.repeats):
                 small.append(calibrate(net, Path(logs), args))
                 print(repeat, small[-1], flush=True)
-                times = block_times(
-                    network,
-                    first.spec.optimizer,
-                    jax.devices()[0],
-                    concurrency=args.concurrency,
-                )
+                times: dict[str, BlockTimes] = {}  # by engine
                 for case in cases:
+                    if case[0] not in times:
+                        times[case[0]] = block_times(
+                            networks[case],
+                            experiments[case].spec.optimizer,
+                            jax.devices()[0],
+                            concurrency=args.concurrency,
+                        )
                     row = train(net, *case, args)
-                    row |= predictions(experiments[case], times, small[-1], args)
+                    row |= predictions(experiments[case], times[case[0]], small[-1], args)
                     # Seconds of a tick in which a device is busy.
                     work = (1.0 - row["predicted_idle"]) / row["predicted"]
                     row |= {"idle": 1.0 - row["ticks_per_second"] * work}

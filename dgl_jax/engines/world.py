@@ -7,7 +7,6 @@ All processes execute the same program, so they call `exchange`, `from_first` an
 same order. Arrays never pass through here, see `transfer`.
 """
 
-import functools
 import ipaddress
 import itertools
 import json
@@ -30,8 +29,14 @@ _LOG = logging.getLogger(__name__)
 _FOREVER = 2**31 - 1  # milliseconds; the heartbeat ends a wait for a process that died
 _A_DAY = 86_400  # seconds
 _NOTICE_SECONDS = 1.0  # between two questions if another process has failed
+_JOIN_SECONDS = 60.0  # for which a process with an early error waits for the others
 _LAST_SECONDS = 6.0  # for which the coordinator waits until the others know of a failure
 _PREFIX = "dgl_jax"
+
+_ABSENT = (
+    "--distributed: not all processes joined within {} s; the same command has to run on every "
+    "host, and reach --coordinator"
+)
 
 T = TypeVar("T")
 
@@ -42,6 +47,7 @@ class _State:
     index = 0
     count = 1
     client: Any = None
+    told = False  # this process has printed its error
 
 
 _calls = itertools.count()
@@ -97,10 +103,14 @@ def join(
     jax.config.update("jax_cross_host_transfer_timeout_seconds", _A_DAY)
     if on_cpu:
         _set_cpu_addresses(host)
+    # After the time that JAX itself is given, it aborts the process without a word of advice.
+    late = threading.Timer(start_seconds, _exit, [_ABSENT.format(start_seconds), 2])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             *(coordinator, processes, process),
-            initialization_timeout=start_seconds,
+            initialization_timeout=start_seconds + 60,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=30,
             coordinator_bind_address=coordinator if bind else None,
@@ -111,6 +121,8 @@ def join(
             f"--distributed: the processes could not join ({reason}); give all of them the same "
             "--coordinator=host:port and --num_processes, and each its own --process_id"
         ) from error
+    finally:
+        late.cancel()
     from jax._src.distributed import global_state  # JAX has no public door to the service
 
     _State.client = global_state.client
@@ -265,6 +277,32 @@ def together() -> Iterator[None]:
     os._exit(code if isinstance(code, int) else 1)
 
 
+def fail_early(join: Callable[[], None], message: str, seconds: float = _JOIN_SECONDS) -> None:
+    """Reports an error that this process has printed, found before it joined, and exits with 2.
+
+    Joins the others for that: they wait for this process and would not know why.
+
+    Args:
+      join: calls the function `join` above.
+      message: the error, in one line.
+      seconds: exits after this time at the latest, whether or not the others could be told.
+    """
+
+    def tell() -> None:
+        with suppress(BaseException):  # such as a coordinator that is not there
+            if _State.client is None:
+                join()
+            if _State.count > 1:
+                _fail(message, 2)
+
+    _State.told = True
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    _flush()
+    os._exit(2)
+
+
 def _fail(message: str, code: int) -> None:
     """Reports an error to all processes and exits."""
     with suppress(Exception):  # another process may have failed first
@@ -291,9 +329,11 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-@functools.cache  # one line, whichever thread is first
 def _say(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """Prints an error, unless this process has printed one already."""
+    if not _State.told:
+        print(f"error: {message}", file=sys.stderr)
+    _State.told = True
 
 
 _EXIT = threading.Lock()

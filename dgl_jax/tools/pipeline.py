@@ -146,17 +146,17 @@ class Pipeline:
     method: Method
     waiting_above: tuple[int, ...] = ()
 
-    def with_codec(self, added: Sequence[Elapsed], groups: Sequence[range]) -> "Pipeline":
+    def longer(self, added: Sequence[Elapsed], groups: Sequence[range]) -> "Pipeline":
         """Returns the pipeline with longer turns.
 
         Args:
-          added: what a codec adds to each module's turn on one device.
+          added: what is added to each module's turn on one device.
           groups: devices of each module, which share its turns.
         """
         works = []
-        for work, codec, group in zip(self.works, added, groups, strict=True):
-            processor = work.cores * (work.seconds + work.reduction) + codec.processor
-            seconds = work.seconds + codec.seconds / len(group)
+        for work, more, group in zip(self.works, added, groups, strict=True):
+            processor = work.cores * (work.seconds + work.reduction) + more.processor
+            seconds = work.seconds + more.seconds / len(group)
             cores = processor / (seconds + work.reduction)
             works.append(dataclasses.replace(work, seconds=seconds, cores=cores))
         return dataclasses.replace(self, works=tuple(works))

@@ -1,10 +1,10 @@
 """Predicts speed, idle time, traffic, memory and timeline of a pipeline on any devices.
 
 The prediction is an event simulation (`timeline.py`) of the engine's schedule, using the training
-time of each block and head and, if these are measured, of the codec at each hop. A batch split over
-g devices takes 1/g of the time, plus the sum of the gradients over the group. No data set is read.
-Not modeled are the time of augmentation, and contention between devices other than for the cores of
-a shared host.
+time of each block and head and, if these are measured, of the augmentation and of the codec at each
+hop. A batch split over g devices takes 1/g of the time, plus the sum of the gradients over the
+group. No data set is read. Not modeled is contention between devices other than for the cores of a
+shared host.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from dgl_jax.config import CodecSettings, Settings, options
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.errors import UserError, require
 from dgl_jax.models import BlockCosts
-from dgl_jax.profile.codec_timing import codec_times
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, Elapsed, block_times
+from dgl_jax.profile.turn_timing import augmentation_time, codec_times
 from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
@@ -47,6 +47,7 @@ from dgl_jax.tools.pipeline import (
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
 
+_NOTHING = Elapsed(0.0, 0.0)
 _DRAWN = 8  # batches in the picture, in addition to one per module
 
 
@@ -123,7 +124,7 @@ def plan(
       stated: milliseconds of each block in a local step, as a comma-separated list (the time of
         heads then follows from their number of operations), or a JSON file with the same list or
         with `block_milliseconds` of an earlier plan. None: measured on the first device here.
-        Codecs are measured too then, and otherwise take no time.
+        Augmentation and codecs are measured too then, and otherwise take no time.
       bandwidth: of the link of each hop in GB/s; None: messages take no time.
       cores: processors that all devices share. None: the processors of this process if the times
         are measured on a CPU, otherwise (or if unknown) no limit.
@@ -190,23 +191,25 @@ def plan(
     seconds, processor = (
         [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
     )
+    augmentation, coding = _NOTHING, {name: [_NOTHING] * len(starts) for name in CODECS}
+    if not stated:
+        augmentation = augmentation_time(spec, device, concurrency=concurrency)
+    seconds[0] += augmentation.seconds
+    processor[0] += augmentation.processor
     sums = reductions(spec, each_array=not stated and device.platform == "cpu")
     pipeline, groups = make_pipeline(settings, seconds, processor, devices, link, cores, sums)
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     traffic, specs = spec.traffic(), _with_codecs(spec, settings)
-    known_codecs = {} if stated else codec_times(specs, device, concurrency=concurrency)
-    pipelines = {
-        name: pipeline.with_codec(known_codecs[name], groups) if known_codecs else pipeline
-        for name in specs
-    }
+    if not stated:
+        coding |= codec_times(specs, device, concurrency=concurrency)
+    pipelines = {name: pipeline.longer(coding[name], groups) for name in specs}
     codecs = {
         name: _codec(pipelines[name], specs[name]) if name in specs else None for name in CODECS
     }
-    pipeline = pipelines[settings.codec.name]
-    coding = known_codecs.get(settings.codec.name) or [Elapsed(0.0, 0.0)] * len(seconds)
-    seconds = [turn + codec.seconds for turn, codec in zip(seconds, coding)]
-    processor = [used + codec.processor for used, codec in zip(processor, coding)]
+    pipeline, mine = pipelines[settings.codec.name], coding[settings.codec.name]
+    seconds = [turn + codec.seconds for turn, codec in zip(seconds, mine)]
+    processor = [used + codec.processor for used, codec in zip(processor, mine)]
     rate, busy, spans = pipeline.steady(traffic.wire, traffic.down)
     # `busy` has an entry for the first device of each group; the others work just as long.
     idle = [
@@ -220,9 +223,12 @@ def plan(
         | {"reduction_milliseconds": 1e3 * work.reduction}
         | {"codec_milliseconds": 1e3 * codec.seconds / len(group)}
         for cost, group, turn, work, codec in zip(
-            module_costs(spec, turns), groups, turns, pipeline.works, coding
+            module_costs(spec, turns), groups, turns, pipeline.works, mine
         )
     ]
+    for k, row in enumerate(rows):
+        alone = 0.0 if k else 1e3 * augmentation.seconds
+        row["augmentation_milliseconds"] = alone / len(row["devices"])
     fused = None
     if (engines is None or "fused" in engines) and spec.batch_size % count == 0:
         fused = fused_rate(seconds, processor, sums, count, link, cores)

@@ -36,6 +36,7 @@ def plan_lines(numbers: dict[str, Any]) -> list[str]:
         title: name
         for title, name in (
             ("of it sums", "reduction_milliseconds"),
+            ("of it augmentation", "augmentation_milliseconds"),
             ("of it the codec", "codec_milliseconds"),
         )
         if any(row[name] for row in numbers["modules"])

@@ -1,0 +1,214 @@
+"""Writes the diagnostics of the claim `convergence` into its page, and draws them.
+
+    python results/convergence.py WORKDIR
+
+Run `make.py WORKDIR convergence` first, which restores stored runs and writes the page. Adds two
+tables to it, between the marks `diagnostics`, and writes results/convergence_drift.png (drift sums
+beside gradient norms) and results/convergence_passes.png (`dgl` beside `layerwise`, over the passes
+of each module over the data).
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from make import COLORS, HERE, Row, make_row
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dgl_jax.configs.claims import convergence
+from dgl_jax.tools.report_runs import Run, read_runs
+
+Line = tuple[list[float], list[float]]
+
+
+def mean_line(runs: Sequence[Run], read: Callable[[Run], Line | None]) -> Line:
+    """Returns the mean of a curve over runs; both lists are empty if no run has it."""
+    curves = [curve for run in runs if (curve := read(run)) is not None]
+    length = min((len(values) for _, values in curves), default=0)
+    places = curves[0][0][:length] if curves else []
+    return places, [statistics.mean(values[i] for _, values in curves) for i in range(length)]
+
+
+def smallest_gradient(module: int) -> Callable[[Run], Line | None]:
+    """Returns a function that reads the running minimum of the squared gradient norm."""
+
+    def read(run: Run) -> Line | None:
+        if (curve := run.curves.get(("diagnostics", module, "gradient_squared"))) is None:
+            return None
+        return curve[0], list(accumulate(curve[1], min))
+
+    return read
+
+
+def metric(split: str, module: int, name: str) -> Callable[[Run], Line | None]:
+    """Returns a function that reads a curve of a module."""
+    return lambda run: run.curves.get((split, module, name))
+
+
+def own_passes(run: Run, module: int, curve: Line) -> Line:
+    """Returns a curve over the passes of a module over the data, while it trains.
+
+    Under `layerwise` the modules train one after the other.
+    """
+    modules = len(run.summary["modules"])
+    if run.settings["method.name"] != "layerwise":
+        return curve
+    length = run.epoch / modules
+    pairs = [
+        (place - module * length, value)
+        for place, value in zip(*curve, strict=True)
+        if module * length <= place <= (module + 1) * length
+    ]
+    places, values = zip(*pairs) if pairs else ((), ())
+    return list(places), list(values)
+
+
+def at_end(line: Line) -> str:
+    """Returns the last value as text."""
+    return f"{line[1][-1]:.2g}" if line[1] else "-"
+
+
+def drift_table(rows: Sequence[Row]) -> list[str]:
+    """Returns the lines of a table with the last values of each module."""
+    lines = [
+        "| row | smallest squared gradient norm at the end, by module | drift sum at the end "
+        "| codec error | staleness |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        count = len(row.runs[0].summary["modules"])
+        reads = [
+            [smallest_gradient(k) for k in range(count)],
+            *(
+                [metric(split, k, name) for k in range(1, count)]
+                for split, name in (
+                    ("final", "weighted_drift"),
+                    ("diagnostics", "codec_error"),
+                    ("diagnostics", "staleness"),
+                )
+            ),
+        ]
+        cells = [
+            " / ".join(at_end(mean_line(row.runs, read)) for read in column) for column in reads
+        ]
+        cells = ["" if set(cell) <= set("- /") else cell for cell in cells]
+        lines.append(f"| `{row.name}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw_drift(rows: Sequence[Row], path: Path) -> None:
+    """Draws gradient norms above drift sums, one column per row of the claim."""
+    figure = Figure(
+        figsize=(2.5 * len(rows), 5.2), dpi=120, layout="constrained", facecolor="white"
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(rows), squeeze=False, sharex="col", sharey="row")
+    for column, row in enumerate(rows):
+        upper, lower = panels[:, column]
+        for k in range(len(row.runs[0].summary["modules"])):
+            color = COLORS[k]
+            upper.plot(*mean_line(row.runs, smallest_gradient(k)), color=color, label=f"module {k}")
+            lower.plot(*mean_line(row.runs, metric("final", k, "weighted_drift")), color=color)
+        upper.set_title(row.name, fontsize=9)
+        upper.set_yscale("log")
+        lower.set_xlabel("epoch")
+        for axes in (upper, lower):
+            style(axes)
+    panels[0, 0].set_ylabel("smallest squared\ngradient norm so far")
+    panels[1, 0].set_ylabel("drift sum")
+    panels[0, -1].legend(frameon=False, fontsize=7)
+    figure.savefig(path)
+
+
+def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
+    """Draws accuracy and gradient norms of each module over its own passes over the data.
+
+    Returns:
+      Lines of a table with the validation accuracy over passes, and the last pass at which the
+      second row is ahead of the first.
+    """
+    count = len(rows[0].runs[0].summary["modules"])
+    figure = Figure(figsize=(2.8 * count, 5.2), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, count, squeeze=False, sharex="col", sharey="row")
+    texts = []
+    for k in range(count):
+        upper, lower = panels[:, k]
+        accuracies = []
+        for row, color in zip(rows, COLORS):
+
+            def curve(run: Run, module: int = k) -> Line:
+                places, values = run.curves["validation", module, "accuracy"]
+                return own_passes(run, module, (places, [100 * value for value in values]))
+
+            def gradient(run: Run, module: int = k) -> Line | None:
+                found = metric("diagnostics", module, "gradient_squared")(run)
+                if found is None:
+                    return None
+                places, values = own_passes(run, module, found)
+                return places, list(accumulate(values, min))
+
+            accuracies.append(mean_line(row.runs, curve))
+            upper.plot(*accuracies[-1], color=color, label=row.name)
+            lower.plot(*mean_line(row.runs, gradient), color=color)
+        upper.set_title(f"module {k}", fontsize=9)
+        lower.set_yscale("log")
+        lower.set_xlabel("passes over the data")
+        for axes in (upper, lower):
+            style(axes)
+        texts.append(crossing(k, *accuracies))
+    panels[0, 0].set_ylabel("validation accuracy, %")
+    panels[1, 0].set_ylabel("smallest squared\ngradient norm so far")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    names = [row.name for row in rows]
+    header = f"| module | `{names[0]}`, % after each pass | `{names[1]}` | it leads until pass |"
+    return [header, "|---|---|---|---|", *texts]
+
+
+def crossing(module: int, first: Line, second: Line) -> str:
+    """Returns a line of a table: two curves, and the last pass at which the second one is ahead."""
+    one, other = (
+        {round(place): value for place, value in zip(*line, strict=True)}
+        for line in (first, second)
+    )
+    ahead = [place for place in sorted(one.keys() & other.keys()) if other[place] > one[place]]
+    values = [" / ".join(f"{line[p]:.1f}" for p in sorted(line)) for line in (one, other)]
+    return f"| {module} | {values[0]} | {values[1]} | {ahead[-1] if ahead else 'none'} |"
+
+
+def style(axes: Axes) -> None:
+    """Removes what distracts from the curves."""
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    runs = read_runs(Path(sys.argv[1]))[0]
+    rows = [make_row(name, runs) for name in convergence.ROWS]
+    six = [row for row in rows if row.name in convergence.SIX and row.runs]
+    four = [row for row in rows if row.name in convergence.FOUR and row.runs]
+    draw_drift(six, HERE / "convergence_drift.png")
+    text = [*drift_table(six), "", "![Drift](convergence_drift.png)", ""]
+    if len(four) == len(convergence.FOUR):
+        text += draw_passes(four, HERE / "convergence_passes.png")
+        text += ["", "![Passes](convergence_passes.png)", ""]
+    page, (begin, end) = (
+        HERE / "convergence.md",
+        (f"<!-- diagnostics{x} -->\n" for x in ("", " end")),
+    )
+    old = page.read_text()
+    if begin not in old:
+        old += f"\n{begin}{end}"
+    head, tail = old.partition(begin)[0], old.partition(end)[2]
+    page.write_text(f"{head}{begin}\n" + "\n".join(text) + f"\n{end}{tail}")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
