@@ -280,7 +280,7 @@ def test_no_process_holds_examples_of_another(fused):
             "flag of the first process",
             (),
             lambda i: ("--config.sed=7",) if i == 0 else (),
-            "^(process 0: )?config.sed: no such field",
+            "^(process 0: )?--config.sed: no such field",
         ),
         (
             "flag of another process",
