@@ -262,6 +262,21 @@ def test_clock_measures_pairs_of_calls_after_a_first_pair():
     assert elapsed.seconds > 0
 
 
+def test_slow_programs_are_measured_less_often(monkeypatch):
+    moments = itertools.count(0, 6)  # each pair takes 6 s
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(moments)))
+    calls = []
+
+    def program(state, x):
+        calls.append(threading.get_ident())
+        return state, x
+
+    elapsed, _ = costs.clocked(program, jnp.zeros(2), jnp.ones(2), repeats=7, concurrency=2)
+    assert elapsed.seconds == 3
+    assert calls.count(threading.get_ident()) == 2 * 3  # a first pair, and two measured ones
+    assert len(calls) == 2 * 3 + 2 * 2  # two copies, with as many calls
+
+
 def test_clock_runs_copies_at_once_and_returns_the_state_of_the_single_run():
     """Checks that each copy has its own state and that all copies are in flight together."""
     together, active = threading.Barrier(3), []

@@ -52,6 +52,8 @@ class BlockTimes(NamedTuple):
 
 
 _CALLS_IN_FLIGHT = 2
+_LEAST_PAIRS = 2
+_ENOUGH_SECONDS = 10.0  # for which the pairs of one program are measured
 
 
 def clocked(
@@ -70,7 +72,7 @@ def clocked(
       program: returns a tuple that starts with the next `state`; may donate its `state` argument.
       state: the first state.
       *inputs: further arguments of every call.
-      repeats: number of measured pairs.
+      repeats: number of measured pairs; of a slow program fewer, but at least two.
       concurrency: number of programs that share the host's CPU cores in the run to be predicted. A
         CPU program spreads over idle cores and then takes more CPU time than on a busy host, so CPU
         time is measured with this many copies of the program running at once.
@@ -88,9 +90,11 @@ def clocked(
         jax.block_until_ready(results)
         processors.append((time.process_time() - processor) / _CALLS_IN_FLIGHT)
         walls.append((time.perf_counter() - wall) / _CALLS_IN_FLIGHT)
+        if len(walls) > _LEAST_PAIRS and _CALLS_IN_FLIGHT * sum(walls[1:]) > _ENOUGH_SECONDS:
+            break
     alone = statistics.median(processors[1:])
     busy = (
-        _busy_cpu_time(program, results[0], inputs, repeats, concurrency)
+        _busy_cpu_time(program, results[0], inputs, len(walls) - 1, concurrency)
         if concurrency > 1
         else alone
     )
