@@ -200,9 +200,11 @@ def test_error_of_the_grid_is_the_known_one():
 def test_probe_equals_numpy(quantum):
     spec = make_spec(2, optax.sgd(0.1), Grid(quantum) if quantum else None)
     state, batch = begin(spec, START[:2]), Gaussian(3).batch(0)
-    parts = [Parts.of(spec, module) for module in state.modules]
-    below = jax.jit(lambda p: probe(spec, 0, 4, False, p, batch.inputs, batch.context))(parts[0])
-    found = probe(spec, 1, 4, False, parts[1], Message(below.payload), below.context)
+    parts = [Parts.of(module) for module in state.modules]
+    below = jax.jit(lambda p: probe(spec, 0, 4, False, False, p, batch.inputs, batch.context))(
+        parts[0]
+    )
+    found = probe(spec, 1, 4, False, False, parts[1], Message(below.payload), below.context)
     x = batch.inputs.astype(np.float64)
     z = x @ START[0]
     sent = np.round(z / quantum) * quantum if quantum else z

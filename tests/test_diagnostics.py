@@ -15,6 +15,7 @@ from dgl_jax.core import rngs
 from dgl_jax.diagnostics import distance, drift, mmd, project, sliced_wasserstein, weighted_drift
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, LocalLoss
+from dgl_jax.run.build import make_experiment
 from dgl_jax.run.due import Due
 from dgl_jax.run.plots import plot
 from dgl_jax.tools.report_groups import make_report
@@ -346,6 +347,29 @@ def test_probes_change_no_number_of_any_engine_and_method(name, tmp_path):
         assert last["diagnostics/module_1/staleness"] >= 0
     if name in ("simulated,vq", "int8,adam,ema"):
         assert 0 < last["diagnostics/module_1/codec_error"] < 1
+
+
+def test_probe_before_training_starts_the_codebook(tmp_path):
+    """Compares the error of the first probe with a codebook started on its first batch."""
+    # k-means++ draws with weights that are rounded differently in different programs.
+    vq = {"codec__name": "vq", "codec__dims": 2, "codec__codes": 4, "codec__start": "sample"}
+    train_and_evaluate(config(diagnostics__batches=2, **vq), tmp_path)
+    experiment = make_experiment(make_settings(config(**vq)))
+    spec, source = experiment.spec, experiment.source
+    (module, state), root = (spec.modules[0], spec.init()[0]), rngs.probe(rngs.root(spec.seed))
+    codec, book = spec.codec, state.extras["codec"]
+    errors = []
+    for number in range(2):
+        inputs = spec.task.evaluate(source.batch(number).inputs)
+        outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, {}, train=True)
+        if number == 0:
+            key = rngs.codec(rngs.module(root, 0), 0)
+            book = codec.publish(book, key, outputs, jnp.zeros((), jnp.int32))
+        decoded = codec.decode(codec.codebook(book), codec.encode(codec.codebook(book), outputs))
+        errors.append(float(jnp.linalg.norm(decoded - outputs) / jnp.linalg.norm(outputs)))
+    first = ours(tmp_path)[0]
+    assert first["diagnostics/module_1/codec_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert 0.05 < np.mean(errors) < 0.8  # with an empty codebook it would be 1
 
 
 @pytest.mark.slow

@@ -23,20 +23,24 @@ class Parts(NamedTuple):
     Attributes:
       params: as in `ModuleState`.
       batch_stats: as in `ModuleState`.
-      codebook: published codebook of the module; `()` if its codec has none.
+      codec: state of the module's codec; `()` if it has none.
       published: publications that the module's objective reads.
     """
 
     params: PyTree
     batch_stats: PyTree
-    codebook: PyTree
+    codec: PyTree
     published: PyTree
 
     @classmethod
-    def of(cls, spec: TrainSpec, state: ModuleState) -> "Parts":
+    def of(cls, state: ModuleState) -> "Parts":
         """Returns these parts of a state."""
         published = state.extras.get("published", {})
-        return cls(state.params, state.batch_stats, spec.codebook(state), published)
+        return cls(state.params, state.batch_stats, state.extras.get("codec", ()), published)
+
+    def codebook(self, spec: TrainSpec) -> PyTree:
+        """Returns the published codebook; `()` if the codec has none."""
+        return spec.codec.codebook(self.codec) if jax.tree.leaves(self.codec) else ()
 
 
 class Probe(NamedTuple):
@@ -44,6 +48,7 @@ class Probe(NamedTuple):
 
     Attributes:
       payload: encoded activations for the next module.
+      codec: state of the codec that has encoded them.
       context: context that travels with them.
       gradient: gradient of the module's objective with respect to its parameters, in float32; None
         without an objective.
@@ -52,6 +57,7 @@ class Probe(NamedTuple):
     """
 
     payload: PyTree
+    codec: PyTree
     context: Context
     gradient: PyTree | None
     inputs: Sample | None
@@ -63,6 +69,7 @@ def probe(
     k: int,
     directions: int,
     in_turn: bool,
+    start: bool,
     parts: Parts,
     incoming: Any,
     context: Context,
@@ -79,7 +86,8 @@ def probe(
       directions: number of random directions.
       in_turn: True if the module above trains on the activations of a frozen module, which
         normalizes with its running statistics; the gradient is the one of an update in any case.
-      parts: the module's parameters, batch statistics and publications.
+      start: True starts the codebook with the outputs, as the first update of a module does.
+      parts: the module's parameters, batch statistics, codec and publications.
       incoming: stored inputs for the first module, otherwise the message from the module below.
       context: context of the same examples.
     """
@@ -108,10 +116,14 @@ def probe(
         outputs, _ = module.apply_body(parts.params, parts.batch_stats, inputs, full, train=False)
     projected = project(inputs, rngs.directions(root, k), directions) if k else None
     if k == len(spec.modules) - 1:
-        return Probe((), {}, gradient, projected, None)
-    message: Message = ports.emit(outputs, parts.codebook, inputs)
+        return Probe((), (), {}, gradient, projected, None)
+    if start:
+        key, updates = rngs.codec(rng, 0), jnp.zeros((), jnp.int32)
+        parts = parts._replace(codec=spec.codec.publish(parts.codec, key, outputs, updates))
+    codebook = parts.codebook(spec)
+    message: Message = ports.emit(outputs, codebook, inputs)
     error = None
     if spec.method.sends and not spec.codec.lossless:
-        error = relative_error(outputs, spec.codec.decode(parts.codebook, message.payload))
+        error = relative_error(outputs, spec.codec.decode(codebook, message.payload))
     carried = spec.carried(k + 1, context, message.context)
-    return Probe(message.payload, carried, gradient, projected, error)
+    return Probe(message.payload, parts.codec, carried, gradient, projected, error)

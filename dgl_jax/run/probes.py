@@ -199,8 +199,12 @@ class Probes:
         """Passes the probe set through all modules, each on its own devices."""
         spec, placement = self._experiment.spec, self._experiment.engine.placement
         modules = range(len(spec.modules))
-        parts = [Parts.of(spec, module) for module in state.modules]
-        programs = self._programs(spec)
+        parts = [Parts.of(module) for module in state.modules]
+        # A module that has made no update has no codebook yet.
+        untrained = [
+            not count and bool(jax.tree.leaves(p.codec)) for count, p in zip(counts(state), parts)
+        ]
+        programs, starts = self._programs(spec), self._programs(spec, start=True)
         sums: list[Any] = [None for _ in modules]
         inputs: list[list[Any]] = [[] for _ in modules]
         errors: list[list[Any]] = [[] for _ in modules]
@@ -212,10 +216,12 @@ class Probes:
             for k in modules:
                 if k:
                     payload, context = put(read, placement.split(k))
-                    codebook = put(parts[k - 1].codebook, placement.replicated(k))
-                    read = Message(payload, codebook), context
+                    codebook = parts[k - 1].codebook(spec)
+                    read = Message(payload, put(codebook, placement.replicated(k))), context
                 incoming[-1].append(read)
-                found = programs[k](parts[k], *read)
+                found = (starts if untrained[k] else programs)[k](parts[k], *read)
+                if untrained[k]:
+                    parts[k], untrained[k] = parts[k]._replace(codec=found.codec), False
                 read = found.payload, found.context
                 if found.gradient is not None:
                     sums[k] = _added(sums[k], found.gradient)
@@ -240,13 +246,13 @@ class Probes:
             return None
         total = None
         for read in incoming:
-            found = self._programs(spec)[k](Parts.of(spec, state.modules[k]), *read)
+            found = self._programs(spec)[k](Parts.of(state.modules[k]), *read)
             total = _added(total, found.gradient)
         return _moments(total, len(incoming))
 
-    def _programs(self, spec: TrainSpec) -> list[Any]:
-        directions = self._experiment.settings.diagnostics.projections
-        return [_jitted(spec, k, directions, self._in_turn) for k in range(len(spec.modules))]
+    def _programs(self, spec: TrainSpec, start: bool = False) -> list[Any]:
+        chosen = self._experiment.settings.diagnostics.projections, self._in_turn, start
+        return [_jitted(spec, k, *chosen) for k in range(len(spec.modules))]
 
     def _rates(self, begin: int, end: int) -> float:
         """Returns the sum of the learning rates of a module's updates `begin` to `end`."""
@@ -295,8 +301,8 @@ def probe_set(source: Source, batches: int) -> list[Batch]:
 
 
 @cached_program(256)
-def _jitted(spec: TrainSpec, k: int, directions: int, in_turn: bool) -> Any:
-    return jax.jit(partial(probe, spec, k, directions, in_turn))
+def _jitted(spec: TrainSpec, k: int, directions: int, in_turn: bool, start: bool) -> Any:
+    return jax.jit(partial(probe, spec, k, directions, in_turn, start))
 
 
 @jax.jit
