@@ -195,7 +195,11 @@ def kept(record: Mapping[str, float]) -> dict[str, float]:
     """Returns what is stored of a line of metrics; empty if nothing is."""
     if any(key.startswith(KEPT) for key in record):
         return dict(record)
-    probed = {key: float(f"{record[key]:.4g}") for key in record if key.endswith(PROBED)}
+    probed = {
+        key: float(f"{value:.4g}")
+        for key, value in record.items()
+        if key.endswith(PROBED) and value is not None
+    }
     return probed and {key: record[key] for key in ("step", "epoch")} | probed
 
 
