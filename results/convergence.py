@@ -52,16 +52,17 @@ def metric(split: str, module: int, name: str) -> Callable[[Run], Line | None]:
 def own_passes(run: Run, module: int, curve: Line) -> Line:
     """Returns a curve over the passes of a module over the data, while it trains.
 
-    Under `layerwise` the modules train one after the other.
+    Under `layerwise` the modules train one after the other, each K times as fast as the epochs of
+    the run pass.
     """
     modules = len(run.summary["modules"])
     if run.settings["method.name"] != "layerwise":
         return curve
-    length = run.epoch / modules
+    passes = [modules * place - module * run.epoch for place in curve[0]]
     pairs = [
-        (place - module * length, value)
-        for place, value in zip(*curve, strict=True)
-        if module * length <= place <= (module + 1) * length
+        (place, value)
+        for place, value in zip(passes, curve[1], strict=True)
+        if 0 <= place <= run.epoch
     ]
     places, values = zip(*pairs) if pairs else ((), ())
     return list(places), list(values)
@@ -166,7 +167,7 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
     names = [row.name for row in rows]
-    header = f"| module | `{names[0]}`, % after each pass | `{names[1]}` | it leads until pass |"
+    header = f"| module | `{names[0]}`, % by pass | `{names[1]}`, % by pass | it leads until pass |"
     return [header, "|---|---|---|---|", *texts]
 
 
@@ -177,7 +178,8 @@ def crossing(module: int, first: Line, second: Line) -> str:
         for line in (first, second)
     )
     ahead = [place for place in sorted(one.keys() & other.keys()) if other[place] > one[place]]
-    values = [" / ".join(f"{line[p]:.1f}" for p in sorted(line)) for line in (one, other)]
+    both = [place for place in sorted(one.keys() & other.keys()) if place]
+    values = [", ".join(f"{place}: {line[place]:.1f}" for place in both) for line in (one, other)]
     return f"| {module} | {values[0]} | {values[1]} | {ahead[-1] if ahead else 'none'} |"
 
 
