@@ -11,7 +11,6 @@ of each module over the data).
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 from make import COLORS, HERE, Row, make_row
@@ -23,6 +22,7 @@ from dgl_jax.configs.claims import convergence
 from dgl_jax.tools.report_runs import Run, read_runs
 
 Line = tuple[list[float], list[float]]
+FLOOR = 0.01  # smallest gradient norm in a picture: estimates may be below 0
 
 
 def mean_line(runs: Sequence[Run], read: Callable[[Run], Line | None]) -> Line:
@@ -33,13 +33,19 @@ def mean_line(runs: Sequence[Run], read: Callable[[Run], Line | None]) -> Line:
     return places, [statistics.mean(values[i] for _, values in curves) for i in range(length)]
 
 
-def smallest_gradient(module: int) -> Callable[[Run], Line | None]:
-    """Returns a function that reads the running minimum of the squared gradient norm."""
+def gradient(module: int) -> Callable[[Run], Line | None]:
+    """Returns a function that estimates the squared gradient norm without sampling noise."""
 
     def read(run: Run) -> Line | None:
-        if (curve := run.curves.get(("diagnostics", module, "gradient_squared"))) is None:
+        squares, moments = (
+            run.curves.get(("diagnostics", module, name))
+            for name in ("gradient_squared", "gradient_second_moment")
+        )
+        if squares is None or moments is None:
             return None
-        return curve[0], list(accumulate(curve[1], min))
+        n = run.settings["diagnostics.batches"]
+        pairs = zip(squares[1], moments[1], strict=True)
+        return squares[0], [(n * square - moment) / (n - 1) for square, moment in pairs]
 
     return read
 
@@ -68,24 +74,30 @@ def own_passes(run: Run, module: int, curve: Line) -> Line:
     return list(places), list(values)
 
 
+def at_begin(line: Line) -> str:
+    """Returns the first value as text."""
+    return f"{line[1][0]:.2f}" if line[1] else "-"
+
+
 def at_end(line: Line) -> str:
-    """Returns the last value as text."""
-    return f"{line[1][-1]:.2g}" if line[1] else "-"
+    """Returns the mean of the last three values as text."""
+    return f"{statistics.mean(line[1][-3:]):.2f}" if line[1] else "-"
 
 
 def drift_table(rows: Sequence[Row]) -> list[str]:
     """Returns the lines of a table with the last values of each module."""
     lines = [
-        "| row | smallest squared gradient norm at the end, by module | drift sum at the end "
-        "| codec error | staleness |",
-        "|---|---|---|---|---|",
+        "| row | squared gradient norm before training, modules 0 to 5 | at the end "
+        "| drift sum, modules 1 to 5 | codec error | staleness |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         count = len(row.runs[0].summary["modules"])
-        reads = [
-            [smallest_gradient(k) for k in range(count)],
+        columns = [
+            (at_begin, [gradient(k) for k in range(count)]),
+            (at_end, [gradient(k) for k in range(count)]),
             *(
-                [metric(split, k, name) for k in range(1, count)]
+                (at_end, [metric(split, k, name) for k in range(1, count)])
                 for split, name in (
                     ("final", "weighted_drift"),
                     ("diagnostics", "codec_error"),
@@ -94,7 +106,7 @@ def drift_table(rows: Sequence[Row]) -> list[str]:
             ),
         ]
         cells = [
-            " / ".join(at_end(mean_line(row.runs, read)) for read in column) for column in reads
+            " / ".join(show(mean_line(row.runs, read)) for read in reads) for show, reads in columns
         ]
         cells = ["" if set(cell) <= set("- /") else cell for cell in cells]
         lines.append(f"| `{row.name}` | " + " | ".join(cells) + " |")
@@ -112,14 +124,16 @@ def draw_drift(rows: Sequence[Row], path: Path) -> None:
         upper, lower = panels[:, column]
         for k in range(len(row.runs[0].summary["modules"])):
             color = COLORS[k]
-            upper.plot(*mean_line(row.runs, smallest_gradient(k)), color=color, label=f"module {k}")
+            places, values = mean_line(row.runs, gradient(k))
+            shown = [max(value, FLOOR) for value in values]
+            upper.plot(places, shown, color=color, label=f"module {k}")
             lower.plot(*mean_line(row.runs, metric("final", k, "weighted_drift")), color=color)
         upper.set_title(row.name, fontsize=9)
         upper.set_yscale("log")
         lower.set_xlabel("epoch")
         for axes in (upper, lower):
             style(axes)
-    panels[0, 0].set_ylabel("smallest squared\ngradient norm so far")
+    panels[0, 0].set_ylabel("squared gradient norm")
     panels[1, 0].set_ylabel("drift sum")
     panels[0, -1].legend(frameon=False, fontsize=7)
     figure.savefig(path)
@@ -146,16 +160,14 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
                 places, values = run.curves["validation", module, "accuracy"]
                 return own_passes(run, module, (places, [100 * value for value in values]))
 
-            def gradient(run: Run, module: int = k) -> Line | None:
-                found = metric("diagnostics", module, "gradient_squared")(run)
-                if found is None:
-                    return None
-                places, values = own_passes(run, module, found)
-                return places, list(accumulate(values, min))
+            def norm(run: Run, module: int = k) -> Line | None:
+                found = gradient(module)(run)
+                return found and own_passes(run, module, found)
 
             accuracies.append(mean_line(row.runs, curve))
             upper.plot(*accuracies[-1], color=color, label=row.name)
-            lower.plot(*mean_line(row.runs, gradient), color=color)
+            places, values = mean_line(row.runs, norm)
+            lower.plot(places, [max(value, FLOOR) for value in values], color=color)
         upper.set_title(f"module {k}", fontsize=9)
         lower.set_yscale("log")
         lower.set_xlabel("passes over the data")
@@ -163,7 +175,7 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
             style(axes)
         texts.append(crossing(k, *accuracies))
     panels[0, 0].set_ylabel("validation accuracy, %")
-    panels[1, 0].set_ylabel("smallest squared\ngradient norm so far")
+    panels[1, 0].set_ylabel("squared gradient norm")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
     names = [row.name for row in rows]

@@ -30,7 +30,13 @@ HERE = Path(__file__).parent
 FILES = ("config", "summary")
 KEPT = ("validation/", "test/")  # metrics in results/CLAIM.jsonl
 # Of claims with diagnostics also these, with four digits.
-PROBED = ("gradient_squared", "weighted_drift", "codec_error", "staleness")
+PROBED = (
+    "gradient_squared",
+    "gradient_second_moment",
+    "weighted_drift",
+    "codec_error",
+    "staleness",
+)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 

@@ -224,15 +224,19 @@ def test_metrics_of_the_probes(probed):
     lines = ours(probed)
     assert [line["step"] for line in lines] == [0, 4, 8, 12] * 2
     first, *later = lines[:4]
-    keys = {"gradient_squared", "gradient_second_moment"}
+    keys = {"gradient_squared", "gradient_second_moment", "gradient_unbiased"}
     distances = {f"{name}{end}" for name in ("wasserstein", "mmd") for end in ("", "_error")}
     for line in lines[:4]:
         found = {key.removeprefix("diagnostics/module_1/") for key in line if "module_1" in key}
         assert found == (keys if line is first else keys | distances)
         assert {key.rsplit("/")[-1] for key in line if "module_0" in key} == keys
         for k in (0, 1):
-            squared, second = (line[f"diagnostics/module_{k}/{key}"] for key in sorted(keys)[::-1])
+            squared, second, unbiased = (
+                line[f"diagnostics/module_{k}/gradient_{key}"]
+                for key in ("squared", "second_moment", "unbiased")
+            )
             assert 0 < squared < second
+            assert unbiased == pytest.approx(2 * squared - second, rel=1e-6)  # two batches
     assert all(0 < line["diagnostics/module_1/mmd"] < 1 for line in later)
     final = lines[4:]
     assert final[-1]["final/module_1/mmd"] == final[-1]["final/module_1/wasserstein"] == 0

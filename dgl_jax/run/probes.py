@@ -127,6 +127,8 @@ class Probes:
                         "diagnostics"
                     )
                 found["gradient_squared"], found["gradient_second_moment"] = gradient
+                if (n := len(self._batches)) > 1:
+                    found["gradient_unbiased"] = (n * gradient[0] - gradient[1]) / (n - 1)
             if k and (error := walk.codec_errors[k - 1]) is not None:
                 found["codec_error"] = error
             if self._last is not None:
