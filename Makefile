@@ -11,6 +11,9 @@ endif
 VENV := .venv/$(VERSION)$(if $(CONSTRAINTS),-$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# Scripts beside the package are checked for wrong names and arguments, not for types.
+NAMES := $(addprefix --disable-error-code=,arg-type assignment call-overload dict-item index \
+  list-item method-assign misc override union-attr var-annotated)
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: train test test-fast lint format docs reference versions clean
@@ -38,6 +41,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dgl_jax launch.py
+	$(BIN)/mypy --explicit-package-bases $(NAMES) benchmarks results examples
 	$(BIN)/codespell
 
 format: $(VENV)/.dev

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _compared(one: Path, other: Path) -> Figures:
 
 def _arrays(workdir: Path) -> list[np.ndarray]:
     modules = load_trained(workdir).restored.state.modules
-    states = [module.replace(rng=jax.random.key_data(module.rng)) for module in modules]
+    states = [replace(module, rng=jax.random.key_data(module.rng)) for module in modules]
     return [np.asarray(leaf) for leaf in jax.tree.leaves(states)]
 
 

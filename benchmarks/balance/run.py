@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 
 from dgl_jax.config import Settings
-from dgl_jax.data import DATA_SETS
 from dgl_jax.models import BlockCosts, cuts
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.timing import block_times
@@ -68,10 +67,15 @@ def programs(network: str, starts: tuple[int, ...], args: argparse.Namespace) ->
 def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
     """Rates all cuts of one network and prints its table."""
     uncut = settings(network, 1, "count", args)
-    blocks = make_blocks(uncut, known_info(uncut.data))
+    info = known_info(uncut.data)
+    blocks = make_blocks(uncut, info)
     count = len(blocks.blocks)
     optimizer = make_optimizer(uncut.optimizer, optax.constant_schedule(0.0))
-    print(f"{network}: measuring {count} blocks and their heads", flush=True)
+    print(
+        f"{network}: measuring {count} blocks and their heads, {args.image_size} px, "
+        f"{len(info.class_names)} classes, batch {args.batch_size}, width {args.width}",
+        flush=True,
+    )
     costs = {
         "flops": block_flops(blocks),
         "time": block_times(blocks, optimizer, jax.devices()[0], args.calls).seconds,
@@ -118,11 +122,6 @@ def main() -> None:
     flags.add_argument("--calls", type=int, default=7, help="measured calls per block or program")
     flags.add_argument("--programs", action="store_true")
     args = flags.parse_args()
-    print(
-        f"{args.image_size} px, {DATA_SETS['synthetic'].shape[2]} classes, "
-        f"batch {args.batch_size}, width {args.width}",
-        flush=True,
-    )
     results = {network: compare(network, args) for network in args.networks}
     chosen = {key: value for key, value in vars(args).items() if key != "write"}
     harness.finish(__file__, {"settings": chosen, "networks": results}, args.write)

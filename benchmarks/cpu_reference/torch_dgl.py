@@ -203,7 +203,8 @@ def counterpart(experiment: "Experiment", memory_format: str, **changed: Any) ->
       memory_format: channels_last or contiguous.
       **changed: further arguments of `DGL`, or other values of the optimizer's.
     """
-    settings, data = experiment.settings.optimizer, experiment.source
+    settings: Any = experiment.settings.optimizer  # the options of sgd
+    data = experiment.source
     update = {
         "rate": settings.learning_rate,
         "momentum": settings.momentum,

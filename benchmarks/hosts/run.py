@@ -190,19 +190,19 @@ def predictions(
     ends = [*starts[1:], len(times.seconds.head)]
     (coding,) = codec_times({"": spec}, jax.devices()[0], concurrency=args.concurrency).values()
     augmentation = augmentation_time(spec, jax.devices()[0], concurrency=args.concurrency)
-    turns = [
+    seconds, processor = (
         [costs.module(a, b) + codec for a, b, codec in zip(starts, ends, codecs)]
         for costs, codecs in zip(times, zip(*coding))
-    ]
-    for turn, more in zip(turns, augmentation):
-        turn[0] += more
-    rate, idle = predict(experiment, *turns, small, args)
+    )
+    seconds[0] += augmentation.seconds
+    processor[0] += augmentation.processor
+    rate, idle = predict(experiment, seconds, processor, small, args)
     found = {"predicted": rate, "predicted_idle": idle}
     if experiment.settings.engine.name == "pipeline":
         state = experiment.engine.init()
         elapsed = module_times(experiment, state, args.calls, args.concurrency)
-        turns = [e.seconds for e in elapsed], [e.processor for e in elapsed]
-        found["predicted_from_programs"] = predict(experiment, *turns, small, args)[0]
+        seconds, processor = [e.seconds for e in elapsed], [e.processor for e in elapsed]
+        found["predicted_from_programs"] = predict(experiment, seconds, processor, small, args)[0]
     return found
 
 

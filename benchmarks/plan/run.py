@@ -67,8 +67,8 @@ def from_blocks(experiment: Experiment, times: BlockTimes, args: argparse.Namesp
     """Predicts the ticks per second from the times of blocks and heads."""
     starts = [module.first for module in experiment.spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
-    turns = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
-    return predicted(experiment, *turns, args)
+    seconds, processor = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    return predicted(experiment, seconds, processor, args)
 
 
 def from_modules(experiment: Experiment, args: argparse.Namespace) -> float:

@@ -48,7 +48,7 @@ def simulate(size: int, slowdown: float, rule: str, seed: int) -> list[Ring]:
             rings[k - 1].sample()
         updates[k] = min(UPDATES, updates[k] + 1)
         if k < MODULES - 1:
-            rings[k].add(*example, Header(0, 0))
+            rings[k].add(example[0], example[1], Header(0, 0))
     return rings
 
 

@@ -73,7 +73,8 @@ def filled(name: str, fields: dict[str, Any], held: int) -> dict[str, Any]:
         payload = jax.tree.map(np.asarray, jax.jit(spec.codec.encode)(codebook, x))
         # Every slot is written twice, so that the ring holds as many codebooks as it ever will.
         for n in range(2 * held):
-            published = jax.tree.map(np.copy, codebook) if hop.publishes(n) else None
+            due = hop.period and n % hop.period == 0
+            published = jax.tree.map(np.copy, codebook) if due else None
             ring.add(payload, context, Header(n, n), published)
         del x, payload
         rings.append(ring)

@@ -243,9 +243,9 @@ def main() -> None:
         else [tuple(map(int, args.only.split(",")))]
     )
     rows = []
-    for hop in hops:
+    for side, channels in hops:
         for size in SIZES:
-            rows.append(case(*hop, *size))
+            rows.append(case(side, channels, *size))
             print(
                 rows[-1]["side"], rows[-1]["channels"], *size, rows[-1]["encode_over"], flush=True
             )
