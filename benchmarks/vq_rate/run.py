@@ -20,12 +20,15 @@ from sklearn.cluster import KMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
-import small_runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from dgl_jax import eval_step, vq
 from dgl_jax.codecs import Bf16, Int8, residual
+from dgl_jax.config import make_settings
+from dgl_jax.configs.claims import asynchronous
+from dgl_jax.data import Source, make_source
 from dgl_jax.run.restore import Trained, load_trained
 from dgl_jax.train import train_and_evaluate
 
@@ -46,12 +49,27 @@ LIMIT = 1.05  # largest ratio of the mean squared errors of vq and k-means
 BATCH = 128
 
 
+def configured(args: argparse.Namespace) -> ConfigDict:
+    """Returns the synchronous row of the claim `asynchronous`, for fewer epochs."""
+    config = asynchronous.base(full=False)
+    config.data.dir = args.data_dir
+    config.train.epochs = args.epochs
+    config.eval.every = config.checkpoint.every = 0
+    return config
+
+
 def network(args: argparse.Namespace) -> Trained:
     """Trains a network without a codec, or loads it if it is finished."""
-    config = small_runs.config(args, seed=0)
-    config.checkpoint.every = 0
-    train_and_evaluate(config, args.workdir)
+    train_and_evaluate(configured(args), args.workdir)
     return load_trained(Path(args.workdir))
+
+
+def all_images(args: argparse.Namespace) -> Source:
+    """Returns the source of all training images."""
+    config = configured(args)
+    config.data.train_examples = 0
+    settings = make_settings(config)
+    return make_source(settings.data, settings.seed)
 
 
 def activations(trained: Trained, images: np.ndarray) -> list[jax.Array]:
@@ -230,11 +248,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     flags = harness.parser(__doc__)
-    small_runs.add_flags(flags, "runs/vq_rate")
-    flags.set_defaults(epochs=6.0)
+    flags.add_argument("--data_dir", default="", help="a prepared TFDS directory")
+    flags.add_argument("--epochs", type=float, default=6.0)
+    flags.add_argument("--workdir", default="runs/vq_rate")
     args = flags.parse_args()
     trained = network(args)
-    source = small_runs.source(argparse.Namespace(**vars(args) | {"images": 0}))  # 0: all images
+    source = all_images(args)
     seen = source.steps_per_epoch * source.batch(0).inputs.shape[0]
     train = collect(
         trained,
