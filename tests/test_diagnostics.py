@@ -362,15 +362,20 @@ def test_probe_before_training_starts_the_codebook(tmp_path):
     spec, source = experiment.spec, experiment.source
     (module, state), root = (spec.modules[0], spec.init()[0]), rngs.probe(rngs.root(spec.seed))
     codec, book = spec.codec, state.extras["codec"]
-    errors = []
-    for number in range(2):
-        inputs = spec.task.evaluate(source.batch(number).inputs)
+
+    @jax.jit
+    def sent(inputs):
+        """Returns the activations, and the codebook that they start."""
+        inputs = spec.task.evaluate(inputs)
         outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, {}, train=True)
-        if number == 0:
-            key = rngs.codec(rngs.module(root, 0), 0)
-            book = codec.publish(book, key, outputs, jnp.zeros((), jnp.int32))
-        decoded = codec.decode(codec.codebook(book), codec.encode(codec.codebook(book), outputs))
-        errors.append(float(jnp.linalg.norm(decoded - outputs) / jnp.linalg.norm(outputs)))
+        key = rngs.codec(rngs.module(root, 0), 0)
+        return outputs, codec.codebook(codec.publish(book, key, outputs, jnp.zeros((), jnp.int32)))
+
+    outputs, books = zip(*(sent(source.batch(number).inputs) for number in range(2)))
+    errors = []
+    for x in outputs:
+        difference = codec.decode(books[0], codec.encode(books[0], x)) - x
+        errors.append(float(jnp.linalg.norm(difference) / jnp.linalg.norm(x)))
     first = ours(tmp_path)[0]
     assert first["diagnostics/module_1/codec_error"] == pytest.approx(np.mean(errors), rel=1e-4)
     assert 0.05 < np.mean(errors) < 0.8  # with an empty codebook it would be 1
