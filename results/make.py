@@ -204,7 +204,7 @@ def kept(record: Mapping[str, float]) -> dict[str, float]:
     probed = {
         key: float(f"{value:.4g}")
         for key, value in record.items()
-        if key.endswith(PROBED) and value is not None
+        if key.startswith(("diagnostics/", "final/")) and key.endswith(PROBED) and value is not None
     }
     return probed and {key: record[key] for key in ("step", "epoch")} | probed
 

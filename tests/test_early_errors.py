@@ -17,7 +17,8 @@ def reports(monkeypatch):
     """Returns what is reported to other processes: how this one would join, and the message."""
     seen = []
 
-    def join(*where, on_cpu):
+    def join(*where, bind, on_cpu):
+        assert bind
         seen.append((*where, on_cpu))
 
     def fail_early(join, message):
@@ -57,7 +58,16 @@ def test_an_unusable_address_leaves_the_exit_code(reports):
     assert reports == []
 
 
-@pytest.mark.parametrize("flags", [WORLD, ("--distributed=false", *WORLD), ()])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        WORLD,
+        ("--distributed=false", *WORLD),
+        ("--distributed", "--nodistributed", *WORLD),
+        ("--distributed", "--mode=eval", *WORLD),
+        (),
+    ],
+)
 def test_a_run_of_one_process_tells_nobody(reports, flags):
     assert leave(*flags) == 2
     assert reports == []

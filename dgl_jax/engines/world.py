@@ -35,7 +35,7 @@ _PREFIX = "dgl_jax"
 
 _ABSENT = (
     "--distributed: not all processes joined within {} s; the same command has to run on every "
-    "host, and reach --coordinator"
+    "host, and reach --coordinator if that is given"
 )
 
 T = TypeVar("T")
@@ -288,17 +288,23 @@ def fail_early(join: Callable[[], None], message: str, seconds: float = _JOIN_SE
       seconds: exits after this time at the latest, whether or not the others could be told.
     """
 
+    connected = threading.Event()
+
     def tell() -> None:
-        with suppress(BaseException):  # such as a coordinator that is not there
+        with suppress(BaseException):  # such as a coordinator that is not there, or another mistake
             if _State.client is None:
                 join()
-            if _State.count > 1:
-                _fail(message, 2)
+        if _State.count > 1:
+            connected.set()
+            _fail(message, 2)
 
     _State.told = True
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    thread.join(seconds)
+    with suppress(KeyboardInterrupt):
+        thread.join(seconds)
+        if connected.is_set():
+            thread.join(2 * _LAST_SECONDS)
     _flush()
     os._exit(2)
 

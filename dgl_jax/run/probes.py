@@ -206,7 +206,8 @@ class Probes:
         untrained = [
             not count and bool(jax.tree.leaves(p.codec)) for count, p in zip(counts(state), parts)
         ]
-        programs, starts = self._programs(spec), self._programs(spec, start=True)
+        programs = self._programs(spec)
+        starts = self._programs(spec, start=True) if any(untrained) else []
         sums: list[Any] = [None for _ in modules]
         inputs: list[list[Any]] = [[] for _ in modules]
         errors: list[list[Any]] = [[] for _ in modules]

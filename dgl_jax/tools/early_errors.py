@@ -2,13 +2,14 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from dgl_jax import system
 from dgl_jax.errors import explain
 
-_FLAGS = ("distributed", "coordinator", "num_processes", "process_id", "cpu_devices")
+_FLAGS = ("distributed", "coordinator", "num_processes", "process_id", "cpu_devices", "mode")
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def told(argv: Sequence[str]) -> Iterator[None]:
     except SystemExit as leaving:
         flags, error = _flags(argv), leaving.__cause__
         distributed = (flags.distributed or "false").lower() not in ("false", "0", "f", "no", "n")
-        if distributed and leaving.code == 2 and isinstance(error, Exception):
+        trains = (flags.mode or "train") == "train"  # no other mode has several processes
+        if distributed and trains and leaving.code == 2 and isinstance(error, Exception):
             _tell(flags, explain(error) or str(error))
         raise
 
@@ -35,18 +37,22 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in _FLAGS:
         parser.add_argument(f"--{name}", nargs="?", const="true")
+    parser.add_argument("--nodistributed", dest="distributed", action="store_const", const="false")
     return parser.parse_known_args([re.sub(r"^-(?=\w)", "--", flag) for flag in argv[1:]])[0]
 
 
 def _tell(flags: argparse.Namespace, message: str) -> None:
-    from dgl_jax.engines import world  # imports JAX
-
     def join() -> None:
         processes, process = (
             None if text is None else int(text) for text in (flags.num_processes, flags.process_id)
         )
-        on_cpu = bool(flags.cpu_devices) or system.environment().get("JAX_PLATFORMS") == "cpu"
-        world.join(flags.coordinator, processes, process, on_cpu=on_cpu)
+        on_cpu = bool(flags.cpu_devices) or environment.get("JAX_PLATFORMS") == "cpu"
+        bind = "JAX_COORDINATOR_BIND_ADDRESS" not in environment
+        world.join(flags.coordinator, processes, process, bind=bind, on_cpu=on_cpu)
 
-    with suppress(Exception):
+    environment = system.environment()
+    with suppress(Exception):  # such as a library that is missing
+        from dgl_jax.engines import world  # imports JAX
+
+        print("telling the other processes (a minute at most)", file=sys.stderr, flush=True)
         world.fail_early(join, " ".join(message.split()))

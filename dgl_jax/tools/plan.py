@@ -3,12 +3,12 @@
 The prediction is an event simulation (`timeline.py`) of the engine's schedule, using the training
 time of each block and head and, if these are measured, of the augmentation and of the codec at each
 hop. A batch split over g devices takes 1/g of the time, plus the sum of the gradients over the
-group. No data set is read. Not modeled is contention between devices other than for the cores of a
-shared host.
+group. No data set is read. Contention is modeled for the cores of a shared host only.
 """
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,6 +47,7 @@ from dgl_jax.tools.pipeline import (
 from dgl_jax.tools.plan_text import plan_lines
 from dgl_jax.tools.timeline import Span, waiting
 
+_LOG = logging.getLogger(__name__)
 _NOTHING = Elapsed(0.0, 0.0)
 _DRAWN = 8  # batches in the picture, in addition to one per module
 
@@ -201,8 +202,13 @@ def plan(
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     traffic, specs = spec.traffic(), _with_codecs(spec, settings)
-    if not stated:
-        coding |= codec_times(specs, device, concurrency=concurrency)
+    for name in () if stated else specs:
+        try:
+            coding |= codec_times({name: specs[name]}, device, concurrency=concurrency)
+        except Exception as error:
+            if name == settings.codec.name:
+                raise
+            _LOG.warning("codec %s: not measured, taken as free (%s)", name, error)
     pipelines = {name: pipeline.longer(coding[name], groups) for name in specs}
     codecs = {
         name: _codec(pipelines[name], specs[name]) if name in specs else None for name in CODECS
