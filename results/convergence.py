@@ -179,7 +179,8 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
     names = [row.name for row in rows]
-    header = f"| module | `{names[0]}`, % by pass | `{names[1]}`, % by pass | `layerwise` ahead until pass |"
+    columns = [f"`{name}`, % by pass" for name in names]
+    header = f"| module | {' | '.join(columns)} | `layerwise` ahead until pass |"
     return [header, "|---|---|---|---|", *texts]
 
 
