@@ -161,8 +161,8 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
                 return own_passes(run, module, (places, [100 * value for value in values]))
 
             def norm(run: Run, module: int = k) -> Line | None:
-                found = gradient(module)(run)
-                return found and own_passes(run, module, found)
+                line = gradient(module)(run)
+                return line and own_passes(run, module, line)
 
             accuracies.append(mean_line(row.runs, curve))
             upper.plot(*accuracies[-1], color=color, label=row.name)

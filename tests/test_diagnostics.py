@@ -365,7 +365,6 @@ def test_probe_before_training_starts_the_codebook(tmp_path):
 
     @jax.jit
     def sent(inputs):
-        """Returns the activations, and the codebook that they start."""
         inputs = spec.task.evaluate(inputs)
         outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, {}, train=True)
         key = rngs.codec(rngs.module(root, 0), 0)
@@ -376,8 +375,8 @@ def test_probe_before_training_starts_the_codebook(tmp_path):
     for x in outputs:
         difference = codec.decode(books[0], codec.encode(books[0], x)) - x
         errors.append(float(jnp.linalg.norm(difference) / jnp.linalg.norm(x)))
-    first = ours(tmp_path)[0]
-    assert first["diagnostics/module_1/codec_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    measured = ours(tmp_path)[0]["diagnostics/module_1/codec_error"]
+    assert measured == pytest.approx(np.mean(errors), rel=1e-4)
     assert 0.05 < np.mean(errors) < 0.8  # with an empty codebook it would be 1
 
 

@@ -188,7 +188,7 @@ def predictions(
     spec = experiment.spec
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
-    (coding,) = codec_times({"": spec}, jax.devices()[0], concurrency=args.concurrency).values()
+    coding = codec_times(spec, jax.devices()[0], concurrency=args.concurrency)
     augmentation = augmentation_time(spec, jax.devices()[0], concurrency=args.concurrency)
     seconds, processor = (
         [costs.module(a, b) + codec for a, b, codec in zip(starts, ends, codecs)]
@@ -197,13 +197,13 @@ def predictions(
     seconds[0] += augmentation.seconds
     processor[0] += augmentation.processor
     rate, idle = predict(experiment, seconds, processor, small, args)
-    found = {"predicted": rate, "predicted_idle": idle}
+    rates = {"predicted": rate, "predicted_idle": idle}
     if experiment.settings.engine.name == "pipeline":
         state = experiment.engine.init()
         elapsed = module_times(experiment, state, args.calls, args.concurrency)
         seconds, processor = [e.seconds for e in elapsed], [e.processor for e in elapsed]
-        found["predicted_from_programs"] = predict(experiment, seconds, processor, small, args)[0]
-    return found
+        rates["predicted_from_programs"] = predict(experiment, seconds, processor, small, args)[0]
+    return rates
 
 
 def main() -> None:

@@ -129,10 +129,10 @@ def rates(network: Network, devices: int, between: Link) -> dict[str, float]:
     # Each device of a group sends its part of the batch over a link of its own.
     wide = dataclasses.replace(hop, bandwidth=group * hop.bandwidth)
     pipeline = dataclasses.replace(pipeline, works=tuple(works), link=wide)
-    found = {codec: pipeline.steady(traffic.wire)[0] for codec, traffic in network.traffic.items()}
+    ticks = {codec: pipeline.steady(traffic.wire)[0] for codec, traffic in network.traffic.items()}
     summed = sum(sum_seconds(each, devices, between) for each in network.sums)
-    found["fused"] = 1.0 / (sum(seconds) / devices + summed)
-    return found
+    ticks["fused"] = 1.0 / (sum(seconds) / devices + summed)
+    return ticks
 
 
 def table(network: Network, between: Link, args: argparse.Namespace) -> tuple[list[str], Any]:
@@ -141,12 +141,12 @@ def table(network: Network, between: Link, args: argparse.Namespace) -> tuple[li
     speedups: dict[str, list[float]] = {name: [] for name in (*CODECS, "fused")}
     rows = []
     for devices in DEVICES:
-        found = rates(network, devices, between)
+        ticks = rates(network, devices, between)
         group = devices // args.modules
-        for name, rate in found.items():
+        for name, rate in ticks.items():
             speedups[name].append(rate * sum(network.seconds))
         sent = [
-            max(network.traffic[codec].wire) * args.batch_size * found[codec] / group / 1e9
+            max(network.traffic[codec].wire) * args.batch_size * ticks[codec] / group / 1e9
             for codec in CODECS
         ]
         last = {name: values[-1] for name, values in speedups.items()}

@@ -145,13 +145,13 @@ def _chatter_to_stderr() -> None:
 
 def _set_cpu_addresses(host: str | None) -> None:
     """Sets the addresses at which CPU devices receive arrays from other processes."""
-    own = own_address(host)
+    address = own_address(host)
     with socket.socket() as free:
-        free.bind((own, 0))
+        free.bind((address, 0))
         port = free.getsockname()[1]
     # With port 0 the transfers would hang. The default of the second option is all interfaces.
-    jax.config.update("jax_cross_host_transfer_socket_address", f"{own}:{port}")
-    jax.config.update("jax_cross_host_transport_addresses", f"{own}:0,{own}:0")
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{address}:{port}")
+    jax.config.update("jax_cross_host_transport_addresses", f"{address}:0,{address}:0")
 
 
 def own_address(host: str | None) -> str:

@@ -17,7 +17,6 @@ from dgl_jax.spec import TrainSpec
 _LOG = logging.getLogger(__name__)
 _NOTHING = Elapsed(0.0, 0.0)
 _Program = tuple[Callable[..., Any], tuple[Any, ...]]  # with its arguments: arrays or their shapes
-_Part = tuple[str, jax.ShapeDtypeStruct, str]  # codec, activations, "send" or "receive"
 _Key = TypeVar("_Key", bound=Hashable)
 
 
@@ -36,42 +35,39 @@ def augmentation_time(
     def program(state: tuple[()], key: Any, inputs: Any) -> tuple[Any, ...]:
         return state, spec.task.train(key, inputs)
 
-    programs = {"augmentation": (program, ((), rngs.root(0), spec.batch().inputs))}
-    return _measured(programs, "the augmentation", device, repeats, concurrency)["augmentation"]
+    programs = {"a batch": (program, ((), rngs.root(0), spec.batch().inputs))}
+    return _measured(programs, "the augmentation", device, repeats, concurrency)["a batch"]
 
 
 def codec_times(
-    specs: Mapping[str, TrainSpec], device: jax.Device, repeats: int = 7, concurrency: int = 1
-) -> dict[str, list[Elapsed]]:
-    """Measures how much longer the turns of each module take with each codec.
+    spec: TrainSpec, device: jax.Device, repeats: int = 7, concurrency: int = 1
+) -> list[Elapsed]:
+    """Measures how much longer the turn of each module takes because of the codec.
 
     The program of a sender encodes a message and learns from it; the program of a receiver decodes
     it. Gradients that travel down are included if the method encodes them. A codec that returns its
     inputs takes no time.
 
     Args:
-      specs: training runs that differ in nothing but their codec, by the name of the codec.
+      spec: the training run.
       device: the device to measure on.
       repeats: see `clocked`.
       concurrency: see `clocked`.
 
     Returns:
-      By name, one entry per module.
+      One entry per module.
     """
-    programs: dict[_Part, _Program] = {
-        (name, hop.activations, role): build(spec.codec, hop.activations)
-        for name, spec in specs.items()
+    programs = {
+        (hop.activations, role): build(spec.codec, hop.activations)
         for hop in spec.hops
         for role, build in (("send", _sender), ("receive", _receiver))
     }
-    measured = _measured(programs, "codecs", device, repeats, concurrency)
-    return {
-        name: [
-            Elapsed(*map(sum, zip(_NOTHING, *(measured[name, *part] for part in _parts(spec, k)))))
-            for k in range(len(spec.modules))
-        ]
-        for name, spec in specs.items()
-    }
+    what = f"the codec {type(spec.codec).__name__}"
+    measured = _measured(programs, what, device, repeats, concurrency)
+    return [
+        Elapsed(*map(sum, zip(_NOTHING, *(measured[part] for part in _parts(spec, k)))))
+        for k in range(len(spec.modules))
+    ]
 
 
 def _measured(
@@ -95,7 +91,7 @@ def _measured(
         arrays = jax.device_put(jax.tree.map(_concrete, inputs), device)
         measured[key], _ = clocked(program, *arrays, repeats=repeats, concurrency=concurrency)
         milliseconds = 1e3 * measured[key].seconds
-        _LOG.info("%s: %.4g ms", _shown(key), milliseconds)
+        _LOG.info("%s, %s: %.4g ms", what, _shown(key), milliseconds)
     return measured
 
 
@@ -103,8 +99,8 @@ def _shown(key: Any) -> str:
     """Returns the description of a program for the log."""
     if isinstance(key, str):
         return key
-    name, x, role = key
-    return f"codec {name}, {role} {' x '.join(map(str, x.shape))}"
+    x, role = key
+    return f"{role} {' x '.join(map(str, x.shape))}"
 
 
 def _parts(spec: TrainSpec, k: int) -> Iterator[tuple[jax.ShapeDtypeStruct, str]]:

@@ -152,6 +152,6 @@ def _is_key(leaf: Any) -> bool:
 
 def _implementation(key: Any) -> Any:
     """Returns the generator that a random key is for, given its shape and dtype."""
-    found: list[Any] = []
-    jax.eval_shape(lambda traced: found.append(jax.random.key_impl(traced)), key)
-    return found[0]
+    kinds: list[Any] = []
+    jax.eval_shape(lambda traced: kinds.append(jax.random.key_impl(traced)), key)
+    return kinds[0]

@@ -117,7 +117,7 @@ class Probes:
         new = Stored(walk.inputs, np.array(counts(state), np.int64), reads)
         values: dict[str, float] = {}
         for k, module in enumerate(spec.modules):
-            found: dict[str, float] = {}
+            metrics: dict[str, float] = {}
             if (gradient := walk.gradients[k]) is not None:
                 if step == 0 and not gradient[1]:
                     raise UserError(
@@ -126,18 +126,18 @@ class Probes:
                         "config.diagnostics.batches, another config.objective.name, or no "
                         "diagnostics"
                     )
-                found["gradient_squared"], found["gradient_second_moment"] = gradient
+                metrics["gradient_squared"], metrics["gradient_second_moment"] = gradient
                 if (n := len(self._batches)) > 1:
-                    found["gradient_unbiased"] = (n * gradient[0] - gradient[1]) / (n - 1)
+                    metrics["gradient_unbiased"] = (n * gradient[0] - gradient[1]) / (n - 1)
             if k and (error := walk.codec_errors[k - 1]) is not None:
-                found["codec_error"] = error
+                metrics["codec_error"] = error
             if self._last is not None:
                 if k:
-                    found |= _numbers(drift(self._last.inputs[k - 1], new.inputs[k - 1]))
+                    metrics |= _numbers(drift(self._last.inputs[k - 1], new.inputs[k - 1]))
                 count, total = reads[k] - self._last.reads[k]
                 if count > 0:
-                    found["staleness"] = total / count
-            values |= {f"diagnostics/{module.name}/{name}": v for name, v in found.items()}
+                    metrics["staleness"] = total / count
+            values |= {f"diagnostics/{module.name}/{name}": v for name, v in metrics.items()}
         self._record.write(step, values)
         self._last = new
         content = _packed(new)
@@ -173,10 +173,10 @@ class Probes:
                 self._rates(probes[a].updates[k], probes[b].updates[k])
                 for a, b in itertools.pairwise(steps)
             ]
-            distances = [float(found["mmd"].value) for found in final]
+            distances = [float(distance["mmd"].value) for distance in final]
             sums = weighted_drift(distances, rates, self._in_turn)
-            for s, found in zip(steps, final):
-                numbers = _numbers(found)
+            for s, distance in zip(steps, final):
+                numbers = _numbers(distance)
                 values[s] |= {f"final/{module.name}/{name}": v for name, v in numbers.items()}
             for s, weighted in zip(steps[1:], sums):
                 values[s][f"final/{module.name}/weighted_drift"] = weighted
@@ -222,15 +222,15 @@ class Probes:
                     codebook = parts[k - 1].codebook(spec)
                     read = Message(payload, put(codebook, placement.replicated(k))), context
                 incoming[-1].append(read)
-                found = (starts if untrained[k] else programs)[k](parts[k], *read)
+                result = (starts if untrained[k] else programs)[k](parts[k], *read)
                 if untrained[k]:
-                    parts[k], untrained[k] = parts[k]._replace(codec=found.codec), False
-                read = found.payload, found.context
-                if found.gradient is not None:
-                    sums[k] = _added(sums[k], found.gradient)
-                inputs[k].append(found.inputs)
-                errors[k].append(found.codec_error)
-        projected = [np.concatenate(jax.device_get(found)) for found in inputs[1:]]
+                    parts[k], untrained[k] = parts[k]._replace(codec=result.codec), False
+                read = result.payload, result.context
+                if result.gradient is not None:
+                    sums[k] = _added(sums[k], result.gradient)
+                inputs[k].append(result.inputs)
+                errors[k].append(result.codec_error)
+        projected = [np.concatenate(jax.device_get(batches)) for batches in inputs[1:]]
         size = len(self._batches) * spec.batch_size
         none = np.zeros((0, size, self._experiment.settings.diagnostics.projections), np.float32)
         return Walk(
@@ -249,8 +249,8 @@ class Probes:
             return None
         total = None
         for read in incoming:
-            found = self._programs(spec)[k](Parts.of(state.modules[k]), *read)
-            total = _added(total, found.gradient)
+            result = self._programs(spec)[k](Parts.of(state.modules[k]), *read)
+            total = _added(total, result.gradient)
         return _moments(total, len(incoming))
 
     def _programs(self, spec: TrainSpec, start: bool = False) -> list[Any]:

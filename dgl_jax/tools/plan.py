@@ -204,7 +204,7 @@ def plan(
     traffic, specs = spec.traffic(), _with_codecs(spec, settings)
     for name in () if stated else specs:
         try:
-            coding |= codec_times({name: specs[name]}, device, concurrency=concurrency)
+            coding[name] = codec_times(specs[name], device, concurrency=concurrency)
         except Exception as error:
             if name == settings.codec.name:
                 raise

@@ -150,10 +150,10 @@ class Row:
           metric: such as "accuracy" or "loss".
         """
         k = self.modules - 1 if k < 0 else k
-        found = [run.curves.get((split, k, metric)) for run in self.finished or self.runs]
-        curves = [dict(zip(*curve)) for curve in found if curve]
+        every = [run.curves.get((split, k, metric)) for run in self.finished or self.runs]
+        curves = [dict(zip(*curve)) for curve in every if curve]
         if len(curves) < 2:
-            return next(filter(None, found), None)
+            return next(filter(None, every), None)
         shared = sorted(set(curves[0]).intersection(*curves[1:]))
         if len(shared) < 2:  # the runs were measured at other epochs
             return sorted(curves[0]), [curves[0][x] for x in sorted(curves[0])]
@@ -188,7 +188,7 @@ class Group:
 
         Empty if all rows are equal, or if they were measured on different data.
         """
-        means = {n: found.mean for n, row in enumerate(self.rows) if (found := value(row))}
+        means = {n: number.mean for n, row in enumerate(self.rows) if (number := value(row))}
         if len(set(means.values())) < 2 or any(_DATA.fullmatch(name) for name in self.columns):
             return frozenset()
         return frozenset(n for n, mean in means.items() if mean == max(means.values()))

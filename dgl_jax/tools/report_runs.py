@@ -105,10 +105,10 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
         except (UserError, AttributeError, TypeError) as error:
             notes.append(str(error))
     order = {folder: number for number, folder in enumerate(recorded)}
-    found = sorted(
+    folders = sorted(
         {*folders, *recorded}, key=lambda folder: (order.get(folder, math.inf), _natural(folder))
     )
-    return [read_run(folder, root, recorded.get(folder, {})) for folder in found], notes
+    return [read_run(folder, root, recorded.get(folder, {})) for folder in folders], notes
 
 
 def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
