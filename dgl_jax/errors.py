@@ -124,11 +124,11 @@ _DISTRIBUTIONS = {
 
 
 @contextmanager
-def needed(what: str) -> Iterator[None]:
+def needed(purpose: str) -> Iterator[None]:
     """Turns a failed import inside the block into one line with the command that installs it.
 
     Args:
-      what: mode, flag or field that needs the library; the error message begins with it.
+      purpose: mode, flag or field that needs the library; the error message begins with it.
 
     Raises:
       UserError: if a library is not installed.
@@ -141,23 +141,23 @@ def needed(what: str) -> Iterator[None]:
             raise
         name = _DISTRIBUTIONS.get(library, library)
         raise UserError(
-            f"{what} needs {name}, which is not installed: {_install(library, name)}"
+            f"{purpose} needs {name}, which is not installed: {_install(library, name)}"
         ) from error
 
 
-def require(what: str, *libraries: str) -> None:
+def require(purpose: str, *libraries: str) -> None:
     """Checks that libraries are installed without importing them.
 
     Call it before a long run, so that the run does not fail at its end.
 
     Args:
-      what: mode, flag or field that needs the libraries; the error message begins with it.
+      purpose: mode, flag or field that needs the libraries; the error message begins with it.
       libraries: names of importable modules.
 
     Raises:
       UserError: if a library is not installed.
     """
-    with needed(what):
+    with needed(purpose):
         for library in libraries:
             if sys.modules.get(library) is None and importlib.util.find_spec(library) is None:
                 raise ModuleNotFoundError(name=library)

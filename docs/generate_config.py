@@ -145,15 +145,15 @@ def _attributes(cls: type) -> dict[str, str]:
     """Parses the `Attributes:` section of a docstring; an entry may name several fields."""
     text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
     section = re.search(r"^Attributes:\n((?:(?:[ \t]+.*)?\n?)*)", text, re.M)
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     names: list[str] = []
     for line in textwrap.dedent(section[1]).splitlines() if section else ():
         if entry := re.match(r"([\w`]+(?:, [\w`]+)*)(?: \([^)]*\))?:\s*(.*)", line):
             names = [name.strip("`") for name in entry[1].split(", ")]
-            found |= dict.fromkeys(names, entry[2])
+            sentences |= dict.fromkeys(names, entry[2])
         elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
+            sentences |= {name: f"{sentences[name]} {line.strip()}" for name in names}
+    return sentences
 
 
 def summary(cls: type) -> str:

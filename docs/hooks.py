@@ -77,17 +77,17 @@ def outside_code(markdown: str, change: Callable[[str], str]) -> str:
 
 def _outside(file: File) -> list[tuple[str, str]]:
     """Returns (target, path from the root) of each link of a page that leaves `docs/`."""
-    found: list[tuple[str, str]] = []
+    targets: list[tuple[str, str]] = []
 
     def look(line: str) -> str:
         for match in _LINK.finditer(line):
             outside = _beside_docs(posixpath.dirname(file.src_uri), match[3] or "")
             if outside is not None:
-                found.append((match[3], outside))
+                targets.append((match[3], outside))
         return line
 
     outside_code(file.content_string, look)
-    return found
+    return targets
 
 
 def _beside_docs(here: str, target: str) -> str | None:

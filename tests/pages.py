@@ -58,7 +58,7 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
       page: the file.
       text: replaces the contents of the file.
     """
-    found: list[Block] = []
+    result: list[Block] = []
     lines = (page.read_text(encoding="utf-8") if text is None else text).splitlines()
     opened: re.Match[str] | None = None
     first = 0
@@ -71,10 +71,10 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
             mark = _MARK.fullmatch(lines[first - 2]) if first > 1 else None
             kind, value = mark.groups() if mark else ("", "")
             source = "\n".join(code) + "\n"
-            found.append(Block(page, first + 1, opened[3], source, kind, value))
+            result.append(Block(page, first + 1, opened[3], source, kind, value))
             opened = None
     assert opened is None, f"{page}:{first}: the block of code has no end"
-    return found
+    return result
 
 
 def prose(page: Path) -> str:
@@ -111,8 +111,8 @@ class Command:
 
     def flag(self, name: str) -> str | None:
         """Returns the value of a flag that is written as `--name=value`."""
-        found = [w.partition("=")[2] for w in self.words if w.startswith(f"--{name}=")]
-        return found[-1] if found else None
+        values = [w.partition("=")[2] for w in self.words if w.startswith(f"--{name}=")]
+        return values[-1] if values else None
 
     def __str__(self) -> str:
         return f"{self.block}: {shlex.join(self.words)}"
@@ -120,7 +120,7 @@ class Command:
 
 def commands(block: Block) -> list[Command]:
     """Returns the commands of a `sh` block: continued lines are joined, comments left out."""
-    found = []
+    result = []
     for line in block.code.replace("\\\n", " ").splitlines():
         for part in re.split(r"\s(?:&&|;)\s", line):
             words = shlex.split(part.removeprefix("$ "), comments=True)
@@ -130,21 +130,21 @@ def commands(block: Block) -> list[Command]:
             if len(words) > 2 and words[-2] == ">":
                 *words, _, output = words
             if words:
-                found.append(Command(block, tuple(words), output))
-    return found
+                result.append(Command(block, tuple(words), output))
+    return result
 
 
 def headings(page: Path) -> set[str]:
     """Returns the anchors of a page, as GitHub and the site write them."""
-    found: set[str] = set()
+    anchors: set[str] = set()
     for text in re.findall(r"^#+\s+(.+?)\s*#*$", _without_blocks(page), re.M):
         slug = base = slugify(text)
         number = 0
-        while slug in found:
+        while slug in anchors:
             number += 1
             slug = f"{base}-{number}"
-        found.add(slug)
-    return found | set(re.findall(r"""<a (?:id|name)=["']([^"']+)""", prose(page)))
+        anchors.add(slug)
+    return anchors | set(re.findall(r"""<a (?:id|name)=["']([^"']+)""", prose(page)))
 
 
 def _without_blocks(page: Path) -> str:
@@ -172,7 +172,7 @@ def links(page: Path) -> Iterator[str]:
 
 def broken_links(page: Path) -> list[str]:
     """Returns the relative links of a page that lead nowhere, anchors included."""
-    found = []
+    broken = []
     for target in links(page):
         if re.match(r"[a-z]+:", target):
             continue  # the network is not asked
@@ -180,8 +180,8 @@ def broken_links(page: Path) -> list[str]:
         file = (page.parent / path).resolve() if path else page
         missing = not file.exists() or not file.is_relative_to(ROOT)
         if missing or (anchor and not _has_anchor(file, anchor)):
-            found.append(f"{page.relative_to(ROOT)}: {target}")
-    return found
+            broken.append(f"{page.relative_to(ROOT)}: {target}")
+    return broken
 
 
 def _has_anchor(file: Path, anchor: str) -> bool:

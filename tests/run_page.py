@@ -79,12 +79,12 @@ def parsed(command: Command, known: dict[str, list[str]]) -> dict[str, Any]:
     return json.loads(Path("parsed.json").read_text())
 
 
-def small(command: Command, found: dict[str, Any]) -> list[str]:
+def small(command: Command, settings: dict[str, Any]) -> list[str]:
     """Returns the arguments that make a command take seconds: two updates, no data to download."""
     arguments = list(command.arguments or ())
-    if found["config"] is None or found["mode"] not in ("train", "bench", "plan"):
+    if settings["config"] is None or settings["mode"] not in ("train", "bench", "plan"):
         return arguments
-    config = found["config"]
+    config = settings["config"]
     fields: dict[str, Any] = {"train.steps": 2, "log.every": 1}
     fields["model.width"] = max(8, *np.ravel(config["codec"].get("dims", 8)).tolist())
     if config["method"]["name"] == "dgl" and config["model"].get("head") == "mlp_sr":
@@ -96,27 +96,27 @@ def small(command: Command, found: dict[str, Any]) -> list[str]:
     elif config["data"]["name"] == "folder":
         fields["data.batch_size"] = 4
     arguments += [f"--config.{name}={value}" for name, value in fields.items()]
-    return arguments + (["--bench_steps=2"] if found["mode"] == "bench" else [])
+    return arguments + (["--bench_steps=2"] if settings["mode"] == "bench" else [])
 
 
-def prepare(command: Command, found: dict[str, Any]) -> None:
+def prepare(command: Command, settings: dict[str, Any]) -> None:
     """Provides the run or the images that a command reads, unless the page has made them."""
-    if found["mode"] == "report":  # the page has trained the runs below its folder
+    if settings["mode"] == "report":  # the page has trained the runs below its folder
         return
     workdir = command.flag("workdir")
-    if found["mode"] == "sweep":  # its folder must hold no run
+    if settings["mode"] == "sweep":  # its folder must hold no run
         return
-    reads_run = command.flag("config") is None or found["mode"] in ("predict", "export", "plot")
+    reads_run = command.flag("config") is None or settings["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):
         if folder and not Path(folder, "config.json").exists():
             _call(run_command, ["--config=digits", f"--workdir={folder}", *_SMALL_RUN], os.devnull)
     images = command.flag("images")
     if images and not any(Path().glob(images)):
         _save_images(Path(images))
-    if found["config"] and found["config"]["data"]["name"] == "folder":
+    if settings["config"] and settings["config"]["data"]["name"] == "folder":
         for part in ("train", "test"):
             for label in ("cats", "dogs"):
-                _save_images(Path(found["config"]["data"]["dir"], part, label))
+                _save_images(Path(settings["config"]["data"]["dir"], part, label))
 
 
 def _save_images(folder: Path, count: int = 12) -> None:
@@ -176,12 +176,12 @@ def run(page: Path, parse_only: bool) -> None:
 
 
 def _run_command(command: Command, known: dict[str, list[str]], parse_only: bool) -> None:
-    found = parsed(command, known)
+    settings = parsed(command, known)
     # Of what needs ImageNet's archives, or is as large, the command line alone is checked.
-    large = found["config"] and found["config"]["data"]["name"].startswith("imagenet")
+    large = settings["config"] and settings["config"]["data"]["name"].startswith("imagenet")
     if not parse_only and not large:
-        prepare(command, found)
-        _call(run_command, small(command, found), command.output)
+        prepare(command, settings)
+        _call(run_command, small(command, settings), command.output)
 
 
 if __name__ == "__main__":

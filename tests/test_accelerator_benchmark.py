@@ -216,8 +216,8 @@ def job(tmp_path, **changed):
 
 
 def row(group, name):
-    (found,) = (r for r in run.shipped(group)("smoke") if r.name == name)
-    return found
+    (match,) = (r for r in run.shipped(group)("smoke") if r.name == name)
+    return match
 
 
 def test_a_switch_without_a_field_says_so(tmp_path, monkeypatch):

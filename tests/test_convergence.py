@@ -119,53 +119,53 @@ def test_training_equals_numpy(name):
 @pytest.mark.parametrize("name", RUNS)
 def test_bound_holds_at_every_step(name):
     for seed in (0, 1):
-        found = bound_of(run(name, seed), RATES, QUANTUM if "grid" in name else 0.0)
-        assert np.all(found.left <= found.right)
-        assert np.all(found.smallest <= found.right / found.rates)
-        per_rate = found.right / found.rates / found.most
+        result = bound_of(run(name, seed), RATES, QUANTUM if "grid" in name else 0.0)
+        assert np.all(result.left <= result.right)
+        assert np.all(result.smallest <= result.right / result.rates)
+        per_rate = result.right / result.rates / result.most
         # The gradients are at most G anyway: the bound says more, and more with every step.
         assert per_rate[-1] < 0.5
         assert per_rate[-1] < 0.78 * per_rate[STEPS // 4]
-        assert found.smallest[-1] < 1e-5
+        assert result.smallest[-1] < 1e-5
 
 
 def test_bound_holds_for_the_third_module():
     params = run("fused").params
     final = Law.behind(settled(), Law.behind(settled()).optimum())
     laws = [Law.behind(a, float(theta[0])) for a, theta in zip(params[0], params[1])]
-    found = bound(params[2], laws[:STEPS], final, RATES)
-    assert np.all(found.left <= found.right)
-    assert found.right[-1] / found.rates[-1] < 0.6 * found.most
+    result = bound(params[2], laws[:STEPS], final, RATES)
+    assert np.all(result.left <= result.right)
+    assert result.right[-1] / result.rates[-1] < 0.6 * result.most
 
 
 def test_twin_bound_without_drift_fails():
     rate = robbins_monro(0.01)
     spec = make_spec(2, constant_producer(rate, 0.001))
     slow = train(fused(spec), (np.array([2.0, 0.0, 0.0]), 1.0), 60, 0)
-    found = bound_of(slow, np.asarray(rate(np.arange(60)), np.float64))
-    assert np.all(found.left <= found.right)
-    assert np.any(found.left > found.without_drift)
+    result = bound_of(slow, np.asarray(rate(np.arange(60)), np.float64))
+    assert np.all(result.left <= result.right)
+    assert np.any(result.left > result.without_drift)
 
 
 def test_twin_producer_that_never_settles_keeps_bound_and_gradient_large():
     spec = make_spec(2, constant_producer(RATE, 0.7))
-    found = bound_of(train(fused(spec), START[:2], STEPS, 0), RATES)
-    per_rate = found.right / found.rates / found.most
+    result = bound_of(train(fused(spec), START[:2], STEPS, 0), RATES)
+    per_rate = result.right / result.rates / result.most
     assert per_rate[-1] > 0.85 * per_rate[STEPS // 4]
     assert per_rate[-1] > 0.7
-    assert found.smallest[-1] > 1e-3
+    assert result.smallest[-1] > 1e-3
 
 
 def test_twin_constant_steps_leave_a_floor():
     spec = make_spec(2, optax.sgd(0.3))
-    found = bound_of(train(fused(spec), START[:2], STEPS, 0), np.full(STEPS, 0.3))
-    assert np.all(found.left <= found.right)
+    result = bound_of(train(fused(spec), START[:2], STEPS, 0), np.full(STEPS, 0.3))
+    assert np.all(result.left <= result.right)
     settling = bound_of(run("S=1,M=1"), RATES)
     noise, other = (
         (b.without_drift[-1] - b.without_drift[STEPS // 4]) / (b.rates[-1] - b.rates[STEPS // 4])
-        for b in (found, settling)
+        for b in (result, settling)
     )
-    floor = found.most * Law.behind(settled()).moment(2) * 0.3 / 2
+    floor = result.most * Law.behind(settled()).moment(2) * 0.3 / 2
     assert noise == pytest.approx(floor, rel=0.02)
     assert other < 0.2 * floor
 
@@ -174,12 +174,12 @@ def test_twin_too_large_steps_make_the_bound_empty():
     size = 3.5  # stable steps are below 2 / Lambda
     assert size > 2 / Law.behind(settled()).moment(2)
     spec = make_spec(2, constant_producer(lambda count: size, 0.1))
-    found = bound_of(train(fused(spec), START[:2], 40, 0), np.full(40, size))
-    assert np.all(found.right / found.rates >= found.most)
-    assert np.all(found.smallest > 1e-2)
+    result = bound_of(train(fused(spec), START[:2], 40, 0), np.full(40, size))
+    assert np.all(result.right / result.rates >= result.most)
+    assert np.all(result.smallest > 1e-2)
     # With the constant G of the first update it does not hold.
     first = Law.behind(START[0]).second_moment(START[1])
-    assert np.any(found.left > found.right * first / found.most)
+    assert np.any(result.left > result.right * first / result.most)
 
 
 def test_error_of_the_grid_is_the_known_one():
@@ -204,17 +204,17 @@ def test_probe_equals_numpy(quantum):
     below = jax.jit(lambda p: probe(spec, 0, 4, False, False, p, batch.inputs, batch.context))(
         parts[0]
     )
-    found = probe(spec, 1, 4, False, False, parts[1], Message(below.payload), below.context)
+    probed = probe(spec, 1, 4, False, False, parts[1], Message(below.payload), below.context)
     x = batch.inputs.astype(np.float64)
     z = x @ START[0]
     sent = np.round(z / quantum) * quantum if quantum else z
     gradients = np.mean((z - TARGET)[:, None] * x, axis=0), np.mean((1.3 * sent - TARGET) * sent)
-    for gradient, expected in zip((below.gradient, found.gradient), gradients):
+    for gradient, expected in zip((below.gradient, probed.gradient), gradients):
         (values,) = jax.tree.leaves(gradient)
         np.testing.assert_allclose(values, np.atleast_1d(expected), rtol=1e-6, atol=1e-6)
-    assert found.inputs.shape == (BATCH, 4)
-    slopes = np.linalg.lstsq(sent[:, None], np.asarray(found.inputs))[0]
-    np.testing.assert_allclose(found.inputs, sent[:, None] * slopes, rtol=1e-5, atol=1e-6)
+    assert probed.inputs.shape == (BATCH, 4)
+    slopes = np.linalg.lstsq(sent[:, None], np.asarray(probed.inputs))[0]
+    np.testing.assert_allclose(probed.inputs, sent[:, None] * slopes, rtol=1e-5, atol=1e-6)
     if quantum:
         error = np.linalg.norm(sent - z) / np.linalg.norm(z)
         assert float(below.codec_error) == pytest.approx(error, rel=1e-5)

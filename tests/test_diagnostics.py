@@ -56,20 +56,20 @@ def mmd_by_hand(x, y):
 )
 def test_distances_and_errors_equal_numpy(measure, by_hand):
     x, y = (sample.astype(np.float64) for sample in samples(35))
-    found = jax.jit(lambda a, b: distance(measure, a, b))(*samples(35))
-    assert float(found.value) == pytest.approx(by_hand(x, y), rel=1e-4)
+    estimate = jax.jit(lambda a, b: distance(measure, a, b))(*samples(35))
+    assert float(estimate.value) == pytest.approx(by_hand(x, y), rel=1e-4)
     # 16 groups of two examples: group g has the examples g and g + 16; the last three stay.
     left = [by_hand(*(np.delete(s, [g, g + 16], axis=0) for s in (x, y))) for g in range(16)]
     error = np.sqrt(15 / 16 * np.sum((np.array(left) - np.mean(left)) ** 2))
-    assert float(found.error) == pytest.approx(error, rel=1e-2)
+    assert float(estimate.error) == pytest.approx(error, rel=1e-2)
     swapped = float(measure(*samples(35)[::-1]))
-    assert swapped != pytest.approx(float(found.value), rel=1e-3)  # the reference sets the scale
+    assert swapped != pytest.approx(float(estimate.value), rel=1e-3)  # the reference sets the scale
 
 
 def test_equal_samples_have_distance_zero():
-    for found in drift(samples()[0], samples()[0].copy()).values():
-        assert float(found.value) == float(found.error) == 0
-    assert all(float(found.value) > 0.1 for found in drift(*samples()).values())
+    for estimate in drift(samples()[0], samples()[0].copy()).values():
+        assert float(estimate.value) == float(estimate.error) == 0
+    assert all(float(estimate.value) > 0.1 for estimate in drift(*samples()).values())
 
 
 def test_distances_of_normal_samples_equal_closed_forms():
@@ -77,16 +77,18 @@ def test_distances_of_normal_samples_equal_closed_forms():
     random = np.random.default_rng(0)
     reference = random.normal(size=(1000, 1)).astype(np.float32)
     sample = (0.5 + 0.8 * random.normal(size=(1000, 1))).astype(np.float32)
-    found = drift(sample, reference)
+    estimates = drift(sample, reference)
     expected = np.sqrt(0.5**2 + 0.2**2)
-    assert abs(float(found["wasserstein"].value) - expected) < 4 * float(found["wasserstein"].error)
+    assert abs(float(estimates["wasserstein"].value) - expected) < 4 * float(
+        estimates["wasserstein"].error
+    )
 
     def kernel(mean, variance):  # mean of exp(-z^2 / 2) for a normal z; the bandwidth is 2
         return np.exp(-(mean**2) / 2 / (1 + variance)) / np.sqrt(1 + variance)
 
     expected = np.sqrt(kernel(0, 2) + kernel(0, 1.28) - 2 * kernel(0.5, 1.64))
-    assert abs(float(found["mmd"].value) - expected) < 4 * float(found["mmd"].error)
-    assert 0 < float(found["mmd"].error) < 0.1 * expected
+    assert abs(float(estimates["mmd"].value) - expected) < 4 * float(estimates["mmd"].error)
+    assert 0 < float(estimates["mmd"].error) < 0.1 * expected
 
 
 def test_error_shrinks_with_the_number_of_examples():
@@ -98,25 +100,25 @@ def test_error_shrinks_with_the_number_of_examples():
 def test_projection_is_a_product_with_fixed_directions(size):
     key = rngs.directions(rngs.root(0), 1)
     x = np.random.default_rng(0).normal(size=(4, size)).astype(np.float32)
-    found = np.asarray(project(x.reshape(4, size, 1), key, 5), np.float64)
+    projected = np.asarray(project(x.reshape(4, size, 1), key, 5), np.float64)
     eye = np.eye(size, dtype=np.float32)
     matrix = np.asarray(project(eye, key, 5), np.float64)
-    np.testing.assert_allclose(found, x.astype(np.float64) @ matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(projected, x.astype(np.float64) @ matrix, rtol=0, atol=1e-5)
     # Entries have variance 1 / size, and no two coordinates share them.
     if size > 3:
         assert np.mean(matrix**2) == pytest.approx(1 / size, rel=0.05)
     assert len(np.unique(matrix, axis=0)) == size
     other = project(x, rngs.directions(rngs.root(0), 2), 5)
-    assert not np.allclose(other, found)
+    assert not np.allclose(other, projected)
 
 
 def test_weighted_drift_by_hand():
-    found = weighted_drift([0.25, 0.04, 0.01, 0.0], [2.0, 1.0, 1.0])
-    assert found == pytest.approx([0.5, (1.0 + 0.2) / 3, (1.0 + 0.2 + 0.1) / 4])
+    drifts = weighted_drift([0.25, 0.04, 0.01, 0.0], [2.0, 1.0, 1.0])
+    assert drifts == pytest.approx([0.5, (1.0 + 0.2) / 3, (1.0 + 0.2 + 0.1) / 4])
     np.testing.assert_array_equal(weighted_drift([0.25, 0.04, 0.0], [0.0, 1.0]), [np.nan, 0.2])
     # In turn, the updates between two probes read the inputs of the later one.
-    found = weighted_drift([0.25, 0.04, 0.0, 0.0], [2.0, 1.0, 1.0], in_turn=True)
-    assert found == pytest.approx([0.2, 0.4 / 3, 0.1])
+    drifts = weighted_drift([0.25, 0.04, 0.0, 0.0], [2.0, 1.0, 1.0], in_turn=True)
+    assert drifts == pytest.approx([0.2, 0.4 / 3, 0.1])
 
 
 def test_distances_of_few_or_equal_examples_are_unknown():
@@ -227,8 +229,8 @@ def test_metrics_of_the_probes(probed):
     keys = {"gradient_squared", "gradient_second_moment", "gradient_unbiased"}
     distances = {f"{name}{end}" for name in ("wasserstein", "mmd") for end in ("", "_error")}
     for line in lines[:4]:
-        found = {key.removeprefix("diagnostics/module_1/") for key in line if "module_1" in key}
-        assert found == (keys if line is first else keys | distances)
+        metrics = {key.removeprefix("diagnostics/module_1/") for key in line if "module_1" in key}
+        assert metrics == (keys if line is first else keys | distances)
         assert {key.rsplit("/")[-1] for key in line if "module_0" in key} == keys
         for k in (0, 1):
             squared, second, unbiased = (

@@ -154,11 +154,11 @@ def test_training_with_resident_data_is_bit_identical(tiny, devices):
     simulated.residence = Residence("on")
     state = simulated.resume(tiny.place(simulated, tiny.init(simulated.spec)), None)
     *_, last = simulated.run(state, tiny.source, 4)
-    got = tuple(
+    states = tuple(
         state.replace(rng=np.array(jax.random.key_data(state.rng)))
         for state in jax.device_get(last.snapshot().modules)
     )
-    assert not unequal(got, expected[0])
+    assert not unequal(states, expected[0])
 
 
 def test_data_set_stays_on_an_accelerator_if_a_quarter_of_the_free_memory_holds_it(monkeypatch):

@@ -93,8 +93,8 @@ def test_gradients_flow_through_sown_values(state, remat, ops):
         kernel, slope = (
             tree["body"][name]["Dense_0"]["kernel"] for tree in (state.params, gradient)
         )
-        found = new.params["body"][name]["Dense_0"]["kernel"]
-        np.testing.assert_allclose(found, kernel - RATE * slope, rtol=1e-4, atol=1e-6)
+        updated = new.params["body"][name]["Dense_0"]["kernel"]
+        np.testing.assert_allclose(updated, kernel - RATE * slope, rtol=1e-4, atol=1e-6)
     before, after = (s.batch_stats["body"]["block_4"] for s in (state, new))
     assert not np.array_equal(*(jax.tree.leaves(stats)[0] for stats in (before, after)))
 

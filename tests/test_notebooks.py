@@ -34,29 +34,29 @@ def accuracies(text: str) -> list[float]:
 
 def problems(notebook: Any) -> list[str]:
     """Returns what stored outputs must not be or hold."""
-    found = []
+    result = []
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.execution_count is None:
-            found.append(f"not run: {cell.source[:40]!r}")
+            result.append(f"not run: {cell.source[:40]!r}")
     if not outputs(notebook):
-        found.append("no output is kept")
+        result.append("no output is kept")
     for out in outputs(notebook):
         if out.output_type == "error" or out.get("name") == "stderr":
-            found.append(f"error output: {out.get('text', out.get('evalue'))!r}")
+            result.append(f"error output: {out.get('text', out.get('evalue'))!r}")
         if len(out.get("data", {}).get("image/png", "")) > 40_000 * 4 / 3:
-            found.append("a picture of more than 40 kB")
+            result.append("a picture of more than 40 kB")
         if "text/html" in out.get("data", {}):
-            found.append("HTML, which the site does not show")
+            result.append("HTML, which the site does not show")
     text = json.dumps(notebook)
     private = {getpass.getuser(), socket.gethostname(), str(ROOT), str(Path.home())}
     for word in {word for word in private if len(word) > 4}:
         if word in text:
-            found.append(f"names {word}")
+            result.append(f"names {word}")
     if match := re.search(r"(?<![\w.])/(?:home|root|work|tmp|Users|var|usr)/[^\s\"']*", text):
-        found.append(f"the path {match[0]}")
+        result.append(f"the path {match[0]}")
     if set(notebook.metadata) - {"kernelspec", "language_info"}:
-        found.append(f"metadata {set(notebook.metadata)}")
-    return found
+        result.append(f"metadata {set(notebook.metadata)}")
+    return result
 
 
 @each_notebook

@@ -321,17 +321,17 @@ def test_files_of_a_finished_run(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["empty", "missing", "complete"])
-def test_resuming_without_the_metrics_so_far_warns(stopped, caplog, what):
+@pytest.mark.parametrize("part", ["empty", "missing", "complete"])
+def test_resuming_without_the_metrics_so_far_warns(stopped, caplog, part):
     metrics = stopped / "metrics.jsonl"
-    if what == "empty":
+    if part == "empty":
         metrics.write_bytes(b"")
-    elif what == "missing":
+    elif part == "missing":
         metrics.unlink()
     with caplog.at_level("WARNING", logger="dgl_jax"):
         train_and_evaluate(small_config(), stopped)
     lost = [line for line in caplog.messages if "lost" in line]
-    if what == "complete":
+    if part == "complete":
         assert lost == []
     else:
         (line,) = lost

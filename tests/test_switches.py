@@ -200,9 +200,9 @@ def test_options_reach_the_compiler(monkeypatch, graphs_on_cpu):
 
 def test_step_with_options_computes_the_same_bits(tiny, devices, graphs_on_cpu):
     spec, placement = tiny.spec(), one_group(devices[:1], 3)
-    found = program.command_buffers(devices[0])
-    assert found
-    states, _ = tiny.run(FusedEngine(spec, placement, compiler=StepCompiler(True, found)), STEPS)
+    options = program.command_buffers(devices[0])
+    assert options
+    states, _ = tiny.run(FusedEngine(spec, placement, compiler=StepCompiler(True, options)), STEPS)
     plain, _ = tiny.run(tiny.new_engine("fused", (), spec), STEPS)
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -218,8 +218,8 @@ def test_command_unknown_to_xla_is_left_out_with_a_log_line(
 ):
     monkeypatch.setattr(program, "COMMANDS", ("FUSION", "TELEPORT"))
     with caplog.at_level(logging.INFO):
-        found = dict(program.command_buffers(devices[0]))
-    assert found["xla_gpu_enable_command_buffer"] == "FUSION"
+        options = dict(program.command_buffers(devices[0]))
+    assert options["xla_gpu_enable_command_buffer"] == "FUSION"
     assert [r.message for r in caplog.records if "command_buffers" in r.message] == [
         "config.engine.command_buffers: this XLA cannot record TELEPORT"
     ]
@@ -358,8 +358,8 @@ def test_choices_reach_every_head_of_a_run(method, heads):
     fields = {"model__head": "mlp_sr", "model__logits": "model", "model__pointwise": "dot"}
     settings = make_settings(small_config(method__name=method, **fields))
     modules = spec_of(settings, INFO).modules
-    found = [m.objective.head for m in modules if m.objective is not None]
-    assert [(head.logits, head.pointwise) for head in found] == [("model", "dot")] * heads
+    heads_of_run = [m.objective.head for m in modules if m.objective is not None]
+    assert [(head.logits, head.pointwise) for head in heads_of_run] == [("model", "dot")] * heads
     default = spec_of(make_settings(small_config(method__name=method)), INFO).modules
     assert {m.objective.head.logits for m in default if m.objective} == {"float32"}
 

@@ -116,19 +116,19 @@ def opening(node: ast.AST) -> str | None:
 
 def problems(path: Path, text: str) -> list[str]:
     """Returns "path:line: problem" for each docstring and pattern of a Python or Markdown file."""
-    found: set[tuple[int, str]] = set()
+    result: set[tuple[int, str]] = set()
     if path.suffix == ".md":
-        found |= set(banned(text, 1))
+        result |= set(banned(text, 1))
     else:
         for node in ast.walk(ast.parse(text)):
             if problem := opening(node):
-                found.add((node.body[0].lineno, problem))  # type: ignore[attr-defined]
+                result.add((node.body[0].lineno, problem))  # type: ignore[attr-defined]
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found |= set(banned(node.value, node.lineno))
+                result |= set(banned(node.value, node.lineno))
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.COMMENT:
-                found |= set(banned(token.string, token.start[0]))
-    return [f"{path}:{line}: {problem}" for line, problem in sorted(found)]
+                result |= set(banned(token.string, token.start[0]))
+    return [f"{path}:{line}: {problem}" for line, problem in sorted(result)]
 
 
 @pytest.mark.parametrize("folder", [".", *FOLDERS])
@@ -139,8 +139,8 @@ def test_wording(folder):
         if path not in EXCEPT and str(path.relative_to(ROOT).parent).split("/")[0] == folder
     ]
     assert files
-    found = [p for path in files for p in problems(path.relative_to(ROOT), path.read_text())]
-    assert found == [], f"{len(found)} places:\n" + "\n".join(found)
+    places = [p for path in files for p in problems(path.relative_to(ROOT), path.read_text())]
+    assert places == [], f"{len(places)} places:\n" + "\n".join(places)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_wording(folder):
     ],
 )
 def test_other_wording_is_noticed(source, problem):
-    (found,) = problems(Path("x.py"), source)
-    assert problem in found
+    (message,) = problems(Path("x.py"), source)
+    assert problem in message
 
 
 def test_plain_wording_is_left_alone():

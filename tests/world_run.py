@@ -57,10 +57,10 @@ def family() -> list[int]:
         with suppress(OSError):  # it has ended meanwhile
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             parents[int(folder.name)] = int(fields[1])
-    found = [os.getpid()]
-    for process in found:  # grows meanwhile
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
+    processes = [os.getpid()]
+    for process in processes:  # grows meanwhile
+        processes += [child for child, parent in parents.items() if parent == process]
+    return processes
 
 
 def listening() -> list[str]:
@@ -70,13 +70,13 @@ def listening() -> list[str]:
         for link in Path(f"/proc/{process}/fd").iterdir():
             with suppress(OSError):  # the descriptor of this listing
                 sockets.add(str(link.readlink()))
-    found = []
+    addresses = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                found.append(fields[1].partition(":")[0])
-    return sorted(found)
+                addresses.append(fields[1].partition(":")[0])
+    return sorted(addresses)
 
 
 recorded(pipeline, "jitted", lambda spec, k, *_: done["compiled"].append(k))

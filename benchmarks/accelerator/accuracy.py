@@ -122,7 +122,9 @@ def _reached(workdir: Path) -> Figures:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     for line in reversed(lines):
         values = json.loads(line)
-        found = [v for k, v in values.items() if re.fullmatch(r"validation/module_\d+/accuracy", k)]
-        if found:
-            return {"epochs": values["epoch"], "validation_accuracy": found[-1]}
+        accuracies = [
+            v for k, v in values.items() if re.fullmatch(r"validation/module_\d+/accuracy", k)
+        ]
+        if accuracies:
+            return {"epochs": values["epoch"], "validation_accuracy": accuracies[-1]}
     raise Skipped("ran out of time before the first evaluation")

@@ -30,11 +30,11 @@ def rows(size: Size, networks: Mapping[str, int]) -> list[Row]:
       networks: ImageNet networks with the rank of their eager rows.
     """
     row = partial(Row, group="c", host=True)
-    found = []
+    result = []
     for mode, (name, compiled) in enumerate(_MODES.items()):
         later = 2 if mode else 0
         for batch, rank in zip(size.batches, (0, size.late)):
-            found += [
+            result += [
                 row(
                     f"cnn6, batch {batch}: {label}, PyTorch {name}",
                     measure=partial(_cnn6, method, batch, compiled),
@@ -46,7 +46,7 @@ def rows(size: Size, networks: Mapping[str, int]) -> list[Row]:
             ]
         for network, rank in networks.items():
             label = f"{network}, {size.side} px: back-propagation, PyTorch {name}"
-            found.append(
+            result.append(
                 row(
                     label,
                     measure=partial(_deep, network, compiled),
@@ -55,7 +55,7 @@ def rows(size: Size, networks: Mapping[str, int]) -> list[Row]:
                     rank=rank + later,
                 )
             )
-    return found
+    return result
 
 
 def _device(job: Job, compiled: str) -> str:

@@ -42,9 +42,9 @@ def derive(rows: Mapping[str, Figures]) -> None:
     # The rows of group d have other baselines.
     timed = [figures for figures in timed if "settings" not in figures]
     same = ("library", "network", "batch_size", "dtype", "compiled")
-    of_backprop = {_key(f, same): f for f in timed if f["method"] == "backprop"}
+    backprop = {_key(f, same): f for f in timed if f["method"] == "backprop"}
     for figures in timed:
-        other = of_backprop.get(_key(figures, same))
+        other = backprop.get(_key(figures, same))
         if figures["method"] != "backprop" and other:
             figures["over_backprop"] = round(_time(figures, other), 3)
             heads = figures["head_flops"] / figures["body_flops"]

@@ -176,11 +176,11 @@ def main(
     runner = session.Session(script, args.size, folder, log, args.data_dir)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        found = runner.environment(min(_START, deadline - time.monotonic()))
-        devices = found.figures.get("devices", [])
+        machine = runner.environment(min(_START, deadline - time.monotonic()))
+        devices = machine.figures.get("devices", [])
         results.about |= {
-            "card": devices[0] if devices else f"unknown: {found.reason}",
-            "environment": found.figures,
+            "card": devices[0] if devices else f"unknown: {machine.reason}",
+            "environment": machine.figures,
         }
         if args.size == "auto":
             runner.size = "small" if runner.platform in ("cpu", "") else "full"

@@ -21,7 +21,7 @@ def rows(size: Size) -> list[Row]:
     row = partial(Row, group="c")
     usual, large = size.batches
     networks = {"resnet50": size.late, "resnet152": size.late + 2}
-    found = [
+    result = [
         row(f"matrix products, {dtype}", measure=partial(matrix_rate, dtype), cost=5, process="c")
         for dtype in ("bfloat16", "float32")
     ]
@@ -39,7 +39,7 @@ def rows(size: Size) -> list[Row]:
                 size, batch, engine__name="pipeline", codec__name="vq", codec__dims=_dims(size)
             )
             variants["DGL, threads"] = cnn6(size, batch, engine__name="threads", replay__size=4)
-        found += [
+        result += [
             row(
                 f"{_name('cnn6', batch)}: {name}",
                 measure=partial(_compare, fields, base),
@@ -55,7 +55,7 @@ def rows(size: Size) -> list[Row]:
         | {"engine.name": "pipeline", "model.modules": count}
         for count in sorted({1, 2, 3, size.modules})
     }
-    found += [
+    result += [
         row(
             f"{_name('cnn6', large)}: {name}",
             measure=partial(_compare, fields, base),
@@ -69,16 +69,16 @@ def rows(size: Size) -> list[Row]:
     programs |= {"DGL, fused": base, "back-propagation": backprop}
     for name, fields in programs.items():
         label = f"{_name('cnn6', large)}: {name}: memory"
-        found.append(row(label, measure=partial(_peak, fields), cost=15, process=label, rank=2))
+        result.append(row(label, measure=partial(_peak, fields), cost=15, process=label, rank=2))
     for network, rank in networks.items():
         for name, fields in _deep(size, network).items():
             label = f"{network}, {size.side} px: {name}"
             memory, measure = f"{label}: memory", partial(_deep_memory, fields, label)
-            found += [
+            result += [
                 row(label, measure=partial(_deep_speed, fields), cost=60, process=label, rank=rank),
                 row(memory, measure=measure, cost=20, process=memory, rank=rank),
             ]
-    return found + peers.rows(size, networks)
+    return result + peers.rows(size, networks)
 
 
 def _name(network: str, batch: int) -> str:

@@ -31,11 +31,11 @@ def rows(size: Size) -> list[Row]:
     """Returns the rows of this group."""
     usual, large = size.batches
     ranks = {("dgl", usual): 1, ("backprop", usual): 3, ("dgl", large): 4, ("backprop", large): 4}
-    found = []
+    result = []
     for (method, batch), rank in ranks.items():
         for name, value in (("", None), *SWITCHES):
             setting = f"{name}={value}" if name else "defaults"
-            found.append(
+            result.append(
                 Row(
                     f"{method}, batch {batch}: {setting}",
                     "d",
@@ -45,7 +45,7 @@ def rows(size: Size) -> list[Row]:
                     rank=rank,
                 )
             )
-    return found
+    return result
 
 
 def _switched(method: str, batch: int, name: str, value: Any, job: Job) -> Figures:

@@ -30,6 +30,7 @@ _FOREVER = 2**31 - 1  # milliseconds; the heartbeat ends a wait for a process th
 _A_DAY = 86_400  # seconds
 _NOTICE_SECONDS = 1.0  # between two questions if another process has failed
 _JOIN_SECONDS = 60.0  # for which a process with an early error waits for the others
+_SILENT_SECONDS = 10.0  # after which it says that it waits
 _LAST_SECONDS = 6.0  # for which the coordinator waits until the others know of a failure
 _PREFIX = "dgl_jax"
 
@@ -302,7 +303,11 @@ def fail_early(join: Callable[[], None], message: str, seconds: float = _JOIN_SE
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     with suppress(KeyboardInterrupt):
-        thread.join(seconds)
+        thread.join(min(seconds, _SILENT_SECONDS))
+        if thread.is_alive():
+            text = f"telling the other processes ({seconds:g} s at most)"
+            print(text, file=sys.stderr, flush=True)
+            thread.join(max(seconds - _SILENT_SECONDS, 0.0))
         if connected.is_set():
             thread.join(2 * _LAST_SECONDS)
     _flush()

@@ -16,7 +16,7 @@ _NAMES = re.compile(r'module @\w+|jax\.result_info = "[^"]*"')
 
 
 def compile_all(
-    lowered: Iterable[Any], what: str, meanwhile: Callable[[], object] = lambda: None
+    lowered: Iterable[Any], description: str, meanwhile: Callable[[], object] = lambda: None
 ) -> list[Any]:
     """Compiles programs concurrently, and those that differ only in names once.
 
@@ -25,7 +25,7 @@ def compile_all(
 
     Args:
       lowered: programs (`jax.stages.Lowered`).
-      what: description of the programs for the log.
+      description: description of the programs for the log.
       meanwhile: called while the last programs compile.
 
     Returns:
@@ -35,7 +35,7 @@ def compile_all(
     Raises:
       Exception: the first error in the order of `lowered`, as raised by tracing or compiling.
     """
-    _LOG.info("compiling the programs of %s", what)
+    _LOG.info("compiling the programs of %s", description)
     begin = time.perf_counter()
     threads = ThreadPoolExecutor(min(system.cpu_count() or 1, _MOST_THREADS))
     distinct: dict[str, Future[Any]] = {}
@@ -51,5 +51,5 @@ def compile_all(
     finally:
         threads.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - begin
-    _LOG.info("compiled %d programs of %s in %.1f s", len(distinct), what, seconds)
+    _LOG.info("compiled %d programs of %s in %.1f s", len(distinct), description, seconds)
     return compiled

@@ -62,8 +62,8 @@ def codec_times(
         for hop in spec.hops
         for role, build in (("send", _sender), ("receive", _receiver))
     }
-    what = f"the codec {type(spec.codec).__name__}"
-    measured = _measured(programs, what, device, repeats, concurrency)
+    description = f"the codec {type(spec.codec).__name__}"
+    measured = _measured(programs, description, device, repeats, concurrency)
     return [
         Elapsed(*map(sum, zip(_NOTHING, *(measured[part] for part in _parts(spec, k)))))
         for k in range(len(spec.modules))
@@ -72,7 +72,7 @@ def codec_times(
 
 def _measured(
     programs: Mapping[_Key, _Program],
-    what: str,
+    description: str,
     device: jax.Device,
     repeats: int,
     concurrency: int,
@@ -84,14 +84,14 @@ def _measured(
         if jax.make_jaxpr(program)(*inputs).eqns
     }
     compiled = compile_all(
-        (jax.jit(program).lower(*inputs) for program, inputs in real.values()), what
+        (jax.jit(program).lower(*inputs) for program, inputs in real.values()), description
     )
     measured = dict.fromkeys(programs, _NOTHING)
     for (key, (_, inputs)), program in zip(real.items(), compiled):
         arrays = jax.device_put(jax.tree.map(_concrete, inputs), device)
         measured[key], _ = clocked(program, *arrays, repeats=repeats, concurrency=concurrency)
         milliseconds = 1e3 * measured[key].seconds
-        _LOG.info("%s, %s: %.4g ms", what, _shown(key), milliseconds)
+        _LOG.info("%s, %s: %.4g ms", description, _shown(key), milliseconds)
     return measured
 
 

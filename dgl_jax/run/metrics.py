@@ -51,8 +51,8 @@ class Window:
             [{name: _pair(v) for name, v in values.items()} for values in metrics]
             for metrics in reports
         ]
-        of_processes = world.exchange(pairs)
-        for (updates, _), *rows in zip(self._unread, *of_processes, strict=True):
+        exchanged = world.exchange(pairs)
+        for (updates, _), *rows in zip(self._unread, *exchanged, strict=True):
             self._values.append([updates, [next(filter(None, r), {}) for r in zip(*rows)]])
         self._unread = []
         for updates, metrics in self._values:
@@ -95,8 +95,8 @@ def early_values(early: Mapping[int, Mapping[int, Any]]) -> list[Any]:
     ]
     # Every process has a row for the same batches and modules; it is empty for modules elsewhere.
     return [
-        max(of_processes, key=lambda row: len(row[2]))
-        for of_processes in zip(*world.exchange(rows), strict=True)
+        max(copies, key=lambda row: len(row[2]))
+        for copies in zip(*world.exchange(rows), strict=True)
     ]
 
 

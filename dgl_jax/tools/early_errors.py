@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -54,5 +53,4 @@ def _tell(flags: argparse.Namespace, message: str) -> None:
     with suppress(Exception):  # such as a library that is missing
         from dgl_jax.engines import world  # imports JAX
 
-        print("telling the other processes (a minute at most)", file=sys.stderr, flush=True)
         world.fail_early(join, " ".join(message.split()))
