@@ -11,8 +11,8 @@ import sys
 
 from dgl_jax import config as configuration
 from dgl_jax import system
+from dgl_jax.config.fields import expand
 from dgl_jax.errors import UserError, explain, needed, reported, where
-from dgl_jax.fields import expand
 from dgl_jax.run import workdir
 from dgl_jax.tools import config_files, early_errors
 
@@ -187,8 +187,8 @@ def _dispatch(argv: list[str]) -> None:
             _start()
             predict.predict_run(folder, checkpoint, _IMAGES.value, _OUTPUT.value)
         elif mode == "export":
-            from dgl_jax import export
             from dgl_jax.run import writers
+            from dgl_jax.tools import export
 
             _start()
             writers.write_stdout(f"{export.export_run(folder, checkpoint, _OUTPUT.value)}\n")

@@ -18,10 +18,10 @@ import numpy as np
 
 from dgl_jax.codecs import relative_error
 from dgl_jax.config import CodecSettings, Settings, make_settings
+from dgl_jax.config.registry import CODECS, ENGINES, METHODS
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import local_step
 from dgl_jax.engines import EngineState
-from dgl_jax.registry import CODECS, ENGINES, METHODS
 from dgl_jax.run.build import Experiment, make_experiment
 
 _STEPS = 4

@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from dgl_jax import config
-from dgl_jax.fields import MANY, type_of
-from dgl_jax.registry import Kind, Registry
+from dgl_jax.config.fields import MANY, type_of
+from dgl_jax.config.registry import Kind, Registry
 
 PAGE = Path(__file__).with_name("config.md")
 

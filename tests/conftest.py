@@ -36,8 +36,7 @@ import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
 from tiny import Tiny, host  # noqa: E402
 
-from dgl_jax import registry  # noqa: E402
-from dgl_jax.config import import_plugins  # noqa: E402
+from dgl_jax.config import import_plugins, registry  # noqa: E402
 from dgl_jax.core.program_cache import clear_programs  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)

@@ -19,14 +19,14 @@ from runs import FIELDS, small_config
 from dgl_jax import models, system
 from dgl_jax.codecs import CODECS, vq
 from dgl_jax.config import make_settings
+from dgl_jax.config.registry import NETWORKS
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.models.blocks import ConvBlock
 from dgl_jax.profile import flops
-from dgl_jax.registry import NETWORKS
 from dgl_jax.run import plots
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.bench import bench
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate

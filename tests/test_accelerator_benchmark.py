@@ -20,8 +20,8 @@ from benchmarks.accelerator.rows import SIZES, Job, Row, Skipped
 from benchmarks.accelerator.switches import SWITCHES
 from dgl_jax import cli
 from dgl_jax.config import make_settings
+from dgl_jax.config.registry import CODECS, DATA_SETS, ENGINES, METHODS
 from dgl_jax.data import make_source
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, METHODS
 from dgl_jax.run.parts import known_info
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from test_resume import interrupted
 
 from dgl_jax import UserError
 from dgl_jax.engines import EngineState
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.plots import plot
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 FIELDS = {"codec__name": "vq", "codec__codes": 16, "codec__dims": 2, "codec__codebook_every": 5}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dgl_jax.config.fields import expand
 from dgl_jax.data import cache
 from dgl_jax.errors import UserError
-from dgl_jax.fields import expand
 from dgl_jax.tools.config_files import SHIPPED, resolve, with_files
 
 ROOT = Path(__file__).parents[1]

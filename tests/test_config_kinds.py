@@ -5,9 +5,9 @@ import pytest
 from runs import spec_of
 
 from dgl_jax.config import differences, fields_of, make_settings
+from dgl_jax.config.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
-from dgl_jax.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.run.build import DatasetInfo, make_engine
 
 WITH_HEADS = ("dgl", "layerwise", "deep_supervision")

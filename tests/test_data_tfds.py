@@ -15,10 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dgl_jax.config import options
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data import cache, folder, make_source, tfds_sets
 from dgl_jax.data.tfds_sets import builder_class, reachable
 from dgl_jax.errors import UserError
-from dgl_jax.registry import DATA_SETS
 
 LABELS = {"cifar10": ("label",), "cifar100": ("coarse_label", "label")}
 

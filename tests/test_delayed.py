@@ -20,8 +20,8 @@ from delayed import (
 )
 from plugin_runs import furthest
 
-from dgl_jax import registry, testing
-from dgl_jax.config import make_settings
+from dgl_jax import testing
+from dgl_jax.config import make_settings, registry
 from dgl_jax.errors import UserError
 from dgl_jax.methods.backprop import Backprop
 from dgl_jax.methods.ddg import Ddg

@@ -18,10 +18,10 @@ from dgl_jax.engines import FusedEngine, PipelineEngine
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.methods.dni import Dni
 from dgl_jax.models import Synthesizer
 from dgl_jax.run.build import make_experiment
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 ADAM = optax.adam(1e-3)

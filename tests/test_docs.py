@@ -13,7 +13,7 @@ from page_setups import SETUPS
 from pages import LINKED, PAGES, ROOT, Block, Command, blocks, broken_links, commands, slugify
 
 from dgl_jax.config import CheckpointSettings, LogSettings, OptimizerSettings
-from dgl_jax.fields import number
+from dgl_jax.config.fields import number
 from docs import generate_config
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]

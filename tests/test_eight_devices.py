@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from test_engines import furthest
 from test_launch import SMALL, fails, launch
 
-from dgl_jax.export import export_run
+from dgl_jax.tools.export import export_run
 from dgl_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.slow

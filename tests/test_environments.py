@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # slow imports happen once.
 MODES = """
 import json, os, sys
-from dgl_jax import cli, export, train
+from dgl_jax import cli, train
+from dgl_jax.tools import export
 
 for mode in json.loads(sys.argv[1]):
     print(mode[0], file=sys.stderr, flush=True)

@@ -13,10 +13,10 @@ import pytest
 from runs import small_config, spec_of
 
 from dgl_jax.config import make_settings
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core import rngs
 from dgl_jax.core.optimizer import make_schedule
 from dgl_jax.engines import EngineState
-from dgl_jax.registry import METHODS
 from dgl_jax.run.build import DatasetInfo
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.types import Batch

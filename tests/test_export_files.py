@@ -9,7 +9,7 @@ import pytest
 from runs import small_config
 
 from dgl_jax.errors import UserError
-from dgl_jax.export import export_run, load_exported
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 FILES = ["config.json", "model.safetensors"]

@@ -21,8 +21,6 @@ PACKAGE = Path(dgl_jax.__file__).parent
 ROOMS = (
     "system",
     "errors",
-    "registry",
-    "fields",
     "config",
     "types",
     "ops",
@@ -42,7 +40,6 @@ ROOMS = (
     "run",
     "train",
     "evaluate",
-    "export",
     "tools",
     "testing",
     "cli",
@@ -50,6 +47,7 @@ ROOMS = (
 )
 # Inside these folders a file imports only from files in earlier groups.
 LEVELS = {
+    "config": (("registry",), ("fields",), ("groups",), ("settings",)),
     "ops": (("choice", "cpu"), ("remat", "pooling", "batch_norm", "conv")),
     "core": (
         ("rngs", "program_cache", "apply", "drawing"),
@@ -77,31 +75,30 @@ LEVELS = {
     ),
     "profile": (("flops", "compiling"), ("timing", "memory", "table"), ("turn_timing",)),
 }
-# Rooms with stricter rules than the order: the only rooms from which they may import.
+# Imports for annotations alone, against that order.
+TYPES = {("config/groups.py", "dgl_jax.config.settings.Settings")}
+# Rooms with stricter rules than the order: the only rooms, or files of a room, from which they may
+# import.
 ONLY = {
     "system": set(),
     "errors": {"system"},
-    "registry": {"errors"},
-    "fields": {"errors", "registry"},
-    "config": {"errors", "fields", "registry"},
+    "config": {"errors"},
     "types": set(),
     "ops": set(),
-    "models": {"errors", "ops", "registry", "types"},
-    "objectives": {"config", "errors", "fields", "models", "ops", "registry", "types"},
-    "core": {"config", "fields", "errors", "objectives", "ops", "registry", "types"},
-    "tasks": {"config", "core", "errors", "registry", "types"},
-    "codecs": {"config", "core", "errors", "fields", "registry"},
-    "replay": {"errors", "registry", "system", "types"},
+    "models": {"config.registry", "errors", "ops", "types"},
+    "objectives": {"config", "errors", "models", "ops", "types"},
+    "core": {"config", "errors", "objectives", "ops", "types"},
+    "tasks": {"config", "core", "errors", "types"},
+    "codecs": {"config", "core", "errors"},
+    "replay": {"config.registry", "errors", "system", "types"},
     "schedule": set(),
     "methods": {
         "codecs",
         "config",
         "core",
         "errors",
-        "fields",
         "models",
         "objectives",
-        "registry",
         "schedule",
         "spec",
         "tasks",
@@ -123,7 +120,7 @@ LIBRARIES = {
     "simplejpeg": ("data",),
     "rich": ("run/progress.py", "tools/bars.py"),
     "matplotlib": ("run/axes.py", "tools"),
-    "safetensors": ("export.py",),
+    "safetensors": ("tools/export.py",),
 }
 # Files that import only the standard library and the two rooms below.
 PLAIN = ("schedule.py", "tools/timeline.py", "models/partition.py")
@@ -187,6 +184,8 @@ def problems(path: Path, source: str) -> list[str]:
         if is_inside(name, "dgl_jax") and name != "dgl_jax.__version__":
             other = [*name.split("."), ""][1]
             if other == room:
+                if (str(path), name) in TYPES:
+                    continue
                 lines += _problems_inside_folder(path, stem, name)
             elif other not in ROOMS:
                 lines.append(f"{path}: {name} is in no room")
@@ -194,7 +193,7 @@ def problems(path: Path, source: str) -> list[str]:
                 lines.append(f"{path}: {name} is a later room")
             elif other in DOORS and name.split(".")[2:] and name.split(".")[2] not in DOORS[other]:
                 lines.append(f"{path}: {name} is private to {other}")
-            elif room in ONLY and other not in ONLY[room]:
+            elif room in ONLY and not any(is_inside(name, f"dgl_jax.{o}") for o in ONLY[room]):
                 lines.append(f"{path}: {room} may not import {other}")
         lines += [
             f"{path}: only {' and '.join(owners)} may import {library}"
@@ -317,6 +316,8 @@ def test_package_stays_small(capsys):
         ("models/cnn.py", "from dgl_jax.ops import pooling", "private to ops"),
         ("core/step.py", "import dgl_jax.ops.cpu.winograd", "private to ops"),
         ("codecs/vq.py", "from dgl_jax.models import cuts", "codecs may not import models"),
+        ("models/cnn.py", "from dgl_jax.config import Settings", "models may not import config"),
+        ("config/fields.py", "import dgl_jax.config.settings", "does not come before"),
         ("schedule.py", "import jax", "plain Python"),
         ("tools/timeline.py", "from dgl_jax.engines import Report", "plain Python"),
         (

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from dgl_jax import engines, models, registry, testing
+from dgl_jax import engines, models, testing
+from dgl_jax.config import registry
 from dgl_jax.core.module import LocalModule, init_states
 from dgl_jax.core.step import eval_step, local_step
 from dgl_jax.objectives import Objective, ObjectiveKind, classification, cross_entropy

@@ -15,7 +15,6 @@ from dgl_jax.config import make_settings
 from dgl_jax.configs.digits import get_config
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.metrics import Window
@@ -24,6 +23,7 @@ from dgl_jax.run.restore import load_trained
 from dgl_jax.run.signals import Interrupted
 from dgl_jax.run.writers import read_jsonl
 from dgl_jax.tools.bench import bench
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 

@@ -14,11 +14,11 @@ from dgl_jax.config import make_settings
 from dgl_jax.core.module import ModuleState
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import ContextInput
 from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.parts import make_blocks
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 MOMENTUM: dict[str, Any] = {

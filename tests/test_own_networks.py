@@ -10,11 +10,11 @@ from runs import FIELDS, small_config
 from test_launch import fails, launch
 
 from dgl_jax.config import make_settings
+from dgl_jax.config.registry import NETWORKS
 from dgl_jax.engines import counts
 from dgl_jax.errors import UserError
 from dgl_jax.models import Network, make_network, register_network
 from dgl_jax.models.heads import LinearHead
-from dgl_jax.registry import NETWORKS
 from dgl_jax.run import hosts
 from dgl_jax.run.build import make_experiment
 

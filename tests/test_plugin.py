@@ -9,16 +9,16 @@ from plugin_runs import config, equal, furthest, trained
 from runs import arrays, records
 
 from dgl_jax.config import make_settings, options
+from dgl_jax.config.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.core import rngs
 from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import make_head, make_network
 from dgl_jax.profile.flops import forward_flops, module_flops
-from dgl_jax.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
 from dgl_jax.replay import Ring
 from dgl_jax.run.build import make_experiment
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header
@@ -289,7 +289,7 @@ def test_conflicting_option_type_and_built_in_name_are_refused():
 
     from dgl_jax.codecs import CodecKind, register_codec
     from dgl_jax.config import CodecSettings
-    from dgl_jax.fields import option
+    from dgl_jax.config.fields import option
 
     @dataclass(frozen=True)
     class Wrong(CodecSettings):

@@ -17,8 +17,8 @@ from dgl_jax import testing
 from dgl_jax.config import make_settings
 from dgl_jax.engines import FusedEngine
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.run.build import make_experiment
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 

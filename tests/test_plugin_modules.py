@@ -12,8 +12,8 @@ from plugin_runs import ECHO, MIRROR, ByHand, config, furthest, head_loss, train
 from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.run.build import make_experiment
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("plugin_kinds")

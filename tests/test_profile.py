@@ -18,7 +18,6 @@ from dgl_jax.config import make_settings
 from dgl_jax.core.module import LocalModule, init_states
 from dgl_jax.core.step import backward_step, local_step, loss_step
 from dgl_jax.errors import UserError
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile import flops, memory, table
 from dgl_jax.profile import timing as costs
@@ -26,6 +25,7 @@ from dgl_jax.run import build
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_spec
 from dgl_jax.run.parts import make_blocks
 from dgl_jax.run.restore import load_trained
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import nbytes
 

@@ -21,9 +21,9 @@ import pytest  # noqa: E402
 from runs import small_config  # noqa: E402
 
 from dgl_jax.config import make_settings  # noqa: E402
+from dgl_jax.config.registry import NETWORKS  # noqa: E402
 from dgl_jax.core import ema  # noqa: E402
 from dgl_jax.models import NetworkKind  # noqa: E402
-from dgl_jax.registry import NETWORKS  # noqa: E402
 from dgl_jax.run.build import make_experiment  # noqa: E402
 
 STORED = Path(__file__).with_name("stored_numbers.json")

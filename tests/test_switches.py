@@ -11,6 +11,7 @@ from runs import arrays, small_config, spec_of
 from traced import equations
 
 from dgl_jax.config import make_settings, options
+from dgl_jax.config.registry import OPTIMIZERS
 from dgl_jax.core.optimizer import OptimizerKind, make_optimizer
 from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import FusedEngine, fused, program
@@ -22,7 +23,6 @@ from dgl_jax.models.blocks import Conv
 from dgl_jax.models.heads import CNNHead, LinearHead, MLPHead
 from dgl_jax.models.network import with_choices
 from dgl_jax.models.vgg import VGGClassifier
-from dgl_jax.registry import OPTIMIZERS
 from dgl_jax.run.build import make_engine
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate

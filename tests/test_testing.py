@@ -9,9 +9,9 @@ import pytest
 from dgl_jax import testing
 from dgl_jax.codecs import CodecKind, Stateless
 from dgl_jax.config import options
+from dgl_jax.config.registry import CODECS, ENGINES, OBJECTIVES
 from dgl_jax.engines import EngineKind, fused
 from dgl_jax.objectives import Classifier, ObjectiveKind
-from dgl_jax.registry import CODECS, ENGINES, OBJECTIVES
 
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 

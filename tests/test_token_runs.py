@@ -14,10 +14,10 @@ from dgl_jax.config import make_settings
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.profile.memory import module_memory
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.plots import plot
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 

@@ -27,12 +27,12 @@ from dgl_jax.engines import (
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.methods.backprop import Backprop
 from dgl_jax.models import register_network
 from dgl_jax.objectives import Classifier
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.restore import borrow_weights, load_trained
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
 # All options together, in every engine

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from runs import evaluated_run, records, small_config
 
-from dgl_jax import export, train
+from dgl_jax import train
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
-from dgl_jax.export import export_run, load_exported
 from dgl_jax.run import workdir, writers
 from dgl_jax.run.plots import plot
 from dgl_jax.run.restore import load_trained
-from dgl_jax.tools import plan, predict
+from dgl_jax.tools import export, plan, predict
+from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from benchmarks.accelerator.common import Fields, configured
 from benchmarks.accelerator.rows import Figures, Job, Row, Size, Skipped
-from dgl_jax import cli, evaluate, export
-from dgl_jax.registry import CODECS, ENGINES, METHODS
+from dgl_jax import cli, evaluate
+from dgl_jax.config.registry import CODECS, ENGINES, METHODS
 from dgl_jax.run import plots
-from dgl_jax.tools import bench, plan, predict, report, sweep
+from dgl_jax.tools import bench, export, plan, predict, report, sweep
 from dgl_jax.train import train_and_evaluate
 
 _FIELDS: Fields = {

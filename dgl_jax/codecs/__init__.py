@@ -14,7 +14,7 @@ from dgl_jax.codecs.bf16 import Bf16
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.codecs.int8 import Int8
 from dgl_jax.codecs.residual import Vq, VqOptions
-from dgl_jax.registry import CODECS
+from dgl_jax.config.registry import CODECS
 
 register_codec = CODECS.register
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.config import CodecSettings
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import CODECS, Kind
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
-from dgl_jax.registry import CODECS, Kind
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float
 
 from dgl_jax.codecs.base import CodecKind, Stateless
-from dgl_jax.registry import CODECS
+from dgl_jax.config.registry import CODECS
 
 
 @dataclass(frozen=True)

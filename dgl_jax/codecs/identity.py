@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from dgl_jax.codecs.base import CodecKind, Stateless
-from dgl_jax.registry import CODECS
+from dgl_jax.config.registry import CODECS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from dgl_jax.codecs.base import CodecKind, GroupOptions, Stateless, check_dims
-from dgl_jax.registry import CODECS
+from dgl_jax.config.registry import CODECS
 
 
 class Levels(NamedTuple):

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int, UInt
 from dgl_jax.codecs import vq
 from dgl_jax.codecs.base import CodecKind, GroupOptions
 from dgl_jax.codecs.kmeans import Codebook
+from dgl_jax.config.fields import MANY, choice, number
+from dgl_jax.config.registry import CODECS
 from dgl_jax.core import rngs
-from dgl_jax.fields import MANY, choice, number
-from dgl_jax.registry import CODECS
 
 _STARTED_FROM = 8  # vectors per code from which the second and later stages are initialized
 

@@ -7,9 +7,9 @@ kind derive from the group's dataclass and add fields to the group.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgl_jax import registry
+from dgl_jax.config import registry
+from dgl_jax.config.fields import MANY, Applies, choice, kind_of, number, option
 from dgl_jax.errors import UserError
-from dgl_jax.fields import MANY, Applies, choice, kind_of, number, option
 
 if TYPE_CHECKING:
     from dgl_jax.config.settings import Settings

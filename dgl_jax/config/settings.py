@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import groups
+from dgl_jax.config.fields import ALWAYS, check_value, number, option
+from dgl_jax.config.registry import Registry, nearest
 from dgl_jax.errors import UserError
-from dgl_jax.fields import ALWAYS, check_value, number, option
-from dgl_jax.registry import Registry, nearest
 
 # Library users without configuration files do not need ml_collections.
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.config import OptimizerSettings, ScheduleSettings
+from dgl_jax.config.fields import number, option
+from dgl_jax.config.registry import OPTIMIZERS, SCHEDULES, Kind
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number, option
-from dgl_jax.registry import OPTIMIZERS, SCHEDULES, Kind
 
 
 @dataclass(frozen=True)

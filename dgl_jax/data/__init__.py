@@ -1,6 +1,7 @@
 """Data sets by name, and the sources that draw batches from them."""
 
 from dgl_jax.config import DataSettings
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data import folder, synthetic, tfds_sets  # noqa: F401 (they register their sets)
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import (
@@ -15,7 +16,6 @@ from dgl_jax.data.source import (
 )
 from dgl_jax.data.streaming import RecordSet, RecordSource
 from dgl_jax.errors import UserError
-from dgl_jax.registry import DATA_SETS
 
 register_data_set = DATA_SETS.register
 

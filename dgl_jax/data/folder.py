@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dgl_jax.config.fields import expand
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data import cache
 from dgl_jax.data.decode import ALPHA, FRAMES, GRAY, decode_images, image_kinds
 from dgl_jax.data.source import DataKind, DataSet, Examples, StoredOptions
 from dgl_jax.errors import UserError
-from dgl_jax.fields import expand
-from dgl_jax.registry import DATA_SETS
 
 _LOG = logging.getLogger(__name__)
 

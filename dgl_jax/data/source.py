@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from dgl_jax.config import DataSettings
+from dgl_jax.config.fields import option
+from dgl_jax.config.registry import Kind
 from dgl_jax.errors import UserError
-from dgl_jax.fields import option
-from dgl_jax.registry import Kind
 from dgl_jax.types import PADDING, Batch
 
 SPLITS = ("train", "validation", "test")

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from dgl_jax import system
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.core import rngs
 from dgl_jax.data import cache, tfds_sets
 from dgl_jax.data.crops import DRAWS, UNREADABLE, center_crop, random_crop
@@ -20,8 +22,6 @@ from dgl_jax.data.order import OrderedSource
 from dgl_jax.data.source import DataKind, Layout, Shard, check_channels, padded
 from dgl_jax.data.tfds_sets import Records
 from dgl_jax.errors import UserError, require
-from dgl_jax.fields import number
-from dgl_jax.registry import DATA_SETS
 from dgl_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dgl_jax.config import DataSettings
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data.source import DataKind, DataSet, Examples, Layout
-from dgl_jax.registry import DATA_SETS
 
 _CLASSES = 10
 _DEFAULT_SIZE = 32

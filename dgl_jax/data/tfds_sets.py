@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dgl_jax.config.fields import expand, option
+from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data import cache
 from dgl_jax.data.archives import archives, builder_class
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.source import DataKind, DataSet, Examples, Layout, StoredOptions
 from dgl_jax.errors import UserError, require
-from dgl_jax.fields import expand, option
-from dgl_jax.registry import DATA_SETS
 
 _LOG = logging.getLogger(__name__)
 

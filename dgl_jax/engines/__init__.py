@@ -1,5 +1,6 @@
 """Engines: where and when the modules' turns run."""
 
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.engines.asynchronous import AsynchronousOptions
 from dgl_jax.engines.base import (
     Engine,
@@ -16,7 +17,6 @@ from dgl_jax.engines.fused import FusedEngine
 from dgl_jax.engines.pipeline import PipelineEngine
 from dgl_jax.engines.simulated import SimulatedEngine, SimulatedOptions
 from dgl_jax.engines.threads import ThreadsEngine, ThreadsOptions
-from dgl_jax.registry import ENGINES
 
 register_engine = ENGINES.register
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.config.fields import choice, option
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -21,7 +22,6 @@ from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import jitted, jitted_feed
 from dgl_jax.engines.transfer import placed_shapes, put
 from dgl_jax.errors import UserError
-from dgl_jax.fields import choice, option
 from dgl_jax.methods.post import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
 from dgl_jax.spec import TrainSpec

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import jax
 
 from dgl_jax.config import EngineSettings, ReplaySettings
+from dgl_jax.config.fields import number, option
+from dgl_jax.config.registry import Kind
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -16,10 +18,8 @@ from dgl_jax.engines.feed import Residence
 from dgl_jax.engines.placement import Placement, assign, check_batch
 from dgl_jax.engines.transfer import is_here
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number, option
 from dgl_jax.methods.post import closed, opened
 from dgl_jax.profile.flops import module_flops
-from dgl_jax.registry import Kind
 from dgl_jax.schedule import never
 from dgl_jax.spec import Traffic, TrainSpec
 

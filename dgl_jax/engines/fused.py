@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from dgl_jax.config.fields import number, option
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -33,10 +35,8 @@ from dgl_jax.engines.pace import Pace
 from dgl_jax.engines.placement import Placement, assign, one_group
 from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
-from dgl_jax.fields import number, option
 from dgl_jax.methods.base import TrainStep, progress
 from dgl_jax.methods.post import Post
-from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import Group, Progress, Tick, entering, grouped, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch

@@ -8,6 +8,7 @@ all modules start at once.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
     EngineInputs,
@@ -22,7 +23,6 @@ from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import Programs, elsewhere, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_turns
 from dgl_jax.engines.transfer import put
-from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
 from dgl_jax.types import Context, Message

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from dgl_jax.config import ReplaySettings
+from dgl_jax.config.fields import choice
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
 from dgl_jax.engines.asynchronous import (
@@ -27,8 +29,6 @@ from dgl_jax.engines.asynchronous import (
 from dgl_jax.engines.base import EngineInputs, EngineKind, EngineState, Publisher, Report, counts
 from dgl_jax.engines.flight import Rings
 from dgl_jax.engines.placement import Placement, one_group
-from dgl_jax.fields import choice
-from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import drawn, in_order, never
 from dgl_jax.spec import Traffic, TrainSpec
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax.config import ReplaySettings
+from dgl_jax.config.fields import number, option
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -43,9 +45,7 @@ from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.transfer import put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
 from dgl_jax.errors import UserError, explain
-from dgl_jax.fields import number, option
 from dgl_jax.methods.post import opened
-from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
 

@@ -1,5 +1,6 @@
 """Training methods: the program of each turn, the schedule, and the messages between modules."""
 
+from dgl_jax.config.registry import METHODS
 from dgl_jax.methods import (
     backprop,
     ddg,
@@ -12,7 +13,6 @@ from dgl_jax.methods import (
 )
 from dgl_jax.methods.base import Method, MethodKind, Program, TrainStep
 from dgl_jax.methods.post import Composed, composed
-from dgl_jax.registry import METHODS
 
 register_method = METHODS.register
 

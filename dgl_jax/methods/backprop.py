@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dgl_jax import schedule
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, apply_gradient, mean_gradient
 from dgl_jax.methods.base import MethodKind, Ports, States, TrainStep
-from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Batch

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import jax
 
 from dgl_jax.codecs import encode_and_learn, relative_error
+from dgl_jax.config.registry import Kind
 from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
-from dgl_jax.registry import Kind
 from dgl_jax.schedule import Progress, Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import augment_key

@@ -14,9 +14,9 @@ Memory: module k holds K - k copies of its inputs and of its parameters.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dgl_jax.config.registry import METHODS
 from dgl_jax.methods.base import MethodKind
 from dgl_jax.methods.delayed import Delayed, DelayedOptions
-from dgl_jax.registry import METHODS
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgl_jax.config import MethodSettings
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core.module import ModuleState
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
 from dgl_jax.methods.backprop import Backprop
 from dgl_jax.methods.base import MethodKind
-from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 
 

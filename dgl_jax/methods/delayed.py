@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.config import MethodSettings
+from dgl_jax.config.fields import option
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import (
@@ -45,7 +46,6 @@ from dgl_jax.core.step import (
     local_step,
     loss_step,
 )
-from dgl_jax.fields import option
 from dgl_jax.methods.base import Ports, Program
 from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
 from dgl_jax.methods.post import Composed

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from dgl_jax import schedule
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, forward_step, local_step
 from dgl_jax.methods.base import MethodKind, Ports, Program
 from dgl_jax.methods.post import Composed
-from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message, Outbox

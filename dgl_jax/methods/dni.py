@@ -27,6 +27,8 @@ from jax import lax
 
 from dgl_jax import schedule
 from dgl_jax.config import Settings
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core import ema, rngs
 from dgl_jax.core.apply import apply_layer
 from dgl_jax.core.module import ModuleState
@@ -40,13 +42,11 @@ from dgl_jax.core.step import (
     loss_step,
 )
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
 from dgl_jax.methods.base import MethodKind, Ports, Program
 from dgl_jax.methods.delayed import DelayedOptions
 from dgl_jax.methods.downward import decode_gradient, encode_gradient, gradient_extras
 from dgl_jax.methods.post import Composed
 from dgl_jax.models import Synthesizer, with_choices
-from dgl_jax.registry import METHODS
 from dgl_jax.schedule import Tick, never
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message, Outbox

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dgl_jax.config import Settings
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import METHODS
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
 from dgl_jax.methods.base import MethodKind
 from dgl_jax.methods.delayed import Delayed, DelayedOptions
-from dgl_jax.registry import METHODS
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ Memory: module k holds K - k copies of its inputs.
 
 from dataclasses import dataclass
 
-from dgl_jax.fields import number
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import METHODS
 from dgl_jax.methods.base import MethodKind
 from dgl_jax.methods.delayed import Delayed, DelayedOptions
-from dgl_jax.registry import METHODS
 
 
 @dataclass(frozen=True)

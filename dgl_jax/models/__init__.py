@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from dgl_jax.config.registry import ADAPTERS, HEADS, NETWORKS, Kind
 from dgl_jax.errors import UserError
 from dgl_jax.models.adapters import Adapter, AdapterKind, ContextInput
 from dgl_jax.models.cnn import cnn3, cnn4, cnn6, cnn6_replay
@@ -18,7 +19,6 @@ from dgl_jax.models.partition import BALANCED, BlockCosts, cuts
 from dgl_jax.models.resnet import cifar_resnet, imagenet_resnet, resnet18_cifar
 from dgl_jax.models.synthesizers import Synthesizer
 from dgl_jax.models.vgg import vgg_bn
-from dgl_jax.registry import ADAPTERS, HEADS, NETWORKS, Kind
 
 __all__ = [
     "ADAPTERS",

@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dgl_jax.config.registry import ADAPTERS, Kind
 from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import conv_norm
 from dgl_jax.ops import adaptive_avg_pool
-from dgl_jax.registry import ADAPTERS, Kind
 from dgl_jax.types import Context
 
 _ENCODING = 12  # channels of the first convolution of `ContextInput`

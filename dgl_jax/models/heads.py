@@ -12,11 +12,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dgl_jax.config.registry import HEADS, Kind
 from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import Conv, conv_norm, linear, linear_logits
 from dgl_jax.models.network import with_choices
 from dgl_jax.ops import BatchNorm, adaptive_avg_pool
-from dgl_jax.registry import HEADS, Kind
 
 
 class MLPHead(nn.Module):

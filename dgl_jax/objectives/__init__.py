@@ -1,5 +1,6 @@
 """Objectives: local losses that modules minimize, each one a Flax module."""
 
+from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.objectives.auglocal import AugLocal
 from dgl_jax.objectives.base import (
     Context,
@@ -13,7 +14,6 @@ from dgl_jax.objectives.classifier import Classifier, accuracy, classification, 
 from dgl_jax.objectives.info_pro import InfoPro
 from dgl_jax.objectives.pred_sim import PredSim
 from dgl_jax.objectives.transport import RESIDUAL, Transport
-from dgl_jax.registry import OBJECTIVES
 
 register_objective = OBJECTIVES.register
 

@@ -14,8 +14,9 @@ import jax
 from jaxtyping import Array, Float
 
 from dgl_jax.config import Settings
+from dgl_jax.config.fields import number, option
+from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number, option
 from dgl_jax.objectives.base import (
     Context,
     HiddenOptions,
@@ -25,7 +26,6 @@ from dgl_jax.objectives.base import (
     ObjectiveKind,
 )
 from dgl_jax.objectives.classifier import Classifier, classification
-from dgl_jax.registry import OBJECTIVES
 
 
 class AugLocal(Objective):

@@ -8,8 +8,8 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings, Settings
+from dgl_jax.config.registry import METHODS, Kind
 from dgl_jax.errors import UserError
-from dgl_jax.registry import METHODS, Kind
 from dgl_jax.types import Context
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.errors import UserError
 from dgl_jax.objectives.base import Context, LocalLoss, Objective, ObjectiveInputs, ObjectiveKind
-from dgl_jax.registry import OBJECTIVES
 from dgl_jax.types import PADDING, AnyArray
 
 

@@ -12,8 +12,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.config import Settings
+from dgl_jax.config.fields import choice, number, option
+from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.errors import UserError
-from dgl_jax.fields import choice, number, option
 from dgl_jax.models.blocks import Conv, conv_norm
 from dgl_jax.objectives.base import (
     Context,
@@ -25,7 +26,6 @@ from dgl_jax.objectives.base import (
     refuse_micro_batches,
 )
 from dgl_jax.objectives.classifier import Classifier, classification
-from dgl_jax.registry import OBJECTIVES
 from dgl_jax.types import AnyArray
 
 _HIDDEN = 12  # channels of the decoder's hidden layer

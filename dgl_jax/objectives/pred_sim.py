@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dgl_jax.config import Settings
+from dgl_jax.config.fields import number
+from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.errors import UserError
-from dgl_jax.fields import number
 from dgl_jax.models.blocks import Conv, uniform_fan_in
 from dgl_jax.objectives.base import (
     Context,
@@ -24,7 +25,6 @@ from dgl_jax.objectives.base import (
 )
 from dgl_jax.objectives.classifier import Classifier, classification
 from dgl_jax.ops import adaptive_avg_pool
-from dgl_jax.registry import OBJECTIVES
 from dgl_jax.types import AnyArray
 
 

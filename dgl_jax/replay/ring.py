@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from dgl_jax import system
+from dgl_jax.config.registry import RULES
 from dgl_jax.errors import UserError
-from dgl_jax.registry import RULES
 from dgl_jax.replay.rules import ANY_NUMBER, limit_of
 from dgl_jax.types import Context, Header, Message, nbytes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from dgl_jax.registry import RULES, Kind
+from dgl_jax.config.registry import RULES, Kind
 
 # (read counts, newest message first; slot of the newest message; number of slots; maximum number of
 # uses per message; seed) -> age of the message to read

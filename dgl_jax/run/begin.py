@@ -12,10 +12,10 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.config import Settings
+from dgl_jax.config.registry import METHODS, SCHEDULES
 from dgl_jax.engines import EngineState, counts, world
 from dgl_jax.errors import UserError
 from dgl_jax.profile.table import module_costs, table
-from dgl_jax.registry import METHODS, SCHEDULES
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import Trained, borrow_weights

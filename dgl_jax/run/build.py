@@ -11,6 +11,7 @@ import optax
 from dgl_jax import system
 from dgl_jax.codecs import make_codec
 from dgl_jax.config import Settings
+from dgl_jax.config.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
 from dgl_jax.data import Source
@@ -22,7 +23,6 @@ from dgl_jax.errors import UserError
 from dgl_jax.models import BALANCED, BlockCosts, cuts
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
-from dgl_jax.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.run.due import Due
 from dgl_jax.run.hosts import open_source, share_source
 from dgl_jax.run.parts import (

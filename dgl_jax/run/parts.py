@@ -6,13 +6,13 @@ import jax
 from flax import linen as nn
 
 from dgl_jax.config import DataSettings, Settings
+from dgl_jax.config.registry import ADAPTERS, DATA_SETS, METHODS, OBJECTIVES, TASKS
 from dgl_jax.core import rngs
 from dgl_jax.data.info import DatasetInfo
 from dgl_jax.errors import UserError
 from dgl_jax.models import ContextInput, Network, make_head, make_network, with_choices
 from dgl_jax.objectives import RESIDUAL, Objective, ObjectiveInputs, Transport
 from dgl_jax.profile.flops import Blocks
-from dgl_jax.registry import ADAPTERS, DATA_SETS, METHODS, OBJECTIVES, TASKS
 from dgl_jax.tasks import Task, TaskInputs
 
 

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgl_jax.config.registry import METHODS
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source
 from dgl_jax.diagnostics import Parts, drift, probe, weighted_drift
 from dgl_jax.engines import EngineState, counts, world
 from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
-from dgl_jax.registry import METHODS
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.record import Record

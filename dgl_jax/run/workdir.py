@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import Settings, default_config, differences, make_settings
+from dgl_jax.config.fields import expand
 from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
-from dgl_jax.fields import expand
 from dgl_jax.run.checkpoint_folder import check_path, checkpoint_steps
 from dgl_jax.run.summary import Summary, read_summary
 

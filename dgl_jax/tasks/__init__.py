@@ -1,6 +1,6 @@
 """Tasks: preprocessing on the device, metrics and the ensemble rule for a kind of examples."""
 
-from dgl_jax.registry import TASKS
+from dgl_jax.config.registry import TASKS
 from dgl_jax.tasks.base import Task, TaskInputs, TaskKind, augment_key
 from dgl_jax.tasks.image_classification import ImageClassification
 

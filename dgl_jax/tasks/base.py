@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from dgl_jax.config.registry import Kind
 from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
-from dgl_jax.registry import Kind
 from dgl_jax.types import PADDING, AnyArray
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dgl_jax.config import TaskSettings
-from dgl_jax.registry import TASKS
+from dgl_jax.config.registry import TASKS
 from dgl_jax.tasks.base import Task, TaskInputs, TaskKind
 from dgl_jax.types import AnyArray
 

@@ -9,6 +9,7 @@ import jax
 
 from dgl_jax import system
 from dgl_jax.config import Settings, make_settings
+from dgl_jax.config.registry import METHODS
 from dgl_jax.engines import EngineState
 from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.engines.placement import Placement
@@ -17,7 +18,6 @@ from dgl_jax.engines.transfer import put
 from dgl_jax.methods.base import steps_alone
 from dgl_jax.methods.post import oldest, opened
 from dgl_jax.profile.timing import Elapsed, clocked
-from dgl_jax.registry import METHODS
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.types import Inbox
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dgl_jax.config.fields import expand
+from dgl_jax.config.registry import nearest
 from dgl_jax.errors import UserError
-from dgl_jax.fields import expand
-from dgl_jax.registry import nearest
 
 # In a source checkout this is a link to the folder `configs/` at the root.
 SHIPPED = Path(__file__).parents[1] / "configs"

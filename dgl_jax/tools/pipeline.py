@@ -9,10 +9,10 @@ from itertools import pairwise
 import jax
 
 from dgl_jax.config import Settings
+from dgl_jax.config.registry import METHODS
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
 from dgl_jax.profile.timing import Elapsed
-from dgl_jax.registry import METHODS
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
 from dgl_jax.types import nbytes

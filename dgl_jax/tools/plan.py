@@ -22,6 +22,7 @@ import optax
 from dgl_jax import system
 from dgl_jax.codecs import Codec, make_codec
 from dgl_jax.config import CodecSettings, Settings, options
+from dgl_jax.config.registry import CODECS, METHODS
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.errors import UserError, require
 from dgl_jax.models import BlockCosts
@@ -30,7 +31,6 @@ from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, Elapsed, block_times
 from dgl_jax.profile.turn_timing import augmentation_time, codec_times
-from dgl_jax.registry import CODECS, METHODS
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.run.writers import check_writable

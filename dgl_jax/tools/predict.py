@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from dgl_jax.config.registry import DATA_SETS, TASKS
 from dgl_jax.data.decode import decode_images
 from dgl_jax.data.folder import SUFFIXES
 from dgl_jax.errors import UserError
-from dgl_jax.registry import DATA_SETS, TASKS
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import Trained, load_trained, read_settings

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings
-from dgl_jax.fields import number
+from dgl_jax.config.fields import number
 from dgl_jax.objectives import (
     LocalLoss,
     Objective,

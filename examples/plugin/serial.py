@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 
 from dgl_jax.config import EngineSettings
+from dgl_jax.config.registry import ENGINES
 from dgl_jax.data import Source
 from dgl_jax.engines import EngineInputs, EngineKind, EngineState, Report, register_engine
 from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.engines.program import Programs, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_turns
-from dgl_jax.registry import ENGINES
 from dgl_jax.schedule import never
 from dgl_jax.spec import TrainSpec
 

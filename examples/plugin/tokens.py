@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dgl_jax.config import DataSettings, TaskSettings
+from dgl_jax.config.fields import number
 from dgl_jax.data import DataKind, DataSet, Examples, Layout, register_data_set
-from dgl_jax.fields import number
 from dgl_jax.models import HeadKind, Network, register_head, register_network
 from dgl_jax.tasks import Task, TaskInputs, TaskKind, register_task
 

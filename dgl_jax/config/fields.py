@@ -10,8 +10,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from dgl_jax.config.registry import Registry, nearest
 from dgl_jax.errors import UserError
-from dgl_jax.registry import Registry, nearest
 
 MANY = 2**31 - 1  # update counts are int32 on the devices
 
