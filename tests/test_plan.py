@@ -20,7 +20,7 @@ from dgl_jax.profile import turn_timing
 from dgl_jax.profile.flops import block_flops
 from dgl_jax.profile.memory import ProgramMemory
 from dgl_jax.profile.timing import Elapsed
-from dgl_jax.profile.turn_timing import augmentation_time, codec_times
+from dgl_jax.profile.turn_timing import CodecCost, augmentation_time, codec_costs
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools import plan as planning
 from dgl_jax.tools.pipeline import Link, Pipeline, Reduction, fused_rate, reductions
@@ -334,8 +334,10 @@ def measured(monkeypatch, stated):
     times = {"Bf16": elapsed(1, 4, 0.5)}
     monkeypatch.setattr(
         planning,
-        "codec_times",
-        lambda spec, *_, **__: times.get(type(spec.codec).__name__, elapsed(0, 0, 0)),
+        "codec_costs",
+        lambda spec, *_, **__: [
+            CodecCost(each) for each in times.get(type(spec.codec).__name__, elapsed(0, 0, 0))
+        ],
     )
     monkeypatch.setattr(planning, "augmentation_time", lambda *_, **__: Elapsed(0.0, 0.0))
     monkeypatch.setattr(system, "cpu_count", lambda: None)
@@ -406,8 +408,19 @@ def test_stated_times_leave_codecs_out(stated):
     assert [row["codec_milliseconds"] for row in numbers["modules"]] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("method", "turns"), [("dgl", [1, 2, 1]), ("fdg", [2, 4, 2])])
-def test_codecs_are_measured_per_message(monkeypatch, method, turns):
+@pytest.mark.parametrize(
+    ("method", "shared", "whole", "gathered"),
+    [
+        ("dgl", [1, 2, 1], [1, 1, 0], [(2048, 1024), (4096, 2048), ()]),
+        (
+            "fdg",
+            [2, 4, 2],
+            [1, 2, 1],
+            [(2048, 1024), (4096, 2048, 2048, 1024), (4096, 2048)],
+        ),
+    ],
+)
+def test_codecs_are_measured_per_message(monkeypatch, method, shared, whole, gathered):
     calls = []
 
     def clocked(program, *arguments, repeats, concurrency):
@@ -418,11 +431,44 @@ def test_codecs_are_measured_per_message(monkeypatch, method, turns):
     settings = small(method__name=method, codec__name="vq", codec__dims=4, codec__codes=16)
     spec = spec_of(settings, known_info(settings.data))
     plain = dataclasses.replace(spec, codec=make_codec(CodecSettings("identity"), "float32"))
-    assert codec_times(spec, jax.devices()[0]) == [(n, 10 * n) for n in turns]
-    assert codec_times(plain, jax.devices()[0]) == [(0, 0)] * 3, "a codec without work was measured"
-    assert len(calls) == 4  # two hops, each with a sender and a receiver
+    costs = codec_costs(spec, jax.devices()[0])
+    assert [cost.shared for cost in costs] == [(n, 10 * n) for n in shared]
+    # Each device learns from the vectors that all have drawn: 128 of 4 or 8 channels per update
+    # and 64 for restarts, in float32.
+    assert [cost.whole for cost in costs] == [(n, 10 * n) for n in whole]
+    assert [cost.gathered for cost in costs] == gathered
+    assert [cost.sums for cost in costs] == [len(sizes) for sizes in gathered]
+    assert codec_costs(plain, jax.devices()[0]) == [CodecCost()] * 3, "measured without any work"
+    assert len(calls) == 6  # two hops; programs that encode, learn and decode
     decoded = [call[1] for call in calls if call[0] == ()]
-    assert decoded == [(8, 8, 8, 4), (8, 4, 4, 8)]
+    assert sorted(decoded) == [(8, 4, 4, 8), (8, 8, 8, 4)]
+    calls.clear()
+    # Without draws the batch stays split, and so does the work.
+    every = dataclasses.replace(spec.codec, samples=0, restart=0.0)
+    for cost, n, m in zip(
+        codec_costs(dataclasses.replace(spec, codec=every), jax.devices()[0]), shared, whole
+    ):
+        assert (cost.shared.seconds, cost.whole.seconds, cost.gathered) == (n + m, 0, ())
+    assert {cost.shared for cost in codec_costs(spec, None)} == {Elapsed(0.0, 0.0)}
+    assert len(calls) == 6
+
+
+def test_cost_of_a_codec_in_a_group():
+    cost = CodecCost(Elapsed(6.0, 9.0), Elapsed(1.0, 2.0), (30, 60), 2)
+    assert cost.on(1) == (7, 11)
+    assert cost.on(3) == (3, 15)
+    link, none = Link(1e-9, 2.0, 3.0), [Reduction()]  # one byte per second; five per message
+    # Two rounds of an all-gather with 10 and 20 bytes; four of each sum, with 4 / 3 bytes.
+    exchanged = 2 * (30 + 2 * 5) + 2 * 4 * (4 / 3 + 5)
+    rate = fused_rate([12.0], [12.0], none, 3, link, codec=[cost])
+    assert rate == pytest.approx(1 / (4 + 3 + exchanged))
+    rate = fused_rate([12.0], [12.0], none, 3, link, cores=1.0, codec=[cost])
+    assert rate == pytest.approx(1 / (12 + 15 + exchanged))
+    work = Work(0, 4.0, cores=3.0)
+    pipeline = Pipeline((work,), 8, link, math.inf, 2, Dgl()).with_codec([cost], [range(3)])
+    assert pipeline.works[0].seconds == 7
+    assert pipeline.works[0].reduction == pytest.approx(exchanged)
+    assert pipeline.works[0].cores == pytest.approx((12 + 15) / (7 + exchanged))
 
 
 def test_unknown_memory_is_printed_as_a_dash(stated, monkeypatch):

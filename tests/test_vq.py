@@ -1,5 +1,8 @@
 """Tests of encoding and decoding in vector quantization, against NumPy and in bounded memory."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from dgl_jax import UserError, system, vq
 from dgl_jax.codecs import kmeans
+from dgl_jax.engines.program import on_group
 
 KEY = jax.random.key(0)
 # Jitted, because unjitted calls compile each operation again every time.
@@ -232,24 +236,46 @@ def test_update_compiles_once_and_equals_unjitted():
     np.testing.assert_array_equal(jax.jit(vq.encode)(book.entries, x), vq.encode(book.entries, x))
 
 
-@pytest.mark.slow
-def test_sums_cover_a_whole_device_group(devices):
-    """Compares a batch split over four devices with the same batch on one device."""
+def on_four(devices):
+    """Returns a group of four devices, and the shardings of arrays in it, split and whole."""
     mesh = jax.make_mesh(
         (4,), ("batch",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
     )
-    split = jax.NamedSharding(mesh, jax.P("batch"))
+    return mesh, jax.NamedSharding(mesh, jax.P("batch")), jax.NamedSharding(mesh, jax.P())
+
+
+@pytest.mark.slow
+@pytest.mark.full_compile
+@pytest.mark.parametrize("samples", [2, 0])
+def test_a_group_learns_from_the_whole_batch(devices, samples):
+    """Compares a batch split over four devices with the same batch on one device."""
+    mesh, split, everywhere = on_four(devices)
     x = jnp.asarray(normal((8, 5, 5, 8)))
     book = init(KEY, x, codes=16, dims=4)
-    alone, _ = jax.jit(vq.update)(book, KEY, x)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    together, _ = jax.jit(vq.update, out_shardings=everywhere)(
-        jax.device_put(book, everywhere), KEY, jax.device_put(x, split)
-    )
-    np.testing.assert_allclose(together.entries, alone.entries, rtol=1e-5, atol=1e-7)
+    update = functools.partial(vq.update, samples=samples)
+    alone, health = jax.jit(update)(book, KEY, x)
+    arguments = jax.device_put(book, everywhere), KEY, jax.device_put(x, split)
+    program = jax.jit(on_group(update, mesh), out_shardings=everywhere)
+    together, group_health = program(*arguments)
+    # Every device draws the same vectors, so that the codebook does not even differ by rounding.
+    same = np.testing.assert_array_equal if samples else np.testing.assert_allclose
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        same(other, one, **({} if samples else {"rtol": 1e-5, "atol": 1e-7}))
+    assert float(group_health["perplexity"]) == pytest.approx(float(health["perplexity"]))
     copies = [np.asarray(shard.data) for shard in together.entries.addressable_shards]
     assert len(copies) == 4
     assert all(np.array_equal(copies[0], other) for other in copies)
+    if samples:  # two draws, and the number of vectors that are not finite
+        text = program.lower(*arguments).compile().as_text()
+        exchanged = re.findall(r"= (\S+) (all-\w+|collective-\w+)", text)
+        assert sum(kind == "all-gather" for _, kind in exchanged) == 2
+        assert all(shape.startswith("f32[]") for shape, kind in exchanged if kind != "all-gather")
+
+
+def test_a_group_encodes_its_parts(devices):
+    _, split, everywhere = on_four(devices)
+    x = jnp.asarray(normal((8, 5, 5, 8)))
+    book = init(KEY, x, codes=16, dims=4)
     codes = jax.jit(vq.encode)(jax.device_put(book.entries, everywhere), jax.device_put(x, split))
     assert codes.sharding.is_equivalent_to(split, codes.ndim)
     np.testing.assert_array_equal(codes, vq.encode(book.entries, x))

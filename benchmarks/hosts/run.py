@@ -28,7 +28,7 @@ from network import Network, Unavailable
 
 from dgl_jax import system
 from dgl_jax.profile.timing import BlockTimes, block_times
-from dgl_jax.profile.turn_timing import augmentation_time, codec_times
+from dgl_jax.profile.turn_timing import CodecCost, augmentation_time, codec_costs
 from dgl_jax.run.build import Experiment, make_experiment
 from dgl_jax.run.parts import make_blocks
 from dgl_jax.tools.bench import module_times
@@ -38,9 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = 3
 LIMITS = {"pipeline": 0.2, "fused": 0.3}  # how far a prediction may be off
 NEVER = 10**6
-# `fused` sends no messages. With `vq` it would start with k-means, which sums at every iteration
-# over all hosts and takes many minutes.
-CODECS = {"pipeline": ("identity", "vq"), "fused": ("identity",)}
+CODECS = ("identity", "vq")
 
 
 class Hosts:
@@ -157,6 +155,7 @@ def predict(
     experiment: Experiment,
     seconds: Sequence[float],
     processor: Sequence[float],
+    codec: Sequence[CodecCost],
     small: dict[str, float],
     args: argparse.Namespace,
 ) -> tuple[float, float]:
@@ -167,14 +166,16 @@ def predict(
         # The host in the middle receives a message and sends one in every tick.
         link = Link(bandwidth, delay, small["messages"] / 2e3)
         processor = [used + small["processor"] / 1e3 for used in processor]
-        pipeline, _ = make_pipeline(settings, seconds, processor, HOSTS, link, cores)
-        rate = pipeline.steady(spec.traffic().wire)[0]
+        pipeline, groups = make_pipeline(settings, seconds, processor, HOSTS, link, cores)
+        rate = pipeline.with_codec(codec, groups).steady(spec.traffic().wire)[0]
     else:
         rounds = 2 * (HOSTS - 1)
         link = Link(bandwidth, delay, max(0.0, small["all_reduce"] / 1e3 / rounds - delay))
         sums = reductions(spec, each_array=True)
-        rate = fused_rate(seconds, processor, sums, HOSTS, link, cores)
-    return rate, 1.0 - rate * sum(seconds) / HOSTS
+        rate = fused_rate(seconds, processor, sums, HOSTS, link, cores, codec)
+    share = 1 if settings.engine.name == "pipeline" else HOSTS  # hosts of a module
+    busy = sum(turn + share * cost.on(share).seconds for turn, cost in zip(seconds, codec))
+    return rate, 1.0 - rate * busy / HOSTS
 
 
 def predictions(
@@ -188,21 +189,21 @@ def predictions(
     spec = experiment.spec
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(times.seconds.head)]
-    coding = codec_times(spec, jax.devices()[0], concurrency=args.concurrency)
+    coding = codec_costs(spec, jax.devices()[0], concurrency=args.concurrency)
     augmentation = augmentation_time(spec, jax.devices()[0], concurrency=args.concurrency)
-    seconds, processor = (
-        [costs.module(a, b) + codec for a, b, codec in zip(starts, ends, codecs)]
-        for costs, codecs in zip(times, zip(*coding))
-    )
+    seconds, processor = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
     seconds[0] += augmentation.seconds
     processor[0] += augmentation.processor
-    rate, idle = predict(experiment, seconds, processor, small, args)
+    rate, idle = predict(experiment, seconds, processor, coding, small, args)
     rates = {"predicted": rate, "predicted_idle": idle}
     if experiment.settings.engine.name == "pipeline":
         state = experiment.engine.init()
         elapsed = module_times(experiment, state, args.calls, args.concurrency)
         seconds, processor = [e.seconds for e in elapsed], [e.processor for e in elapsed]
-        rates["predicted_from_programs"] = predict(experiment, seconds, processor, small, args)[0]
+        included = [CodecCost()] * len(elapsed)
+        rates["predicted_from_programs"], _ = predict(
+            experiment, seconds, processor, included, small, args
+        )
     return rates
 
 
@@ -224,7 +225,7 @@ def main() -> None:
     # XLA's pool has as many threads as in the processes that `launch.py` starts.
     os.environ.setdefault("NPROC", str(system.pool_threads()))
     jax.config.update("jax_num_cpu_devices", HOSTS)
-    cases = [(engine, codec) for engine in args.engines for codec in CODECS[engine]]
+    cases = [(engine, codec) for engine in args.engines for codec in CODECS]
     experiments = {
         case: make_experiment(harness.settings(**fields(*case, args)), jax.devices())
         for case in cases

@@ -7,6 +7,7 @@ from dgl_jax.codecs.base import (
     Stateless,
     check_dims,
     encode_and_learn,
+    encode_message,
     make_codec,
     relative_error,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "VqOptions",
     "check_dims",
     "encode_and_learn",
+    "encode_message",
     "make_codec",
     "register_codec",
     "relative_error",

@@ -137,14 +137,14 @@ def relative_error(
     )
 
 
-def encode_and_learn(
+def encode_message(
     codec: Codec,
     state: Any,
     key: Array,
     values: Float[Array, "B ..."],
     updates: Int[Array, ""],
 ) -> tuple[Any, Any, Any, dict[str, Array]]:
-    """Encodes the values of a message and updates the codec with them afterwards.
+    """Encodes the values of a message.
 
     Args:
       codec: codec of the message.
@@ -154,8 +154,8 @@ def encode_and_learn(
       updates: [] number of messages that were sent before.
 
     Returns:
-      The new state; the codebook that encodes the message; the payload; and metrics, among them
-      `codec_error` (relative error of the decoded values) unless the codec is lossless.
+      The state after a publication; the codebook that encodes the message; the payload; and the
+      metric `codec_error` (relative error of the decoded values) unless the codec is lossless.
     """
     published = codec.publish(state, key, values, updates)
     codebook = codec.codebook(published)
@@ -165,6 +165,21 @@ def encode_and_learn(
         if codec.lossless
         else {"codec_error": relative_error(values, codec.decode(codebook, payload))}
     )
+    return published, codebook, payload, metrics
+
+
+def encode_and_learn(
+    codec: Codec,
+    state: Any,
+    key: Array,
+    values: Float[Array, "B ..."],
+    updates: Int[Array, ""],
+) -> tuple[Any, Any, Any, dict[str, Array]]:
+    """Encodes the values of a message and updates the codec with them afterwards.
+
+    See `encode_message` for arguments and results; the metrics of the update are added.
+    """
+    published, codebook, payload, metrics = encode_message(codec, state, key, values, updates)
     learned, health = codec.update(published, key, values)
     return learned, codebook, payload, metrics | health
 

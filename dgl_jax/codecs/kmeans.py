@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from dgl_jax.core import rngs
@@ -67,12 +68,19 @@ def _vectors(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D n"]:
 
 
 def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
-    """Subsamples about `wanted` vectors (0: all) at random positions common to all examples."""
+    """Subsamples about `wanted` vectors (0: all) at random positions common to all examples.
+
+    Every device of a group receives all the vectors that were drawn. It then computes the same
+    codebook as the others, instead of waiting for them at every sum and every chosen entry.
+    """
     examples, positions, _ = rows.shape
     count = -(-wanted // examples)
-    if not wanted or count >= positions:
+    if not wanted:
         return rows
-    return jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
+    if count < positions:
+        rows = jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
+    several = jax.sharding.get_abstract_mesh().size > 1  # see `engines.program.on_group`
+    return jax.lax.with_sharding_constraint(rows, PartitionSpec()) if several else rows
 
 
 def pool_of(

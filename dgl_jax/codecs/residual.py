@@ -65,21 +65,20 @@ def update(
       key: random key.
       x: [..., C] activations.
       samples: vectors per code that are drawn from `x`, the same ones for every stage; 0: all.
-      **how: further arguments of `vq.update`.
+      **how: further arguments of `vq.learn`.
 
     Returns:
-      The new codebook, and the metrics of `vq.update` as means over the stages, except `skipped`,
+      The new codebook, and the metrics of `vq.learn` as means over the stages, except `skipped`,
       which counts the first stage only.
     """
     stages = [jax.tree.map(lambda leaf, s=s: leaf[s], book) for s in range(len(book.entries))]
     updated, health = [], []
-    residual = vq.draw(rngs.sample(key), vq.rows_of(x), samples * book.entries.shape[2])
+    rows = vq.rows_of(x)
+    drawn = vq.draw(rngs.sample(key), rows, samples * book.entries.shape[2])
     for s, stage_book in enumerate(stages):
-        if s == 0:
-            result = vq.update(stage_book, key, x, samples=samples, **how)
-        else:
-            residual = _residual(stages[s - 1].entries, residual)
-            result = vq.update(stage_book, rngs.stage(key, s), residual, samples=0, **how)
+        if s:
+            rows = drawn = _residual(stages[s - 1].entries, drawn)
+        result = vq.learn(stage_book, rngs.stage(key, s) if s else key, rows, drawn, **how)
         updated.append(result[0])
         health.append(result[1])
     means = jax.tree.map(lambda *values: sum(values) / len(values), *health)

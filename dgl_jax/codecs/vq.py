@@ -136,31 +136,56 @@ def update(
     book: Codebook,
     key: Array,
     x: Float[Array, "..."],
-    rule: str = "ema",
-    decay: float = 0.9,
-    smoothing: float = 1e-5,
-    restart: float = 0.01,
     samples: int = 8,
+    **how: Any,
 ) -> tuple[Codebook, dict[str, Float[Array, ""]]]:
     """Moves the entries toward the vectors that are nearest to them.
-
-    Sums are taken over differences between vectors and entries, so an entry whose vectors all equal
-    it does not change by a single bit. For a sharded batch, statistics are summed over all devices.
 
     Args:
       book: codebook to update.
       key: random key.
       x: [..., C] activations; non-finite vectors are ignored.
+      samples: vectors per code that are drawn from `x`; 0: all.
+      **how: further arguments of `learn`.
+
+    Returns:
+      The new codebook, and metrics; see `learn`.
+    """
+    rows = rows_of(x)
+    drawn = draw(rngs.sample(key), rows, samples * book.entries.shape[1])
+    return learn(book, key, rows, drawn, **how)
+
+
+def learn(
+    book: Codebook,
+    key: Array,
+    rows: Float[Array, "B P C"],
+    drawn: Float[Array, "B p C"],
+    rule: str = "ema",
+    decay: float = 0.9,
+    smoothing: float = 1e-5,
+    restart: float = 0.01,
+) -> tuple[Codebook, dict[str, Float[Array, ""]]]:
+    """Moves the entries toward the drawn vectors that are nearest to them.
+
+    Sums are taken over differences between vectors and entries, so an entry whose vectors all equal
+    it does not change by a single bit. Statistics cover the whole batch, also if it is split over
+    devices; see `kmeans.draw`.
+
+    Args:
+      book: codebook to update.
+      key: random key.
+      rows: [B, P, C] all vectors, from which dead entries restart.
+      drawn: [B, p, C] vectors to learn from; non-finite ones are ignored.
       rule: "ema": entries follow a moving average of the data; "minibatch": an entry moves by 1 /
         (number of vectors it has seen) and settles.
       decay: decay of the moving averages.
       smoothing: weight of an entry's old value in units of the mean count, so that rarely used
         entries move slowly.
-      restart: an entry used less than this share of the mean is dead. It becomes a vector of `x`,
+      restart: an entry used less than this share of the mean is dead. It becomes one of `rows`,
         drawn with probability proportional to its squared error, and gets the mean count, which the
         other entries give up in proportion. Vectors that equal their entry up to rounding are not
         drawn, and if entries draw equal vectors only one is restarted. 0: never restart.
-      samples: vectors per code that are drawn from `x`; 0: all.
 
     Returns:
       The new codebook, and scalar metrics: `perplexity` (codes in use, exp of the entropy of the
@@ -168,11 +193,10 @@ def update(
       (number of non-finite vectors).
     """
     groups, codes, dims = book.entries.shape
-    rows = rows_of(x)
     skipped = (~jnp.isfinite(rows).reshape(*rows.shape[:-1], groups, dims).all(-1)).sum(
         dtype=jnp.float32
     )
-    count, moved = accumulate(draw(rngs.sample(key), rows, samples * codes), book.entries)
+    count, moved = accumulate(drawn, book.entries)
     number = count.sum(-1, keepdims=True)
     share, moved_mean = (
         count / jnp.maximum(number, 1.0),

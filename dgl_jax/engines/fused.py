@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import Mesh
 
 from dgl_jax.config.fields import number, option
 from dgl_jax.config.registry import ENGINES
@@ -33,7 +34,7 @@ from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.feed import Feed, Stored, select, stacked_shapes
 from dgl_jax.engines.pace import Pace
 from dgl_jax.engines.placement import Placement, assign, one_group
-from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted
+from dgl_jax.engines.program import CompilerOptions, Programs, command_buffers, jitted, on_group
 from dgl_jax.engines.synchronous import Synchronous, run_ticks
 from dgl_jax.methods.base import TrainStep, progress
 from dgl_jax.methods.post import Post
@@ -90,15 +91,16 @@ class StepCompiler:
 
 @cached_program(64)
 def _jitted(
-    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler
+    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler, group: Mesh | None
 ) -> TrainStep:
-    step: TrainStep = compiler.jit(spec, spec.method.fused(spec, turns, compiler.barrier))
+    function = on_group(spec.method.fused(spec, turns, compiler.barrier), group)
+    step: TrainStep = compiler.jit(spec, function)
     return step
 
 
 @cached_program(64)
 def _jitted_loop(
-    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler
+    spec: TrainSpec, turns: tuple[tuple[int, str], ...], compiler: StepCompiler, group: Mesh | None
 ) -> Any:
     """Returns the jitted function that repeats a tick for each batch of a stack."""
     step = spec.method.fused(spec, turns, compiler.barrier)
@@ -106,7 +108,7 @@ def _jitted_loop(
     def loop(states: Any, stored: Stored | None, batches: Batch) -> Any:
         return lax.scan(lambda states, batch: step(states, select(stored, batch)), states, batches)
 
-    return compiler.jit(spec, loop)
+    return compiler.jit(spec, on_group(loop, group))
 
 
 def _repeated(spec: TrainSpec) -> frozenset[tuple[tuple[int, str], ...]]:
@@ -153,8 +155,9 @@ class FusedEngine(Synchronous):
         self._prepared: set[tuple[tuple[int, str], ...]] = set()
         self._whole = _repeated(spec)
         self.turns = Programs(lambda turn: jitted(spec, turn[0], placement, turn[1]))
-        self.steps = Programs(lambda turns: _jitted(spec, turns, compiler))
-        self.loops = Programs(lambda turns: _jitted_loop(spec, turns, compiler))
+        group = placement.groups[0] if placement.count() > 1 else None
+        self.steps = Programs(lambda turns: _jitted(spec, turns, compiler, group))
+        self.loops = Programs(lambda turns: _jitted_loop(spec, turns, compiler, group))
 
     def run(
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.engines.placement import Placement
@@ -90,6 +91,25 @@ def _trial(x: jax.Array) -> jax.Array:
     return y.sum((1, 2)).T @ y.sum((1, 2)) + 1
 
 
+def on_group(program: Callable[..., Any], group: Mesh | None) -> Callable[..., Any]:
+    """Makes a group of several devices known to a program while JAX traces it.
+
+    A codec uses it to give every device what all of them compute (`codecs.kmeans.draw`).
+
+    Args:
+      program: function that runs on all devices of the group.
+      group: devices of the program; None, or one device, changes nothing.
+    """
+    if group is None or group.size == 1:
+        return program
+
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(group.abstract_mesh):
+            return program(*arguments)
+
+    return traced
+
+
 @cached_program(256)
 def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") -> Any:
     """Returns the jitted program that a turn of module k runs on its devices; it donates the state.
@@ -101,7 +121,7 @@ def jitted(spec: TrainSpec, k: int, placement: Placement, kind: str = "step") ->
       kind: kind of the turn, such as "step" or "backward".
     """
     return jax.jit(
-        spec.method.program(spec, k, kind),
+        on_group(spec.method.program(spec, k, kind), placement.groups[k]),
         donate_argnums=0,
         out_shardings=_output_shardings(spec, k, placement, kind),
     )

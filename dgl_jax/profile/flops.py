@@ -70,10 +70,10 @@ def _equation_multiply_adds(equation: Any) -> int:
     # Calls: jit, remat and custom gradients (which contain the function, not the gradient). The
     # iterations of a `while` depend on its data, so condition and body count once; a loop whose
     # number of iterations is known while tracing is a scan.
-    return sum(map(_multiply_adds, _nested_jaxprs(params)))
+    return sum(map(_multiply_adds, nested_jaxprs(params)))
 
 
-def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """Yields the jaxprs among an equation's parameters."""
     for value in params.values():
         for entry in value if isinstance(value, tuple | list) else (value,):

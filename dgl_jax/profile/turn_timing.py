@@ -1,18 +1,23 @@
 """Measurements of what turns do besides blocks and heads: codecs and augmentation."""
 
+import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
-from dgl_jax.codecs import Codec, encode_and_learn
+from dgl_jax.codecs import Codec, encode_message
 from dgl_jax.core import rngs
 from dgl_jax.profile.compiling import compile_all
+from dgl_jax.profile.flops import nested_jaxprs
 from dgl_jax.profile.timing import Elapsed, clocked, draw
 from dgl_jax.spec import TrainSpec
+from dgl_jax.types import nbytes
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = Elapsed(0.0, 0.0)
@@ -39,35 +44,86 @@ def augmentation_time(
     return _measured(programs, "the augmentation", device, repeats, concurrency)["a batch"]
 
 
-def codec_times(
-    spec: TrainSpec, device: jax.Device, repeats: int = 7, concurrency: int = 1
-) -> list[Elapsed]:
+@dataclass(frozen=True)
+class CodecCost:
+    """Cost of the codec in a turn of a module.
+
+    Attributes:
+      shared: time, on one device, of the work that the devices of a group share.
+      whole: time of the work that every device of a group does in full, because all of them learn
+        from the same vectors.
+      gathered: bytes of each array of vectors that all devices of a group receive.
+      sums: number of scalars that the devices of a group add up, for the error of a message.
+    """
+
+    shared: Elapsed = _NOTHING
+    whole: Elapsed = _NOTHING
+    gathered: tuple[int, ...] = ()
+    sums: int = 0
+
+    def on(self, devices: int) -> Elapsed:
+        """Returns the wall time in a group, and the processor time of all its devices."""
+        return Elapsed(
+            self.shared.seconds / devices + self.whole.seconds,
+            self.shared.processor + devices * self.whole.processor,
+        )
+
+
+def codec_costs(
+    spec: TrainSpec, device: jax.Device | None, repeats: int = 7, concurrency: int = 1
+) -> list[CodecCost]:
     """Measures how much longer the turn of each module takes because of the codec.
 
-    The program of a sender encodes a message and learns from it; the program of a receiver decodes
-    it. Gradients that travel down are included if the method encodes them. A codec that returns its
-    inputs takes no time.
+    A sender encodes a message and learns from it; a receiver decodes it. Gradients that travel down
+    are included if the method encodes them. A codec that returns its inputs takes no time.
 
     Args:
       spec: the training run.
-      device: the device to measure on.
+      device: the device to measure on; None takes all times as zero.
       repeats: see `clocked`.
       concurrency: see `clocked`.
 
     Returns:
       One entry per module.
     """
-    programs = {
-        (hop.activations, role): build(spec.codec, hop.activations)
-        for hop in spec.hops
-        for role, build in (("send", _sender), ("receive", _receiver))
-    }
-    description = f"the codec {type(spec.codec).__name__}"
-    measured = _measured(programs, description, device, repeats, concurrency)
-    return [
-        Elapsed(*map(sum, zip(_NOTHING, *(measured[part] for part in _parts(spec, k)))))
-        for k in range(len(spec.modules))
-    ]
+    builders = {"send": _sender, "learn": _learner, "receive": _receiver}
+    shapes = {hop.activations for hop in spec.hops}
+    programs = {(x, role): build(spec.codec, x) for x in shapes for role, build in builders.items()}
+    measured = dict.fromkeys(programs, _NOTHING)
+    if device is not None:
+        description = f"the codec {type(spec.codec).__name__}"
+        measured = _measured(programs, description, device, repeats, concurrency)
+    gathered = {x: tuple(_gathered(*programs[x, "learn"])) for x in shapes}
+    costs = []
+    for k in range(len(spec.modules)):
+        parts = list(_parts(spec, k))
+        whole = [part for part in parts if part[1] == "learn" and gathered[part[0]]]
+        sent = [x for x, role in parts if role == "send"]
+        costs.append(
+            CodecCost(
+                shared=_added(measured[part] for part in parts if part not in whole),
+                whole=_added(measured[part] for part in whole),
+                gathered=tuple(itertools.chain.from_iterable(gathered[x] for x in sent)),
+                sums=0 if spec.codec.lossless else 2 * len(sent),
+            )
+        )
+    return costs
+
+
+def _added(times: Iterable[Elapsed]) -> Elapsed:
+    return Elapsed(*map(sum, zip(_NOTHING, *times)))
+
+
+def _gathered(program: Callable[..., Any], inputs: tuple[Any, ...]) -> Iterator[int]:
+    """Yields the bytes of each array of which every device of a group gets a whole copy."""
+    # Traced as for a group of devices (`engines.program.on_group`); any number of them will do.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("batch",), (AxisType.Auto,))):
+        jaxprs = [jax.make_jaxpr(program)(*inputs).jaxpr]
+    while jaxprs:
+        for equation in jaxprs.pop().eqns:
+            if equation.primitive.name == "sharding_constraint":
+                yield nbytes(equation.outvars[0].aval)
+            jaxprs += nested_jaxprs(equation.params)
 
 
 def _measured(
@@ -106,22 +162,27 @@ def _shown(key: Any) -> str:
 def _parts(spec: TrainSpec, k: int) -> Iterator[tuple[jax.ShapeDtypeStruct, str]]:
     """Yields the activations that module k sends and receives in a turn, and gradients likewise."""
     both = getattr(spec.method, "encode_gradients", False)
-    for number, role, other in ((k, "send", "receive"), (k - 1, "receive", "send")):
+    sender, receiver = ("send", "learn"), ("receive",)
+    for number, roles, others in ((k, sender, receiver), (k - 1, receiver, sender)):
         if 0 <= number < len(spec.hops):
-            yield spec.hops[number].activations, role
-            if both:
-                yield spec.hops[number].activations, other
+            for role in (*roles, *(others if both else ())):
+                yield spec.hops[number].activations, role
 
 
 def _sender(codec: Codec, x: jax.ShapeDtypeStruct) -> _Program:
-    """Returns the program that encodes a message and learns from it."""
+    """Returns the program that encodes a message."""
 
     def send(state: Any, key: Any, values: Any, updates: Any) -> tuple[Any, ...]:
-        state, _, payload, metrics = encode_and_learn(codec, state, key, values, updates)
+        state, _, payload, metrics = encode_message(codec, state, key, values, updates)
         return state, payload, metrics
 
     # Not a multiple of the period: publications are rare.
     return send, (codec.init(x), rngs.root(0), x, jnp.ones((), jnp.int32))
+
+
+def _learner(codec: Codec, x: jax.ShapeDtypeStruct) -> _Program:
+    """Returns the program that updates the codec with the values of a message."""
+    return codec.update, (codec.init(x), rngs.root(0), x)
 
 
 def _receiver(codec: Codec, x: jax.ShapeDtypeStruct) -> _Program:

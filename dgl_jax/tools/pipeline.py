@@ -12,7 +12,7 @@ from dgl_jax.config import Settings
 from dgl_jax.config.registry import METHODS
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
-from dgl_jax.profile.timing import Elapsed
+from dgl_jax.profile.turn_timing import CodecCost
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
 from dgl_jax.types import nbytes
@@ -45,19 +45,23 @@ class Reduction:
     Attributes:
       bytes_: of the gradients.
       times: number of all-reduces.
+      gathered: bytes of each array of which all devices get a whole copy.
     """
 
     bytes_: float = 0.0
     times: int = 0
+    gathered: tuple[int, ...] = ()
 
     def seconds(self, devices: int, link: Link) -> float:
         """Returns the duration on a ring of devices.
 
-        In each of 2 (g - 1) rounds every device sends one part in g to its neighbor.
+        In each of 2 (g - 1) rounds of an all-reduce, or g - 1 rounds of an all-gather, every device
+        sends one part in g to its neighbor.
         """
-        rounds = 2 * (devices - 1)
+        parts = 2 * self.bytes_ + sum(self.gathered)
+        messages = 2 * self.times + len(self.gathered)
         each = link.latency + link.message_cost
-        return link.seconds(rounds * self.bytes_ / devices) + self.times * rounds * each
+        return (devices - 1) * (link.seconds(parts / devices) + messages * each)
 
 
 def reductions(spec: TrainSpec, each_array: bool = False) -> list[Reduction]:
@@ -146,19 +150,23 @@ class Pipeline:
     method: Method
     waiting_above: tuple[int, ...] = ()
 
-    def longer(self, added: Sequence[Elapsed], groups: Sequence[range]) -> "Pipeline":
-        """Returns the pipeline with longer turns.
+    def with_codec(self, costs: Sequence[CodecCost], groups: Sequence[range]) -> "Pipeline":
+        """Returns the pipeline whose turns include the work of a codec.
 
         Args:
-          added: what is added to each module's turn on one device.
-          groups: devices of each module, which share its turns.
+          costs: cost of the codec in each module's turn.
+          groups: devices of each module.
         """
         works = []
-        for work, more, group in zip(self.works, added, groups, strict=True):
+        for work, cost, group in zip(self.works, costs, groups, strict=True):
+            more = cost.on(len(group))
             processor = work.cores * (work.seconds + work.reduction) + more.processor
-            seconds = work.seconds + more.seconds / len(group)
-            cores = processor / (seconds + work.reduction)
-            works.append(dataclasses.replace(work, seconds=seconds, cores=cores))
+            seconds = work.seconds + more.seconds
+            reduction = work.reduction + _sums(cost).seconds(len(group), self.link)
+            cores = processor / (seconds + reduction)
+            works.append(
+                dataclasses.replace(work, seconds=seconds, cores=cores, reduction=reduction)
+            )
         return dataclasses.replace(self, works=tuple(works))
 
     def crosses(self) -> list[bool]:
@@ -245,6 +253,7 @@ def fused_rate(
     devices: int,
     link: Link = Link(),
     cores: float | None = None,
+    codec: Sequence[CodecCost] = (),
 ) -> float:
     """Returns the ticks per second of the engine `fused`, which splits each batch over all devices.
 
@@ -255,12 +264,19 @@ def fused_rate(
       devices: number of devices.
       link: speed of the links of the ring.
       cores: processors that all devices share; None: no limit.
+      codec: cost of the codec in the turn of each module; empty: none.
     """
-    limit = cores or math.inf
-    return 1.0 / sum(
-        max(turn / devices, used / limit) + each.seconds(devices, link)
-        for turn, used, each in zip(seconds, processor, sums, strict=True)
-    )
+    tick, limit, nothing = 0.0, cores or math.inf, [CodecCost()] * len(seconds)
+    for turn, used, each, cost in zip(seconds, processor, sums, codec or nothing, strict=True):
+        more = cost.on(devices)
+        tick += max(turn / devices + more.seconds, (used + more.processor) / limit)
+        tick += each.seconds(devices, link) + _sums(cost).seconds(devices, link)
+    return 1.0 / tick
+
+
+def _sums(cost: CodecCost) -> Reduction:
+    """Returns what the devices of a group exchange because of the codec."""
+    return Reduction(4.0 * cost.sums, cost.sums, cost.gathered)
 
 
 def waiting_above(spec: TrainSpec) -> tuple[int, ...]:

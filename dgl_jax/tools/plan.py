@@ -30,7 +30,7 @@ from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, Elapsed, block_times
-from dgl_jax.profile.turn_timing import augmentation_time, codec_times
+from dgl_jax.profile.turn_timing import CodecCost, augmentation_time, codec_costs
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.run.writers import check_writable
@@ -192,7 +192,7 @@ def plan(
     seconds, processor = (
         [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
     )
-    augmentation, coding = _NOTHING, {name: [_NOTHING] * len(starts) for name in CODECS}
+    augmentation, coding = _NOTHING, {name: [CodecCost()] * len(starts) for name in CODECS}
     if not stated:
         augmentation = augmentation_time(spec, device, concurrency=concurrency)
     seconds[0] += augmentation.seconds
@@ -202,20 +202,19 @@ def plan(
     pipeline = dataclasses.replace(pipeline, waiting_above=waiting_above(spec))
     count = devices or groups[-1][-1] + 1
     traffic, specs = spec.traffic(), _with_codecs(spec, settings)
-    for name in () if stated else specs:
+    for name in specs:
         try:
-            coding[name] = codec_times(specs[name], device, concurrency=concurrency)
+            on = None if stated else device
+            coding[name] = codec_costs(specs[name], on, concurrency=concurrency)
         except Exception as error:
             if name == settings.codec.name:
                 raise
             _LOG.warning("codec %s: not measured, taken as free (%s)", name, error)
-    pipelines = {name: pipeline.longer(coding[name], groups) for name in specs}
+    pipelines = {name: pipeline.with_codec(coding[name], groups) for name in specs}
     codecs = {
         name: _codec(pipelines[name], specs[name]) if name in specs else None for name in CODECS
     }
     pipeline, mine = pipelines[settings.codec.name], coding[settings.codec.name]
-    seconds = [turn + codec.seconds for turn, codec in zip(seconds, mine)]
-    processor = [used + codec.processor for used, codec in zip(processor, mine)]
     rate, busy, spans = pipeline.steady(traffic.wire, traffic.down)
     # `busy` has an entry for the first device of each group; the others work just as long.
     idle = [
@@ -227,7 +226,7 @@ def plan(
         dataclasses.asdict(cost)
         | {"devices": list(group), "milliseconds": 1e3 * turn}
         | {"reduction_milliseconds": 1e3 * work.reduction}
-        | {"codec_milliseconds": 1e3 * codec.seconds / len(group)}
+        | {"codec_milliseconds": 1e3 * codec.on(len(group)).seconds}
         for cost, group, turn, work, codec in zip(
             module_costs(spec, turns), groups, turns, pipeline.works, mine
         )
@@ -237,7 +236,7 @@ def plan(
         row["augmentation_milliseconds"] = alone / len(row["devices"])
     fused = None
     if (engines is None or "fused" in engines) and spec.batch_size % count == 0:
-        fused = fused_rate(seconds, processor, sums, count, link, cores)
+        fused = fused_rate(seconds, processor, sums, count, link, cores, mine)
     numbers = {
         "devices": count,
         "cores": cores,
@@ -253,7 +252,8 @@ def plan(
         "batch_size": spec.batch_size,
         "ticks_per_second": rate,
         "images_per_second": rate * spec.batch_size,
-        "speedup": rate * pipeline.alone(seconds),
+        "speedup": rate
+        * pipeline.alone([turn + codec.on(1).seconds for turn, codec in zip(seconds, mine)]),
         "fused_ticks_per_second": fused,
         "idle": idle,
         "idle_share": sum(idle) / count,
