@@ -5,10 +5,8 @@ from pathlib import Path
 from dgl_jax.config import Settings, differences
 from dgl_jax.data import make_source
 from dgl_jax.data.info import DatasetInfo
-from dgl_jax.engines.dispatches import chosen_steps
-from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
-from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.run.evaluator import make_evaluator
 from dgl_jax.run.restore import load_trained, read_settings
 
 
@@ -45,10 +43,6 @@ def evaluate_run(
     trained.info.check(DatasetInfo.of(source), settings.data)
     if not source.examples(split):
         raise UserError(f"--split={split}: {source.name} has no {split} examples")
-    spec, placement = trained.spec, trained.placement
-    evaluator = Evaluator(
-        *(spec, placement, settings.eval.codec, Residence(settings.data.on_device)),
-        chosen_steps(spec, placement.groups[0].devices.flat[0]),
-    )
+    evaluator = make_evaluator(trained.spec, trained.placement, settings)
     result = evaluator.evaluate(trained.restored.state, source, split)
     return {"step": trained.restored.step} | result

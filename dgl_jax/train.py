@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgl_jax.config import Settings, make_settings
-from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import world
 from dgl_jax.errors import require
-from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import make_experiment, remarks
-from dgl_jax.run.checkpoint import newest_meta
 from dgl_jax.run.hosts import check_hosts
 from dgl_jax.run.loop import train_loop
-from dgl_jax.run.restore import check_weights, load_trained
+from dgl_jax.run.restore import check_weights, load_trained, stored_choices
 from dgl_jax.run.signals import interrupted_by_signals
 from dgl_jax.run.summary import Summary, read_summary
 from dgl_jax.run.workdir import check, finished, holds_checkpoint, lock, reporting
@@ -67,7 +64,7 @@ def train_and_evaluate(
         require("config.log.tensorboard=True", "tensorboardX")
     world.from_first(lambda: check_writable(workdir, f"--workdir={workdir}", folder=True))
     with reporting(workdir):
-        experiment = make_experiment(settings, **_stored(workdir, settings))
+        experiment = make_experiment(settings, **stored_choices(workdir, settings))
         for line in remarks(experiment):
             _LOG.warning("%s", line)
         if init_from and world.from_first(lambda: holds_checkpoint(workdir)):
@@ -79,19 +76,3 @@ def train_and_evaluate(
         held = lock(workdir) if world.first() else nullcontext()
         with held, interrupted_by_signals() as interruption:
             return train_loop(experiment, workdir, interruption, initial)
-
-
-def _stored(workdir: Path, settings: Settings) -> dict[str, Any]:
-    """Returns arguments of `make_experiment` that a resumed run takes from its newest checkpoint.
-
-    These are the dataset info and, for measured splits, the cuts: a new measurement could differ.
-    """
-    meta = world.from_first(
-        lambda: newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
-    )
-    stored: dict[str, Any] = (
-        {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
-    )
-    if settings.model.split in BALANCED:
-        stored["first_blocks"] = meta.get("first_blocks", ())
-    return stored

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dgl_jax.tasks import ImageClassification, augment_key
+from dgl_jax.core.rngs import augment_key
+from dgl_jax.tasks import ImageClassification
 from dgl_jax.tasks.image_classification import draw_crop_flip
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.2, 0.5, 1.0)

@@ -128,9 +128,9 @@ def test_adding_images_keeps_the_stored_mean_and_std(run, other, tmp_path):
         evaluate_run(copy, settings=make_settings(config_of(other)))["test/ensemble/accuracy"] >= 0
     )
     with pytest.MonkeyPatch.context() as patch:  # twin: recomputing the mean changes it
-        patch.setattr(train, "_stored", lambda *_: {})
+        patch.setattr(train, "stored_choices", lambda *_: {})
         experiment = make_experiment(
-            make_settings(config_of(other, train__steps=9)), **train._stored(copy, None)
+            make_settings(config_of(other, train__steps=9)), **train.stored_choices(copy, None)
         )
     assert experiment.spec.task.mean != tuple(stored["mean"])
 

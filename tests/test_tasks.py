@@ -12,12 +12,13 @@ from token_runs import LENGTH, SYMBOLS, config, experiment
 
 from dgl_jax.config import make_settings
 from dgl_jax.config.registry import DATA_SETS, TASKS
+from dgl_jax.core.rngs import augment_key
 from dgl_jax.data import ArraySource, DataSet, Examples
 from dgl_jax.data.order import stratified
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import classification, cross_entropy
 from dgl_jax.run.build import make_experiment
-from dgl_jax.tasks import ImageClassification, Task, TaskInputs, augment_key
+from dgl_jax.tasks import ImageClassification, Task, TaskInputs
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.types import PADDING
 

@@ -20,6 +20,7 @@ import harness
 
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile.flops import block_flops
+from dgl_jax.profile.turn_timing import codec_costs
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.spec import Traffic
@@ -58,17 +59,19 @@ class Network:
       seconds: time of each module's turn on one device.
       sums: what a group of devices adds up.
       traffic: bytes that cross each hop, by codec.
+      gathered: bytes of the vectors from which each module learns a codebook, by codec.
     """
 
     settings: Any
     seconds: list[float]
     sums: list[Reduction]
     traffic: dict[str, Traffic]
+    gathered: dict[str, list[int]]
 
 
 def load(name: str, args: argparse.Namespace) -> Network:
     """Cuts a network into modules with about equally many operations."""
-    traffic = {}
+    traffic, gathered = {}, {}
     for codec in CODECS:
         settings = harness.settings(
             data__name="imagenet",
@@ -84,6 +87,7 @@ def load(name: str, args: argparse.Namespace) -> Network:
         network = make_blocks(settings, info)
         spec = make_spec(settings, info, choose_cuts(settings, network, _not_measured))
         traffic[codec] = spec.traffic()
+        gathered[codec] = [sum(cost.gathered) for cost in codec_costs(spec, None)]
     # The backward pass takes twice as many operations as the forward pass.
     per_operation = 3.0 / (1e12 * args.teraflops)
     operations = block_flops(network)
@@ -96,7 +100,7 @@ def load(name: str, args: argparse.Namespace) -> Network:
     starts = [module.first for module in spec.modules]
     ends = [*starts[1:], len(network.blocks)]
     seconds = [costs.module(first, end) for first, end in zip(starts, ends, strict=True)]
-    return Network(settings, seconds, reductions(spec), traffic)
+    return Network(settings, seconds, reductions(spec), traffic, gathered)
 
 
 def _not_measured() -> BlockCosts:
@@ -117,19 +121,35 @@ def sum_seconds(sums: Reduction, devices: int, between: Link) -> float:
     return gradients + (sums.times - 1) * tree
 
 
+def gather_seconds(bytes_: int, devices: int, between: Link) -> float:
+    """Returns how long all devices of a group take to receive the same bytes.
+
+    A ring over the hosts per device of a host, for its part, then a ring inside each host.
+    """
+    inside = min(devices, PER_HOST)
+    parts = Reduction(gathered=(bytes_ // inside,)).seconds(devices // inside, between)
+    return parts + Reduction(gathered=(bytes_,)).seconds(inside, INSIDE)
+
+
 def rates(network: Network, devices: int, between: Link) -> dict[str, float]:
     """Returns the ticks per second of `fused`, and of `pipeline` with each codec."""
     seconds, group = network.seconds, devices // len(network.seconds)
     pipeline, _ = make_pipeline(network.settings, seconds, seconds, devices)
-    works = [
-        dataclasses.replace(work, reduction=sum_seconds(each, group, between))
-        for work, each in zip(pipeline.works, network.sums, strict=True)
-    ]
     hop = INSIDE if devices <= PER_HOST else between
     # Each device of a group sends its part of the batch over a link of its own.
     wide = dataclasses.replace(hop, bandwidth=group * hop.bandwidth)
-    pipeline = dataclasses.replace(pipeline, works=tuple(works), link=wide)
-    ticks = {codec: pipeline.steady(traffic.wire)[0] for codec, traffic in network.traffic.items()}
+    ticks = {}
+    for codec, traffic in network.traffic.items():
+        works = []
+        for work, each, bytes_ in zip(
+            pipeline.works, network.sums, network.gathered[codec], strict=True
+        ):
+            reduction = sum_seconds(each, group, between)
+            if bytes_:
+                reduction += gather_seconds(bytes_, group, between)
+            works.append(dataclasses.replace(work, reduction=reduction))
+        planned = dataclasses.replace(pipeline, works=tuple(works), link=wide)
+        ticks[codec] = planned.steady(traffic.wire)[0]
     summed = sum(sum_seconds(each, devices, between) for each in network.sums)
     ticks["fused"] = 1.0 / (sum(seconds) / devices + summed)
     return ticks

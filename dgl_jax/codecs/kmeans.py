@@ -70,13 +70,16 @@ def _vectors(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D n"]:
 def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
     """Subsamples about `wanted` vectors (0: all) at random positions common to all examples.
 
-    Every device of a group receives all the vectors that were drawn. It then computes the same
-    codebook as the others, instead of waiting for them at every sum and every chosen entry.
+    Of a batch with several times as many examples, every so many-th is used. Every device of a
+    group receives all the vectors that were drawn. It then computes the same codebook as the
+    others, instead of waiting for them at every sum and every chosen entry.
     """
-    examples, positions, _ = rows.shape
-    count = -(-wanted // examples)
     if not wanted:
         return rows
+    examples, positions, _ = rows.shape
+    if (stride := examples // wanted) > 1 and examples % stride == 0:
+        rows = rows.reshape(-1, stride, *rows.shape[1:])[:, 0]
+    count = -(-wanted // examples)
     if count < positions:
         rows = jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
     several = jax.sharding.get_abstract_mesh().size > 1  # see `engines.program.on_group`

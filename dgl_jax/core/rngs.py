@@ -123,3 +123,12 @@ def bits(seed: int, *stream: int) -> np.random.BitGenerator:
 def ring(seed: int, number: int) -> tuple[int, ...]:
     """Returns the seed of the replay ring at the entrance of module `number` (its index k)."""
     return (seed, RING, number)
+
+
+def augment_key(seed: Number, step: Number) -> Key[Array, ""]:
+    """Returns the random key for augmenting a training batch.
+
+    The key depends on the two arguments alone, so a resumed run draws the same augmentations as an
+    uninterrupted one. Both arguments may be traced.
+    """
+    return augmentation(root(seed), step)

@@ -13,7 +13,6 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics, eval_step
 from dgl_jax.schedule import Progress, Tick, never
 from dgl_jax.spec import TrainSpec
-from dgl_jax.tasks import augment_key
 from dgl_jax.types import Batch, Context, Inbox, Message, Outbox
 
 # (state, inbox, context of the examples in the inbox) -> (new state, outbox, metrics)
@@ -153,7 +152,7 @@ def training_inputs(spec: TrainSpec, batch: Batch) -> jax.Array:
 
     The augmentation of step n is drawn from the seed and n alone.
     """
-    return spec.task.train(augment_key(spec.seed, batch.step), batch.inputs)
+    return spec.task.train(rngs.augment_key(spec.seed, batch.step), batch.inputs)
 
 
 class Method(Protocol):

@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Array
 
 from dgl_jax.codecs.identity import Identity
+from dgl_jax.config import Settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source, StoredSource
 from dgl_jax.engines import world
 from dgl_jax.engines.base import EngineState
+from dgl_jax.engines.dispatches import chosen_steps
 from dgl_jax.engines.feed import (
     Residence,
     Stored,
@@ -34,6 +36,21 @@ from dgl_jax.run.metrics import read
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tasks import Task
 from dgl_jax.types import PADDING, Batch, Context, Message
+
+
+def make_evaluator(spec: TrainSpec, placement: Placement, settings: Settings) -> "Evaluator":
+    """Returns the configured evaluator of a network that is not being trained.
+
+    Args:
+      spec: description of the training run.
+      placement: devices of the modules.
+      settings: configuration of the evaluation and of the data.
+    """
+    device = placement.groups[0].devices.flat[0]
+    return Evaluator(
+        *(spec, placement, settings.eval.codec, Residence(settings.data.on_device)),
+        chosen_steps(spec, device),
+    )
 
 
 class Evaluator:

@@ -14,12 +14,14 @@ from dgl_jax.config import Settings
 from dgl_jax.core import ema
 from dgl_jax.core.module import ModuleState
 from dgl_jax.data.info import DatasetInfo, listed
+from dgl_jax.engines import world
 from dgl_jax.engines.base import EngineState
 from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.errors import UserError
+from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import Experiment, make_spec
-from dgl_jax.run.checkpoint import Checkpoints, Restored, check_path
-from dgl_jax.run.workdir import load_settings
+from dgl_jax.run.checkpoint import Checkpoints, Restored, check_path, newest_meta
+from dgl_jax.run.workdir import holds_checkpoint, load_settings
 from dgl_jax.spec import TrainSpec
 
 _LOG = logging.getLogger(__name__)
@@ -170,3 +172,19 @@ def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> Engin
             module, extras=module.extras | spec.method.extras(spec, k, modules)
         )
     return EngineState(tuple(modules), state.flight)
+
+
+def stored_choices(workdir: Path, settings: Settings) -> dict[str, Any]:
+    """Returns arguments of `make_experiment` that a resumed run takes from its newest checkpoint.
+
+    These are the dataset info and, for measured splits, the cuts: a new measurement could differ.
+    """
+    meta = world.from_first(
+        lambda: newest_meta(workdir / "checkpoints") if holds_checkpoint(workdir) else {}
+    )
+    stored: dict[str, Any] = (
+        {"info": DatasetInfo.from_dict(meta["dataset"])} if "dataset" in meta else {}
+    )
+    if settings.model.split in BALANCED:
+        stored["first_blocks"] = meta.get("first_blocks", ())
+    return stored

@@ -1,7 +1,7 @@
 """Tasks: preprocessing on the device, metrics and the ensemble rule for a kind of examples."""
 
 from dgl_jax.config.registry import TASKS
-from dgl_jax.tasks.base import Task, TaskInputs, TaskKind, augment_key
+from dgl_jax.tasks.base import Task, TaskInputs, TaskKind
 from dgl_jax.tasks.image_classification import ImageClassification
 
 register_task = TASKS.register
@@ -12,6 +12,5 @@ __all__ = [
     "Task",
     "TaskInputs",
     "TaskKind",
-    "augment_key",
     "register_task",
 ]

@@ -9,18 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dgl_jax.config.registry import Kind
-from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.types import PADDING, AnyArray
-
-
-def augment_key(seed: int | Int[AnyArray, ""], step: int | Int[AnyArray, ""]) -> Key[Array, ""]:
-    """Returns the random key for augmenting a batch; see `rngs.augmentation`.
-
-    The key depends on the two arguments alone, so a resumed run draws the same augmentations as an
-    uninterrupted one. Both arguments may be traced.
-    """
-    return rngs.augmentation(rngs.root(seed), step)
 
 
 @dataclass(frozen=True)
