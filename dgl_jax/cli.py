@@ -14,7 +14,7 @@ from dgl_jax import system
 from dgl_jax.config.fields import expand
 from dgl_jax.errors import UserError, explain, needed, reported, where
 from dgl_jax.run import workdir
-from dgl_jax.tools import config_files, early_errors
+from dgl_jax.tools import config_files, early_errors, flag_modes
 
 with reported(), needed("the command line"):
     from absl import app, flags
@@ -169,6 +169,7 @@ def _dispatch(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; write --name=value")
     mode, checkpoint = _MODE.value, _CHECKPOINT.value
+    flag_modes.check(mode, (name for name in flags.FLAGS if flags.FLAGS[name].present))
     _check_distributed(mode)
     # Check the flags first: the imports of a mode below take seconds.
     folder = _workdir() if mode not in ("bench", "plan") else _WORKDIR.value

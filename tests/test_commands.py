@@ -1,5 +1,6 @@
 """Commands computed from settings, parsed again by the command line's own flags."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from ml_collections import config_flags
 from plugin_runs import config as plugin_config
 from runs import small_config
 
+from dgl_jax import cli
 from dgl_jax.config import Settings, default_config, make_settings
 from dgl_jax.errors import UserError
-from dgl_jax.tools import commands
+from dgl_jax.tools import commands, flag_modes
 from dgl_jax.tools.commands import command_of, shell_command
 from dgl_jax.tools.config_files import SHIPPED, with_files
 
@@ -117,3 +119,27 @@ def test_plugins_come_with_the_options_they_register():
         check=False,
     )
     assert process.stdout.split() == [settings.hash()], process.stderr
+
+
+def test_flags_of_other_modes_are_refused():
+    flag_modes.check("eval", ["mode", "workdir", "split", "checkpoint", "config"])
+    flag_modes.check("plan", ["devices", "output"])
+    with pytest.raises(UserError, match=r"^--devices: applies to --mode=plan, not to --mode=eval$"):
+        flag_modes.check("eval", ["split", "devices"])
+    with pytest.raises(
+        UserError, match=r"^--checkpoint: applies to --mode=eval, predict or export"
+    ):
+        flag_modes.check("plot", ["checkpoint"])
+
+
+def test_modes_of_flags_are_the_documented_ones():
+    page = Path(__file__).resolve().parents[1] / "docs" / "command_line.md"
+    rows = re.findall(r"^\| (`--\w+.*?) \| (.*?) \|", page.read_text(), re.M)
+    documented = {
+        name: tuple(re.findall(r"`(\w+)`", modes))
+        for names, modes in rows
+        for name in re.findall(r"`--(\w+)", names)
+    }
+    for name, modes in flag_modes.MODES.items():
+        assert documented[name] == modes, name
+    assert set(flag_modes.MODES) <= set(cli.flags.FLAGS)

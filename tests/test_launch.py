@@ -236,6 +236,7 @@ def test_user_errors_are_one_line(tmp_path):
     )
     assert "--config: " in fails(f"--config={tmp_path}", run)
     assert "stray: not a flag" in fails(*SMALL, run, "stray")
+    assert "--jobs: applies to --mode=sweep, not to --mode=train" in fails(*SMALL, run, "--jobs=2")
     assert "'abc'" in fails(*SMALL, run, "--config.optimizer.learning_rate=abc")
     missing = fails("--config=configs/digit.py", run)
     assert "configs/digit.py: no such file; configs has cifar10.py, " in missing
