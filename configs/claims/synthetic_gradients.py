@@ -26,7 +26,7 @@ def base(full: bool) -> ConfigDict:
     """Returns the configuration that the rows share."""
     config = common.small_cifar10()
     config.model.name, config.model.modules = "cnn3", 3
-    config.model.width = 128 if full else 32
+    config.model.width = 128 if full else 16
     config.optimizer.name, config.optimizer.weight_decay = "adam", 0.0
     config.schedule.name = "constant"
     if full:
