@@ -68,7 +68,7 @@ def parameters(tree: Path, name: str, workdir: Path) -> dict[str, np.ndarray]:
         fields = SHARED | RUNS[name] | {"train.steps": steps}
         if "method.name" in fields:
             del fields["model.head"]  # back-propagation refuses this field
-        if "method.name" in fields and not (tree / "dgl_jax" / "registry.py").exists():
+        if "method.name" in fields and not list((tree / "dgl_jax").rglob("registry.py")):
             # Old commits have back-propagation as an engine.
             fields["engine.name"] = fields.pop("method.name")
         launch(

@@ -8,14 +8,19 @@ from test_threads import Fault
 
 from dgl_jax.codecs import Int8, Vq
 from dgl_jax.config import ReplaySettings, options
+from dgl_jax.core.program_cache import clear_programs
 from dgl_jax.engines import (
+    FusedEngine,
     PipelineEngine,
     SimulatedEngine,
     SimulatedOptions,
     ThreadsEngine,
     ThreadsOptions,
+    fused,
+    program,
 )
 from dgl_jax.engines.base import Publisher
+from dgl_jax.engines.dispatches import Dispatches
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.objectives import means
 from dgl_jax.replay import Ring, RingSpec
@@ -284,3 +289,47 @@ def test_restarted_module_sends_its_codebook_again(tiny, devices):
     run(tiny, engine)
     book = 2 * 8 * 2 * 4
     assert [meter.codebooks for meter in engine.meters] == [book, 2 * book]
+
+
+# Groups of devices
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Records the shapes of what programs copy to all devices of a group, while JAX traces them."""
+    shapes, constrain = [], jax.lax.with_sharding_constraint
+
+    def spy(x, sharding):
+        shapes.append(x.shape)
+        return constrain(x, sharding)
+
+    monkeypatch.setattr(jax.lax, "with_sharding_constraint", spy)
+    clear_programs()
+    yield shapes
+    clear_programs()
+
+
+def grouped_engine(tiny, devices, name, codec):
+    spec = tiny.spec(modules=2, codec=codec)
+    if name == "pipeline":
+        return tiny.new_engine("pipeline", (2, 1), spec)
+    dispatches = Dispatches(2) if name == "loop" else None
+    return FusedEngine(spec, one_group(devices[:2], 2), dispatches=dispatches)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "fused", "loop"])
+def test_every_device_of_a_group_gets_the_drawn_vectors(tiny, devices, gathered, name):
+    # 8 examples with 2 x 2 positions: 8 vectors of 4 channels are drawn to learn from, and 32, all
+    # there are, for restarts and for the start.
+    codec = options("codec", name="vq", codes=8, dims=2, samples=1)
+    tiny.run(grouped_engine(tiny, devices, name, codec), 3)
+    assert set(gathered) == {(8, 1, 4), (8, 4, 4)}
+
+
+@pytest.mark.parametrize("name", ["pipeline", "fused", "loop"])
+def test_twin_without_the_group_nothing_is_gathered(tiny, devices, gathered, monkeypatch, name):
+    for module in (fused, program):
+        monkeypatch.setattr(module, "on_group", lambda function, group: function)
+    codec = options("codec", name="vq", codes=8, dims=2, samples=1)
+    tiny.run(grouped_engine(tiny, devices, name, codec), 3)
+    assert gathered == []

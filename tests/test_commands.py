@@ -130,6 +130,8 @@ def test_flags_of_other_modes_are_refused():
         UserError, match=r"^--checkpoint: applies to --mode=eval, predict or export"
     ):
         flag_modes.check("plot", ["checkpoint"])
+    with pytest.raises(UserError, match=r"^--workdir: .* or report, not to --mode=bench$"):
+        flag_modes.check("bench", ["workdir"])
 
 
 def test_modes_of_flags_are_the_documented_ones():
@@ -140,6 +142,9 @@ def test_modes_of_flags_are_the_documented_ones():
         for names, modes in rows
         for name in re.findall(r"`--(\w+)", names)
     }
-    for name, modes in flag_modes.MODES.items():
-        assert documented[name] == modes, name
+    assert documented.pop("workdir") == ("bench",), "all but"
+    several = ("distributed", "coordinator", "num_processes", "process_id")
+    assert {documented.pop(name) for name in several} == {("train",)}  # see `_check_distributed`
+    limited = {name: modes for name, modes in documented.items() if modes}
+    assert limited == {n: modes for n, modes in flag_modes.MODES.items() if n != "workdir"}
     assert set(flag_modes.MODES) <= set(cli.flags.FLAGS)

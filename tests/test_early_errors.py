@@ -80,7 +80,7 @@ def test_an_ordinary_exit_tells_nobody(reports):
     assert reports == []
 
 
-def test_a_process_waits_for_the_others_only_for_a_while(monkeypatch):
+def test_a_process_waits_for_the_others_only_for_a_while(monkeypatch, capsys):
     """Exits with 2 though the others never come, and prints nothing more."""
     codes, never = [], threading.Event()
     monkeypatch.setattr(world._State, "told", False)
@@ -88,4 +88,8 @@ def test_a_process_waits_for_the_others_only_for_a_while(monkeypatch):
     world.fail_early(never.wait, "a mistake", seconds=0.01)
     assert codes == [2]
     assert world._State.told
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(world, "_SILENT_SECONDS", 0.01)
+    world.fail_early(never.wait, "a mistake", seconds=0.02)
+    assert capsys.readouterr() == ("", "telling the other processes (0.02 s at most)\n")
     never.set()

@@ -437,7 +437,8 @@ def test_codecs_are_measured_per_message(monkeypatch, method, shared, whole, gat
     # and 64 for restarts, in float32.
     assert [cost.whole for cost in costs] == [(n, 10 * n) for n in whole]
     assert [cost.gathered for cost in costs] == gathered
-    assert [cost.sums for cost in costs] == [len(sizes) for sizes in gathered]
+    # Two norms and the number of vectors that are left out, per message.
+    assert [cost.sums for cost in costs] == [3 * len(sizes) // 2 for sizes in gathered]
     assert codec_costs(plain, jax.devices()[0]) == [CodecCost()] * 3, "measured without any work"
     assert len(calls) == 6  # two hops; programs that encode, learn and decode
     decoded = [call[1] for call in calls if call[0] == ()]
@@ -450,6 +451,9 @@ def test_codecs_are_measured_per_message(monkeypatch, method, shared, whole, gat
     ):
         assert (cost.shared.seconds, cost.whole.seconds, cost.gathered) == (n + m, 0, ())
     assert {cost.shared for cost in codec_costs(spec, None)} == {Elapsed(0.0, 0.0)}
+    # Later stages learn from the same vectors, which all devices have by then.
+    stages = dataclasses.replace(spec, codec=dataclasses.replace(spec.codec, stages=2))
+    assert [cost.gathered for cost in codec_costs(stages, None)] == gathered
     assert len(calls) == 6
 
 
@@ -465,7 +469,10 @@ def test_cost_of_a_codec_in_a_group():
     rate = fused_rate([12.0], [12.0], none, 3, link, cores=1.0, codec=[cost])
     assert rate == pytest.approx(1 / (12 + 15 + exchanged))
     work = Work(0, 4.0, cores=3.0)
-    pipeline = Pipeline((work,), 8, link, math.inf, 2, Dgl()).with_codec([cost], [range(3)])
+    pipeline = Pipeline((work,), 8, link, 2.0, 2, Dgl()).with_codec([cost], [range(3)])
+    # On a single device, which learns once: 12 + 7 seconds, and 30 + 11 of two processors.
+    assert pipeline.alone([12.0], [30.0], [cost]) == pytest.approx(41 / 2)
+    assert pipeline.alone([12.0], [12.0], [cost]) == pytest.approx(19)
     assert pipeline.works[0].seconds == 7
     assert pipeline.works[0].reduction == pytest.approx(exchanged)
     assert pipeline.works[0].cores == pytest.approx((12 + 15) / (7 + exchanged))

@@ -21,12 +21,13 @@ from absl import app, flags
 
 from dgl_jax import system
 from dgl_jax.config import options
+from dgl_jax.core.rngs import augment_key
 from dgl_jax.data import synthetic
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.data.source import DataSet
 from dgl_jax.data.tfds_sets import load
 from dgl_jax.engines.transfer import put
-from dgl_jax.tasks import ImageClassification, Task, augment_key
+from dgl_jax.tasks import ImageClassification, Task
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from dgl_jax.core import rngs
@@ -18,6 +18,7 @@ from dgl_jax.core import rngs
 # Most codes for which k-means++ is fast enough; larger codebooks start from a plain sample.
 SEEDED = 1024
 
+_FEWEST = 1024  # vectors to draw from a large batch even if fewer are wanted
 _POOL = 4  # vectors per code in the pool that initial and restarted entries are drawn from
 _UNROLL = 8  # codes compared in one pass of the running minimum over the vectors
 
@@ -67,34 +68,50 @@ def _vectors(rows: Float[Array, "B P C"], dims: int) -> Float[Array, "G D n"]:
     return rows.reshape(-1, rows.shape[-1] // dims, dims).transpose(1, 2, 0)
 
 
-def draw(key: Array, rows: Float[Array, "B P C"], wanted: int) -> Float[Array, "B p C"]:
+def draw(
+    key: Array, rows: Float[Array, "B P C"], wanted: int, whole: bool = False
+) -> Float[Array, "B p C"]:
     """Subsamples about `wanted` vectors (0: all) at random positions common to all examples.
 
-    Of a batch with several times as many examples, every so many-th is used. Every device of a
-    group receives all the vectors that were drawn. It then computes the same codebook as the
-    others, instead of waiting for them at every sum and every chosen entry.
+    A batch with several times as many examples gives one vector for every so many of them.
+
+    Every device of a group receives all the vectors that were drawn. It then computes the same
+    codebook as the others, instead of waiting for them at every sum and every chosen entry.
+
+    Args:
+      key: random key.
+      rows: [B, P, C] vectors.
+      wanted: number of vectors.
+      whole: True if every device of a group has all of `rows`.
     """
     if not wanted:
         return rows
     examples, positions, _ = rows.shape
-    if (stride := examples // wanted) > 1 and examples % stride == 0:
+    if (most := examples // max(wanted, _FEWEST)) > 1:
+        stride = max(n for n in range(1, most + 1) if examples % n == 0)
         rows = rows.reshape(-1, stride, *rows.shape[1:])[:, 0]
     count = -(-wanted // examples)
     if count < positions:
         rows = jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
-    several = jax.sharding.get_abstract_mesh().size > 1  # see `engines.program.on_group`
-    return jax.lax.with_sharding_constraint(rows, PartitionSpec()) if several else rows
+    return rows if whole else _on_every_device(rows)
+
+
+def _on_every_device(rows: Array) -> Array:
+    """Copies an array to all devices of the group that `engines.program.on_group` announces."""
+    mesh = jax.sharding.get_abstract_mesh()
+    announced = mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return jax.lax.with_sharding_constraint(rows, PartitionSpec()) if announced else rows
 
 
 def pool_of(
-    key: Array, rows: Float[Array, "B P C"], codes: int, dims: int
+    key: Array, rows: Float[Array, "B P C"], codes: int, dims: int, whole: bool = False
 ) -> tuple[Float[Array, "G D n"], Array]:
     """Samples a pool of vectors, and marks the finite ones; non-finite vectors become zeros.
 
     Returns:
       [G, D, n] pool, and [G, n] mask of finite vectors.
     """
-    pool = _vectors(draw(key, rows, _POOL * codes), dims)
+    pool = _vectors(draw(key, rows, _POOL * codes, whole), dims)
     finite = jnp.isfinite(pool).all(1)
     return jnp.where(finite[:, None], pool, 0.0), finite
 
@@ -173,7 +190,9 @@ def spread_start(
     )[0]
 
 
-def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Array) -> Codebook:
+def restart_dead(
+    book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: Array, whole: bool = False
+) -> Codebook:
     """Replaces dead entries by vectors with a large error.
 
     An entry stays dead if no vector would benefit from a new one.
@@ -183,13 +202,14 @@ def restart_dead(book: Codebook, key: Array, rows: Float[Array, "B P C"], dead: 
       key: random key.
       rows: [B, P, C] vectors of the batch.
       dead: [G, N] mask of dead entries.
+      whole: see `draw`.
 
     Returns:
       The codebook in which each new entry has the mean count 1 / N and the counts of the other
       entries are scaled down so that all counts still sum to 1.
     """
     _, codes, dims = book.entries.shape
-    pool, finite = pool_of(rngs.restart_pool(key), rows, codes, dims)
+    pool, finite = pool_of(rngs.restart_pool(key), rows, codes, dims, whole)
     error = jnp.square(pool - entries_of(book.entries, nearest_entry(pool, book.entries))).sum(1)
     error = jnp.where(finite & (error > ROUNDING**2 * jnp.square(pool).sum(1)), error, 0.0)
     fresh = _at(pool, _pick(rngs.restart(key), error, codes))

@@ -76,9 +76,12 @@ def update(
     rows = vq.rows_of(x)
     drawn = vq.draw(rngs.sample(key), rows, samples * book.entries.shape[2])
     for s, stage_book in enumerate(stages):
-        if s:
-            rows = drawn = _residual(stages[s - 1].entries, drawn)
-        result = vq.learn(stage_book, rngs.stage(key, s) if s else key, rows, drawn, **how)
+        if s == 0:
+            result = vq.learn(stage_book, key, rows, drawn, **how)
+        else:
+            drawn = _residual(stages[s - 1].entries, drawn)
+            whole = samples > 0
+            result = vq.learn(stage_book, rngs.stage(key, s), drawn, drawn, whole=whole, **how)
         updated.append(result[0])
         health.append(result[1])
     means = jax.tree.map(lambda *values: sum(values) / len(values), *health)
@@ -134,10 +137,10 @@ class Vq:
       every: updates between publications of the learned codebook, which is then sent; 0: the
         smallest number at which codebooks take at most a tenth of the bytes of the codes.
       start: see `init`.
-      rule: see `vq.update`.
-      decay: see `vq.update`.
-      smoothing: see `vq.update`.
-      restart: see `vq.update`.
+      rule: see `vq.learn`.
+      decay: see `vq.learn`.
+      smoothing: see `vq.learn`.
+      restart: see `vq.learn`.
       samples: see `update`.
       dtype: dtype of the decoded activations.
     """

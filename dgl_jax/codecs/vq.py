@@ -165,6 +165,7 @@ def learn(
     decay: float = 0.9,
     smoothing: float = 1e-5,
     restart: float = 0.01,
+    whole: bool = False,
 ) -> tuple[Codebook, dict[str, Float[Array, ""]]]:
     """Moves the entries toward the drawn vectors that are nearest to them.
 
@@ -186,6 +187,7 @@ def learn(
         drawn with probability proportional to its squared error, and gets the mean count, which the
         other entries give up in proportion. Vectors that equal their entry up to rounding are not
         drawn, and if entries draw equal vectors only one is restarted. 0: never restart.
+      whole: True if every device of a group has all of `rows`.
 
     Returns:
       The new codebook, and scalar metrics: `perplexity` (codes in use, exp of the entropy of the
@@ -229,7 +231,7 @@ def learn(
         "dead": dead.mean(dtype=jnp.float32),
         "skipped": skipped,
     }
-    return (restart_dead(new, key, rows, dead) if restart else new), health
+    return (restart_dead(new, key, rows, dead, whole) if restart else new), health
 
 
 def groups_of(codes: int, dims: int, channels: int) -> int:

@@ -104,6 +104,8 @@ def on_group(program: Callable[..., Any], group: Mesh | None) -> Callable[..., A
         return program
 
     def traced(*arguments: Any) -> Any:
+        if not jax.sharding.get_abstract_mesh().empty:  # the caller works with another mesh
+            return program(*arguments)
         with jax.sharding.use_abstract_mesh(group.abstract_mesh):
             return program(*arguments)
 

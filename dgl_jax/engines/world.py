@@ -304,10 +304,10 @@ def fail_early(join: Callable[[], None], message: str, seconds: float = _JOIN_SE
     thread.start()
     with suppress(KeyboardInterrupt):
         thread.join(min(seconds, _SILENT_SECONDS))
-        if thread.is_alive():
+        if thread.is_alive() and seconds > _SILENT_SECONDS:
             text = f"telling the other processes ({seconds:g} s at most)"
             print(text, file=sys.stderr, flush=True)
-            thread.join(max(seconds - _SILENT_SECONDS, 0.0))
+            thread.join(seconds - _SILENT_SECONDS)
         if connected.is_set():
             thread.join(2 * _LAST_SECONDS)
     _flush()

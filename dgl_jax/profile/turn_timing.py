@@ -53,7 +53,8 @@ class CodecCost:
       whole: time of the work that every device of a group does in full, because all of them learn
         from the same vectors.
       gathered: bytes of each array of vectors that all devices of a group receive.
-      sums: number of scalars that the devices of a group add up, for the error of a message.
+      sums: number of scalars that the devices of a group add up: two norms for the error of a
+        message, and the number of vectors that a codebook leaves out.
     """
 
     shared: Elapsed = _NOTHING
@@ -104,7 +105,7 @@ def codec_costs(
                 shared=_added(measured[part] for part in parts if part not in whole),
                 whole=_added(measured[part] for part in whole),
                 gathered=tuple(itertools.chain.from_iterable(gathered[x] for x in sent)),
-                sums=0 if spec.codec.lossless else 2 * len(sent),
+                sums=sum((0 if spec.codec.lossless else 2) + bool(gathered[x]) for x in sent),
             )
         )
     return costs

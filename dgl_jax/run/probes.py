@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dgl_jax.config.registry import METHODS
 from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source
 from dgl_jax.diagnostics import Parts, drift, probe, weighted_drift
 from dgl_jax.engines import EngineState, counts, world
+from dgl_jax.engines.program import on_group
 from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
 from dgl_jax.run.build import Experiment
@@ -255,7 +257,8 @@ class Probes:
 
     def _programs(self, spec: TrainSpec, start: bool = False) -> list[Any]:
         chosen = self._experiment.settings.diagnostics.projections, self._in_turn, start
-        return [_jitted(spec, k, *chosen) for k in range(len(spec.modules))]
+        groups = self._experiment.engine.placement.groups
+        return [_jitted(spec, k, group, *chosen) for k, group in enumerate(groups)]
 
     def _rates(self, begin: int, end: int) -> float:
         """Returns the sum of the learning rates of a module's updates `begin` to `end`."""
@@ -304,8 +307,10 @@ def probe_set(source: Source, batches: int) -> list[Batch]:
 
 
 @cached_program(256)
-def _jitted(spec: TrainSpec, k: int, directions: int, in_turn: bool, start: bool) -> Any:
-    return jax.jit(partial(probe, spec, k, directions, in_turn, start))
+def _jitted(
+    spec: TrainSpec, k: int, group: Mesh, directions: int, in_turn: bool, start: bool
+) -> Any:
+    return jax.jit(on_group(partial(probe, spec, k, directions, in_turn, start), group))
 
 
 @jax.jit

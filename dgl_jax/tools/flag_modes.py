@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dgl_jax.errors import UserError
 
 _OF_A_CHECKPOINT = ("eval", "predict", "export")
-MODES = {
+MODES: dict[str, tuple[str, ...]] = {
+    "workdir": ("train", "eval", "predict", "export", "plot", "plan", "sweep", "report"),
     "checkpoint": _OF_A_CHECKPOINT,
     "init_from": ("train",),
     "heartbeat": ("train",),

@@ -238,11 +238,17 @@ class Pipeline:
             busy[work.device] += rate * sum(turns) / (3 * batches // 4 - batches // 4)
         return rate, {device: min(1.0, share) for device, share in busy.items()}, spans
 
-    def alone(self, seconds: Sequence[float]) -> float:
-        """Returns the seconds per batch if all modules run one after the other on one device."""
+    def alone(
+        self, seconds: Sequence[float], processor: Sequence[float], codec: Sequence[CodecCost]
+    ) -> float:
+        """Returns the seconds per batch if all modules run one after the other on one device.
+
+        See `fused_rate` for the arguments.
+        """
+        added = [cost.on(1) for cost in codec]
         return sum(
-            turn * max(1.0, work.cores * (work.seconds + work.reduction) / turn / self.cores)
-            for turn, work in zip(seconds, self.works)
+            max(turn + more.seconds, (used + more.processor) / self.cores)
+            for turn, used, more in zip(seconds, processor, added, strict=True)
         )
 
 

@@ -125,7 +125,7 @@ def plan(
       stated: milliseconds of each block in a local step, as a comma-separated list (the time of
         heads then follows from their number of operations), or a JSON file with the same list or
         with `block_milliseconds` of an earlier plan. None: measured on the first device here.
-        Augmentation and codecs are measured too then, and otherwise take no time.
+        Augmentation and codecs are measured too then; otherwise only what groups exchange counts.
       bandwidth: of the link of each hop in GB/s; None: messages take no time.
       cores: processors that all devices share. None: the processors of this process if the times
         are measured on a CPU, otherwise (or if unknown) no limit.
@@ -252,8 +252,7 @@ def plan(
         "batch_size": spec.batch_size,
         "ticks_per_second": rate,
         "images_per_second": rate * spec.batch_size,
-        "speedup": rate
-        * pipeline.alone([turn + codec.on(1).seconds for turn, codec in zip(seconds, mine)]),
+        "speedup": rate * pipeline.alone(seconds, processor, mine),
         "fused_ticks_per_second": fused,
         "idle": idle,
         "idle_share": sum(idle) / count,
