@@ -41,11 +41,13 @@ Over InfiniBand, eight modules on groups of devices keep scaling longer than dat
 because a group sums the gradients of one module only: devices compute half of the time up to 512
 devices for VGG-19 and 128 for ResNet-152, against 64 and 16 with `fused`. On few devices `fused`
 is faster for VGG-19, whose eight modules are unequal: the slowest takes one and a half times the
-mean. Codecs do not change the speed at 50 GB/s, since messages hide behind the computation; at 3
-GB/s they decide, and `vq` alone keeps the full speed, up to 64 devices. What ends the scaling are
-the sums inside a group: its part of the batch shrinks with every device, the gradients and the
-latencies of batch norm do not. Left out are the lower efficiency of small parts, which would bend
-all curves earlier, and sums that overlap with computation, which would bend them later.
+mean. Codecs hardly change the speed at 50 GB/s, since messages hide behind the computation, and
+the vectors from which a group learns a codebook cost at most 3 %; at 3 GB/s codecs decide, and
+`vq` alone keeps the full speed, up to 64 devices. What ends the scaling are the sums inside a
+group: its part of the batch shrinks with every device, the gradients and the latencies of batch
+norm do not. Left out are the lower efficiency of small parts and the time in which every device
+learns a codebook, which would bend curves earlier, and sums that overlap with computation, which
+would bend them later.
 """
 WORTH = 0.5  # a device that computes less than this share of the time is not worth its price
 
