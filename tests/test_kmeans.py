@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from test_vq import KEY, decode, encode, init, normal, oracle_distances
 
 from dgl_jax import vq
-from dgl_jax.codecs import kmeans, relative_error, residual
+from dgl_jax.codecs import draws, kmeans, relative_error, residual
 
 _HOW = ("rule", "decay", "smoothing", "restart", "samples")
 # Jitted, because unjitted calls compile each operation again every time.
@@ -354,15 +354,15 @@ def test_pick_never_draws_weight_0(monkeypatch):
 
 def test_large_batches_give_one_vector_for_several_examples():
     rows = np.arange(4096 * 3, dtype=np.float32).reshape(4096, 3, 1)
-    drawn = np.asarray(kmeans.draw(KEY, jnp.asarray(rows), 10)).ravel()
+    drawn = np.asarray(draws.draw(KEY, jnp.asarray(rows), 10)).ravel()
     # 1,024 vectors are drawn at least: every fourth example, all at the same position.
     assert drawn.tolist() == (rows[::4, int(drawn[0]) % 3]).ravel().tolist()
-    assert kmeans.draw(KEY, jnp.asarray(rows), 2048).shape == (2048, 1, 1)
-    assert kmeans.draw(KEY, jnp.asarray(rows[:3000]), 10).shape == (1500, 1, 1)
-    assert kmeans.draw(KEY, jnp.asarray(rows[:2049]), 10).shape == (2049, 1, 1)  # 2049 = 3 x 683
-    assert kmeans.draw(KEY, jnp.asarray(rows[:128]), 10).shape == (128, 1, 1)
-    assert kmeans.draw(KEY, jnp.asarray(rows[:128]), 200).shape == (128, 2, 1)
-    assert kmeans.draw(KEY, jnp.asarray(rows[:128]), 0).shape == (128, 3, 1)
+    assert draws.draw(KEY, jnp.asarray(rows), 2048).shape == (2048, 1, 1)
+    assert draws.draw(KEY, jnp.asarray(rows[:3000]), 10).shape == (1500, 1, 1)
+    assert draws.draw(KEY, jnp.asarray(rows[:2049]), 10).shape == (2049, 1, 1)  # 2049 = 3 x 683
+    assert draws.draw(KEY, jnp.asarray(rows[:128]), 10).shape == (128, 1, 1)
+    assert draws.draw(KEY, jnp.asarray(rows[:128]), 200).shape == (128, 2, 1)
+    assert draws.draw(KEY, jnp.asarray(rows[:128]), 0).shape == (128, 3, 1)
 
 
 @pytest.mark.parametrize(("kind", "copied"), [("Auto", True), ("Explicit", False)])
@@ -370,7 +370,7 @@ def test_draws_are_copied_in_a_group_alone(kind, copied):
     rows = jnp.zeros((8, 3, 1))
 
     def copies(whole=False):
-        traced = jax.make_jaxpr(lambda x: kmeans.draw(KEY, x, 4, whole))(rows)
+        traced = jax.make_jaxpr(lambda x: draws.draw(KEY, x, 4, whole))(rows)
         return "sharding_constraint" in str(traced)
 
     assert not copies()

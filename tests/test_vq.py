@@ -299,7 +299,7 @@ def test_temporary_memory_stays_under_twice_the_message(shape, codes, dims):
     assert temporary(vq.update, book, KEY, x) < 2
 
     def at_once(entries, x):  # twin: all distances in memory
-        vectors = kmeans._vectors(kmeans.rows_of(x), dims)
+        vectors = kmeans._vectors(vq.rows_of(x), dims)
         return jnp.argmin(jnp.einsum("gnd,gdb->gnb", entries, vectors), axis=1)
 
     assert temporary(at_once, book.entries, x) > 2

@@ -20,19 +20,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from dgl_jax.codecs.base import check_dims
+from dgl_jax.codecs.draws import draw, rows_of
 from dgl_jax.codecs.kmeans import (
     ROUNDING,
     SEEDED,
     Codebook,
     accumulate,
-    draw,
     entries_of,
     first_finite,
     nearest_codes,
     nearest_entry,
     pool_of,
     restart_dead,
-    rows_of,
     sampled_start,
     spread_start,
     sums_of,
@@ -171,7 +170,7 @@ def learn(
 
     Sums are taken over differences between vectors and entries, so an entry whose vectors all equal
     it does not change by a single bit. Statistics cover the whole batch, also if it is split over
-    devices; see `kmeans.draw`.
+    devices; see `draws.draw`.
 
     Args:
       book: codebook to update.

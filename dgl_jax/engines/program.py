@@ -94,7 +94,7 @@ def _trial(x: jax.Array) -> jax.Array:
 def on_group(program: Callable[..., Any], group: Mesh | None) -> Callable[..., Any]:
     """Makes a group of several devices known to a program while JAX traces it.
 
-    A codec uses it to give every device what all of them compute (`codecs.kmeans.draw`).
+    A codec uses it to give every device what all of them compute (`codecs.draws.draw`).
 
     Args:
       program: function that runs on all devices of the group.
