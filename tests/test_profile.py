@@ -13,7 +13,7 @@ import pytest
 from runs import small_config, spec_of
 from test_resume import interrupted
 
-from dgl_jax import system, train
+from dgl_jax import system
 from dgl_jax.config import make_settings
 from dgl_jax.core.module import LocalModule, init_states
 from dgl_jax.core.step import backward_step, local_step, loss_step
@@ -21,7 +21,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.profile import flops, memory, table
 from dgl_jax.profile import timing as costs
-from dgl_jax.run import build
+from dgl_jax.run import build, restore
 from dgl_jax.run.build import DatasetInfo, choose_cuts, make_spec
 from dgl_jax.run.parts import make_blocks
 from dgl_jax.run.restore import load_trained
@@ -342,7 +342,7 @@ def test_twin_measuring_again_on_resume_fails(times, tmp_path, monkeypatch):
     config = small_config(model__split="time", train__steps=6)
     interrupted(tmp_path, 4, config)
     times["head"] = None
-    monkeypatch.setattr(train, "newest_meta", lambda directory: {})
+    monkeypatch.setattr(restore, "newest_meta", lambda directory: {})
     with pytest.raises(AssertionError, match="measured again"):
         train_and_evaluate(config, tmp_path)
 

@@ -185,7 +185,7 @@ def engine_of(**fields):
 def compiler_options(monkeypatch, **fields):
     """Returns the options that the step of an engine is jitted with."""
     given = []
-    monkeypatch.setattr(fused, "_jitted", lambda spec, turns, compiler: given.append(compiler))
+    monkeypatch.setattr(fused, "_jitted", lambda spec, turns, compiler, _: given.append(compiler))
     engine_of(**fields).steps[((0, "step"),)]
     return given[0]
 
