@@ -15,10 +15,16 @@ from ml_collections import ConfigDict
 from dgl_jax.configs.claims import _common as common
 
 ROWS: common.Variants = {
-    **{head: {"model.head": head} for head in ("cnn", "mlp", "mlp_sr", "linear")},
     "backprop": {"method.name": "backprop", "model.modules": 1},
+    **{head: {"model.head": head} for head in ("cnn", "mlp", "mlp_sr", "linear")},
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "backprop": 0.03,
+    "cnn": 0.03,
+    "mlp": 0.03,
+    "mlp_sr": 0.03,
+    "linear": 0.1,
+}
 
 
 def base(full: bool) -> ConfigDict:
