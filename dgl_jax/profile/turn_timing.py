@@ -88,7 +88,7 @@ def codec_costs(
       One entry per module.
     """
     builders = {"send": _sender, "learn": _learner, "receive": _receiver}
-    shapes = {hop.activations for hop in spec.hops}
+    shapes = list(dict.fromkeys(hop.activations for hop in spec.hops))
     programs = {(x, role): build(spec.codec, x) for x in shapes for role, build in builders.items()}
     measured = dict.fromkeys(programs, _NOTHING)
     if device is not None:
