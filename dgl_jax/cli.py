@@ -20,7 +20,6 @@ with reported(), needed("the command line"):
     from absl import app, flags
     from ml_collections import config_flags
 
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -391,6 +390,7 @@ def _with_plugins(argv: list[str]) -> list[str]:
 
 def main() -> None:
     """Runs the command line on `sys.argv`."""
+    system.hide_loader_errors()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # plugins may be in the current directory
     # Without this, --help lists only the flags of the main script and --helpfull the others.

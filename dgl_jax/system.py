@@ -5,6 +5,8 @@ return None, `memory_stats()` may lack keys, and any of them may raise. macOS ha
 Windows no `resource`. Only this file asks such questions, and its functions never raise.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -80,6 +82,24 @@ def pool_threads() -> int:
 def environment() -> dict[str, str]:
     """Returns a copy of the environment variables, to start a child process with."""
     return dict(os.environ)
+
+
+def hide_loader_errors() -> None:
+    """Hides false errors about stored programs; call it before JAX is imported.
+
+    When jaxlib 0.10 loads a program, it may warn of illegal instructions although the program was
+    compiled on this machine: it takes two preferences of LLVM for instructions (openxla/xla issue
+    44565). Such errors can only be hidden together with all others that XLA logs for the CPU, which
+    it also raises. Nothing is hidden if TF_CPP_MIN_LOG_LEVEL differs from JAX's default, 1, or an
+    accelerator's plug-in is installed.
+    """
+    plugins = _answer(lambda: [*importlib.metadata.entry_points(group="jax_plugins")])
+    accelerator = plugins or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    version = _answer(lambda: importlib.metadata.version("jaxlib")) or ""
+    # A parent process that has imported JAX passes the default on.
+    usual = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"
+    if version.startswith("0.10.") and usual and not accelerator:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def cpu_threads() -> int | None:

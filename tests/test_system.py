@@ -184,6 +184,30 @@ def test_host_device_is_none_without_a_cpu_backend(monkeypatch):
     assert system.host_device() is None
 
 
+@pytest.mark.parametrize(
+    ("version", "plugin", "chosen", "level"),
+    [
+        ("0.10.0", None, None, "3"),
+        ("0.10.2", None, "1", "3"),
+        ("0.12.0", None, None, None),
+        ("0.10.0", "entry point", None, None),
+        ("0.10.0", "jax_plugins", None, None),
+        ("0.10.0", "libtpu", None, None),
+        ("0.10.0", None, "0", "0"),
+    ],
+)
+def test_errors_of_xla_are_hidden_only_where_they_are_false(
+    monkeypatch, version, plugin, chosen, level
+):
+    monkeypatch.setattr(os, "environ", {} if chosen is None else {"TF_CPP_MIN_LOG_LEVEL": chosen})
+    entries = ["cuda"] if plugin == "entry point" else []
+    metadata = SimpleNamespace(version=lambda _: version, entry_points=lambda group: entries)
+    util = SimpleNamespace(find_spec=lambda name: name if name == plugin else None)
+    monkeypatch.setattr(system, "importlib", SimpleNamespace(metadata=metadata, util=util))
+    system.hide_loader_errors()
+    assert os.environ.get("TF_CPP_MIN_LOG_LEVEL") == level
+
+
 def test_process_peak_converts_the_unit_of_each_platform(monkeypatch):
     monkeypatch.setattr(system, "_usage", lambda: SimpleNamespace(ru_maxrss=5))
     for platform, bytes_ in (("linux", 5 * 1024), ("darwin", 5)):
