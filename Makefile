@@ -16,7 +16,7 @@ NAMES := $(addprefix --disable-error-code=,arg-type assignment call-overload dic
   list-item method-assign misc override union-attr var-annotated)
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: train test test-fast lint format docs reference versions clean
+.PHONY: train test test-fast test-medium lint format docs reference versions clean
 
 $(VENV)/.run: requirements.txt pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not medium"
+
+test-medium: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev

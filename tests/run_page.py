@@ -1,10 +1,11 @@
 """Runs the code of a page in the current directory, in the order of the page.
 
-    python run_page.py PAGE            # Python blocks in one namespace, commands made small
-    python run_page.py --parse PAGE    # parses the commands alone
+    python run_page.py PAGE                # Python blocks in one namespace, commands made small
+    python run_page.py --parse PAGE ...    # parses the commands alone, of each page in a new folder
 
 Each command of the project runs in a process of its own, forked from one that has imported the
-package and has not yet started JAX. Exits with status 1 and the place of the first failure.
+package and has not yet started JAX. Exits with status 1 and the place of the first failure of each
+page.
 """
 
 import contextlib
@@ -184,9 +185,25 @@ def _run_command(command: Command, known: dict[str, list[str]], parse_only: bool
         _call(run_command, small(command, settings), command.output)
 
 
+def main(arguments: list[str]) -> None:
+    """Runs the command line above."""
+    if arguments[0] != "--parse":
+        run(Path(arguments[0]), parse_only=False)
+        return
+    failures = []
+    for page in arguments[1:]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            try:
+                run(Path(page), parse_only=True)
+            except RuntimeError as failure:
+                failures.append(str(failure))
+    if failures:
+        raise RuntimeError("\n".join(failures))
+
+
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[-1]), "--parse" in sys.argv)
+        main(sys.argv[1:])
     except RuntimeError as failure:
         traceback.print_exc()
         sys.exit(str(failure))

@@ -75,6 +75,7 @@ def plugin(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.medium
 def test_runs_cover_every_codec():
     assert {fields.get("codec__name", "identity") for fields in RUNS.values()} == set(CODECS)
 
@@ -101,6 +102,7 @@ def test_engines_train_evaluate_predict_export_plot_and_bench(plugin, engine, tm
     assert len(result["module_milliseconds"]) == (2 if engine in TIMED_ALONE else 0)
 
 
+@pytest.mark.medium
 def test_plan_measures_times_without_memory_statistics(plugin):
     settings = make_settings(config("fused", model__split="time", train__accumulate=1))
     plan = json.loads(plan_run(settings, as_json=True))
@@ -125,6 +127,7 @@ def test_flops_equal_those_counted_on_a_cpu(monkeypatch):
     flops.call_flops.cache_clear()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_command_line_prints_a_plan(answer, tmp_path):
     config = [

@@ -115,6 +115,7 @@ def gone(group):
     return False
 
 
+@pytest.mark.medium
 def test_every_row_has_a_figure_or_a_reason_whatever_other_rows_do(fakes):
     # A row sleeps for ten minutes, so that the command must stop it.
     flags = {"capture_output": True, "text": True, "check": True, "timeout": 300}
@@ -152,6 +153,7 @@ def test_every_row_has_a_figure_or_a_reason_whatever_other_rows_do(fakes):
         assert row.get("reason", "") in done.stdout
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_leaves_a_whole_file_and_no_process(fakes, signum):
     output, errors = fakes.parent / "output", subprocess.DEVNULL
@@ -243,6 +245,7 @@ def test_a_flag_is_only_tried_while_undisturbed_runs_differ(tmp_path):
             row("b", name).measure(job(tmp_path, results=results))
 
 
+@pytest.mark.medium
 def test_a_batch_is_halved_until_it_fits():
     tried = []
 

@@ -154,6 +154,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BROKEN)
 def test_twin_broken_layer_fails(name, monkeypatch, fresh_traces):
     monkeypatch.setattr(batch_norm, *BROKEN[name])

@@ -105,6 +105,7 @@ def test_unreadable_checkpoint_stops_the_run_at_once(tmp_path, monkeypatch):
     assert [record["step"] for record in records(tmp_path / "run[1]") if record["step"] > 2] == []
 
 
+@pytest.mark.medium
 def test_only_the_first_checkpoint_of_a_process_is_read_back(run, tmp_path, monkeypatch):
     state, reads = load_trained(run).restored.state, []
     load = checkpoint.ocp.load_checkpointables
@@ -167,6 +168,7 @@ def test_best_of_older_checkpoints_is_found(copy):
     assert Checkpoints(copy / "checkpoints", read_only=True).select("best") == [6]
 
 
+@pytest.mark.medium
 def test_files_named_like_checkpoints_are_ignored(copy, caplog):
     (copy / "checkpoints" / "10").mkdir()
     (copy / "checkpoints" / "12").write_text("a file")

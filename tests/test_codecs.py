@@ -59,6 +59,7 @@ def test_bf16_rounds_to_nearest_even():
     ).tolist() == [1.0, 1 + 2**-6]
 
 
+@pytest.mark.medium
 def test_decoded_dtype_equals_that_of_the_activations():
     assert make_codec(options("codec", name="bf16"), "float32") == Bf16("float32")
     assert make_codec(options("codec", name="identity"), "bfloat16") == Identity("bfloat16")

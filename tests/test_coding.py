@@ -52,6 +52,7 @@ def pipeline(tiny, codec, **spec) -> PipelineEngine:
     )
 
 
+@pytest.mark.medium
 def test_pipeline_sends_codes_and_scheduled_codebooks(tiny, crossed):
     engine = pipeline(tiny, VQ, modules=2)  # 2x2 positions of 4 channels: two groups
     state = tiny.place(engine, tiny.init(engine.spec))
@@ -80,6 +81,7 @@ def test_pipeline_sends_codes_and_scheduled_codebooks(tiny, crossed):
     np.testing.assert_allclose(simulated.wire, [2 * 2 + 8 + 2 * 8 * 2 * 4 / 3 / 8])
 
 
+@pytest.mark.medium
 def test_messages_are_decoded_with_the_codebook_that_encoded_them(tiny):
     engine = pipeline(tiny, VQ, modules=2)
     program, seen = engine.programs[1, "step"], []
@@ -317,6 +319,7 @@ def grouped_engine(tiny, devices, name, codec):
     return FusedEngine(spec, one_group(devices[:2], 2), dispatches=dispatches)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["pipeline", "fused", "loop"])
 def test_every_device_of_a_group_gets_the_drawn_vectors(tiny, devices, gathered, name):
     # 8 examples with 2 x 2 positions: 8 vectors of 4 channels are drawn to learn from, and 32, all
@@ -326,6 +329,7 @@ def test_every_device_of_a_group_gets_the_drawn_vectors(tiny, devices, gathered,
     assert set(gathered) == {(8, 1, 4), (8, 4, 4)}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["pipeline", "fused", "loop"])
 def test_twin_without_the_group_nothing_is_gathered(tiny, devices, gathered, monkeypatch, name):
     for module in (fused, program):

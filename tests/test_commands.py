@@ -104,6 +104,7 @@ def test_shell_command_is_quoted(tmp_path):
     assert parsed(rest).hash() == settings.hash()
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("plugin_kinds")
 def test_plugins_come_with_the_options_they_register():
     settings = make_settings(plugin_config(model__adapter="echo"))

@@ -191,6 +191,7 @@ def measure(blocks, optimizer):
     return timing.block_times(network_of(blocks), optimizer, jax.devices()[0])
 
 
+@pytest.mark.medium
 def test_times_of_repeated_blocks_are_in_their_rows(compiled, tiny):
     times = measure(BLOCKS, tiny.spec().optimizer)
     sizes = [2.0 * channels * side**2 for channels, side in SHAPES]
@@ -203,6 +204,7 @@ def test_times_of_repeated_blocks_are_in_their_rows(compiled, tiny):
     assert len(compiled) == len(set(map(id, compiled))) == 6 + 5 + 3
 
 
+@pytest.mark.medium
 def test_twin_with_unequal_blocks_traces_more_programs(compiled, tiny):
     named = (*BLOCKS[:2], ConvBlock(4, name="other"), *BLOCKS[3:])
     measure(named, tiny.spec().optimizer)
@@ -227,6 +229,7 @@ def repeated_modules():
     return spec_of(settings, known_info(settings.data))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("names", "count"), [(compiling._NAMES, 3), (re.compile("(?!)"), 4)])
 def test_equal_modules_compile_once(monkeypatch, names, count):
     compiled, original = [], jax.stages.Lowered.compile
@@ -263,6 +266,7 @@ def order(monkeypatch):
     return calls
 
 
+@pytest.mark.medium
 def test_modules_compile_before_blocks_are_measured(order):
     plan.plan(small())
     assert order == ["modules for 8 images", "blocks"]
@@ -274,6 +278,7 @@ def test_modules_compile_before_blocks_are_measured(order):
     assert order == ["modules for 4 images", "blocks"]
 
 
+@pytest.mark.medium
 def test_modules_that_depend_on_the_times_compile_after_them(order):
     plan.plan(small(model__split="time"))
     assert order == ["blocks", "modules for 8 images"]

@@ -109,6 +109,7 @@ def test_both_forms_of_the_flag_are_resolved(tmp_path, monkeypatch):
     assert with_files(argv) == expected
 
 
+@pytest.mark.medium
 def test_a_copied_configuration_needs_no_package_called_configs(tmp_path):
     """Checks a copy of a configuration that builds on another one, in a fresh process."""
     shutil.copy(SHIPPED / "cifar10_modern.py", tmp_path / "mine.py")

@@ -42,11 +42,13 @@ def engine_of(name: str, method: str = "dgl") -> Engine:
     return make_engine(settings, spec_of(settings, info), jax.devices(), 10)
 
 
+@pytest.mark.medium
 def test_every_engine_name_builds_its_engine():
     engines = [FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine]
     assert [type(engine_of(name)) for name in ENGINES] == engines
 
 
+@pytest.mark.medium
 def test_a_method_decides_which_modules_have_heads_and_which_engines_run_it():
     for method in METHODS:
         first, last = engine_of("fused", method).spec.modules

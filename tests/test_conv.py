@@ -193,6 +193,7 @@ def test_twin_images_that_move_fail(devices, monkeypatch, fresh_traces):
     assert collectives(devices) != {"all-reduce"}
 
 
+@pytest.mark.medium
 def test_chunks_are_summed_in_float32(monkeypatch, fresh_traces):
     """Checks that a sum over many chunks in bfloat16 would be less precise."""
 

@@ -65,6 +65,7 @@ def bound_of(trajectory, rates, quantum=0.0):
     return bound(trajectory.params[1], laws, Law.behind(settled(), quantum=quantum), rates)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("quantum", [0.0, QUANTUM])
 def test_closed_forms_equal_integrals(quantum):
     x = np.linspace(-25, 25, 2_000_001)
@@ -104,6 +105,7 @@ def test_rounding_lowers_the_distance():
     assert 0.9 * one.distance(other) < rounded < one.distance(other)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", RUNS)
 def test_training_equals_numpy(name):
     trajectory = run(name)
@@ -116,6 +118,7 @@ def test_training_equals_numpy(name):
         assert np.abs(replayed(other, RATES, 0)[1] - trajectory.params[1]).max() > 1e-2
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", RUNS)
 def test_bound_holds_at_every_step(name):
     for seed in (0, 1):

@@ -99,6 +99,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", CHANGES)
 def test_data_that_do_not_match_the_run_are_refused(run, other, tmp_path, change):
     alter, difference = CHANGES[change]
@@ -114,6 +115,7 @@ def test_data_that_do_not_match_the_run_are_refused(run, other, tmp_path, change
     assert not (copy / "damaged").exists()
 
 
+@pytest.mark.medium
 def test_adding_images_keeps_the_stored_mean_and_std(run, other, tmp_path):
     stored = newest_meta(run / "checkpoints")["dataset"]
     for i in range(20, 24):

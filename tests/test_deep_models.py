@@ -54,6 +54,7 @@ def check_published(name, network):
     assert (blocks, parameters, round(macs / 1e9, 2)) == PUBLISHED[name]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_imagenet_networks_have_published_sizes(name):
     check_published(name, make_network(name, 64, 1000, IMAGENET))
@@ -101,6 +102,7 @@ def test_resnet18_for_small_images_has_the_size_by_hand():
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "modules", "split", "maps"),
     [  # channels and size of the activations that each module sends, as in the released code
@@ -219,6 +221,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("block", "oracle"), BLOCKS)
 def test_block_equals_numpy(block, oracle, train):

@@ -61,6 +61,7 @@ def written_out(tiny, part: slice = slice(None), weight: float = WEIGHT, cut: bo
     return jax.jit(jax.grad(total))([jax.tree.map(jnp.asarray, s.params) for s in states])
 
 
+@pytest.mark.medium
 def test_gradient_is_that_of_the_sum_of_all_losses(tiny):
     applied = gradient_of_a_step(tiny, optimizer=optax.sgd(1.0))
     assert furthest(applied, written_out(tiny)) < 1e-6
@@ -68,6 +69,7 @@ def test_gradient_is_that_of_the_sum_of_all_losses(tiny):
     assert furthest(applied, written_out(tiny, cut=True)) > 1e-3
 
 
+@pytest.mark.medium
 def test_accumulated_gradient_is_the_mean_over_micro_batches(tiny):
     applied = gradient_of_a_step(tiny, optimizer=optax.sgd(1.0), accumulate=2)
     parts = [written_out(tiny, slice(i, None, 2)) for i in range(2)]
@@ -76,6 +78,7 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches(tiny):
     assert furthest(applied, parts[0]) > 1e-3
 
 
+@pytest.mark.medium
 def test_without_weight_the_bodies_equal_those_of_backprop(tiny):
     def bodies(engine):
         return [state.params["body"] for state in tiny.run(engine, 3)[0]]
@@ -96,6 +99,7 @@ def test_average_for_evaluation_changes_no_parameters(tiny):
         assert furthest(state.extras["ema"]["params"], state.params) < 1e-6
 
 
+@pytest.mark.medium
 def test_every_module_reports_its_loss_and_predicts(tmp_path):
     fields = {"method__name": "deep_supervision", "train__steps": 6, "checkpoint__every": 0}
     summary = train_and_evaluate(small_config(**fields), tmp_path)

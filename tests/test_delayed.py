@@ -40,6 +40,7 @@ def trained(method: Any, **fields: Any) -> list[Any]:
 # Definitions
 
 
+@pytest.mark.medium
 def test_ddg_applies_the_gradient_at_the_parameters_of_the_forward_pass():
     params, spec = trained(Ddg()), make_spec(Ddg())
     assert furthest(params, ddg_by_hand(spec, STEPS)) < 1e-5
@@ -48,6 +49,7 @@ def test_ddg_applies_the_gradient_at_the_parameters_of_the_forward_pass():
     assert furthest(params, ddg_by_hand(spec, STEPS, late=1)) > 1e-3
 
 
+@pytest.mark.medium
 def test_features_replay_applies_the_gradient_of_stored_inputs_at_current_parameters():
     params, spec = trained(FeaturesReplay()), make_spec(FeaturesReplay())
     assert furthest(params, replay_by_hand(spec, STEPS)) < 1e-5
@@ -56,12 +58,14 @@ def test_features_replay_applies_the_gradient_of_stored_inputs_at_current_parame
     assert furthest(trained(Ddg()), replay_by_hand(spec, STEPS, then=True)) < 1e-5
 
 
+@pytest.mark.medium
 def test_first_rate_scales_the_updates_of_the_first_module():
     params, spec = trained(FeaturesReplay(first_rate=2.0)), make_spec(FeaturesReplay())
     assert furthest(params, replay_by_hand(spec, STEPS, first_rate=2.0)) < 1e-5
     assert furthest(params, replay_by_hand(spec, STEPS)) > 1e-3
 
 
+@pytest.mark.medium
 def test_fdg_delays_by_two_ticks_per_hop():
     params, spec = trained(Fdg()), make_spec(Fdg())
     assert furthest(params, fdg_by_hand(spec, STEPS)) < 1e-5
@@ -69,6 +73,7 @@ def test_fdg_delays_by_two_ticks_per_hop():
     assert furthest(params, fdg_by_hand(spec, STEPS, late=1)) > 1e-3
 
 
+@pytest.mark.medium
 def test_fdg_shrinks_gradients_once_per_hop():
     params, spec = trained(Fdg(shrink=0.5)), make_spec(Fdg())
     assert furthest(params, fdg_by_hand(spec, STEPS, shrink=lambda hops: 0.5**hops)) < 1e-5
@@ -94,6 +99,7 @@ def gradients(state: Any) -> list[Any]:
     return [jax.device_get(module.opt_state) for module in state.modules]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fields", [{"accumulate": 2}, {"norm": True}, {"dtype": "bfloat16"}])
 def test_gradients_equal_backprop_on_their_batch(name, fields):
@@ -113,6 +119,7 @@ def test_gradients_equal_backprop_on_their_batch(name, fields):
     assert furthest(gradients(delayed), gradients(train(engine, STEPS - 1))) > 1e-2
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", METHODS)
 def test_second_forward_pass_repeats_dropout(name):
     """Compares with a run that uses no codec, remat or EMA: none of them changes an update."""
@@ -123,6 +130,7 @@ def test_second_forward_pass_repeats_dropout(name):
     assert furthest(gradients(frozen[0]), gradients(recorded(METHODS[name]))) > 1e-3
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 @pytest.mark.parametrize("name", METHODS)
 def test_a_single_module_equals_backprop_bit_for_bit(name):

@@ -78,6 +78,7 @@ def test_pipeline_equals_fused_and_resumes_its_state_bit_for_bit(name):
     assert not same(train(engine, STEPS, moved(EngineState(lost), engine)), whole)
 
 
+@pytest.mark.medium
 @NAMES
 def test_groups_of_several_devices_train_alike(name):
     spec = make_spec(METHODS[name], modules=2)
@@ -107,6 +108,7 @@ def test_turns_of_different_modules_are_dispatched_side_by_side(name):
     assert min(busy) >= 2 if name != "fdg" else set(busy) == {3}
 
 
+@pytest.mark.medium
 def test_dispatches_of_many_steps_equal_single_ones():
     settings = {"method__name": "fdg", "train__steps": 12, "model__modules": 2}
 
@@ -122,6 +124,7 @@ def test_dispatches_of_many_steps_equal_single_ones():
 # Messages and bytes
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("encode", [True, False])
 @pytest.mark.parametrize("codec", ["identity", "int8", "vq"])
 def test_bytes_are_counted_in_both_directions(codec, encode, monkeypatch):
@@ -157,6 +160,7 @@ def test_bytes_are_counted_in_both_directions(codec, encode, monkeypatch):
     assert simulated.gauges()["wire/module_0/bytes_down_per_image"] == simulated.down[0]
 
 
+@pytest.mark.medium
 def test_gradients_have_a_codec_and_metrics_of_their_own():
     spec = make_spec(Ddg(), modules=2, codec=VQ)
     *reports, _ = make_engine(spec).run(spec_state(spec), SOURCE, STEPS)

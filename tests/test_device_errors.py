@@ -267,6 +267,7 @@ def full_after(monkeypatch):
     return arm
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "engine",
     [

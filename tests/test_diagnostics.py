@@ -51,6 +51,7 @@ def mmd_by_hand(x, y):
     return np.sqrt(parts[0] + parts[1] - 2 * parts[2])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("measure", "by_hand"), [(sliced_wasserstein, wasserstein_by_hand), (mmd, mmd_by_hand)]
 )
@@ -94,6 +95,7 @@ def test_error_shrinks_with_the_number_of_examples():
     assert 0.3 < many / few < 0.8
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [3, 4096, 5000])
 def test_projection_is_a_product_with_fixed_directions(size):
     key = rngs.directions(rngs.root(0), 1)
@@ -166,6 +168,7 @@ def test_probe_set_larger_than_the_data_is_one_line(tmp_path):
         train_and_evaluate(config(diagnostics__batches=7), tmp_path)
 
 
+@pytest.mark.medium
 def test_objective_without_gradient_is_one_line(tmp_path, monkeypatch):
     original = Classifier.__call__
 
@@ -214,12 +217,14 @@ def probed(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.medium
 def test_probes_change_no_number(plain, probed):
     assert ours(plain) == []
     assert not (plain / "diagnostics").exists()
     assert unchanged(plain, probed)
 
 
+@pytest.mark.medium
 def test_metrics_of_the_probes(probed):
     lines = ours(probed)
     assert [line["step"] for line in lines] == [0, 4, 8, 12] * 2
@@ -261,6 +266,7 @@ def test_metrics_of_the_probes(probed):
     assert at_8[1] != pytest.approx(before[1], rel=1e-3)
 
 
+@pytest.mark.medium
 def test_stopped_run_resumes_exactly(probed, tmp_path):
     interrupted(tmp_path / "run", 6, config())
     kept = shutil.copytree(tmp_path / "run", tmp_path / "twin")
@@ -278,11 +284,13 @@ def test_stopped_run_resumes_exactly(probed, tmp_path):
     assert unchanged(probed, kept)
 
 
+@pytest.mark.medium
 @pytest.mark.pictures
 def test_pictures_of_the_probes(probed):
     assert probed / "plots" / "convergence.png" in plot(probed)
 
 
+@pytest.mark.medium
 def test_report_has_the_curves_of_the_probes(probed):
     ((run,), _) = read_runs(probed)
     assert run.curves["diagnostics", 1, "mmd"][0] == pytest.approx([4 / 6, 8 / 6, 2])
@@ -293,6 +301,7 @@ def test_report_has_the_curves_of_the_probes(probed):
     assert all(f'aria-label="{title}"' in text for title in titles)
 
 
+@pytest.mark.medium
 def test_extended_run_measures_the_new_end(probed, tmp_path):
     folder = shutil.copytree(probed, tmp_path / "run")
     train_and_evaluate(config(train__steps=16), folder)
@@ -301,6 +310,7 @@ def test_extended_run_measures_the_new_end(probed, tmp_path):
     assert final[-1]["final/module_1/mmd"] == 0 < final[-2]["final/module_1/mmd"]
 
 
+@pytest.mark.medium
 def test_run_killed_at_its_end_measures_a_lost_probe_again(probed, tmp_path):
     folder = shutil.copytree(probed, tmp_path / "run")
     (folder / "summary.json").unlink()
@@ -353,6 +363,7 @@ def test_probes_change_no_number_of_any_engine_and_method(name, tmp_path):
         assert 0 < last["diagnostics/module_1/codec_error"] < 1
 
 
+@pytest.mark.medium
 def test_probe_before_training_starts_the_codebook(tmp_path):
     """Compares the error of the first probe with a codebook started on its first batch."""
     # k-means++ draws with weights that are rounded differently in different programs.

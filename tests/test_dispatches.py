@@ -89,6 +89,7 @@ def fused_engine(tiny, devices, steps, mode="on", every=(), **spec):
     return engine
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spec", [{"augment": "crop_flip"}, {"heads": False, "augment": "crop_flip"}], ids=["dgl", "bp"]
 )
@@ -104,6 +105,7 @@ def test_many_steps_per_dispatch_equal_one(tiny, devices, spec):
     assert furthest(tiny.run(other, STEPS), expected) > 1e-3
 
 
+@pytest.mark.medium
 def test_run_with_dispatches_of_many_steps_resumes_exactly(tiny, devices):
     engine = fused_engine(tiny, devices, 3, every=(7,))
     whole, metrics = tiny.run(engine, STEPS)
@@ -188,6 +190,7 @@ def test_streamed_data_come_from_the_host(tiny, devices):
     assert Feed(Streamed(tiny.source), placement, Residence("on")).stored is None
 
 
+@pytest.mark.medium
 def test_grouped_evaluation_equals_the_oracle(tiny, devices):
     spec = tiny.spec()
     states = tuple(module.replace(rng=jax.random.key(0)) for module in tiny.init(spec))

@@ -66,6 +66,7 @@ def mean_loss(module, params, stats, x, targets) -> tuple[Any, Any]:
 # The regression targets
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("modules", [2, 3])
 def test_message_down_is_the_gradient_of_the_function_above(tiny, modules):
     spec = spec_of(tiny, modules, CDNI)
@@ -173,18 +174,21 @@ def by_hand(tiny, modules: int, method: Dni, steps: int, fault: str = "") -> lis
     return list(zip(params, extras, strict=True))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("method", "modules"), [(DNI, 2), (DNI, 3), (CDNI, 3)])
 def test_updates_equal_joint_updates_in_plain_jax(tiny, method, modules):
     states, _ = tiny.run(fused(tiny, modules, method), 5)
     assert furthest(learned(states), by_hand(tiny, modules, method, 5)) < 1e-5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fault", ["examples", "labels", "no regression", "no 1/B"])
 def test_twin_with_a_fault_differs_from_the_joint_update(tiny, fault):
     states, _ = tiny.run(fused(tiny, 3, CDNI), 5)
     assert furthest(learned(states), by_hand(tiny, 3, CDNI, 5, fault)) > 1e-4
 
 
+@pytest.mark.medium
 def test_first_update_changes_no_parameters_of_a_synthesizer(tiny):
     engine = fused(tiny, 2, DNI)
     before = tiny.init(engine.spec)[0].extras["synthesizer"]
@@ -242,6 +246,7 @@ def trained_with_exact_gradients(tiny, steps: int, refresh: bool = True) -> list
     return [s.params for s in states]
 
 
+@pytest.mark.medium
 def test_exact_gradients_equal_backprop(tiny):
     expected = [s.params for s in tiny.run(tiny.engine("backprop"), 3)[0]]
     assert furthest(trained_with_exact_gradients(tiny, 3), expected) < 1e-5
@@ -252,6 +257,7 @@ def test_exact_gradients_equal_backprop(tiny):
 # Engines
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_pipeline_equals_fused_bit_for_bit_and_continues_its_state(tiny):
     whole, _ = tiny.run(fused(tiny, 3, CDNI), 4)
@@ -269,6 +275,7 @@ class Late(Dni):
         return extras | {"above": extras["above"] * 2} if "above" in extras else extras
 
 
+@pytest.mark.medium
 def test_twin_with_late_gradients_differs(tiny):
     whole, _ = tiny.run(fused(tiny, 3, CDNI), 4)
     late, _ = tiny.run(fused(tiny, 3, Late(CDNI.synthesizer, ADAM, conditional=True)), 4)
@@ -282,6 +289,7 @@ def test_method_passes_the_checks_of_testing(name):
     testing.check_method(name)
 
 
+@pytest.mark.medium
 def test_groups_of_devices_agree_with_one_device(tiny):
     placement = assign(jax.devices()[:4], 2, (2, 2))
     split = PipelineEngine(spec_of(tiny, 2, CDNI), placement)
@@ -291,6 +299,7 @@ def test_groups_of_devices_agree_with_one_device(tiny):
     )
 
 
+@pytest.mark.medium
 def test_dispatch_of_many_steps_equals_single_steps(tiny):
     states = [
         [
@@ -311,6 +320,7 @@ def train_engine(**fields: Any):
 # Options
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "codec",
     [options("codec", name="int8", dims=2), options("codec", name="vq", dims=2, codes=16)],
@@ -326,6 +336,7 @@ def test_codec_encodes_both_directions(tiny, codec):
     assert sum(spec.traffic().down) < sum(plain.traffic().down)
 
 
+@pytest.mark.medium
 def test_mixed_precision_average_and_recomputation_keep_states_float32(tiny):
     spec = dataclasses.replace(tiny.spec(2, "bfloat16", heads=False), method=CDNI, ema=0.5)
     modules = tuple(dataclasses.replace(module, remat=True) for module in spec.modules)
@@ -410,6 +421,7 @@ def test_finished_run_continues_exactly_also_under_pipeline(tmp_path):
     assert furthest(arrays(whole), arrays(other)) < 1e-5
 
 
+@pytest.mark.medium
 def test_run_is_evaluated_and_exported_without_synthesizers(tmp_path):
     fields = {"method__name": "cdni", "log__every": 1, "train__steps": 3, "checkpoint__every": 3}
     summary = train_and_evaluate(small_config(**fields), tmp_path)

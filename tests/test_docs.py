@@ -30,13 +30,13 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptool
 HARMLESS = ("cd", "ls", "source", ".", "tensorboard", "head", "tail", "cat", "mkdir", "git")
 
 
-def run_page(page: Path, directory: Path, *flags: str) -> None:
+def run_page(directory: Path, *arguments: str | Path) -> None:
     """Runs `run_page.py` in a directory and a process of its own."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     # NPROC of the test session is too small for the commands that use eight devices.
     env = {name: value for name, value in os.environ.items() if name != "NPROC"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_page.py"), *flags, str(page)],
+        [sys.executable, str(ROOT / "tests" / "run_page.py"), *map(str, arguments)],
         cwd=directory,
         env=env | {"PYTHONPATH": paths},
         capture_output=True,
@@ -56,15 +56,16 @@ def with_code(*languages: str) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", with_code("python", "sh"))
 def test_code_of_a_page_runs(page, tmp_path):
-    run_page(page, tmp_path)
+    run_page(tmp_path, page)
 
 
-@pytest.mark.parametrize("page", with_code("sh"))
-def test_commands_of_a_page_are_parsed(page, tmp_path):
-    if any(command.arguments is not None for command in COMMANDS if command.block.page == page):
-        run_page(page, tmp_path, "--parse")
+def test_commands_of_all_pages_are_parsed(tmp_path):
+    pages = {command.block.page: None for command in COMMANDS if command.arguments is not None}
+    assert len(pages) > 10
+    run_page(tmp_path, "--parse", *pages)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -79,7 +80,7 @@ def test_twin_wrong_code_is_reported(text, message, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(text)
     with pytest.raises(AssertionError, match=re.escape(message)):
-        run_page(page, tmp_path, *(["--parse"] if "```sh" in text else []))
+        run_page(tmp_path, *(["--parse"] if "```sh" in text else []), page)
 
 
 def test_every_setup_is_used():

@@ -49,6 +49,7 @@ def same(one, other):
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 @pytest.mark.parametrize("function", [distributions, layers])
 @pytest.mark.parametrize("seed", [0, 3])
@@ -88,6 +89,7 @@ def test_other_generators_draw_inside_the_program(fresh_traces):
     assert not same(function(key), expected)
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 @pytest.mark.parametrize(
     "arguments",

@@ -26,6 +26,7 @@ def traces(run):
     return [program._cache_size() for program in programs_of(run)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["fused", "pipeline"])
 def test_each_program_is_traced_once(tiny, name):
     run = tiny.engine(name, modules=1) if name == "fused" else tiny.engine(name, ONE_EACH[3])

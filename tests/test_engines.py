@@ -134,6 +134,7 @@ def test_pipeline_equals_fused_with_winograd_convolutions(tiny, fused, monkeypat
     assert unequal(results[0], plain), "nothing was transformed"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("broken", ["late batch", "other labels", "order of updates"])
 def test_twin_broken_pipeline_differs_from_fused(tiny, fused, monkeypatch, broken):
     run = tiny.engine("pipeline", ONE_EACH[3])
@@ -250,11 +251,13 @@ def test_twin_other_batch_exceeds_rounding(tiny, oracle):
 # Back-propagation
 
 
+@pytest.mark.medium
 def test_backprop_equals_fused_for_one_module(tiny, fused):
     result = tiny.run(tiny.engine("backprop", modules=1), STEPS)
     assert unequal(result, fused(modules=1)) == []
 
 
+@pytest.mark.medium
 def test_backprop_does_not_depend_on_the_cut(tiny, fused):
     one, reports_one = tiny.run(tiny.engine("backprop", modules=1), STEPS)
     three, reports_three = tiny.run(tiny.engine("backprop", modules=3), STEPS)
@@ -293,6 +296,7 @@ def watched(run, monkeypatch):
     return seen
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("groups", [ONE_EACH[3], (1, 2, 1)])
 def test_ids_follow_activations(tiny, monkeypatch, groups):
     run = tiny.engine("pipeline", groups)

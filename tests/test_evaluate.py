@@ -79,6 +79,7 @@ def one(tiny, devices):
     return Evaluator(tiny.spec(), one_group(devices[:1], 3))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_metrics_of_every_head_equal_numpy(tiny, state, one, expected, split):
     assert tiny.source.examples(split) % tiny.batch_size, "the test needs a padded last batch"

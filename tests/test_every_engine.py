@@ -121,6 +121,7 @@ def test_no_array_of_a_step_exceeds_32_bits(name):
         )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dgl", "backprop")])
 def test_no_array_of_a_method_exceeds_32_bits(name):
     """Checks the turns of the fullest tick under x64, without compiling anything."""

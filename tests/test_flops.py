@@ -199,6 +199,7 @@ BY_HAND = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_networks_have_published_multiply_adds(name):
     config = default_config()

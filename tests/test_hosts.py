@@ -191,6 +191,7 @@ def test_an_invalid_coordinator_is_refused(address):
         world.join(address, 2, 0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

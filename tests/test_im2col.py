@@ -29,6 +29,7 @@ def relative_error(shape):
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_kernel_gradient_equal_direct_convolution(shape):
     assert relative_error(shape) < 1e-5
@@ -97,6 +98,7 @@ def test_im2col_is_used_on_a_cpu_only(platform, convolutions):
     assert text.count("stablehlo.convolution") == convolutions
 
 
+@pytest.mark.medium
 def test_images_stay_on_their_devices(devices):
     mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,))
     split, everywhere = (

@@ -84,6 +84,7 @@ def loss_by_hand(params):
     return cross_entropy(x @ head["kernel"] + head["bias"], LABEL) + WEIGHT * penalty
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("ops", ["auto", "xla"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients_flow_through_sown_values(state, remat, ops):
@@ -100,6 +101,7 @@ def test_gradients_flow_through_sown_values(state, remat, ops):
     assert not np.array_equal(*(jax.tree.leaves(stats)[0] for stats in (before, after)))
 
 
+@pytest.mark.medium
 def test_twin_the_penalty_moves_the_parameters(state, monkeypatch):
     with_penalty = local_step(module(), OPTIMIZER, state, INPUTS, {"label": LABEL})[0]
     monkeypatch.setattr(Penalty, "reads", ())
@@ -116,6 +118,7 @@ def test_predictions_read_sown_values(state):
     np.testing.assert_allclose(predictions, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("engine", list(engines.ENGINES))
 def test_engines_train_an_objective_that_reads_sown_values(engine, monkeypatch):
     for known in (registry.NETWORKS, registry.OBJECTIVES):

@@ -269,6 +269,7 @@ def test_health_equals_numpy_count(rule):
     assert counts[0].restarts > 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_vectors_are_skipped_and_counted(bad):
     clean = normal((8, 16, 8))
@@ -297,6 +298,7 @@ def test_non_finite_vectors_are_skipped_and_counted(bad):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("start", ["kmeans++", "sample"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_init_from_few_vectors_takes_finite_ones_only(start, dtype):
@@ -321,6 +323,7 @@ def test_init_from_few_vectors_takes_finite_ones_only(start, dtype):
     assert np.isfinite(np.asarray(staged.entries)).all()
 
 
+@pytest.mark.medium
 def test_init_without_finite_pool_takes_first_finite_vector_or_zeros():
     x = np.full((1, 400, 4), np.nan, np.float32)
     x[0, 399] = [1, 2, 3, 4]

@@ -96,6 +96,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
     assert newest >= 6
 
 
+@pytest.mark.medium
 def test_report_opens_no_device(tmp_path):
     run = write_run(tmp_path / "runs" / "a", [0.5, 0.6], 0.6)
     # An accelerator that does not exist: JAX fails when somebody asks it for devices.

@@ -143,6 +143,7 @@ class Thawed(Layerwise):
         return forward
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("broken", [False, True], ids=["frozen", "twin"])
 def test_finished_modules_do_not_change_by_a_bit(tiny, devices, broken):
     method = Thawed() if broken else Layerwise()
@@ -208,6 +209,7 @@ def test_reader_gets_each_codebook_that_is_published(tiny, devices, monkeypatch)
     assert unequal(tiny.run(pipeline, STEPS)[0], fused)
 
 
+@pytest.mark.medium
 def test_groups_of_devices_split_the_batch(tiny, devices):
     expected, _ = tiny.run(engine_of(tiny, devices), 1)
     states, _ = tiny.run(engine_of(tiny, devices, "pipeline", groups=(2, 1, 1)), 1)

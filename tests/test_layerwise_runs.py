@@ -63,6 +63,7 @@ def interrupted(workdir: Path, updates: int, **fields: Any) -> None:
             train_and_evaluate(config(**fields), workdir)
 
 
+@pytest.mark.medium
 def test_run_is_logged_evaluated_and_saved_from_the_first_module_on(whole):
     records = read_jsonl(whole / "metrics.jsonl")
     training = {r["step"]: r for r in records if "learning_rate" in r}
@@ -80,6 +81,7 @@ def test_run_is_logged_evaluated_and_saved_from_the_first_module_on(whole):
     assert "images_per_second" in training[6]
 
 
+@pytest.mark.medium
 def test_checkpoint_of_an_untrained_last_module_is_never_the_best(whole):
     checkpoints = Checkpoints(whole / "checkpoints", read_only=True)
     assert checkpoints.steps() == [3, 6, 9, 12]

@@ -195,6 +195,7 @@ def test_versions_survive_damaged_metadata(monkeypatch):
     assert summary.versions() == versions | {"jaxlib": "unknown"}
 
 
+@pytest.mark.medium
 @pytest.mark.pictures
 def test_checkout_without_metadata_trains_to_the_end(tmp_path, monkeypatch):
     def not_found(name):

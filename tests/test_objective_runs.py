@@ -47,6 +47,7 @@ def experiment(**fields: Any) -> Any:
     return make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name == "contrast")) for name in LOSSES],
@@ -69,6 +70,7 @@ def test_rings_carry_images_and_copies(name):
     testing.check_engine("simulated", **LOSSES[name] | {"model": {"modules": 3}})
 
 
+@pytest.mark.medium
 def test_similarities_compare_all_examples_of_a_device_group():
     settings = make_settings(small_config(objective__name="pred_sim", data__augment="none"))
     values = []
@@ -133,6 +135,7 @@ def momentum_by_hand(steps: int, decay: float, refresh: int) -> list[Any]:
     return hand.params
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("plugin_kinds")
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_momentum_block_equals_plain_jax_loop(engine):
@@ -141,6 +144,7 @@ def test_momentum_block_equals_plain_jax_loop(engine):
     assert furthest(params, momentum_by_hand(6, 0.5, 1)) > 1e-5, "the period has no effect"
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("plugin_kinds")
 def test_publications_are_sent_once_per_period():
     made = make_experiment(
@@ -156,6 +160,7 @@ def test_publications_are_sent_once_per_period():
     assert made.engine.traffic().down == (sent / 2,)
 
 
+@pytest.mark.medium
 def test_copies_carry_the_version_that_they_have():
     made = experiment(**MOMENTUM)
     ages, versions = [], []
@@ -199,6 +204,7 @@ def test_contrastive_modules_are_trained_evaluated_and_exported_without_predicti
     assert [x is None for x in logits] == [True, True, False]
 
 
+@pytest.mark.medium
 def test_context_input_by_hand():
     adapter = ContextInput()
     x, image = jnp.ones((2, 2, 2, 3)), np.random.default_rng(0).normal(size=(2, 4, 4, 1))
@@ -251,6 +257,7 @@ def test_costs_count_the_momentum_copy_and_the_decoder():
 # Initial weights
 
 
+@pytest.mark.medium
 def test_orthogonal_weights_do_not_depend_on_the_cuts():
     def states(modules: int, **fields: Any) -> list[ModuleState]:
         return experiment(model__name="cnn6", model__modules=modules, **fields).spec.init()

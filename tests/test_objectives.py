@@ -92,6 +92,7 @@ def test_pred_sim_weighs_both_terms():
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", [(4, 6, 6, 8), (4, 1, 1, 8), (4, 5, 8), (4, 8)])
 def test_pred_sim_accepts_maps_tokens_and_features(shape):
     loss, x = pred_sim.PredSim(Given(), classes=2, pool=2), jnp.ones(shape)
@@ -134,6 +135,7 @@ def test_contrastive_loss_by_hand():
     assert float(alone) == 0.0
 
 
+@pytest.mark.medium
 def test_info_pro_weights_both_terms_and_fades_linearly():
     made = [make("info_pro", inputs(k + 1, k, 4), task_weights=(0.5, 1.5)) for k in range(3)]
     assert [(m.reconstruction, m.task) for m in made] == [(5.0, 0.5), (2.5, 1.0), (0.0, 1.5)]
@@ -197,6 +199,7 @@ def test_pyramid_follows_the_modules():
     assert depths == [3, 3, 2, 2, 1]  # round(3 - k / 4), and a single block follows the last one
 
 
+@pytest.mark.medium
 def test_momentum_block_is_added_to_a_block_of_the_same_shape():
     made = make("auglocal", inputs(1), depth=2, momentum_block=True, widen=2.0)
     assert [(b.features, b.pool) for b in made.auxiliary] == [(8, True), (32, True)]

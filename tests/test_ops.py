@@ -124,6 +124,7 @@ def relative_error(actual, expected):
 # Values and first derivatives
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BODIES)
 def test_xla_values_and_gradients_equal_auto(name):
     params = drawn(name)[0]
@@ -190,6 +191,7 @@ def test_xla_forward_mode_equals_custom_gradients(name, remat):
     np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "remat"), CASES)
 def test_hessian_products_by_forward_and_reverse_mode_agree(name, remat):
     params, *_, direction = drawn(name)
@@ -277,6 +279,7 @@ def custom_primitives(function, *args):
     }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     [
@@ -366,6 +369,7 @@ def test_unknown_ops_are_refused():
     assert field.metadata["choices"] == OPS
 
 
+@pytest.mark.medium
 def test_runs_with_both_formulations_learn_the_same_parameters():
     """Makes three updates with each formulation, and checks that the setting reaches all parts."""
 

@@ -99,6 +99,7 @@ def test_three_devices_match_hand_calculation(stated):
     assert [*numbers["codecs"]] == [*CODECS]
 
 
+@pytest.mark.medium
 def test_slow_links_limit_the_speed(stated):
     bandwidth = BATCH * BYTES[0] / 1e6 / 5  # 5 ms; the slowest module takes 3 ms
     numbers, _ = plan(
@@ -180,6 +181,7 @@ def test_messages_keep_their_host_busy(stated):
     assert alone["ticks_per_second"] == pytest.approx(1000 / 6)
 
 
+@pytest.mark.medium
 def test_sums_inside_groups_match_hand_calculation(stated):
     """Checks a ring of four devices: 6 rounds, each with a quarter of the gradients."""
     settings, bandwidth, latency = small(engine__group_sizes=(1, 4, 1)), 0.001, 0.01
@@ -408,6 +410,7 @@ def test_stated_times_leave_codecs_out(stated):
     assert [row["codec_milliseconds"] for row in numbers["modules"]] == [0, 0, 0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("method", "shared", "whole", "gathered"),
     [

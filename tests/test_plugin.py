@@ -183,6 +183,7 @@ def test_signs_codec_against_hand_computed_values():
     np.testing.assert_allclose(codec.decode((), payload), [[4.5, -4.5] * 4], rtol=1e-6)
 
 
+@pytest.mark.medium
 def test_strided_blocks_and_maximum_head_equal_plain_jax():
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     network = make_network("strided", 4, 5, (8, 8, 3))

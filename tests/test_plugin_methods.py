@@ -71,6 +71,7 @@ def replayed_by_hand(steps: int) -> list[Any]:
     return hand.params
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_replayed_features_equal_plain_jax_loop(engine):
     params = trained(
@@ -81,6 +82,7 @@ def test_replayed_features_equal_plain_jax_loop(engine):
     assert furthest(params, not_delayed) > 1e-4, "the delay of the gradients has no effect"
 
 
+@pytest.mark.medium
 def test_replayed_features_run_in_dispatches_of_many_steps():
     """Checks a method that fills the pipeline with other turns, which are dispatched singly."""
     fields = REPLAYED | {"train__steps": 12}
@@ -111,6 +113,7 @@ def gradients_of_the_last_batch(method: str, steps: int) -> list[Any]:
     return [jax.device_get(module.opt_state) for module in last.snapshot().modules]
 
 
+@pytest.mark.medium
 def test_delayed_gradients_equal_backprop_on_the_same_batch():
     delayed = gradients_of_the_last_batch("replayed", 4)
     expected = gradients_of_the_last_batch("backprop", 4)

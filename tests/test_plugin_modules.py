@@ -56,6 +56,7 @@ def echo_by_hand(steps: int) -> list[Any]:
     return hand.params
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_adapter_equals_plain_jax_loop(engine):
     params = trained(4, engine__name=engine, **ECHO)
@@ -166,6 +167,7 @@ def lookahead_by_hand(steps: int) -> list[Any]:
     return hand.params
 
 
+@pytest.mark.medium
 def test_lookahead_objective_equals_plain_jax_loop():
     params = trained(4, 1, **LOOKAHEAD)
     assert furthest(params, lookahead_by_hand(4)) < 1e-5
@@ -211,6 +213,7 @@ def mirror_by_hand(steps: int, decay: float) -> list[Any]:
     return hand.params
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_mirror_objective_equals_plain_jax_loop(engine):
     expected = mirror_by_hand(4, 0.5)
@@ -222,6 +225,7 @@ def test_mirror_objective_equals_plain_jax_loop(engine):
     ), "the decay of the average has no effect"
 
 
+@pytest.mark.medium
 def test_publication_counts_as_traffic():
     published = make_experiment(
         make_settings(config(engine__name="pipeline", **MIRROR)), jax.devices()[:2]

@@ -93,6 +93,7 @@ def test_first_of_equal_maxima_receives_the_gradient():
     assert one.ravel().tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("ours", "flax_pool"), [(max_pool_windows, nn.max_pool), (avg_pool_windows, nn.avg_pool)]
 )
@@ -136,6 +137,7 @@ def test_twin_shifted_overlapping_windows_fail(monkeypatch, fresh_traces):
         check_same(lambda x: max_pool_3x3(x), flax_max_3x3, distinct(3, 6, 8, 5))
 
 
+@pytest.mark.medium
 def test_ties_in_overlapping_windows_share_the_gradient():
     x = np.maximum(distinct(3, 6, 8, 5) - 0.3, 0)
     with pytest.raises(AssertionError):

@@ -84,6 +84,7 @@ def slowest(settings, starts):
     return max(body + head for body, head in flops.module_flops(make_spec(settings, SMALL, starts)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("head", "modules"), [("linear", 2), ("cnn", 2), ("cnn", 3)])
 def test_split_by_flops_minimizes_the_slowest_module(head, modules):
     settings = small(model__head=head, model__modules=modules, model__split="flops")

@@ -402,6 +402,7 @@ def test_markdown_table_is_aligned(tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.medium
 def test_page_is_one_small_file_that_names_no_address(tmp_path):
     lines = []
     for step in range(1, 401):

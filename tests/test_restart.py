@@ -173,6 +173,7 @@ def test_one_module_is_restored_from_a_damaged_checkpoint(tiny, devices, tmp_pat
     checkpoints.close()
 
 
+@pytest.mark.medium
 def test_recovery_reads_one_module_only(tiny, devices, tmp_path, to_host, monkeypatch):
     engine, read = new_engine(tiny, devices), []
     checkpoints, begun = (

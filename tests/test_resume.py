@@ -210,6 +210,7 @@ def test_incomplete_metrics_line_is_removed(whole, stopped):
     assert records(whole) == records(stopped)
 
 
+@pytest.mark.medium
 def test_finished_run_is_not_trained_again(whole, monkeypatch):
     monkeypatch.setattr(train, "make_experiment", lambda settings: pytest.fail("trained again"))
     before = (whole / "summary.json").read_bytes()
@@ -260,6 +261,7 @@ def test_signal_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monk
     assert same_run(whole, tmp_path)
 
 
+@pytest.mark.medium
 def test_changed_configuration_is_refused_with_the_fields(whole):
     with pytest.raises(
         UserError,
@@ -290,6 +292,7 @@ def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
         train_and_evaluate(small_config(), tmp_path / "other", init_from=tmp_path / "nowhere")
 
 
+@pytest.mark.medium
 def test_files_of_a_finished_run(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert [m["name"] for m in summary["modules"]] == ["module_0", "module_1"]

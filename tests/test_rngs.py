@@ -74,6 +74,7 @@ def shared(keys):
     return sorted(str(name) for name, value in data.items() if seen[value] > 1)
 
 
+@pytest.mark.medium
 def test_no_two_keys_of_a_run_are_equal():
     keys = {(seed, *path): key for seed in SEEDS for path, key in drawn(rngs.root(seed), TREE)}
     assert len(keys) > 2000

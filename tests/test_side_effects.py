@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SIDE_EFFECTS = """
 import importlib, logging, os, pkgutil, signal
 import jax
@@ -50,6 +52,7 @@ except RuntimeError:
 """
 
 
+@pytest.mark.medium
 def test_import_has_no_side_effects():
     process = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
     assert process.stdout == "done\n", process.stderr

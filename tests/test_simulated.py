@@ -63,6 +63,7 @@ def ordered(tiny, devices, to_host):
     return run(tiny, engine, begin(tiny, engine), to_host=to_host)
 
 
+@pytest.mark.medium
 def test_ordered_turns_with_rings_of_one_equal_fused(tiny, ordered, to_host):
     fused, metrics = tiny.run(tiny.engine("fused"), TOTAL)
     state, reports = ordered

@@ -180,12 +180,14 @@ def largest_gradients(states):
     )
 
 
+@pytest.mark.medium
 def test_no_gradient_reaches_another_module(states):
     table = largest_gradients(states)
     assert (table[~np.eye(3, dtype=bool)] == 0.0).all()
     assert (np.diag(table) > 1e-3).all()
 
 
+@pytest.mark.medium
 def test_twin_gradients_reach_lower_modules_without_stop_gradient(
     states, monkeypatch, fresh_traces
 ):

@@ -142,6 +142,7 @@ def test_barrier_separates_modules_unless_it_is_off(tiny):
     assert barriers(tiny.spec(heads=False), False) == barriers(tiny.spec(heads=False)) == 0
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_step_without_barrier_equals_step_with_barrier(tiny, devices, monkeypatch):
     spec, placement = tiny.spec(), one_group(devices[:1], 3)
@@ -153,6 +154,7 @@ def test_step_without_barrier_equals_step_with_barrier(tiny, devices, monkeypatc
     assert largest_difference(other_metrics, metrics) < 1e-5
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_twin_turns_that_change_their_results_fail(tiny, devices, monkeypatch, fresh_traces):
     plain, _ = tiny.run(tiny.engine("fused"), STEPS)
@@ -198,6 +200,7 @@ def test_options_reach_the_compiler(monkeypatch, graphs_on_cpu):
     assert set(program.COMMANDS) - {"CONVOLUTION"} <= set(commands) <= set(program.COMMANDS)
 
 
+@pytest.mark.medium
 def test_step_with_options_computes_the_same_bits(tiny, devices, graphs_on_cpu):
     spec, placement = tiny.spec(), one_group(devices[:1], 3)
     options = program.command_buffers(devices[0])
@@ -281,6 +284,7 @@ def relative_error(one, other):
     return max(float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1)) for a, b in pairs)
 
 
+@pytest.mark.medium
 def test_pointwise_convolutions_equal_matrix_products():
     # Batch norm over few examples, as in hidden layers, would magnify the rounding.
     x, conv = features(), MLPHead(10, convs=3, hidden=0)
@@ -302,6 +306,7 @@ def test_pointwise_convolutions_equal_matrix_products():
     assert {name for name, _ in primitives(dot, variables, x)} == {"dot_general"}
 
 
+@pytest.mark.medium
 def test_twin_transposed_kernel_fails(monkeypatch):
     x, conv = features(), make_head("mlp_sr", 10)
     variables = conv.init(jax.random.key(0), x, True)
@@ -327,6 +332,7 @@ HEADS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", HEADS)
 def test_logits_in_the_dtype_of_the_model_are_close_to_float32_logits(name):
     x, plain = features("bfloat16"), HEADS[name]

@@ -151,6 +151,7 @@ def test_image_options_do_not_apply_to_tokens():
         )
 
 
+@pytest.mark.medium
 def test_plan_needs_shapes_known_before_loading(monkeypatch):
     settings = make_settings(config())
     report = json.loads(plan_run(settings, stated="1,2,3,4", as_json=True))
@@ -183,6 +184,7 @@ def test_default_task_is_image_classification():
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_padded_tokens_do_not_count(smoothing):
     random = np.random.default_rng(0)

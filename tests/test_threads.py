@@ -78,6 +78,7 @@ class Fault:
         engine.programs[k] = faulty
 
 
+@pytest.mark.medium
 def test_every_module_ends_with_the_same_number_of_updates(tiny, devices):
     state, reports = run(tiny, new_engine(tiny, devices, slowdown=(1.0, 2.0, 1.0)))
     assert counts(state) == [TOTAL] * 3
@@ -311,6 +312,7 @@ def jitter(engine: ThreadsEngine, seed: int) -> None:
         engine.programs[k] = delayed
 
 
+@pytest.mark.medium
 def test_long_run_with_random_delays_and_a_failure(tiny, devices, monkeypatch):
     until, right = 400, watch_labels(monkeypatch, tiny.source)
     engine = new_engine(tiny, devices)

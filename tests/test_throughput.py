@@ -39,6 +39,7 @@ def test_time_of_compiling_during_a_run_is_left_out(broken):
     assert record.throughput.rate() == pytest.approx(40 / (66 if broken else 6), abs=0.01)
 
 
+@pytest.mark.medium
 def test_reports_tell_when_a_program_was_compiled():
     """Checks a `layerwise` run, in which the program of a module compiles when it begins."""
     fields = {"method__name": "layerwise", "model__modules": 2, "train__steps": 8}

@@ -76,6 +76,7 @@ def by_hand(steps: int, hidden: float, shift: int = 0):
     return params
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("engine", ["fused", "pipeline"])
 def test_token_labels_equal_plain_jax_loop(engine):
     params = trained(3, task__hidden=0.25, engine__name=engine)
@@ -145,6 +146,7 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
         train_and_evaluate(config(**fields | {"task__hidden": 0.2}), tmp_path)
 
 
+@pytest.mark.medium
 def test_accuracies_count_tokens_and_equal_numpy(run):
     """Checks accuracies on 500 sequences in batches of 8, so that the last batch is padded."""
     workdir, summary = run
@@ -173,10 +175,12 @@ def test_accuracies_count_tokens_and_equal_numpy(run):
     assert [record for record in records(workdir) if "validation/module_1/accuracy" in record]
 
 
+@pytest.mark.medium
 def test_plots_of_a_token_run_are_drawn(run):
     assert {path.name for path in plot(run[0])} >= {"accuracy.png", "loss.png"}
 
 
+@pytest.mark.medium
 def test_predict_refuses_tasks_other_than_images(run):
     with pytest.raises(
         UserError,

@@ -132,6 +132,7 @@ def test_remat_changes_no_number():
     assert largest_error(updated(*one_module(*MIXED, remat=True)), plain(*MIXED)) < 1e-6
 
 
+@pytest.mark.medium
 def test_twin_remat_with_other_parameters_is_noticed(monkeypatch):
     monkeypatch.setattr(remat, "after", lambda tree, first: jax.tree.map(lambda x: 1.01 * x, tree))
     broken = updated(*one_module(*MIXED, remat=True))
@@ -139,6 +140,7 @@ def test_twin_remat_with_other_parameters_is_noticed(monkeypatch):
     assert largest_error(broken, plain(*MIXED)) > 1e-3
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_remat_takes_less_memory(plain_temporary):
     assert temporary(remat=True) < 0.7 * plain_temporary
@@ -208,6 +210,7 @@ def test_micro_batches_draw_different_dropout_masks():
     assert (outputs[0::2] != outputs[1::2]).any()
 
 
+@pytest.mark.medium
 def test_forward_step_in_train_mode_equals_the_outputs_of_an_update():
     module, state, inputs = one_module(Normal(), Dense(0.5))
     whole, halves = (
@@ -221,6 +224,7 @@ def test_forward_step_in_train_mode_equals_the_outputs_of_an_update():
     assert not np.allclose(whole, halves, rtol=1e-3)
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_micro_batches_take_less_memory(plain_temporary):
     assert temporary(accumulate=4) < 0.5 * plain_temporary

@@ -86,6 +86,7 @@ def test_twin_without_one_option_the_states_differ(tiny, devices, spec, fused, o
     assert not same(states, fused[0])
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 def test_simulated_with_ordered_turns_and_rings_of_one_equals_fused_bit_for_bit(
     tiny, devices, spec, fused, to_host
@@ -117,6 +118,7 @@ def test_two_devices_equal_one_within_rounding(tiny, devices, spec):
     assert largest_error([s.params for s in two[0]], [s.params for s in one[0]]) < 1e-5
 
 
+@pytest.mark.medium
 def test_threads_engine_keeps_an_average(tiny, devices, spec, to_host):
     engine = ThreadsEngine(spec(), assign(devices, 2, (1, 1)), ThreadsOptions(), ReplaySettings(2))
     *_, last = engine.run(

@@ -171,6 +171,7 @@ def test_codes_do_not_depend_on_the_backend(mean, monkeypatch, fresh_traces):
     assert taken
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 @pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 4096, 6), (5000, 6), (6,)])
 def test_chunk_size_does_not_change_codes(shape, monkeypatch):
@@ -187,6 +188,7 @@ def test_chunk_size_does_not_change_codes(shape, monkeypatch):
     np.testing.assert_array_equal(at_once.reshape(numbers.shape), numbers)
 
 
+@pytest.mark.medium
 @pytest.mark.full_compile
 @pytest.mark.parametrize("codes", [1, 2, 3, 7, 8, 9, 16, 21])
 def test_running_minimum_agrees_for_any_number_of_codes(codes):

@@ -87,6 +87,7 @@ def test_twin_wrong_matrix_fails(name, monkeypatch, fresh_traces):
     assert min(relative_errors(SHAPES[0])) > 1e-3
 
 
+@pytest.mark.medium
 def test_results_do_not_depend_on_the_number_of_chunks(monkeypatch, fresh_traces):
     x, kernel, cotangent = arrays(12, 8, 8, 3, 5)
 
@@ -192,6 +193,7 @@ def test_winograd_is_used_on_a_cpu_only(platform, convolutions):
     assert text.count("stablehlo.convolution") == convolutions
 
 
+@pytest.mark.medium
 def test_gradients_of_convolution_equal_xla():
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=s.shape).astype(np.float32) for s in (X, KERNEL))
@@ -233,6 +235,7 @@ def collectives(devices):
     )
 
 
+@pytest.mark.medium
 def test_images_stay_on_their_devices(devices):
     error, sent = collectives(devices)
     assert error < 1e-5
