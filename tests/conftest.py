@@ -4,6 +4,7 @@ Every session has four CPU devices and a temporary home directory with a compila
 """
 
 import gc
+import json
 import os
 import shutil
 import sys
@@ -38,6 +39,8 @@ from tiny import Tiny, host  # noqa: E402
 
 from dgl_jax.config import import_plugins, registry  # noqa: E402
 from dgl_jax.core.program_cache import clear_programs  # noqa: E402
+from dgl_jax.profile.memory import ProgramMemory  # noqa: E402
+from dgl_jax.tools import plan as planning  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 # No test asserts a time, not even of one example.
@@ -68,30 +71,40 @@ jax.jit(lambda: 0)()  # XLA reads its environment here; later changes affect chi
 # single process the quickest files come first. Files that are not listed come in between.
 LONG = (
     "test_docs",
-    "test_notebooks",
-    "test_digits",
-    "test_launch",
+    "test_delayed_runs",
+    "test_objective_runs",
+    "test_world",
+    "test_diagnostics",
+    "test_diagnostics_engines",
     "test_every_engine",
-    "test_install",
-    "test_eight_devices",
-    "test_threads",
-    "test_threads_runs",
-    "test_environments",
-    "test_vq",
-    "test_kmeans",
-    "test_resume",
-    "test_engines",
-    "test_engine_reports",
-    "test_coding",
-    "test_codec_runs",
-    "test_residual",
-    "test_examples",
     "test_accelerator",
+    "test_digits",
+    "test_dni",
+    "test_dni_runs",
+    "test_engines",
+    "test_install",
+    "test_notebooks",
+    "test_launch",
+    "test_layerwise",
+    "test_accelerator_benchmark",
+    "test_residual",
+    "test_plugin_methods",
+    "test_token_runs",
     "test_configs",
+    "test_layerwise_runs",
+    "test_resume",
+    "test_vq",
+    "test_delayed",
+    "test_threads_runs",
+    "test_sweep_processes",
+    "test_examples",
+    "test_kmeans",
+    "test_eight_devices",
+    "test_switches",
+    "test_deep_models",
+    "test_coding",
     "test_plugin",
-    "test_training",
     "test_ops",
-    "test_testing",
 )
 QUICK = (
     "test_schedule",
@@ -280,3 +293,27 @@ def plugin_kinds():
     for kinds, known in zip(registries, before):
         kinds._kinds.clear()
         kinds._kinds.update(known)
+
+
+@pytest.fixture
+def stated(tmp_path: Path) -> str:
+    """Returns a file of block times: the modules of `plans.small` take 2, 3 and 1 ms per turn."""
+    # The third module consists of the last two blocks; times of 9 ms must not be used.
+    times = {
+        "first": [1.5, 2.0, 0.25, 9.0],
+        "inner": [9.0, 9.0, 9.0, 0.5],
+        "head": [0.5, 1.0, 9.0, 0.25],
+    }
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(times))
+    return str(path)
+
+
+@pytest.fixture
+def stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces compilation: the n-th program needs 100 n scratch, 10 n outputs, n per message."""
+
+    def module_memory(spec):
+        return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(spec.modules, 1)]
+
+    monkeypatch.setattr(planning, "module_memory", module_memory)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from runs import small_config
 
 from dgl_jax.config import make_settings
@@ -64,3 +65,33 @@ def write_run(
         }
         (folder / "summary.json").write_text(json.dumps(content | (summary or {})))
     return folder
+
+
+def store_run(folder: Path, config: ConfigDict, **summary) -> None:
+    """Writes the files of a run; its summary only if there are fields of it."""
+    settings = make_settings(config)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
+    (folder / "checkpoints" / "4").mkdir(parents=True)
+    (folder / "checkpoints" / "4" / "item").write_bytes(b"x" * 1000)
+    if summary:
+        values = {
+            "engine": "fused",
+            "method": "dgl",
+            "config_hash": settings.hash(),
+            "seed": 0,
+            "epochs": 2.0,
+            "steps": 12,
+            "modules": [{"updates": 12, "test_accuracy": 0.5}],
+            "ensemble_accuracy": 0.75,
+            "images_per_second": 1.0,
+            "wire_bytes_per_image": [],
+            "raw_bytes_per_image": [],
+            "wire": "simulated",
+            "codebook_share": [],
+            "codec_error": [],
+            "wall_seconds": 24.0,
+            "dataset": "synthetic",
+            "versions": {},
+        }
+        (folder / "summary.json").write_text(json.dumps(values | summary))

@@ -1,0 +1,30 @@
+"""Runs with diagnostics, and the comparison of a run with and without them."""
+
+import numpy as np
+from runs import arrays, records, small_config
+
+OURS = ("diagnostics/", "final/")
+
+
+def config(**fields):
+    """Returns a run of 12 steps with probes at steps 0, 4, 8 and 12."""
+    return small_config(diagnostics__enabled=True, diagnostics__every=4, **fields)
+
+
+def others(workdir):
+    """Returns the lines of metrics.jsonl without the diagnostics."""
+    lines = [
+        {key: v for key, v in line.items() if not key.startswith(OURS)} for line in records(workdir)
+    ]
+    return [line for line in lines if line.keys() - {"step", "epoch"}]
+
+
+def ours(workdir):
+    """Returns the lines of the diagnostics."""
+    lines = records(workdir)
+    return [line for line in lines if any(key.startswith(OURS) for key in line)]
+
+
+def unchanged(plain, probed):
+    pairs = zip(arrays(plain), arrays(probed), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs) and others(plain) == others(probed)
