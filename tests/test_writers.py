@@ -207,7 +207,13 @@ def test_status_orders_modules_by_number_and_omits_missing_heads():
         "validation": "val 0.90 (ensemble 0.96)",
         "speed": "1,234 images/s",
     }
-    assert status({"learning_rate": 0.1, "train/module_0/loss": 1.0}) == {}
+    assert status({"learning_rate": 0.1, "time": 1.0}) == {}
+
+
+def test_status_shows_losses_where_there_is_no_accuracy():
+    losses = {"train/module_0/loss": 1.0, "train/module_1/loss": 0.5, "test/module_0/loss": 2.0}
+    accuracy = {"test/module_1/accuracy": 0.25, "test/module_1/loss": 3.0}
+    assert status(losses | accuracy) == {"train": "train loss 1.00 0.50", "test": "test 0.25"}
 
 
 def test_status_shows_a_dash_for_a_module_without_an_update():
@@ -221,6 +227,12 @@ def test_status_shows_a_dash_for_a_module_without_an_update():
     # There is no dash for heads that are never trained, nor in evaluations.
     assert status({"train/module_1/accuracy": 0.25}) == {"train": "train 0.25"}
     assert status({"test/module_1/accuracy": 0.25} | rates)["test"] == "test 0.25"
+
+
+def test_status_of_a_probe():
+    probe = {f"diagnostics/module_{k}/gradient_squared": 10.0 ** (1 - k) for k in (2, 0, 1)}
+    probe |= {"diagnostics/module_1/mmd": 0.125, "diagnostics/module_1/wasserstein": 3.0}
+    assert status(probe) == {"gradient": "squared gradient 10 1 0.1", "drift": "drift - 0.12"}
 
 
 def test_eta_counts_only_steps_of_this_process():

@@ -131,16 +131,25 @@ class Progress(contextlib.AbstractContextManager):
             Text(
                 " | ".join(
                     self._status[kind]
-                    for kind in (*_SHOWN, "age", "rate", "speed")
+                    for kind in (*_SHOWN, *_PER_MODULE, "speed")
                     if kind in self._status
                 )
             ),
         )
 
 
-_ACCURACY = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/accuracy")
-_AGE = re.compile(r"replay/module_(\d+)/age")
-_RATE = re.compile(r"work/module_(\d+)/updates_per_second")
+_HEAD = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/(accuracy|loss)")
+# By kind: metrics of modules, and the text that shows them. Module 0 has no drift: it reads data.
+_PER_MODULE = {
+    "age": (re.compile(r"replay/module_(\d+)/age"), "age {}", ".1f"),
+    "rate": (re.compile(r"work/module_(\d+)/updates_per_second"), "{} updates/s", ".1f"),
+    "gradient": (
+        re.compile(r"diagnostics/module_(\d+)/gradient_squared"),
+        "squared gradient {}",
+        ".2g",
+    ),
+    "drift": (re.compile(r"diagnostics/module_(\d+)/mmd"), "drift - {}", ".2g"),
+}
 _MODULES = re.compile(r"(replay|work|wire)/module_(\d+)/")
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
 
@@ -190,14 +199,17 @@ def status(scalars: Scalars) -> dict[str, str]:
 
     Returns:
       Texts by kind: `{"train": "train 0.91 0.95", "validation": "val 0.90 (ensemble 0.95)",
-      "age": ..., "rate": ..., "speed": ...}`, without the kinds that have no metric.
+      "test": "test loss 1.25 0.75" (if there is no accuracy),
+      "age": ..., "rate": ..., "gradient": ..., "drift": ..., "speed": ...}`, without the kinds
+      that have no metric.
     """
-    heads: dict[str, list[tuple[float, str]]] = {}
+    # By split and metric.
+    by_split: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for key, value in scalars.items():
-        if match := _ACCURACY.fullmatch(key):
-            split, module = match.groups()
+        if match := _HEAD.fullmatch(key):
+            split, module, metric = match.groups()
             text = f"{float(value):.2f}"
-            heads.setdefault(split, []).append(
+            by_split.setdefault(split, {}).setdefault(metric, []).append(
                 (int(module), text) if module else (math.inf, f"(ensemble {text})")
             )
     # A module may have made no update since the last record: show a dash. Module k sends over the
@@ -205,26 +217,25 @@ def status(scalars: Scalars) -> dict[str, str]:
     modules = {
         int(match[2]) + (match[1] == "wire") for key in scalars if (match := _MODULES.match(key))
     }
-    if "train" in heads:
-        present = {k for k, _ in heads["train"]}
-        heads["train"] += [
-            (k, "-") for k in range(max(modules, default=-1) + 1) if k not in present
-        ]
-    texts = {
-        s: " ".join([_SHOWN[s], *(text for _, text in sorted(heads[s]))])
-        for s in _SHOWN
-        if s in heads
-    }
-    ages = sorted(
-        (int(match[1]), float(v)) for key, v in scalars.items() if (match := _AGE.fullmatch(key))
-    )
-    if ages:
-        texts["age"] = " ".join(["age", *(f"{age:.1f}" for _, age in ages)])
-    rates = sorted(
-        (int(match[1]), float(v)) for key, v in scalars.items() if (match := _RATE.fullmatch(key))
-    )
-    if rates:
-        texts["rate"] = " ".join([*(f"{rate:.1f}" for _, rate in rates), "updates/s"])
+    texts = {}
+    for split, title in _SHOWN.items():
+        if split not in by_split:
+            continue
+        metric = "accuracy" if "accuracy" in by_split[split] else "loss"
+        heads = by_split[split][metric]
+        if split == "train":
+            present = {k for k, _ in heads}
+            heads += [(k, "-") for k in range(max(modules, default=-1) + 1) if k not in present]
+        values = [text for _, text in sorted(heads)]
+        texts[split] = " ".join([title if metric == "accuracy" else f"{title} loss", *values])
+    for kind, (pattern, text, form) in _PER_MODULE.items():
+        numbers = sorted(
+            (int(match[1]), format(float(value), form))
+            for key, value in scalars.items()
+            if (match := pattern.fullmatch(key))
+        )
+        if numbers:
+            texts[kind] = text.format(" ".join(number for _, number in numbers))
     if "images_per_second" in scalars:
         texts["speed"] = f"{float(scalars['images_per_second']):,.0f} images/s"
     return texts
