@@ -2,13 +2,13 @@
 
 import jax
 import pytest
-from runs import spec_of
+from runs import small_config, spec_of
 
 from dgl_jax.config import differences, fields_of, make_settings
 from dgl_jax.config.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
-from dgl_jax.run.build import DatasetInfo, make_engine
+from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment
 
 WITH_HEADS = ("dgl", "layerwise", "deep_supervision")
 WITHOUT_HEADS = ("backprop", "dni", "cdni", "ddg", "features_replay", "fdg")
@@ -81,3 +81,13 @@ def test_a_resumed_run_may_change_to_an_engine_with_the_same_checkpoints(was, no
 def test_a_resumed_run_may_not_change_its_method():
     old, new = (make_settings({"method": {"name": name}}) for name in ("dgl", "backprop"))
     assert differences(old, new) == ["config.method.name (was 'dgl', is now 'backprop')"]
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_choices_without_effect_on_a_single_module_are_logged(modules, caplog):
+    fields = {"model__modules": modules, "codec__name": "int8", "objective__name": "pred_sim"}
+    with caplog.at_level("INFO", logger="dgl_jax"):
+        make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+    logged = [line for line in caplog.messages if "no effect" in line]
+    names = "config.codec.name=int8, config.objective.name=pred_sim"
+    assert logged == [f"no effect with a single module: {names}"] * (modules == 1)

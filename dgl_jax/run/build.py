@@ -10,7 +10,7 @@ import optax
 
 from dgl_jax import system
 from dgl_jax.codecs import make_codec
-from dgl_jax.config import Settings
+from dgl_jax.config import Settings, fields_of
 from dgl_jax.config.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
@@ -21,6 +21,7 @@ from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
 from dgl_jax.models import BALANCED, BlockCosts, cuts
+from dgl_jax.objectives import Classifier
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.run.due import Due
@@ -119,11 +120,25 @@ def make_experiment(
         settings.schedule, settings.optimizer.learning_rate, steps_per_epoch, total_steps
     )
     spec = make_spec(settings, info, first_blocks, schedule)
+    if len(spec.modules) == 1:
+        _log_idle(settings, spec)
     due = Due.of(settings, steps_per_epoch, total_steps)
     engine = make_engine(settings, spec, devices, total_steps, due)
     source = share_source(settings, source, engine)
     spec.abstract_states()  # parts that do not fit together are reported before a file is written
     return Experiment(settings, source, info, spec, engine, schedule, total_steps)
+
+
+def _log_idle(settings: Settings, spec: TrainSpec) -> None:
+    """Logs the choices that have no effect on a single module."""
+    groups = ["codec"] + ["objective"] * isinstance(spec.modules[0].objective, Classifier)
+    idle = [
+        f"config.{group}.name={name}"
+        for group in groups
+        if (name := getattr(settings, group).name) != fields_of(group)["name"].default
+    ]
+    if idle:
+        _LOG.info("no effect with a single module: %s", ", ".join(idle))
 
 
 def choose_cuts(
