@@ -55,14 +55,19 @@ def test_sweeps_of_rates_and_of_seeds_share_a_run_of_every_row(name):
     assert all(tried[row] == run[row] for row in shared)
 
 
-def test_final_rows_have_their_number_of_modules_and_rate():
-    gap = claim("gap")
-    for name, config in gap.get_sweep("final"):
-        network, row, _ = name.split("/")
-        modules = int(network.rpartition("=")[2])
-        assert config.model.modules == (1 if row == "backprop" else modules)
-        (chosen,) = (key for key in gap.ROWS if key in (row, f"{row},K=6"))
-        assert config.optimizer.learning_rate == gap.CHOSEN.get(chosen, 0.03)
+@pytest.mark.parametrize(
+    ("size", "networks"),
+    [("small", [("cnn6", 32), ("resnet20", 8)]), ("full", [("cnn6", 128), ("resnet32", 16)])],
+)
+def test_final_rows_have_their_network_and_number_of_modules(size, networks):
+    settings = rows("gap_final", size)
+    assert {(s.model.name, s.model.width) for s in settings.values()} == set(networks)
+    for name, each in settings.items():
+        _, row, rate, _ = name.split("/")
+        modules = int(row.rpartition("=")[2]) if "=" in row else 1
+        assert each.model.modules == modules
+        assert (each.objective.name == "auglocal") == row.startswith("best")
+        assert f"lr={each.optimizer.learning_rate:g}" == rate
 
 
 def test_unknown_size_is_refused():

@@ -1,14 +1,12 @@
 r"""Claim: better local losses close most of the gap to back-propagation.
 
     python launch.py --mode=sweep --sweep=configs/claims/gap.py:rates --workdir=runs/modules
-    python launch.py --mode=sweep --sweep=configs/claims/gap.py:final --workdir=runs/gap
     python launch.py --mode=report --workdir=runs/modules
 
 `rates` and `small` compare all local losses on the six-layer network with one module per layer, at
 the size of the claim `modules`, whose rows `backprop`, `dgl` and `deep_supervision,K=6` they share;
-the best one also with two and three modules. `final` trains the best one and these three
-rows on all images, with more channels, several numbers of modules and three seeds: about one
-core-hour per run.
+the best one also with two and three modules. `gap_final` trains the best one on all images and more
+networks.
 
 Published by others (see docs/objectives.md): at K = 16, ResNet-32 loses 7 to 9 points with plain
 DGL and 3 to 7 with the objectives here.
@@ -19,7 +17,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dgl_jax.configs.claims import _common as common
-from dgl_jax.errors import UserError
 
 
 def loss(name: str, **options: Any) -> dict[str, Any]:
@@ -80,7 +77,7 @@ CHOSEN: dict[str, float] = {
     "auglocal,d=2,context_input": 0.1,
     "auglocal,d=1,context_input": 0.03,
 }
-BEST = "auglocal,d=2,context_input"  # on validation; `final` trains it
+BEST = "auglocal,d=2,context_input"  # on validation
 # Rows of the picture of accuracy against the number of modules.
 LINES = {
     "back-propagation": dict.fromkeys((2, 3, 6), "backprop"),
@@ -88,8 +85,6 @@ LINES = {
     "auxiliary networks": {2: "auglocal,d=2,K=2", 3: "auglocal,d=2,K=3", 6: "auglocal,d=2"},
     "plain DGL": {2: "dgl,K=2", 3: "dgl,K=3", 6: "dgl,K=6"},
 }
-# Network, modules.
-FINAL = (("cnn6", 2), ("cnn6", 3), ("cnn6", 6), ("resnet20", 4), ("resnet20", 8))
 
 
 def base(full: bool) -> ConfigDict:
@@ -100,30 +95,8 @@ def base(full: bool) -> ConfigDict:
     return config
 
 
-def final() -> common.Rows:
-    """Yields the rows of the sweep `final`."""
-    for network, modules in FINAL:
-        for name in ("backprop", "deep_supervision,K=6", "dgl,K=6", BEST):
-            for seed in range(3):
-                config = base(full=False)
-                config.data.train_examples = 0
-                config.train.epochs = 16.0
-                config.model.name, config.model.width = network, 32 if network == "cnn6" else 16
-                config.update_from_flattened_dict(ROWS[name])
-                if name != "backprop":
-                    config.model.modules = modules
-                config.optimizer.learning_rate, config.seed = CHOSEN.get(name, 0.03), seed
-                label = name.removesuffix(",K=6")
-                yield f"{network},K={modules}/{label}/seed={seed}", config
-
-
 def get_sweep(size: str | None = None) -> common.Rows:
     """Yields the rows of the claim; see `common.sweep`."""
-    if size == "final":
-        yield from final()
-        return
-    if size not in (None, *common.SIZES):
-        raise UserError(f"--sweep=...:{size}: must be one of {', '.join(common.SIZES)}, final")
     # The rate in the middle first, so that all losses can be compared early.
     yield from sorted(
         common.sweep(base, ROWS, size, CHOSEN),
