@@ -3,6 +3,7 @@
 `launch.py` and the console script `dgl-jax` call `main`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -180,7 +181,7 @@ def _dispatch(argv: list[str]) -> None:
             from dgl_jax import evaluate
 
             _start()
-            print(json.dumps(evaluate.evaluate_run(folder, checkpoint, _SPLIT.value, override)))
+            _print(json.dumps(evaluate.evaluate_run(folder, checkpoint, _SPLIT.value, override)))
         elif mode == "predict":
             from dgl_jax.tools import predict
 
@@ -221,21 +222,21 @@ def _dispatch(argv: list[str]) -> None:
                 _LATENCY.value,
                 _MESSAGE_COST.value,
             )
-            print(plan.plan_run(config, *chosen))
+            _print(plan.plan_run(config, *chosen))
         else:
             config = _config()
             from dgl_jax.tools import bench
 
             _start()
-            print(json.dumps(bench.bench(config, _STEPS.value, _MODULES.value)))
+            _print(json.dumps(bench.bench(config, _STEPS.value, _MODULES.value)))
 
 
 def _check_distributed(mode: str) -> None:
     """Raises UserError if a flag of several processes does not apply."""
     given = {"coordinator": _COORDINATOR, "num_processes": _PROCESSES, "process_id": _PROCESS}
     if not _DISTRIBUTED.value:
-        for name, flag in given.items():
-            if flag.value is not None:
+        for name in (*given, "heartbeat"):
+            if (flag := flags.FLAGS[name]).present:
                 raise UserError(f"--{name}={flag.value}: applies only with --distributed")
         return
     if mode != "train":
@@ -289,7 +290,7 @@ def _train(folder: str) -> None:
             "ensemble": summary.ensemble_accuracy,
         }
         if world.first():
-            print(json.dumps(result))
+            _print(json.dumps(result))
 
 
 def _sweep(folder: str) -> None:
@@ -319,8 +320,14 @@ def _sweep(folder: str) -> None:
         name=_SWEEP.value,
         flags=flags_of_rows,
     )
-    print(json.dumps(result.names()))
+    _print(json.dumps(result.names()))
     sys.exit(result.exit_code)
+
+
+def _print(text: str) -> None:
+    from dgl_jax.run import writers
+
+    writers.write_stdout(f"{text}\n")
 
 
 def _start() -> None:
@@ -355,11 +362,13 @@ def _set_threads() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     with reported():
-        argv = _with_plugins(argv)
+        argv = config_files.with_plugins(argv)
         try:
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:
-                _CONFIG.value.data  # noqa: B018 (the first access raises if the file could not be read)
+                config = _CONFIG.value
+                if not hasattr(config, "items"):  # raises if the file could not be read
+                    raise UserError(f"--config: get_config returns {config!r}, not a ConfigDict")
         except UserError:
             raise
         except Exception as error:
@@ -373,26 +382,12 @@ def _parse(argv: list[str]) -> list[str]:
         return rest
 
 
-def _with_plugins(argv: list[str]) -> list[str]:
-    """Imports the modules of `--config.plugins`, whose fields other flags may set.
-
-    Returns:
-      The command line with the value of `--config.plugins` rewritten as a tuple.
-    """
-    line = list(argv)
-    for place, argument in enumerate(argv):
-        if given := re.match(r"(--?config\.plugins=)(.*)", argument):
-            names = tuple(re.findall(r"[\w.]+", given[2]))
-            configuration.import_plugins(names)
-            line[place] = f"{given[1]}{names!r}"
-    return line
-
-
 def main() -> None:
     """Runs the command line on `sys.argv`."""
     system.hide_loader_errors()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # plugins may be in the current directory
+    with contextlib.suppress(FileNotFoundError):  # the current directory has been deleted
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # plugins may be in it
     # Without this, --help lists only the flags of the main script and --helpfull the others.
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)

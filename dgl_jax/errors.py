@@ -53,14 +53,20 @@ def of_a_path(error: OSError) -> str | None:
     return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror})"
 
 
+# What JAX raises, when it is imported, about its environment variables.
+_JAX_VARIABLE = re.compile(r"invalid truth value .* for environment|Invalid value .* for JAX flag")
+
+
 def explain(error: BaseException) -> str | None:
     """Returns the line that explains an exception to the user, or None if it is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if is_disk_full(error):
-        return f"the disk is full; free some space and run the same line again ({error})"
+        return f"the disk is full; free some space and run the same command again ({error})"
     if isinstance(error, OSError) and (text := of_a_path(error)):
         return text
+    if isinstance(error, ValueError) and _JAX_VARIABLE.match(str(error)):
+        return f"{error}; JAX reads it from the environment"
     return not_opened(error) or out_of_memory(error)
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from dgl_jax.run import checkpoint, checkpoint_folder, workdir
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +208,10 @@ def replaced_while_reading(monkeypatch, folder: Path, times: int = 1) -> None:
 
     It saves a newer checkpoint and removes the older ones.
     """
-    meta = Checkpoints.meta
+    described = Checkpoints._described
     moves = []
 
-    def meta_too_late(self, step):
+    def described_too_late(self, step):
         if len(moves) < times:
             moves.append(step)
             newest = max(map(int, os.listdir(folder)))
@@ -216,9 +220,9 @@ def replaced_while_reading(monkeypatch, folder: Path, times: int = 1) -> None:
             for other in list(folder.iterdir()):
                 if other.name != str(newest + 1):
                     shutil.rmtree(other)
-        return meta(self, step)
+        return described(self, step)
 
-    monkeypatch.setattr(Checkpoints, "meta", meta_too_late)
+    monkeypatch.setattr(Checkpoints, "_described", described_too_late)
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -259,6 +263,32 @@ def test_twin_damaged_checkpoint_is_reported_as_damaged(copy, monkeypatch, caplo
     replaced_while_reading(monkeypatch, copy / "checkpoints")  # by copies of the damaged one
     with pytest.raises(UserError, match="checkpoint 9 is damaged"):
         load_trained(copy)
+
+
+def test_checkpoint_of_another_network_is_not_called_damaged(copy, caplog):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["width"] += 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"/8: holds another network: the shape of module_0/\S+ is \("
+    ):
+        load_trained(copy)
+    assert "damaged" not in caplog.text
+
+
+def test_a_damaged_checkpoint_prints_one_line(copy):
+    """Checks the log of a process: reads that a failed one leaves behind print tracebacks."""
+    for file in (copy / "checkpoints").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    command = [sys.executable, "launch.py", "--mode=eval", f"--workdir={copy}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    steps = len(list((copy / "checkpoints").glob("[0-9]*")))
+    *lines, error = done.stderr.splitlines()
+    assert error.startswith(f"error: {copy}/checkpoints: every checkpoint (")
+    assert len(lines) == steps, done.stderr
+    assert all(" is damaged (" in line for line in lines)
 
 
 @pytest.mark.parametrize("which", ["train", "load_trained"])

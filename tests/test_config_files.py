@@ -13,7 +13,9 @@ import pytest
 from dgl_jax.config.fields import expand
 from dgl_jax.data import cache
 from dgl_jax.errors import UserError
-from dgl_jax.tools.config_files import SHIPPED, resolve, with_files
+from dgl_jax.run import workdir
+from dgl_jax.run.workdir import with_own_config
+from dgl_jax.tools.config_files import SHIPPED, resolve, with_files, with_plugins
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +85,34 @@ def test_shared_settings_are_not_a_configuration(tmp_path, monkeypatch):
             UserError, match=f"--config={name}: neither a file nor a configuration of dgl_jax"
         ):
             resolve(name)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--workdir=run"], ["-workdir=run"], ["--workdir", "run"], ["--mode=eval", "--workdir=run"]],
+)
+def test_both_forms_of_the_workdir_give_its_configuration(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    override = "--config.data.batch_size=32"
+    with pytest.raises(UserError, match=f"^{override}: which configuration?"):
+        with_own_config(["launch.py", *flags, override])
+    (tmp_path / "run" / "config.json").write_text("{}")
+    name, added, *rest = with_own_config(["launch.py", *flags, override])
+    assert (name, rest) == ("launch.py", [*flags, override])
+    assert added == f"--config={workdir.__file__}:run"
+
+
+@pytest.mark.parametrize("flags", [["--mode=sweep"], ["--mode", "sweep"]])
+def test_both_forms_of_the_mode_give_the_default_configuration(flags):
+    line = ["launch.py", *flags, "--config.seed=1"]
+    assert with_own_config(line) == [line[0], f"--config={workdir.__file__}:", *line[1:]]
+
+
+def test_both_forms_of_the_plugins_are_imported():
+    for flags in (["--config.plugins=json,math"], ["--config.plugins", "(json, math)"]):
+        *_, last = with_plugins(["launch.py", *flags])
+        assert last.removeprefix("--config.plugins=") == "('json', 'math')"
 
 
 def test_both_forms_of_the_flag_are_resolved(tmp_path, monkeypatch):

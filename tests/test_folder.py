@@ -121,6 +121,14 @@ def test_errors_of_a_folder_name_the_file(images, kind, message):
         make_source(settings_of(damage(images, kind)), 0)
 
 
+def test_a_broken_link_is_one_line(images):
+    link = images / "train" / "cat" / "0.png"
+    link.unlink()
+    link.symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=f"^{link}: no such file"):
+        folder.load(settings_of(images))
+
+
 def test_a_folder_without_a_directory_is_refused():
     with pytest.raises(UserError, match=r"config.data.dir is empty"):
         make_source(options("data", name="folder"), 0)
@@ -192,7 +200,7 @@ def test_the_log_warns_about_transparency_and_frames(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="dgl_jax"):
         data = folder.load(settings_of(root))
     assert caplog.messages == [
-        f"{root}: 2 of 37 images have transparent parts: "
+        f"{root}: 2 of 37 images have an alpha channel: "
         "transparency is ignored, the stored color is used",
         f"{root}: 1 of 37 images have several frames: the first one is used",
     ]

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
@@ -227,6 +228,22 @@ def test_plot_writes_png_files(tmp_path, finished):
         content = path.read_bytes()
         assert content.startswith(PNG)
         assert len(content) > 10_000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["x$^$y", "\u56fe"])  # no formula, and no glyph in the font
+def test_the_name_of_a_run_is_drawn_as_it_is(tmp_path, name):
+    with matplotlib.rc_context({"text.usetex": True}):  # there is no LaTeX here
+        assert len(plot(make_run(tmp_path / name, make_records(4)))) == 2
+        assert matplotlib.rcParams["text.usetex"]
+
+
+def test_plot_names_a_value_that_is_not_a_number(tmp_path):
+    record = {"step": 1, "epoch": 0.1, "train/module_0/loss": "x"}
+    lines = "".join(json.dumps(record | {"step": step}) + "\n" for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="train/module_0/loss is 'x', not a number"):
+        plot(tmp_path)
 
 
 def test_plot_draws_only_available_metrics(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import evaluated_run, records, small_config
+from safetensors.numpy import save
 
 from dgl_jax import train
 from dgl_jax.errors import UserError
@@ -54,7 +55,8 @@ def unwanted(*args, **kwargs):
     [
         (b"", "Expecting value"),
         (b"garbage", "Expecting value"),
-        (b"[1,2]", "it holds a list, not an object"),
+        (b"[1,2]", "it holds [1, 2], not an object"),
+        (b"null", "it holds null, not an object"),
         (b'{"model": {"width": 4', "Expecting"),
         (b"\xff\xfe", "can't decode"),
         (b'{"model": {"widht": 4}}', "config.model.widht: no such field"),
@@ -236,3 +238,28 @@ def test_longest_file_name_can_be_written(tmp_path):
     path = tmp_path / ("x" * 255)
     writers.write_text(path, "ñ\udce9")
     assert path.read_bytes() == b"\xc3\xb1\xe9"
+
+
+def test_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch, caplog):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    with workdir.lock(tmp_path / "run"):
+        assert f"--workdir={tmp_path}/run: cannot be locked (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
+        (lambda path: path.write_bytes(save({"a": np.zeros(1)})), "lacks module_0/"),
+    ],
+    ids=["missing", "truncated", "incomplete"],
+)
+def test_damaged_export_is_one_line(run, tmp_path, change, message):
+    folder = export_run(run, output=str(tmp_path / "export"))
+    change(Path(folder) / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors: {message}.*; export the run again"):
+        load_exported(folder)

@@ -20,6 +20,7 @@ from dgl_jax.run.writers import (
     TensorBoardWriter,
     read_jsonl,
     truncate,
+    write_stdout,
 )
 
 
@@ -233,6 +234,11 @@ def test_status_of_a_probe():
     probe = {f"diagnostics/module_{k}/gradient_squared": 10.0 ** (1 - k) for k in (2, 0, 1)}
     probe |= {"diagnostics/module_1/mmd": 0.125, "diagnostics/module_1/wasserstein": 3.0}
     assert status(probe) == {"gradient": "squared gradient 10 1 0.1", "drift": "drift - 0.12"}
+    late = {"work/module_0/updates_per_second": 5.0, "work/module_2/updates_per_second": 7.0}
+    assert status(late | {"replay/module_1/age": 0.5}) == {
+        "age": "age - 0.5",
+        "rate": "5.0 - 7.0 updates/s",
+    }
 
 
 def test_eta_counts_only_steps_of_this_process():
@@ -297,3 +303,14 @@ def test_progress_on_a_terminal_shows_accuracies_and_eta(modules):
     text = " ".join(shown.split())  # ten modules take two lines
     assert f"train {' '.join(f'{0.8 + k / 100:.2f}' for k in range(modules))} | val 0.90" in text
     progress.close()
+
+
+def test_closed_standard_output_is_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    write_stdout("text")
+    read, write = os.pipe()
+    os.close(read)  # the reader has ended
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        write_stdout("text")
+        write_stdout("more")

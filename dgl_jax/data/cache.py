@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dgl_jax.data.source import Examples
+from dgl_jax.errors import UserError
 from dgl_jax.system import cache_dir
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +84,10 @@ def labels(
 def _digest(key: Iterable[object], files: Iterable[Path]) -> str:
     digest = hashlib.sha256(repr((_VERSION, *key)).encode())
     for file in files:
-        stat = file.stat()
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file, or a link to one") from None
         digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()[:32]
 

@@ -118,7 +118,7 @@ def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
         cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
     )
     for kind, warning in (
-        (ALPHA, "have transparent parts: transparency is ignored, the stored color is used"),
+        (ALPHA, "have an alpha channel: transparency is ignored, the stored color is used"),
         (FRAMES, "have several frames: the first one is used"),
     ):
         if count := int(np.count_nonzero(kinds & kind)):

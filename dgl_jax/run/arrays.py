@@ -58,6 +58,36 @@ def raw(tree: Any) -> Any:
     return jax.tree.map(convert, tree)
 
 
+class OtherShapes(ValueError):
+    """Stored arrays are not the ones of a network."""
+
+
+def check_shapes(name: str, stored: Any, wanted: Any) -> None:
+    """Compares two pytrees of shapes.
+
+    Args:
+      name: what they describe, for the message.
+      stored: shapes of stored arrays, in nested dicts and sequences; empty if they cannot be read.
+      wanted: shapes of the arrays to read.
+
+    Raises:
+      OtherShapes: they differ; the message names the first array.
+    """
+    held, asked = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, wanted)
+    )
+    if not held:
+        return  # unreadable
+    for array in sorted(held.keys() | asked.keys()):
+        shapes = [str(tree.get(array, "missing")) for tree in (held, asked)]
+        if shapes[0] != shapes[1]:
+            raise OtherShapes(f"the shape of {name}/{array} is {shapes[0]}, not {shapes[1]}")
+
+
 def typed(tree: Any, like: Any) -> Any:
     """Returns a pytree with its random keys restored; the inverse of `raw`.
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -46,11 +47,25 @@ def _any_environment() -> Iterator[None]:
 
 with _any_environment():
     import matplotlib
+    import matplotlib.style
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
     from matplotlib.transforms import ScaledTranslation
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Draws as this package does, whatever style the user has configured for other plots.
+
+    Fonts without glyphs for a character, such as one in the name of a run, draw a box; matplotlib's
+    warning about it is hidden.
+    """
+    with matplotlib.style.context("default", after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
 
 # Name, color, and the curves whose last values are shown.
 Row = tuple[str, Any, Sequence[Curve]]
@@ -132,8 +147,10 @@ def new_axes(title: str, subtitle: str, height: float) -> tuple[Figure, Axes]:
     _clear(axes)
     if subtitle:
         offset = ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
-        axes.text(0, 1, subtitle, fontsize=10, color=GRAY, transform=axes.transAxes + offset)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24 if subtitle else 10)
+        style: dict[str, Any] = {"fontsize": 10, "color": GRAY, "parse_math": False}
+        axes.text(0, 1, subtitle, transform=axes.transAxes + offset, **style)
+    font: dict[str, Any] = {"fontsize": 13, "fontweight": "bold"}
+    axes.set_title(title, loc="left", pad=24 if subtitle else 10, parse_math=False, **font)
     return figure, axes
 
 
@@ -239,9 +256,8 @@ def value_table(axes: Axes, rows: Iterable[Row], header: Sequence[str], form: st
         for n, offset in offsets.items():
             text = format(ends[n][0][1], form) if ends[n] else ""
             axes.text(1, y, text, ha="right", transform=right(offset), **style)
-        axes.text(
-            1, y, name, transform=right(max(offsets.values()) + 14), fontweight="bold", **style
-        )
+        style |= {"fontweight": "bold", "parse_math": False}
+        axes.text(1, y, name, transform=right(max(offsets.values()) + 14), **style)
         arrow = {
             "arrowstyle": "-",
             "color": color,

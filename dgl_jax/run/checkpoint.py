@@ -21,7 +21,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.engines import EngineState, world
 from dgl_jax.engines.placement import Placement
 from dgl_jax.errors import UserError
-from dgl_jax.run.arrays import checksum, raw, target, typed
+from dgl_jax.run.arrays import OtherShapes, check_shapes, checksum, raw, target, typed
 from dgl_jax.run.checkpoint_folder import (
     check_path,
     checkpoint_steps,
@@ -29,6 +29,7 @@ from dgl_jax.run.checkpoint_folder import (
     is_checkpoint,
     is_file_intact,
     move,
+    quiet,
     write_errors,
 )
 
@@ -39,6 +40,9 @@ _POLICIES = ocp.training.preservation_policies
 # One device writes a small replicated array: splitting the write over all its devices is slower.
 _ARRAYS = ocp.options.ArrayOptions(
     saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
+)
+OTHER_NETWORK = (
+    "{}: holds another network: {}; restore config.json of the run, or the code of its parts"
 )
 _RETRIES = 50  # attempts to read checkpoints that a running training keeps replacing
 
@@ -174,17 +178,18 @@ class Checkpoints:
                 _LOG.debug("closing the checkpoints: %s", error)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the metadata that `save` stored with a checkpoint.
+        """Returns the metadata that `save` stored; raises ValueError if their checksum is wrong."""
+        return self._described(step)[0]
 
-        Raises:
-          ValueError: their checksum is wrong.
-        """
-        custom = ocp.checkpointables_metadata(self.directory / str(step)).custom_metadata
+    def _described(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the metadata, and by item the shapes and dtypes of its arrays."""
+        described = ocp.checkpointables_metadata(self.directory / str(step))
+        custom = described.custom_metadata
         text = custom["meta"]
         # Checkpoints of older versions hold only the text.
         if custom.keys() != {"meta"} and custom.get("checksum") != zlib.crc32(text.encode()):
             raise ValueError("its metadata do not match their checksum")
-        return json.loads(text)
+        return json.loads(text), described.metadata
 
     def select(self, which: str) -> list[int]:
         """Lists the steps that satisfy a choice, in the order in which to try them.
@@ -256,6 +261,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, or all candidates are damaged.
         """
         failed: dict[int, str] = {}
+        other_network: set[int] = set()  # steps among them
         while True:
             # List again on every attempt: a running training may have replaced a checkpoint that
             # could not be read.
@@ -265,37 +271,38 @@ class Checkpoints:
                     f"{self.directory}: a running training replaces checkpoints faster than they "
                     "can be read; try again, or let it keep more of them (config.checkpoint.keep)"
                 )
-            step = next((step for step in present if step not in failed), None)
-            if step is None:
+            untried = [step for step in present if step not in failed]
+            step = (untried or present)[0]
+            if not untried:
                 names = (
                     f"every checkpoint ({', '.join(map(str, present))}) is"
                     if len(present) > 1
                     else f"checkpoint {present[0]} is"
                 )
+                if other_network.issuperset(present):
+                    raise UserError(OTHER_NETWORK.format(self.directory / str(step), failed[step]))
                 self._report({step: failed[step] for step in present})
                 raise UserError(
                     f"{self.directory}: {names} damaged; restore the files, or start again in "
                     "another --workdir"
                 )
             restored, reason = None, None
-            try:
-                restored = self._load(step, prepare, only)
-            except Exception as error:
-                # Orbax and its storage layer raise many kinds of exceptions for a damaged file.
-                if is_file_intact(error):
-                    raise
-                reason = first_line(error)
+            with quiet():
+                try:
+                    restored = self._load(step, prepare, only)
+                except Exception as error:
+                    # Orbax and its storage layer raise many kinds of exceptions for damaged files.
+                    if is_file_intact(error):
+                        raise
+                    reason = first_line(error)
+                    other_network |= {step} if isinstance(error, OtherShapes) else set()
             reason = next(filter(None, world.exchange(reason)), None)
             if reason is not None or restored is None:
                 failed[step] = reason or ""
                 continue
             self._readable = True
             # Older checkpoints that failed were being removed by a running training.
-            damaged = {
-                other: reason
-                for other, reason in failed.items()
-                if other > step and other in present
-            }
+            damaged = {s: reason for s, reason in failed.items() if s > step and s in present}
             if damaged:
                 self._report(damaged)
                 _LOG.warning("falling back to checkpoint %d", step)
@@ -308,9 +315,11 @@ class Checkpoints:
             _LOG.warning("checkpoint %d is damaged (%s)", step, reason)
 
     def _load(self, step: int, prepare: Prepare, only: int | None) -> Restored:
-        meta = self.meta(step)
+        meta, stored = self._described(step)
         abstract, placement = prepare(meta)
         chosen = [k for k in range(len(abstract)) if only in (None, k)]
+        for k in chosen:
+            check_shapes(f"module_{k}", stored[f"module_{k}"], raw(abstract[k]))
         wanted = {f"module_{k}": target(abstract[k], placement.replicated(k)) for k in chosen}
         items = self._read(step, meta, wanted, flight=only is None)
         modules = tuple(typed(items[f"module_{k}"], abstract[k]) for k in chosen)

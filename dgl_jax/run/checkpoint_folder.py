@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,8 +104,26 @@ def write_errors(directory: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what the storage layer below Orbax prints around a read that failed.
+
+    Its other reads end after their event loop is closed. Each of them prints a traceback through
+    `sys.excepthook`, or a warning when it is collected; the failure itself is an exception.
+    """
+    warnings.filterwarnings("ignore", "coroutine '(PyTreeHandler|Store)", RuntimeWarning)
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+
+
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's text, shortened; its type if there is no text."""
+    """Returns the first line of the text of an exception's cause, shortened, or else its type."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

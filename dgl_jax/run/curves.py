@@ -25,14 +25,24 @@ def series(records: Iterable[Record], key: str) -> Curve:
     Returns:
       Epochs (steps for records without an epoch) and values, NaN for null.
     """
-    points = [(epoch_or_step(record), record[key]) for record in records if key in record]
-    return [x for x, _ in points], [math.nan if y is None else float(y) for _, y in points]
+    shown = [record for record in records if key in record]
+    return [*map(epoch_or_step, shown)], [_number(record, key, math.nan) for record in shown]
 
 
 def epoch_or_step(record: Record) -> float:
     """Returns the position of a record on the horizontal axis."""
-    epoch = record.get("epoch")
-    return float(record.get("step", 0) if epoch is None else epoch)
+    epoch = _number(record, "epoch", math.nan)
+    return _number(record, "step", 0.0) if math.isnan(epoch) else epoch
+
+
+def _number(record: Record, key: str, default: float) -> float:
+    """Returns a value of a record; `default` for one that is missing or null."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, int | float):
+        raise UserError(
+            f"metrics.jsonl: {key} is {value!r}, not a number; repair or remove the line"
+        )
+    return default if value is None else float(value)
 
 
 def head_names(records: Iterable[Record], pattern: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dgl_jax.engines import EngineState, Report, world
 from dgl_jax.engines.dispatches import steps_per_dispatch
-from dgl_jax.errors import UserError
+from dgl_jax.errors import where
 from dgl_jax.run.begin import begin
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
@@ -143,6 +143,6 @@ def train_loop(
 
         try:
             plots.plot(workdir)
-        except UserError as error:  # a missing plot must not make a finished run fail
-            _LOG.warning("no plots: %s", error)
+        except Exception as error:  # a missing plot must not make a finished run fail
+            _LOG.warning("no plots: %s", where(error))
         return summary

@@ -20,6 +20,7 @@ from dgl_jax.run.axes import (
     draw_newest,
     log_scale,
     new_axes,
+    own_style,
     paired_axes,
     value_table,
 )
@@ -31,6 +32,7 @@ _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555
 _TEST = "\N{BLACK DIAMOND} test"
 
 
+@own_style()
 def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     """Draws the plots of a run into `<workdir>/plots/`.
 
@@ -68,6 +70,7 @@ def plot(workdir: str | os.PathLike[str]) -> list[Path]:
     return [_save(figure, workdir / "plots" / f"{name}.png") for name, figure in figures.items()]
 
 
+@own_style()
 def compare(
     runs: Mapping[str, str | os.PathLike[str] | Sequence[Record]],
     path: str | os.PathLike[str],
@@ -98,6 +101,7 @@ def compare(
     return _save(figure, Path(path))
 
 
+@own_style()
 def draw_turns(
     path: str | os.PathLike[str],
     turns: Sequence[tuple[int, float, float]],

@@ -139,7 +139,7 @@ class Progress(contextlib.AbstractContextManager):
 
 
 _HEAD = re.compile(r"(train|validation|test)/(?:module_(\d+)|ensemble)/(accuracy|loss)")
-# By kind: metrics of modules, and the text that shows them. Module 0 has no drift: it reads data.
+# By kind: metrics of modules, and the text that shows them.
 _PER_MODULE = {
     "age": (re.compile(r"replay/module_(\d+)/age"), "age {}", ".1f"),
     "rate": (re.compile(r"work/module_(\d+)/updates_per_second"), "{} updates/s", ".1f"),
@@ -148,7 +148,7 @@ _PER_MODULE = {
         "squared gradient {}",
         ".2g",
     ),
-    "drift": (re.compile(r"diagnostics/module_(\d+)/mmd"), "drift - {}", ".2g"),
+    "drift": (re.compile(r"diagnostics/module_(\d+)/mmd"), "drift {}", ".2g"),
 }
 _MODULES = re.compile(r"(replay|work|wire)/module_(\d+)/")
 _SHOWN = {"train": "train", "validation": "val", "test": "test"}
@@ -229,13 +229,15 @@ def status(scalars: Scalars) -> dict[str, str]:
         values = [text for _, text in sorted(heads)]
         texts[split] = " ".join([title if metric == "accuracy" else f"{title} loss", *values])
     for kind, (pattern, text, form) in _PER_MODULE.items():
-        numbers = sorted(
-            (int(match[1]), format(float(value), form))
+        numbers = {
+            int(match[1]): format(float(value), form)
             for key, value in scalars.items()
             if (match := pattern.fullmatch(key))
-        )
+        }
         if numbers:
-            texts[kind] = text.format(" ".join(number for _, number in numbers))
+            # Module 0 has no messages to read, hence no age and no drift.
+            padded = (numbers.get(k, "-") for k in range(max(numbers) + 1))
+            texts[kind] = text.format(" ".join(padded))
     if "images_per_second" in scalars:
         texts["speed"] = f"{float(scalars['images_per_second']):,.0f} images/s"
     return texts

@@ -1,7 +1,7 @@
 """Summary of a finished run, stored as `summary.json`."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import sys
@@ -104,7 +104,7 @@ def read_summary(workdir: Path) -> Summary | None:
         if all(isinstance(number, int | float) for number in numbers):
             return summary
         reason = "a field that must be a number is not one"
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = str(error)
     _LOG.warning("%s cannot be read (%s): testing the run again", path, reason.splitlines()[0])
     return None

@@ -38,7 +38,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         reason = (
-            "" if isinstance(values, dict) else f"it holds a {type(values).__name__}, not an object"
+            "" if isinstance(values, dict) else f"it holds {json.dumps(values)[:20]}, not an object"
         )
         missing = [key for key in keys if not reason and key not in values]
         reason = reason or (f"it lacks {missing[0]}" if missing else "")
@@ -102,19 +102,24 @@ def with_own_config(argv: list[str]) -> list[str]:
     override = next((argument for argument in argv if re.match(r"--?config\.", argument)), None)
     if override is None or any(re.match(r"--?config(=|$)", argument) for argument in argv):
         return argv
-    if any(re.fullmatch(r"--?mode=sweep", argument) for argument in argv):
+    if _value(argv, "mode") == "sweep":
         return [argv[0], f"--config={__file__}:", *argv[1:]]
-    flag = re.compile(r"--?workdir=(.+)")
-    workdir = next(
-        (expand(match[1], "--workdir") for argument in argv if (match := flag.match(argument))),
-        None,
-    )
-    if workdir is None or not (Path(workdir) / "config.json").is_file():
+    workdir = expand(_value(argv, "workdir") or "", "--workdir")
+    if not workdir or not (Path(workdir) / "config.json").is_file():
         raise UserError(
             f"{override}: which configuration? add --config=configs/..., or --workdir=DIR of a run "
             "that has one"
         )
     return [argv[0], f"--config={__file__}:{workdir}", *argv[1:]]
+
+
+def _value(argv: list[str], name: str) -> str | None:
+    """Returns the value of a flag written as `--name=value` or `--name value`; None without it."""
+    flag = re.compile(rf"--?{name}(?:=(.*))?")
+    for place, argument in enumerate(argv):
+        if match := flag.fullmatch(argument):
+            return next(iter(argv[place + 1 :]), None) if match[1] is None else match[1]
+    return None
 
 
 @contextmanager
@@ -140,6 +145,8 @@ def lock(workdir: Path, work: str = "training") -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--workdir={workdir}: another {work} is running there") from None
+        except OSError as error:  # such as a network file system without locks
+            _LOG.warning("--workdir=%s: cannot be locked (%s)", workdir, error.strerror)
         yield
 
 

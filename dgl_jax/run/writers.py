@@ -186,14 +186,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Writes to standard output the bytes that `write_text` writes, independent of the locale."""
+    """Writes to standard output the bytes that `write_text` writes, independent of the locale.
+
+    Does nothing if standard output is closed, also by the program that reads it.
+    """
+    if sys.stdout is None:
+        return
     stream = getattr(sys.stdout, "buffer", None)
     if stream is None:  # not a file but the stream of a notebook or a test
         sys.stdout.write(text)
         return
-    sys.stdout.flush()
-    stream.write(_encoded(text))
-    stream.flush()
+    try:
+        sys.stdout.flush()
+        stream.write(_encoded(text))
+        stream.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _encoded(text: str) -> bytes:
@@ -279,12 +288,12 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in numbered:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int | float):
             result.append((line, record))
         elif number != numbered[-1][0]:
-            raise UserError(f"{path}, line {number}: not a JSON object; repair or remove the line")
+            raise UserError(f"{path}, line {number}: not a record; repair or remove the line")
     return result
 
 

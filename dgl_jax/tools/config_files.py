@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dgl_jax.config import import_plugins
 from dgl_jax.config.fields import expand
 from dgl_jax.config.registry import nearest
 from dgl_jax.errors import UserError
@@ -43,6 +44,26 @@ def resolve(value: str, flag: str = "--config", folder: str = "") -> str:
         f"{flag}={name}: neither a file nor a {'sweep' if folder else 'configuration'} of dgl_jax; "
         f"{nearest(stem[1], shipped)}"
     )
+
+
+def with_plugins(argv: Sequence[str]) -> list[str]:
+    """Imports the modules of `--config.plugins`, whose fields other flags may set.
+
+    Returns:
+      The command line with the value of `--config.plugins` rewritten as a tuple.
+    """
+    line = list(argv)
+    for place, argument in enumerate(argv):
+        if given := re.match(r"(--?config\.plugins=)(.*)", argument):
+            prefix, value = given.groups()
+        elif place and re.fullmatch(r"--?config\.plugins", argv[place - 1]):
+            prefix, value = "", argument
+        else:
+            continue
+        names = tuple(re.findall(r"[\w.]+", value))
+        import_plugins(names)
+        line[place] = f"{prefix}{names!r}"
+    return line
 
 
 def with_files(argv: Sequence[str]) -> list[str]:

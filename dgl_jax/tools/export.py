@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from dgl_jax.config import make_settings
@@ -124,19 +125,25 @@ def load_exported(folder: str | Path) -> Exported:
     """Loads an export that `export_run` wrote; needs neither the run nor its data set.
 
     Raises:
-      UserError: the folder contains no export.
+      UserError: the folder contains no export, or a damaged one.
     """
     described = read_json(Path(folder) / "config.json", "dataset", "config", "first_blocks")
     info = DatasetInfo.from_dict(described["dataset"])
     spec = make_spec(make_settings(described["config"]), info, described["first_blocks"])
-    tensors = load_file(Path(folder) / "model.safetensors")
+    path = Path(folder) / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export the run again") from error
     variables = []
     for module, state in zip(spec.modules, spec.abstract_states()):
         wanted = jax.eval_shape(partial(_variables, spec), state)
-        names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), wanted)
-        variables.append(
-            jax.tree.map(lambda name, prefix=module.name: tensors[f"{prefix}/{name}"], names)
+        names = jax.tree_util.tree_map_with_path(
+            lambda place, _, prefix=module.name: f"{prefix}/{_name(place)}", wanted
         )
+        if missing := sorted(set(jax.tree.leaves(names)) - tensors.keys()):
+            raise UserError(f"{path}: lacks {missing[0]}; export the run again")
+        variables.append(jax.tree.map(tensors.__getitem__, names))
     return Exported(spec, info.class_names, tuple(variables))
 
 

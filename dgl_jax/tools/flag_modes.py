@@ -17,6 +17,7 @@ MODES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("devices", "block_times", "bandwidth", "latency"), ("plan",)),
     **dict.fromkeys(("message_cost", "cores", "json"), ("plan",)),
     **dict.fromkeys(("sweep", "jobs", "estimate"), ("sweep",)),
+    "config.GROUP": ("train", "eval", "plan", "bench", "sweep"),
 }
 
 
@@ -31,7 +32,8 @@ def check(mode: str, given: Iterable[str]) -> None:
       UserError: a flag would be ignored.
     """
     for name in given:
-        modes = MODES.get(name, (mode,))
+        override = name.startswith("config.") and name != "config.plugins"
+        modes = MODES.get("config.GROUP" if override else name, (mode,))
         if mode not in modes:
             wanted = " or ".join([", ".join(modes[:-1]), modes[-1]] if modes[1:] else modes)
             raise UserError(f"--{name}: applies to --mode={wanted}, not to --mode={mode}")
