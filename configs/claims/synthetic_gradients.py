@@ -19,7 +19,7 @@ ROWS: common.Variants = {
     "dgl": {"model.head": "conv5x5"},
     **{name: {"method.name": name} for name in ("backprop", "cdni", "dni")},
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {"dgl": 0.001, "backprop": 0.003, "cdni": 0.001, "dni": 0.0003}
 
 
 def base(full: bool) -> ConfigDict:
