@@ -86,6 +86,11 @@ class Meter:
         self.down_codebooks += nbytes(codebook)
         self.down_count += 1
 
+    def add(self, other: "Meter") -> None:
+        """Adds what another meter has counted."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 class MessageSpec(NamedTuple):
     """Shapes and dtypes of the messages that cross a hop.

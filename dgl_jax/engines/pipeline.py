@@ -6,9 +6,12 @@ all modules start at once.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dgl_jax.config.registry import ENGINES
+from dgl_jax.core.module import ModuleState
 from dgl_jax.data import Source
 from dgl_jax.engines.base import (
     EngineInputs,
@@ -16,6 +19,7 @@ from dgl_jax.engines.base import (
     EngineState,
     Publisher,
     Report,
+    Snapshot,
     SynchronousOptions,
     held,
 )
@@ -28,14 +32,28 @@ from dgl_jax.spec import Meter, Traffic, TrainSpec
 from dgl_jax.types import Context, Message
 
 
+@dataclass(frozen=True)
+class Drained(EngineState):
+    """State after a run, from which the engine continues without sending all codebooks again.
+
+    Attributes:
+      ended: identifies the run, after which every reader has its newest codebook.
+      drained: the same tuple as `modules`, unless somebody has replaced that one.
+    """
+
+    ended: object = None
+    drained: tuple[ModuleState, ...] = ()
+
+
 class PipelineEngine(Synchronous):
     """Synchronous engine that runs module k on device group k.
 
     The messages of module k move to group k + 1 while group k starts the next batch.
 
     Attributes:
-      meters: bytes that crossed each hop.
-      publishers: during a run, the publisher of each hop in each direction, by the index of the
+      meters: bytes that crossed each hop, of batches that are reported as finished. How many others
+        are in flight depends on where a run stops.
+      publishers: the publisher of each hop in each direction, by the index of the
         module that reads its messages and the port that they arrive at.
       published: newest codebook (at the port "parameters": newest publication of parameters) that
         arrived there, on the devices of that module.
@@ -47,10 +65,12 @@ class PipelineEngine(Synchronous):
     ):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
-        self.meters = [Meter() for _ in spec.modules[1:]]
+        self.meters: Any = [Meter() for _ in spec.modules[1:]]
         self.publishers: dict[tuple[int, str], Publisher] = {}
         self.published: dict[tuple[int, str], Any] = {}
         self._sent: list[int | None] = []
+        self._counts: list[tuple[int, int, Meter]] = []  # batch, hop
+        self._run: object = None
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.programs = Programs(self._program)
 
@@ -67,18 +87,29 @@ class PipelineEngine(Synchronous):
         self, state: EngineState, source: Source, until: int, stop: Callable[[], bool] = never
     ) -> Iterator[Report]:
         """Trains until step `until`; see `Engine.run`."""
-        self.published = {}
-        self.publishers = {}
-        for k, hop in enumerate(self.hops):
-            self.publishers[k + 1, "below"] = Publisher(hop.period)
-            self.publishers[k, "above"] = Publisher(hop.period)
-            self.publishers[k, "parameters"] = Publisher(hop.refresh or 1)
+        if not (
+            isinstance(state, Drained)
+            and state.drained is state.modules
+            and state.ended is self._run
+        ):
+            self.published = {}
+            self.publishers = {}
+            for k, hop in enumerate(self.hops):
+                self.publishers[k + 1, "below"] = Publisher(hop.period)
+                self.publishers[k, "above"] = Publisher(hop.period)
+                self.publishers[k, "parameters"] = Publisher(hop.refresh or 1)
+        self._run = object()
         self._sent = held(state, lambda module: module.extras.get("sent"))
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
-        yield from run_turns(
-            self, state, source, until, stop, self._move, overlap=self.placement.count() > 1
-        )
+        overlap = self.placement.count() > 1
+        for report in run_turns(self, state, source, until, stop, self._move, overlap=overlap):
+            report.snapshot = partial(_drained, report.snapshot, self._run)
+            for batch, hop, meter in self._counts:
+                if batch < report.step:
+                    self.meters[hop].add(meter)
+            self._counts = [count for count in self._counts if count[0] >= report.step]
+            yield report
 
     def _move(
         self, k: int, number: int, message: Message, context: Context | None
@@ -88,11 +119,13 @@ class PipelineEngine(Synchronous):
         Also moves a codebook that was just published. Does nothing if sender and reader share their
         devices.
         """
+        batch, meter = number, Meter()
         if context is None:  # messages from above carry no context
             if self.placement.crosses(k):
                 codebook = self._publish(k, "above", number, message.codebook)
                 parameters = self._publish(k, "parameters", number, message.published)
-                self.meters[k].count_from_above((message.payload, parameters), codebook)
+                meter.count_from_above((message.payload, parameters), codebook)
+                self._counts.append((batch, k, meter))
                 message = Message(
                     put(message.payload, self.placement.split(k)),
                     self.published[k, "above"],
@@ -105,7 +138,8 @@ class PipelineEngine(Synchronous):
         if (sent := self._sent[k - 1]) is not None:
             number, self._sent[k - 1] = sent, sent + 1
         fresh = self._publish(k, "below", number, message.codebook)
-        self.meters[k - 1].count(payload, context, fresh)
+        meter.count(payload, context, fresh)
+        self._counts.append((batch, k - 1, meter))
         return Message(payload, self.published[k, "below"]), context
 
     def _publish(self, k: int, port: str, number: int, codebook: Any) -> Any:
@@ -118,6 +152,11 @@ class PipelineEngine(Synchronous):
             fresh = self.published[k, port] = put(fresh, self.placement.replicated(k))
         self.published.setdefault((k, port), ())
         return fresh
+
+
+def _drained(snapshot: Snapshot, ended: object, flight: bool = True) -> Drained:
+    modules = snapshot(flight).modules
+    return Drained(modules, ended=ended, drained=modules)
 
 
 def _make(run: EngineInputs, options: SynchronousOptions) -> PipelineEngine:

@@ -122,6 +122,8 @@ def train_loop(
                 state = report.snapshot()
             if step > first:
                 handle(due.at(step), state, state)
+                if due.at(step).save:  # a run that resumes here has this and nothing else
+                    state = EngineState(state.modules, state.flight)
             # A signal may arrive at any time: either the engine has stopped early because of it, or
             # it came between two calls of `run`, and the engine is not started again.
             signum = next(filter(None, world.exchange(interruption.signum)), None)
