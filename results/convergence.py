@@ -59,16 +59,17 @@ def own_passes(run: Run, module: int, curve: Line) -> Line:
     """Returns a curve over the passes of a module over the data, while it trains.
 
     Under `layerwise` the modules train one after the other, each K times as fast as the epochs of
-    the run pass.
+    the run pass. The first value after its last pass is the one of the module that this pass left,
+    which is frozen then.
     """
     modules = len(run.summary["modules"])
     if run.settings["method.name"] != "layerwise":
         return curve
     passes = [modules * place - module * run.epoch for place in curve[0]]
     pairs = [
-        (place, value)
-        for place, value in zip(passes, curve[1], strict=True)
-        if 0 <= place <= run.epoch
+        (min(place, run.epoch), value)
+        for before, place, value in zip([-1.0, *passes], passes, curve[1])
+        if place >= 0 and before < run.epoch
     ]
     places, values = zip(*pairs) if pairs else ((), ())
     return list(places), list(values)
@@ -87,8 +88,8 @@ def at_end(line: Line) -> str:
 def drift_table(rows: Sequence[Row]) -> list[str]:
     """Returns the lines of a table with the last values of each module."""
     lines = [
-        "| row | squared gradient norm before training, modules 0 to 5 | at the end "
-        "| drift sum, modules 1 to 5 | codec error | staleness |",
+        "| row | squared gradient norm before training, from module 0 on | at the end "
+        "| drift sum, from module 1 on | codec error | staleness |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -140,25 +141,31 @@ def draw_drift(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
-    """Draws accuracy and gradient norms of each module over its own passes over the data.
+    """Draws accuracy, gradient norms and drift of each module over its own passes over the data.
 
     Returns:
       Lines of a table with the validation accuracy over passes, and the last pass at which the
       second row is ahead of the first.
     """
     count = len(rows[0].runs[0].summary["modules"])
-    figure = Figure(figsize=(2.8 * count, 5.2), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(2.8 * count, 7.2), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, count, squeeze=False, sharex="col", sharey="row")
+    panels = figure.subplots(3, count, squeeze=False, sharex="col", sharey="row")
     texts = []
     for k in range(count):
-        upper, lower = panels[:, k]
+        upper, middle, lower = panels[:, k]
         accuracies = []
         for row, color in zip(rows, COLORS):
 
             def curve(run: Run, module: int = k) -> Line:
                 places, values = run.curves["validation", module, "accuracy"]
-                return own_passes(run, module, (places, [100 * value for value in values]))
+                passes, values = own_passes(run, module, (places, [100 * v for v in values]))
+                start = passes.count(0.0)  # the module has not been trained yet
+                return passes[start:], values[start:]
+
+            def drift(run: Run, module: int = k) -> Line | None:
+                line = run.curves.get(("final", module, "weighted_drift"))
+                return line and own_passes(run, module, line)
 
             def norm(run: Run, module: int = k) -> Line | None:
                 line = gradient(module)(run)
@@ -167,15 +174,17 @@ def draw_passes(rows: Sequence[Row], path: Path) -> list[str]:
             accuracies.append(mean_line(row.runs, curve))
             upper.plot(*accuracies[-1], color=color, label=row.name)
             places, values = mean_line(row.runs, norm)
-            lower.plot(places, [max(value, FLOOR) for value in values], color=color)
+            middle.plot(places, [max(value, FLOOR) for value in values], color=color)
+            lower.plot(*mean_line(row.runs, drift), color=color)
         upper.set_title(f"module {k}", fontsize=9)
-        lower.set_yscale("log")
+        middle.set_yscale("log")
         lower.set_xlabel("passes over the data")
-        for axes in (upper, lower):
+        for axes in (upper, middle, lower):
             style(axes)
         texts.append(crossing(k, *accuracies))
     panels[0, 0].set_ylabel("validation accuracy, %")
     panels[1, 0].set_ylabel("squared gradient norm")
+    panels[2, 0].set_ylabel("drift sum")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
     names = [row.name for row in rows]
@@ -209,7 +218,7 @@ def main() -> None:
     six = [row for row in rows if row.name in convergence.SIX and row.runs]
     four = [row for row in rows if row.name in convergence.FOUR and row.runs]
     draw_drift(six, HERE / "convergence_drift.png")
-    text = [*drift_table(six), "", "![Drift](convergence_drift.png)", ""]
+    text = [*drift_table([*six, *four]), "", "![Drift](convergence_drift.png)", ""]
     if len(four) == len(convergence.FOUR):
         text += draw_passes(four, HERE / "convergence_passes.png")
         text += ["", "![Passes](convergence_passes.png)", ""]

@@ -1,5 +1,6 @@
 """Diagnostics: distances of samples, and probes of a run, which change none of its numbers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -188,5 +189,30 @@ def test_run_killed_at_its_end_measures_a_lost_probe_again(probed, tmp_path):
     (folder / "summary.json").unlink()
     (folder / "diagnostics" / "12.npz").unlink()
     train_and_evaluate(config(), folder)
-    assert ours(folder)[-4:] == ours(probed)[-4:]
+    assert ours(folder) == ours(probed)
     assert (folder / "diagnostics" / "12.npz").exists()
+
+
+@pytest.mark.medium
+def test_damaged_checkpoint_leaves_out_its_gradients(probed, tmp_path, caplog):
+    folder = shutil.copytree(probed, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    for file in (folder / "checkpoints" / "8").rglob("d/*"):
+        file.write_bytes(b"")
+    train_and_evaluate(config(), folder)
+    assert "the gradients of step 8 are left out" in caplog.text
+    final = [line for line in ours(folder) if "final/module_1/gradient_squared" in line]
+    assert [line["step"] for line in final] == [12]
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.medium
+def test_run_without_a_checkpoint_yet_is_probed_once(probed, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(probed / "config.json", folder)
+    first, *_ = (probed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "diagnostics/module_1/gradient_squared" in json.loads(first)
+    (folder / "metrics.jsonl").write_text(first)
+    train_and_evaluate(config(), folder)
+    assert ours(folder) == ours(probed)

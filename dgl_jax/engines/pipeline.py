@@ -65,7 +65,7 @@ class PipelineEngine(Synchronous):
     ):
         self.spec = spec
         self.placement, self.hops = placement, spec.hops
-        self.meters: Any = [Meter() for _ in spec.modules[1:]]
+        self.meters = [Meter() for _ in spec.modules[1:]]
         self.publishers: dict[tuple[int, str], Publisher] = {}
         self.published: dict[tuple[int, str], Any] = {}
         self._sent: list[int | None] = []
@@ -105,9 +105,9 @@ class PipelineEngine(Synchronous):
         overlap = self.placement.count() > 1
         for report in run_turns(self, state, source, until, stop, self._move, overlap=overlap):
             report.snapshot = partial(_drained, report.snapshot, self._run)
-            for batch, hop, meter in self._counts:
+            for batch, n, meter in self._counts:
                 if batch < report.step:
-                    self.meters[hop].add(meter)
+                    self.meters[n].add(meter)
             self._counts = [count for count in self._counts if count[0] >= report.step]
             yield report
 

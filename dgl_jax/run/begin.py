@@ -162,7 +162,8 @@ def _tidy(workdir: Path, step: int, recorded: bool) -> None:
     """
     metrics = workdir / "metrics.jsonl"
     (workdir / "summary.json").unlink(missing_ok=True)
-    truncate(metrics, step, without=("test/", "final/"))
+    again = ("test/", "final/") if step else ("test/", "final/", "diagnostics/")
+    truncate(metrics, step, without=again)
     if recorded and not (metrics.exists() and read_jsonl(metrics)):
         _LOG.warning(
             "%s: the metrics of the steps up to %d are missing and lost; training continues",

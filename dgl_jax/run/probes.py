@@ -112,16 +112,30 @@ class Probes:
         Raises:
           UserError: an objective has no gradient, or the disk is full.
         """
-        spec, engine = self._experiment.spec, self._experiment.engine
         walk = self._walk(state)
-        gauges = engine.gauges(live)
+        new = self._stored(walk, state, live)
+        self._record.write(step, self._metrics(step, walk, new))
+        self._store(step, new)
+
+    def _stored(self, walk: Walk, state: EngineState, live: EngineState) -> Stored:
+        spec, gauges = self._experiment.spec, self._experiment.engine.gauges(live)
         reads = np.array([_reads(gauges, module.name) for module in spec.modules])
-        new = Stored(walk.inputs, np.array(counts(state), np.int64), reads)
+        return Stored(walk.inputs, np.array(counts(state), np.int64), reads)
+
+    def _store(self, step: int, new: Stored) -> None:
+        self._last = new
+        content = _packed(new)
+        with writing(str(self._folder)):
+            write_atomically({self._folder / f"{step}.npz": content})
+        self._record.extra["probe"] = {"step": step, "checksum": zlib.crc32(content)}
+
+    def _metrics(self, step: int, walk: Walk, new: Stored) -> dict[str, float]:
         values: dict[str, float] = {}
+        spec = self._experiment.spec
         for k, module in enumerate(spec.modules):
             metrics: dict[str, float] = {}
             if (gradient := walk.gradients[k]) is not None:
-                if step == 0 and not gradient[1]:
+                if (step == 0 or self._last is None) and not gradient[1]:
                     raise UserError(
                         f"config.diagnostics.enabled=True: the objective of {module.name} has no "
                         "gradient on the probe set, it is 0 for every parameter; use more "
@@ -136,16 +150,13 @@ class Probes:
             if self._last is not None:
                 if k:
                     metrics |= _numbers(drift(self._last.inputs[k - 1], new.inputs[k - 1]))
-                count, total = reads[k] - self._last.reads[k]
+                count, total = reads = new.reads[k] - self._last.reads[k]
+                if (reads < 0).any():  # a resumed run without its rings counts from 0 again
+                    count, total = new.reads[k]
                 if count > 0:
                     metrics["staleness"] = total / count
             values |= {f"diagnostics/{module.name}/{name}": v for name, v in metrics.items()}
-        self._record.write(step, values)
-        self._last = new
-        content = _packed(new)
-        with writing(str(self._folder)):
-            write_atomically({self._folder / f"{step}.npz": content})
-        self._record.extra["probe"] = {"step": step, "checksum": zlib.crc32(content)}
+        return values
 
     def finish(self, step: int, state: EngineState, checkpoints: Checkpoints) -> None:
         """Compares every probe with the last one, and writes the metrics `final/...`.
@@ -159,8 +170,9 @@ class Probes:
           checkpoints: checkpoints of the run.
         """
         spec, placement = self._experiment.spec, self._experiment.engine.placement
-        if self._last is None:  # the run had ended, and its last probe is lost
-            self.measure(step, state, state)
+        walk = self._walk(state)
+        if self._last is None:  # the run had ended, and its last probe is lost, not its metrics
+            self._store(step, self._stored(walk, state, state))
         assert self._last is not None
         probes = {
             int(path.stem): stored
@@ -182,16 +194,19 @@ class Probes:
                 values[s] |= {f"final/{module.name}/{name}": v for name, v in numbers.items()}
             for s, weighted in zip(steps[1:], sums):
                 values[s][f"final/{module.name}/weighted_drift"] = weighted
-        incoming = self._walk(state).incoming
         checkpoints.finish()
         for s in sorted({*steps} & {*checkpoints.steps()}):
             older = state
             if s != step:
-                older = checkpoints.restore(
-                    lambda _: (spec.abstract_states(), placement), str(s)
-                ).state
+                try:
+                    older = checkpoints.restore(
+                        lambda _: (spec.abstract_states(), placement), str(s)
+                    ).state
+                except UserError as error:  # the run has ended well
+                    _LOG.warning("the gradients of step %d are left out: %s", s, error)
+                    continue
             for k, module in enumerate(spec.modules):
-                gradient = self._gradient(k, older, [batch[k] for batch in incoming])
+                gradient = self._gradient(k, older, [batch[k] for batch in walk.incoming])
                 if gradient is not None:
                     values[s][f"final/{module.name}/gradient_squared"] = gradient[0]
         epoch = self._experiment.source.steps_per_epoch
