@@ -37,6 +37,16 @@ def counted(spec: TrainSpec) -> Figures:
     return {"body_flops": sum(bodies), "head_flops": sum(heads)}
 
 
+# What JAX, PyTorch, cuBLAS and cuDNN say when memory is exhausted.
+_FULL = (
+    "resource_exhausted",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "unable to allocate",
+)
+
+
 def fitting(batch: int, attempt: Callable[[int], Figures]) -> Figures:
     """Returns `attempt(batch)`, with the batch halved while it does not fit in memory."""
     while True:
@@ -44,7 +54,7 @@ def fitting(batch: int, attempt: Callable[[int], Figures]) -> Figures:
             return attempt(batch)
         except Exception as error:
             text = str(error).lower()
-            if batch <= 2 or not ("resource_exhausted" in text or "out of memory" in text):
+            if batch <= 2 or not any(words in text for words in _FULL):
                 raise
         batch //= 2
         gc.collect()
@@ -60,9 +70,7 @@ def launching(fields: Fields, workdir: Path, *flags: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: Path, **variables: str) -> subprocess.Popen:
-    """Starts a child that uses the accelerator.
-
-    Programs are not cached for it: a user's two runs compile independently, too.
+    """Starts a child that uses the accelerator; the cache of the workers is not passed on to it.
 
     Args:
       command: the command line.

@@ -73,6 +73,11 @@ def _device(job: Job, compiled: str) -> str:
         raise Skipped(f"PyTorch {torch.__version__} finds no device besides the CPU")
     if device == "cpu" and compiled == "reduce-overhead":
         raise Skipped("CUDA graphs need a CUDA device")
+    torch.backends.cudnn.benchmark = True  # tries algorithms of convolutions, as XLA does
+    if compiled:
+        # Otherwise the modules of earlier rows count towards a limit, past which nothing is
+        # compiled, and their shapes make sizes dynamic.
+        torch._dynamo.reset()
     return device
 
 
@@ -106,7 +111,8 @@ def _measured(job: Job, training: Any, experiment: Experiment, device: str) -> F
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     figures = timed(job.size, {"baseline": run}, experiment.spec.batch_size)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else "unknown"
+    # Replayed CUDA graphs allocate nothing, but keep what they have reserved.
+    peak = torch.cuda.max_memory_reserved() if device == "cuda" else "unknown"
     return figures | {"peak_memory_bytes": peak}
 
 

@@ -60,7 +60,10 @@ def describe() -> Figures:
     from dgl_jax import system
 
     memory = system.device_memory(jax.devices()[0])
-    described = harness.environment() | {"platform": jax.default_backend()}
+    described = harness.environment() | {
+        "platform": jax.default_backend(),
+        "platform_version": getattr(jax.devices()[0].client, "platform_version", "unknown"),
+    }
     return {k: v for k, v in described.items() if k != "command"} | {"memory": memory.limit}
 
 
@@ -184,6 +187,8 @@ def main(
         }
         if args.size == "auto":
             runner.size = "small" if runner.platform in ("cpu", "") else "full"
+            if not runner.platform:
+                print(f"no devices ({machine.reason}): measuring at size small", file=sys.stderr)
             results.about["size"] = runner.size
         groups = args.only.split(",")
         chosen = [

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,8 @@ class Session:
             "deadline": time.monotonic() + limit,  # one clock for all processes of the machine
         }
         answer = self._ask(request, (row.process, row.host), limit)
+        if re.match(r"(Jax|Xla)RuntimeError|AcceleratorError|RuntimeError: CUDA", answer.reason):
+            self.close()  # after an error of the driver, all later programs may fail
         if answer.reason == OUT_OF_TIME and limit < left:
             return Answer({}, f"took longer than {limit:.0f} s")
         return answer
@@ -201,7 +204,7 @@ def serve(
     shared: dict[Any, Any] = {}
     while True:
         answer = _answer(json.loads(requests.get()), rows, describe, prepare, shared)
-        answers.write(json.dumps(answer._asdict()) + "\n")
+        answers.write(json.dumps(answer._asdict(), default=str) + "\n")
         answers.flush()
 
 

@@ -19,10 +19,10 @@ SWITCHES: tuple[tuple[str, Any], ...] = (
     ("engine.steps_per_dispatch", 32),
     ("optimizer.flat", True),
     ("engine.barrier", False),
-    ("engine.command_buffers", True),
     ("model.logits", "model"),
     ("model.pointwise", "dot"),
     ("model.ops", "joint"),
+    ("engine.command_buffers", True),  # last: the one that may break the process
 )
 _LONGEST = ("engine.steps_per_dispatch", 32)
 

@@ -68,7 +68,7 @@ class Training:
             network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True
         )
         if compiled:
-            network.compile(mode=compiled)
+            network.compile(mode=compiled, dynamic=False)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> Sequence[torch.Tensor]:
         """Updates the network once.

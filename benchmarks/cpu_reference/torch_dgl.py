@@ -115,7 +115,7 @@ class DGL:
             layers = head(*sizes[end - 1], classes, convs=0 if last else 3, hidden=2 if last else 3)
             module = Module(blocks[first:end], layers).to(self.device, memory_format=self.format)
             if compiled:
-                module.compile(mode=compiled)
+                module.compile(mode=compiled, dynamic=False)
             self.modules.append(module)
         self.optimizers = [
             torch.optim.SGD(

@@ -49,8 +49,8 @@ class FusedOptions(SynchronousOptions):
 
     Attributes:
       steps_per_dispatch: steps that the host starts at once, as a loop on the device; 0: 1 on the
-        CPU, where such loops are slow, and on accelerators as many as take about half a second at
-        most and fit between two log lines.
+        CPU, where such loops are slow, and on accelerators as many as have at most 6e12 operations
+        and fit between two log lines.
       barrier: True compiles each module as if it were alone, so that `fused` and `pipeline` agree
         bit for bit on the CPU; False lets XLA join operations of different modules.
       command_buffers: True records the step, with its convolutions and control flow, as CUDA
