@@ -94,7 +94,9 @@ def hide_loader_errors() -> None:
     accelerator's plug-in is installed.
     """
     plugins = _answer(lambda: [*importlib.metadata.entry_points(group="jax_plugins")])
-    accelerator = plugins or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    accelerator = plugins or any(
+        _answer(partial(importlib.util.find_spec, name)) for name in ("jax_plugins", "libtpu")
+    )
     version = _answer(lambda: importlib.metadata.version("jaxlib")) or ""
     # A parent process that has imported JAX passes the default on.
     usual = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"

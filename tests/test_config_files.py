@@ -89,7 +89,7 @@ def test_shared_settings_are_not_a_configuration(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--workdir=run"], ["-workdir=run"], ["--workdir", "run"], ["--mode=eval", "--workdir=run"]],
+    [["--workdir=run"], ["-workdir=run"], ["--workdir", "run"], ["--workdir=a", "--workdir=run"]],
 )
 def test_both_forms_of_the_workdir_give_its_configuration(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -242,7 +242,9 @@ def test_plot_names_a_value_that_is_not_a_number(tmp_path):
     record = {"step": 1, "epoch": 0.1, "train/module_0/loss": "x"}
     lines = "".join(json.dumps(record | {"step": step}) + "\n" for step in (1, 2))
     (tmp_path / "metrics.jsonl").write_text(lines)
-    with pytest.raises(UserError, match="train/module_0/loss is 'x', not a number"):
+    with pytest.raises(
+        UserError, match="train/module_0/loss is 'x' in a record of metrics, not a number"
+    ):
         plot(tmp_path)
 
 

@@ -8,8 +8,8 @@ the learning rates chosen there: on all images, with twice as many channels, on 
 network and on a residual one (ResNet-20 of half the width at the small size, ResNet-32 at the full
 size).
 
-The small size takes about 17 core-hours by estimate, an hour for the slowest run. Rows of six
-modules come first, and all rows of a seed before the next seed.
+The small size takes about 17 core-hours by estimate, an hour for the slowest run. All rows of a
+seed come before the next seed.
 
 Published by others (see docs/objectives.md): at K = 16, ResNet-32 loses 7 to 9 points with plain
 DGL and 3 to 7 with better objectives.
@@ -21,7 +21,7 @@ from dgl_jax.configs.claims import _common as common
 from dgl_jax.configs.claims import gap
 
 LOSSES = {"dgl": "dgl,K=6", "best": gap.BEST, "deep_supervision": "deep_supervision,K=6"}
-CUTS = {"cnn6": (6, 3, 2), "resnet": (8, 4)}
+CUTS = {"cnn6": (6, 3, 2), "resnet": (8, 4)}  # `get_sweep` replaces resnet by a network
 ROWS: common.Variants = {}
 CHOSEN: dict[str, float] = {}
 for network, counts in CUTS.items():

@@ -87,7 +87,7 @@ def _digest(key: Iterable[object], files: Iterable[Path]) -> str:
         try:
             stat = file.stat()
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file, or a link to one") from None
+            raise UserError(f"{file}: no such file, or a link whose target is missing") from None
         digest.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()[:32]
 

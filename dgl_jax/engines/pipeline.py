@@ -5,6 +5,7 @@ dispatches the deepest module first: the previous tick produced all its inputs, 
 all modules start at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,8 +52,8 @@ class PipelineEngine(Synchronous):
     The messages of module k move to group k + 1 while group k starts the next batch.
 
     Attributes:
-      meters: bytes that crossed each hop, of batches that are reported as finished. How many others
-        are in flight depends on where a run stops.
+      meters: bytes that crossed each hop, of batches that are reported as finished. Others are left
+        out, because how many are in flight depends on where a run stops.
       publishers: the publisher of each hop in each direction, by the index of the
         module that reads its messages and the port that they arrive at.
       published: newest codebook (at the port "parameters": newest publication of parameters) that
@@ -92,6 +93,7 @@ class PipelineEngine(Synchronous):
             and state.drained is state.modules
             and state.ended is self._run
         ):
+            self._counts = []
             self.published = {}
             self.publishers = {}
             for k, hop in enumerate(self.hops):
@@ -105,10 +107,12 @@ class PipelineEngine(Synchronous):
         overlap = self.placement.count() > 1
         for report in run_turns(self, state, source, until, stop, self._move, overlap=overlap):
             report.snapshot = partial(_drained, report.snapshot, self._run)
+            # Under `layerwise`, numbers of batches begin again with each module.
+            finished = report.step if report.module is None else math.inf
             for batch, n, meter in self._counts:
-                if batch < report.step:
+                if batch < finished:
                     self.meters[n].add(meter)
-            self._counts = [count for count in self._counts if count[0] >= report.step]
+            self._counts = [count for count in self._counts if count[0] >= finished]
             yield report
 
     def _move(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,20 +105,28 @@ def write_errors(directory: Path) -> Iterator[None]:
         raise
 
 
+_quiet = threading.Lock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hides what the storage layer below Orbax prints around a read that failed.
 
     Its other reads end after their event loop is closed. Each of them prints a traceback through
-    `sys.excepthook`, or a warning when it is collected; the failure itself is an exception.
+    `sys.excepthook`, or a warning when it is collected, which stays hidden; the failure itself is
+    an exception. A second thread in such a block does not hide anything.
     """
     warnings.filterwarnings("ignore", "coroutine '(PyTreeHandler|Store)", RuntimeWarning)
+    if not _quiet.acquire(blocking=False):
+        yield
+        return
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
     try:
         yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
+        _quiet.release()
 
 
 def first_line(error: BaseException) -> str:

@@ -38,11 +38,10 @@ def epoch_or_step(record: Record) -> float:
 def _number(record: Record, key: str, default: float) -> float:
     """Returns a value of a record; `default` for one that is missing or null."""
     value = record.get(key)
-    if value is not None and not isinstance(value, int | float):
-        raise UserError(
-            f"metrics.jsonl: {key} is {value!r}, not a number; repair or remove the line"
-        )
-    return default if value is None else float(value)
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{key} is {value!r} in a record of metrics, not a number") from None
 
 
 def head_names(records: Iterable[Record], pattern: str) -> list[str]:

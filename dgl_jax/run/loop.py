@@ -76,7 +76,7 @@ def train_loop(
         probes: Probes | None = None
         if settings.diagnostics.enabled:
             extra = start.meta.get("extra", {})
-            probes = Probes(experiment, workdir, record, step, extra)
+            probes = Probes(experiment, workdir, record, start, extra)
             if step == 0:
                 probes.measure(step, state, state)
 
@@ -122,7 +122,7 @@ def train_loop(
                 state = report.snapshot()
             if step > first:
                 handle(due.at(step), state, state)
-                if due.at(step).save:  # a run that resumes here has this and nothing else
+                if due.at(step).save:  # a resumed run sends all codebooks again: so does this one
                     state = EngineState(state.modules, state.flight)
             # A signal may arrive at any time: either the engine has stopped early because of it, or
             # it came between two calls of `run`, and the engine is not started again.

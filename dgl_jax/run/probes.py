@@ -26,6 +26,7 @@ from dgl_jax.engines import EngineState, counts, world
 from dgl_jax.engines.program import on_group
 from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
+from dgl_jax.run.begin import RunStart
 from dgl_jax.run.build import Experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.record import Record
@@ -75,7 +76,7 @@ class Probes:
       experiment: the run.
       workdir: folder of the run.
       record: receives the metrics; its `extra` becomes part of every checkpoint.
-      start: step from which this process starts the run.
+      start: state from which this process starts the run.
       saved: the part of the checkpoint's metadata that `Record.extra` was; {} for a new run.
 
     Raises:
@@ -87,18 +88,21 @@ class Probes:
         experiment: Experiment,
         workdir: Path,
         record: Record,
-        start: int,
+        start: RunStart,
         saved: dict[str, Any],
     ):
         self._experiment, self._record, self._folder = experiment, record, workdir / FOLDER
         self._batches = probe_set(experiment.source, experiment.settings.diagnostics.batches)
         self._last: Stored | None = None
+        self._first = "probe" not in saved  # no probe of this run has been made
         self._in_turn = METHODS[experiment.settings.method.name].in_turn
         for path in self._folder.glob("*.npz"):
-            if path.stem.isdecimal() and (int(path.stem) > start or not start):
+            if path.stem.isdecimal() and (int(path.stem) > start.step or not start.step):
                 path.unlink()  # the resumed run measures it again
         if "probe" in saved:
             self._last = self._restored(**saved["probe"])
+            if self._last and not start.flight:  # the messages read are counted from 0 again
+                self._last = self._last._replace(reads=np.zeros_like(self._last.reads))
             record.extra["probe"] = saved["probe"]
 
     def measure(self, step: int, state: EngineState, live: EngineState) -> None:
@@ -123,7 +127,7 @@ class Probes:
         return Stored(walk.inputs, np.array(counts(state), np.int64), reads)
 
     def _store(self, step: int, new: Stored) -> None:
-        self._last = new
+        self._last, self._first = new, False
         content = _packed(new)
         with writing(str(self._folder)):
             write_atomically({self._folder / f"{step}.npz": content})
@@ -135,7 +139,7 @@ class Probes:
         for k, module in enumerate(spec.modules):
             metrics: dict[str, float] = {}
             if (gradient := walk.gradients[k]) is not None:
-                if (step == 0 or self._last is None) and not gradient[1]:
+                if self._first and not gradient[1]:
                     raise UserError(
                         f"config.diagnostics.enabled=True: the objective of {module.name} has no "
                         "gradient on the probe set, it is 0 for every parameter; use more "
@@ -150,9 +154,7 @@ class Probes:
             if self._last is not None:
                 if k:
                     metrics |= _numbers(drift(self._last.inputs[k - 1], new.inputs[k - 1]))
-                count, total = reads = new.reads[k] - self._last.reads[k]
-                if (reads < 0).any():  # a resumed run without its rings counts from 0 again
-                    count, total = new.reads[k]
+                count, total = new.reads[k] - self._last.reads[k]
                 if count > 0:
                     metrics["staleness"] = total / count
             values |= {f"diagnostics/{module.name}/{name}": v for name, v in metrics.items()}
@@ -171,7 +173,9 @@ class Probes:
         """
         spec, placement = self._experiment.spec, self._experiment.engine.placement
         walk = self._walk(state)
-        if self._last is None:  # the run had ended, and its last probe is lost, not its metrics
+        if self._first:  # the run had ended without diagnostics
+            self.measure(step, state, state)
+        elif self._last is None:  # the last probe is lost, not its metrics
             self._store(step, self._stored(walk, state, state))
         assert self._last is not None
         probes = {

@@ -116,7 +116,7 @@ def with_own_config(argv: list[str]) -> list[str]:
 def _value(argv: list[str], name: str) -> str | None:
     """Returns the value of a flag written as `--name=value` or `--name value`; None without it."""
     flag = re.compile(rf"--?{name}(?:=(.*))?")
-    for place, argument in enumerate(argv):
+    for place, argument in reversed([*enumerate(argv)]):  # the last one counts
         if match := flag.fullmatch(argument):
             return next(iter(argv[place + 1 :]), None) if match[1] is None else match[1]
     return None

@@ -188,9 +188,9 @@ def write_text(path: Path, text: str) -> None:
 def write_stdout(text: str) -> None:
     """Writes to standard output the bytes that `write_text` writes, independent of the locale.
 
-    Does nothing if standard output is closed, also by the program that reads it.
+    Does nothing if standard output is closed, or if its reader has ended.
     """
-    if sys.stdout is None:
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):
         return
     stream = getattr(sys.stdout, "buffer", None)
     if stream is None:  # not a file but the stream of a notebook or a test
@@ -202,7 +202,8 @@ def write_stdout(text: str) -> None:
         stream.flush()
     except BrokenPipeError:
         # Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _encoded(text: str) -> bytes:
