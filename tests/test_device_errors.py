@@ -322,11 +322,11 @@ def test_device_errors_do_not_mark_checkpoints_as_damaged(text, tmp_path, monkey
     monkeypatch.setattr(checkpoints, "select", lambda which: [3, 2])
     error, tried = jax.errors.JaxRuntimeError(text), []
 
-    def meta(step):
+    def described(step):
         tried.append(step)
         raise error
 
-    monkeypatch.setattr(checkpoints, "meta", meta)
+    monkeypatch.setattr(checkpoints, "_described", described)
     with pytest.raises(jax.errors.JaxRuntimeError, match=text[:30]):
         checkpoints.restore(None)
     assert tried == [3]
