@@ -38,9 +38,7 @@ _LOG = logging.getLogger(__name__)
 _POLICIES = ocp.training.preservation_policies
 
 # One device writes a small replicated array: splitting the write over all its devices is slower.
-_ARRAYS = ocp.options.ArrayOptions(
-    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
-)
+_SMALL = 2**20  # bytes
 OTHER_NETWORK = (
     "{}: holds another network: {}; restore config.json of the run, or the code of its parts"
 )
@@ -141,7 +139,9 @@ class Checkpoints:
         checksums = {name: checksum(item) for name, item in items.items()}
         text = json.dumps(meta | {"checksums": checksums, "accuracy": accuracy})
         metrics = None if accuracy is None else {"accuracy": accuracy}
-        with write_errors(self.directory), ocp.Context(array_options=_ARRAYS):
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SMALL
+        with write_errors(self.directory), context:
             self._pending = self._manager.save_checkpointables_async(
                 step,
                 items,
