@@ -55,7 +55,7 @@ def unwanted(*args, **kwargs):
     [
         (b"", "Expecting value"),
         (b"garbage", "Expecting value"),
-        (b"[1,2]", "it holds [1, 2], not an object"),
+        (b"[1,2]", r"it holds \[1, 2\], not an object"),
         (b"null", "it holds null, not an object"),
         (b'{"model": {"width": 4', "Expecting"),
         (b"\xff\xfe", "can't decode"),
