@@ -6,6 +6,12 @@ import numpy as np
 from runs import arrays, records, small_config
 
 OURS = ("diagnostics/", "final/")
+ASYNCHRONOUS = {
+    "engine__name": "simulated",
+    "engine__slowdown": (1.0, 2.0),
+    "replay__size": 3,
+    **{"codec__name": "vq", "codec__dims": 2, "codec__codes": 4},
+}
 
 
 def config(**fields):
