@@ -22,7 +22,14 @@ ROWS: common.Variants = {
     },
     "fdg_shrink": {"method.name": "fdg", "method.shrink": 0.5},
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "backprop": 0.1,
+    "dgl": 0.1,
+    "ddg": 0.1,
+    "features_replay": 0.1,
+    "fdg": 0.1,
+    "fdg_shrink": 0.1,
+}
 
 
 def base(full: bool) -> ConfigDict:
