@@ -138,6 +138,20 @@ def test_a_single_module_equals_backprop_bit_for_bit(name):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("modules", [2, 3])
+def test_fdg_equals_features_replay_with_two_modules_only(modules):
+    one, other = (
+        jax.tree.leaves(trained(METHODS[name], modules=modules))
+        for name in ("fdg", "features_replay")
+    )
+    differences = [float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True)]
+    if modules == 2:
+        assert max(differences) == pytest.approx(0, abs=1e-6)
+    else:
+        assert max(differences) > 1e-3
+
+
 # Schedules
 
 
