@@ -39,8 +39,6 @@ from tiny import Tiny, host  # noqa: E402
 
 from dgl_jax.config import import_plugins, registry  # noqa: E402
 from dgl_jax.core.program_cache import clear_programs  # noqa: E402
-from dgl_jax.profile.memory import ProgramMemory  # noqa: E402
-from dgl_jax.tools import plan as planning  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 # No test asserts a time, not even of one example.
@@ -312,6 +310,8 @@ def stated(tmp_path: Path) -> str:
 @pytest.fixture
 def stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces compilation: the n-th program needs 100 n scratch, 10 n outputs, n per message."""
+    from dgl_jax.profile.memory import ProgramMemory
+    from dgl_jax.tools import plan as planning  # here: most tests need no plan
 
     def module_memory(spec):
         return [ProgramMemory(1000 * n, 100 * n, 10 * n, n) for n, _ in enumerate(spec.modules, 1)]
