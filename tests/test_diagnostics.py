@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from probed_runs import config, ours, unchanged
@@ -13,10 +12,8 @@ from runs import records, small_config
 from test_resume import interrupted
 
 from dgl_jax.config import make_settings
-from dgl_jax.core import rngs
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, LocalLoss
-from dgl_jax.run.build import make_experiment
 from dgl_jax.run.due import Due
 from dgl_jax.run.plots import plot
 from dgl_jax.tools.report_groups import make_report
@@ -219,41 +216,3 @@ def test_run_without_a_checkpoint_yet_is_probed_once(probed, tmp_path):
     (folder / "metrics.jsonl").write_text(first)
     train_and_evaluate(config(), folder)
     assert ours(folder) == ours(probed)
-
-
-@pytest.mark.medium
-def test_probe_before_training_starts_the_codebook(tmp_path):
-    """Compares the error of the first probe with a codebook started on its first batch."""
-    # k-means++ draws with weights that are rounded differently in different programs.
-    vq = {"codec__name": "vq", "codec__dims": 2, "codec__codes": 4, "codec__start": "sample"}
-    train_and_evaluate(config(diagnostics__batches=2, **vq), tmp_path)
-    experiment = make_experiment(make_settings(config(**vq)))
-    spec, source = experiment.spec, experiment.source
-    (module, state), root = (spec.modules[0], spec.init()[0]), rngs.probe(rngs.root(spec.seed))
-    codec, book = spec.codec, state.extras["codec"]
-
-    @jax.jit
-    def sent(inputs):
-        inputs = spec.task.evaluate(inputs)
-        outputs, _ = module.apply_body(state.params, state.batch_stats, inputs, {}, train=True)
-        key = rngs.codec(rngs.module(root, 0), 0)
-        return outputs, codec.codebook(codec.publish(book, key, outputs, jnp.zeros((), jnp.int32)))
-
-    outputs, books = zip(*(sent(source.batch(number).inputs) for number in range(2)))
-    errors = []
-    for x in outputs:
-        difference = codec.decode(books[0], codec.encode(books[0], x)) - x
-        errors.append(float(jnp.linalg.norm(difference) / jnp.linalg.norm(x)))
-    measured = ours(tmp_path)[0]["diagnostics/module_1/codec_error"]
-    assert measured == pytest.approx(np.mean(errors), rel=1e-4)
-    assert 0.05 < np.mean(errors) < 0.8  # with an empty codebook it would be 1
-
-
-@pytest.mark.slow
-def test_threads_run_with_probes(tmp_path):
-    train_and_evaluate(config(engine__name="threads", replay__size=2), tmp_path)
-    lines = ours(tmp_path)
-    assert lines[0]["step"] == 0
-    assert any("diagnostics/module_1/mmd" in line for line in lines)
-    final = [line for line in lines if "final/module_1/mmd" in line]
-    assert final[-1]["final/module_1/mmd"] == 0

@@ -210,6 +210,18 @@ def test_reader_gets_each_codebook_that_is_published(tiny, devices, monkeypatch)
 
 
 @pytest.mark.medium
+def test_bytes_are_counted_when_their_batch_is_finished(tiny, devices):
+    pipeline = engine_of(tiny, devices, "pipeline", **CODED)
+    images = []
+    for report in pipeline.run(tiny.place(pipeline, tiny.init(pipeline.spec)), tiny.source, STEPS):
+        images.append([meter.images for meter in pipeline.meters])
+        _, second, third = report.updates
+        # A hop carries every batch that any of the modules above it trains on.
+        assert images[-1] == [tiny.batch_size * n for n in (second + third, third)]
+    assert images[-1] == [tiny.batch_size * n for n in (2 * STEPS, STEPS)]
+
+
+@pytest.mark.medium
 def test_groups_of_devices_split_the_batch(tiny, devices):
     expected, _ = tiny.run(engine_of(tiny, devices), 1)
     states, _ = tiny.run(engine_of(tiny, devices, "pipeline", groups=(2, 1, 1)), 1)

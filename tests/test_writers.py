@@ -164,6 +164,21 @@ def test_tensorboard_hides_events_after_the_checkpoint(tmp_path):
     assert read_events(tmp_path) == [(21, "restart", 1)]
 
 
+def test_tensorboard_metrics_of_an_earlier_end_are_removed(tmp_path):
+    for end in (4, 6):
+        with contextlib.closing(TensorBoardWriter(tmp_path)) as writer:
+            writer.write_scalars(end, {"train/module_0/loss": 0.5})
+            for step in (2, end):
+                writer.write_scalars(step, {"final/module_1/mmd": step / 8}, epoch=1.0)
+    assert read_events(tmp_path / "final") == [
+        (2, "final/module_1/mmd", 0.25),
+        (2, "epoch", 1.0),
+        (6, "final/module_1/mmd", 0.75),
+        (6, "epoch", 1.0),
+    ]
+    assert not any(tag.startswith("final/") for _, tag, _ in read_events(tmp_path))
+
+
 def test_importing_writers_loads_no_heavy_library():
     code = (
         "import sys, dgl_jax.run.writers; "

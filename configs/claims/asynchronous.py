@@ -5,7 +5,8 @@ r"""Claim: asynchronous training keeps its accuracy up to a slowdown of 1.2, and
     python launch.py --mode=report --workdir=runs/asynchronous
 
 The network and heads of the authors' asynchronous experiments, six modules, the fourth one slowed
-by S; M is the number of messages per replay ring. The first row is synchronous.
+by S; M is the number of messages per replay ring. The first row is synchronous. The small size has
+5 epochs, so that the sweep takes less than two hours.
 
 Published as figures only: no loss up to about S = 1.2, a small one up to 2; M = 1 costs little.
 """
@@ -33,8 +34,7 @@ def slowed(factor: float, size: int, rule: str = "least_used_latest") -> dict[st
         "engine.slowdown": slowdown,
         "replay.size": size,
         "replay.rule": rule,
-        # Rings are large: the last checkpoint, 78 steps after the one before it, has none.
-        "checkpoint.replay_every": 100,
+        "checkpoint.replay_every": 0,  # rings are large: a resumed run fills them again
     }
 
 
@@ -54,6 +54,8 @@ def base(full: bool) -> ConfigDict:
     config = common.paper_cifar10() if full else common.small_cifar10()
     config.model.name, config.model.modules, config.model.head = "cnn6_replay", MODULES, "mlp"
     config.model.width = 128 if full else 16
+    if not full:
+        config.train.epochs = 5.0
     return config
 
 

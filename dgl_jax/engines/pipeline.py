@@ -5,7 +5,6 @@ dispatches the deepest module first: the previous tick produced all its inputs, 
 all modules start at once.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -107,13 +106,21 @@ class PipelineEngine(Synchronous):
         overlap = self.placement.count() > 1
         for report in run_turns(self, state, source, until, stop, self._move, overlap=overlap):
             report.snapshot = partial(_drained, report.snapshot, self._run)
-            # Under `layerwise`, numbers of batches begin again with each module.
-            finished = report.step if report.module is None else math.inf
-            for batch, n, meter in self._counts:
-                if batch < finished:
-                    self.meters[n].add(meter)
-            self._counts = [count for count in self._counts if count[0] >= finished]
+            self._count(report)
             yield report
+
+    def _count(self, report: Report) -> None:
+        """Adds the bytes of the batches that a report shows to be finished to the meters."""
+        waiting, below = [], set(range(report.module or 0))
+        for batch, n, meter in self._counts:
+            # A report of a single module, as under `layerwise`, is of its oldest unreported update,
+            # whose batch was the oldest one on every hop below the module.
+            if batch < report.step if report.module is None else n in below:
+                self.meters[n].add(meter)
+                below.discard(n)
+            else:
+                waiting.append((batch, n, meter))
+        self._counts = waiting
 
     def _move(
         self, k: int, number: int, message: Message, context: Context | None

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -95,7 +96,9 @@ class JsonLinesWriter:
 class TensorBoardWriter:
     """Writer of TensorBoard event files through tensorboardX.
 
-    A thread of tensorboardX writes every ten seconds; `close` waits for it.
+    A thread of tensorboardX writes every ten seconds; `close` waits for it. Metrics `final/`, which
+    compare all steps with the last one, are a run of their own in the folder `final`, which is
+    written again if training goes further.
 
     Args:
       directory: folder of the event files.
@@ -109,16 +112,26 @@ class TensorBoardWriter:
         # `purge_step` also hides the step itself, whose records are still valid.
         purge = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(os.fspath(directory), purge_step=purge, flush_secs=10)
+        self._final = Path(directory) / "final"
+        self._final_writer: Any = None
 
     def write_scalars(self, step: int, scalars: Scalars, epoch: float | None = None) -> None:
+        writer = self._writer
+        if any(key.startswith("final/") for key in scalars):
+            if self._final_writer is None:
+                shutil.rmtree(self._final, ignore_errors=True)
+                self._final_writer = type(writer)(os.fspath(self._final))
+            writer = self._final_writer
         for key, value in (scalars if epoch is None else {**scalars, "epoch": epoch}).items():
-            self._writer.add_scalar(key, float(value), int(step))
+            writer.add_scalar(key, float(value), int(step))
 
     def write_turns(self, step: int, turns: Turns, unit: str) -> None:
         """Does nothing: TensorBoard has no display for turns."""
 
     def close(self) -> None:
         self._writer.close()
+        if self._final_writer is not None:
+            self._final_writer.close()
 
 
 class MultiWriter:
