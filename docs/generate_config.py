@@ -176,8 +176,17 @@ def _row(entry: Entry, text: str) -> tuple[str, ...]:
         f"`{literal(f.default)}`",
         conditions(entry),
         text,
-        "yes" if f.metadata["free"] else "no",
+        "yes" if f.metadata["free"] else _exchangeable(f) or "no",
     )
+
+
+def _exchangeable(f: Any) -> str:
+    """Returns which kinds of a field a resumed run may exchange, because they are one family."""
+    families: dict[str, list[str]] = {}
+    for name, kind in (f.metadata.get("kinds") or {}).items():
+        if family := getattr(kind, "family", ""):
+            families.setdefault(family, []).append(f"`{name}`")
+    return "; ".join(f"between {' and '.join(names)}" for names in families.values())
 
 
 def type_name(wanted: Any) -> str:

@@ -62,10 +62,10 @@ def fitting(batch: int, attempt: Callable[[int], Figures]) -> Figures:
             sys.modules["torch"].cuda.empty_cache()
 
 
-def launching(fields: Fields, workdir: Path, *flags: str) -> list[str]:
-    """Returns the command line of `launch.py` for a run with these fields."""
+def launching(fields: Fields, workdir: Path, *flags: str, config: str = "cifar10") -> list[str]:
+    """Returns the command line of `launch.py` for a shipped configuration with other fields."""
     settings = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT}/configs/cifar10.py"]
+    command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT}/configs/{config}.py"]
     return [*command, *settings, f"--workdir={workdir}", *flags]
 
 

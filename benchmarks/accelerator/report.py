@@ -101,6 +101,8 @@ def _speed_cells(entry: Figures, count: int) -> list[str]:
     figures = entry["figures"]
     if "flops_per_second" in figures:
         return [f"{figures['flops_per_second'] / 1e12:.4g} TFLOP/s", *[""] * (count - 1)]
+    if "command_seconds" in figures:
+        return [*_plain_cells(entry, 1), *[""] * (count - 1)]
     quartiles = ("images_per_second", "tick_milliseconds", "over_baseline")
     memory, ratio = figures.get("peak_memory_bytes"), figures.get("over_backprop")
     return [

@@ -1,4 +1,4 @@
-"""Group c: images per second and memory, beside the rate of matrix products and PyTorch."""
+"""Group c: images per second, memory and waits, beside the rate of matrix products and PyTorch."""
 
 import time
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.accelerator import images, peers
+from benchmarks.accelerator import images, peers, starting
 from benchmarks.accelerator.common import Fields, configured, fitting
 from benchmarks.accelerator.measuring import ENDLESS, alone, cnn6, compare, peak
 from benchmarks.accelerator.rows import Figures, Job, Row, Size
@@ -49,6 +49,7 @@ def rows(size: Size) -> list[Row]:
             )
             for name, fields in variants.items()
         ]
+    result += starting.rows(size)
     base = cnn6(size, large)
     programs = {
         f"K = {count} programs on one card": dict(base)

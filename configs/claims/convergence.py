@@ -49,5 +49,7 @@ def get_sweep(size: str | None = None) -> common.Rows:
     for base, variants in ((asynchronous.base, SIX), (sequential.base, FOUR)):
         for name, config in common.sweep(base, variants, size, CHOSEN):
             # About 20 probes at the small size, 100 at the full one.
-            config.diagnostics.every = 200 if size == "full" else 35
+            config.diagnostics.every = 200
+            if size != "full":
+                config.diagnostics.every, config.train.epochs = 35, 10.0
             yield name, config
