@@ -300,7 +300,8 @@ class TrainSpec:
             below, below_codebook = hop.down_bytes()
             sent = hop.down or Message()
             # The payload of a message from above is a gradient of the activations.
-            raw_down = nbytes((hop.activations if nbytes(sent.payload) else (), sent.published))
+            gradient = nbytes(hop.activations) if nbytes(sent.payload) else 0
+            raw_down = gradient + nbytes(sent.published) / max(hop.refresh, 1)
             raw.append((nbytes(hop.activations) + context + raw_down) / size)
             up.append(
                 ((nbytes(hop.payload) + context) / size, nbytes(hop.codebook) / period / size)

@@ -5,9 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from image_folders import write_image_folder
 
 from dgl_jax.config import make_settings
 from dgl_jax.configs.claims import _common as common
+from dgl_jax.data import make_source
 from dgl_jax.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "configs" / "claims"
@@ -68,6 +70,30 @@ def test_final_rows_have_their_network_and_number_of_modules(size, networks):
         assert each.model.modules == modules
         assert (each.objective.name == "auglocal") == row.startswith("best")
         assert f"lr={each.optimizer.learning_rate:g}" == rate
+
+
+def test_final_rows_have_the_rates_that_were_chosen_for_their_number_of_modules():
+    rates = {
+        n.split("/lr")[0]: s.optimizer.learning_rate for n, s in rows("gap_final", "small").items()
+    }
+    assert rates["cnn6/dgl,K=2"] == 0.01
+    assert rates["cnn6/dgl,K=6"] == rates["resnet/dgl,K=4"] == rates["cnn6/best,K=3"] == 0.03
+    assert rates["cnn6/best,K=6"] == rates["resnet/best,K=8"] == 0.1
+
+
+def test_small_imagenet_reads_a_folder_of_images(tmp_path):
+    _, config = next(iter(claim("imagenet").get_sweep("small")))
+    config.data.dir = str(write_image_folder(tmp_path / "images"))
+    config.data.train_examples, config.data.batch_size = 0, 8
+    source = make_source(make_settings(config).data, 0)
+    assert source.batch(0).inputs.shape == (8, 64, 64, 3)
+
+
+@pytest.mark.parametrize(("size", "rate"), [("small", 0.0001), ("full", 0.00003)])
+def test_synthesizers_have_the_published_rate_at_full_size(size, rate):
+    for each in rows("synthetic_gradients", size).values():
+        if each.method.name in ("dni", "cdni"):
+            assert each.method.synthesizer_learning_rate == rate
 
 
 def test_unknown_size_is_refused():

@@ -48,6 +48,22 @@ def test_resume_equals_uninterrupted_run(tmp_path, engine, monkeypatch):
     assert not same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
+def test_a_resumed_pipeline_counts_what_was_sent_before(tmp_path):
+    config = small_config(engine__name="pipeline", **FIELDS)
+    train_and_evaluate(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "12")
+    train_and_evaluate(config, tmp_path / "killed")
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+    whole, resumed = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")
+    )
+    for field in ("wire_bytes_per_image", "codebook_share"):
+        assert whole[field] == resumed[field]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("coded") / "run"

@@ -1,10 +1,12 @@
 """Tests of training runs with the local losses `auglocal`, `pred_sim` and `info_pro`."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from plugin_runs import ByHand, config, equal, furthest, trained
 from runs import arrays, records, small_config
@@ -15,11 +17,15 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.models import ContextInput
+from dgl_jax.profile import memory
 from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
+from dgl_jax.profile.memory import module_memory
+from dgl_jax.profile.timing import block_times
 from dgl_jax.run.build import make_experiment
-from dgl_jax.run.parts import make_blocks
+from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
+from dgl_jax.types import nbytes
 
 MOMENTUM: dict[str, Any] = {
     "objective__name": "auglocal",
@@ -185,6 +191,11 @@ def test_run_with_copies_resumes_exactly(tmp_path):
     ends = [arrays(tmp_path / name) for name in ("whole", "part")]
     assert all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
     assert any("train/module_0/copy_age" in record for record in records(tmp_path / "whole"))
+    # A run that starts from its weights copies the block into three places, which are donated.
+    summary = train_and_evaluate(
+        small_config(**fields, train__steps=4), tmp_path / "new", init_from=tmp_path / "whole"
+    )
+    assert summary.steps == 4
 
 
 # Evaluation
@@ -252,6 +263,41 @@ def test_costs_count_the_momentum_copy_and_the_decoder():
     _, z = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
     after, _ = forward_flops(momentum.spec.modules[0].objective.head, z.shape, z.dtype)
     assert heads[0] == 2 * following + after
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "momentum": MOMENTUM,
+    "context": {"objective__context_input": True},
+    "both": MOMENTUM | {"objective__context_input": True},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_costs_of_blocks_add_up_to_those_of_modules(name):
+    made = experiment(model__modules=3, **BESIDE[name])
+    costs = block_flops(make_blocks(made.settings, made.info))
+    starts = [module.first for module in made.spec.modules]
+    modules = list(zip(starts, [*starts[1:], 4], strict=True))
+    assert [costs.module(*cut) for cut in modules] == list(map(sum, module_flops(made.spec)))
+    assert (costs.first == costs.inner) == (name == "momentum")
+
+
+@pytest.mark.medium
+def test_adapters_and_copies_are_measured_with_their_blocks_and_heads(caplog):
+    caplog.set_level("INFO", "dgl_jax")
+    settings = make_settings(small_config(**BESIDE["both"]))
+    blocks = make_blocks(settings, known_info(settings.data))
+    times = block_times(blocks, optax.sgd(0.1), jax.devices()[0], repeats=1)
+    assert all(second > 0 for row in dataclasses.astuple(times.seconds) for second in row)
+
+
+def test_waiting_copies_count_as_memory(monkeypatch):
+    spec = experiment(**MOMENTUM).spec
+    (counted, _), (state, _) = module_memory(spec), spec.abstract_states()
+    # Twin: the program has the message that it reads, and no other.
+    monkeypatch.setattr(memory, "nbytes", lambda tree: 0)
+    (twin, _) = module_memory(spec)
+    assert counted.arguments - twin.arguments == nbytes(state.extras["above"][1])
 
 
 # Initial weights

@@ -216,6 +216,17 @@ def test_momentum_block_is_added_to_a_block_of_the_same_shape():
     expected = predict() + Given().apply({}, made.momentum.apply(next_block, x, train=False), False)
     np.testing.assert_allclose(predict(**published), expected, rtol=1e-5)
     assert np.abs(predict(**published) - predict()).max() > 1e-2
+    # Its running averages are its own, not the next module's, which are of other inputs.
+    other = next_block | {"batch_stats": jax.tree.map(lambda v: v + 5, next_block["batch_stats"])}
+    np.testing.assert_array_equal(predict(next_block=other), predict(**published))
+    arguments = x, {"label": LABEL[:2]}, {"next_block": other}
+    _, updated = only.apply(variables, *arguments, train=True, mutable=["batch_stats"])
+    _, expected = made.momentum.apply(next_block, x, train=True, mutable=["batch_stats"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        updated["batch_stats"]["momentum_averages"],
+        expected["batch_stats"],
+    )
 
 
 def test_dropped_channels_of_a_narrower_residual_block():

@@ -78,6 +78,13 @@ def test_run_is_running_as_long_as_its_folder_is_locked(tmp_path):
         assert [run.state for run in report_of(tmp_path).runs] == ["running"]
 
 
+def test_row_of_a_killed_sweep_that_had_not_begun_is_stopped(tmp_path):
+    sweep(tmp_path, {"a": row("running")})
+    with lock(tmp_path):
+        assert [run.state for run in report_of(tmp_path).runs] == ["running"]
+    assert [run.state for run in report_of(tmp_path).runs] == ["stopped"]
+
+
 def test_sweep_that_cannot_be_read_is_a_note(tmp_path):
     write_run(tmp_path / "run", [0.5, 0.6], 0.6)
     for content in ("{", "[]", "{}", '{"rows": [1]}'):

@@ -116,6 +116,17 @@ def test_options_of_a_kind_belong_to_the_setting_that_chooses_it(tmp_path):
     ]
 
 
+def test_option_that_another_setting_brings_along_is_a_difference(tmp_path):
+    write_run(tmp_path / "fused", [0.5, 0.6], 0.6)  # has no `replay.size`
+    for codec, size in (("identity", 10), ("int8", 50), ("bf16", 50)):
+        fields = {"engine__name": "simulated", "codec__name": codec, "replay__size": size}
+        write_run(tmp_path / codec, [0.5, 0.6], 0.6, **fields)
+    groups = [(group.setting, labels(group)) for group in report_of(tmp_path).groups]
+    # The codecs at rings of 50 messages; identity and fused differ in the engine and its options.
+    assert [setting for setting, _ in groups] == ["engine.name", "codec.name"]
+    assert [len(rows) for _, rows in groups] == [2, 2]
+
+
 def test_rows_without_a_partner_stand_together(tmp_path):
     write_run(tmp_path / "a", [0.5, 0.6], 0.6)
     write_run(tmp_path / "b", [0.5, 0.7], 0.6, optimizer__learning_rate=0.5, model__head="mlp")

@@ -234,6 +234,8 @@ def test_the_time_is_that_of_the_steps_left(tmp_path):
     assert costs.seconds([small, wide], 2) == 18  # at least the longest row
     assert costs.seconds([small] * 4 + [wide], 2) == (4 * 8 + 18) / 2
     assert costs.disk([small, wide]) == 3 * 6000  # two newest checkpoints and the best one
+    unknown = row("unknown", model__width=16)
+    assert costs.disk([small, unknown, wide]) == 3 * 9000  # as large as the mean of the known rows
     write_metrics(small.folder, 4)
     assert costs.seconds([small], 1) == 2 + 8 * 0.5
     costs.observe(small, 0.25, 6.0)

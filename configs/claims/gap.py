@@ -8,7 +8,7 @@ the size of the claim `modules`, whose rows `backprop`, `dgl` and `deep_supervis
 the best one also with two and three modules. `gap_final` trains the best one on all images and more
 networks.
 
-Published by others (see docs/objectives.md): at K = 16, ResNet-32 loses 7 to 9 points with plain
+Published by others: at K = 16, ResNet-32 loses 7 to 9 points with plain
 DGL and 3 to 7 with the objectives here.
 """
 

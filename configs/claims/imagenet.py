@@ -40,4 +40,5 @@ def base(full: bool) -> ConfigDict:
 
 def get_sweep(size: str | None = None) -> common.Rows:
     """Yields the rows of the claim; see `common.sweep`."""
-    return common.sweep(base, ROWS, size, CHOSEN)
+    default = imagenet().optimizer.learning_rate if size == "full" else 0.03
+    return common.sweep(base, ROWS, size, CHOSEN, default=default)

@@ -140,11 +140,7 @@ class LocalModule:
             if self.collects:
                 published["intermediates"] = intermediates
             if following is not None and "next_block" in self.objective.reads:
-                published["next_block"] = jax.eval_shape(
-                    lambda: _both_collections(
-                        following.lazy_init(rngs.block_params(key, end), x, train=False)
-                    )
-                )
+                published["next_block"] = published_block(following, rngs.block_params(key, end), x)
             variables = self.objective.lazy_init(
                 rngs.head_params(key, end), x, context, published, train=False
             )
@@ -279,7 +275,9 @@ class LocalModule:
         return predictions
 
 
-def _both_collections(variables: Any) -> dict[str, PyTree]:
+def published_block(block: nn.Module, key: jax.Array, x: jax.ShapeDtypeStruct) -> dict[str, PyTree]:
+    """Returns shapes and dtypes of the publication `next_block`; see `Objective.reads`."""
+    variables = jax.eval_shape(lambda: block.lazy_init(key, x, train=False))
     return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
 
 

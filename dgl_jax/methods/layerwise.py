@@ -64,11 +64,11 @@ class Layerwise(Composed):
     def check(self, spec: TrainSpec) -> None:
         """Raises UserError if an objective reads from the module above, which is untrained."""
         for k, module in enumerate(spec.modules):
-            if spec.reads(k):
+            if "next_block" in spec.reads(k):
                 raise UserError(
                     f"config.method.name=layerwise: the objective of {module.name} reads "
-                    f"{', '.join(spec.reads(k))} of the module above, which trains only later; use "
-                    "another config.objective.name, or config.method.name=dgl"
+                    "next_block, of the module above, which trains only later; use another "
+                    "objective (auglocal without momentum_block), or config.method.name=dgl"
                 )
 
     def schedule(

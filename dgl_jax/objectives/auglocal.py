@@ -64,6 +64,7 @@ class AugLocal(Objective):
         logits = self.predict(features, published, train)
         return classification(logits, context["label"], self.label_smoothing)
 
+    @nn.compact
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array:
@@ -81,11 +82,19 @@ class AugLocal(Objective):
         assert self.momentum is not None
         block: Any = self.momentum.clone(parent=None)
         keys = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
-        # In training batch norm uses the statistics of the batch. Their running averages belong to
-        # the next module, so that the update of this call is dropped.
-        y, _ = block.apply(
-            jax.lax.stop_gradient(copy), x, train, mutable=["batch_stats"], rngs=keys
+        variables = {"params": jax.lax.stop_gradient(copy["params"])}
+        if not copy["batch_stats"]:
+            return block.apply(variables, x, train, rngs=keys)
+        # The next module's running averages are of other inputs, so the copy has its own.
+        stats = self.variable(
+            "batch_stats",
+            "momentum_averages",
+            lambda: block.init(self.make_rng("params"), x, False)["batch_stats"],
         )
+        variables["batch_stats"] = stats.value
+        y, updated = block.apply(variables, x, train, mutable=["batch_stats"], rngs=keys)
+        if train and not self.is_initializing():
+            stats.value = updated["batch_stats"]
         return y
 
 

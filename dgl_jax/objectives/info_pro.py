@@ -146,6 +146,12 @@ class InfoPro(Objective):
                 f"examples of shape {image.shape[1:]} from features of shape {features.shape[1:]}; "
                 "classifier or auglocal fit this network"
             )
+        if len(self.mean) != image.shape[3]:
+            raise UserError(
+                "config.objective.name=info_pro: reconstructs images whose mean and standard "
+                f"deviation are known, not examples of shape {image.shape[1:]}; classifier or "
+                "auglocal fit them"
+            )
         logits = Decoder(image.shape[1:], self.dtype, self.ops, name="decoder")(features, train)
         return reconstruction_error(logits, image, self.mean, self.std)
 

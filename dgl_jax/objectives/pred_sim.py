@@ -179,6 +179,7 @@ def _make(options: PredSimOptions, inputs: ObjectiveInputs) -> Objective:
         options.similarity_pool,
         inputs.label_smoothing,
         inputs.dtype,
+        inputs.ops,
     )
 
 

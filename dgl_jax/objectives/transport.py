@@ -23,7 +23,8 @@ class Transport(Objective):
 
     Attributes:
       inner: the other objective.
-      weight: weight of the penalty, 1 / (2 tau) in the paper.
+      weight: weight of the penalty. The paper sums the squares of an example, so that its
+        1 / (2 tau) is `weight` divided by the number of values of a residual.
     """
 
     inner: Objective

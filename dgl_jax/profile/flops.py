@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 
 from dgl_jax.core import rngs
-from dgl_jax.core.module import LocalModule, ModuleState
+from dgl_jax.core.module import LocalModule, ModuleState, published_block
 from dgl_jax.models.partition import BlockCosts
 from dgl_jax.objectives import Objective
 from dgl_jax.spec import TrainSpec
@@ -143,12 +143,25 @@ class Blocks(NamedTuple):
         if it would have none; the last one is the classifier.
       inputs: shape and dtype of a batch of network inputs.
       label: shape of the label of one example.
+      adapters: for each block, the input adapter of a module that began with it, or None; empty if
+        there are none.
     """
 
     blocks: tuple[nn.Module, ...]
     heads: tuple[nn.Module | None, ...]
     inputs: jax.ShapeDtypeStruct
     label: tuple[int, ...] = ()
+    adapters: tuple[nn.Module | None, ...] = ()
+
+    def adapter(self, number: int) -> nn.Module | None:
+        """Returns the adapter of a module that begins with a block."""
+        return self.adapters[number] if self.adapters else None
+
+    def next_block(self, number: int) -> nn.Module | None:
+        """Returns the block after a block if the objective of a module that ends there reads it."""
+        head = self.heads[number]
+        reads = isinstance(head, Objective) and "next_block" in head.reads
+        return self.blocks[number + 1] if reads and number + 1 < len(self.blocks) else None
 
     def context(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of all context arrays that an objective may read."""
@@ -159,17 +172,23 @@ class Blocks(NamedTuple):
 def block_flops(network: Blocks) -> BlockCosts:
     """Counts the floating-point operations of each block and head on one batch.
 
-    They do not depend on the cuts: `first` and `inner` are equal.
+    The first block of a module counts with the module's adapter.
     """
-    body, head, x = [], [], network.inputs
-    for block, end in zip(network.blocks, network.heads, strict=True):
+    first, inner, head, x = [], [], [], network.inputs
+    context = network.context(x.shape[0])
+    for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
+        adapter, adapting = network.adapter(number), 0.0
+        if adapter is not None:
+            adapting, _ = call_flops(adapter, x, _named(adapter.needs, context))
         operations, x = forward_flops(block, x.shape, x.dtype)
-        body.append(operations)
+        first.append(adapting + operations)
+        inner.append(operations)
         if isinstance(end, Objective):
-            head.append(call_flops(end, x, _named(end.needs, network.context(x.shape[0])))[0])
+            named = _named(end.needs, context)
+            head.append(call_flops(end, x, named, network.next_block(number))[0])
         else:
             head.append(0.0 if end is None else forward_flops(end, x.shape, x.dtype)[0])
-    return BlockCosts(tuple(body), tuple(body), tuple(head))
+    return BlockCosts(tuple(first), tuple(inner), tuple(head))
 
 
 @lru_cache(maxsize=1024)
@@ -194,20 +213,26 @@ def forward_flops(
 
 @lru_cache(maxsize=1024)
 def call_flops(
-    layer: nn.Module, x: jax.ShapeDtypeStruct, context: tuple[tuple[str, Any], ...]
+    layer: nn.Module,
+    x: jax.ShapeDtypeStruct,
+    context: tuple[tuple[str, Any], ...],
+    next_block: nn.Module | None = None,
 ) -> tuple[float, Any]:
     """Counts the operations of a layer that reads the context: an objective or an adapter.
 
     Args:
-      layer: an objective, whose loss is counted without publications, or an adapter.
+      layer: an objective, whose loss is counted, or an adapter.
       x: shape and dtype of its inputs, [B, ...].
       context: (name, shape and dtype) of each context array that it reads.
+      next_block: block whose variables an objective reads, see `Objective.reads`.
 
     Returns:
       The number of operations, and shapes and dtypes of the result.
     """
     arguments: tuple[Any, ...] = (x, dict(context))
     if isinstance(layer, Objective):
-        arguments += ({},)
+        arguments += (
+            {"next_block": published_block(next_block, rngs.root(0), x)} if next_block else {},
+        )
     variables = jax.eval_shape(lambda: layer.lazy_init(rngs.root(0), *arguments, train=False))
     return count(lambda v, *args: layer.apply(v, *args, train=False), variables, *arguments)

@@ -18,7 +18,8 @@ class ProgramMemory:
     """Memory of a module's compiled program in bytes, as planned by XLA.
 
     Attributes:
-      arguments: the module's state, and the message (or batch) that it reads.
+      arguments: the module's state with its waiting messages, and the message (or batch) that it
+        reads.
       temporary: temporary buffers.
       added: outputs that do not reuse the donated state: the message for the next module and the
         metrics.
@@ -45,11 +46,13 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
     if not steps_alone(spec):
         return None
     arguments: list[tuple[Any, ...]] = []
+    waiting: list[int] = []  # bytes of the messages from above that the program does not read
     for k, state in enumerate(spec.abstract_states()):
         hop = spec.hops[k - 1] if k else None
         incoming: Any = Message(hop.payload, hop.codebook) if hop else spec.batch()
         state, mail = opened(state)
         arguments.append((state, Inbox(incoming, oldest(mail)), spec.context(k)))
+        waiting.append(nbytes(mail) - nbytes(oldest(mail) or ()))
     compiled = compile_all(
         (
             jax.jit(spec.method.program(spec, k), donate_argnums=0).lower(*shapes)
@@ -58,13 +61,15 @@ def module_memory(spec: TrainSpec) -> list[ProgramMemory] | None:
         f"{len(arguments)} modules",
     )
     programs = []
-    for program, (_, inbox, context) in zip(compiled, arguments):
+    for program, (_, inbox, context), held in zip(compiled, arguments, waiting):
         plan = system.program_plan(program)
         if plan is None:
             return None
         below = inbox.below
         message = nbytes((below.payload if isinstance(below, Message) else below.inputs, context))
         programs.append(
-            ProgramMemory(plan.arguments, plan.temporary, plan.outputs - plan.donated, message)
+            ProgramMemory(
+                plan.arguments + held, plan.temporary, plan.outputs - plan.donated, message
+            )
         )
     return programs

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from dgl_jax import system
 from dgl_jax.core import rngs
-from dgl_jax.core.module import ModuleState, init_states, make_modules
+from dgl_jax.core.module import ModuleState, init_states, make_modules, published_block
 from dgl_jax.core.step import backward_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
@@ -130,11 +130,13 @@ class _Part(NamedTuple):
       layer: the block or head.
       inputs: shape and dtype of its inputs.
       role: "first" or "inner" for a block, as in `BlockCosts`, or "head".
+      beside: adapter in front of a first block, or the next block if a head reads its variables.
     """
 
     layer: nn.Module
     inputs: jax.ShapeDtypeStruct
     role: str
+    beside: nn.Module | None = None
 
     def __str__(self) -> str:
         return f"{type(self.layer).__name__} on inputs of {' x '.join(map(str, self.inputs.shape))}"
@@ -151,9 +153,9 @@ def block_times(
     """Measures each block and head alone, as a part of a local step.
 
     The program of a block is forward pass, backward pass and parameter update, with or (for the
-    first block of a module) without the gradient with respect to the inputs. The program of a head
-    also computes the loss. Equal layers with equal input shapes are measured once. Most of the time
-    is spent compiling.
+    first block of a module) without the gradient with respect to the inputs, and with the adapter.
+    The program of a head also computes the loss. Equal layers with equal input shapes are measured
+    once. Most of the time is spent compiling.
 
     Args:
       network: the network before it is cut.
@@ -169,11 +171,12 @@ def block_times(
     free = system.device_memory(device).free
     rows, x = [], network.inputs
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
-        first = _Part(block, x, "first")
+        first = _Part(block, x, "first", network.adapter(number))
         # The first block of the network is the first one of its module, however it is cut.
         inner = _Part(block, x, "inner") if number else first
         _, x = forward_flops(block, x.shape, x.dtype)
-        rows.append((first, inner, None if end is None else _Part(end, x, "head")))
+        head = None if end is None else _Part(end, x, "head", network.next_block(number))
+        rows.append((first, inner, head))
     parts = [*dict.fromkeys(part for row in rows for part in row if part)]
     heads = sum(end is not None for end in network.heads)
     # Nothing is measured until all programs are compiled: compiling takes the cores of a CPU, and
@@ -226,28 +229,39 @@ def _lower_alone(
 ) -> jax.stages.Lowered:
     """Lowers the program of a single block or objective.
 
-    Its arguments are the state, the inputs, and a cotangent (block) or the context (objective).
+    Its arguments are the state, the inputs, and a pair: cotangent and context of the adapter
+    (block), or context and publications (objective).
 
     Args:
       part: the block or objective.
       optimizer: see `block_times`.
       network: the whole network; an objective may read its inputs and labels.
     """
-    layer, x, is_head = part.layer, part.inputs, part.role == "head"
-    (module,) = make_modules(() if is_head else (layer,), (0,), (layer if is_head else None,))
-    context = network.context(x.shape[0])
-    (state,) = jax.eval_shape(lambda: init_states((module,), optimizer, rngs.root(0), x, context))
-    extra: Any
-    if module.objective is None:
-        _, extra = forward_flops(layer, x.shape, x.dtype)
+    layer, x, beside, is_head = part.layer, part.inputs, part.beside, part.role == "head"
+    if is_head and beside is not None:
+        modules = make_modules((beside,), (0, 0), (layer, None))
+    elif is_head:
+        modules = make_modules((), (0,), (layer,))
     else:
-        extra = {name: context[name] for name in module.objective.needs}
+        modules = make_modules((layer,), (0,), (None,), adapters=(beside,))
+    module, context = modules[0], network.context(x.shape[0])
+    state, *_ = jax.eval_shape(lambda: init_states(modules, optimizer, rngs.root(0), x, context))
+    extra: Any
+    if is_head:
+        read = {} if beside is None else {"next_block": published_block(beside, rngs.root(0), x)}
+        extra = {name: context[name] for name in module.objective.needs}, read  # type: ignore[union-attr]
+    else:
+        _, cotangent = forward_flops(layer, x.shape, x.dtype)
+        extra = cotangent, {name: context[name] for name in (beside.needs if beside else ())}
 
     def program(state: ModuleState, inputs: Array, extra: Any) -> tuple[Any, ...]:
         if is_head:
-            state, inputs_gradient, metrics = loss_step(module, optimizer, state, inputs, extra)
+            given, published = extra
+            state, inputs_gradient, metrics = loss_step(
+                module, optimizer, state, inputs, given, published=published
+            )
             return state, metrics, inputs_gradient
-        state, outputs, inputs_gradient = backward_step(module, optimizer, state, inputs, extra)
+        state, outputs, inputs_gradient = backward_step(module, optimizer, state, inputs, *extra)
         return state, outputs, inputs_gradient if part.role == "inner" else None
 
     return jax.jit(program, donate_argnums=0).lower(state, x, extra)

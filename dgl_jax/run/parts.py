@@ -62,8 +62,13 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     objectives = [
         objective(settings, network, info, end) for end in range(1, len(network.blocks) + 1)
     ]
+    first, later = adapters(settings, 2)
     return Blocks(
-        network.blocks, tuple(objectives), task.inputs(settings.data.batch_size), task.label
+        network.blocks,
+        tuple(objectives),
+        task.inputs(settings.data.batch_size),
+        task.label,
+        (first, *[later] * (len(network.blocks) - 1)),
     )
 
 

@@ -18,6 +18,7 @@ from dgl_jax.run.progress import Progress
 from dgl_jax.run.summary import Summary
 from dgl_jax.run.throughput import Throughput
 from dgl_jax.run.writers import JsonLinesWriter, MultiWriter, TensorBoardWriter, Writer
+from dgl_jax.spec import Meter
 
 
 class Record:
@@ -37,6 +38,8 @@ class Record:
         self._window = Window(start.meta.get("window"))
         if rows := start.meta.get("early"):
             cast(Any, experiment.engine).early = early_metrics(rows)
+        if hasattr(experiment.engine, "meters") and (rows := start.meta.get("meters")):
+            experiment.engine.meters = [Meter(**row) for row in rows]
         self._clock = start.clock
         self._report: Report | None = None  # the newest one
         # Step at which this process has measured each metric in `latest`.
@@ -107,7 +110,8 @@ class Record:
     def meta(self) -> dict[str, Any]:
         """Returns the state that a checkpoint stores, as JSON values.
 
-        With it a resumed run writes the same records as an uninterrupted one.
+        With it a resumed run writes the same records as an uninterrupted one. One exception: after
+        a signal, a pipeline sends codebooks again, which counts.
 
         Raises:
           UserError: a loss is not finite.
@@ -115,6 +119,7 @@ class Record:
         return {
             "window": self._window.values(),
             "early": early_values(getattr(self.experiment.engine, "early", {})),
+            "meters": [vars(meter) for meter in getattr(self.experiment.engine, "meters", ())],
             "latest": self.latest,
             "wall_seconds": self.wall_seconds(),
             "extra": self.extra,

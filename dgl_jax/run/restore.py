@@ -167,10 +167,10 @@ def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> Engin
         params, batch_stats = jax.device_get(ema.evaluated(theirs))
         modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
     # Copies of neighboring modules' weights that a method keeps must match the new weights.
+    # `jnp.copy`: a method may return an array several times, and engines donate each of them.
     for k, module in enumerate(modules):
-        modules[k] = dataclasses.replace(
-            module, extras=module.extras | spec.method.extras(spec, k, modules)
-        )
+        extras = jax.tree.map(jnp.copy, spec.method.extras(spec, k, modules))
+        modules[k] = dataclasses.replace(module, extras=module.extras | extras)
     return EngineState(tuple(modules), state.flight)
 
 

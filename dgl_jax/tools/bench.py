@@ -52,7 +52,7 @@ def bench(
         cpu_threads: threads of XLA's CPU pool; None on an accelerator or if unknown.
         steps_per_epoch: updates per module in one epoch of the data set.
         checkpoint_bytes: size of a checkpoint without compression: all arrays of the modules and,
-          in asynchronous engines, the rings filled so far.
+          in asynchronous engines, the rings filled so far, if checkpoints hold them.
     """
     settings = config if isinstance(config, Settings) else make_settings(config)
     settings = dataclasses.replace(
@@ -80,7 +80,8 @@ def bench(
     jax.block_until_ready(state.modules)
     wall = time.perf_counter() - begin
     host = None if host is None else engine.host_seconds - host  # type: ignore[attr-defined]
-    checkpoint = _bytes(state)  # before the measurements below, which donate its arrays
+    rings = settings.checkpoint.replay_every > 0
+    checkpoint = _bytes(state, rings)  # before the measurements below, which donate its arrays
     return {
         "method": settings.method.name,
         "engine": settings.engine.name,
@@ -102,9 +103,9 @@ def bench(
     }
 
 
-def _bytes(state: EngineState) -> int:
-    """Returns the bytes of a state's arrays, including the messages in flight."""
-    flight = {} if state.flight is None else state.flight.snapshot()
+def _bytes(state: EngineState, rings: bool) -> int:
+    """Returns the bytes of a state's arrays, with `rings` including the messages in flight."""
+    flight = {} if state.flight is None or not rings else state.flight.snapshot()
     return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves((state.modules, flight)))
 
 

@@ -140,13 +140,14 @@ class Costs:
         return max(total / min(jobs, len(rows)), *known)
 
     def disk(self, rows: Iterable[Row]) -> int | None:
-        """Estimates the bytes of all checkpoints that rows will keep; None if unknown."""
+        """Estimates the bytes of all checkpoints that rows will keep, as `seconds` does."""
+        rows = list(rows)
         sizes = [
             cost.checkpoint * (row.settings.checkpoint.keep + 1)  # and the best one on validation
             for row in rows
             if (cost := self.of(row)) is not None
         ]
-        return sum(sizes) if sizes else None
+        return round(sum(sizes) * len(rows) / len(sizes)) if sizes else None
 
     def _left(self, row: Row) -> float | None:
         cost = self.of(row)

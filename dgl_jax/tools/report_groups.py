@@ -300,10 +300,22 @@ def _parts(rows: list[Row], varying: list[str], chosen: list[str]) -> list[tuple
       chosen: settings among them that may be a heading.
     """
     partial = {n for n in varying if any(n not in row.settings for row in rows)}
+    kinds = [n for n in varying if n.endswith(".name")]
+
+    def kinds_of(row: Row, setting: str) -> str:
+        return _key({n: row.settings.get(n) for n in kinds if n != setting})
+
+    # By setting and the other kinds of a row: the options that rows with these kinds may lack.
+    lacking: dict[tuple[str, str], set[str]] = {}
+    for setting in kinds:
+        for row in rows:
+            lacking.setdefault((setting, kinds_of(row, setting)), set()).update(
+                n for n in partial if n not in row.settings
+            )
 
     def remainder(row: Row, setting: str) -> str:
-        hidden = {setting} | (partial if setting.endswith(".name") else set())
-        return _key({n: row.settings.get(n) for n in varying if n not in hidden})
+        missing = lacking.get((setting, kinds_of(row, setting)), set())
+        return _key({n: row.settings.get(n) for n in varying if n not in {setting} | missing})
 
     parts: list[tuple[str, list[Row]]] = []
     left = list(rows)

@@ -100,8 +100,12 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
     recorded: dict[Path, Mapping[str, Any]] = {}
     for folder in sorted(sweeps):
         try:
-            rows = read_json(folder / "sweep.json", "rows")["rows"]
-            recorded |= {folder / name: row for name, row in rows.items() if _is_row(name, row)}
+            rows, swept = read_json(folder / "sweep.json", "rows")["rows"], is_locked(folder)
+            recorded |= {
+                folder / name: row if swept else row | {"swept": False}
+                for name, row in rows.items()
+                if _is_row(name, row)
+            }
         except (UserError, AttributeError, TypeError) as error:
             notes.append(str(error))
     order = {folder: number for number, folder in enumerate(recorded)}
@@ -117,7 +121,8 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
     Args:
       folder: workdir of the run; may be missing if a sweep has not started it.
       root: folder of the report.
-      row: what a sweep has recorded about the run; empty without a sweep.
+      row: what a sweep has recorded about the run, and False as `swept` if that sweep has ended;
+        empty without a sweep.
     """
     name = _printable(folder.relative_to(root).as_posix())
     state, problem = str(row.get("state") or _UNFINISHED), str(row.get("error") or "")
@@ -126,6 +131,8 @@ def read_run(folder: Path, root: Path, row: Mapping[str, Any]) -> Run:
     command = str(row.get("command") or "")
     # `Path.exists` raises in a folder that may not be entered.
     if not os.path.exists(folder / "config.json"):
+        if state == RUNNING and not row.get("swept", True):
+            state = STOPPED  # before the row had begun
         return Run(name, state, problem, command=command)
     try:
         values = read_json(folder / "config.json")
