@@ -12,7 +12,10 @@ from test_plan import small
 
 from dgl_jax import system
 from dgl_jax.codecs import CODECS, make_codec
-from dgl_jax.config import make_settings
+from dgl_jax.config import make_settings, options
+from dgl_jax.engines import PipelineEngine, pipeline
+from dgl_jax.engines.advance import turn_shapes
+from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.models.blocks import ConvBlock
@@ -300,3 +303,55 @@ def test_codecs_are_compared_without_tracing_the_network_again(monkeypatch):
         assert plan._with_codec(spec, other.codec).traffic() == expected[name]
     with pytest.raises(pytest.fail.Exception, match="traced again"):
         dataclasses.replace(spec, codec=fresh["bf16"].codec).traffic()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("codec", "groups"),
+    [
+        ("identity", (2, 1, 1)),
+        ("identity", (1,)),
+        pytest.param("vq", (1, 1, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_programs_of_a_pipeline_compile_once_and_before_the_first_turn(
+    tiny, codec, groups, monkeypatch
+):
+    codecs = {"identity": "identity", "vq": options("codec", name="vq", codes=8, dims=2)}
+    made, seeds = tiny.spec(codec=codecs[codec]), iter(range(9, 99))
+    compiled: list[str] = []
+
+    def count(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def programs(prepared: bool) -> int:
+        """Returns the number of programs compiled by two steps with programs of their own."""
+        spec = dataclasses.replace(made, seed=next(seeds))
+        placement = (
+            assign(jax.devices(), 3, groups)
+            if len(groups) == 3
+            else one_group(jax.devices()[:1], 3)
+        )
+        engine = PipelineEngine(spec, placement)
+        engine._prepared = prepared
+        state = tiny.place(engine, tiny.init(spec))
+        compiled.clear()
+        list(engine.run(state, tiny.source, 2))
+        return len(compiled)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        programs(True)  # compiles what all specs share
+        assert programs(False) == programs(True) >= 3
+        # Twin: compiled for other arguments.
+        monkeypatch.setattr(
+            pipeline,
+            "turn_shapes",
+            lambda spec, placement, k: turn_shapes(
+                dataclasses.replace(spec, batch_size=16), placement, k
+            ),
+        )
+        assert programs(False) == programs(True) + 3
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

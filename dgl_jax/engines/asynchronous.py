@@ -1,11 +1,11 @@
 """Base class of the asynchronous engines, and the turn of a module that reads and fills rings."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,13 @@ from dgl_jax.config.fields import choice, option
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
+from dgl_jax.engines.advance import compile_together, turn_shapes
 from dgl_jax.engines.base import EngineInputs, EngineState, Publisher, counts, place_modules
 from dgl_jax.engines.feed import Feed, Residence
 from dgl_jax.engines.flight import FrozenRings, Rings, ring_specs
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import jitted, jitted_feed
-from dgl_jax.engines.transfer import placed_shapes, put
+from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
 from dgl_jax.methods.post import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
@@ -81,43 +82,19 @@ class Asynchronous:
         """
         if self._prepared:
             return
-        states, errors = self.spec.abstract_states(), []
 
-        def compile_all(k: int) -> None:
-            try:
-                state, mail = opened(placed_shapes(states[k], self.placement.replicated(k)))
-                incoming, context = self._entering(k)
-                self._steps[k].lower(state, Inbox(incoming, oldest(mail)), context).compile()
-                if k < len(self._feeding):
-                    self._feeding[k].lower(state, incoming, context).compile()
-                for program in self.state_programs:
-                    program.lower(state).compile()
-            except Exception as error:
-                errors.append(error)
+        def compile_module(k: int) -> None:
+            state, inbox, context = turn_shapes(
+                self.spec, self.placement, k, newest=self.spec.decode == "latest"
+            )
+            self._steps[k].lower(state, inbox, context).compile()
+            if k < len(self._feeding):
+                self._feeding[k].lower(state, inbox.below, context).compile()
+            for program in self.state_programs:
+                program.lower(state).compile()
 
-        # Daemon threads, so that a process which exits does not wait for the compiler.
-        compilers = [
-            threading.Thread(target=compile_all, args=(k,), daemon=True) for k in range(len(states))
-        ]
-        for compiler in compilers:
-            compiler.start()
-        for compiler in compilers:
-            compiler.join()
-        if errors:
-            raise errors[0]
+        compile_together([partial(compile_module, k) for k in range(len(self._steps))])
         self._prepared = True
-
-    def _entering(self, k: int) -> tuple[Any, Context]:
-        """Returns shapes and shardings of the message and context that module k reads."""
-        split, everywhere = self.placement.split(k), self.placement.replicated(k)
-        if k == 0:
-            batch = self.placement.batch_shapes(self.spec.batch())
-            return batch, batch.context
-        context: Any = placed_shapes(self.spec.context(k), split)
-        hop = self.hops[k - 1]
-        codebook = placed_shapes(hop.codebook, everywhere)
-        newest = codebook if hop.period and self.spec.decode == "latest" else None
-        return Message(placed_shapes(hop.payload, split), codebook, newest), context
 
     def init(self) -> EngineState:
         """Returns fresh modules and empty rings."""

@@ -13,6 +13,8 @@ from typing import Any
 from dgl_jax.config.registry import ENGINES
 from dgl_jax.core.module import ModuleState
 from dgl_jax.data import Source
+from dgl_jax.engines import world
+from dgl_jax.engines.advance import compile_together, turn_shapes
 from dgl_jax.engines.base import (
     EngineInputs,
     EngineKind,
@@ -27,6 +29,7 @@ from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.program import Programs, elsewhere, jitted
 from dgl_jax.engines.synchronous import Synchronous, run_turns
 from dgl_jax.engines.transfer import put
+from dgl_jax.methods.base import steps_alone
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
 from dgl_jax.types import Context, Message
@@ -73,6 +76,7 @@ class PipelineEngine(Synchronous):
         self._run: object = None
         self.ticks_in_flight, self.total_steps = ticks_in_flight, total_steps
         self.programs = Programs(self._program)
+        self._prepared = False
 
     def _program(self, turn: tuple[int, str]) -> Any:
         """Returns the program of a turn (module, kind); of modules elsewhere only its shapes."""
@@ -100,6 +104,7 @@ class PipelineEngine(Synchronous):
                 self.publishers[k, "above"] = Publisher(hop.period)
                 self.publishers[k, "parameters"] = Publisher(hop.refresh or 1)
         self._run = object()
+        self._prepare()
         self._sent = held(state, lambda module: module.extras.get("sent"))
         # On one device nothing overlaps. Each batch then passes all modules before the next one
         # enters, so that only one message waits at a time.
@@ -108,6 +113,28 @@ class PipelineEngine(Synchronous):
             report.snapshot = partial(_drained, report.snapshot, self._run)
             self._count(report)
             yield report
+
+    def _prepare(self) -> None:
+        """Compiles the programs of modules that work alone, at the same time; the first time only.
+
+        Otherwise they would compile one after the other, in their first turns.
+        """
+        # Several processes compile the programs that they share in one order.
+        if self._prepared or world.count() > 1 or not steps_alone(self.spec):
+            return
+        self._prepared = True
+
+        def compile_module(k: int, program: Any) -> None:
+            program.lower(*turn_shapes(self.spec, self.placement, k)).compile()
+
+        programs = [self.programs[k, "step"] for k in range(len(self.spec.modules))]
+        compile_together(
+            [
+                partial(compile_module, k, program)
+                for k, program in enumerate(programs)
+                if hasattr(program, "lower")  # not a function that somebody has put there
+            ]
+        )
 
     def _count(self, report: Report) -> None:
         """Adds the bytes of the batches that a report shows to be finished to the meters."""

@@ -1,0 +1,62 @@
+"""Compilation of the programs of all modules in advance, at the same time.
+
+Tracing holds the GIL, but XLA releases it while it compiles.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from dgl_jax.core.module import ModuleState
+from dgl_jax.engines.placement import Placement
+from dgl_jax.engines.transfer import placed_shapes
+from dgl_jax.methods.post import oldest, opened
+from dgl_jax.spec import TrainSpec
+from dgl_jax.types import Context, Inbox, Message
+
+
+def turn_shapes(
+    spec: TrainSpec, placement: Placement, k: int, newest: bool = False
+) -> tuple[ModuleState, Inbox, Context]:
+    """Returns shapes, dtypes and shardings of the arguments of module k's program.
+
+    Args:
+      spec: device-independent description of the training run.
+      placement: device group of each module.
+      k: index of the module.
+      newest: messages also carry the newest codebook.
+    """
+    split, everywhere = placement.split(k), placement.replicated(k)
+    state, mail = opened(placed_shapes(spec.abstract_states()[k], everywhere))
+    if k == 0:
+        batch = placement.batch_shapes(spec.batch())
+        return state, Inbox(batch, oldest(mail)), batch.context
+    hop = spec.hops[k - 1]
+    codebook = placed_shapes(hop.codebook, everywhere)
+    message = Message(
+        placed_shapes(hop.payload, split), codebook, codebook if hop.period and newest else None
+    )
+    return state, Inbox(message, oldest(mail)), placed_shapes(spec.context(k), split)
+
+
+def compile_together(compilers: Sequence[Callable[[], object]]) -> None:
+    """Calls functions that compile programs, each in a thread of its own, and waits for them.
+
+    Raises:
+      Exception: the first error.
+    """
+    errors: list[Exception] = []
+
+    def call(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    # Daemon threads, so that a process which exits does not wait for the compiler.
+    threads = [threading.Thread(target=call, args=(each,), daemon=True) for each in compilers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
