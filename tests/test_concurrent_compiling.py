@@ -178,8 +178,10 @@ def compiled(monkeypatch):
             lambda leaf: leaf.shape, program.args_info[0]
         )
         seconds = float(inputs.size)
-        if isinstance(extra, dict):
-            assert list(extra) == ["label"]
+        given, beside = extra
+        assert beside == {}
+        if isinstance(given, dict):
+            assert list(given) == ["label"]
             seconds -= 0.25
         elif program.out_info[2] is not None:
             seconds += 0.5
