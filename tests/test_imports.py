@@ -301,7 +301,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 7_480
-    assert package < 17_200
+    assert package < 17_260
 
 
 @pytest.mark.parametrize(
