@@ -166,6 +166,12 @@ def test_what_the_method_cannot_do_is_refused_by_name():
         plan(make_settings(config()))
 
 
+def test_objective_that_reads_its_own_blocks_is_accepted():
+    fields = {"model__name": "resnet20", "objective__transport": 0.1}
+    module = make_experiment(make_settings(config(**fields))).spec.modules[0]
+    assert module.objective.reads == ("intermediates",)
+
+
 @pytest.mark.usefixtures("plugin_kinds")
 def test_objective_that_reads_from_above_is_refused_by_name():
     settings = make_settings(plugin_config(method__name="layerwise", **MIRROR))
