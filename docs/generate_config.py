@@ -183,7 +183,7 @@ def _row(entry: Entry, text: str) -> tuple[str, ...]:
 def _exchangeable(f: Any) -> str:
     """Returns which kinds of a field a resumed run may exchange, because they are one family."""
     families: dict[str, list[str]] = {}
-    for name, kind in (f.metadata.get("kinds") or {}).items():
+    for name, kind in shipped(f.metadata["kinds"]) if "kinds" in f.metadata else ():
         if family := getattr(kind, "family", ""):
             families.setdefault(family, []).append(f"`{name}`")
     return "; ".join(f"between {' and '.join(names)}" for names in families.values())

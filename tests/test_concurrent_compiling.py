@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 from runs import small_config, spec_of
+from test_dni import CDNI
 from test_plan import small
 
 from dgl_jax import system
@@ -314,13 +315,16 @@ def test_codecs_are_compared_without_tracing_the_network_again(monkeypatch):
         ("identity", (2, 1, 1)),
         ("identity", (1,)),
         pytest.param("vq", (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param("cdni", (2, 1, 1), marks=pytest.mark.slow),
     ],
 )
 def test_programs_of_a_pipeline_compile_once_and_before_the_first_turn(
     tiny, codec, groups, monkeypatch
 ):
-    codecs = {"identity": "identity", "vq": options("codec", name="vq", codes=8, dims=2)}
-    made, seeds = tiny.spec(codec=codecs[codec]), iter(range(9, 99))
+    codecs = {"vq": options("codec", name="vq", codes=8, dims=2)}
+    made, seeds = tiny.spec(codec=codecs.get(codec, "identity")), iter(range(9, 99))
+    if codec == "cdni":  # a method that sends messages down
+        made = dataclasses.replace(tiny.spec(heads=False), method=CDNI)
     compiled: list[str] = []
 
     def count(event, seconds, **_):

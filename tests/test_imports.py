@@ -63,9 +63,9 @@ LEVELS = {
     "engines": (
         ("world", "transfer", "flight"),
         ("placement",),
-        ("pace", "feed", "advance"),
+        ("pace", "feed"),
         ("base",),
-        ("dispatches",),
+        ("dispatches", "advance"),
         ("program", "collect"),
         ("synchronous",),
         ("fused", "pipeline", "asynchronous"),
@@ -300,7 +300,7 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 7_480
+    assert core < 7_490
     assert package < 17_260
 
 

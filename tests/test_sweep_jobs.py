@@ -212,6 +212,8 @@ def test_kinds_differ_in_what_costs_time():
     same = {"seed": 3, "optimizer__learning_rate": 0.5, "train__steps": 90, "log__every": 7}
     for name, value in same.items():
         assert kind(**{name: value}) == kind(), name
+    other = {"checkpoint__replay_every": 0, "engine__name": "simulated"}
+    assert kind(**other) != kind(engine__name="simulated")
     other = {"model__width": 8, "method__name": "backprop", "data__batch_size": 4}
     for name, value in other.items():
         assert kind(**{name: value}) != kind(), name

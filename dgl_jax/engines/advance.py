@@ -5,13 +5,20 @@ Tracing holds the GIL, but XLA releases it while it compiles.
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+
+from dgl_jax import system
 from dgl_jax.core.module import ModuleState
+from dgl_jax.engines.base import module_shardings
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.transfer import placed_shapes
 from dgl_jax.methods.post import oldest, opened
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message
+
+_MOST = 16
 
 
 def turn_shapes(
@@ -26,7 +33,9 @@ def turn_shapes(
       newest: messages also carry the newest codebook.
     """
     split, everywhere = placement.split(k), placement.replicated(k)
-    state, mail = opened(placed_shapes(spec.abstract_states()[k], everywhere))
+    state: Any = spec.abstract_states()[k]
+    shardings = jax.tree.broadcast(module_shardings(k, state, placement), state)
+    state, mail = opened(jax.tree.map(placed_shapes, state, shardings))
     if k == 0:
         batch = placement.batch_shapes(spec.batch())
         return state, Inbox(batch, oldest(mail)), batch.context
@@ -39,18 +48,22 @@ def turn_shapes(
 
 
 def compile_together(compilers: Sequence[Callable[[], object]]) -> None:
-    """Calls functions that compile programs, each in a thread of its own, and waits for them.
+    """Calls functions that compile programs, at the same time, and waits for them.
+
+    At most 16 compile at once, because a deep module can take more than 1 GB of host memory.
 
     Raises:
       Exception: the first error.
     """
     errors: list[Exception] = []
+    slots = threading.Semaphore(min(system.cpu_count() or 1, _MOST))
 
     def call(function: Callable[[], object]) -> None:
-        try:
-            function()
-        except Exception as error:
-            errors.append(error)
+        with slots:
+            try:
+                function()
+            except Exception as error:
+                errors.append(error)
 
     # Daemon threads, so that a process which exits does not wait for the compiler.
     threads = [threading.Thread(target=call, args=(each,), daemon=True) for each in compilers]

@@ -257,6 +257,6 @@ def progress(method: Any, counts: Sequence[int]) -> Progress | None:
 def steps_alone(spec: TrainSpec) -> bool:
     """Returns True if every turn is an update on input from below, so a module can run alone."""
     modules = len(spec.modules)
-    first = next(spec.method.schedule([0] * modules, 1, 1))
+    first = next(spec.method.schedule([0] * modules, 1, 1), ())
     alone = len(first) == modules and all(turn.kind == "step" for turn in first)
     return bool(spec.method.sends and alone)

@@ -63,8 +63,8 @@ class Objective(nn.Module):
         Args:
           features: activations of the module, [B, ...].
           context: arrays with one row per example, by name.
-          published: what `reads` names. Without `next_block` for the last module; empty while the
-            cost of a module is measured.
+          published: what `reads` names. Without `next_block` for the last module, and without
+            `intermediates` while the cost of an objective is measured.
           train: True if batch norm uses the statistics of the batch and dropout is active.
 
         Returns:

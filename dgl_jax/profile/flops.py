@@ -9,6 +9,7 @@ branch counts, which every accelerator uses.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -153,9 +154,24 @@ class Blocks(NamedTuple):
     label: tuple[int, ...] = ()
     adapters: tuple[nn.Module | None, ...] = ()
 
-    def adapter(self, number: int) -> nn.Module | None:
-        """Returns the adapter of a module that begins with a block."""
-        return self.adapters[number] if self.adapters else None
+    def adapter(self, number: int, x: jax.ShapeDtypeStruct) -> tuple[nn.Module | None, float]:
+        """Returns the adapter of a module that begins with a block, and its operations.
+
+        Returns None and 0 if there is none, or if it does not fit the inputs, so that no module can
+        begin there.
+
+        Args:
+          number: index of the block.
+          x: shape and dtype of the block's inputs.
+        """
+        made = self.adapters[number] if self.adapters else None
+        if made is not None:
+            with suppress(Exception):  # a user may have written the adapter
+                needed = _named(made.needs, self.context(x.shape[0]))
+                operations, adapted = call_flops(made, x, needed)
+                if (adapted.shape, adapted.dtype) == (x.shape, x.dtype):
+                    return made, operations
+        return None, 0.0
 
     def next_block(self, number: int) -> nn.Module | None:
         """Returns the block after a block if the objective of a module that ends there reads it."""
@@ -177,9 +193,7 @@ def block_flops(network: Blocks) -> BlockCosts:
     first, inner, head, x = [], [], [], network.inputs
     context = network.context(x.shape[0])
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
-        adapter, adapting = network.adapter(number), 0.0
-        if adapter is not None:
-            adapting, _ = call_flops(adapter, x, _named(adapter.needs, context))
+        _, adapting = network.adapter(number, x)
         operations, x = forward_flops(block, x.shape, x.dtype)
         first.append(adapting + operations)
         inner.append(operations)

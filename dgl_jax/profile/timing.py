@@ -171,7 +171,7 @@ def block_times(
     free = system.device_memory(device).free
     rows, x = [], network.inputs
     for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
-        first = _Part(block, x, "first", network.adapter(number))
+        first = _Part(block, x, "first", network.adapter(number, x)[0])
         # The first block of the network is the first one of its module, however it is cut.
         inner = _Part(block, x, "inner") if number else first
         _, x = forward_flops(block, x.shape, x.dtype)

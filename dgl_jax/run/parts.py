@@ -62,13 +62,14 @@ def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
     objectives = [
         objective(settings, network, info, end) for end in range(1, len(network.blocks) + 1)
     ]
-    first, later = adapters(settings, 2)
+    # Which module a block begins is not known yet: the second module stands for all later ones.
+    first, *later = adapters(settings, settings.model.modules)
     return Blocks(
         network.blocks,
         tuple(objectives),
         task.inputs(settings.data.batch_size),
         task.label,
-        (first, *[later] * (len(network.blocks) - 1)),
+        (first, *[later[0] if later else None] * (len(network.blocks) - 1)),
     )
 
 

@@ -23,7 +23,7 @@ _TAIL = 1 << 18  # bytes at the end of metrics.jsonl in which a whole line is ex
 _IRRELEVANT: dict[str, tuple[str, ...] | None] = {
     "seed": None,
     "schedule": None,
-    "checkpoint": None,
+    "checkpoint": ("every", "keep"),
     "eval": None,
     "log": None,
     "diagnostics": None,
