@@ -46,7 +46,16 @@ ROWS: common.Variants = {
     },
     "S=2,M=50,released": slowed(2.0, 50, "released"),
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "synchronous": 0.03,
+    "S=1.2,M=1": 0.01,
+    "S=1.2,M=10": 0.03,
+    "S=1.2,M=50": 0.01,
+    "S=1,M=50": 0.03,
+    "S=1.5,M=50": 0.01,
+    "S=2,M=50": 0.01,
+    "S=2,M=50,released": 0.01,
+}
 
 
 def base(full: bool) -> ConfigDict:
