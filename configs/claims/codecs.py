@@ -29,7 +29,18 @@ ROWS: common.Variants = {
     "S=1.2,M=50": asynchronous.slowed(1.2, 50),
     "S=1.2,M=50,vq,D=8": asynchronous.slowed(1.2, 50) | vq(8),
 }
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "synchronous": 0.03,
+    "bf16": 0.01,
+    "int8": 0.03,
+    "vq,D=2": 0.01,
+    "vq,D=4": 0.03,
+    "vq,D=8": 0.03,
+    "vq,D=16": 0.03,
+    "vq,D=16,stages=2": 0.03,
+    "S=1.2,M=50": 0.01,
+    "S=1.2,M=50,vq,D=8": 0.03,
+}
 
 
 def get_sweep(size: str | None = None) -> common.Rows:
