@@ -9,16 +9,14 @@ from typing import Any
 
 import jax
 
-from dgl_jax import system
 from dgl_jax.core.module import ModuleState
 from dgl_jax.engines.base import module_shardings
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.transfer import placed_shapes
 from dgl_jax.methods.post import oldest, opened
+from dgl_jax.profile.compiling import most_threads
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Inbox, Message
-
-_MOST = 16
 
 
 def turn_shapes(
@@ -50,13 +48,13 @@ def turn_shapes(
 def compile_together(compilers: Sequence[Callable[[], object]]) -> None:
     """Calls functions that compile programs, at the same time, and waits for them.
 
-    At most 16 compile at once, because a deep module can take more than 1 GB of host memory.
+    Some of them wait if there are many, see `profile.compiling.most_threads`.
 
     Raises:
       Exception: the first error.
     """
     errors: list[Exception] = []
-    slots = threading.Semaphore(min(system.cpu_count() or 1, _MOST))
+    slots = threading.Semaphore(most_threads())
 
     def call(function: Callable[[], object]) -> None:
         with slots:

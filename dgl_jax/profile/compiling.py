@@ -15,6 +15,11 @@ _MOST_THREADS = 16  # compiling a deep module can take more than 1 GB of host me
 _NAMES = re.compile(r'module @\w+|jax\.result_info = "[^"]*"')
 
 
+def most_threads() -> int:
+    """Returns the number of programs that may compile at the same time on this machine."""
+    return min(system.cpu_count() or 1, _MOST_THREADS)
+
+
 def compile_all(
     lowered: Iterable[Any], description: str, meanwhile: Callable[[], object] = lambda: None
 ) -> list[Any]:
@@ -37,7 +42,7 @@ def compile_all(
     """
     _LOG.info("compiling the programs of %s", description)
     begin = time.perf_counter()
-    threads = ThreadPoolExecutor(min(system.cpu_count() or 1, _MOST_THREADS))
+    threads = ThreadPoolExecutor(most_threads())
     distinct: dict[str, Future[Any]] = {}
     futures = []
     try:
