@@ -64,4 +64,4 @@ versions: $(VENV)/.dev
 	$(BIN)/pip --disable-pip-version-check list
 
 clean:
-	rm -rf .venv build dist site *.egg-info
+	rm -rf .venv .cache build dist site *.egg-info
