@@ -37,7 +37,7 @@ def test_layerwise(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
-    [{"method__name": "ddg", "codec__name": "int8"}, {"method__name": "dni"}],
+    [{"method__name": "ddg", "codec__name": "int8", "codec__dims": 4}, {"method__name": "dni"}],
     ids=["ddg,int8", "dni"],
 )
 def test_methods_with_one_objective(fields, tmp_path):
