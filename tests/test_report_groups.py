@@ -34,6 +34,15 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert bold(results(group)) == []  # nothing to compare with
 
 
+def test_field_without_a_value_in_a_foreign_configuration_is_no_difference(tmp_path):
+    write_run(tmp_path / "a", [0.5, 0.6], 0.6)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["X"], "pad": null}')
+    report = report_of(tmp_path)
+    assert sum(len(group.rows) for group in report.groups) >= 1
+    assert report.shared.get("pad") is None
+
+
 def test_second_run_of_a_seed_is_a_row_of_its_own(tmp_path):
     for name in ("first", "second"):
         write_run(tmp_path / name, [0.5, 0.6], 0.6)

@@ -234,7 +234,7 @@ def make_report(title: str, runs: Sequence[Run], notes: Iterable[str] = ()) -> R
     rows = make_rows([run for run in runs if run.settings])
     names = dict.fromkeys(name for row in rows for name in row.settings)
     varying = [n for n in names if len({_key(row.settings.get(n)) for row in rows}) > 1]
-    shared = {n: rows[0].settings[n] for n in names if n not in varying}
+    shared = {n: rows[0].settings.get(n) for n in names if n not in varying}
     # Options that come with a kind are no column beside the kind.
     chosen = [n for n in varying if _differ(rows, n)] or varying
     groups = tuple(_group(part, chosen, rows) for part in _parts(rows, varying, chosen))
