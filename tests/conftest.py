@@ -1,7 +1,7 @@
 """Settings of the test session, the order of its tests, and shared fixtures.
 
 Every session has four CPU devices and a temporary home directory. Compiled programs are kept in
-`.cache/tests`, so that later sessions take a third of the time of the first.
+`.cache/tests`, so that later sessions take less time than the first.
 """
 
 import gc
