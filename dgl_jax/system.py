@@ -2,23 +2,27 @@
 
 Accelerator plug-ins answer less than the CPU backend: `cost_analysis()` and `memory_analysis()` may
 return None, `memory_stats()` may lack keys, and any of them may raise. macOS has no CPU affinity,
-Windows no `resource`. Only this file asks such questions, and its functions never raise.
+Windows no `resource`, some file systems no locks. Only this file asks such questions, and its
+functions never raise.
 """
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 _POOL = 16  # fewest threads of XLA's CPU pool; machines with more processors get one per processor
 
 
@@ -253,6 +257,33 @@ def _usage() -> Any:
     import resource  # missing on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF)
+
+
+def flock(file: IO[Any], name: str, seconds: float | None = None) -> bool:
+    """Locks an open file against other processes until it is closed.
+
+    Args:
+      file: the file.
+      name: what is locked, for the log: where files cannot be locked, a line says so.
+      seconds: how long to wait for another process; None: until it ends.
+
+    Returns:
+      False if another process holds the lock.
+    """
+    import fcntl  # missing on Windows
+
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if deadline is None or time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+            continue
+        except OSError as error:  # such as a network file system without locks
+            _LOG.warning("%s: cannot be locked (%s)", name, error.strerror)
+        return True
 
 
 def cache_dir() -> Path:

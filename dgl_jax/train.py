@@ -75,4 +75,5 @@ def train_and_evaluate(
             check_weights(experiment, initial)
         held = lock(workdir) if world.first() else nullcontext()
         with held, interrupted_by_signals() as interruption:
+            world.from_first(lambda: check(workdir, settings))  # another run may have been faster
             return train_loop(experiment, workdir, interruption, initial)

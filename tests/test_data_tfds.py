@@ -1,5 +1,7 @@
 """TFDS data sets that are prepared and read without TensorFlow and without a network."""
 
+import errno
+import fcntl
 import io
 import json
 import shutil
@@ -112,6 +114,15 @@ def test_a_second_process_waits_and_does_not_prepare_again(digits_directory, tmp
         shutil.rmtree(tmp_path / "optical_digits")
         with pytest.raises(AssertionError, match="a second time"):
             pool.submit(load, settings).result(timeout=30)
+
+
+def test_a_directory_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with tfds_sets._locked(tmp_path, "optical_digits"):
+        assert f"{tmp_path}: cannot be locked (No locks available)" in caplog.text
 
 
 # CIFAR from generated archives

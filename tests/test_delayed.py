@@ -62,6 +62,8 @@ def test_features_replay_applies_the_gradient_of_stored_inputs_at_current_parame
 def test_first_rate_scales_the_updates_of_the_first_module():
     params, spec = trained(FeaturesReplay(first_rate=2.0)), make_spec(FeaturesReplay())
     assert furthest(params, replay_by_hand(spec, STEPS, first_rate=2.0)) < 1e-5
+    alone = [trained(FeaturesReplay(first_rate=rate), modules=1)[0] for rate in (1.0, 2.0)]
+    assert furthest(*alone) == 0.0  # a single module trains as under back-propagation
     assert furthest(params, replay_by_hand(spec, STEPS)) > 1e-3
 
 

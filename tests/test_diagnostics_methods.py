@@ -1,7 +1,7 @@
 """Diagnostics under every kind of method: they change no number of a run."""
 
 import pytest
-from probed_runs import config, ours, plain_config, unchanged
+from probed_runs import VQ, config, ours, plain_config, unchanged
 
 from dgl_jax.train import train_and_evaluate
 
@@ -31,6 +31,14 @@ def test_layerwise(tmp_path):
     final = [line for line in lines if "final/module_1/mmd" in line]
     # All updates of module 1 read the outputs of the frozen module 0.
     assert final[-1]["final/module_1/weighted_drift"] == 0
+
+
+@pytest.mark.slow
+def test_layerwise_with_codebooks(tmp_path):
+    lines = trained(tmp_path, {"method__name": "layerwise", **VQ})
+    errors = [line["diagnostics/module_1/codec_error"] for line in lines[:4]]
+    # At step 4 module 0 has made 8 updates but sent nothing, so that its codebook is still empty.
+    assert all(0 < error < 0.9 for error in errors)
 
 
 @pytest.mark.slow

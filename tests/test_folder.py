@@ -232,6 +232,24 @@ def test_large_sets_are_cached_and_read_from_the_cache(images, cache_directory, 
         folder.load(settings_of(images))
 
 
+def test_a_link_that_moves_to_another_class_is_read_again(images, cache_directory, monkeypatch):
+    """Links such as those that sort one folder of images into classes."""
+    monkeypatch.setattr(cache, "LARGE", 1)
+    stored = images.parent / "stored"
+    (images / "train").rename(stored)
+    for file in stored.glob("*/*"):
+        link = images / "train" / file.parent.name / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    before = folder.load(settings_of(images)).train.labels
+    first, second = sorted(path for path in (images / "train").iterdir())[:2]
+    last = sorted(first.iterdir())[-1]
+    last.rename(second / f"-{last.name}")  # it stays between its neighbors
+    after = folder.load(settings_of(images)).train.labels
+    assert np.bincount(before)[0] == np.bincount(after)[0] + 1
+    assert len(before) == len(after)
+
+
 def test_a_damaged_cache_entry_is_replaced(images, cache_directory, monkeypatch):
     monkeypatch.setattr(cache, "LARGE", 1)
     before = folder.load(settings_of(images))

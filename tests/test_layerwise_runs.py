@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from plugin_runs import MIRROR
@@ -13,13 +14,14 @@ from runs import arrays, same_run, small_config
 
 from dgl_jax.config import make_settings
 from dgl_jax.configs.digits import get_config
+from dgl_jax.core import ema
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.run.build import make_experiment
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.plots import plot
-from dgl_jax.run.restore import load_trained
+from dgl_jax.run.restore import borrow_weights, load_trained
 from dgl_jax.run.signals import Interrupted
 from dgl_jax.run.writers import read_jsonl
 from dgl_jax.tools.bench import bench
@@ -140,6 +142,17 @@ def test_finished_run_serves_every_mode(whole, tmp_path):
     assert start.steps == 2
 
 
+@pytest.mark.medium
+def test_averages_of_untrained_modules_begin_at_the_weights_of_another_run(whole):
+    other = load_trained(whole)
+    experiment = make_experiment(make_settings(config(train__ema=0.9)))
+    fresh = experiment.engine.init()
+    start = borrow_weights(experiment.spec, fresh, other)
+    for mine, theirs in zip(start.modules, other.restored.state.modules, strict=True):
+        for values in (ema.evaluated(mine), (mine.params, mine.batch_stats)):
+            jax.tree.map(np.testing.assert_array_equal, values, (theirs.params, theirs.batch_stats))
+
+
 @pytest.mark.slow
 @pytest.mark.full_compile
 def test_every_module_learns_digits(tmp_path):
@@ -160,7 +173,7 @@ def test_bench_measures_all_modules():
 def test_what_the_method_cannot_do_is_refused_by_name():
     with pytest.raises(UserError, match=r"engine.name=threads: .*layerwise runs under fused or"):
         make_experiment(make_settings(config(engine__name="threads")))
-    with pytest.raises(UserError, match=r"method.laps=13: config.train.steps=12"):
+    with pytest.raises(UserError, match=r"method\.laps=13: 12 steps give less than one step per lap"):
         make_settings(config(method__laps=13))
     with pytest.raises(UserError, match=r"method.name=layerwise: --mode=plan"):
         plan(make_settings(config()))

@@ -5,12 +5,15 @@ import threading
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from runs import small_config
 
+from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.replay import Ring, RingSpec, check_memory
 from dgl_jax.replay.rules import RULES
+from dgl_jax.testing import make_experiment
 from dgl_jax.types import Header
 
 EXAMPLE = (
@@ -85,6 +88,7 @@ class Oracle:
     st.lists(st.booleans(), max_size=60),
 )
 def test_rules_equal_the_oracle_on_any_history(rule, size, max_reuse, history):
+    assume((rule, max_reuse) != ("released", 1))  # refused, see below
     ring, oracle = Ring(EXAMPLE, size, rule, max_reuse), Oracle(size, rule, max_reuse)
     for writes in history:
         if writes:
@@ -140,6 +144,17 @@ def test_max_reuse_and_the_count_of_the_released_rule():
     never_counts = Ring(EXAMPLE, 1, "released", max_reuse=2)
     never_counts.add(*make_message(0))
     assert [read(never_counts)[2] for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_limit_that_allows_no_read_is_refused():
+    with pytest.raises(
+        UserError, match=r"^config\.replay\.max_reuse=1: .*released.* use 2 or more"
+    ):
+        Ring(EXAMPLE, 2, "released", max_reuse=1)
+    fields = {"engine__name": "simulated", "replay__max_reuse": 1}
+    make_experiment(make_settings(small_config(**fields)))
+    with pytest.raises(UserError, match=r"^config\.replay\.max_reuse=1"):
+        make_experiment(make_settings(small_config(**fields, replay__rule="released")))
 
 
 def test_uniform_rule_is_uniform_and_repeats_with_the_same_seed():

@@ -1,9 +1,11 @@
 """Tests of sweeps: checks of the rows, division of the machine, scheduling, and real processes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from runs import small_config
 from written_runs import store_run
 
@@ -11,8 +13,9 @@ from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.run.workdir import check, lock
 from dgl_jax.tools import rows
-from dgl_jax.tools.rows import make_rows
+from dgl_jax.tools.rows import make_rows, overridden
 from dgl_jax.tools.sweep import sweep
+from dgl_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,11 +24,11 @@ def test_fields_of_the_command_line_change_all_rows_but_not_what_the_sweep_yield
     config = small_config()
     pairs = [("a", config), ("b", small_config(seed=1)), "no row"]
     fields = {"optimizer.learning_rate": 0.25, "train.steps": 7}
-    *changed, other = rows.overridden(iter(pairs), fields)
-    assert [(name, c.optimizer.learning_rate, c.train.steps, c.seed) for name, c in changed] == [
-        ("a", 0.25, 7, 0),
-        ("b", 0.25, 7, 1),
-    ]
+    *changed, other = overridden(iter(pairs), fields)
+    assert [
+        (name, c["optimizer"]["learning_rate"], c["train"]["steps"], c["seed"])
+        for name, c in changed
+    ] == [("a", 0.25, 7, 0), ("b", 0.25, 7, 1)]
     assert other == "no row"
     assert config == small_config()
     assert list(rows.overridden(iter(pairs), {})) == pairs
@@ -70,6 +73,30 @@ def test_finished_rows_are_marked_and_others_wait(tmp_path):
     assert table[0].outcome() == "test accuracy 0.5000, ensemble 0.7500"
     assert table[2].command.startswith("python launch.py --config=configs/")
     assert f"--workdir={tmp_path}/c" in table[2].command
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_extended(tmp_path):
+    store_run(tmp_path / "a", small_config(), steps=12)
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    assert make_rows([("a", small_config())], tmp_path)[0].state == "finished"
+    for steps, settings in ((24, small_config(train__steps=24)), (12, small_config(seed=1))):
+        reason = "without checkpoints" if steps == 24 else r"another configuration: config\.seed"
+        with pytest.raises(UserError, match=rf"^row a: {tmp_path}/a holds a.* run .*{reason}"):
+            make_rows([("a", settings)], tmp_path)
+        with pytest.raises(UserError, match=rf"^--workdir={tmp_path}/a: holds a.*{reason}"):
+            train_and_evaluate(settings, tmp_path / "a")
+    assert (tmp_path / "a" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("kind", [dict, ConfigDict, make_settings])
+def test_a_field_of_the_command_line_changes_rows_of_every_kind(kind, tmp_path):
+    fields = {"model.width": 8, "seed": 3, "replay.size": 5}
+    values = {"model": {"name": "cnn4"}, "engine": {"name": "simulated"}}
+    (row,) = make_rows(overridden([("a", kind(values))], fields), tmp_path)
+    chosen = row.settings
+    assert (chosen.model.name, chosen.model.width) == ("cnn4", 8)
+    assert (chosen.seed, chosen.replay.size) == (3, 5)
+    assert "width" not in values["model"]
 
 
 def test_rows_may_reuse_one_configuration(tmp_path):

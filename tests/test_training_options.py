@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import arrays, same_run, small_config
@@ -13,7 +14,7 @@ from test_training import Dense, Logits, Normal, largest_error
 
 from dgl_jax.config import ReplaySettings
 from dgl_jax.core import ema
-from dgl_jax.core.module import make_modules
+from dgl_jax.core.module import ModuleState, make_modules
 from dgl_jax.engines import (
     EngineState,
     FusedEngine,
@@ -149,6 +150,14 @@ def weighted(history, k, weights):
     """Returns the weighted average of module k's parameters and batch statistics over updates."""
     values = [(states[k].params, states[k].batch_stats) for states in history]
     return jax.tree.map(lambda *x: np.average(np.float64(x), axis=0, weights=weights), *values)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.999999])
+def test_first_average_is_the_first_value(decay):
+    state = ModuleState({"w": jnp.float32(-3.0)}, {}, (), jax.random.key(0), jnp.int32(0))
+    first = dataclasses.replace(ema.begin(state), params={"w": jnp.float32(5.0)}, updates=1)
+    params, _ = ema.evaluated(ema.advance(first, decay))
+    np.testing.assert_allclose(params["w"], 5.0, rtol=1e-6)
 
 
 def test_average_equals_the_weighted_mean_over_updates(history):

@@ -1,6 +1,7 @@
 """Damaged files of a run, unusable paths and full disks: one-line errors that destroy nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -244,7 +245,7 @@ def test_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with workdir.lock(tmp_path / "run"):
         assert f"--workdir={tmp_path}/run: cannot be locked (No locks available)" in caplog.text
 

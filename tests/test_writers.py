@@ -164,6 +164,11 @@ def test_tensorboard_hides_events_after_the_checkpoint(tmp_path):
     assert read_events(tmp_path) == [(21, "restart", 1)]
 
 
+def test_tensorboard_hides_all_events_of_an_attempt_without_a_checkpoint(tmp_path):
+    TensorBoardWriter(tmp_path, resumed_at=0).close()
+    assert read_events(tmp_path) == [(0, "restart", 1)]
+
+
 def test_tensorboard_metrics_of_an_earlier_end_are_removed(tmp_path):
     for end in (4, 6):
         with contextlib.closing(TensorBoardWriter(tmp_path)) as writer:

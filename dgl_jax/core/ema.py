@@ -5,10 +5,12 @@ does not influence training.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgl_jax.core.module import ModuleState
 
@@ -37,8 +39,9 @@ def advance(state: ModuleState, decay: float) -> ModuleState:
       The state with the new average.
     """
     new = {"params": state.params, "batch_stats": state.batch_stats}
-    # (1 - decay) / (1 - decay^n); expm1 avoids the cancellation for a decay near 1.
-    share = (1.0 - decay) / -jnp.expm1(state.updates * jnp.log(jnp.float32(decay)))
+    # (1 - decay) / (1 - decay^n). Near 1, expm1 and a logarithm in float64 avoid the cancellation.
+    log = np.float32(math.log(decay) if decay else -math.inf)
+    share = (1.0 - decay) / -jnp.expm1(state.updates * log)
     average = jax.tree.map(lambda old, x: old + share * (x - old), state.extras[_NAME], new)
     return dataclasses.replace(state, extras=state.extras | {_NAME: average})
 

@@ -135,9 +135,8 @@ def _read(
     image_size: int,
 ) -> Examples:
     """Reads the images of one split, from the cache if they are there."""
-    labels = np.repeat(
-        np.arange(len(class_names)), [len(files.get(name, ())) for name in class_names]
-    )
+    counts = tuple(len(files.get(name, ())) for name in class_names)
+    labels = np.repeat(np.arange(len(class_names)), counts)
 
     def decode() -> Examples:
         images = decode_images(
@@ -149,7 +148,9 @@ def _read(
         )
         return Examples(images, labels.astype(np.int32))
 
-    return cache.decoded(("folder", split, class_names, image_size, channels), paths, decode)
+    # The counts: a link may have moved to another class, while the file it leads to has not.
+    key = ("folder", split, class_names, counts, image_size, channels)
+    return cache.decoded(key, paths, decode)
 
 
 def _pixels(examples: Examples) -> str:

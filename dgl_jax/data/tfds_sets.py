@@ -6,7 +6,6 @@ cache). If it is not there, it is prepared once, from archives in `config.data.m
 """
 
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dgl_jax import system
 from dgl_jax.config.fields import expand, option
 from dgl_jax.config.registry import DATA_SETS
 from dgl_jax.data import cache
@@ -172,7 +172,7 @@ def _locked(root: Path, name: str) -> Iterator[None]:
             "config.data.dir to a writable directory, or to one in which TFDS has prepared the set"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        system.flock(lock, str(root))
         yield
 
 

@@ -86,7 +86,7 @@ def probe(
       directions: number of random directions.
       in_turn: True if the module above trains on the activations of a frozen module, which
         normalizes with its running statistics; the gradient is the one of an update in any case.
-      start: True starts the codebook with the outputs, as the first update of a module does.
+      start: True starts the codebook with the outputs, as the first message of a module does.
       parts: the module's parameters, batch statistics, codec and publications.
       incoming: stored inputs for the first module, otherwise the message from the module below.
       context: context of the same examples.

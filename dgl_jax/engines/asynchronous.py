@@ -25,6 +25,7 @@ from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
 from dgl_jax.methods.post import Mail, closed, delivered, oldest, opened
 from dgl_jax.replay import Ring, check_memory
+from dgl_jax.replay.rules import limit_of
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import Context, Header, Inbox, Message
 
@@ -370,7 +371,12 @@ class AsynchronousOptions(EngineSettings):
 
 
 def check_rings(run: EngineInputs) -> None:
-    """Raises UserError if the rings need more memory than is free, and logs their size."""
+    """Logs the size of the rings.
+
+    Raises:
+      UserError: no message could be read from them, or they need more memory than is free.
+    """
+    limit_of(run.replay.rule, run.replay.size, run.replay.max_reuse)
     size, specs = run.replay.size, ring_specs(run.spec)
     sizes = ", ".join(f"{spec.nbytes(size) / 2**20:.1f}" for spec in specs)
     _LOG.info("replay rings of %d messages will take %s MiB of host memory", size, sizes)

@@ -141,7 +141,7 @@ class Delayed(Composed):
 
     Attributes:
       encode_gradients: see `DelayedOptions`.
-      first_rate: factor of the first module's learning rate.
+      first_rate: factor of the first module's learning rate, unless that is the only module.
       shrink: factor of each gradient that arrives from above.
       unlocked: activations wait one tick at each hop (`unlocked_ticks`).
       stores_params: gradients are computed with the parameters of the forward pass, which are
@@ -295,7 +295,7 @@ class Delayed(Composed):
         return state, sent, metrics
 
     def _optimizer(self, spec: TrainSpec, k: int) -> optax.GradientTransformation:
-        if k or self.first_rate == 1.0:
+        if k or self.first_rate == 1.0 or len(spec.modules) == 1:
             return spec.optimizer
 
         def update(gradient, opt_state, params=None):

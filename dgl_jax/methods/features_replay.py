@@ -25,7 +25,8 @@ class FeaturesReplayOptions(DelayedOptions):
     """Options of the method `features_replay`.
 
     Attributes:
-      first_rate: factor of the first module's learning rate; the authors' code uses 2.
+      first_rate: factor of the first module's learning rate, if there are several modules; the
+        authors' code uses 2.
     """
 
     first_rate: float = number(1.0, 0.0, 100.0, exclusive=True)

@@ -40,8 +40,8 @@ class LayerwiseOptions(MethodSettings):
         """Raises UserError if a lap would have less than one step."""
         if 0 < settings.train.steps < self.laps:
             raise UserError(
-                f"config.method.laps={self.laps}: config.train.steps={settings.train.steps} gives "
-                "less than one step per lap; use fewer laps"
+                f"config.method.laps={self.laps}: {settings.train.steps} steps give less than one "
+                "step per lap; use fewer laps"
             )
 
 

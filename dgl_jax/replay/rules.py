@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dgl_jax.config.registry import RULES, Kind
+from dgl_jax.errors import UserError
 
 # (read counts, newest message first; slot of the newest message; number of slots; maximum number of
 # uses per message; seed) -> age of the message to read
@@ -64,8 +65,17 @@ ANY_NUMBER = np.iinfo(np.int64).max
 
 
 def limit_of(rule: str, size: int, max_reuse: int) -> int:
-    """Returns the number of times a message may be read."""
+    """Returns the number of times a message may be read, which is at least 1.
+
+    Raises:
+      UserError: the rule counts from one and would let no message be read.
+    """
     if RULES[rule].counts_from_one and max_reuse:
+        if max_reuse == 1:
+            raise UserError(
+                f"config.replay.max_reuse=1: config.replay.rule={rule} counts writing a message as "
+                "its first use, so none could be read; use 2 or more, or 0 for no limit"
+            )
         # In a ring of one slot that rule's count stays at 1.
-        return max_reuse - 1 if size > 1 or max_reuse == 1 else ANY_NUMBER
+        return max_reuse - 1 if size > 1 else ANY_NUMBER
     return max_reuse or ANY_NUMBER

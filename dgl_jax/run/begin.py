@@ -66,8 +66,8 @@ def begin(
       The state to train from.
 
     Raises:
-      UserError: there are checkpoints, but all of them are damaged, or the length of the run was
-        changed while its modules train one after the other.
+      UserError: there are checkpoints, but all of them are damaged, or the run cannot have its new
+        length; see `_check_new_length`.
     """
     now = time.monotonic()
     step, flight = 0, False
@@ -140,19 +140,23 @@ def _check_new_length(settings: Settings, planned: int, total: int, made: Sequen
       made: updates that each module has made.
 
     Raises:
-      UserError: the updates that were made would be others in a run of the new length.
+      UserError: modules have seen more batches than the new length has, or their updates would be
+        others in a run of that length.
     """
     kind, name = METHODS[settings.method.name], settings.method.name
-    if len(set(made)) == 1:
-        return
-    # From here on the first module had no further batch, which the counts do not show.
-    last = kind.unlocked and planned < total and max(made) + len(made) - 1 > planned
-    if kind.in_turn or last:
+    # Batches that the first module has run forward. Once it has them all, the counts do not tell.
+    ahead = len(made) - 1 if kind.unlocked and len(set(made)) > 1 else 0
+    seen = min(max(made) + ahead, planned)
+    lead = (
+        f"config.train: {total} steps, but this run was planned with {planned} and its modules "
+        f"have made {', '.join(map(str, made))} updates; "
+    )
+    if (kind.in_turn and {*made} != {planned}) or (ahead and total > planned < max(made) + ahead):
         raise UserError(
-            f"config.train: {total} steps, but this run was planned with {planned} and its modules "
-            f"have made {', '.join(map(str, made))} updates; config.method.name={name} must finish "
-            f"with {planned} before it can be extended"
+            f"{lead}config.method.name={name} must finish with {planned} before it can be extended"
         )
+    if total < seen:
+        raise UserError(f"{lead}use at least {seen} steps")
 
 
 def _tidy(workdir: Path, step: int, recorded: bool) -> None:

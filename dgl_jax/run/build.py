@@ -1,5 +1,6 @@
 """Construction of a run from its settings: data, network, modules, engine. Writes no files."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -98,15 +99,18 @@ def make_experiment(
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:
         # The update counts are int32.
-        length = (
+        text = (
             "less than one step"
             if total_steps < 1
             else f"{total_steps} steps (the limit is {2**31 - 1})"
         )
         raise UserError(
-            f"config.train.epochs={settings.train.epochs}: {length} of "
+            f"config.train.epochs={settings.train.epochs}: {text} of "
             f"{settings.data.batch_size} examples"
         )
+    # Options that depend on the length were checked without it if the run is given in epochs.
+    length = dataclasses.replace(settings.train, steps=total_steps)
+    settings.method.check(dataclasses.replace(settings, train=length))
     source_info = DatasetInfo.of(source)
     if info is not None:
         info.check(source_info, settings.data)

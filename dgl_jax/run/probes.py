@@ -23,6 +23,7 @@ from dgl_jax.core.program_cache import cached_program
 from dgl_jax.data import Source
 from dgl_jax.diagnostics import Parts, drift, probe, weighted_drift
 from dgl_jax.engines import EngineState, counts, world
+from dgl_jax.engines.base import held
 from dgl_jax.engines.program import on_group
 from dgl_jax.engines.transfer import put
 from dgl_jax.errors import UserError
@@ -223,10 +224,9 @@ class Probes:
         spec, placement = self._experiment.spec, self._experiment.engine.placement
         modules = range(len(spec.modules))
         parts = [Parts.of(module) for module in state.modules]
-        # A module that has made no update has no codebook yet.
-        untrained = [
-            not count and bool(jax.tree.leaves(p.codec)) for count, p in zip(counts(state), parts)
-        ]
+        # A module that has sent no message has no codebook yet.
+        sent = held(state, lambda module: module.extras.get("sent", module.updates))
+        untrained = [not n and bool(jax.tree.leaves(p.codec)) for n, p in zip(sent, parts)]
         programs = self._programs(spec)
         starts = self._programs(spec, start=True) if any(untrained) else []
         sums: list[Any] = [None for _ in modules]

@@ -131,7 +131,7 @@ def recording(experiment: Experiment, workdir: Path, start: RunStart) -> Iterato
     """Opens the metric files and the progress display for the duration of a `with` block."""
     writers: list[Writer] = [JsonLinesWriter(workdir / "metrics.jsonl")] if world.first() else []
     if experiment.settings.log.tensorboard and world.first():
-        writers.append(TensorBoardWriter(workdir / "tensorboard", start.step or None))
+        writers.append(TensorBoardWriter(workdir / "tensorboard", start.step))
     with closing(MultiWriter(writers)) as writer, Progress(bar=world.first()) as progress:
         progress.start(experiment.total_steps, start.step)
         yield Record(experiment, start, writer, progress)

@@ -165,7 +165,8 @@ def borrow_weights(spec: TrainSpec, state: EngineState, other: Trained) -> Engin
     for mine, theirs in zip(state.modules, other.restored.state.modules, strict=True):
         # Through the host: the two runs may use different devices.
         params, batch_stats = jax.device_get(ema.evaluated(theirs))
-        modules.append(dataclasses.replace(mine, params=params, batch_stats=batch_stats))
+        module = dataclasses.replace(mine, params=params, batch_stats=batch_stats)
+        modules.append(ema.begin(module) if spec.ema else module)
     # Copies of neighboring modules' weights that a method keeps must match the new weights.
     # `jnp.copy`: a method may return an array several times, and engines donate each of them.
     for k, module in enumerate(modules):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgl_jax import system
 from dgl_jax.config import Settings, default_config, differences, make_settings
 from dgl_jax.config.fields import expand
 from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
@@ -141,12 +142,8 @@ def lock(workdir: Path, work: str = "training") -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--workdir={workdir}: another {work} is running there") from None
-        except OSError as error:  # such as a network file system without locks
-            _LOG.warning("--workdir=%s: cannot be locked (%s)", workdir, error.strerror)
+        if not system.flock(file, f"--workdir={workdir}", seconds=1.0):
+            raise UserError(f"--workdir={workdir}: another {work} is running there")
         yield
 
 
@@ -206,14 +203,27 @@ def check(workdir: Path, settings: Settings) -> None:
         raise UserError(
             f"--workdir={workdir}: holds the rows of a sweep; a run needs a folder of its own"
         )
-    if not holds_checkpoint(workdir):  # without checkpoints nothing is lost by starting over
-        return
-    changed = differences(load_settings(workdir / "config.json"), settings)
-    if changed:
+    if reason := conflict(workdir, settings):
         raise UserError(
-            f"--workdir={workdir}: holds a run of another configuration: {'; '.join(changed)}; "
-            "use another workdir, or start from its weights with --init_from"
+            f"--workdir={workdir}: {reason}; use another workdir, or start from its weights with "
+            "--init_from"
         )
+
+
+def conflict(workdir: Path, settings: Settings) -> str:
+    """Returns why the run in a folder cannot be resumed with these settings; "" if it can.
+
+    Raises:
+      UserError: its config.json is missing or damaged.
+    """
+    summary, resumes = read_summary(workdir), holds_checkpoint(workdir)
+    if summary is None and not resumes:
+        return ""  # nothing is lost by starting over
+    if changed := differences(load_settings(workdir / "config.json"), settings):
+        return f"holds a run of another configuration: {'; '.join(changed)}"
+    if not resumes and finished(workdir, settings) is None:
+        return "holds a finished run without checkpoints, which cannot be extended"
+    return ""
 
 
 def holds_checkpoint(workdir: Path) -> bool:

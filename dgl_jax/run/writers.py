@@ -102,15 +102,15 @@ class TensorBoardWriter:
 
     Args:
       directory: folder of the event files.
-      resumed_at: step of the checkpoint that the run resumed from. TensorBoard then hides what was
-        written for later steps before the resume.
+      resumed_at: step of the checkpoint that the run resumed from; 0 if it begins, None if nothing
+        was written before. TensorBoard hides what was written for later steps.
     """
 
     def __init__(self, directory: str | os.PathLike[str], resumed_at: int | None = None):
         from tensorboardX import SummaryWriter  # here: an optional dependency
 
         # `purge_step` also hides the step itself, whose records are still valid.
-        purge = None if resumed_at is None else resumed_at + 1
+        purge = resumed_at + 1 if resumed_at else resumed_at
         self._writer = SummaryWriter(os.fspath(directory), purge_step=purge, flush_secs=10)
         self._final = Path(directory) / "final"
         self._final_writer: Any = None

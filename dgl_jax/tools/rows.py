@@ -1,6 +1,5 @@
 """Rows of a sweep: reading them from a file, checks before the start, and `sweep.json`."""
 
-import copy
 import importlib.util
 import json
 import re
@@ -9,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgl_jax.config import Settings, differences, make_settings
+from dgl_jax.config import Settings, make_settings
 from dgl_jax.errors import UserError, explain, where
 from dgl_jax.run.checkpoint_folder import check_path
 from dgl_jax.run.summary import read_summary
-from dgl_jax.run.workdir import finished, holds_checkpoint, load_settings, read_json
+from dgl_jax.run.workdir import conflict, finished, holds_checkpoint, read_json
 from dgl_jax.run.writers import write_text
 from dgl_jax.tools.commands import shell_command
 from dgl_jax.tools.config_files import resolve
@@ -108,13 +107,17 @@ def overridden(pairs: Pairs, fields: Mapping[str, Any]) -> Iterator[Any]:
       fields: new values, by name such as `data.dir`.
     """
     for pair in pairs:
-        # What is no row is refused later.
-        if fields and isinstance(pair, tuple) and hasattr(pair[-1], "update_from_flattened_dict"):
-            config = copy.deepcopy(pair[-1])
-            config.update_from_flattened_dict(fields)
-            yield (*pair[:-1], config)
-        else:
-            yield pair
+        config: Any = pair[-1] if fields and isinstance(pair, tuple) and pair else None
+        if hasattr(config, "to_dict"):  # ConfigDict or Settings
+            config = config.to_dict()
+        if not isinstance(config, Mapping):
+            yield pair  # what is no row is refused later
+            continue
+        config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
+        for name, value in fields.items():
+            group, _, leaf = name.rpartition(".")
+            (config.setdefault(group, {}) if group else config)[leaf] = value
+        yield (*pair[:-1], config)
 
 
 def make_rows(pairs: Pairs, workdir: Path) -> list[Row]:
@@ -185,16 +188,13 @@ def _compare_with_folder(row: Row) -> None:
       UserError: the folder holds another run.
     """
     check_path(row.folder)
-    stored = row.folder / "config.json"
-    if not stored.exists():
+    if not (row.folder / "config.json").exists():
         return
     summary, row.resumes = read_summary(row.folder), holds_checkpoint(row.folder)
-    if summary is None and not row.resumes:
-        return  # nothing is lost by starting over
-    if changed := differences(load_settings(stored), row.settings):
+    if reason := conflict(row.folder, row.settings):
         raise UserError(
-            f"row {row.name}: {row.folder} holds a run of another configuration: "
-            f"{'; '.join(changed)}; use another --workdir, or another name for the row"
+            f"row {row.name}: {row.folder} {reason}; use another --workdir, or another name for "
+            "the row"
         )
     if summary is not None and finished(row.folder, row.settings):
         row.state, row.seconds = "finished", summary.wall_seconds
