@@ -12,6 +12,7 @@ from runs import records
 from test_resume import interrupted
 
 from dgl_jax.config import make_settings
+from dgl_jax.diagnostics import weighted_drift
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, LocalLoss
 from dgl_jax.run.due import Due
@@ -169,18 +170,36 @@ def test_report_has_the_curves_of_the_probes(probed):
     assert run.curves["diagnostics", 1, "mmd"][0] == pytest.approx([4 / 6, 8 / 6, 2])
     assert len(run.curves["diagnostics", 0, "gradient_squared"][0]) == 4
     assert ("final", 1, "weighted_drift") in run.curves
-    titles = ("squared gradient norm", "drift since the last probe (MMD)", "drift sum of the bound")
+    titles = (
+        "squared gradient norm",
+        "squared gradient norm, final inputs",
+        "drift since the last probe (MMD)",
+        "drift since the last probe (Wasserstein)",
+        "drift sum of the bound",
+    )
     text = page(make_report("probed", [run]))
     assert all(f'aria-label="{title}"' in text for title in titles)
 
 
 @pytest.mark.medium
-def test_extended_run_measures_the_new_end(probed, tmp_path):
-    folder = shutil.copytree(probed, tmp_path / "run")
-    train_and_evaluate(config(train__steps=16), folder)
-    final = [line for line in ours(folder) if any(key.startswith("final/") for key in line)]
+def test_extended_run_measures_the_new_end(tmp_path):
+    for steps in (12, 16):
+        train_and_evaluate(config(schedule__name="cosine", train__steps=steps), tmp_path)
+    final = [line for line in ours(tmp_path) if any(key.startswith("final/") for key in line)]
     assert [line["step"] for line in final] == [0, 4, 8, 12, 16]
     assert final[-1]["final/module_1/mmd"] == 0 < final[-2]["final/module_1/mmd"]
+
+    # The drift is weighted with the learning rates that were used, those of the shorter run too.
+    def rates(used):
+        return [
+            0.025 * sum(1 + np.cos(np.pi * i / used[i // 12]) for i in range(n, n + 4))
+            for n in (0, 4, 8, 12)
+        ]
+
+    distances = [line["final/module_1/mmd"] for line in final]
+    sums = [line["final/module_1/weighted_drift"] for line in final[1:]]
+    assert sums == pytest.approx(weighted_drift(distances, rates((12, 16))), rel=2e-3)
+    assert sums != pytest.approx(weighted_drift(distances, rates((16, 16))), rel=1e-2)
 
 
 @pytest.mark.medium

@@ -8,7 +8,7 @@ from runs import arrays, small_config
 
 from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
-from dgl_jax.run.begin import _check_new_length
+from dgl_jax.run.begin import _check_new_length, _difference
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.signals import Interrupted
 from dgl_jax.testing import make_experiment
@@ -25,6 +25,9 @@ from dgl_jax.train import train_and_evaluate
         ("ddg", 100, 52, (50, 51, 52), ""),
         ("ddg", 100, 51, (50, 51, 52), "use at least 52 steps"),
         ("ddg", 100, 200, (98, 99, 100), ""),
+        ("ddg", 100, 200, (99, 100, 100), "method.name=ddg must finish with 100 before"),
+        ("features_replay", 100, 200, (99, 100, 100), "must finish with 100 before"),
+        ("ddg", 100, 200, (100, 100, 100), ""),
         # Activations wait too: the first module is two batches ahead of the last one.
         ("fdg", 100, 54, (50, 51, 52), ""),
         ("fdg", 100, 53, (50, 51, 52), "use at least 54 steps"),
@@ -52,6 +55,22 @@ def test_lengths_that_fit_what_the_modules_have_seen(method, planned, total, mad
         f"have made {updates} updates; "
     )
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "made", "reason"),
+    [
+        ("dgl", (12, 12), ""),
+        ("layerwise", (12, 12), "the modules train one after the other again"),
+        ("ddg", (11, 12), ""),
+        ("ddg", (12, 12), "at step 12 the gradients in flight were used up"),
+        ("fdg", (12, 12), "at step 12 the gradients in flight were used up"),
+        ("fdg", (12,), ""),
+    ],
+)
+def test_why_an_extended_run_differs_from_one_planned_so(method, made, reason):
+    settings = make_settings(small_config(method__name=method))
+    assert _difference(settings, 12, made) == reason
 
 
 @pytest.mark.slow

@@ -288,6 +288,10 @@ def test_init_from_takes_the_weights_and_nothing_else(whole, tmp_path):
         UserError, match="--init_from: module_0 of that run has parameters of other shapes"
     ):
         train_and_evaluate(small_config(model__width=8), tmp_path / "wider", init_from=whole)
+    with pytest.raises(UserError, match=r"config\.method\.name is dgl there and backprop here$"):
+        train_and_evaluate(
+            small_config(method__name="backprop"), tmp_path / "headless", init_from=whole
+        )
     with pytest.raises(UserError, match=r"--init_from=.*nowhere: holds no run"):
         train_and_evaluate(small_config(), tmp_path / "other", init_from=tmp_path / "nowhere")
 

@@ -97,6 +97,9 @@ def test_a_field_of_the_command_line_changes_rows_of_every_kind(kind, tmp_path):
     assert (chosen.model.name, chosen.model.width) == ("cnn4", 8)
     assert (chosen.seed, chosen.replay.size) == (3, 5)
     assert "width" not in values["model"]
+    (wrong,) = overridden([("a", {"model": None})], fields)
+    with pytest.raises(UserError, match=r"^row a: config\.model=None: a group"):
+        make_rows([wrong], tmp_path)
 
 
 def test_rows_may_reuse_one_configuration(tmp_path):

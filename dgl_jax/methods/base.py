@@ -240,12 +240,15 @@ class MethodKind(Kind):
       engines: names of the engines that support the method; None for all.
       in_turn: True if modules train one after the other, so that the order of all updates depends
         on the length of the run.
+      delayed: modules update with gradients of earlier batches, so that each has made one update
+        less than the one above it when a run stops.
       unlocked: several batches are between two modules when a run stops.
     """
 
     local: bool = True
     engines: tuple[str, ...] | None = None
     in_turn: bool = False
+    delayed: bool = False
     unlocked: bool = False
 
 

@@ -32,5 +32,6 @@ METHODS.ship(
         DelayedOptions,
         local=False,
         engines=("fused", "pipeline"),
+        delayed=True,
     )
 )

@@ -56,6 +56,7 @@ METHODS.ship(
         FdgOptions,
         local=False,
         engines=("fused", "pipeline"),
+        delayed=True,
         unlocked=True,
     )
 )

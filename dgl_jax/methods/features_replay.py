@@ -38,5 +38,6 @@ METHODS.ship(
         FeaturesReplayOptions,
         local=False,
         engines=("fused", "pipeline"),
+        delayed=True,
     )
 )

@@ -120,14 +120,21 @@ def _restored(
             total,
             planned,
         )
-    elif METHODS[settings.method.name].in_turn and planned != total:
+    elif planned != total and (reason := _difference(settings, planned, counts(restored.state))):
         _LOG.warning(
-            "the modules train one after the other again, to step %d instead of %d: the result "
-            "differs from that of one uninterrupted run of this length",
-            total,
-            planned,
+            "%s: the result differs from that of one uninterrupted run of %d steps", reason, total
         )
     return state, restored.step, restored.meta, restored.flight is not None
+
+
+def _difference(settings: Settings, planned: int, made: Sequence[int]) -> str:
+    """Returns why a run of a new length differs from one planned so; "" if it does not."""
+    kind = METHODS[settings.method.name]
+    if kind.in_turn:
+        return "the modules train one after the other again"
+    if kind.delayed and len(made) > 1 and {*made} == {planned}:
+        return f"at step {planned} the gradients in flight were used up"
+    return ""
 
 
 def _check_new_length(settings: Settings, planned: int, total: int, made: Sequence[int]) -> None:
@@ -144,14 +151,18 @@ def _check_new_length(settings: Settings, planned: int, total: int, made: Sequen
         others in a run of that length.
     """
     kind, name = METHODS[settings.method.name], settings.method.name
+    uneven, last = len(set(made)) > 1, len(made) - 1
     # Batches that the first module has run forward. Once it has them all, the counts do not tell.
-    ahead = len(made) - 1 if kind.unlocked and len(set(made)) > 1 else 0
+    ahead = last if kind.unlocked and uneven else 0
     seen = min(max(made) + ahead, planned)
+    # Some modules had no further batch, and used up what was in flight.
+    usual = [max(made) - last + k for k in range(len(made))]
+    ending = kind.delayed and uneven and (max(made) + ahead > planned or [*made] != usual)
     lead = (
         f"config.train: {total} steps, but this run was planned with {planned} and its modules "
         f"have made {', '.join(map(str, made))} updates; "
     )
-    if (kind.in_turn and {*made} != {planned}) or (ahead and total > planned < max(made) + ahead):
+    if (kind.in_turn and {*made} != {planned}) or (ending and total > planned):
         raise UserError(
             f"{lead}config.method.name={name} must finish with {planned} before it can be extended"
         )

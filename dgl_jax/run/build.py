@@ -108,9 +108,9 @@ def make_experiment(
             f"config.train.epochs={settings.train.epochs}: {text} of "
             f"{settings.data.batch_size} examples"
         )
-    # Options that depend on the length were checked without it if the run is given in epochs.
-    length = dataclasses.replace(settings.train, steps=total_steps)
-    settings.method.check(dataclasses.replace(settings, train=length))
+    if not settings.train.steps:  # options that depend on the steps were checked without them
+        length = dataclasses.replace(settings.train, steps=total_steps)
+        settings.method.check(dataclasses.replace(settings, train=length))
     source_info = DatasetInfo.of(source)
     if info is not None:
         info.check(source_info, settings.data)

@@ -5,7 +5,6 @@ checkpoint stores its checksum, so that a resumed run compares with the same num
 """
 
 import io
-import itertools
 import logging
 import zlib
 from collections.abc import Sequence
@@ -45,11 +44,14 @@ class Stored(NamedTuple):
     Attributes:
       inputs: projected inputs of each module but the first, float32 [K - 1, n, p].
       updates: updates that each module has made, int64 [K].
+      rates: sum of the learning rates of these updates, float64 [K]; stored because the schedule of
+        a longer run gives other rates for the same updates.
       reads: messages that each module has read, and the sum of their ages, float64 [K, 2].
     """
 
     inputs: np.ndarray
     updates: np.ndarray
+    rates: np.ndarray
     reads: np.ndarray
 
 
@@ -125,7 +127,11 @@ class Probes:
     def _stored(self, walk: Walk, state: EngineState, live: EngineState) -> Stored:
         spec, gauges = self._experiment.spec, self._experiment.engine.gauges(live)
         reads = np.array([_reads(gauges, module.name) for module in spec.modules])
-        return Stored(walk.inputs, np.array(counts(state), np.int64), reads)
+        updates = np.array(counts(state), np.int64)
+        before = self._last
+        begin, rates = (before.updates, before.rates) if before else (0 * updates, 0.0)
+        rates = rates + np.array([*map(self._rates, begin, updates)])
+        return Stored(walk.inputs, updates, rates, reads)
 
     def _store(self, step: int, new: Stored) -> None:
         self._last, self._first = new, False
@@ -188,10 +194,7 @@ class Probes:
         values: dict[int, dict[str, float]] = {s: {} for s in steps}
         for k, module in enumerate(spec.modules[1:], 1):
             final = [drift(probes[s].inputs[k - 1], self._last.inputs[k - 1]) for s in steps]
-            rates = [
-                self._rates(probes[a].updates[k], probes[b].updates[k])
-                for a, b in itertools.pairwise(steps)
-            ]
+            rates = np.diff([probes[s].rates[k] for s in steps]).tolist()
             distances = [float(distance["mmd"].value) for distance in final]
             sums = weighted_drift(distances, rates, self._in_turn)
             for s, distance in zip(steps, final):
@@ -282,7 +285,8 @@ class Probes:
     def _rates(self, begin: int, end: int) -> float:
         """Returns the sum of the learning rates of a module's updates `begin` to `end`."""
         numbers = jnp.arange(begin, end)
-        return float(np.sum(jax.vmap(self._experiment.schedule)(numbers))) if end > begin else 0.0
+        rates = np.asarray(jax.vmap(self._experiment.schedule)(numbers), np.float64)
+        return float(np.sum(rates)) if end > begin else 0.0
 
     def _restored(self, step: int, checksum: int) -> Stored | None:
         path = self._folder / f"{step}.npz"

@@ -129,10 +129,15 @@ def check_weights(experiment: Experiment, other: Trained) -> None:
     for k, (module, source) in enumerate(zip(modules, other.restored.state.modules)):
         wanted, given = (module.params, module.batch_stats), ema.evaluated(source)
         if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, given):
+            groups = [
+                (group, getattr(other.settings, group), getattr(experiment.settings, group))
+                for group in ("model", "method", "objective")
+            ]
             reasons = [
-                f"config.model.{name} is {was} there and {now} here"
-                for name, was in dataclasses.asdict(other.settings.model).items()
-                if was != (now := getattr(experiment.settings.model, name))
+                f"config.{group}.{name} is {was} there and {now} here"
+                for group, there, here in groups
+                for name, was in dataclasses.asdict(there).items()
+                if was != (now := getattr(here, name, was))
             ]
             if mine.shape != theirs.shape:
                 reasons.append(f"examples are {theirs.shape} there and {mine.shape} here")

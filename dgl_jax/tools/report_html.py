@@ -31,8 +31,12 @@ _PANELS = (
     ("validation loss", "validation", "loss"),
     ("training loss", "train", "loss"),
     ("squared gradient norm", "diagnostics", "gradient_squared"),
+    ("squared gradient norm, final inputs", "final", "gradient_squared"),
     ("drift since the last probe (MMD)", "diagnostics", "mmd"),
+    ("drift since the last probe (Wasserstein)", "diagnostics", "wasserstein"),
     ("drift sum of the bound", "final", "weighted_drift"),
+    ("relative error of the codec", "diagnostics", "codec_error"),
+    ("age of the messages read", "diagnostics", "staleness"),
 )
 # Points of all curves together, which bound the size of the page.
 _POINTS = 28_000

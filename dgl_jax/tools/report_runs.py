@@ -21,8 +21,8 @@ from dgl_jax.tools.commands import shell_command
 _SKIPPED = ("checkpoints", "plots", "tensorboard")
 _METRIC = re.compile(
     r"(train|validation|diagnostics|final)/(module_(\d+)|ensemble)/"
-    r"(accuracy|loss|gradient_squared|gradient_second_moment|mmd|weighted_drift|codec_error"
-    r"|staleness)"
+    r"(accuracy|loss|gradient_squared|gradient_second_moment|mmd|wasserstein|weighted_drift"
+    r"|codec_error|staleness)"
 )
 _UNFINISHED = "unfinished"
 FINISHED, FAILED, UNREADABLE = "finished", "failed", "cannot be read"

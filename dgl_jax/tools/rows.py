@@ -110,14 +110,15 @@ def overridden(pairs: Pairs, fields: Mapping[str, Any]) -> Iterator[Any]:
         config: Any = pair[-1] if fields and isinstance(pair, tuple) and pair else None
         if hasattr(config, "to_dict"):  # ConfigDict or Settings
             config = config.to_dict()
-        if not isinstance(config, Mapping):
-            yield pair  # what is no row is refused later
-            continue
-        config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
-        for name, value in fields.items():
-            group, _, leaf = name.rpartition(".")
-            (config.setdefault(group, {}) if group else config)[leaf] = value
-        yield (*pair[:-1], config)
+        if isinstance(config, Mapping):
+            config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
+            for name, value in fields.items():
+                group, _, leaf = name.rpartition(".")
+                changed = config.setdefault(group, {}) if group else config
+                if isinstance(changed, dict):
+                    changed[leaf] = value
+            pair = (*pair[:-1], config)
+        yield pair  # what is no row is refused later
 
 
 def make_rows(pairs: Pairs, workdir: Path) -> list[Row]:
