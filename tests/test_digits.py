@@ -53,5 +53,28 @@ def test_pipeline_reaches_the_accuracies_of_fused(accuracies):
     assert accuracies("pipeline") == accuracies("fused")
 
 
+# `dni` and `cdni` with two modules, as in their publication.
+@pytest.mark.parametrize(
+    ("method", "modules", "least"),
+    [
+        ("layerwise", 4, 0.93),
+        ("deep_supervision", 4, 0.93),
+        ("ddg", 4, 0.93),
+        ("features_replay", 4, 0.93),
+        ("fdg", 4, 0.93),
+        ("dni", 2, 0.9),
+        ("cdni", 2, 0.9),
+    ],
+)
+def test_every_other_method_learns_digits(method, modules, least, tmp_path):
+    config = digits.get_config()
+    config.method.name, config.model.modules = method, modules
+    config.model.width, config.train.epochs = 8, 6.0
+    trained = train_and_evaluate(config, tmp_path).modules
+    assert trained[-1]["test_accuracy"] > least
+    if method == "layerwise":
+        assert all(module["test_accuracy"] > 0.85 for module in trained)
+
+
 def test_twin_a_network_after_one_step_is_below_50_percent(accuracies):
     assert accuracies("fused", steps=1)[-1] < 0.5
