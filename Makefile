@@ -4,7 +4,8 @@
 #   make test CONSTRAINTS=constraints-lowest.txt         the lowest supported versions
 PYTHON ?= python3
 CONSTRAINTS ?=
-VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+VERSION := $(shell $(PYTHON) -c 'import platform, sys, zlib; \
+  print(f"{platform.python_version()}{sys.abiflags}-{zlib.crc32(sys.base_prefix.encode()):08x}")')
 ifeq ($(VERSION),)
 $(error PYTHON=$(PYTHON): no such interpreter)
 endif

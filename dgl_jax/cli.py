@@ -319,6 +319,7 @@ def _sweep(folder: str) -> None:
         estimate=_ESTIMATE.value,
         name=_SWEEP.value,
         flags=flags_of_rows,
+        given=fields,
     )
     _print(json.dumps(result.names()))
     sys.exit(result.exit_code)

@@ -1,5 +1,7 @@
 """Kinds in the configuration: names equal the registries, and each engine and method is built."""
 
+import re
+
 import jax
 import pytest
 from runs import small_config, spec_of
@@ -89,5 +91,22 @@ def test_choices_without_effect_on_a_single_module_are_logged(modules, caplog):
     with caplog.at_level("INFO", logger="dgl_jax"):
         make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
     logged = [line for line in caplog.messages if "no effect" in line]
-    names = "config.codec.name=int8, config.objective.name=pred_sim"
+    names = "config.objective.name=pred_sim"
     assert logged == [f"no effect with a single module: {names}"] * (modules == 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model.head", "linear"), ("codec.name", "int8"), ("objective.context_input", True)],
+)
+def test_what_only_several_modules_use_is_refused_or_ignored_with_one(field, value):
+    group, leaf = field.split(".")
+    several, one = ({group: {leaf: value}, "model": {"modules": n}} for n in (2, 1))
+    for fields in (several, one):
+        fields["model"] |= {leaf: value} if group == "model" else {}
+    assert make_settings(several, given=[field]).ignored == {}
+    reason = f"config.{field}={value!r}: applies to config.model.modules=2 or more, not to 1"
+    assert make_settings(one).ignored == {field: reason}
+    assert differences(make_settings({"model": {"modules": 1}}), make_settings(one)) == []
+    with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
+        make_settings(one, given=[field])

@@ -45,6 +45,17 @@ def test_distances_and_errors_equal_numpy(measure, by_hand):
     assert swapped != pytest.approx(float(estimate.value), rel=1e-3)  # the reference sets the scale
 
 
+def test_projections_are_equal_in_64_bit_mode():
+    x, key = samples()[0], rngs.root(0)
+    usual = project(x, key, 5)
+    with jax.enable_x64(True):
+        wide = project(x, rngs.root(0), 5)
+        values = drift(x, x + 1)
+    assert wide.dtype == usual.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, usual)
+    assert float(values["mmd"].value) == float(drift(x, x + 1)["mmd"].value) > 0
+
+
 def test_equal_samples_have_distance_zero():
     for estimate in drift(samples()[0], samples()[0].copy()).values():
         assert float(estimate.value) == float(estimate.error) == 0

@@ -67,6 +67,9 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
         "codec.dims": 4,
         "train.ema": 0.5,
         "log.tensorboard": True,
+        "diagnostics.enabled": True,
+        "diagnostics.every": 2,
+        "diagnostics.batches": 1,
     }
     run = ["--config=digits", *(f"--config.{name}={value}" for name, value in fields.items())]
     workdir_flag = f"--workdir={workdir}"
@@ -81,6 +84,10 @@ def command_lines(images: Path, workdir: Path) -> list[list[str]]:
         ],
         ["--mode=export", workdir_flag, f"--output={workdir / 'exported'}"],
         ["--mode=plot", workdir_flag],
+        ["--mode=eval", workdir_flag, "--split=train"],
+        ["--mode=report", workdir_flag],
+        ["--mode=plan", "--config=digits", "--config.codec.name=vq", "--block_times=1,2,2,1"],
+        ["--mode=bench", *run, "--bench_steps=2"],
     ]
 
 
@@ -137,4 +144,6 @@ def test_modes_succeed_in_unusual_environments(environment, images, tmp_path):
     assert len(rows) == 1 + 8
     assert {row.split(",")[1] for row in rows[1:]} <= {"größer", "kleiner"}
     assert (tmp_path / "run" / "plots" / "accuracy.png").exists()
+    assert (tmp_path / "run" / "plots" / "convergence.png").exists()
+    assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "exported" / "model.safetensors").exists()

@@ -208,6 +208,16 @@ def test_images_keep_the_order_of_the_patterns(photos):
     assert [path.name for path in images] == ["c.JPG", "a.png", "a1.png", "a[1].png"]
 
 
+def test_files_of_a_folder_that_are_not_images_are_logged(tmp_path, caplog):
+    for name in ("a.png", "sub/b.heic", "sub/c.HEIC", "notes", ".hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images([str(tmp_path)]) == [tmp_path / "a.png"]
+    assert caplog.messages == [
+        f"{tmp_path}: 3 of 4 files are not images and are ignored: 2 .heic, 1 without a suffix"
+    ]
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_evaluation_compiles_nothing_that_was_compiled_in_advance(tiny, devices, at_once):
     compiled = []

@@ -300,8 +300,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 7_500
-    assert package < 17_320
+    assert core < 7_510
+    assert package < 17_400
 
 
 @pytest.mark.parametrize(

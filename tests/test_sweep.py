@@ -13,7 +13,7 @@ from dgl_jax.config import make_settings
 from dgl_jax.errors import UserError
 from dgl_jax.run.workdir import check, lock
 from dgl_jax.tools import rows
-from dgl_jax.tools.rows import make_rows, overridden
+from dgl_jax.tools.rows import check_given, make_rows, overridden
 from dgl_jax.tools.sweep import sweep
 from dgl_jax.train import train_and_evaluate
 
@@ -100,6 +100,14 @@ def test_a_field_of_the_command_line_changes_rows_of_every_kind(kind, tmp_path):
     (wrong,) = overridden([("a", {"model": None})], fields)
     with pytest.raises(UserError, match=r"^row a: config\.model=None: a group"):
         make_rows([wrong], tmp_path)
+
+
+def test_a_field_of_the_command_line_that_no_row_uses_is_refused(tmp_path):
+    pairs = [(name, small_config(engine__name=name)) for name in ("fused", "simulated")]
+    fields = {"replay.size": 7}
+    check_given(make_rows(overridden(pairs, fields), tmp_path), fields)
+    with pytest.raises(UserError, match=r"replay\.size=7: applies .* not to fused in any row"):
+        check_given(make_rows(overridden(pairs[:1], fields), tmp_path), fields)
 
 
 def test_rows_may_reuse_one_configuration(tmp_path):

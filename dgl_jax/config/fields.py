@@ -25,6 +25,23 @@ Applies = Mapping[str, tuple[Any, ...]]
 ALWAYS: Applies = MappingProxyType({})
 
 
+class _Least(int):
+    def __str__(self) -> str:
+        return f"{int(self)} or more"
+
+
+class AtLeast(tuple[int]):
+    """Numbers from a least one on, as the values of a condition; the tuple has the least one."""
+
+    def __contains__(self, number: Any) -> bool:
+        return bool(number >= self[0])
+
+
+SEVERAL: Applies = MappingProxyType(
+    {"model.modules": AtLeast((_Least(2),))}
+)  # what one module has no use for
+
+
 def option(default: Any, applies: Applies = ALWAYS, free: bool = False, **metadata: Any) -> Any:
     """Declares a field of the configuration.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgl_jax.config import registry
-from dgl_jax.config.fields import MANY, Applies, choice, kind_of, number, option
+from dgl_jax.config.fields import MANY, SEVERAL, Applies, choice, kind_of, number, option
 from dgl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class ModelSettings(Group):
     modules: int = number(4, 1, 4096)
     split: str = option("count")
     head: str = kind_of(
-        registry.HEADS, "mlp_sr", applies={"method.local": (True,), "objective.heads": (True,)}
+        registry.HEADS,
+        "mlp_sr",
+        applies={"method.local": (True,), "objective.heads": (True,), **SEVERAL},
     )
     adapter: str = kind_of(registry.ADAPTERS, "none")
     dtype: str = choice("float32", "bfloat16")
@@ -135,7 +137,7 @@ class ObjectiveSettings(Group):
     """
 
     name: str = kind_of(registry.OBJECTIVES, "classifier")
-    context_input: bool = option(False, applies=_IMAGES)
+    context_input: bool = option(False, applies={**_IMAGES, **SEVERAL})
     transport: float = number(0.0, 0.0, 1e6)
 
 
@@ -244,7 +246,7 @@ class CodecSettings(Group):
       name: codec.
     """
 
-    name: str = kind_of(registry.CODECS, "identity")
+    name: str = kind_of(registry.CODECS, "identity", applies=SEVERAL)
 
 
 @dataclass(frozen=True)

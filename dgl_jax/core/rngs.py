@@ -11,6 +11,7 @@ this: its `fold_in` ignores the order of the numbers.)
         adapter_params(n)                      initial values of the adapter in front of block n
         orthogonal(p, n, i)                    orthogonal weights, array i of part p at block n
         augmentation(step)                     augmentation of training batch `step`
+            half(0), half(1)                   where its images are cropped; which are mirrored
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
                 micro_batch(i)
@@ -25,6 +26,7 @@ this: its `fold_in` ignores the order of the numbers.)
         probe()                                diagnostics
             module(k), update(t)               random operations inside module k, as above
             directions(k)                      directions in the input space of module k
+                part(i)                        their i-th part
 
 Random numbers on the host have other generators: `bits` for the order and the crops of examples,
 `ring` for replay, and `schedule.drawn` for the turns of the simulated engine.
@@ -95,6 +97,16 @@ def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
 
 # Streams on the host: the first number after the seed in `bits` and `ring`.
 VALIDATION, SUBSET, EPOCH, CROP, RING = range(5)
+
+
+def half(key: Key[Array, ""], number: int) -> Key[Array, ""]:
+    """Derives one of the two keys of the augmentation of a batch, without a constant."""
+    return jax.random.split(key)[number]
+
+
+def part(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
+    """Derives the key of a part of the directions of a module, without a constant."""
+    return jax.random.fold_in(key, number)
 
 
 def root(seed: Number) -> Key[Array, ""]:

@@ -83,8 +83,7 @@ def _list(directory: Path) -> dict[str, list[Path]]:
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
                 images.append(file)
             elif not file.name.startswith("."):
-                kind = "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
-                ignored[kind] += 1
+                ignored[kind_of_file(file)] += 1
         # Names and their order must not depend on the locale, hence the raw bytes.
         name = os.fsencode(folder.name).decode("utf-8", "surrogateescape")
         classes[name] = sorted(images, key=lambda file: os.fsencode(file.name))
@@ -97,17 +96,26 @@ def _list(directory: Path) -> dict[str, list[Path]]:
         raise UserError(
             f"{directory}: holds no class directories; images belong in {directory}/<class>/"
         )
+    log_ignored(directory, ignored, sum(map(len, classes.values())))
+    return classes
+
+
+def log_ignored(directory: Path, ignored: Counter[str], used: int) -> None:
+    """Logs how many files of a directory are not images, by kind, beside the images used."""
     if ignored:
-        count, used = sum(ignored.values()), sum(map(len, classes.values()))
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items()))
+        count = sum(ignored.values())
         _LOG.warning(
             "%s: %d of %d files are not images and are ignored: %s",
             directory,
             count,
             count + used,
-            kinds,
+            ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items())),
         )
-    return classes
+
+
+def kind_of_file(file: Path) -> str:
+    """Returns how the log names a file that is not an image."""
+    return "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
 
 
 def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
@@ -117,13 +125,18 @@ def _channels(root: Path, paths: dict[str, list[Path]]) -> int:
     kinds = (
         cache.labels(("kinds",), files, lambda: image_kinds(files)) if many else image_kinds(files)
     )
+    log_lost(str(root), kinds)
+    return 1 if np.all(kinds & GRAY) else 3
+
+
+def log_lost(name: str, kinds: np.ndarray) -> None:
+    """Logs which content of images is not used, given what `image_kinds` returns for them."""
     for kind, warning in (
         (ALPHA, "have an alpha channel: transparency is ignored, the stored color is used"),
         (FRAMES, "have several frames: the first one is used"),
     ):
         if count := int(np.count_nonzero(kinds & kind)):
-            _LOG.warning("%s: %d of %d images %s", root, count, len(files), warning)
-    return 1 if np.all(kinds & GRAY) else 3
+            _LOG.warning("%s: %d of %d images %s", name, count, len(kinds), warning)
 
 
 def _read(

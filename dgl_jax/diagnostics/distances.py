@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from dgl_jax.core import rngs
+
 _CHUNK = 4096  # coordinates that are projected at once
 _GROUPS = 16  # groups of the jackknife
 
@@ -52,7 +54,7 @@ def project(inputs: Float[Array, "n ..."], key: Key[Array, ""], directions: int)
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         values, number = part
-        drawn = jax.random.normal(jax.random.fold_in(key, number), (width, directions))
+        drawn = jax.random.normal(rngs.part(key, number), (width, directions), jnp.float32)
         return total + jnp.matmul(values, drawn, precision=jax.lax.Precision.HIGHEST), None
 
     start = jnp.zeros((flat.shape[0], directions), jnp.float32)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dgl_jax.config import TaskSettings
 from dgl_jax.config.registry import TASKS
+from dgl_jax.core import rngs
 from dgl_jax.tasks.base import Task, TaskInputs, TaskKind
 from dgl_jax.types import AnyArray
 
@@ -23,7 +24,7 @@ def draw_crop_flip(
         0 ... 2 * padding.
       flips: True for half of the images on average.
     """
-    offset_key, flip_key = jax.random.split(key)
+    offset_key, flip_key = rngs.half(key, 0), rngs.half(key, 1)
     offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)
     return offsets, jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch,))
 

@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dgl_jax.config.registry import DATA_SETS, TASKS
-from dgl_jax.data.decode import decode_images
-from dgl_jax.data.folder import SUFFIXES
+from dgl_jax.data.decode import decode_images, image_kinds
+from dgl_jax.data.folder import SUFFIXES, kind_of_file, log_ignored, log_lost
 from dgl_jax.errors import UserError
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
@@ -71,6 +72,7 @@ def predict_run(
             raise UserError(f"--output={output}: must end in .csv or .jsonl")
         check_writable(Path(output), f"--output={output}")
     files = find_images(patterns)
+    log_lost("--images", image_kinds(files))
     trained = load_trained(Path(workdir), checkpoint)
     images = _read(
         files, trained.info.example_shape, DATA_SETS[trained.settings.data.name].photographs
@@ -132,12 +134,16 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(
+    """Lists the images below a folder; logs how many other files there are."""
+    visible = [
         path
-        for path in images
+        for path in folder.rglob("*")
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    ]
+    images = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
+    others = {path for path in visible if not path.is_dir()} - {*images}
+    log_ignored(folder, Counter(map(kind_of_file, others)), len(images))
+    return images
 
 
 def _read(

@@ -172,6 +172,14 @@ def make_rows(pairs: Pairs, workdir: Path) -> list[Row]:
     return list(rows.values())
 
 
+def check_given(rows: Iterable[Row], given: Iterable[str]) -> None:
+    """Raises UserError if a field that the user has changed in all rows applies to none of them."""
+    for name in given:
+        reasons = [row.settings.ignored.get(name) for row in rows]
+        if all(reasons):
+            raise UserError(f"{reasons[0]} in any row")
+
+
 def _check_name(name: Any) -> None:
     parts = name.split("/") if isinstance(name, str) else []
     fits = bool(parts) and all(_PART.fullmatch(part) and part.strip(".") for part in parts)

@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from dgl_jax.run.writers import check_writable
 from dgl_jax.tools.bars import Bars
 from dgl_jax.tools.estimate import BUDGET, Costs, Meter, spoken, store_config
 from dgl_jax.tools.jobs import Job, backend, shares
-from dgl_jax.tools.rows import Pairs, Row, make_rows, write
+from dgl_jax.tools.rows import Pairs, Row, check_given, make_rows, write
 
 _LOG = logging.getLogger(__name__)
 # Exit codes of a run that a signal has stopped, before and after it can write checkpoints.
@@ -67,6 +67,7 @@ def sweep(
     estimate: bool = True,
     name: str = "",
     flags: Sequence[str] = (),
+    given: Iterable[str] = (),
 ) -> Result:
     """Trains all rows that are not finished, and continues past rows that fail.
 
@@ -83,6 +84,7 @@ def sweep(
         finished row tells their time.
       name: name of the sweep in `sweep.json`.
       flags: flags of the command line for every run, such as `--cpu_devices=2`.
+      given: names of the fields that the user has changed in all rows.
 
     Returns:
       The rows with their states.
@@ -95,6 +97,7 @@ def sweep(
     if (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: holds a run; a sweep needs a folder of its own")
     table = make_rows(rows, workdir)
+    check_given(table, given)
     check_writable(workdir, f"--workdir={workdir}", folder=True)
     parts = shares(*backend(), jobs)
     for line in dict.fromkeys(line for row in table for line in row.settings.ignored.values()):
