@@ -262,7 +262,7 @@ def order(monkeypatch):
     def block_times(network, optimizer, device, concurrency, meanwhile):
         meanwhile()
         calls.append("blocks")
-        return plan._stated("1,2,3,4", network)
+        return plan.stated_times("1,2,3,4", network)
 
     def module_memory(spec):
         calls.append(f"modules for {spec.batch_size} images")

@@ -191,6 +191,17 @@ def test_auxiliary_network_makes_up_for_poolings_that_it_skips():
         auglocal.auxiliary_blocks((Given(), Given()), 1, [1], widen=2.0)
 
 
+def test_auxiliary_blocks_halve_maps_like_convolutions_of_flax():
+    """The first auxiliary block halves the map in place of the block that is left out."""
+    blocks = [nn.Conv(4, (3, 3), strides=s) for s in (1, (2, 2), None, 1)]
+    (made,) = auglocal.auxiliary_blocks(blocks, 1, [3], 1.0)
+    assert made.strides == 2
+    (made,) = auglocal.auxiliary_blocks([*blocks[:3], blocks[1].clone(strides=(1, 1))], 1, [3], 1.0)
+    assert made.strides == (2, 2)
+    with pytest.raises(UserError, match=r"Conv\.strides=\(2, 1\); the auxiliary blocks need"):
+        auglocal.auxiliary_blocks([blocks[0], nn.Conv(4, (3, 3), strides=(2, 1))], 1, [1], 1.0)
+
+
 def test_pyramid_follows_the_modules():
     depths = [
         len(make("auglocal", inputs(k + 1, k, 6), depth=3, pyramid=True).auxiliary)

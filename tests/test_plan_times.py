@@ -43,6 +43,29 @@ def test_head_times_of_a_plain_list_follow_operations():
     assert numbers["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
 
 
+def test_stated_times_count_context_input():
+    plain, added = (
+        plan(small(objective__context_input=on), stated="2,4,1,1")[0] for on in (False, True)
+    )
+    assert plain["block_milliseconds"]["first"] == [2, 4, 1, 1]
+    first, *later = added["block_milliseconds"]["first"]
+    assert first == 2  # the first module reads the image itself
+    assert all(after > before for after, before in zip(later, (4, 1, 1), strict=True))
+    assert added["block_milliseconds"]["inner"] == [2, 4, 1, 1]
+
+
+def test_plan_prices_the_objective_that_a_module_has():
+    weights = {"reconstruction_weights": (5.0, 0.0), "task_weights": (0.0, 2.0)}
+    fields = {f"objective__{name}": value for name, value in weights.items()}
+    settings = small(objective__name="info_pro", **fields)  # three modules, cut at 1 and 2
+    numbers, _ = plan(settings, stated="2,4,1,1")
+    blocks, first = numbers["block_milliseconds"], numbers["modules"][0]
+    per_operation = blocks["head"][0] / first["head_gflops"]
+    for k, module in enumerate(numbers["modules"][:2]):
+        assert blocks["head"][k] == pytest.approx(per_operation * module["head_gflops"], rel=1e-3)
+        assert module["milliseconds"] == pytest.approx(blocks["first"][k] + blocks["head"][k])
+
+
 def test_json_of_a_plan_is_accepted_as_block_times(stated, tmp_path):
     before = plan_run(small(), stated=stated, as_json=True)
     path = tmp_path / "before.json"
@@ -64,7 +87,7 @@ def test_times_are_measured_if_none_are_stated(monkeypatch):
     def block_times(network, optimizer, device, concurrency, meanwhile):
         networks.append(network)
         concurrencies.append(concurrency)
-        return planning._stated("1,2,3,4", network)
+        return planning.stated_times("1,2,3,4", network)
 
     monkeypatch.setattr(planning, "block_times", block_times)
     numbers, _ = plan(small(model__split="time"))
@@ -89,7 +112,7 @@ def elapsed(*milliseconds):
 def measured(monkeypatch, stated):
     """Replaces measurements: blocks as in `stated`, and codecs that add milliseconds to turns."""
     monkeypatch.setattr(
-        planning, "block_times", lambda network, *_, **__: planning._stated(stated, network)
+        planning, "block_times", lambda network, *_, **__: planning.stated_times(stated, network)
     )
     times = {"Bf16": elapsed(1, 4, 0.5)}
     monkeypatch.setattr(

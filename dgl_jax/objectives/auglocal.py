@@ -185,8 +185,9 @@ def auxiliary_blocks(
         fields: dict[str, Any] = {}
         if hasattr(block, "pool") and isinstance(block.pool, bool):
             fields["pool"] = pending > 0
-        elif hasattr(block, "stride"):
-            fields["stride"] = 2 if pending > 0 else 1
+        elif name := _stride(block)[0]:
+            stride = 2 if pending > 0 else 1
+            fields[name] = stride if isinstance(getattr(block, name), int) else (stride, stride)
         pending -= min(1, pending)
         if widen != 1.0:
             if not hasattr(block, "features"):
@@ -202,7 +203,21 @@ def auxiliary_blocks(
 def _halvings(block: Any) -> int:
     if getattr(block, "pool", False) is True:
         return 1
-    return round(math.log2(getattr(block, "stride", 1)))
+    return round(math.log2(_stride(block)[1]))
+
+
+def _stride(block: Any) -> tuple[str, int]:
+    """Returns name and value of the field with a block's stride; ("", 1) if it has none."""
+    for name in ("stride", "strides"):
+        if stride := getattr(block, name, None):
+            down, right = (stride, stride) if isinstance(stride, int) else stride
+            if down != right:
+                raise UserError(
+                    f"config.objective.name=auglocal: {type(block).__name__}.{name}={stride}; the "
+                    "auxiliary blocks need strides that are equal in both directions"
+                )
+            return name, down
+    return "", 1
 
 
 def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:

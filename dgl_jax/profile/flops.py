@@ -8,7 +8,7 @@ branch counts, which every accelerator uses.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -153,6 +153,14 @@ class Blocks(NamedTuple):
     inputs: jax.ShapeDtypeStruct
     label: tuple[int, ...] = ()
     adapters: tuple[nn.Module | None, ...] = ()
+
+    def ending(self, modules: Iterable[LocalModule]) -> "Blocks":
+        """Returns the network with the heads of these modules at the blocks with which they end.
+
+        Before the cuts are known, the head of a block cannot depend on the number of its module.
+        """
+        known = {m.first + len(m.blocks) - 1: m.objective for m in modules}
+        return self._replace(heads=tuple(known.get(i, h) for i, h in enumerate(self.heads)))
 
     def adapter(self, number: int, x: jax.ShapeDtypeStruct) -> tuple[nn.Module | None, float]:
         """Returns the adapter of a module that begins with a block, and its operations.

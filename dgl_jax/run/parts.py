@@ -197,6 +197,6 @@ def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtype
             return
     raise UserError(
         f"config.objective.transport={weight}: no block of "
-        f"config.model.name={settings.model.name} has a residual; residual networks such as "
-        "resnet20 fit, or 0"
+        f"config.model.name={settings.model.name} sows its residual; networks such as resnet20 do, "
+        f'blocks of your own with self.sow("intermediates", "{RESIDUAL}", y); or use 0'
     )

@@ -25,8 +25,6 @@ from dgl_jax.config import CodecSettings, Settings, options
 from dgl_jax.config.registry import CODECS, METHODS
 from dgl_jax.core.optimizer import make_optimizer
 from dgl_jax.errors import UserError, require
-from dgl_jax.models import BlockCosts
-from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.memory import ProgramMemory, module_memory
 from dgl_jax.profile.table import module_costs
 from dgl_jax.profile.timing import BlockTimes, Elapsed, block_times
@@ -45,6 +43,7 @@ from dgl_jax.tools.pipeline import (
     waiting_above,
 )
 from dgl_jax.tools.plan_text import plan_lines
+from dgl_jax.tools.stated_times import stated_times
 from dgl_jax.tools.timeline import Span, waiting
 
 _LOG = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def plan(
     # Checks devices and batch before the measurement, which takes much longer.
     equal = [1.0] * settings.model.modules
     _, groups = make_pipeline(settings, equal, equal, devices)
-    known = _stated(stated, network) if stated else None
+    known = stated_times(stated, network) if stated else None
 
     def measured(meanwhile: Callable[[], object] = lambda: None) -> BlockTimes:
         nonlocal known
@@ -185,6 +184,8 @@ def plan(
         return module_memory(dataclasses.replace(spec, batch_size=spec.batch_size // parts))
 
     spec = make_spec(settings, info, choose_cuts(settings, network, lambda: measured().seconds))
+    network = network.ending(spec.modules)
+    known = stated_times(stated, network) if stated else known
     # Unless the cuts depend on the times, the modules compile together with the blocks.
     times = measured(lambda: [programs(len(group)) for group in groups])
     starts = [module.first for module in spec.modules]
@@ -351,49 +352,3 @@ def _memory(
             held[device] += program.arguments + (messages - 1) * program.message
             largest[device] = max(largest[device], program.temporary + program.added)
     return [a + b for a, b in zip(held, largest)]
-
-
-def _stated(text: str, network: Blocks) -> BlockTimes:
-    """Parses `--block_times`; raises UserError if they do not fit the network."""
-    where, count = f"--block_times={text}", len(network.blocks)
-    try:
-        if Path(text).suffix == ".json":
-            given = json.loads(Path(text).read_text(encoding="utf-8"))
-            given = given.get("block_milliseconds", given) if isinstance(given, dict) else given
-        else:
-            given = [float(part) for part in text.split(",")]
-        rows = {
-            name: [float(t) / 1e3 for t in row]
-            for name, row in (given if isinstance(given, dict) else {"all": given}).items()
-        }
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{where}: neither milliseconds such as 1.5,2,3 nor a JSON file of them ({error})"
-        ) from error
-    if rows.keys() not in ({"all"}, {"first", "inner", "head"}):
-        raise UserError(
-            f"{where}: the file has {', '.join(rows) or 'no times'}, "
-            "but first, inner and head are needed"
-        )
-    if wrong := next(
-        (
-            name
-            for name, row in rows.items()
-            if len(row) != count or not all(0 < t < math.inf for t in row)
-        ),
-        None,
-    ):
-        times = "" if wrong == "all" else f" of {wrong!r}"
-        raise UserError(
-            f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed"
-        )
-    if "all" in rows:
-        operations = block_flops(network)
-        per_operation = sum(rows["all"]) / (sum(operations.inner) or 1.0)
-        rows = {
-            "first": rows["all"],
-            "inner": rows["all"],
-            "head": [per_operation * head for head in operations.head],
-        }
-    seconds = BlockCosts(**{name: tuple(row) for name, row in rows.items()})
-    return BlockTimes(seconds, seconds)
