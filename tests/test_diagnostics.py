@@ -189,7 +189,7 @@ def test_extended_run_measures_the_new_end(tmp_path):
     assert [line["step"] for line in final] == [0, 4, 8, 12, 16]
     assert final[-1]["final/module_1/mmd"] == 0 < final[-2]["final/module_1/mmd"]
 
-    # The drift is weighted with the learning rates that were used, those of the shorter run too.
+    # The drift is weighted with the learning rates that were used, also in the shorter run.
     def rates(used):
         return [
             0.025 * sum(1 + np.cos(np.pi * i / used[i // 12]) for i in range(n, n + 4))

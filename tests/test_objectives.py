@@ -192,7 +192,7 @@ def test_auxiliary_network_makes_up_for_poolings_that_it_skips():
 
 
 def test_auxiliary_blocks_halve_maps_like_convolutions_of_flax():
-    """The first auxiliary block halves the map in place of the block that is left out."""
+    """Leaves out a block that halves the map, in whose place the auxiliary block halves it."""
     blocks = [nn.Conv(4, (3, 3), strides=s) for s in (1, (2, 2), None, 1)]
     (made,) = auglocal.auxiliary_blocks(blocks, 1, [3], 1.0)
     assert made.strides == 2

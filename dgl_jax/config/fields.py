@@ -30,16 +30,15 @@ class _Least(int):
         return f"{int(self)} or more"
 
 
-class AtLeast(tuple[int]):
+class Minimum(tuple[int]):
     """Numbers from a least one on, as the values of a condition; the tuple has the least one."""
 
     def __contains__(self, number: Any) -> bool:
         return bool(number >= self[0])
 
 
-SEVERAL: Applies = MappingProxyType(
-    {"model.modules": AtLeast((_Least(2),))}
-)  # what one module has no use for
+# Condition of what a single module has no use for.
+SEVERAL: Applies = MappingProxyType({"model.modules": Minimum((_Least(2),))})
 
 
 def option(default: Any, applies: Applies = ALWAYS, free: bool = False, **metadata: Any) -> Any:

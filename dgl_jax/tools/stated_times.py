@@ -16,7 +16,7 @@ def stated_times(text: str, network: Blocks) -> BlockTimes:
     Args:
       text: milliseconds of each block, or the name of a JSON file.
       network: the network; single numbers per block are completed with its operations: the times of
-        heads and input adapters have the same ratio to their operations as those of the blocks.
+        heads and input adapters have the ratio to their operations that the blocks have.
 
     Raises:
       UserError: the times do not fit the network, or the file cannot be read.
