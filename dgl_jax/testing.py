@@ -23,6 +23,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import local_step
 from dgl_jax.engines import EngineState
 from dgl_jax.run.build import Experiment, make_experiment
+from dgl_jax.spec import TrainSpec
 
 _STEPS = 4
 _SMALL: dict[str, Any] = {
@@ -49,7 +50,7 @@ def small_settings(**groups: Any) -> Settings:
 def check_objective(**groups: Any) -> None:
     """Checks the objective of a configuration, as in `check_objective(objective={"name": "mine"})`.
 
-    The invariants are:
+    The invariants, of every module but the last one, are:
 
     - Equal settings create equal, hashable objectives, so that compiled programs are reused.
     - The loss is a finite scalar, and every metric is a (sum, count) pair.
@@ -68,23 +69,34 @@ def check_objective(**groups: Any) -> None:
         "equal settings create objectives of unequal hash"
     )
     assert spec.modules == again.modules, "equal settings create unequal objectives"
-    (state, *_), (module, *_) = spec.init(), spec.modules
-    inputs, shapes = (
-        jnp.ones(spec.inputs().shape) * 0.5,
-        {"image": spec.inputs(), **spec.context(0)},
+    states = spec.init()
+    assert spec.modules[0].objective is not None, (
+        "the first module has no objective under this method"
     )
-    assert module.objective is not None, "the first module has no objective under this method"
+    for k in range(max(1, len(states) - 1)):
+        _check_loss(spec, k, states)
+
+
+def _check_loss(spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> None:
+    """Checks loss, metrics and gradients of module k."""
+    module, state = spec.modules[k], states[k]
+    inputs, shapes = (
+        jnp.ones(spec.shapes(states)[k].shape) * 0.5,
+        {"image": spec.inputs(), **spec.context(k)},
+    )
+    assert module.objective is not None
+    needed = (*module.objective.needs, *(module.adapter.needs if module.adapter else ()))
     context: Any = {
-        name: jnp.ones(shapes[name].shape, shapes[name].dtype)
-        for name in ("id", *module.objective.needs)
+        name: jnp.ones(shapes[name].shape, shapes[name].dtype) for name in ("id", *needed)
     }
+    published = state.extras.get("published", {})
 
     def loss_of(params: Any, inputs: jax.Array) -> Any:
         features, _, collected = module.apply_body_and_collect(
-            params, state.batch_stats, inputs, train=True
+            params, state.batch_stats, inputs, context, train=True
         )
         return module.apply_objective(
-            params, state.batch_stats, features, context, collected, train=True
+            params, state.batch_stats, features, context, {**published, **collected}, train=True
         )[0]
 
     local = jax.jit(loss_of)(state.params, inputs)
@@ -100,7 +112,9 @@ def check_objective(**groups: Any) -> None:
 
     # Inputs and outputs of a step must be detached, so that no module trains another one.
     def output_sum(inputs: jax.Array) -> jax.Array:
-        return local_step(module, spec.optimizer, state, inputs, context)[1].sum()
+        return local_step(module, spec.optimizer, state, inputs, context, published=published)[
+            1
+        ].sum()
 
     input_gradient = jax.grad(output_sum)(inputs)
     assert float(jnp.abs(input_gradient).max()) == 0, "a gradient reaches the module below"
