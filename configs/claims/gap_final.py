@@ -8,7 +8,7 @@ the learning rates chosen there: on all images, with twice as many channels, on 
 network and on a residual one (ResNet-20 of half the width at the small size, ResNet-32 at the full
 size).
 
-The small size takes about 17 core-hours by estimate, an hour for the slowest run. All rows of a
+The small size takes about 13 core-hours, half an hour for the slowest run. All rows of a
 seed come before the next seed.
 
 Published by others: at K = 16, ResNet-32 loses 7 to 9 points with plain
