@@ -95,10 +95,6 @@ def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
     return _stage(key, number) if number else key
 
 
-# Streams on the host: the first number after the seed in `bits` and `ring`.
-VALIDATION, SUBSET, EPOCH, CROP, RING = range(5)
-
-
 def half(key: Key[Array, ""], number: int) -> Key[Array, ""]:
     """Derives one of the two keys of the augmentation of a batch, without a constant."""
     return jax.random.split(key)[number]
@@ -107,6 +103,10 @@ def half(key: Key[Array, ""], number: int) -> Key[Array, ""]:
 def part(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
     """Derives the key of a part of the directions of a module, without a constant."""
     return jax.random.fold_in(key, number)
+
+
+# Streams on the host: the first number after the seed in `bits` and `ring`.
+VALIDATION, SUBSET, EPOCH, CROP, RING = range(5)
 
 
 def root(seed: Number) -> Key[Array, ""]:

@@ -186,8 +186,8 @@ def auxiliary_blocks(
         if hasattr(block, "pool") and isinstance(block.pool, bool):
             fields["pool"] = pending > 0
         elif name := _stride(block)[0]:
-            stride = 2 if pending > 0 else 1
-            fields[name] = stride if isinstance(getattr(block, name), int) else (stride, stride)
+            stride, old = 2 if pending > 0 else 1, getattr(block, name)
+            fields[name] = stride if isinstance(old, int) else (stride,) * len(old)
         pending -= min(1, pending)
         if widen != 1.0:
             if not hasattr(block, "features"):
@@ -210,13 +210,13 @@ def _stride(block: Any) -> tuple[str, int]:
     """Returns name and value of the field with a block's stride; ("", 1) if it has none."""
     for name in ("stride", "strides"):
         if stride := getattr(block, name, None):
-            down, right = (stride, stride) if isinstance(stride, int) else stride
-            if down != right:
+            values = {stride} if isinstance(stride, int) else {*stride}
+            if len(values) > 1:
                 raise UserError(
                     f"config.objective.name=auglocal: {type(block).__name__}.{name}={stride}; the "
-                    "auxiliary blocks need strides that are equal in both directions"
+                    "auxiliary blocks need strides that are equal in all directions"
                 )
-            return name, down
+            return name, values.pop()
     return "", 1
 
 
