@@ -5,18 +5,6 @@ import json
 import numpy as np
 from runs import arrays, records, small_config
 
-from dgl_jax.models import register_network
-from dgl_jax.models.blocks import ConvBlock
-
-# One block for each of two modules: it compiles in half the time of the smallest shipped network.
-register_network(
-    "two_blocks",
-    lambda width, classes, dtype: [
-        ConvBlock(width, dtype=dtype),
-        ConvBlock(2 * width, pool=True, dtype=dtype),
-    ],
-)
-
 # k-means++ draws with weights that are rounded differently in different programs.
 VQ = {"codec__name": "vq", "codec__dims": 2, "codec__codes": 4, "codec__start": "sample"}
 OURS = ("diagnostics/", "final/")
@@ -28,14 +16,9 @@ ASYNCHRONOUS = {
 }
 
 
-def plain_config(**fields):
-    """Returns a run of 12 steps without diagnostics."""
-    return small_config(**{"model__name": "two_blocks"} | fields)
-
-
 def config(**fields):
-    """Returns the same run with probes at steps 0, 4, 8 and 12, where it saves as well."""
-    return plain_config(**{"diagnostics__enabled": True, "diagnostics__every": 4} | fields)
+    """Returns the small run with probes at steps 0, 4, 8 and 12, where it saves as well."""
+    return small_config(**{"diagnostics__enabled": True, "diagnostics__every": 4} | fields)
 
 
 def others(workdir):

@@ -23,7 +23,14 @@ import numpy as np
 from pages import ROOT, Block, Command, blocks, commands
 from PIL import Image
 
-_IMPORTED = ["dgl_jax.cli", "dgl_jax.train", "dgl_jax.evaluate", "dgl_jax.tools.export"]
+_IMPORTED = [
+    "dgl_jax.cli",
+    "dgl_jax.train",
+    "dgl_jax.evaluate",
+    "dgl_jax.tools.export",
+    "dgl_jax.run.axes",
+    "tensorflow_datasets",
+]
 _NEEDS_NETWORK = ("cifar10", "cifar100", "imagenet", "imagenette")
 _SMALL_RUN = ("--config.train.steps=2", "--config.model.width=8", "--config.model.head=linear")
 

@@ -1,14 +1,15 @@
 """Diagnostics under every kind of method: they change no number of a run."""
 
 import pytest
-from probed_runs import VQ, config, ours, plain_config, unchanged
+from probed_runs import VQ, config, ours, unchanged
+from runs import small_config
 
 from dgl_jax.train import train_and_evaluate
 
 
 def trained(folder, fields, **probes):
     """Trains with and without diagnostics, compares both, and returns the lines of the probes."""
-    train_and_evaluate(plain_config(**fields), folder / "plain")
+    train_and_evaluate(small_config(**fields), folder / "plain")
     train_and_evaluate(config(**fields, **probes), folder / "probed")
     assert unchanged(folder / "plain", folder / "probed")
     return ours(folder / "probed")

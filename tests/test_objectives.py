@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import make_network
+from dgl_jax.models import ContextInput, make_network
 from dgl_jax.models.resnet import BasicBlock
 from dgl_jax.objectives import (
     OBJECTIVES,
@@ -40,8 +41,8 @@ def options(name, **fields):
     return OBJECTIVES[name].options(name=name, **fields)
 
 
-def inputs(end, k=None, modules=None, network="cnn6", width=4, **fields):
-    blocks = make_network(network, width, 10, (32, 32, 3)).blocks
+def inputs(end, k=None, modules=None, network="cnn6", width=4, dtype="float32", **fields):
+    blocks = make_network(network, width, 10, (32, 32, 3), dtype).blocks
     head = nn.Dense(10)
     return ObjectiveInputs(k, modules, blocks, end, 10, head, make_head=lambda n: Given(), **fields)
 
@@ -281,6 +282,29 @@ def test_residual_is_what_a_block_adds():
 # Gradients
 
 
+def assert_gradient(term, x):
+    """Compares the gradient of a scalar function of a float64 array with finite differences."""
+    term, step = jax.jit(term), 1e-5
+    gradient = jax.grad(term)(x)
+    assert gradient.dtype == np.float64
+    directions = step * np.eye(x.size).reshape(-1, *x.shape)
+    # Weights of the central difference whose error is of fourth order.
+    weights = {1: 2 / 3, 2: -1 / 12}
+    numeric = [
+        sum(w * (term(x + n * d) - term(x - n * d)) for n, w in weights.items()) / step
+        for d in directions
+    ]
+    np.testing.assert_allclose(gradient, np.reshape(numeric, x.shape), rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    # Logits, residuals and batch statistics are rounded to float32 in training.
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.mark.parametrize(
     "term",
     [
@@ -289,6 +313,7 @@ def test_residual_is_what_a_block_adds():
         lambda x: info_pro.reconstruction_error(
             x[..., None], jnp.cos(x[..., None]), (0.4,), (0.3,)
         ),
+        lambda x: cross_entropy(x[:, 0], LABEL, 0.2),
         lambda x: (
             Transport(Classifier(Given()), 0.7)
             .apply(
@@ -297,20 +322,49 @@ def test_residual_is_what_a_block_adds():
             .loss
         ),
     ],
-    ids=["similarity", "contrast", "reconstruction", "transport"],
+    ids=["similarity", "contrast", "reconstruction", "smoothing", "transport"],
 )
-def test_gradients_equal_finite_differences_in_float64(term, monkeypatch):
-    # Logits and residuals are rounded to float32 in training.
-    monkeypatch.setattr(jnp, "float32", jnp.float64)
-    with jax.enable_x64(True):
-        x = np.random.default_rng(0).normal(size=(3, 4, 2))
-        term = jax.jit(term)
-        gradient = jax.grad(term)(jnp.asarray(x))
-        assert gradient.dtype == np.float64
-        step, numeric = 1e-6, np.zeros_like(x)
-        for index in np.ndindex(x.shape):
-            above, below = x.copy(), x.copy()
-            above[index] += step
-            below[index] -= step
-            numeric[index] = (term(jnp.asarray(above)) - term(jnp.asarray(below))) / (2 * step)
-    np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-9)
+def test_gradients_equal_finite_differences(term, in_float64):
+    assert_gradient(term, np.random.default_rng(0).normal(size=(3, 4, 2)))
+
+
+def assert_gradient_of_module(module, x, *arguments, loss):
+    """Compares gradients for inputs and all parameters, in training, with finite differences."""
+    variables = module.init(jax.random.key(0), x, *arguments, train=False)
+    flat, unravel = ravel_pytree((jnp.asarray(x), variables.pop("params")))
+    assert flat.dtype == np.float64
+
+    def term(flat):
+        features, params = unravel(flat)
+        result, _ = module.apply(
+            {"params": params} | variables, features, *arguments, train=True, mutable="batch_stats"
+        )
+        return loss(result)
+
+    # Other parameters than the initial ones: biases of 0 and scales of 1 hide terms.
+    assert_gradient(term, np.asarray(flat) + 0.1 * np.random.default_rng(1).normal(size=flat.size))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("momentum_block", [False, True])
+def test_gradients_of_auxiliary_networks_equal_finite_differences(momentum_block, in_float64):
+    at = inputs(1, width=2, dtype="float64", label_smoothing=0.1)
+    objective = make("auglocal", at, depth=2, momentum_block=momentum_block)
+    objective = objective.clone(head=Given())
+    x = np.random.default_rng(0).normal(size=(3, 4, 4, 2))
+    published = {}
+    if momentum_block:
+        block = objective.momentum
+        published = {"next_block": block.init(jax.random.key(5), x, train=False)}
+    assert_gradient_of_module(
+        objective, x, {"label": LABEL}, published, loss=lambda result: result.loss
+    )
+
+
+@pytest.mark.medium
+def test_gradients_of_context_input_equal_finite_differences(in_float64):
+    x = np.random.default_rng(0).normal(size=(3, 2, 2, 1))
+    image = {"image": np.random.default_rng(2).normal(size=(3, 4, 4, 1))}
+    assert_gradient_of_module(
+        ContextInput("float64"), x, image, loss=lambda y: jnp.sum(jnp.cos(y) * (1 + x))
+    )

@@ -237,3 +237,94 @@ def test_run_never_saves_a_module_without_its_state(tmp_path, monkeypatch):
     assert all(least >= step for step, least in saved.items())
     assert max(saved) == 24
     assert records(tmp_path)[-1]["step"] == 24
+
+
+class Copies:
+    """Records the publications of module 1 and the copies that module 0 holds, by version.
+
+    Attributes:
+      sent: kernels of the publications by version; a restarted module sends some versions again.
+      held: version and kernel of the copy after each update, in order.
+    """
+
+    def __init__(self, engine: ThreadsEngine):
+        self.sent: dict[int, list[np.ndarray]] = {}
+        self.held: list[tuple[int, np.ndarray]] = []
+        reader, publisher = engine.programs
+        several = threading.Event()
+
+        def kernel(published):
+            (kernel,) = (x for x in jax.tree.leaves(published["next_block"]) if x.ndim == 4)
+            return int(published["version"]), np.array(kernel)
+
+        def publish(*args):
+            state, outbox, metrics = publisher(*args)
+            version, sent = kernel(outbox.below.published)
+            self.sent.setdefault(version, []).append(sent)
+            if len(self.sent) == 5:
+                several.set()
+            return state, outbox, metrics
+
+        def read(*args):
+            if len(self.held) == 10:  # not all updates before there are copies
+                assert several.wait(120)
+            state, outbox, metrics = reader(*args)
+            self.held.append(kernel(state.extras["published"]))
+            return state, outbox, metrics
+
+        engine.programs[:] = [read, publish]
+
+    def mixed_up(self) -> int:
+        """Counts the copies that differ from all publications of the version that they carry."""
+        return sum(
+            not any(np.array_equal(held, sent) for sent in self.sent.get(version, []))
+            for version, held in self.held
+            if version
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_restarts_keep_the_version_of_a_momentum_copy(failing, tmp_path, monkeypatch, caplog):
+    init, save = ThreadsEngine.__init__, Checkpoints.save
+    watched, saved = [], threading.Event()
+
+    def faulty(self, *args):
+        init(self, *args)
+        watched.append(Copies(self))
+        Fault(self, failing, call=14)
+        failing_program = self.programs[failing]
+
+        def held(*args):
+            if len(watched[0].held if failing == 0 else watched[0].sent) == 13:
+                assert saved.wait(120)
+            return failing_program(*args)
+
+        self.programs[failing] = held
+
+    def noted(self, *args):
+        save(self, *args)
+        saved.set()
+
+    monkeypatch.setattr(ThreadsEngine, "__init__", faulty)
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    config = threaded(
+        engine__restart_workers=True,
+        engine__slowdown=(1.0, 1.0),
+        objective__name="auglocal",
+        objective__momentum_block=True,
+        objective__momentum=0.0,
+    )
+    summary = train_and_evaluate(config, tmp_path)
+    assert f"module_{failing} resumes from its newest checkpoint" in caplog.text
+    assert [m["updates"] for m in summary.modules] == [24, 24]
+    (copies,) = watched
+    versions = [version for version, _ in copies.held]
+    assert max(versions) > 4
+    assert copies.mixed_up() == 0
+    # Only a restarted reader gets an older copy; publications that are older than it are not read.
+    steps = np.diff(versions)
+    assert (steps < 0).sum() <= (failing == 0)
+    # Twin: copies that carry another version are found.
+    copies.held = [(version + 1, kernel) for version, kernel in copies.held]
+    assert copies.mixed_up() > 0
