@@ -98,6 +98,4 @@ class Outbox(NamedTuple):
 
 def nbytes(tree: Any) -> int:
     """Returns the total size in bytes of all arrays (or `ShapeDtypeStruct`s) in a pytree."""
-    return sum(
-        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

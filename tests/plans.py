@@ -10,12 +10,16 @@ BYTES = [8 * 8 * 4 * 4 + 8, 4 * 4 * 8 * 4 + 8]
 BATCH = 8
 
 
+_FIELDS = {
+    "model__name": "cnn4",
+    "model__modules": 3,
+    "model__split": "0,1,2",
+    "data__batch_size": BATCH,
+}
+
+
 def small(**fields):
-    return make_settings(
-        small_config(
-            **{"model__modules": 3, "model__split": "0,1,2", "data__batch_size": BATCH} | fields
-        )
-    )
+    return make_settings(small_config(**_FIELDS | fields))
 
 
 def milliseconds(spans, module):

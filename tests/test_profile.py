@@ -34,7 +34,8 @@ SMALL = DatasetInfo("synthetic", tuple("0123456789"), (8, 8, 3), (0.5,) * 3, (0.
 
 
 def small(**fields):
-    return make_settings(small_config(**fields))
+    """Returns the settings of the small run with four blocks, whose costs differ."""
+    return make_settings(small_config(**{"model__name": "cnn4"} | fields))
 
 
 # Operations
@@ -384,9 +385,14 @@ def test_table_shows_the_costs_of_modules(monkeypatch):
         (None, None),
     ]
     assert [row.share for row in table.module_costs(spec, [4.0, 1.0])] == [1, 0.25]
+    # Weights and momentum, running means and variances of 20 and 16 + 2 * 64 channels, a key of two
+    # words, and the number of updates, which the schedule counts too.
+    averages = [2 * 20, 2 * (16 + 2 * 64)]
+    states = [4 * (2 * row.parameters + n + 2 + 2) for row, n in zip(rows, averages)]
+    assert [row.state_bytes for row in rows] == states
     lines = table.table(rows)
     assert len({len(line) for line in lines}) == 1
     parameters = [f"{row.parameters:,}" for row in rows]
-    first = ["module_0", "0-2", parameters[0], "3", "1", "512", "264", "50", "%"]
-    second = ["module_1", "3", parameters[1], "6", "2", "-", "-", "100", "%"]
+    first = ["module_0", "0-2", parameters[0], "3", "1", "512", "264", f"{states[0]:,}", "50", "%"]
+    second = ["module_1", "3", parameters[1], "6", "2", "-", "-", f"{states[1]:,}", "100", "%"]
     assert [line.split() for line in lines[1:]] == [first, second]

@@ -26,6 +26,8 @@ class ModuleCost:
         sends nothing.
       wire_bytes: bytes per image that are sent: encoded activations, context and a share of the
         codebooks; None if the module sends nothing.
+      state_bytes: bytes on each of the module's devices between two updates: parameters, batch
+        statistics, optimizer state, codebooks, copies of other parameters and waiting messages.
       share: duration of the module's turn relative to the tick, which lasts as long as the turn of
         the slowest module.
     """
@@ -39,6 +41,7 @@ class ModuleCost:
     head_gflops: float
     activation_bytes: float | None
     wire_bytes: float | None
+    state_bytes: int
     share: float
 
 
@@ -72,6 +75,7 @@ def module_costs(spec: TrainSpec, seconds: Sequence[float] = ()) -> list[ModuleC
                 head / spec.batch_size / 1e9,
                 nbytes(spec.hops[k].activations) / spec.batch_size if sends else None,
                 traffic.wire[k] if traffic and sends else None,
+                nbytes(state),
                 turns[k] / max(turns),
             )
         )
@@ -91,6 +95,7 @@ def table(rows: Sequence[ModuleCost]) -> list[str]:
             f"{unit} head",
             "bytes out",
             "on the wire",
+            "state bytes",
             "share of tick",
         ]
     ]
@@ -109,6 +114,7 @@ def table(rows: Sequence[ModuleCost]) -> list[str]:
                 f"{row.parameters:,}",
                 *operations,
                 *sent,
+                f"{row.state_bytes:,}",
                 f"{100 * row.share:.0f} %",
             ]
         )
