@@ -91,9 +91,19 @@ def _refuse(name: str) -> Any:
     return refused
 
 
-if __name__ == "__main__":
-    from dgl_jax import cli
+def main() -> None:
+    """Runs the command line, or as a child process of a sweep the command line of `child.py`."""
+    from dgl_jax import child, cli
+    from dgl_jax.tools import jobs
 
-    behave(pytest.MonkeyPatch(), sys.argv[1])
-    sys.argv[:2] = ["launch.py"]
-    cli.main()
+    run = child.main
+    if sys.argv[1] in ANSWERS:
+        os.environ["EMULATED_ANSWER"] = sys.argv.pop(1)
+        run = cli.main
+    jobs._CHILD = Path(__file__)
+    behave(pytest.MonkeyPatch(), os.environ["EMULATED_ANSWER"])
+    run()
+
+
+if __name__ == "__main__":
+    main()

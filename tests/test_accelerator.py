@@ -127,26 +127,58 @@ def test_flops_equal_those_counted_on_a_cpu(monkeypatch):
     flops.call_flops.cache_clear()
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_command_line_prints_a_plan(answer, tmp_path):
-    config = [
-        "--config=configs/digits.py",
-        *(f"--config.{name}={value}" for name, value in FIELDS.items()),
-    ]
-    command = [
-        sys.executable,
-        "tests/accelerator.py",
-        answer,
-        *config,
-        "--mode=plan",
-        "--block_times=1,2,3,4",
-    ]
+def command_line(answer, *flags):
+    """Runs the command line in a process of its own and returns it."""
     process = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=os.environ
+        [sys.executable, "tests/accelerator.py", answer, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ,
     )
     assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_command_line_prints_a_plan(answer):
+    process = command_line(
+        answer,
+        "--config=configs/digits.py",
+        *(f"--config.{name}={value}" for name, value in FIELDS.items()),
+        "--mode=plan",
+        "--block_times=1,2,3,4",
+    )
     assert "peak memory, MiB" in process.stdout
+
+
+SWEEP = f"""
+from dgl_jax.config import default_config
+
+def get_sweep():
+    for engine in ("fused", "pipeline"):
+        config = default_config()
+        config.update_from_flattened_dict({FIELDS | {"train.steps": 2}})
+        config.engine.name = engine
+        yield engine, config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_sweep_trains_its_rows_and_reports_them(answer, tmp_path):
+    file = tmp_path / "two.py"
+    file.write_text(SWEEP)
+    process = command_line(answer, "--mode=sweep", f"--sweep={file}", f"--workdir={tmp_path}")
+    assert "2 of 2 runs finished" in process.stderr
+    for name in ("fused", "pipeline"):  # children ask for it as well, and get no answer
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["peak_memory_bytes"] is None
+    command_line(answer, "--mode=report", f"--workdir={tmp_path}")
+    assert "pipeline" in (tmp_path / "report.html").read_text()
 
 
 # Twins
