@@ -82,9 +82,17 @@ class Process:
     """Variant that runs in a separate process, bound to some cores.
 
     The process runs the same script with the same flags plus `--serve=NAME`, see `serve`.
+
+    Args:
+      name: name of the variant.
+      cores: numbers of the cores.
+      warm_up: steps before the first timing.
+      pool: threads of XLA's pool; by default one per core.
     """
 
-    def __init__(self, name: str, cores: Sequence[int], warm_up: int = WARM_UP):
+    def __init__(
+        self, name: str, cores: Sequence[int], warm_up: int = WARM_UP, pool: int | None = None
+    ):
         threads = str(len(cores))
         self.process = subprocess.Popen(
             [
@@ -95,7 +103,7 @@ class Process:
                 *sys.argv,
                 f"--serve={name}",
             ],
-            env=os.environ | {"NPROC": threads, "OMP_NUM_THREADS": threads},
+            env=os.environ | {"NPROC": str(pool or threads), "OMP_NUM_THREADS": threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -34,6 +34,7 @@ MOMENTUM: dict[str, Any] = {
     "objective__momentum": 0.5,
     "objective__refresh_every": 2,
 }
+FOUR_BLOCKS = {"model__name": "cnn4"}
 LOSSES: dict[str, dict[str, Any]] = {
     "auglocal": {"objective": {"name": "auglocal", "pyramid": True}},
     "momentum": {
@@ -203,8 +204,8 @@ def test_run_with_copies_resumes_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_contrastive_modules_are_trained_evaluated_and_exported_without_predictions(tmp_path):
-    fields = {"objective__name": "info_pro", "objective__form": "contrast", "model__modules": 3}
-    summary = train_and_evaluate(small_config(**fields), tmp_path)
+    fields = {"objective__name": "info_pro", "objective__form": "contrast", **FOUR_BLOCKS}
+    summary = train_and_evaluate(small_config(**fields, model__modules=3), tmp_path)
     assert [module["test_accuracy"] is None for module in summary.modules] == [True, True, False]
     result = evaluate_run(tmp_path)
     accuracies = [result.get(f"test/module_{k}/accuracy") for k in range(3)]
@@ -235,7 +236,8 @@ def test_context_input_by_hand():
 
 
 def test_costs_count_the_auxiliary_network():
-    plain, deep = experiment(), experiment(objective__name="auglocal", objective__depth=2)
+    plain = experiment(**FOUR_BLOCKS)
+    deep = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=2)
     body, head = module_flops(deep.spec)[0]
     assert body == module_flops(plain.spec)[0][0]
     # Behind two of four blocks of width 4 follow blocks shaped like the others, and the head.
@@ -251,8 +253,8 @@ def test_costs_count_the_auxiliary_network():
 
 
 def test_costs_count_the_momentum_copy_and_the_decoder():
-    momentum = experiment(**MOMENTUM)
-    plain = experiment(objective__name="auglocal", objective__depth=1)
+    momentum = experiment(**FOUR_BLOCKS, **MOMENTUM)
+    plain = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=1)
     x = momentum.spec.hops[0].activations
     following, _ = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
     heads = [module_flops(made.spec)[0][1] for made in (momentum, plain)]
@@ -274,7 +276,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BESIDE)
 def test_costs_of_blocks_add_up_to_those_of_modules(name):
-    made = experiment(model__modules=3, **BESIDE[name])
+    made = experiment(**FOUR_BLOCKS, model__modules=3, **BESIDE[name])
     costs = block_flops(make_blocks(made.settings, made.info))
     starts = [module.first for module in made.spec.modules]
     modules = list(zip(starts, [*starts[1:], 4], strict=True))
