@@ -48,7 +48,7 @@ FIELDS: dict[str, Any] = {
 
 
 def small_config(**fields: Any) -> ConfigDict:
-    """Returns the configuration of the small run, with the network `two_blocks`.
+    """Returns the configuration of the small run, with `two_blocks` if they suffice.
 
     Args:
       **fields: fields to change, with `__` in place of the dot. `engine__name="backprop"` selects
@@ -58,7 +58,9 @@ def small_config(**fields: Any) -> ConfigDict:
     if fields.get("engine__name") == "backprop":
         fields |= {"engine__name": "fused", "method__name": "backprop"}
     chosen = {name.replace("__", "."): value for name, value in fields.items()}
-    for name, value in (FIELDS | {"model.name": "two_blocks"} | chosen).items():
+    if chosen.get("model.modules", 2) <= 2 and chosen.get("model.split", "count") == "count":
+        chosen = {"model.name": "two_blocks"} | chosen
+    for name, value in (FIELDS | chosen).items():
         group, _, leaf = name.rpartition(".")
         setattr(config[group] if group else config, leaf, value)
     return config

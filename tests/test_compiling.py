@@ -15,6 +15,7 @@ import pytest
 from runs import FIELDS, records
 
 from dgl_jax import system
+from dgl_jax.errors import UserError
 from dgl_jax.run import compiling
 from dgl_jax.run.compiling import Compiling, store_programs
 
@@ -113,17 +114,46 @@ def test_default_folder_of_another_user_is_not_used(unset, monkeypatch, caplog):
 
 
 def test_least_recently_used_programs_are_deleted(tmp_path):
-    for age, name in enumerate(("new", "middle/a", "old/b", "oldest/c")):
-        path = tmp_path / name
+    machine, other = "0123456789abcdef", "f" * 16
+    for age, name in enumerate((f"{machine}/new", f"{other}/middle", f"{machine}/old")):
+        path = tmp_path / f"{name}-cache"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(100))
         os.utime(path, (1e9 - age, 1e9 - age))
-    compiling._shrink(tmp_path, 400)
-    assert (tmp_path / "oldest" / "c").exists()
-    compiling._shrink(tmp_path, 399)
-    assert not (tmp_path / "oldest" / "c").exists()
-    compiling._shrink(tmp_path, 150)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["new"]
+    # Files of the user in the same folder are not programs, however old they are.
+    foreign = [tmp_path / name for name in ("a-cache", "runs/b-cache", f"{machine}/c", "d/e/f")]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(bytes(1000))
+        os.utime(path, (1e8, 1e8))
+
+    def left():
+        return sorted(p.name for p in set(tmp_path.glob("*/*-cache")) - set(foreign))
+
+    for limit, names in (
+        (300, ["middle-cache", "new-cache", "old-cache"]),
+        (299, ["middle-cache", "new-cache"]),
+        (150, ["new-cache"]),
+        (0, []),
+    ):
+        compiling._shrink(tmp_path, limit)
+        assert left() == names
+        assert all(path.exists() for path in foreign)
+
+
+def test_stored_programs_are_found_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    with pytest.raises(UserError, match=r"^--compilation_cache=: must be a folder, or off$"):
+        compiling.store_programs("", "16")
+    compiling.store_programs(str(tmp_path), "16")
+    (programs,) = tmp_path.iterdir()
+    stored = [path.name for path in Path(jax.config.jax_compilation_cache_dir).iterdir()]
+    assert stored  # of this session
+    assert all(name.endswith("-cache") for name in stored)
+    for name in stored[:3]:
+        (programs / name).write_bytes(b"")
+    compiling._shrink(tmp_path, -1)
+    assert list(programs.iterdir()) == []
 
 
 def test_meter_counts_programs_and_hits():

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import jax
 from jax import monitoring
 
 from dgl_jax import system
+from dgl_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _LIMIT = 2 * 2**30  # bytes of stored programs
@@ -37,7 +39,12 @@ def store_programs(chosen: str | None, threads: str) -> None:
         has a subfolder, so that machines can share the folder: programs for the CPU contain
         instructions that another processor may lack, and JAX does not compare processors.
       threads: number of threads of XLA's CPU pool, which the programs are compiled for.
+
+    Raises:
+      UserError: `chosen` is empty.
     """
+    if chosen == "":
+        raise UserError("--compilation_cache=: must be a folder, or off")
     config: Any = jax.config
     if chosen == "off":
         config.update("jax_enable_compilation_cache", False)
@@ -68,12 +75,17 @@ def store_programs(chosen: str | None, threads: str) -> None:
 
 
 def _shrink(folder: Path, limit: int) -> None:
-    """Deletes the least recently used files until the others fit into `limit` bytes.
+    """Deletes the least recently used programs until the others fit into `limit` bytes.
 
     JAX's option for this needs another library and reads the folder for each program it stores.
+
+    Args:
+      folder: folder whose subfolders hold programs; its other files are left alone.
+      limit: bytes.
     """
     files, total = [], 0
-    for path in folder.rglob("*"):
+    programs = (p for p in folder.glob("*/*-cache") if re.fullmatch("[0-9a-f]{16}", p.parent.name))
+    for path in programs:
         with suppress(OSError):  # another process may delete files too
             stat = path.stat()
             if path.is_file():
