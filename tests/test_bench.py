@@ -7,6 +7,7 @@ import pytest
 from runs import small_config
 
 from dgl_jax.config import make_settings
+from dgl_jax.engines import fused
 from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.bench import bench
 
@@ -36,6 +37,21 @@ def test_bench_tells_the_sizes_of_a_run():
     # The momentum is as large as the parameters; counters and keys take a few bytes.
     arrays = 4 * (2 * parameters + statistics)
     assert arrays < numbers["checkpoint_bytes"] < arrays + 200
+
+
+@pytest.mark.medium
+def test_bench_measures_whole_dispatches(monkeypatch):
+    measured, grouped = [], fused.grouped
+
+    def watched(*args):
+        for group in grouped(*args):
+            measured.append(len(group))
+            yield group
+
+    monkeypatch.setattr(fused, "grouped", watched)
+    numbers = bench(small_config(engine__steps_per_dispatch=4), 6, modules=False)
+    assert (numbers["steps_per_dispatch"], numbers["steps"]) == (4, 8)
+    assert measured == [4, 4, 4, 4]  # a warm-up of five steps needs two of them
 
 
 def test_bench_extends_training_to_its_own_steps(monkeypatch):

@@ -11,14 +11,27 @@ from test_engines import furthest, unequal
 from test_evaluate import oracle, place
 
 from dgl_jax import system
-from dgl_jax.config import ReplaySettings
+from dgl_jax.config import ReplaySettings, make_settings
 from dgl_jax.data import synthetic
 from dgl_jax.data.memory import ArraySource
-from dgl_jax.engines import EngineState, FusedEngine, SimulatedEngine, SimulatedOptions, feed
+from dgl_jax.engines import (
+    EngineState,
+    FusedEngine,
+    SimulatedEngine,
+    SimulatedOptions,
+    feed,
+    synchronous,
+)
 from dgl_jax.engines.dispatches import Dispatches, chosen_steps
 from dgl_jax.engines.feed import Feed, Residence, put_stacked, select
 from dgl_jax.engines.placement import assign, one_group
-from dgl_jax.run.evaluator import Evaluator
+from dgl_jax.errors import UserError
+from dgl_jax.run import build
+from dgl_jax.run.build import make_experiment
+from dgl_jax.run.evaluator import Evaluator, make_evaluator
+from dgl_jax.run.metrics import Window
+from dgl_jax.run.record import Record
+from dgl_jax.run.throughput import Throughput
 from dgl_jax.run.writers import read_jsonl
 from dgl_jax.schedule import Turn, fused, grouped
 from dgl_jax.train import train_and_evaluate
@@ -78,6 +91,24 @@ def test_chosen_steps_of_large_networks_take_half_a_second(tiny, monkeypatch):
     assert chosen_steps(tiny.spec(), accelerator) == 5  # 6e12 operations of 3 x 4e11 each
     monkeypatch.setattr("dgl_jax.engines.dispatches.module_flops", lambda spec: [(1e13, 0.0)])
     assert chosen_steps(tiny.spec(), accelerator) == 1
+
+
+@pytest.mark.parametrize("chosen", [512, 4, 0])
+def test_dispatches_are_not_longer_than_the_intervals(tiny, monkeypatch, caplog, chosen):
+    accelerator = SimpleNamespace(platform="gpu")
+    run = SimpleNamespace(spec=tiny.spec(), devices=[accelerator], log_every=50, every=(10, 25))
+    dispatches = Dispatches.of(run, chosen)
+    # Dispatches of ten steps would end at 10, 20 and, with single steps, 25 and 30.
+    assert dispatches.steps == {512: 10, 4: 4, 0: 10}[chosen]
+    assert dispatches.size(0, 100) == dispatches.steps
+    assert [r.getMessage() for r in caplog.records] == (
+        [
+            "config.engine.steps_per_dispatch=512: uses 10, the steps between two evaluations or "
+            "checkpoints"
+        ]
+        if chosen == 512
+        else []
+    )
 
 
 def fused_engine(tiny, devices, steps, mode="on", every=(), **spec):
@@ -190,6 +221,13 @@ def test_streamed_data_come_from_the_host(tiny, devices):
     assert Feed(Streamed(tiny.source), placement, Residence("on")).stored is None
 
 
+def test_evaluation_dispatches_as_many_batches_as_training(tiny, devices):
+    for steps in (0, 3):
+        settings = make_settings(small_config(engine__steps_per_dispatch=steps))
+        evaluator = make_evaluator(tiny.spec(), one_group(devices[:1], 3), settings)
+        assert evaluator._at_once == max(1, steps)
+
+
 @pytest.mark.medium
 def test_grouped_evaluation_equals_the_oracle(tiny, devices):
     spec = tiny.spec()
@@ -209,6 +247,37 @@ def test_grouped_evaluation_equals_the_oracle(tiny, devices):
         assert grouped_metrics.keys() == host.keys() == expected.keys()
         for name, value in expected.items():
             assert grouped_metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.medium
+def test_steps_of_a_dispatch_share_its_time(tiny, devices, monkeypatch):
+    seconds = iter(range(100))
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=lambda: 0.0)
+    monkeypatch.setattr(synchronous, "time", clock)  # each dispatch takes a second
+    engine = fused_engine(tiny, devices, 4)
+    reports = list(engine.run(tiny.place(engine, tiny.init(engine.spec)), tiny.source, 12))
+    assert [report.at for report in reports] == [n / 4 for n in range(1, 13)]
+    record = Record.__new__(Record)
+    record.throughput = Throughput(tiny.spec().batch_size, lambda: 0.0)
+    record._report, record._window = None, Window()
+    record.throughput.start()
+    rates = []
+    for number, report in enumerate(reports):
+        assert report.compiled == (number < 4)  # all steps of the dispatch, not only the first one
+        record.add(report, 1)
+        rates.append(record.throughput.rate())
+    assert rates == [None] * 4 + [4 * tiny.spec().batch_size] * 8
+
+
+def test_resident_data_are_refused_if_they_are_streamed(monkeypatch):
+    settings = make_settings(small_config(data__on_device="on"))
+    assert make_experiment(settings, jax.devices()[:1]).source
+    monkeypatch.setattr(build, "StoredSource", type(None))
+    with pytest.raises(
+        UserError,
+        match=r"^config\.data\.on_device=on: the examples of config\.data\.name=synthetic are dec",
+    ):
+        make_experiment(settings, jax.devices()[:1])
 
 
 @pytest.mark.slow

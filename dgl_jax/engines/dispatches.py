@@ -1,5 +1,6 @@
 """Number of steps that one dispatch runs."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from dgl_jax.engines.base import Engine, EngineInputs
 from dgl_jax.profile.flops import module_flops
 from dgl_jax.spec import TrainSpec
 
+_LOG = logging.getLogger(__name__)
 # Operations of a dispatch with a chosen number of steps: half a second at 12 TFLOP/s. The number
 # follows from counts and not from measured times, so that two runs group their steps equally.
 _OPERATIONS = 6e12
@@ -31,9 +33,20 @@ class Dispatches:
 
     @classmethod
     def of(cls, run: EngineInputs, steps: int = 0) -> "Dispatches":
-        """Returns the dispatches of a run; 0 steps choose their number."""
+        """Returns the dispatches of a run; 0 steps choose their number.
+
+        A dispatch is not longer than the time between two evaluations or checkpoints.
+        """
         chosen = steps or chosen_steps(run.spec, run.devices[0], run.log_every, run.every)
-        return cls(chosen, run.every)
+        most = min(run.every, default=chosen)
+        if chosen > most:
+            _LOG.warning(
+                "config.engine.steps_per_dispatch=%d: uses %d, the steps between two evaluations "
+                "or checkpoints",
+                chosen,
+                most,
+            )
+        return cls(min(chosen, most), run.every)
 
     def size(self, tick: int, until: int, per_step: int = 1) -> int:
         """Returns the number of ticks of the dispatch that starts at a tick of the run.
@@ -74,5 +87,6 @@ def chosen_steps(
     if device.platform == "cpu":
         return 1
     operations = _UPDATE * sum(body + objective for body, objective in module_flops(spec))
-    most = min(_MOST, log_every or _MOST, max(1, int(_OPERATIONS / max(operations, 1.0))))
+    fitting = max(1, int(_OPERATIONS / max(operations, 1.0)))
+    most = min(_MOST, log_every or _MOST, fitting, *every)
     return min(range(most, most // 2, -1), key=lambda n: min(every, default=0) % n)

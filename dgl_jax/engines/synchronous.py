@@ -95,21 +95,28 @@ def run_ticks(
     """
     waiting: deque[tuple[Group, Sequence[Metrics]]] = deque()
     pending: Report | None = None
-    compiled: list[bool] = []  # per dispatch since the newest report
+    compiled: list[bool] = []  # per dispatch since the newest group with reports
+    previous = time.monotonic()
     collect = collector(engine, counts, _snapshot_in_flight)
 
     def reports_of(group: Group, metrics: Sequence[Metrics]) -> Iterator[Report]:
+        nonlocal previous
         jax.block_until_ready(metrics)
         pace.finished()
-        finished_at = time.monotonic()
+        begun, previous = previous, time.monotonic()
         if len(group) > 1:
             metrics = jax.device_get(metrics)  # slicing on the devices would be a program each
+        reported = False
         for i, tick in enumerate(group):
             parts = jax.tree.map(lambda x, i=i: x[i], metrics) if len(group) > 1 else metrics
             for report in collect(tick, parts):
-                report.at, report.compiled = finished_at, any(compiled)
-                compiled.clear()
+                # The ticks of a dispatch end together, and each one took an equal part of its time.
+                report.at = previous - (len(group) - 1 - i) / len(group) * (previous - begun)
+                report.compiled = any(compiled)
+                reported = True
                 yield report
+        if reported:
+            compiled.clear()
 
     def reports() -> Iterator[Report]:
         for number, group in enumerate(groups):

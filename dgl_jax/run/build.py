@@ -15,7 +15,7 @@ from dgl_jax.config import Settings
 from dgl_jax.config.registry import DATA_SETS, ENGINES, METHODS
 from dgl_jax.core.module import make_modules
 from dgl_jax.core.optimizer import make_optimizer, make_schedule
-from dgl_jax.data import Source
+from dgl_jax.data import Source, StoredSource
 from dgl_jax.data.info import DatasetInfo
 from dgl_jax.engines import Engine, world
 from dgl_jax.engines.base import EngineInputs
@@ -95,6 +95,11 @@ def make_experiment(
         # Report a task that does not fit the data set before anything is downloaded.
         make_task(settings, known_info(settings.data))
     source = open_source(settings)
+    if settings.data.on_device == "on" and not isinstance(source, StoredSource):
+        raise UserError(
+            "config.data.on_device=on: the examples of "
+            f"config.data.name={settings.data.name} are decoded as they are needed; use auto or off"
+        )
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
     if not 1 <= total_steps < 2**31:

@@ -49,7 +49,7 @@ def make_evaluator(spec: TrainSpec, placement: Placement, settings: Settings) ->
     device = placement.groups[0].devices.flat[0]
     return Evaluator(
         *(spec, placement, settings.eval.codec, Residence(settings.data.on_device)),
-        chosen_steps(spec, device),
+        getattr(settings.engine, "steps_per_dispatch", 0) or chosen_steps(spec, device),
     )
 
 
@@ -163,11 +163,17 @@ class Evaluator:
             for k, state in enumerate(self.spec.abstract_states())
         ]
         batch = self.placement.batch_shapes(self.spec.batch())
-        stored = self._residence.stored(source, "validation", self.placement.replicated(0))
-        if stored is not None and self._at_once > 1:
+        on_devices = [
+            self._residence.stored(source, split, self.placement.replicated(0))
+            for split in ("validation", "test")
+        ]
+        if self._at_once > 1:
             stack = stacked_shapes(batch, self._at_once, self.placement, resident=True)
-            yield _loop(self.spec).lower(tuple(parts), stored, stack)
-            return
+            for stored in on_devices:
+                if stored is not None and len(stored.inputs):
+                    yield _loop(self.spec).lower(tuple(parts), stored, stack)
+            if all(stored is not None for stored in on_devices):
+                return
         incoming: Any = batch.inputs
         answers: list[Any] = []
         end = self.placement.split(len(parts) - 1)

@@ -73,7 +73,7 @@ def bench(
     if METHODS[settings.method.name].in_turn:
         # The warm-up then trains every module, and compiles all programs, instead of the first one.
         engine.total_steps = 0  # type: ignore[attr-defined]
-    warm_up = -(-_WARM_UP // at_once) * at_once
+    warm_up, steps = (-(-n // at_once) * at_once for n in (_WARM_UP, steps))  # whole dispatches
     state = _trained(experiment, engine.init(), warm_up)
     begin, host = time.perf_counter(), getattr(engine, "host_seconds", None)
     state = _trained(experiment, state, warm_up + steps)
