@@ -367,7 +367,8 @@ def test_groups_a_to_d_have_figures_on_a_cpu(tmp_path):
     ]
     assert both[0]["over_backprop"] == pytest.approx(both[1]["over_baseline"]["median"], abs=1e-3)
     assert both[0]["percent_of_matrix_rate"] > 0
-    assert rows["cnn6, batch 8: DGL, fused: memory"]["figures"]["peak_memory_bytes"] > 0
+    memory = rows["cnn6, batch 8: DGL, fused: memory"]["figures"]["peak_memory_bytes"]
+    assert memory == "unknown"  # a CPU has no memory of its own
 
 
 @pytest.mark.slow

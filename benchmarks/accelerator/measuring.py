@@ -12,6 +12,7 @@ from benchmarks.accelerator.common import Fields, configured, counted
 from benchmarks.accelerator.rows import Figures, Job, Size
 from benchmarks.interleaved import Variant, in_turns, training
 from dgl_jax import system
+from dgl_jax.engines.dispatches import steps_per_dispatch
 from dgl_jax.run.build import Experiment, make_experiment
 
 _WARM_UP = 3
@@ -57,7 +58,8 @@ def compare(job: Job, fields: Fields, baseline: Fields) -> Figures:
     variants = {"baseline": job.shared[key]}
     if fields != baseline:
         variants["this"] = training(experiment, warm_up=_WARM_UP)
-    return described(experiment) | timed(job.size, variants, experiment.spec.batch_size)
+    at_once = steps_per_dispatch(experiment.engine)
+    return described(experiment) | timed(job.size, variants, experiment.spec.batch_size, at_once)
 
 
 def described(experiment: Experiment) -> Figures:
@@ -84,16 +86,18 @@ def described(experiment: Experiment) -> Figures:
     )
 
 
-def timed(size: Size, variants: dict[str, Variant], batch_size: int) -> Figures:
+def timed(size: Size, variants: dict[str, Variant], batch_size: int, at_once: int = 1) -> Figures:
     """Times variants in turns and returns the figures of the last one.
 
     Args:
       size: length and number of the repeats.
       variants: "baseline", which may be the only one, and the measured one.
       batch_size: images per step.
+      at_once: steps per dispatch of the measured one.
     """
     slowest = min(run(2).images_per_second for run in variants.values())
     steps = max(3, math.ceil(size.seconds * slowest / batch_size))
+    steps = math.ceil(steps / at_once) * at_once
     timings = list(in_turns(variants, dict.fromkeys(variants, steps), size.repeats))[-1]
     rates = {name: [t.images_per_second for t in row] for name, row in timings.items()}
     *_, last = rates.values()
@@ -110,7 +114,12 @@ def timed(size: Size, variants: dict[str, Variant], batch_size: int) -> Figures:
 def alone(job: Job, experiment: Experiment) -> Figures:
     """Measures one training run without a baseline."""
     run = training(experiment, warm_up=_WARM_UP)
-    return described(experiment) | timed(job.size, {"baseline": run}, experiment.spec.batch_size)
+    return described(experiment) | timed(
+        job.size,
+        {"baseline": run},
+        experiment.spec.batch_size,
+        steps_per_dispatch(experiment.engine),
+    )
 
 
 def peak(experiment: Experiment, steps: int = 4) -> Figures:
@@ -122,5 +131,5 @@ def peak(experiment: Experiment, steps: int = 4) -> Figures:
     run = training(experiment, warm_up=1)
     run(steps)
     gc.collect()
-    memory = system.device_memory(jax.devices()[0])
-    return described(experiment) | {"peak_memory_bytes": memory.peak or "unknown"}
+    (most,) = (system.peak_memory(jax.devices()[:1]) or {"": None}).values()
+    return described(experiment) | {"peak_memory_bytes": most or "unknown"}

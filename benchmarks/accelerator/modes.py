@@ -43,39 +43,39 @@ def rows(size: Size) -> list[Row]:
     row = partial(Row, group="a", process="modes")
     return [
         *(
-            row(f"engine {name}", measure=_trains({"engine.name": name}), cost=8)
+            row(f"engine {name}", measure=_trains(f"engine_{name}", {"engine.name": name}), cost=8)
             for name in ENGINES
         ),
         *(
             row(
                 f"codec {name}",
-                measure=_trains({"engine.name": "pipeline", "codec.name": name}),
+                measure=_trains(f"codec_{name}", {"engine.name": "pipeline", "codec.name": name}),
                 cost=8,
             )
             for name in CODECS
         ),
         *(
-            row(f"method {name}", measure=_trains({"method.name": name}), cost=6)
+            row(f"method {name}", measure=_trains(f"method_{name}", {"method.name": name}), cost=6)
             for name in METHODS
         ),
         *(row(f"mode {name}", measure=partial(_mode, name), cost=4) for name in cli._MODES),
     ]
 
 
-def _train(job: Job, fields: Fields) -> Path:
-    """Trains a run unless it is finished, and returns its workdir."""
+def _train(job: Job, fields: Fields, name: str = "mode_train") -> Path:
+    """Trains a run unless it is finished, and returns its workdir, which has the given name."""
     settings = configured(dict(_FIELDS) | dict(fields), strict=False)
-    workdir = job.folder / "modes" / settings.hash()
+    workdir = job.folder / "modes" / name
     train_and_evaluate(settings, workdir)
     return workdir
 
 
-def _trains(fields: Fields) -> Callable[[Job], Figures]:
-    """Returns a function that trains and returns seconds, last loss and test accuracy."""
+def _trains(name: str, fields: Fields) -> Callable[[Job], Figures]:
+    """Returns a function that trains a run and returns seconds, last loss and test accuracy."""
 
     def measure(job: Job) -> Figures:
         begin = time.perf_counter()
-        workdir = _train(job, fields)
+        workdir = _train(job, fields, name)
         seconds = time.perf_counter() - begin
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         losses = [v for line in lines for k, v in line.items() if k.endswith("/loss")]

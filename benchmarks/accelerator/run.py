@@ -126,6 +126,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error(f"--only={args.only}: no group {', '.join(sorted(unknown))}")
     if not args.minutes > 0:
         flags.error(f"--minutes={args.minutes:g}: must be above 0")
+    if problem := session.unwritable(args.output):
+        flags.error(f"--output={args.output}: {problem}")
     return args
 
 
@@ -197,6 +199,8 @@ def main(
             if row.group in groups
             and any(fnmatch.fnmatchcase(row.name, pattern) for pattern in args.rows or ["*"])
         ]
+        if not chosen:
+            raise SystemExit(f"no row of the groups {args.only} has a name like {args.rows}")
         perform(ordered(chosen), runner, results, deadline)
         results.about["finished"] = True
     finally:

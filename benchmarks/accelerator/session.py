@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -239,6 +240,20 @@ def _answer(
         lines = str(error).strip().splitlines() or [""]
         told = type(error).__name__ == "UserError"  # its text is a line for the user
         return Answer({}, lines[0] if told else f"{type(error).__name__}: {lines[0][:200]}")
+
+
+def unwritable(path: Path) -> str:
+    """Returns why a file of results cannot be written; "" if it can. Creates its folder."""
+    if path.is_dir():
+        return "is a folder; name a file"
+    if path.suffix == ".log":
+        return "the messages of the rows go to the file with this suffix; use .json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return ""
+    except OSError as error:
+        return f"cannot write there ({error.strerror})"
 
 
 class Results:
