@@ -21,6 +21,10 @@ class UserError(Exception):
     """
 
 
+class ModuleFailed(UserError):
+    """Failure of a module that ends the run; the text does not tell where the run can resume."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Returns True if an exception of the system or of a storage library reports a full disk."""
     text = str(error)

@@ -103,6 +103,7 @@ def small(command: Command, settings: dict[str, Any]) -> list[str]:
         fields |= {f"data.{name}": value for name, value in data.items()} | {"data.augment": "none"}
     elif config["data"]["name"] == "folder":
         fields["data.batch_size"] = 4
+    arguments = [a for a in arguments if not a.startswith("--config.train.epochs=")]
     arguments += [f"--config.{name}={value}" for name, value in fields.items()]
     return arguments + (["--bench_steps=2"] if settings["mode"] == "bench" else [])
 

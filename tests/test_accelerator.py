@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from accelerator import ANSWERS, behave
 from PIL import Image
-from runs import FIELDS, small_config
 
 from dgl_jax import models, system
 from dgl_jax.codecs import CODECS, vq
@@ -30,11 +29,21 @@ from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
+from runs import FIELDS, small_config
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"model__name": "two", "train__steps": 2, "checkpoint__every": 2, "log__every": 1}
 RUNS = {
     "fused": {"codec__name": "identity", "train__accumulate": 2, "model__remat": True},
+    # As on an accelerator by default: the data stay there, and one dispatch runs several steps.
+    "loops": {
+        "engine__name": "fused",
+        "engine__steps_per_dispatch": 2,
+        "data__on_device": "on",
+        "train__steps": 4,
+        "checkpoint__every": 4,
+        "eval__every": 4,
+    },
     "pipeline": {
         "codec__name": "vq",
         "codec__dims": 4,
@@ -48,7 +57,14 @@ RUNS = {
     "cdni": {"engine__name": "fused", "method__name": "cdni"},
     "layerwise": {"engine__name": "fused", "method__name": "layerwise"},
 }
-TIMED_ALONE = ("fused", "pipeline", "simulated", "threads", "cdni")  # every turn is an update
+TIMED_ALONE = (
+    "fused",
+    "loops",
+    "pipeline",
+    "simulated",
+    "threads",
+    "cdni",
+)  # every turn is an update
 
 
 def config(engine, **fields):
@@ -86,7 +102,7 @@ def test_runs_cover_every_codec():
 def test_engines_train_evaluate_predict_export_plot_and_bench(plugin, engine, tmp_path, caplog):
     with caplog.at_level("INFO", logger="dgl_jax"):
         summary = train_and_evaluate(config(engine), tmp_path)
-    assert summary.steps == 2
+    assert summary.steps == (4 if engine == "loops" else 2)
     assert caplog.text.count("cpu: module 0 on ") == 1  # the platform replaces the device's kind
     metrics = evaluate_run(tmp_path)
     assert metrics["test/module_1/accuracy"] == summary.modules[1]["test_accuracy"]

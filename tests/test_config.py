@@ -7,7 +7,6 @@ import typing
 
 import jax
 import pytest
-from runs import small_config
 
 from dgl_jax.config import (
     Settings,
@@ -19,6 +18,7 @@ from dgl_jax.config import (
 )
 from dgl_jax.errors import UserError
 from dgl_jax.run.build import make_experiment
+from runs import small_config
 
 
 def nest(name: str, value: typing.Any) -> dict[str, typing.Any]:
@@ -352,7 +352,44 @@ def test_options_that_do_not_apply_are_ignored_or_refused(kind, chosen, expected
             make_settings(config, given=[name])
     if chosen not in ("layerwise", "ddg"):
         expected |= OF_METHODS  # dgl and backprop have no options
-    assert ignored == expected | OF_OBJECTIVES | OF_DIAGNOSTICS | {"model.init_gain"}
+    assert ignored == expected | OF_OBJECTIVES | OF_DIAGNOSTICS | {
+        "model.init_gain",
+        "model.logits",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("replay.size", 7),
+        ("replay.max_reuse", 3),
+        ("replay.rule", "uniform"),
+        ("checkpoint.replay_every", 4),
+        ("engine.finished", "eval"),
+        ("model.split", "flops"),
+        ("codec.name", "bf16"),
+    ],
+)
+def test_options_of_several_modules_have_no_effect_on_one(name, value):
+    config = {"model": {"modules": 1}, "engine": {"name": "threads"}}
+    group, leaf = name.split(".")
+    config[group] = config.get(group, {}) | {leaf: value}
+    settings = make_settings(config)
+    with pytest.raises(UserError, match=f"^config.{name}=.*: applies to config.model.modules=2 or"):
+        make_settings(config, given=[name])
+    assert name in settings.ignored
+    config["model"]["modules"] = 2
+    assert make_settings(config, given=[name]).ignored == {}
+
+
+def test_epochs_apply_without_a_number_of_steps():
+    config = {"train": {"epochs": 7.0, "steps": 3}}
+    reason = "config.train.epochs=7.0: applies to config.train.steps=0, not to 3"
+    assert make_settings(config).ignored == {"train.epochs": reason}
+    with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
+        make_settings(config, given=["train.epochs"])
+    config["train"]["steps"] = 0
+    assert make_settings(config, given=["train.epochs"]).ignored == {}
 
 
 def test_the_message_names_the_kinds_to_which_an_option_applies():

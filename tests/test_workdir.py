@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import evaluated_run, records, small_config
 from safetensors.numpy import save
 
 from dgl_jax import train
@@ -20,10 +19,12 @@ from dgl_jax.evaluate import evaluate_run
 from dgl_jax.run import workdir, writers
 from dgl_jax.run.plots import plot
 from dgl_jax.run.restore import load_trained
+from dgl_jax.run.summary import read_summary
 from dgl_jax.tools import export, plan, predict
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
+from runs import evaluated_run, records, small_config
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,28 @@ def test_unreadable_configuration_is_a_one_line_error_in_every_mode(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b'{"engine": "fused", "con', b'{"steps": 8}', b"\xff"]
+    "change",
+    [
+        lambda summary: summary.update(modules=[]),
+        lambda summary: summary.update(modules=[3]),
+        lambda summary: summary.update(ensemble_accuracy="high"),
+        lambda summary: summary["modules"][0].pop("test_accuracy"),
+        lambda summary: summary["modules"][1].update(test_accuracy="0.5"),
+        lambda summary: summary["modules"][1].update(updates=None),
+    ],
+)
+def test_summary_with_wrong_values_counts_as_missing(copy, change, caplog):
+    summary = json.loads((copy / "summary.json").read_text())
+    assert read_summary(copy).modules == summary["modules"]
+    change(summary)
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert read_summary(copy) is None
+    assert "summary.json cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[1]", b'{"engine": "fused", "con', b'{"steps": 8}', b"\xff", b"[" * 200_000],
 )
 def test_unreadable_summary_counts_as_missing(copy, content, caplog):
     before_damage = json.loads((copy / "summary.json").read_text())

@@ -106,7 +106,7 @@ class ModelSettings(Group):
     name: str = kind_of(registry.NETWORKS, "cnn4")
     width: int = number(64, 1, 65536)
     modules: int = number(4, 1, 4096)
-    split: str = option("count")
+    split: str = option("count", SEVERAL)
     head: str = kind_of(
         registry.HEADS,
         "mlp_sr",
@@ -116,7 +116,7 @@ class ModelSettings(Group):
     dtype: str = choice("float32", "bfloat16")
     remat: bool = option(False, free=True)
     ops: str = choice("auto", "xla", "joint")
-    logits: str = choice("float32", "model")
+    logits: str = choice("float32", "model", applies={"model.dtype": ("bfloat16",)})
     pointwise: str = choice("conv", "dot")
     init: str = choice("default", "orthogonal")
     init_gain: float = number(
@@ -191,15 +191,15 @@ class TrainSettings(Group):
     """Group `train`: length of training and details of the update.
 
     Attributes:
-      epochs: length of training in epochs.
-      steps: length in updates per module; if above 0, it overrides `epochs`.
+      epochs: length of training in epochs, unless `steps` is above 0.
+      steps: length in updates per module; 0: as many as `epochs` has.
       accumulate: micro-batches per batch; their mean gradient makes one update.
       label_smoothing: share of each target that is spread over all classes, in every head's loss.
       ema: decay of the moving average of the parameters that is evaluated; 0: none. Not free to
         change on resume, because it decides which arrays a checkpoint holds.
     """
 
-    epochs: float = number(50.0, 0.0, 1e6, free=True)
+    epochs: float = number(50.0, 0.0, 1e6, free=True, applies={"train.steps": (0,)})
     steps: int = number(0, 0, MANY, free=True)
     accumulate: int = number(1, 1, MANY, free=True)
     label_smoothing: float = number(0.0, 0.0, 1.0, free=True)
@@ -217,6 +217,9 @@ class EngineSettings(Group):
     name: str = kind_of(registry.ENGINES, "fused")
 
 
+_RINGS: Applies = {"engine.asynchronous": (True,), **SEVERAL}
+
+
 @dataclass(frozen=True)
 class ReplaySettings(Group):
     """Group `replay`: the rings at the entrances of modules 1 to K-1 in asynchronous engines.
@@ -228,14 +231,10 @@ class ReplaySettings(Group):
       at_limit: when no message may be read, "wait" postpones the turn and "skip" drops it.
     """
 
-    size: int = number(50, 1, MANY, applies={"engine.asynchronous": (True,)})
-    rule: str = kind_of(
-        registry.RULES, "least_used_latest", applies={"engine.asynchronous": (True,)}
-    )
-    max_reuse: int = number(0, 0, MANY, applies={"engine.asynchronous": (True,)})
-    at_limit: str = choice(
-        "wait", "skip", applies={"engine.asynchronous": (True,), "engine.continuous": (False,)}
-    )
+    size: int = number(50, 1, MANY, applies=_RINGS)
+    rule: str = kind_of(registry.RULES, "least_used_latest", applies=_RINGS)
+    max_reuse: int = number(0, 0, MANY, applies=_RINGS)
+    at_limit: str = choice("wait", "skip", applies={**_RINGS, "engine.continuous": (False,)})
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ class CheckpointSettings(Group):
 
     every: int = number(0, 0, MANY, free=True)
     keep: int = number(2, 1, MANY, free=True)
-    replay_every: int = number(1, 0, MANY, free=True, applies={"engine.asynchronous": (True,)})
+    replay_every: int = number(1, 0, MANY, free=True, applies=_RINGS)
 
 
 @dataclass(frozen=True)

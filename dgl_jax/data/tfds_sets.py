@@ -140,7 +140,7 @@ def _prepared(root: Path, name: str) -> Path | None:
     """Returns the directory of the newest prepared version of a data set; None if there is none.
 
     Raises:
-      UserError: it is stored in another file format than ArrayRecord.
+      UserError: it is damaged, or stored in another file format than ArrayRecord.
     """
     folders = [path.parent for path in (root / name).glob("*/dataset_info.json")]
     versions = {
@@ -149,9 +149,13 @@ def _prepared(root: Path, name: str) -> Path | None:
     if not versions:
         return None
     directory = versions[max(versions)]
-    file_format = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8")).get(
-        "fileFormat", "tfrecord"
-    )
+    info = directory / "dataset_info.json"
+    try:
+        file_format = json.loads(info.read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(
+            f"{info}: is damaged; delete {directory}, and the data set is prepared again"
+        ) from None
     if file_format != "array_record":
         raise UserError(
             f"{directory} was written as {file_format}, which only TensorFlow reads: choose "

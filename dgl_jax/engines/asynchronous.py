@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dgl_jax.config import EngineSettings, ReplaySettings
-from dgl_jax.config.fields import choice, option
+from dgl_jax.config.fields import SEVERAL, choice, option
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.data import Source
@@ -358,7 +358,7 @@ class AsynchronousOptions(EngineSettings):
     """
 
     slowdown: tuple[float, ...] = option((), applies={"engine.order": ("random",)})
-    finished: str = choice("train", "eval")
+    finished: str = choice("train", "eval", applies=SEVERAL)
 
     def check(self, settings: Any) -> None:
         """Raises UserError if slowdowns are given but not one of at least 1 per module."""

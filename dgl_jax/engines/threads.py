@@ -44,7 +44,7 @@ from dgl_jax.engines.flight import FrozenRings
 from dgl_jax.engines.placement import Placement
 from dgl_jax.engines.transfer import put
 from dgl_jax.engines.worker import Crew, Failure, Failures, Pace, Worker
-from dgl_jax.errors import UserError, explain
+from dgl_jax.errors import ModuleFailed, UserError, explain
 from dgl_jax.methods.post import opened
 from dgl_jax.schedule import never
 from dgl_jax.spec import Meter, Traffic, TrainSpec
@@ -255,9 +255,9 @@ class Supervisor:
         if state is None:
             repeated = f" {in_a_row} times in a row" if in_a_row > 1 else ""
             why = explain(error) or f"{type(error).__name__}: {error}"
-            raise UserError(
+            raise ModuleFailed(
                 f"module_{k} failed{repeated} after {updates} updates: {why}; the other modules "
-                "have stopped, the last checkpoint is good (the log has the traceback)"
+                "have stopped (the log has the traceback)"
             ) from error
         worker.state, worker.mail = opened(put(state, self.engine.placement.replicated(k)))
         worker.failures = Failures(updates, int(jax.device_get(state.updates)), in_a_row)

@@ -87,7 +87,7 @@ def title_and_subtitle(workdir: Path) -> tuple[str, str]:
         details = [
             form.format((summary | modules)[key]) for key, form in forms.items() if key in summary
         ]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         details = []
     # Undecodable bytes become replacement characters: fonts have no glyphs for lone surrogates.
     name = os.fsencode(workdir.resolve().name).decode("utf-8", "replace")

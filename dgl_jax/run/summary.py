@@ -96,14 +96,13 @@ def read_summary(workdir: Path) -> Summary | None:
         return None
     try:
         summary = Summary(**json.loads(path.read_text(encoding="utf-8")))
-        numbers = (
-            summary.epochs,
-            summary.steps,
-            *(module["updates"] for module in summary.modules),
-        )
-        if all(isinstance(number, int | float) for number in numbers):
+        modules = summary.modules
+        numbers = summary.epochs, summary.steps, *(module["updates"] for module in modules)
+        accuracies = summary.ensemble_accuracy, *(module["test_accuracy"] for module in modules)
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        if modules and all(isinstance(number, int | float) for number in (*numbers, *known)):
             return summary
-        reason = "a field that must be a number is not one"
+        reason = "a field that must be a number is not one" if modules else "it has no modules"
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = str(error)
     _LOG.warning("%s cannot be read (%s): testing the run again", path, reason.splitlines()[0])

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from dgl_jax import system
 from dgl_jax.config import Settings, default_config, differences, make_settings
 from dgl_jax.config.fields import expand
-from dgl_jax.errors import UserError, is_disk_full, not_opened, of_a_path, out_of_memory
+from dgl_jax.errors import (
+    ModuleFailed,
+    UserError,
+    is_disk_full,
+    not_opened,
+    of_a_path,
+    out_of_memory,
+)
 from dgl_jax.run.checkpoint_folder import check_path, checkpoint_steps
 from dgl_jax.run.summary import Summary, read_summary
 
@@ -163,13 +170,19 @@ def is_locked(workdir: Path) -> bool:
 def reporting(workdir: Path) -> Iterator[None]:
     """Turns a full disk, an unusable path, or exhausted memory into a one-line error.
 
-    After exhausted memory the message also tells from which checkpoint the run can resume.
+    After exhausted memory, or the failure of a module, the message also tells from which checkpoint
+    the run can resume.
 
     Raises:
       UserError: one of these errors occurred inside the `with` block.
     """
     try:
         yield
+    except ModuleFailed as error:
+        advice = "no checkpoint was written yet"
+        if steps := _steps(workdir):
+            advice = f"the checkpoint of step {max(steps)} is good"
+        raise UserError(f"{error}; {advice}") from error.__cause__
     except UserError:
         raise
     except Exception as error:
