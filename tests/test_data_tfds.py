@@ -315,6 +315,18 @@ def test_another_file_format_is_refused(digits_directory, tmp_path):
         load(options("data", name="digits", dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
+def test_a_damaged_description_is_refused(digits_directory, tmp_path, content):
+    target = tmp_path / "optical_digits" / "1.0.0" / "dataset_info.json"
+    target.parent.mkdir(parents=True)
+    target.write_text(content)
+    with pytest.raises(UserError) as error:
+        load(options("data", name="digits", dir=str(tmp_path)))
+    assert str(error.value) == (
+        f"{target}: is damaged; delete {target.parent}, and the data set is prepared again"
+    )
+
+
 def test_an_unwritable_directory_is_refused(cache_directory):
     cache_directory.write_text("a file, where a directory should be")
     with pytest.raises(

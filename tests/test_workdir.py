@@ -123,6 +123,7 @@ def test_summary_with_wrong_values_counts_as_missing(copy, change, caplog):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[1]", b'{"engine": "fused", "con', b'{"steps": 8}', b"\xff", b"[" * 200_000],
+    ids=["empty", "no fields", "list", "cut", "one field", "not text", "deep"],
 )
 def test_unreadable_summary_counts_as_missing(copy, content, caplog):
     before_damage = json.loads((copy / "summary.json").read_text())
