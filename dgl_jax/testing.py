@@ -110,13 +110,21 @@ def _check_loss(spec: TrainSpec, k: int, states: Sequence[ModuleState]) -> None:
         "no gradient reaches the body"
     )
 
-    # Inputs and outputs of a step must be detached, so that no module trains another one.
-    def output_sum(inputs: jax.Array) -> jax.Array:
-        return local_step(module, spec.optimizer, state, inputs, context, published=published)[
-            1
-        ].sum()
+    # Everything that a step returns must be detached from its inputs, so that no module trains
+    # another one.
+    def total(inputs: jax.Array) -> jax.Array:
+        new, outputs, metrics = local_step(
+            module, spec.optimizer, state, inputs, context, published=published
+        )
+        return sum(
+            (
+                jnp.sum(leaf.astype(jnp.float32))
+                for leaf in jax.tree.leaves((new.params, outputs, metrics))
+            ),
+            jnp.zeros(()),
+        )
 
-    input_gradient = jax.grad(output_sum)(inputs)
+    input_gradient = jax.jit(jax.grad(total))(inputs)
     assert float(jnp.abs(input_gradient).max()) == 0, "a gradient reaches the module below"
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from make import COLORS, HERE, Row, make_row, unpack
@@ -24,7 +25,7 @@ from dgl_jax import system
 from dgl_jax.config import Settings, make_settings
 from dgl_jax.core.module import count_parameters
 from dgl_jax.data.info import DatasetInfo
-from dgl_jax.profile.flops import module_flops
+from dgl_jax.profile.flops import count, module_flops
 from dgl_jax.profile.memory import module_memory
 from dgl_jax.run.build import choose_cuts, make_spec
 from dgl_jax.run.parts import make_blocks
@@ -39,6 +40,7 @@ class Costs:
     """Costs of a row.
 
     Attributes:
+      training: floating-point operations of an update of all modules, per image.
       operations: floating-point operations of the forward pass per image, of all modules.
       largest: those of the largest module.
       memory: bytes of arguments and temporary buffers of the largest program.
@@ -46,6 +48,7 @@ class Costs:
       sent: bytes per image between modules.
     """
 
+    training: float
     operations: float
     largest: float
     memory: float
@@ -57,15 +60,16 @@ def costs(settings: Settings) -> Costs:
     """Returns the costs of a run on CIFAR-10."""
     spec = make_spec(settings, INFO, choose_cuts(settings, make_blocks(settings, INFO)))
     operations = [sum(pair) / spec.batch_size for pair in module_flops(spec)]
-    alone = module_memory(spec)
+    alone, (step, *arguments) = module_memory(spec), _update(spec)
     memory = (
-        _whole_memory(spec)
+        _memory(step, *arguments)
         if alone is None
         else max(program.arguments + program.temporary for program in alone)
     )
     if not spec.method.sends:  # the network is one program
         operations = [sum(operations)]
     return Costs(
+        count(step, *arguments)[0] / spec.batch_size,
         sum(operations),
         max(operations),
         memory,
@@ -74,26 +78,32 @@ def costs(settings: Settings) -> Costs:
     )
 
 
-def _whole_memory(spec: TrainSpec) -> float:
-    """Returns the bytes of the program that updates all modules at once."""
+def _update(spec: TrainSpec) -> tuple[Any, ...]:
+    """Returns the program that updates all modules at once, and the shapes of its arguments."""
     step = spec.method.fused(spec, [(k, "step") for k in range(len(spec.modules))])
-    lowered = jax.jit(step, donate_argnums=0).lower(spec.abstract_states(), spec.batch())
+    return step, spec.abstract_states(), spec.batch()
+
+
+def _memory(step: Any, *arguments: Any) -> float:
+    """Returns the bytes of a compiled program whose first argument is donated."""
+    lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
     plan = system.program_plan(lowered.compile())
     return math.nan if plan is None else plan.arguments + plan.temporary
 
 
 def table(rows: list[tuple[Row, Costs]]) -> list[str]:
     """Returns the lines of a Markdown table; the first row is the unit of operations."""
-    unit = rows[0][1].operations
+    update, unit = rows[0][1].training, rows[0][1].operations
     lines = [
-        "| row | test accuracy, % | operations, all modules | largest module | memory, MiB "
-        "| parameters | bytes |",
-        "|---|---|---|---|---|---|---|",
+        "| row | test accuracy, % | training operations | forward, all modules | largest module "
+        "| memory, MiB | parameters | bytes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, cost in rows:
         cells = [
             f"`{row.name}`",
             row.text(),
+            f"{cost.training / update:.2f}",
             f"{cost.operations / unit:.2f}",
             f"{cost.largest / unit:.2f}",
             f"{cost.memory / 2**20:.0f}",
@@ -106,15 +116,15 @@ def table(rows: list[tuple[Row, Costs]]) -> list[str]:
 
 def picture(rows: list[tuple[Row, Costs]], path: Path) -> None:
     """Draws test accuracy against operations and against memory."""
-    unit = rows[0][1].operations
+    unit = rows[0][1].training
     figure = Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for place, (row, cost) in enumerate(rows):
         style = {"color": COLORS[place % len(COLORS)], "marker": "os^D"[place // len(COLORS)]}
-        for axes, x in zip(panels, (cost.operations / unit, cost.memory / 2**20)):
+        for axes, x in zip(panels, (cost.training / unit, cost.memory / 2**20)):
             axes.plot([x], [sum(row.accuracies()) / len(row.runs)], label=row.name, ls="", **style)
-    panels[0].set(xlabel="operations, relative to the first row")
+    panels[0].set(xlabel="training operations, relative to the first row")
     panels[0].set(ylabel="test accuracy of the last module, %")
     panels[1].set(xlabel="memory of the largest program, MiB")
     for axes in panels:

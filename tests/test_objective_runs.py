@@ -1,15 +1,12 @@
 """Tests of training runs with the local losses `auglocal`, `pred_sim` and `info_pro`."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from plugin_runs import ByHand, config, equal, furthest, trained
-from runs import arrays, records, small_config
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings
@@ -17,15 +14,10 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.models import ContextInput
-from dgl_jax.profile import memory
-from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
-from dgl_jax.profile.memory import module_memory
-from dgl_jax.profile.timing import block_times
 from dgl_jax.run.build import make_experiment
-from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
-from dgl_jax.types import nbytes
+from runs import arrays, records, small_config
 
 MOMENTUM: dict[str, Any] = {
     "objective__name": "auglocal",
@@ -230,76 +222,6 @@ def test_context_input_by_hand():
             y[:, i, j] += small[:, a, b] @ kernel[a - i + 1, b - j + 1]
         small = np.maximum(y / np.sqrt(1 + 1e-5), 0)  # batch norm with its initial statistics
     np.testing.assert_allclose(adapter.apply(variables, x, context, train=False), 1 + small, 1e-4)
-
-
-# Costs
-
-
-def test_costs_count_the_auxiliary_network():
-    plain = experiment(**FOUR_BLOCKS)
-    deep = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=2)
-    body, head = module_flops(deep.spec)[0]
-    assert body == module_flops(plain.spec)[0][0]
-    # Behind two of four blocks of width 4 follow blocks shaped like the others, and the head.
-    x = deep.spec.hops[0].activations
-    blocks = 0.0
-    for block in deep.spec.modules[1].blocks:
-        operations, x = forward_flops(block, x.shape, x.dtype)
-        blocks += operations
-    assert head == blocks + forward_flops(deep.spec.modules[0].objective.head, x.shape, x.dtype)[0]
-    assert block_flops(make_blocks(deep.settings, deep.info)).head[1] == head
-    parameters = deep.spec.abstract_states()[0].params["objective"]
-    assert sorted(parameters) == ["auxiliary_0", "auxiliary_1", "head"]
-
-
-def test_costs_count_the_momentum_copy_and_the_decoder():
-    momentum = experiment(**FOUR_BLOCKS, **MOMENTUM)
-    plain = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=1)
-    x = momentum.spec.hops[0].activations
-    following, _ = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
-    heads = [module_flops(made.spec)[0][1] for made in (momentum, plain)]
-    # The first auxiliary block is shaped like the next block (which pools), not like the last one.
-    last, y = forward_flops(plain.spec.modules[0].objective.auxiliary[0], x.shape, x.dtype)
-    after_last, _ = forward_flops(plain.spec.modules[0].objective.head, y.shape, y.dtype)
-    assert heads[1] == last + after_last
-    _, z = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
-    after, _ = forward_flops(momentum.spec.modules[0].objective.head, z.shape, z.dtype)
-    assert heads[0] == 2 * following + after
-
-
-BESIDE: dict[str, dict[str, Any]] = {
-    "momentum": MOMENTUM,
-    "context": {"objective__context_input": True},
-    "both": MOMENTUM | {"objective__context_input": True},
-}
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_costs_of_blocks_add_up_to_those_of_modules(name):
-    made = experiment(**FOUR_BLOCKS, model__modules=3, **BESIDE[name])
-    costs = block_flops(make_blocks(made.settings, made.info))
-    starts = [module.first for module in made.spec.modules]
-    modules = list(zip(starts, [*starts[1:], 4], strict=True))
-    assert [costs.module(*cut) for cut in modules] == list(map(sum, module_flops(made.spec)))
-    assert (costs.first == costs.inner) == (name == "momentum")
-
-
-@pytest.mark.medium
-def test_adapters_and_copies_are_measured_with_their_blocks_and_heads(caplog):
-    caplog.set_level("INFO", "dgl_jax")
-    settings = make_settings(small_config(**BESIDE["both"]))
-    blocks = make_blocks(settings, known_info(settings.data))
-    times = block_times(blocks, optax.sgd(0.1), jax.devices()[0], repeats=1)
-    assert all(second > 0 for row in dataclasses.astuple(times.seconds) for second in row)
-
-
-def test_waiting_copies_count_as_memory(monkeypatch):
-    spec = experiment(**MOMENTUM).spec
-    (counted, _), (state, _) = module_memory(spec), spec.abstract_states()
-    # Twin: the program has the message that it reads, and no other.
-    monkeypatch.setattr(memory, "nbytes", lambda tree: 0)
-    (twin, _) = module_memory(spec)
-    assert counted.arguments - twin.arguments == nbytes(state.extras["above"][1])
 
 
 # Initial weights

@@ -1,8 +1,10 @@
 """Checks of `dgl_jax.testing`: built-in and `examples/plugin` parts pass, broken parts fail."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +12,7 @@ from dgl_jax import testing
 from dgl_jax.codecs import CodecKind, Stateless
 from dgl_jax.config import options
 from dgl_jax.config.registry import CODECS, ENGINES, OBJECTIVES
+from dgl_jax.core import step
 from dgl_jax.engines import EngineKind, fused
 from dgl_jax.objectives import Classifier, ObjectiveKind
 
@@ -82,6 +85,21 @@ def test_twin_objective_without_gradient_fails_the_check(monkeypatch):
     )
     with pytest.raises(AssertionError, match="no gradient reaches the body"):
         testing.check_objective(objective={"name": "blind"})
+
+
+@pytest.mark.medium
+def test_twin_step_that_trains_the_module_below_fails_the_check(monkeypatch):
+    detach, detached = jax.lax.stop_gradient, []
+
+    def outputs_only(value):
+        detached.append(value)  # inputs and outputs, in turns
+        return value if len(detached) % 2 else detach(value)
+
+    monkeypatch.setattr(
+        step, "lax", SimpleNamespace(**vars(jax.lax) | {"stop_gradient": outputs_only})
+    )
+    with pytest.raises(AssertionError, match="a gradient reaches the module below"):
+        testing.check_objective(objective={"name": "classifier"})
 
 
 @pytest.mark.slow

@@ -144,11 +144,13 @@ class HiddenOptions(ObjectiveSettings):
 def refuse_micro_batches(settings: Settings, name: str) -> None:
     """Raises UserError if batches are split although an objective compares all their examples.
 
+    A single module does not use the objective.
+
     Args:
       settings: the settings of the run.
       name: the objective, for the message.
     """
-    if settings.train.accumulate > 1:
+    if settings.train.accumulate > 1 and settings.model.modules > 1:
         raise UserError(
             f"config.train.accumulate={settings.train.accumulate}: config.objective.name={name} "
             "compares all examples of a batch and cannot be computed in micro-batches; use 1, or "

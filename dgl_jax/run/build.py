@@ -22,7 +22,7 @@ from dgl_jax.engines.base import EngineInputs
 from dgl_jax.engines.feed import Residence
 from dgl_jax.errors import UserError
 from dgl_jax.models import BALANCED, BlockCosts, cuts
-from dgl_jax.objectives import Classifier
+from dgl_jax.objectives import Classifier, Transport
 from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import block_times
 from dgl_jax.run.due import Due
@@ -141,7 +141,10 @@ def make_experiment(
 def _log_idle(settings: Settings, spec: TrainSpec) -> None:
     """Logs a local loss without an effect: the single module minimizes the classifier's loss."""
     name = settings.objective.name
-    if isinstance(spec.modules[0].objective, Classifier) and name != "classifier":
+    objective = spec.modules[0].objective
+    if isinstance(objective, Transport):
+        objective = objective.inner
+    if isinstance(objective, Classifier) and name != "classifier":
         _LOG.info("no effect with a single module: config.objective.name=%s", name)
 
 

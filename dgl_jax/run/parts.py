@@ -178,7 +178,7 @@ def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtype
     weight, method = settings.objective.transport, settings.method.name
     if not weight:
         return
-    if not METHODS[method].local:
+    if not METHODS[method].local and settings.model.modules > 1:
         raise UserError(
             f"config.objective.transport={weight}: under config.method.name={method} only the last "
             "module has an objective to add it to; use 0"

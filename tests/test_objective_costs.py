@@ -1,0 +1,127 @@
+"""Costs of local losses: operations by hand, blocks and modules, measured times, memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+import pytest
+from test_objective_runs import FOUR_BLOCKS, MOMENTUM, experiment
+
+from dgl_jax.config import make_settings
+from dgl_jax.profile import memory
+from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
+from dgl_jax.profile.memory import module_memory
+from dgl_jax.profile.timing import block_times
+from dgl_jax.run.parts import known_info, make_blocks
+from dgl_jax.types import nbytes
+from runs import small_config
+
+
+def test_costs_count_the_auxiliary_network():
+    plain = experiment(**FOUR_BLOCKS)
+    deep = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=2)
+    body, head = module_flops(deep.spec)[0]
+    assert body == module_flops(plain.spec)[0][0]
+    # Behind two of four blocks of width 4 follow blocks shaped like the others, and the head.
+    x = deep.spec.hops[0].activations
+    blocks = 0.0
+    for block in deep.spec.modules[1].blocks:
+        operations, x = forward_flops(block, x.shape, x.dtype)
+        blocks += operations
+    assert head == blocks + forward_flops(deep.spec.modules[0].objective.head, x.shape, x.dtype)[0]
+    assert block_flops(make_blocks(deep.settings, deep.info)).head[1] == head
+    parameters = deep.spec.abstract_states()[0].params["objective"]
+    assert sorted(parameters) == ["auxiliary_0", "auxiliary_1", "head"]
+
+
+def test_costs_count_the_momentum_copy():
+    momentum = experiment(**FOUR_BLOCKS, **MOMENTUM)
+    plain = experiment(**FOUR_BLOCKS, objective__name="auglocal", objective__depth=1)
+    x = momentum.spec.hops[0].activations
+    following, _ = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
+    heads = [module_flops(made.spec)[0][1] for made in (momentum, plain)]
+    # The first auxiliary block is shaped like the next block (which pools), not like the last one.
+    last, y = forward_flops(plain.spec.modules[0].objective.auxiliary[0], x.shape, x.dtype)
+    after_last, _ = forward_flops(plain.spec.modules[0].objective.head, y.shape, y.dtype)
+    assert heads[1] == last + after_last
+    _, z = forward_flops(momentum.spec.modules[1].blocks[0], x.shape, x.dtype)
+    after, _ = forward_flops(momentum.spec.modules[0].objective.head, z.shape, z.dtype)
+    assert heads[0] == 2 * following + after
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "momentum": MOMENTUM,
+    "context": {"objective__context_input": True},
+    "both": MOMENTUM | {"objective__context_input": True},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_costs_of_blocks_add_up_to_those_of_modules(name):
+    made = experiment(**FOUR_BLOCKS, model__modules=3, **BESIDE[name])
+    costs = block_flops(make_blocks(made.settings, made.info))
+    starts = [module.first for module in made.spec.modules]
+    modules = list(zip(starts, [*starts[1:], 4], strict=True))
+    assert [costs.module(*cut) for cut in modules] == list(map(sum, module_flops(made.spec)))
+    assert (costs.first == costs.inner) == (name == "momentum")
+
+
+@pytest.mark.medium
+def test_adapters_and_copies_are_measured_with_their_blocks_and_heads(caplog):
+    caplog.set_level("INFO", "dgl_jax")
+    settings = make_settings(small_config(**BESIDE["both"]))
+    blocks = make_blocks(settings, known_info(settings.data))
+    times = block_times(blocks, optax.sgd(0.1), jax.devices()[0], repeats=1)
+    assert all(second > 0 for row in dataclasses.astuple(times.seconds) for second in row)
+
+
+def test_waiting_copies_count_as_memory(monkeypatch):
+    spec = experiment(**MOMENTUM).spec
+    (counted, _), (state, _) = module_memory(spec), spec.abstract_states()
+    # Twin: the program has the message that it reads, and no other.
+    monkeypatch.setattr(memory, "nbytes", lambda tree: 0)
+    (twin, _) = module_memory(spec)
+    assert counted.arguments - twin.arguments == nbytes(state.extras["above"][1])
+
+
+def loss_operations(**fields: Any) -> tuple[float, Any]:
+    """Returns the operations per image of the first module's loss, and the experiment."""
+    made = experiment(**FOUR_BLOCKS, **fields)
+    return module_flops(made.spec)[0][1] / made.spec.batch_size, made
+
+
+def test_costs_count_similarities():
+    # The first two of four blocks end with 8 channels of 4x4; the head has ten outputs.
+    (plain, _), (more, _) = (
+        loss_operations(objective__name="pred_sim", objective__similarity_kernel=kernel)
+        for kernel in (0, 3)
+    )
+    head = 2 * 8 * 10  # behind an average of the map
+    similarities = 2 * 8 * 8 + 2 * 8 * 10  # of 8 examples by 8 channels, and of their labels
+    assert plain == head + similarities
+    assert more - plain == 2 * 4 * 4 * 9 * 8 * 8
+
+
+def test_costs_count_the_decoder_and_the_bytes_of_images():
+    operations, made = loss_operations(objective__name="info_pro")
+    resize = 2 * 8 * (8 * 4 * 4 + 8 * 8 * 4)  # 8 channels from 4x4 to 8x4 and to 8x8
+    convolutions = 2 * 8 * 8 * 9 * (8 * 12 + 12 * 3)
+    assert operations == 2 * 8 * 10 + resize + convolutions
+    # The image travels to the last module that reconstructs it. The weights fall from 5 to 0 at the
+    # last but one module: of two modules the first reconstructs, of four the first two.
+    assert made.spec.traffic().wire == experiment(**FOUR_BLOCKS).spec.traffic().wire
+    wires = [
+        experiment(**FOUR_BLOCKS, model__modules=4, **fields).spec.traffic().wire
+        for fields in ({"objective__name": "info_pro"}, {})
+    ]
+    assert [a - b for a, b in zip(*wires, strict=True)] == [4 * 8 * 8 * 3, 0, 0]
+
+
+def test_transport_has_no_operations_of_its_own():
+    fields = {"model__name": "resnet20", "model__width": 4}
+    plain, moved = (
+        module_flops(experiment(**fields, objective__transport=weight).spec)
+        for weight in (0.0, 0.1)
+    )
+    assert moved == plain
