@@ -234,7 +234,9 @@ def test_conditions_name_the_kinds_that_fit():
         for entry in entries
         if entry.name == "checkpoint.replay_every"
     )
-    assert generate_config.conditions(entry) == "`engine.name`: `simulated`, `threads`"
+    assert generate_config.conditions(entry) == (
+        "`engine.name`: `simulated`, `threads` and `model.modules`: `2 or more`"
+    )
 
 
 def test_every_page_is_in_the_navigation():
