@@ -125,7 +125,8 @@ def same_run(one: Path, other: Path) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs) and records(one) == records(other)
 
 
-def evaluated_run(path: Path) -> Path:
+def evaluated_run(path: Path, **fields: Any) -> Path:
     """Trains a short run with checkpoints 6 and 8, both of them evaluated, and returns its path."""
-    train_and_evaluate(small_config(train__steps=8, checkpoint__every=2, eval__every=6), path)
+    fields = {"train__steps": 8, "checkpoint__every": 2, "eval__every": 6} | fields
+    train_and_evaluate(small_config(**fields), path)
     return path

@@ -11,7 +11,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from runs import evaluated_run, records, small_config
 
 from dgl_jax import train
 from dgl_jax.errors import UserError
@@ -19,13 +18,15 @@ from dgl_jax.run import checkpoint, checkpoint_folder, workdir
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
+from runs import evaluated_run, records, small_config
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return evaluated_run(tmp_path_factory.mktemp("run"))
+    # Of a shipped network, which another process knows too.
+    return evaluated_run(tmp_path_factory.mktemp("run"), model__name="cnn4")
 
 
 @pytest.fixture
@@ -183,7 +184,10 @@ def test_files_named_like_checkpoints_are_ignored(copy, caplog):
         load_trained(copy, "10")
     with caplog.at_level("WARNING", logger="dgl_jax"):
         assert (
-            train_and_evaluate(small_config(train__steps=12, checkpoint__every=2), copy).steps == 12
+            train_and_evaluate(
+                small_config(model__name="cnn4", train__steps=12, checkpoint__every=2), copy
+            ).steps
+            == 12
         )
     assert "damaged (" not in caplog.text
     assert "checkpoints/10 is not a checkpoint: moved to" in caplog.text

@@ -11,7 +11,6 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 from plugin_runs import config as plugin_config
-from runs import small_config
 
 from dgl_jax import cli
 from dgl_jax.config import Settings, default_config, make_settings
@@ -19,6 +18,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.tools import commands, flag_modes
 from dgl_jax.tools.commands import command_of, shell_command
 from dgl_jax.tools.config_files import SHIPPED, with_files
+from runs import small_config
 
 
 def parsed(line: list[str]) -> Settings:
@@ -107,7 +107,7 @@ def test_shell_command_is_quoted(tmp_path):
 @pytest.mark.medium
 @pytest.mark.usefixtures("plugin_kinds")
 def test_plugins_come_with_the_options_they_register():
-    settings = make_settings(plugin_config(model__adapter="echo"))
+    settings = make_settings(plugin_config(model__name="cnn4", model__adapter="echo"))
     line = command_of(settings)
     assert "--config.plugins=examples.plugin" in line
     # A new process, because here the plugin is imported already.

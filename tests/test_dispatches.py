@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from runs import small_config
 from test_engines import furthest, unequal
 from test_evaluate import oracle, place
 
@@ -36,6 +35,7 @@ from dgl_jax.run.writers import read_jsonl
 from dgl_jax.schedule import Turn, fused, grouped
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
+from runs import small_config
 
 STEPS = 20
 
@@ -275,7 +275,7 @@ def test_resident_data_are_refused_if_they_are_streamed(monkeypatch):
     monkeypatch.setattr(build, "StoredSource", type(None))
     with pytest.raises(
         UserError,
-        match=r"^config\.data\.on_device=on: the examples of config\.data\.name=synthetic are dec",
+        match=r"^config\.data\.on_device=on: config\.data\.name=synthetic decodes its examples",
     ):
         make_experiment(settings, jax.devices()[:1])
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import arrays, small_config, spec_of
 from traced import equations
 
 from dgl_jax.config import make_settings, options
@@ -27,6 +26,7 @@ from dgl_jax.run.build import make_engine
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Batch
+from runs import arrays, small_config, spec_of
 
 DEFAULTS = {
     "optimizer.flat": False,
@@ -361,12 +361,13 @@ def test_logits_of_a_float32_model_do_not_change():
 
 @pytest.mark.parametrize(("method", "heads"), [("dgl", 2), ("backprop", 1)])
 def test_choices_reach_every_head_of_a_run(method, heads):
-    fields = {"model__head": "mlp_sr", "model__logits": "model", "model__pointwise": "dot"}
-    settings = make_settings(small_config(method__name=method, **fields))
+    fields = {"model__name": "cnn4", "method__name": method}
+    choices = {"model__head": "mlp_sr", "model__logits": "model", "model__pointwise": "dot"}
+    settings = make_settings(small_config(**fields, **choices))
     modules = spec_of(settings, INFO).modules
     heads_of_run = [m.objective.head for m in modules if m.objective is not None]
     assert [(head.logits, head.pointwise) for head in heads_of_run] == [("model", "dot")] * heads
-    default = spec_of(make_settings(small_config(method__name=method)), INFO).modules
+    default = spec_of(make_settings(small_config(**fields)), INFO).modules
     assert {m.objective.head.logits for m in default if m.objective} == {"float32"}
 
 

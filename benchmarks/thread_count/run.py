@@ -3,7 +3,6 @@
 python benchmarks/thread_count/run.py [--write]
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def variant(case: str) -> interleaved.Variant:
 
 def measure(case: str, steps: int, repeats: int) -> dict[str, Any]:
     """Measures a case with both numbers of threads, in turns."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(system.usable_cpus() or {0})
     fixed = interleaved.Process(case, cores, pool=system.pool_threads())
     default = interleaved.Process(case, cores)
     variants = {"fixed": fixed, "default": default}

@@ -97,8 +97,8 @@ def make_experiment(
     source = open_source(settings)
     if settings.data.on_device == "on" and not isinstance(source, StoredSource):
         raise UserError(
-            "config.data.on_device=on: the examples of "
-            f"config.data.name={settings.data.name} are decoded when they are needed; use auto or off"
+            f"config.data.on_device=on: config.data.name={settings.data.name} decodes its examples "
+            "when they are needed; use auto or off"
         )
     steps_per_epoch = source.steps_per_epoch
     total_steps = settings.train.steps or round(settings.train.epochs * steps_per_epoch)
