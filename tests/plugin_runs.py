@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from runs import small_config
 
 from dgl_jax.config import default_config, make_settings
 from dgl_jax.core.module import LocalModule
 from dgl_jax.objectives import cross_entropy
 from dgl_jax.run.build import make_experiment
+from runs import small_config
 
 PLUGIN = {
     "plugins": ("examples.plugin",),
@@ -24,6 +24,8 @@ MIRROR: dict[str, Any] = {"objective__name": "mirror"}
 
 def config(**fields: Any) -> Any:
     """Returns the configuration of the small run with the plugin imported and `fields` set."""
+    if fields.get("model__modules", 2) > 2:
+        fields = {"model__name": "cnn4"} | fields
     plugin_config = default_config(PLUGIN["plugins"])
     plugin_config.update(
         small_config(

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import FIELDS, records
 
 from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.run import compiling
 from dgl_jax.run.compiling import Compiling, store_programs
+from runs import FIELDS, records
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
@@ -165,8 +166,10 @@ def test_meter_counts_programs_and_hits():
         jax.jit(lambda y: y - 4321.25)(x)  # a closed meter counts nothing
         return meter.summary().split(" (")[1]
 
+    number = random.random()  # a program that no earlier session has stored
+
     def function(y):
-        return jnp.sin(y) * 98.765
+        return jnp.sin(y) * number
 
     assert compiled(function) == "1 programs, 0 from the cache)"
     jax.clear_caches()

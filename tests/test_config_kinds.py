@@ -4,13 +4,13 @@ import re
 
 import jax
 import pytest
-from runs import small_config, spec_of
 
 from dgl_jax.config import differences, fields_of, make_settings
 from dgl_jax.config.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
 from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment
+from runs import small_config, spec_of
 
 WITH_HEADS = ("dgl", "layerwise", "deep_supervision")
 WITHOUT_HEADS = ("backprop", "dni", "cdni", "ddg", "features_replay", "fdg")
@@ -88,8 +88,9 @@ def test_a_resumed_run_may_not_change_its_method():
 @pytest.mark.parametrize("modules", [1, 2])
 def test_choices_without_effect_on_a_single_module_are_logged(modules, caplog):
     fields = {"model__modules": modules, "codec__name": "int8", "objective__name": "pred_sim"}
+    settings = make_settings(small_config(**fields, codec__dims=4))
     with caplog.at_level("INFO", logger="dgl_jax"):
-        make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+        make_experiment(settings, jax.devices()[:1])
     logged = [line for line in caplog.messages if "no effect" in line]
     names = "config.objective.name=pred_sim"
     assert logged == [f"no effect with a single module: {names}"] * (modules == 1)

@@ -87,8 +87,9 @@ def make_experiment(
       UserError: the data are missing, damaged or differ from `info`, or data, network and devices
         do not fit together.
     """
-    if settings.ignored:
-        _LOG.info("set but ignored: %s", "; ".join(settings.ignored.values()))
+    # A number of steps is there to replace the epochs of a configuration file.
+    if ignored := [text for name, text in settings.ignored.items() if name != "train.epochs"]:
+        _LOG.info("set but ignored: %s", "; ".join(ignored))
     devices = devices or jax.devices()
     kind = DATA_SETS[settings.data.name]
     if kind.layout is not None:
