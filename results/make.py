@@ -107,15 +107,27 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def by_module(rows: Sequence[Row]) -> list[str]:
-    """Returns the lines of a Markdown table of all heads; empty if no row has several."""
-    count = max((last_module(row.runs[0]) + 1 for row in rows if row.runs), default=0)
-    wide = [row for row in rows if row.runs and last_module(row.runs[0]) + 1 == count]
+    """Returns the lines of a Markdown table of all heads; empty if no row has several.
+
+    It has the rows with the most modules, of each network if names begin with that of a network.
+    """
+    counts: dict[str, int] = {}
+    for row in (row for row in rows if row.runs):
+        network = row.name.rpartition("/")[0]
+        counts[network] = max(counts.get(network, 0), last_module(row.runs[0]) + 1)
+    count = max(counts.values(), default=0)
+    wide = [
+        row
+        for row in rows
+        if row.runs and last_module(row.runs[0]) + 1 == counts[row.name.rpartition("/")[0]]
+    ]
     if count < 2 or not any(len(row.accuracies(0)) for row in wide):
         return []
     header = ["mean test accuracy, %", *(f"module {k}" for k in range(count))]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in wide:
-        cells = [row.accuracies(k) for k in range(count)]
+        modules = last_module(row.runs[0]) + 1
+        cells = [row.accuracies(k) if k < modules else [] for k in range(count)]
         texts = [f"{statistics.mean(values):.2f}" if values else "" for values in cells]
         lines.append("| " + " | ".join([f"`{row.name}`", *texts]) + " |")
     return lines
