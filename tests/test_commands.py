@@ -107,7 +107,7 @@ def test_shell_command_is_quoted(tmp_path):
 @pytest.mark.medium
 @pytest.mark.usefixtures("plugin_kinds")
 def test_plugins_come_with_the_options_they_register():
-    settings = make_settings(plugin_config(model__name="cnn4", model__adapter="echo"))
+    settings = make_settings(plugin_config(model__adapter="echo"))
     line = command_of(settings)
     assert "--config.plugins=examples.plugin" in line
     # A new process, because here the plugin is imported already.

@@ -251,7 +251,7 @@ def test_plan_counts_the_operations_of_the_copied_block():
         make_settings(config(model__modules=2, **fields))
         for fields in ({}, {"objective__name": "lookahead"})
     ]
-    plain, ahead = (plan(s, stated="1,1")[0]["modules"][0]["head_gflops"] for s in settings)
+    plain, ahead = (plan(s, stated="1,1,1,1")[0]["modules"][0]["head_gflops"] for s in settings)
     assert ahead > plain
 
 

@@ -147,7 +147,7 @@ def test_plan_of_replayed_features_follows_its_schedule():
 def test_synchronous_engines_agree_bit_for_bit():
     devices = {"fused": 1, "pipeline": 2, "serial": 1}
     params = {
-        name: trained(6, count, engine__name=name, model__name="cnn4", **MIRROR, **ECHO)
+        name: trained(6, count, engine__name=name, **MIRROR, **ECHO)
         for name, count in devices.items()
     }
     assert equal(params["fused"], params["pipeline"])
