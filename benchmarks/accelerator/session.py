@@ -243,14 +243,14 @@ def _answer(
 
 
 def unwritable(path: Path) -> str:
-    """Returns why a file of results cannot be written; "" if it can. Creates its folder."""
+    """Returns why a file of results cannot be written; "" if it can."""
     if path.is_dir():
         return "is a folder; name a file"
     if path.suffix == ".log":
         return "the messages of the rows go to the file with this suffix; use .json"
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=existing):
             return ""
     except OSError as error:
         return f"cannot write there ({error.strerror})"
