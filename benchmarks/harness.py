@@ -19,6 +19,14 @@ import dgl_jax
 from dgl_jax import system
 from dgl_jax.config import Settings, default_config, make_settings
 
+# Fields of a small network, for `settings`; its programs are dominated by their overhead.
+DIGITS: dict[str, Any] = {
+    "data__name": "digits",
+    "data__batch_size": 64,
+    "model__name": "cnn4",
+    "model__width": 32,
+    "model__modules": 4,
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 

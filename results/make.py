@@ -56,6 +56,11 @@ class Row:
     chosen: float | None
     runs: tuple[Run, ...]
 
+    @property
+    def modules(self) -> int:
+        """Returns the number of modules of the runs."""
+        return len(self.runs[0].summary["modules"])
+
     def accuracies(self, module: int = -1) -> list[float]:
         """Returns the test accuracy of a module for each seed, in percent."""
         values = [run.summary["modules"][module]["test_accuracy"] for run in self.runs]
@@ -111,23 +116,18 @@ def by_module(rows: Sequence[Row]) -> list[str]:
 
     It has the rows with the most modules, of each network if names begin with that of a network.
     """
-    counts: dict[str, int] = {}
-    for row in (row for row in rows if row.runs):
-        network = row.name.rpartition("/")[0]
-        counts[network] = max(counts.get(network, 0), last_module(row.runs[0]) + 1)
-    count = max(counts.values(), default=0)
-    wide = [
-        row
-        for row in rows
-        if row.runs and last_module(row.runs[0]) + 1 == counts[row.name.rpartition("/")[0]]
-    ]
+    trained = [(row, row.name.rpartition("/")[0]) for row in rows if row.runs]
+    most: dict[str, int] = {}
+    for row, network in trained:
+        most[network] = max(row.modules, most.get(network, 0))
+    count = max(most.values(), default=0)
+    wide = [row for row, network in trained if row.modules == most[network]]
     if count < 2 or not any(len(row.accuracies(0)) for row in wide):
         return []
     header = ["mean test accuracy, %", *(f"module {k}" for k in range(count))]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in wide:
-        modules = last_module(row.runs[0]) + 1
-        cells = [row.accuracies(k) if k < modules else [] for k in range(count)]
+        cells = [row.accuracies(k) if k < row.modules else [] for k in range(count)]
         texts = [f"{statistics.mean(values):.2f}" if values else "" for values in cells]
         lines.append("| " + " | ".join([f"`{row.name}`", *texts]) + " |")
     return lines

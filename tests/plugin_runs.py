@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from runs import small_config
 
 from dgl_jax.config import default_config, make_settings
 from dgl_jax.core.module import LocalModule
 from dgl_jax.objectives import cross_entropy
 from dgl_jax.run.build import make_experiment
-from runs import small_config
 
 PLUGIN = {
     "plugins": ("examples.plugin",),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from accelerator import ANSWERS, behave
 from PIL import Image
+from runs import FIELDS, small_config
 
 from dgl_jax import models, system
 from dgl_jax.codecs import CODECS, vq
@@ -29,7 +30,6 @@ from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan_run
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
-from runs import FIELDS, small_config
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"model__name": "two", "train__steps": 2, "checkpoint__every": 2, "log__every": 1}

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from runs import evaluated_run, records, small_config
 
 from dgl_jax import train
 from dgl_jax.errors import UserError
@@ -18,7 +19,6 @@ from dgl_jax.run import checkpoint, checkpoint_folder, workdir
 from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
-from runs import evaluated_run, records, small_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 from plugin_runs import config as plugin_config
+from runs import small_config
 
 from dgl_jax import cli
 from dgl_jax.config import Settings, default_config, make_settings
@@ -18,7 +19,6 @@ from dgl_jax.errors import UserError
 from dgl_jax.tools import commands, flag_modes
 from dgl_jax.tools.commands import command_of, shell_command
 from dgl_jax.tools.config_files import SHIPPED, with_files
-from runs import small_config
 
 
 def parsed(line: list[str]) -> Settings:

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import FIELDS, records
 
 from dgl_jax import system
 from dgl_jax.errors import UserError
 from dgl_jax.run import compiling
 from dgl_jax.run.compiling import Compiling, store_programs
-from runs import FIELDS, records
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (

@@ -4,13 +4,13 @@ import re
 
 import jax
 import pytest
+from runs import small_config, spec_of
 
 from dgl_jax.config import differences, fields_of, make_settings
 from dgl_jax.config.registry import CODECS, DATA_SETS, ENGINES, HEADS, METHODS, NETWORKS
 from dgl_jax.engines import Engine, FusedEngine, PipelineEngine, SimulatedEngine, ThreadsEngine
 from dgl_jax.errors import UserError
 from dgl_jax.run.build import DatasetInfo, make_engine, make_experiment
-from runs import small_config, spec_of
 
 WITH_HEADS = ("dgl", "layerwise", "deep_supervision")
 WITHOUT_HEADS = ("backprop", "dni", "cdni", "ddg", "features_replay", "fdg")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from image_folders import CLASSES, random_image, write_image_folder
 from PIL import Image
+from runs import arrays, records, small_config
 
 from dgl_jax import train
 from dgl_jax.config import make_settings
@@ -27,7 +28,6 @@ from dgl_jax.tools import predict
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_probabilities, predict_run
 from dgl_jax.train import train_and_evaluate
-from runs import arrays, records, small_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import small_config
 
 from dgl_jax import errors, system, train
 from dgl_jax.config import make_settings
@@ -21,7 +22,6 @@ from dgl_jax.run.checkpoint import Checkpoints
 from dgl_jax.run.restore import load_trained
 from dgl_jax.system import DeviceMemory
 from dgl_jax.train import train_and_evaluate
-from runs import small_config
 
 ROOT = Path(__file__).parent.parent
 FREE = "3.0 GiB of 79.0 GiB free on cuda:1"

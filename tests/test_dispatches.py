@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from runs import small_config
 from test_engines import furthest, unequal
 from test_evaluate import oracle, place
 
@@ -35,7 +36,6 @@ from dgl_jax.run.writers import read_jsonl
 from dgl_jax.schedule import Turn, fused, grouped
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import PADDING
-from runs import small_config
 
 STEPS = 20
 

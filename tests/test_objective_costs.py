@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 import pytest
+from runs import small_config
 from test_objective_runs import FOUR_BLOCKS, MOMENTUM, experiment
 
 from dgl_jax.config import make_settings
@@ -15,7 +16,6 @@ from dgl_jax.profile.memory import module_memory
 from dgl_jax.profile.timing import block_times
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.types import nbytes
-from runs import small_config
 
 
 def test_costs_count_the_auxiliary_network():

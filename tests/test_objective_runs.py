@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plugin_runs import ByHand, config, equal, furthest, trained
+from runs import arrays, records, small_config
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings
@@ -17,7 +18,6 @@ from dgl_jax.models import ContextInput
 from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
-from runs import arrays, records, small_config
 
 MOMENTUM: dict[str, Any] = {
     "objective__name": "auglocal",

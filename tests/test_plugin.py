@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from plugin_runs import config, equal, furthest, trained
+from runs import arrays, records
 
 from dgl_jax.config import make_settings, options
 from dgl_jax.config.registry import CODECS, ENGINES, HEADS, NETWORKS, OBJECTIVES, RULES, TASKS
@@ -21,7 +22,6 @@ from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Header
-from runs import arrays, records
 
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from plugin_runs import ECHO, MIRROR, ByHand, config, equal, furthest, head_loss, trained
+from runs import arrays, records
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings
@@ -20,7 +21,6 @@ from dgl_jax.run.build import make_experiment
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
-from runs import arrays, records
 
 pytestmark = pytest.mark.usefixtures("plugin_kinds")
 

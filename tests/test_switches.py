@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import arrays, small_config, spec_of
 from traced import equations
 
 from dgl_jax.config import make_settings, options
@@ -26,7 +27,6 @@ from dgl_jax.run.build import make_engine
 from dgl_jax.run.restore import load_trained
 from dgl_jax.train import train_and_evaluate
 from dgl_jax.types import Batch
-from runs import arrays, small_config, spec_of
 
 DEFAULTS = {
     "optimizer.flat": False,

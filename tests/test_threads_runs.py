@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from runs import arrays, records, small_config
 from test_resume import interrupted
 from test_threads import Fault, Gate, workers
 
@@ -15,7 +16,6 @@ from dgl_jax.engines import ThreadsEngine, threads
 from dgl_jax.errors import UserError
 from dgl_jax.run import signals
 from dgl_jax.train import train_and_evaluate
-from runs import arrays, records, small_config
 
 
 def threaded(**fields):

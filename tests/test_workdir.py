@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import evaluated_run, records, small_config
 from safetensors.numpy import save
 
 from dgl_jax import train
@@ -24,7 +25,6 @@ from dgl_jax.tools import export, plan, predict
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_run
 from dgl_jax.train import train_and_evaluate
-from runs import evaluated_run, records, small_config
 
 
 @pytest.fixture(scope="module")

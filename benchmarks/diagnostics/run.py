@@ -21,13 +21,7 @@ from dgl_jax.run.probes import Probes
 
 LIMIT = 0.05
 CASES: dict[str, dict[str, Any]] = {
-    "digits, cnn4, width 32, batch 64": {
-        "data__name": "digits",
-        "data__batch_size": 64,
-        "model__name": "cnn4",
-        "model__width": 32,
-        "model__modules": 4,
-    },
+    "digits, cnn4, width 32, batch 64": harness.DIGITS,
     "32 x 32 images, cnn6_replay, width 16, batch 128": {
         "data__name": "synthetic",
         "data__image_size": 32,

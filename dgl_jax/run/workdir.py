@@ -179,10 +179,7 @@ def reporting(workdir: Path) -> Iterator[None]:
     try:
         yield
     except ModuleFailed as error:
-        advice = "no checkpoint was written yet"
-        if steps := _steps(workdir):
-            advice = f"the checkpoint of step {max(steps)} is good"
-        raise UserError(f"{error}; {advice}") from error.__cause__
+        raise UserError(f"{error}; {_newest(workdir)}") from error.__cause__
     except UserError:
         raise
     except Exception as error:
@@ -194,13 +191,19 @@ def reporting(workdir: Path) -> Iterator[None]:
             raise UserError(text) from error
         if not_opened(error) or (text := out_of_memory(error)) is None:
             raise
-        advice = "no checkpoint was written yet"
-        if steps := _steps(workdir):
-            advice = (
-                f"the checkpoint of step {max(steps)} is good: resume from it with another "
-                "config.train.accumulate or config.model.remat, but the same config.data.batch_size"
-            )
-        raise UserError(f"{text}; {advice}") from error
+        advice = (
+            ": resume from it with another config.train.accumulate or config.model.remat, but the "
+            "same config.data.batch_size"
+        )
+        raise UserError(f"{text}; {_newest(workdir, advice)}") from error
+
+
+def _newest(workdir: Path, advice: str = "") -> str:
+    """Returns from which checkpoint the run can resume, followed by advice if there is one."""
+    steps = _steps(workdir)
+    if not steps:
+        return "no checkpoint was written yet"
+    return f"the checkpoint of step {max(steps)} is good{advice}"
 
 
 def check(workdir: Path, settings: Settings) -> None:
