@@ -277,6 +277,8 @@ def _train(folder: str) -> None:
     from dgl_jax.run.signals import Interrupted
 
     _start()
+    if (age := system.process_age()) is not None:
+        _LOG.info("imports took %.1f s", age)
     if _DISTRIBUTED.value:
         _join()
     with world.together():

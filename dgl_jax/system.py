@@ -143,6 +143,18 @@ def process_peak() -> int | None:
     return _answer(_usage, lambda usage: unit * usage.ru_maxrss)
 
 
+def process_age() -> float | None:
+    """Returns the seconds since this process was started."""
+
+    def read(texts: tuple[str, str]) -> float:
+        stat, uptime = texts
+        # The 22nd field: the name of the command, which is the second, may contain spaces.
+        ticks = int(stat.rpartition(")")[2].split()[19])
+        return max(0.0, float(uptime.split()[0]) - ticks / _sysconf("SC_CLK_TCK"))
+
+    return _answer(_process_start, read)
+
+
 def device_kind(device: Any) -> str:
     """Returns the model name of a device, such as "NVIDIA H100 80GB HBM3", or else its platform."""
     return _answer(lambda: device.device_kind, str) or str(device.platform)
@@ -247,6 +259,13 @@ def _meminfo() -> str:
 def _cpuinfo() -> str:
     with open("/proc/cpuinfo") as file:
         return file.read()
+
+
+def _process_start() -> tuple[str, str]:
+    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+        stat = file.read()
+    with open("/proc/uptime", encoding="utf-8") as file:
+        return stat, file.read()
 
 
 def _sysconf(name: str) -> int:

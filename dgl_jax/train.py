@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from dgl_jax.config import Settings, make_settings
 from dgl_jax.engines import world
 from dgl_jax.errors import require
 from dgl_jax.run.build import make_experiment, remarks
+from dgl_jax.run.compiling import Compiling
 from dgl_jax.run.hosts import check_hosts
 from dgl_jax.run.loop import train_loop
 from dgl_jax.run.restore import check_weights, load_trained, stored_choices
@@ -63,7 +64,7 @@ def train_and_evaluate(
     if settings.log.tensorboard:
         require("config.log.tensorboard=True", "tensorboardX")
     world.from_first(lambda: check_writable(workdir, f"--workdir={workdir}", folder=True))
-    with reporting(workdir):
+    with reporting(workdir), closing(Compiling()) as compiling:
         experiment = make_experiment(settings, **stored_choices(workdir, settings))
         for line in remarks(experiment):
             _LOG.warning("%s", line)
@@ -76,4 +77,4 @@ def train_and_evaluate(
         held = lock(workdir) if world.first() else nullcontext()
         with held, interrupted_by_signals() as interruption:
             world.from_first(lambda: check(workdir, settings))  # another run may have been faster
-            return train_loop(experiment, workdir, interruption, initial)
+            return train_loop(experiment, workdir, interruption, compiling, initial)

@@ -302,10 +302,19 @@ def test_derived_figures_equal_those_computed_by_hand():
         common = {"library": "x", "network": "n", "batch_size": 8, "dtype": "bfloat16"}
         return {"group": group, "figures": common | figures}
 
+    def peer(method, rate, **figures):
+        about = {"library": "PyTorch 2", "method": method, "body_flops": 4e9, "head_flops": 1e9}
+        times = {"tick_milliseconds": {"median": 8e3 / rate}, "images_per_second": {"median": rate}}
+        return entry(**about | times | figures)
+
     rows = {
         "rate": {"group": "c", "figures": {"dtype": "bfloat16", "flops_per_second": 1e12}},
         "dgl": entry(
-            method="dgl", body_flops=4e9, head_flops=1e9, tick_milliseconds={"median": 30.0}
+            method="dgl",
+            body_flops=4e9,
+            head_flops=1e9,
+            tick_milliseconds={"median": 30.0},
+            images_per_second={"median": 267.0},
         ),
         "backprop": entry(
             method="backprop",
@@ -313,7 +322,11 @@ def test_derived_figures_equal_those_computed_by_hand():
             head_flops=0.0,
             tick_milliseconds={"median": 99.0},  # at another time, when the machine was slower
             over_baseline={"median": 2.5},
+            images_per_second={"median": 81.0},
         ),
+        "eager": peer("dgl", 150.0),
+        "compiled": peer("dgl", 178.0),
+        "other batch": peer("dgl", 999.0, batch_size=16),
         "missing": {"group": "c", "reason": "no PyTorch"},
     }
     report.derive(rows)
@@ -321,6 +334,8 @@ def test_derived_figures_equal_those_computed_by_hand():
     assert rows["dgl"]["figures"]["over_backprop"] == 2.5
     assert rows["dgl"]["figures"]["bound"] == 1.625
     assert "over_backprop" not in rows["backprop"]["figures"]
+    assert rows["dgl"]["figures"]["over_pytorch"] == 1.5
+    assert "over_pytorch" not in rows["backprop"]["figures"] | rows["compiled"]["figures"]
     del rows["backprop"]["figures"]["over_baseline"]
     report.derive(rows)
     assert rows["dgl"]["figures"]["over_backprop"] == 0.303

@@ -1,12 +1,13 @@
 """Tests of dispatches of many steps, and of data sets that stay on the devices."""
 
 import dataclasses
+import signal
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from runs import small_config
+from runs import same_run, small_config
 from test_engines import furthest, unequal
 from test_evaluate import oracle, place
 
@@ -31,6 +32,7 @@ from dgl_jax.run.build import make_experiment
 from dgl_jax.run.evaluator import Evaluator, make_evaluator
 from dgl_jax.run.metrics import Window
 from dgl_jax.run.record import Record
+from dgl_jax.run.signals import Interrupted
 from dgl_jax.run.throughput import Throughput
 from dgl_jax.run.writers import read_jsonl
 from dgl_jax.schedule import Turn, fused, grouped
@@ -111,10 +113,10 @@ def test_dispatches_are_not_longer_than_the_intervals(tiny, monkeypatch, caplog,
     )
 
 
-def fused_engine(tiny, devices, steps, mode="on", every=(), **spec):
+def fused_engine(tiny, devices, steps, mode="on", every=(), count=1, **spec):
     spec = tiny.spec(**spec)
     engine = FusedEngine(
-        spec, one_group(devices[:1], len(spec.modules)), dispatches=Dispatches(steps, every)
+        spec, one_group(devices[:count], len(spec.modules)), dispatches=Dispatches(steps, every)
     )
     engine.residence = Residence(mode)
     return engine
@@ -134,6 +136,18 @@ def test_many_steps_per_dispatch_equal_one(tiny, devices, spec):
     spec = dataclasses.replace(tiny.spec(**spec), seed=1)
     other = FusedEngine(spec, one_group(devices[:1], 3), dispatches=Dispatches(6))
     assert furthest(tiny.run(other, STEPS), expected) > 1e-3
+
+
+@pytest.mark.medium
+def test_many_steps_per_dispatch_equal_one_on_two_devices(tiny, devices):
+    expected = tiny.run(fused_engine(tiny, devices, 1, "off"), STEPS)
+    for mode in ("on", "off"):
+        engine = fused_engine(tiny, devices, 6, mode, count=2)
+        states, metrics = tiny.run(engine, STEPS)
+        assert len(metrics) == STEPS
+        assert furthest((states, metrics), expected) < 1e-5
+        stored = Feed(tiny.source, engine.placement, engine.residence).batches(0, 6)
+        assert len(jax.tree.leaves(stored)[0].sharding.device_set) == 2
 
 
 @pytest.mark.medium
@@ -295,6 +309,28 @@ def test_run_with_dispatches_of_many_steps_writes_the_same_records(tmp_path):
         assert one.keys() - speed == many.keys() - speed
         for name in one.keys() - speed:
             assert many[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_signal_ends_the_run_after_the_dispatches_in_flight(tmp_path, monkeypatch):
+    fields = {"engine__steps_per_dispatch": 3, "data__on_device": "on"}
+    train_and_evaluate(small_config(**fields), tmp_path / "whole")
+    added, add = [], Record.add
+
+    def signaled(self, report, steps):
+        added.append(report.step)
+        if report.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return add(self, report, steps)
+
+    monkeypatch.setattr(Record, "add", signaled)
+    with pytest.raises(Interrupted, match="stopped at step 4") as stopped:
+        train_and_evaluate(small_config(**fields), tmp_path / "stopped")
+    # Step 4 was dispatched, alone as a checkpoint follows, before step 1 was reported.
+    assert added == [1, 2, 3, 4]
+    assert stopped.value.signum == signal.SIGTERM
+    assert train_and_evaluate(small_config(**fields), tmp_path / "stopped").steps == 12
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_stack_is_split_over_the_devices_of_a_group(tiny, devices):

@@ -3,6 +3,9 @@
 import os
 import re
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +79,21 @@ def test_answers_on_this_machine_are_correct():
     plan = system.program_plan(program.lower(*shapes).compile())
     assert (plan.arguments, plan.donated) == (4096 + 1024, 4096)
     assert plan.outputs == pytest.approx(4096 + 1024, abs=64)  # plus a few pointers
+
+
+def test_age_of_a_process_counts_from_its_start(monkeypatch):
+    before = time.monotonic()
+    code = "import time; from dgl_jax import system; print(system.process_age())"
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    assert 0 < float(child.stdout) <= time.monotonic() - before + 2 * tick
+    # The 22nd field counts from the start of the machine, in ticks of 1/100 s; names may be odd.
+    stat = "12 (a) b (c) S " + " ".join(["7"] * 18) + " 250 8 9\n"
+    monkeypatch.setattr(system, "_process_start", lambda: (stat, "10.25 99.0\n"))
+    monkeypatch.setattr(system, "_sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    assert system.process_age() == 7.75
+    monkeypatch.setattr(system, "_process_start", lambda: ("12 (a) S 7", "10.25\n"))
+    assert system.process_age() is None
 
 
 class Device:

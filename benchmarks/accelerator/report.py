@@ -15,11 +15,11 @@ _TITLES = {
     "e": "Accuracy",
 }
 _TIMED = ("images/s", "ms per tick", "over baseline", "% of matrix rate")
-_SIDE = ("time over back-propagation (bound)", "peak, GiB")
+_SIDE = ("time over back-propagation (bound)", "over the best PyTorch", "peak, GiB")
 
 
 def derive(rows: Mapping[str, Figures]) -> None:
-    """Adds the share of the matrix rate, and the time over back-propagation, to the figures.
+    """Adds the share of the matrix rate and the ratios to back-propagation and PyTorch.
 
     Args:
       rows: entries of the results by name; their figures are changed.
@@ -49,6 +49,19 @@ def derive(rows: Mapping[str, Figures]) -> None:
             figures["over_backprop"] = round(_time(figures, other), 3)
             heads = figures["head_flops"] / figures["body_flops"]
             figures["bound"] = round(_BOUND * (1 + heads), 3)
+    quickest: dict[tuple[Any, ...], float] = {}
+    same = ("network", "method", "batch_size", "dtype")
+    for figures in timed:
+        if _is_peer(figures):
+            key, rate = _key(figures, same), figures["images_per_second"]["median"]
+            quickest[key] = max(rate, quickest.get(key, 0.0))
+    for figures in timed:
+        if not _is_peer(figures) and (peer := quickest.get(_key(figures, same))):
+            figures["over_pytorch"] = round(figures["images_per_second"]["median"] / peer, 3)
+
+
+def _is_peer(figures: Figures) -> bool:
+    return figures["library"].startswith("PyTorch")
 
 
 def _key(figures: Figures, names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -109,5 +122,6 @@ def _speed_cells(entry: Figures, count: int) -> list[str]:
         *(harness.shown(figures[name]) if name in figures else "" for name in quartiles),
         str(figures.get("percent_of_matrix_rate", "")),
         f"{ratio} ({figures['bound']})" if ratio else "",
+        str(figures.get("over_pytorch", "")),
         f"{memory / 2**30:.3g}" if isinstance(memory, int) else memory or "",
     ]

@@ -14,6 +14,7 @@ _FIRST_STEP = re.compile(
     r"first step after ([\d.]+) s: tracing ([\d.]+) s, compiling ([\d.]+) s "
     r"\((\d+) programs, (\d+) from the cache\)"
 )
+_IMPORTS = re.compile(r"imports took ([\d.]+) s")
 _NAMES = ("first_step_seconds", "tracing_seconds", "compiling_seconds")
 
 
@@ -41,7 +42,7 @@ def _started(again: str, job: Job) -> Figures:
         "train.steps": 20,
     }
     text, seconds = _run(job, f"run{again}", fields)
-    match = _FIRST_STEP.search(text)
+    match, imports = _FIRST_STEP.search(text), _IMPORTS.search(text)
     if match is None:
         raise Skipped("the log does not say when the first step was made")
     *times, programs, stored = match.groups()
@@ -49,6 +50,7 @@ def _started(again: str, job: Job) -> Figures:
         raise Skipped("the run before has left nothing in the cache")
     return {
         **dict(zip(_NAMES, map(float, times), strict=True)),
+        "import_seconds": float(imports[1]) if imports else "unknown",
         "programs": int(programs),
         "from_the_cache": int(stored),
         "command_seconds": round(seconds, 1),

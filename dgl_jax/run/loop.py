@@ -30,6 +30,7 @@ def train_loop(
     experiment: Experiment,
     workdir: Path,
     interruption: Interruption,
+    compiling: Compiling,
     weights: Trained | None = None,
 ) -> Summary:
     """Trains to the last step, from the newest checkpoint if there is one, and tests the result.
@@ -38,6 +39,7 @@ def train_loop(
       experiment: the run to train.
       workdir: folder of the run, locked by the caller.
       interruption: tells if a signal has asked the run to stop.
+      compiling: meter that logs the time until the first step.
       weights: another run, whose weights a new run starts from.
 
     Returns:
@@ -55,7 +57,6 @@ def train_loop(
         experiment.total_steps,
     )
     with ExitStack() as stack:
-        compiling = stack.enter_context(closing(Compiling()))
         evaluator = Evaluator(
             *(experiment.spec, engine.placement, settings.eval.codec, engine.residence),
             steps_per_dispatch(engine),
