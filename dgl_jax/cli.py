@@ -277,13 +277,14 @@ def _train(folder: str) -> None:
     from dgl_jax.run.signals import Interrupted
 
     _start()
-    if (age := system.process_age()) is not None:
-        _LOG.info("imports took %.1f s", age)
     if _DISTRIBUTED.value:
         _join()
     with world.together():
+        config = _config()
+        if (age := system.process_age()) is not None:
+            _LOG.info("imports took %.1f s", age)
         try:
-            summary = train.train_and_evaluate(_config(), folder, _INIT_FROM.value)
+            summary = train.train_and_evaluate(config, folder, _INIT_FROM.value)
         except Interrupted as stopped:
             print(f"\n{stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signum)

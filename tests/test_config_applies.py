@@ -9,7 +9,9 @@ from runs import small_config
 from test_config import ONE_KIND, other
 
 from dgl_jax.config import differences, field_names, make_settings
+from dgl_jax.config.registry import HEADS
 from dgl_jax.errors import UserError
+from dgl_jax.models import HeadKind, register_head
 from dgl_jax.run.build import make_experiment
 
 RINGS = {"engine.slowdown", "engine.finished", "checkpoint.replay_every", "codec.decode"} | {
@@ -45,9 +47,13 @@ NOT_SIMULATED = {"engine.group_sizes", "engine.ticks_in_flight", *OF_THREADS, *O
     [
         ("engine.name", "fused", RINGS | OF_THREADS | OF_SIMULATED),
         ("engine.name", "pipeline", RINGS | OF_THREADS | OF_SIMULATED | ONLY_FUSED),
-        ("method.name", "backprop", NOT_SIMULATED | {"model.head"}),
+        ("method.name", "backprop", NOT_SIMULATED | {"model.head", "model.pointwise"}),
         ("method.name", "layerwise", NOT_SIMULATED | OF_METHODS - {"method.laps"}),
-        ("method.name", "ddg", NOT_SIMULATED | {"model.head", *OF_METHODS} - OF_DELAYED),
+        (
+            "method.name",
+            "ddg",
+            NOT_SIMULATED | {"model.head", "model.pointwise", *OF_METHODS} - OF_DELAYED,
+        ),
         ("engine.name", "simulated", NOT_SIMULATED),
         ("engine.name", "threads", OF_SIMULATED | {"engine.ticks_in_flight", *ONLY_FUSED}),
         ("engine.order", "ordered", NOT_SIMULATED | {"engine.slowdown"}),
@@ -117,6 +123,24 @@ def test_options_of_several_modules_have_no_effect_on_one(name, value):
     assert name in settings.ignored
     config["model"]["modules"] = 2
     assert make_settings(config, given=[name]).ignored == {}
+
+
+def test_pointwise_applies_to_heads_with_such_convolutions(monkeypatch):
+    def make(head, **groups):
+        model = {"head": head, "pointwise": "dot"}
+        return make_settings({"model": model, **groups}, given=["model.pointwise"])
+
+    assert make("mlp_sr").ignored == {}
+    reason = "config.model.pointwise='dot': applies to config.model.head=mlp_sr"
+    with pytest.raises(UserError, match=f"^{re.escape(reason)}, not to linear$"):
+        make("linear")
+    with pytest.raises(UserError, match=r"applies to config\.method\.name=.*, not to backprop$"):
+        make("mlp_sr", method={"name": "backprop"})
+    monkeypatch.setattr(HEADS, "_kinds", dict(HEADS.items()))
+    register_head("of_a_user", HeadKind(lambda classes, dtype: None, pointwise=True))
+    assert make("of_a_user").ignored == {}
+    with pytest.raises(UserError, match=f"{re.escape(reason)} or of_a_user, not to cnn$"):
+        make("cnn")
 
 
 def test_epochs_apply_without_a_number_of_steps():

@@ -301,7 +301,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 7_540
-    assert package < 17_450
+    assert package < 17_480
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache
 from types import MappingProxyType
@@ -19,7 +19,7 @@ MANY = 2**31 - 1  # update counts are int32 on the devices
 # Conditions under which an option applies: names of other fields (`schedule.name`) or of traits of
 # the chosen kinds (`engine.asynchronous`), each with the values that use the option. All conditions
 # must hold; one on a field that the chosen kind does not have is ignored.
-Applies = Mapping[str, tuple[Any, ...]]
+Applies = Mapping[str, Sequence[Any]]
 
 
 ALWAYS: Applies = MappingProxyType({})
@@ -35,6 +35,19 @@ class Minimum(tuple[int]):
 
     def __contains__(self, number: Any) -> bool:
         return bool(number >= self[0])
+
+
+class Having(Sequence[str]):
+    """Names of the kinds that have a trait, as the values of a condition."""
+
+    def __init__(self, kinds: Registry, trait: str):
+        self._kinds, self._trait = kinds, trait
+
+    def __getitem__(self, index: Any) -> Any:
+        return [name for name, kind in self._kinds.items() if getattr(kind, self._trait)][index]
+
+    def __len__(self) -> int:
+        return len(self[:])
 
 
 # Condition of what a single module has no use for.

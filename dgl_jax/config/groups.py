@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgl_jax.config import registry
-from dgl_jax.config.fields import MANY, SEVERAL, Applies, choice, kind_of, number, option
+from dgl_jax.config.fields import MANY, SEVERAL, Applies, Having, choice, kind_of, number, option
 from dgl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Group:
 
 
 _IMAGES: Applies = {"task.images": (True,)}
+_HEADS: Applies = {"method.local": (True,), "objective.heads": (True,), **SEVERAL}
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,15 @@ class ModelSettings(Group):
     width: int = number(64, 1, 65536)
     modules: int = number(4, 1, 4096)
     split: str = option("count", SEVERAL)
-    head: str = kind_of(
-        registry.HEADS,
-        "mlp_sr",
-        applies={"method.local": (True,), "objective.heads": (True,), **SEVERAL},
-    )
+    head: str = kind_of(registry.HEADS, "mlp_sr", applies=_HEADS)
     adapter: str = kind_of(registry.ADAPTERS, "none")
     dtype: str = choice("float32", "bfloat16")
     remat: bool = option(False, free=True)
     ops: str = choice("auto", "xla", "joint")
     logits: str = choice("float32", "model", applies={"model.dtype": ("bfloat16",)})
-    pointwise: str = choice("conv", "dot")
+    pointwise: str = choice(
+        "conv", "dot", applies={**_HEADS, "model.head": Having(registry.HEADS, "pointwise")}
+    )
     init: str = choice("default", "orthogonal")
     init_gain: float = number(
         1.0, 0.0, 1e6, exclusive=True, applies={"model.init": ("orthogonal",)}

@@ -147,11 +147,17 @@ class HeadKind(Kind):
 
     `make(num_classes, dtype=dtype)` returns a Flax Linen module called as `head(x, train)` that
     returns logits.
+
+    Attributes:
+      pointwise: True if the head has 1x1 convolutions and a field of this name that chooses how
+        they are computed, see `dgl_jax.models.blocks.Conv`.
     """
+
+    pointwise: bool = False
 
 
 HEADS.ship(
-    mlp_sr=HeadKind(partial(MLPHead, convs=3)),
+    mlp_sr=HeadKind(partial(MLPHead, convs=3), pointwise=True),
     mlp=HeadKind(MLPHead),
     cnn=HeadKind(CNNHead),
     conv5x5=HeadKind(Conv5x5Head),
