@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -83,3 +84,20 @@ def test_invalid_width_and_image_size_are_refused(width, size, words):
 
     with pytest.raises(UserError, match=words):
         trace()
+
+
+def test_attention_starts_with_orthogonal_matrices():
+    network = make_network("vit", 8, 10, (8, 8, 1))
+    modules = make_modules(network.blocks, [0], [network.classifier], gain=1.0)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 1), "float32")
+    (state,) = init_states(modules, optax.identity(), jax.random.key(0), images)
+    split = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        *_, layer, name = (part.key for part in path)
+        if name == "kernel":
+            # Queries, keys and values have the axes (in, heads, dims), the others (..., out).
+            inputs_first = layer in ("query", "key", "value")
+            matrix = leaf.reshape((len(leaf), -1) if inputs_first else (-1, leaf.shape[-1]))
+            np.testing.assert_allclose(np.linalg.svd(matrix)[1], 1.0, atol=1e-5, err_msg=layer)
+            split += leaf.ndim == 3 and inputs_first
+    assert split == 3 * 4  # in each of four blocks

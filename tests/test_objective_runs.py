@@ -15,7 +15,7 @@ from dgl_jax.core.module import ModuleState
 from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.models import ContextInput
-from dgl_jax.run.build import make_experiment
+from dgl_jax.run.build import make_experiment, remarks
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.train import train_and_evaluate
 
@@ -297,12 +297,33 @@ def test_orthogonal_weights_do_not_depend_on_the_cuts():
             },
             "reads next_block",
         ),
+        (
+            {
+                "objective__name": "auglocal",
+                "objective__momentum_block": True,
+                "method__name": "deep_supervision",
+            },
+            "auglocal without momentum_block",
+        ),
+        ({"objective__name": "pred_sim", "model__width": 1}, r"\(config\.model\.width\), or class"),
     ],
 )
 def test_objectives_that_do_not_fit_are_refused_in_one_line(fields, words):
     with pytest.raises(UserError, match=words) as error:
         experiment(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_contrast_warns_of_batches_without_pairs():
+    contrast = {"objective__name": "info_pro", "objective__form": "contrast"}
+    few = experiment(data__batch_size=8, **contrast)
+    assert any("teaches nothing; use a larger batch" in line for line in remarks(few))
+    for fields in (
+        {"data__batch_size": 16, **contrast},
+        {"data__batch_size": 8, "objective__name": "info_pro"},
+        {"data__batch_size": 8, "model__modules": 1, **contrast},
+    ):
+        assert not any("teaches" in line for line in remarks(experiment(**fields)))
 
 
 @pytest.mark.usefixtures("plugin_kinds")

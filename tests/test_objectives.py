@@ -1,5 +1,6 @@
-"""Tests of the terms of local losses against values computed by hand and finite differences."""
+"""Tests of the terms of local losses against values computed by hand."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -7,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from dgl_jax.errors import UserError
-from dgl_jax.models import ContextInput, make_network
+from dgl_jax.models import make_network
 from dgl_jax.models.resnet import BasicBlock
 from dgl_jax.objectives import (
     OBJECTIVES,
@@ -108,6 +108,25 @@ def test_pred_sim_accepts_maps_tokens_and_features(shape):
 # Reconstruction and contrast
 
 
+def test_pred_sim_pools_in_front_of_its_convolution():
+    x, label = jax.random.normal(jax.random.key(1), (3, 4, 2, 3)), LABEL
+    given = {"classes": 2, "weight": 1.0, "kernel": 1}
+    pooled, plain = pred_sim.PredSim(Given(), pool=2, **given), pred_sim.PredSim(Given(), **given)
+    variables = plain.init(jax.random.key(0), x, {"label": label}, {}, train=False)
+    averages = x.reshape(3, 2, 2, 1, 2, 3).mean(axis=(2, 4))
+    one = pooled.apply(variables, x, {"label": label}, {}, train=False).loss
+    other = plain.apply(variables, averages, {"label": label}, {}, train=False).loss
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    unpooled = plain.apply(variables, x, {"label": label}, {}, train=False).loss
+    assert abs(float(unpooled) - float(one)) > 1e-3
+    # A 1x1 convolution multiplies each place by its matrix.
+    matrix = variables["params"]["similar"]["kernel"][0, 0]
+    by_hand = pred_sim.similarity_loss(
+        pred_sim.deviation((averages @ matrix).reshape(3, 2, 3)), label, 2
+    )
+    np.testing.assert_allclose(one, by_hand, rtol=1e-5)
+
+
 def test_interpolation_joins_the_corners():
     thirds = [[1, 0], [2 / 3, 1 / 3], [1 / 3, 2 / 3], [0, 1]]
     np.testing.assert_allclose(info_pro.interpolation(2, 4), thirds, rtol=1e-12)
@@ -134,6 +153,26 @@ def test_contrastive_loss_by_hand():
     np.testing.assert_allclose(hotter, (math.log(1 + math.exp(0.5)) + math.log(2)) / 2, rtol=1e-6)
     alone = info_pro.contrastive_loss(x, np.array([0, 1, 2]), 1.0)
     assert float(alone) == 0.0
+
+
+def test_decoder_by_hand():
+    # Taps in the middle only: the 3x3 convolutions sum the channels at each place.
+    taps = np.zeros((3, 3, 2, 12)), np.zeros((3, 3, 12, 1))
+    for weights in taps:
+        weights[1, 1] = 1 / 12 if weights is taps[1] else 1
+    decoder = info_pro.Decoder((2, 3, 1))
+    x = jnp.array([[[1.0, 2.0], [5.0, 6.0]]])[None]  # one row of two places
+    variables = decoder.init(jax.random.key(0), x, train=False)
+    kernels = iter(taps)
+
+    def chosen(path, p):
+        if p.ndim == 4:
+            return jnp.asarray(next(kernels))
+        return p if path[-1].key == "scale" else jnp.zeros_like(p)
+
+    params = jax.tree_util.tree_map_with_path(chosen, variables["params"])
+    logits = decoder.apply(variables | {"params": params}, x, train=False)
+    np.testing.assert_allclose(logits[0, :, :, 0], [[3, 7, 11]] * 2, rtol=1e-4)
 
 
 @pytest.mark.medium
@@ -201,6 +240,29 @@ def test_auxiliary_blocks_halve_maps_like_convolutions_of_flax():
     assert made.strides == (2, 2)
     with pytest.raises(UserError, match=r"Conv\.strides=\(2, 1\); the auxiliary blocks need"):
         auglocal.auxiliary_blocks([blocks[0], nn.Conv(4, (3, 3), strides=(2, 1))], 1, [1], 1.0)
+
+
+def test_auxiliary_blocks_that_cannot_follow_each_other_are_refused():
+    class Down(nn.Module):
+        features: int
+
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Conv(self.features, (3, 3))(x)
+
+    class Residual(Down):
+        @nn.compact
+        def __call__(self, x, train):
+            return x + nn.Conv(self.features, (3, 3))(x)
+
+    blocks = [Down(4), Residual(4), Down(8), Residual(8)]
+    known = inputs(1)
+    at = dataclasses.replace(known, blocks=blocks, head=Given())
+    x, context = jnp.ones((2, 8, 8, 4)), {"label": jnp.zeros(2, jnp.int32)}
+    made = {d: make("auglocal", at, depth=d) for d in (1, 3)}
+    assert made[3].init_with_output(jax.random.key(0), x, context, {}, train=False)[0].loss > 0
+    with pytest.raises(UserError, match=r"block 0 \(Residual\).* a larger objective\.depth"):
+        made[1].init(jax.random.key(0), x, context, {}, train=False)
 
 
 def test_pyramid_follows_the_modules():
@@ -277,94 +339,3 @@ def test_residual_is_what_a_block_adds():
     shorter = BasicBlock(4, stride=2, padded=True)
     _, sown = shorter.apply(variables, x, train=False, mutable=["intermediates"])
     assert "intermediates" not in sown  # no residual if the shape changes
-
-
-# Gradients
-
-
-def assert_gradient(term, x):
-    """Compares the gradient of a scalar function of a float64 array with finite differences."""
-    term, step = jax.jit(term), 1e-5
-    gradient = jax.grad(term)(x)
-    assert gradient.dtype == np.float64
-    directions = step * np.eye(x.size).reshape(-1, *x.shape)
-    # Weights of the central difference whose error is of fourth order.
-    weights = {1: 2 / 3, 2: -1 / 12}
-    numeric = [
-        sum(w * (term(x + n * d) - term(x - n * d)) for n, w in weights.items()) / step
-        for d in directions
-    ]
-    np.testing.assert_allclose(gradient, np.reshape(numeric, x.shape), rtol=1e-6, atol=1e-9)
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    # Logits, residuals and batch statistics are rounded to float32 in training.
-    monkeypatch.setattr(jnp, "float32", jnp.float64)
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        lambda x: pred_sim.similarity_loss(pred_sim.deviation(x), LABEL, 2),
-        lambda x: info_pro.contrastive_loss(x[:, 0], np.array([0, 1, 1]), 0.5),
-        lambda x: info_pro.reconstruction_error(
-            x[..., None], jnp.cos(x[..., None]), (0.4,), (0.3,)
-        ),
-        lambda x: cross_entropy(x[:, 0], LABEL, 0.2),
-        lambda x: (
-            Transport(Classifier(Given()), 0.7)
-            .apply(
-                {}, x, {"label": LABEL}, {"intermediates": {"b": {"residual": (x,)}}}, train=True
-            )
-            .loss
-        ),
-    ],
-    ids=["similarity", "contrast", "reconstruction", "smoothing", "transport"],
-)
-def test_gradients_equal_finite_differences(term, in_float64):
-    assert_gradient(term, np.random.default_rng(0).normal(size=(3, 4, 2)))
-
-
-def assert_gradient_of_module(module, x, *arguments, loss):
-    """Compares gradients for inputs and all parameters, in training, with finite differences."""
-    variables = module.init(jax.random.key(0), x, *arguments, train=False)
-    flat, unravel = ravel_pytree((jnp.asarray(x), variables.pop("params")))
-    assert flat.dtype == np.float64
-
-    def term(flat):
-        features, params = unravel(flat)
-        result, _ = module.apply(
-            {"params": params} | variables, features, *arguments, train=True, mutable="batch_stats"
-        )
-        return loss(result)
-
-    # Other parameters than the initial ones: biases of 0 and scales of 1 hide terms.
-    assert_gradient(term, np.asarray(flat) + 0.1 * np.random.default_rng(1).normal(size=flat.size))
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("momentum_block", [False, True])
-def test_gradients_of_auxiliary_networks_equal_finite_differences(momentum_block, in_float64):
-    at = inputs(1, width=2, dtype="float64", label_smoothing=0.1)
-    objective = make("auglocal", at, depth=2, momentum_block=momentum_block)
-    objective = objective.clone(head=Given())
-    x = np.random.default_rng(0).normal(size=(3, 4, 4, 2))
-    published = {}
-    if momentum_block:
-        block = objective.momentum
-        published = {"next_block": block.init(jax.random.key(5), x, train=False)}
-    assert_gradient_of_module(
-        objective, x, {"label": LABEL}, published, loss=lambda result: result.loss
-    )
-
-
-@pytest.mark.medium
-def test_gradients_of_context_input_equal_finite_differences(in_float64):
-    x = np.random.default_rng(0).normal(size=(3, 2, 2, 1))
-    image = {"image": np.random.default_rng(2).normal(size=(3, 4, 4, 1))}
-    assert_gradient_of_module(
-        ContextInput("float64"), x, image, loss=lambda y: jnp.sum(jnp.cos(y) * (1 + x))
-    )

@@ -201,3 +201,19 @@ def test_traffic_counts_one_label_per_token():
 @pytest.mark.parametrize("split", ["flops", "time"])
 def test_token_network_is_split_by_cost(split):
     assert experiment(model__split=split).spec.modules[0].first == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"objective__name": "auglocal", "objective__widen": 2.0},
+            r"auxiliary block 0 \(Mix\) cannot follow .*widen=1\.0 or .* may fit",
+        ),
+        ({"objective__context_input": True}, "config.objective.context_input: .*; use False"),
+    ],
+)
+def test_objectives_that_do_not_fit_tokens_are_refused(fields, words):
+    with pytest.raises(UserError, match=words) as error:
+        experiment(1, **fields)
+    assert "\n" not in str(error.value)

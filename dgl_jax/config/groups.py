@@ -139,6 +139,10 @@ class ObjectiveSettings(Group):
     context_input: bool = option(False, applies={**_IMAGES, **SEVERAL})
     transport: float = number(0.0, 0.0, 1e6)
 
+    def remarks(self, settings: "Settings", classes: int) -> list[str]:
+        """Returns warnings about consequences that the user may not expect."""
+        return []
+
 
 @dataclass(frozen=True)
 class MethodSettings(Group):

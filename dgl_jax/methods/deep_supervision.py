@@ -32,8 +32,8 @@ class DeepSupervision(Backprop):
         if "next_block" in spec.reads(k):
             raise UserError(
                 "config.method.name=deep_supervision: its objectives cannot read the next module's "
-                f"first block, as that of module_{k} does; use config.objective.name=classifier "
-                "or config.method.name=dgl"
+                f"first block, as that of module_{k} does; use another objective (auglocal "
+                "without momentum_block), or config.method.name=dgl"
             )
         return {}
 

@@ -68,7 +68,7 @@ class ContextInput(Adapter):
             raise UserError(
                 "config.objective.context_input: encodes images for modules that read maps "
                 f"(B, H, W, C), not examples of shape {image.shape[1:]} for inputs of shape "
-                f"{inputs.shape[1:]}"
+                f"{inputs.shape[1:]}; use False"
             )
         x = adaptive_avg_pool(image, (inputs.shape[1], inputs.shape[2]), ops=self.ops)
         for features in (_ENCODING, inputs.shape[-1]):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from dgl_jax.config import Settings
 from dgl_jax.config.fields import number, option
 from dgl_jax.config.registry import OBJECTIVES
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, explain, where
 from dgl_jax.objectives.base import (
     Context,
     HiddenOptions,
@@ -68,10 +68,23 @@ class AugLocal(Objective):
     def predict(
         self, features: Float[Array, "B ..."], published: Mapping[str, Any], train: bool
     ) -> Array:
-        """Returns the logits of the head behind the auxiliary blocks."""
+        """Returns the logits of the head behind the auxiliary blocks.
+
+        Raises:
+          UserError: an auxiliary block cannot follow the one before it.
+        """
         x = features
         for number_, block in enumerate(self.auxiliary):
-            y = block(x, train)
+            try:
+                y = block(x, train)
+            except (TypeError, ValueError) as error:
+                # For example a shortcut without a change of channels, which a block left out made.
+                raise UserError(
+                    f"config.objective.name=auglocal: auxiliary block {number_} "
+                    f"({type(block).__name__}) cannot follow features of shape {x.shape[1:]}: "
+                    f"{explain(error) or where(error)}; a larger objective.depth, "
+                    "objective.widen=1.0 or config.objective.name=classifier may fit"
+                ) from error
             if number_ == 0 and self.momentum is not None and "next_block" in published:
                 y += self._momentum(x, published["next_block"], train)
             x = y

@@ -253,6 +253,17 @@ class InfoProOptions(HiddenOptions):
         if self.form == "contrast":
             refuse_micro_batches(settings, "info_pro with config.objective.form=contrast")
 
+    def remarks(self, settings: Settings, classes: int) -> list[str]:
+        """Warns if most examples have no other one of their class in a batch."""
+        size = settings.data.batch_size
+        if self.form != "contrast" or settings.model.modules == 1 or size > classes:
+            return []
+        return [
+            f"config.data.batch_size={size}: with {classes} classes, an example rarely meets "
+            "another one of its class, without which config.objective.form=contrast teaches "
+            "nothing; use a larger batch, or softmax"
+        ]
+
 
 def _make(options: InfoProOptions, inputs: ObjectiveInputs) -> Objective:
     if inputs.end == len(inputs.blocks):

@@ -67,7 +67,7 @@ class PredSim(Objective):
         """Computes the loss, with the metrics `accuracy` and `similarity` (the similarity loss).
 
         Raises:
-          UserError: there is not exactly one label per example.
+          UserError: there is not exactly one label per example, or a single channel.
         """
         label = context["label"]
         local = classification(self.head(features, train), label, self.label_smoothing)
@@ -75,6 +75,11 @@ class PredSim(Objective):
             raise UserError(
                 "config.objective.name=pred_sim: compares the labels of whole examples, and here "
                 f"they have shape {label.shape}; classifier or auglocal fit this task"
+            )
+        if features.shape[-1] == 1:
+            raise UserError(
+                "config.objective.name=pred_sim: compares the channels of examples, and a module "
+                "here has a single one; use more channels (config.model.width), or classifier"
             )
         error = similarity_loss(self._description(features), label, self.classes)
         loss, count = (1 - self.weight) * local.loss + self.weight * error, jnp.float32(len(label))

@@ -289,7 +289,7 @@ def make_engine(
 def remarks(experiment: Experiment) -> list[str]:
     """Returns warnings about consequences of the settings that the user may not expect."""
     settings, steps = experiment.settings, experiment.source.steps_per_epoch
-    warnings = []
+    warnings = settings.objective.remarks(settings, len(experiment.info.class_names))
     if len(experiment.info.class_names) == 1:
         warnings.append(
             f"{experiment.info.name}: has a single class, so every prediction is correct and "

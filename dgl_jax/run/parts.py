@@ -166,9 +166,10 @@ def adapters(settings: Settings, modules: int) -> Sequence[nn.Module | None]:
 
 
 def check_residuals(settings: Settings, network: Network, inputs: jax.ShapeDtypeStruct) -> None:
-    """Raises UserError if a transport cost is configured that could not reach all modules.
+    """Raises UserError if a transport cost is configured and no module could add it.
 
-    No block sows a residual, or the method trains modules without objectives.
+    No block sows a residual, or the method trains modules without objectives. Modules without such
+    a block have no transport cost.
 
     Args:
       settings: configuration of the run.
