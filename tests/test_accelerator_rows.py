@@ -1,10 +1,13 @@
 """Single rows of the benchmark of an accelerator, and the mistakes in its command line."""
 
 import json
+import random
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
+from runs import small_config
 
 from benchmarks.accelerator import accuracy, measuring, modes, run, session
 from benchmarks.accelerator.rows import SIZES, Job, Skipped
@@ -103,7 +106,44 @@ def test_without_images_the_rows_say_so(tmp_path):
             row.measure(job(tmp_path))
 
 
+# Memory
+
+
+def test_memory_of_a_process_that_compiled_is_not_reported(monkeypatch):
+    settings = small_config()
+    monkeypatch.setattr(measuring, "training", lambda experiment, warm_up: lambda steps: None)
+    monkeypatch.setattr(measuring.system, "peak_memory", lambda devices: {"gpu:0": 1234})
+    monkeypatch.setattr(measuring, "described", lambda experiment: {})
+    assert measuring.peak(settings) == {"peak_memory_bytes": 1234}
+
+    def compiling(experiment, warm_up):
+        number = random.random()  # a program that no earlier session has stored
+        return lambda steps: jax.jit(lambda x: x * number + steps)(1.0)
+
+    monkeypatch.setattr(measuring, "training", compiling)
+    with pytest.raises(Skipped, match=r"^1 programs were compiled here"):
+        measuring.peak(settings)
+
+
 # Command line
+
+
+def test_workers_import_the_chosen_groups_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "serve", lambda rows, *_: asked.extend(rows("smoke")))
+    run.main(["--worker", "--only=c,d"])
+    assert {row.group for row in asked} == {"c", "d"}
+    runner = session.Session("script", "smoke", tmp_path, tmp_path / "log", "", ("--only=c",))
+    started = []
+
+    def worker(command, log, variables):
+        started.append(command[1:])
+        raise ChildProcessError("ended")
+
+    monkeypatch.setattr(session, "Worker", worker)
+    with pytest.raises(ChildProcessError):
+        runner.environment(1.0)
+    assert started == [["script", "--worker", "--only=c"]]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
@@ -119,6 +159,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, 
         assert words in session.unwritable(output)
     assert session.unwritable(tmp_path / "new" / "a.json") == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_machine_without_devices_ends_the_command(tmp_path, monkeypatch):
+    flags = ["--minutes=1", f"--output={tmp_path / 'a.json'}"]
+    monkeypatch.setattr(
+        session.Session, "environment", lambda self, limit: session.Answer({}, "no answer")
+    )
+    with pytest.raises(SystemExit, match=r"^no devices: no answer; --size measures"):
+        run.main(flags)
+    assert not json.loads((tmp_path / "a.json").read_text())["finished"]
 
 
 @pytest.mark.medium

@@ -300,8 +300,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 7_540
-    assert package < 17_480
+    assert core < 7_560
+    assert package < 17_510
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from dgl_jax.data import (
     Examples,
     Layout,
     register_data_set,
-    synthetic,
 )
 
 SMALL, LARGE = "images_like_cifar10", "images_like_imagenet"
@@ -43,20 +42,19 @@ def register() -> None:
 
 
 def _small(settings: DataSettings) -> DataSet:
-    return _patterns(settings.train_examples, settings.image_size)
-
-
-@cache  # all rows of a process train on the same images
-def _patterns(count: int, side: int) -> DataSet:
-    return synthetic.make(count, _TEST, side)
+    return _noise(SMALL, settings.train_examples, settings.image_size, 10)
 
 
 def _large(settings: DataSettings) -> DataSet:
-    random, side = np.random.default_rng(0), settings.image_size
+    return _noise(LARGE, settings.train_examples, settings.image_size, _CLASSES)
 
-    def noise(count: int) -> Examples:
+
+@cache  # all rows of a process train on the same images
+def _noise(name: str, count: int, side: int, classes: int) -> DataSet:
+    random = np.random.default_rng(0)
+
+    def examples(count: int) -> Examples:
         images = random.integers(256, size=(count, side, side, 3), dtype=np.uint8)
-        return Examples(images, random.integers(_CLASSES, size=count, dtype=np.int32))
+        return Examples(images, random.integers(classes, size=count, dtype=np.int32))
 
-    names = tuple(map(str, range(_CLASSES)))
-    return DataSet(LARGE, names, noise(settings.train_examples), noise(_TEST))
+    return DataSet(name, tuple(map(str, range(classes))), examples(count), examples(_TEST))

@@ -33,7 +33,7 @@ _FIELDS: Fields = {
     "train.steps": 4,
     "checkpoint.every": 4,
     "eval.every": 4,
-    "log.every": 1,
+    "log.every": 4,  # otherwise a dispatch has one step
 }
 _IMAGES = 3
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-from benchmarks.accelerator import session  # noqa: E402
+from benchmarks.accelerator import report, session  # noqa: E402
 from benchmarks.accelerator.rows import SIZES, Figures, Row  # noqa: E402
 
 # Groups in the order of their priority; the modules define `rows(size)`.
@@ -36,7 +36,7 @@ GROUPS = {
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 _RESERVE = 1.5  # seconds at the end to kill a worker and to print the table
-_START = 60.0  # most seconds that the first worker may take to find the devices
+_START = 180.0  # most seconds that the first worker may take to find the devices
 _LEAST = 0.5  # a row is not begun if less than this part of its estimated time is left
 
 Rows = Callable[[str], Sequence[Row]]
@@ -98,6 +98,8 @@ def perform(
         else:
             answer = runner.measure(row, left, results.figures())
         results.add(row, answer, time.monotonic() - begin)
+        report.derive(results.rows)
+        results.save()
         if not answer.reason.startswith(session.OUT_OF_TIME):
             shown = answer.reason or ", ".join(f"{k} {v}" for k, v in answer.figures.items())
             print(f"{row.group} {row.name}: {shown[:300]}", flush=True)
@@ -166,19 +168,22 @@ def main(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = arguments(argv)
+    groups = args.only.split(",")
     if args.worker:
         if args.host:
             import jax
 
             jax.config.update("jax_platforms", "cpu")
-        return session.serve(rows or shipped(), environment, hasten)
+        return session.serve(rows or shipped(groups), environment, hasten)
     deadline = time.monotonic() + 60 * args.minutes - _RESERVE
     results = session.Results(args.output.resolve(), about(argv, args))
     results.save()
     folder = Path(tempfile.mkdtemp(prefix="dgl_jax_accelerator."))
     log = results.path.with_suffix(".log")
     log.write_text("")
-    runner = session.Session(script, args.size, folder, log, args.data_dir)
+    runner = session.Session(
+        script, args.size, folder, log, args.data_dir, (f"--only={args.only}",)
+    )
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         machine = runner.environment(min(_START, deadline - time.monotonic()))
@@ -188,11 +193,10 @@ def main(
             "environment": machine.figures,
         }
         if args.size == "auto":
-            runner.size = "small" if runner.platform in ("cpu", "") else "full"
             if not runner.platform:
-                print(f"no devices ({machine.reason}): measuring at size small", file=sys.stderr)
+                raise SystemExit(f"no devices: {machine.reason}; --size measures nevertheless")
+            runner.size = "small" if runner.platform == "cpu" else "full"
             results.about["size"] = runner.size
-        groups = args.only.split(",")
         chosen = [
             row
             for row in (rows or shipped(groups))(runner.size)
@@ -212,12 +216,9 @@ def main(
 
 
 def conclude(results: session.Results) -> None:
-    """Adds the figures that need several rows, writes the file and prints the table."""
-    from benchmarks.accelerator import report as written
-
-    written.derive(results.rows)
+    """Writes the file and prints the table."""
     results.save()
-    written.show(results.rows)
+    report.show(results.rows)
     print(f"{results.about['card']}, size {results.about['size']}, written: {results.path}")
 
 

@@ -102,11 +102,21 @@ class Session:
       folder: folder for the files of the rows.
       log: file for the error output of the workers.
       data_dir: the user's folder of images; "" without one.
+      flags: further flags of the workers.
     """
 
-    def __init__(self, script: str, size: str, folder: Path, log: Path, data_dir: str = ""):
+    def __init__(
+        self,
+        script: str,
+        size: str,
+        folder: Path,
+        log: Path,
+        data_dir: str = "",
+        flags: Sequence[str] = (),
+    ):
         self.size, self.platform = size, ""
         self._script, self._folder, self._log, self._data_dir = script, folder, log, data_dir
+        self._flags = flags
         self._worker: Worker | None = None
         self._serves: tuple[str, bool] | None = None
 
@@ -146,7 +156,13 @@ class Session:
         adopted = self._serves == ("", False) and not serves[1]  # it has only told its environment
         if self._worker is None or not (adopted or self._serves == serves):
             self.close()
-            command = [sys.executable, self._script, "--worker", *["--host"] * serves[1]]
+            command = [
+                sys.executable,
+                self._script,
+                "--worker",
+                *["--host"] * serves[1],
+                *self._flags,
+            ]
             self._worker = Worker(command, self._log, self._variables())
         self._serves = serves
         try:
@@ -235,6 +251,8 @@ def _answer(
         return Answer(row.measure(job))
     except Skipped as reason:
         return Answer({}, str(reason))
+    except SystemExit:  # the package has printed which library is missing
+        return Answer({}, "a part of the package could not be imported; the log says why")
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]

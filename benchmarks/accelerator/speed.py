@@ -49,6 +49,8 @@ def rows(size: Size) -> list[Row]:
             )
             for name, fields in variants.items()
         ]
+    others = peers.rows(size, networks)
+    result += [other for other in others if other.name.startswith("cnn6")]
     result += starting.rows(size)
     base = cnn6(size, large)
     programs = {
@@ -79,7 +81,7 @@ def rows(size: Size) -> list[Row]:
                 row(label, measure=partial(_deep_speed, fields), cost=60, process=label, rank=rank),
                 row(memory, measure=measure, cost=20, process=memory, rank=rank),
             ]
-    return result + peers.rows(size, networks)
+    return result + [other for other in others if not other.name.startswith("cnn6")]
 
 
 def _name(network: str, batch: int) -> str:

@@ -30,7 +30,8 @@ class Module(nn.Module):
         """Returns the feature maps for the next module, and the local loss."""
         for part in self.blocks:
             x = part(x)
-        return x, F.cross_entropy(self.head(x), target)
+        # Detached: compiled graphs would add a gradient of zero to an output that has one.
+        return x.detach(), F.cross_entropy(self.head(x), target)
 
 
 def block(inputs: int, features: int, pool: bool) -> nn.Sequential:

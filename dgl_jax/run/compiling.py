@@ -130,6 +130,11 @@ class Compiling:
             f"({len(self._compiled)} programs, {self._hits} from the cache)"
         )
 
+    @property
+    def missed(self) -> int:
+        """Returns the number of programs that were compiled and not read from the cache."""
+        return len(self._compiled) - self._hits
+
     def close(self) -> None:
         """Stops measuring; later calls do nothing."""
         if self._open:
