@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accelerator import images, peers, report, resuming, run
+from benchmarks.accelerator import images, peers, resuming, run
 from benchmarks.accelerator.common import configured, fitting
 from benchmarks.accelerator.measuring import cnn6
 from benchmarks.accelerator.modes import MODES
@@ -119,7 +119,7 @@ def gone(group):
 def test_every_row_has_a_figure_or_a_reason_whatever_other_rows_do(fakes):
     # A row sleeps for ten minutes, so that the command must stop it.
     flags = {"capture_output": True, "text": True, "check": True, "timeout": 300}
-    done = subprocess.run(command(fakes, "--minutes=0.2"), **flags, cwd=fakes.parent)
+    done = subprocess.run(command(fakes, "--minutes=0.2", "--size=full"), **flags, cwd=fakes.parent)
     result = written(fakes)
     assert result["finished"]
     assert result["card"] == "fake card"
@@ -189,6 +189,14 @@ def test_rows_come_by_rank_and_then_by_group():
     rows = [Row(f"{r}{g}{i}", g, dict, 1, "", r) for i in (0, 1) for g in "cab" for r in (1, 0)]
     names = [row.name for row in run.ordered(rows)]
     assert names == [f"{r}{g}{i}" for r in (0, 1) for g in "abc" for i in (0, 1)]
+
+
+def test_every_group_comes_early_at_reduced_sizes():
+    full, small = (run.ordered(run.shipped()(size), size) for size in ("full", "small"))
+    assert {row.group for row in full[:8]} == {"a"}
+    assert [row.group for row in small[:8]] == ["a", "a", "b", "c", "c", "c", "d", "d"]
+    assert small[0].name == "engine fused"
+    assert sorted(row.name for row in small) == sorted(r.name for r in run.shipped()("small"))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -295,50 +303,6 @@ def test_residual_networks_in_pytorch_have_the_published_number_of_parameters(na
     with torch.device("meta"):
         network = resnet(name, 64, 1000)
     assert sum(parameter.numel() for parameter in network.parameters()) == count
-
-
-def test_derived_figures_equal_those_computed_by_hand():
-    def entry(group="c", **figures):
-        common = {"library": "x", "network": "n", "batch_size": 8, "dtype": "bfloat16"}
-        return {"group": group, "figures": common | figures}
-
-    def peer(method, rate, **figures):
-        about = {"library": "PyTorch 2", "method": method, "body_flops": 4e9, "head_flops": 1e9}
-        times = {"tick_milliseconds": {"median": 8e3 / rate}, "images_per_second": {"median": rate}}
-        return entry(**about | times | figures)
-
-    rows = {
-        "rate": {"group": "c", "figures": {"dtype": "bfloat16", "flops_per_second": 1e12}},
-        "dgl": entry(
-            method="dgl",
-            body_flops=4e9,
-            head_flops=1e9,
-            tick_milliseconds={"median": 30.0},
-            images_per_second={"median": 267.0},
-        ),
-        "backprop": entry(
-            method="backprop",
-            body_flops=4e9,
-            head_flops=0.0,
-            tick_milliseconds={"median": 99.0},  # at another time, when the machine was slower
-            over_baseline={"median": 2.5},
-            images_per_second={"median": 81.0},
-        ),
-        "eager": peer("dgl", 150.0),
-        "compiled": peer("dgl", 178.0),
-        "other batch": peer("dgl", 999.0, batch_size=16),
-        "missing": {"group": "c", "reason": "no PyTorch"},
-    }
-    report.derive(rows)
-    assert rows["dgl"]["figures"]["percent_of_matrix_rate"] == 50.0
-    assert rows["dgl"]["figures"]["over_backprop"] == 2.5
-    assert rows["dgl"]["figures"]["bound"] == 1.625
-    assert "over_backprop" not in rows["backprop"]["figures"]
-    assert rows["dgl"]["figures"]["over_pytorch"] == 1.5
-    assert "over_pytorch" not in rows["backprop"]["figures"] | rows["compiled"]["figures"]
-    del rows["backprop"]["figures"]["over_baseline"]
-    report.derive(rows)
-    assert rows["dgl"]["figures"]["over_backprop"] == 0.303
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax
 import pytest
 from runs import small_config
 
-from benchmarks.accelerator import accuracy, measuring, modes, run, session
+from benchmarks.accelerator import accuracy, measuring, modes, report, run, session
 from benchmarks.accelerator.rows import SIZES, Job, Skipped
 from benchmarks.accelerator.switches import SWITCHES
 from benchmarks.interleaved import Timing
@@ -104,6 +104,53 @@ def test_without_images_the_rows_say_so(tmp_path):
     for row in accuracy.rows(SIZES["smoke"]):
         with pytest.raises(Skipped, match="no --data_dir"):
             row.measure(job(tmp_path))
+
+
+# Figures of several rows
+
+
+def test_derived_figures_equal_those_computed_by_hand():
+    def entry(group="c", **figures):
+        common = {"library": "x", "network": "n", "batch_size": 8, "dtype": "bfloat16"}
+        return {"group": group, "figures": common | figures}
+
+    def peer(method, rate, **figures):
+        about = {"library": "PyTorch 2", "method": method, "body_flops": 4e9, "head_flops": 1e9}
+        times = {"tick_milliseconds": {"median": 8e3 / rate}, "images_per_second": {"median": rate}}
+        return entry(**about | times | figures)
+
+    rows = {
+        "rate": {"group": "c", "figures": {"dtype": "bfloat16", "flops_per_second": 1e12}},
+        "dgl": entry(
+            method="dgl",
+            body_flops=4e9,
+            head_flops=1e9,
+            tick_milliseconds={"median": 30.0},
+            images_per_second={"median": 267.0},
+        ),
+        "backprop": entry(
+            method="backprop",
+            body_flops=4e9,
+            head_flops=0.0,
+            tick_milliseconds={"median": 99.0},  # at another time, when the machine was slower
+            over_baseline={"median": 2.5},
+            images_per_second={"median": 81.0},
+        ),
+        "eager": peer("dgl", 150.0),
+        "compiled": peer("dgl", 178.0),
+        "other batch": peer("dgl", 999.0, batch_size=16),
+        "missing": {"group": "c", "reason": "no PyTorch"},
+    }
+    report.derive(rows)
+    assert rows["dgl"]["figures"]["percent_of_matrix_rate"] == 50.0
+    assert rows["dgl"]["figures"]["over_backprop"] == 2.5
+    assert rows["dgl"]["figures"]["bound"] == 1.625
+    assert "over_backprop" not in rows["backprop"]["figures"]
+    assert rows["dgl"]["figures"]["over_pytorch"] == 1.5
+    assert "over_pytorch" not in rows["backprop"]["figures"] | rows["compiled"]["figures"]
+    del rows["backprop"]["figures"]["over_baseline"]
+    report.derive(rows)
+    assert rows["dgl"]["figures"]["over_backprop"] == 0.303
 
 
 # Memory

@@ -37,12 +37,14 @@ def test_rows_are_valid_and_distinct(name, size):
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_row_is_tried_with_three_rates_and_run_with_three_seeds(name):
     module = claim(name)
-    tried, run = rows(name, "rates"), rows(name, "small")
+    tried, run, full = (rows(name, size) for size in ("rates", "small", "full"))
     for row in module.ROWS:
+        of_full = {s.optimizer.learning_rate for n, s in full.items() if n.startswith(f"{row}/")}
         rates = {s.optimizer.learning_rate for n, s in tried.items() if n.startswith(f"{row}/")}
         final = {s.optimizer.learning_rate for n, s in run.items() if n.startswith(f"{row}/")}
         seeds = {s.seed for n, s in run.items() if n.startswith(f"{row}/")}
         assert len(rates) == 3
+        assert of_full == rates
         assert len(final) == 1
         assert final <= rates
         assert seeds == {0, 1, 2}

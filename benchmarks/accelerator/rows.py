@@ -159,7 +159,7 @@ class Row:
 
     def limit(self, size: Size) -> float:
         """Returns the seconds after which the row is stopped even if time is left."""
-        return float("inf") if self.patient else max(60.0, 5 * self.cost * size.cost)
+        return float("inf") if self.patient else max(120.0, 5 * self.cost * size.cost)
 
 
 class Answer(NamedTuple):

@@ -4,10 +4,11 @@ Every claim has three sweeps, chosen by the argument after the file's name:
 
     --sweep=configs/claims/heads.py:rates   every row with three learning rates, one seed
     --sweep=configs/claims/heads.py:small   every row with the chosen rate and several seeds
-    --sweep=configs/claims/heads.py:full    the same at the paper's size, for one GPU
+    --sweep=configs/claims/heads.py:full    as `rates`, at the paper's size, for one GPU
 
 `rates` and `small` share a workdir: runs that both contain are trained once. The rate of a row is
-the one with the best validation accuracy of the last module; the file of the claim lists it.
+the one with the best validation accuracy of the last module; the file of the claim lists the rates
+of `small`. The rates of another size may be others, so `full` tries all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,9 +42,9 @@ def sweep(
       base: returns the configuration that the rows share; its argument is True for the full size.
       variants: such as `{"backprop": {"method.name": "backprop"}}`.
       size: one of `SIZES`; None for `small`.
-      chosen: learning rate of each row; rows that it lacks use `default`.
-      rates: learning rates of the sweep `rates`.
-      seeds: number of seeds of the sweep `small`; `full` has one.
+      chosen: learning rate of each row of `small`; rows that it lacks use `default`.
+      rates: learning rates of the sweeps `rates` and `full`.
+      seeds: number of seeds of the sweep `small`; the others have one.
       default: see `chosen`.
 
     Yields:
@@ -57,8 +58,8 @@ def sweep(
         raise UserError(f"--sweep=...:{size}: must be one of {', '.join(SIZES)}")
     for name, fields in variants.items():
         rate = chosen.get(name, default)
-        runs = [(r, 0) for r in rates] if size == "rates" else [(rate, s) for s in range(seeds)]
-        for learning_rate, seed in runs[:1] if size == "full" else runs:
+        runs = [(rate, s) for s in range(seeds)] if size == "small" else [(r, 0) for r in rates]
+        for learning_rate, seed in runs:
             config = base(size == "full")
             config.update_from_flattened_dict(fields)
             config.optimizer.learning_rate, config.seed = learning_rate, seed

@@ -36,7 +36,7 @@ class Objective(nn.Module):
         to the last module that needs them.
       reads: names of what the objective reads in `published`. `next_block` is a publication of the
         next module: {"params": ..., "batch_stats": ...} of its first block, at least two updates
-        old.
+        old under synchronous engines; asynchronous ones hand over the last publication but one.
         `intermediates` holds what the module's blocks sow on the same batch (`nn.Module.sow` into
         the collection "intermediates"), as {"block_0": {name: values}, ...}; gradients reach the
         blocks through it.
