@@ -35,7 +35,7 @@ TREE = {
     "head_params": (BLOCKS,),
     "adapter_params": (BLOCKS,),
     "orthogonal": (range(3), BLOCKS, range(4)),
-    "augmentation": (range(24), {"half": (range(2),)}),
+    "augmentation": (range(24),),
     "module": (
         MODULES,
         {
@@ -86,7 +86,7 @@ def test_no_two_keys_of_a_run_are_equal():
     assert shared(keys) == []
     names = {part for path in keys for part in path if isinstance(part, str)} | {"stage"}
     streams = {name: value for name, value in vars(rngs).items() if isinstance(value, rngs.Stream)}
-    assert names - {"half", "part"} == {name.removeprefix("_") for name in streams}, (
+    assert names - {"part"} == {name.removeprefix("_") for name in streams}, (
         "this test does not cover all streams"
     )
     assert sorted(stream.constant for stream in streams.values()) == list(
@@ -119,7 +119,7 @@ def test_no_two_draws_of_a_codebook_use_the_same_key(monkeypatch):
 
         return draw
 
-    for name in ("uniform", "randint"):
+    for name in ("uniform", "bits"):
         monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
     module, x = (
         rngs.module(rngs.root(0), 0),

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from dgl_jax.core import rngs
+
 _FEWEST = 1024  # vectors to draw from a large batch even if fewer are wanted
 
 
@@ -46,7 +48,8 @@ def draw(
         rows = rows.reshape(-1, stride, *rows.shape[1:])[:, 0]
     count = -(-wanted // examples)
     if count < positions:
-        rows = jnp.take(rows, jax.random.randint(key, (count,), 0, positions, jnp.int32), axis=1)
+        chosen = rngs.below(jax.random.bits(key, (count,), jnp.uint32), positions)
+        rows = jnp.take(rows, chosen, axis=1)
     return rows if whole else _on_every_device(rows)
 
 

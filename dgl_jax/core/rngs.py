@@ -11,7 +11,6 @@ this: its `fold_in` ignores the order of the numbers.)
         adapter_params(n)                      initial values of the adapter in front of block n
         orthogonal(p, n, i)                    orthogonal weights, array i of part p at block n
         augmentation(step)                     augmentation of training batch `step`
-            half(0), half(1)                   where its images are cropped; which are mirrored
         module(k)                              `ModuleState.rng`
             update(t)                          random operations inside the module at its update t
                 micro_batch(i)
@@ -36,8 +35,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Int32, Key, UInt32
 
 Number = int | Int[Any, ""]  # a Python integer, or a traced or host array
 
@@ -95,14 +95,18 @@ def stage(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
     return _stage(key, number) if number else key
 
 
-def half(key: Key[Array, ""], number: int) -> Key[Array, ""]:
-    """Derives one of the two keys of the augmentation of a batch, without a constant."""
-    return jax.random.split(key)[number]
-
-
 def part(key: Key[Array, ""], number: Number) -> Key[Array, ""]:
     """Derives the key of a part of the directions of a module, without a constant."""
     return jax.random.fold_in(key, number)
+
+
+def below(bits: UInt32[Array, "*S"], limit: int) -> Int32[Array, "*S"]:
+    """Converts uniform bits to integers from 0 to `limit` - 1.
+
+    Their probabilities differ by at most 2^-32. `jax.random.randint` avoids most of this with four
+    times the work, which takes as much longer to compile.
+    """
+    return (bits % jnp.uint32(limit)).astype(jnp.int32)
 
 
 # Streams on the host: the first number after the seed in `bits` and `ring`.

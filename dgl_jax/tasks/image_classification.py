@@ -24,9 +24,9 @@ def draw_crop_flip(
         0 ... 2 * padding.
       flips: True for half of the images on average.
     """
-    offset_key, flip_key = rngs.half(key, 0), rngs.half(key, 1)
-    offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)
-    return offsets, jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch,))
+    # One draw of raw bits: compiling `jax.random.randint` takes a fifth of the time of a step.
+    bits = jax.random.bits(key, (batch, 3), jnp.uint32)
+    return rngs.below(bits[:, :2], 2 * padding + 1), bits[:, 2] >> 31 == 1
 
 
 @dataclass(frozen=True)
