@@ -280,11 +280,8 @@ def _train(folder: str) -> None:
     if _DISTRIBUTED.value:
         _join()
     with world.together():
-        config = _config()
-        if (age := system.process_age()) is not None:
-            _LOG.info("imports took %.1f s", age)
         try:
-            summary = train.train_and_evaluate(config, folder, _INIT_FROM.value)
+            summary = train.train_and_evaluate(_config(), folder, _INIT_FROM.value)
         except Interrupted as stopped:
             print(f"\n{stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signum)
@@ -340,6 +337,7 @@ def _start() -> None:
 
     progress.log_to_stderr()
     _set_threads()
+    compiling.imports_took(system.process_age())
     compiling.store_programs(_CACHE.value, os.environ["NPROC"])
     if _CPU_DEVICES.value:
         import jax

@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -118,7 +119,7 @@ def prepare(command: Command, settings: dict[str, Any]) -> None:
     reads_run = command.flag("config") is None or settings["mode"] in ("predict", "export", "plot")
     for folder in (workdir if reads_run else None, command.flag("init_from")):
         if folder and not Path(folder, "config.json").exists():
-            _call(run_command, ["--config=digits", f"--workdir={folder}", *_SMALL_RUN], os.devnull)
+            _copy_small_run(Path(folder))
     images = command.flag("images")
     if images and not any(Path().glob(images)):
         _save_images(Path(images))
@@ -126,6 +127,16 @@ def prepare(command: Command, settings: dict[str, Any]) -> None:
         for part in ("train", "test"):
             for label in ("cats", "dogs"):
                 _save_images(Path(settings["config"]["data"]["dir"], part, label))
+
+
+def _copy_small_run(folder: Path) -> None:
+    """Provides a finished run, which the first page that needs one trains for all of them."""
+    kept = Path(os.environ.get("DGL_JAX_TEST_HOME") or tempfile.mkdtemp()) / "small_run"
+    if not kept.exists():
+        new = kept.with_name(f"small_run.{os.getpid()}")
+        _call(run_command, ["--config=digits", f"--workdir={new}", *_SMALL_RUN], os.devnull)
+        new.rename(kept)
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
 
 
 def _save_images(folder: Path, count: int = 12) -> None:

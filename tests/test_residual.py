@@ -63,7 +63,7 @@ def test_one_stage_equals_the_plain_quantizer(codes):
 
 
 @cache
-def trained(stages, codes, dims, updates=40):
+def trained(stages, codes, dims, updates=100):
     """Trains on a stream of dependent normal vectors.
 
     Returns:

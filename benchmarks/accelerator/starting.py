@@ -14,7 +14,7 @@ _FIRST_STEP = re.compile(
     r"first step after ([\d.]+) s: tracing ([\d.]+) s, compiling ([\d.]+) s "
     r"\((\d+) programs, (\d+) from the cache\)"
 )
-_IMPORTS = re.compile(r"imports took ([\d.]+) s")
+_IMPORTS = re.compile(r"after ([\d.]+) s of imports")
 _NAMES = ("first_step_seconds", "tracing_seconds", "compiling_seconds")
 
 

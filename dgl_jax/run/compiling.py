@@ -26,6 +26,7 @@ _TRACE = (
 )
 _COMPILE = "/jax/core/compile/backend_compile_duration"  # or reading the program from the cache
 _HIT = "/jax/compilation_cache/cache_hits"
+_imports = ""  # how long they took, in the line on the first step
 
 
 def store_programs(chosen: str | None, threads: str) -> None:
@@ -74,6 +75,12 @@ def store_programs(chosen: str | None, threads: str) -> None:
         config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
 
 
+def imports_took(seconds: float | None) -> None:
+    """Lets the line on the first step report the time that a command took before it began."""
+    global _imports
+    _imports = "" if seconds is None else f", after {seconds:.1f} s of imports"
+
+
 def _shrink(folder: Path, limit: int) -> None:
     """Deletes the least recently used programs until the others fit into `limit` bytes.
 
@@ -118,7 +125,8 @@ class Compiling:
         if not self._open:
             return False
         self.close()
-        _LOG.info("first step after %.1f s: %s", time.monotonic() - self._begin, self.summary())
+        seconds = time.monotonic() - self._begin
+        _LOG.info("first step after %.1f s: %s%s", seconds, self.summary(), _imports)
         return True
 
     def summary(self) -> str:
