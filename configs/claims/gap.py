@@ -67,7 +67,7 @@ CHOSEN: dict[str, float] = {
     "auglocal,d=2,K=3": 0.03,
     "pred_sim,w=0.5": 0.03,
     "info_pro": 0.03,
-    "auglocal,d=1": 0.03,
+    "auglocal,d=1": 0.1,
     "dgl,context_input": 0.03,
     "auglocal,d=1,momentum": 0.03,
     "dgl,smoothing": 0.03,
