@@ -54,7 +54,9 @@ def of_a_path(error: OSError) -> str | None:
     """Returns one line for a path that cannot be read or written, or None for other errors."""
     if error.errno not in _PATH_ERRORS or error.filename is None:
         return None
-    return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror})"
+    # The second name is where a file written under another name would go.
+    name = os.fsdecode(error.filename2 or error.filename)
+    return f"{name}: cannot be read or written ({error.strerror})"
 
 
 # What JAX raises, when it is imported, about its environment variables.
@@ -233,8 +235,8 @@ def not_opened(error: BaseException) -> str | None:
     """Returns one line on why the devices cannot be opened, or None for other errors."""
     text = str(error)
     failed = re.search(
-        r"Unable to initialize backend '(\w+)': (.*?)( \(set JAX_PLATFORMS=|$)", text, re.DOTALL
-    )
+        r"Unable to initialize backend '([^']*)': (.*?)( \(set JAX_PLATFORMS=|$)", text, re.DOTALL
+    ) or re.match(r"Unknown backend:? '?(\w+)'?(.*)", text, re.DOTALL)
     if not failed and not _is_unanswered(error) and not _BUSY.search(text):
         return None
     asked = _platforms()
@@ -256,7 +258,12 @@ def not_opened(error: BaseException) -> str | None:
     setting = f"JAX_PLATFORMS={asked}" if asked else f"backend {platform}"
     why = f" ({reason})" if reason else ""
     if package := next(
-        (_INSTALL[name] for name in (asked or platform).split(",") if name in _INSTALL), None
+        (
+            _INSTALL[name]
+            for name in map(str.strip, (asked or platform).split(","))
+            if name in _INSTALL
+        ),
+        None,
     ):
         return (
             f"{setting}: JAX cannot open it here{why}; if the machine has such a device, run "

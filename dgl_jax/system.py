@@ -313,6 +313,8 @@ def cache_dir() -> Path:
     """
     home = Path(os.path.expanduser("~"))
     cache = home / ".cache" / "dgl_jax"
-    if home.is_absolute() and (cache.is_dir() or os.access(home, os.W_OK)):
-        return cache
+    if home.is_absolute():
+        existing = next((str(p) for p in (cache, cache.parent, home) if os.path.isdir(p)), "")
+        if existing and os.access(existing, os.W_OK | os.X_OK):
+            return cache
     return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"

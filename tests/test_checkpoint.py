@@ -143,34 +143,43 @@ def test_changed_digit_in_the_metadata_is_detected(copy, caplog):
         load_trained(copy, "8")
 
 
-def test_older_checkpoint_without_a_metadata_checksum_is_read(copy):
+def test_renamed_checkpoint_is_damaged(copy, caplog):
+    (copy / "checkpoints" / "8").rename(copy / "checkpoints" / "99")
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        assert load_trained(copy).restored.step == 6
+    assert "checkpoint 99 is damaged (it was written as checkpoint 8)" in caplog.text
+
+
+def test_best_checkpoint_with_damaged_metadata_is_reported(copy, caplog):
     path = copy / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
-    stored = json.loads(path.read_text())
-    text = stored["custom_metadata"]["meta"]
-    assert stored["custom_metadata"]["checksum"] == zlib.crc32(text.encode())
-    older = {key: value for key, value in json.loads(text).items() if key != "accuracy"}
-    path.write_text(json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older)}}))
-    assert load_trained(copy).restored.step == 8
-    path.write_text(
-        json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older), "chec+sum": 1}})
-    )
-    assert load_trained(copy).restored.step == 6
+    path.write_text(path.read_text().replace("std", "sdt", 1))
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        assert Checkpoints(copy / "checkpoints", read_only=True).select("best") == [6]
+    assert "checkpoint 8 is damaged (its metadata do not match their checksum)" in caplog.text
 
 
-def test_best_of_older_checkpoints_is_found(copy):
-    for step in ("6", "8"):  # older versions: no accuracy in the metadata
-        path = copy / "checkpoints" / step / "_CHECKPOINT_METADATA"
-        stored = json.loads(path.read_text())
-        older = {
-            key: value
-            for key, value in json.loads(stored["custom_metadata"]["meta"]).items()
-            if key != "accuracy"
-        }
-        path.write_text(json.dumps(stored | {"custom_metadata": {"meta": json.dumps(older)}}))
-        (copy / "checkpoints" / step / "metrics" / "metrics").write_text(
-            json.dumps({"accuracy": 0.9 if step == "6" else 0.8})
-        )
-    assert Checkpoints(copy / "checkpoints", read_only=True).select("best") == [6]
+@pytest.mark.medium
+@pytest.mark.parametrize("text", ["", '{"accuracy": "x"}', '{"acc": 1}', '{"accuracy": 7.0}'])
+def test_damaged_accuracy_is_replaced_by_the_metadata(copy, text, caplog):
+    path = copy / "checkpoints" / "8" / "metrics" / "metrics"
+    before = json.loads(path.read_text())
+    path.write_text(text)
+    with caplog.at_level("WARNING", logger="dgl_jax"):
+        Checkpoints(copy / "checkpoints").close()
+    assert f"{path}: is damaged, and replaced by what the metadata say" in caplog.text
+    assert json.loads(path.read_text()) == before
+    caplog.clear()
+    Checkpoints(copy / "checkpoints").close()
+    assert caplog.text == ""
+
+
+def test_errors_of_the_caller_are_no_damage(copy):
+    def fails(meta):
+        raise RuntimeError("no such device")
+
+    checkpoints = Checkpoints(copy / "checkpoints", read_only=True)
+    with pytest.raises(RuntimeError, match="no such device"):
+        checkpoints.restore(fails)
 
 
 @pytest.mark.medium
@@ -207,6 +216,15 @@ def test_empty_folder_does_not_count_as_a_checkpoint(tmp_path):
         load_trained(tmp_path)
 
 
+def set_step(checkpoint: Path, step: int) -> None:
+    """Gives a checkpoint the metadata of another step."""
+    path = checkpoint / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    text = json.dumps(json.loads(stored["custom_metadata"]["meta"]) | {"step": step})
+    custom = {"meta": text, "checksum": zlib.crc32(text.encode())}
+    path.write_text(json.dumps(stored | {"custom_metadata": custom}))
+
+
 def replaced_while_reading(monkeypatch, folder: Path, times: int = 1) -> None:
     """Simulates a training that replaces the checkpoints after they are listed, before one is read.
 
@@ -219,7 +237,8 @@ def replaced_while_reading(monkeypatch, folder: Path, times: int = 1) -> None:
         if len(moves) < times:
             moves.append(step)
             newest = max(map(int, os.listdir(folder)))
-            shutil.copytree(folder / str(newest), folder / f"{newest + 1}.tmp")
+            copied = shutil.copytree(folder / str(newest), folder / f"{newest + 1}.tmp")
+            set_step(copied, newest + 1)
             (folder / f"{newest + 1}.tmp").rename(folder / str(newest + 1))
             for other in list(folder.iterdir()):
                 if other.name != str(newest + 1):

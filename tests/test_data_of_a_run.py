@@ -22,8 +22,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.evaluate import evaluate_run
 from dgl_jax.run import build, restore
 from dgl_jax.run.build import make_experiment
-from dgl_jax.run.checkpoint import newest_meta
-from dgl_jax.run.restore import load_trained
+from dgl_jax.run.restore import load_trained, newest_meta
 from dgl_jax.tools import predict
 from dgl_jax.tools.export import export_run, load_exported
 from dgl_jax.tools.predict import predict_probabilities, predict_run

@@ -301,7 +301,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 7_560
-    assert package < 17_510
+    assert package < 17_550
 
 
 @pytest.mark.parametrize(

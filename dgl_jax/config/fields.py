@@ -150,7 +150,10 @@ def _evaluated(annotation: str) -> Any:
 def _is_number(value: Any, wanted: type) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and (wanted is float or float(value).is_integer())
+    try:
+        return math.isfinite(value) and (wanted is float or float(value).is_integer())
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def expand(path: str, name: str) -> str:

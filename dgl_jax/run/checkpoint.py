@@ -28,6 +28,7 @@ from dgl_jax.run.checkpoint_folder import (
     first_line,
     is_checkpoint,
     is_file_intact,
+    mend_accuracy,
     move,
     quiet,
     write_errors,
@@ -89,6 +90,8 @@ class Checkpoints:
             with write_errors(self.directory):
                 if world.first():
                     self._move_strays()
+                    for step in self.steps():
+                        mend_accuracy(self.directory / str(step), self._accuracy_of(step)[0])
                 world.barrier()
                 self._manager = ocp.training.Checkpointer(
                     self.directory,
@@ -137,7 +140,8 @@ class Checkpoints:
         if flight is not None:
             items["flight"] = flight
         checksums = {name: checksum(item) for name, item in items.items()}
-        text = json.dumps(meta | {"checksums": checksums, "accuracy": accuracy})
+        own = {"step": step, "checksums": checksums, "accuracy": accuracy}
+        text = json.dumps(meta | own)
         metrics = None if accuracy is None else {"accuracy": accuracy}
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = _SMALL
@@ -186,10 +190,12 @@ class Checkpoints:
         described = ocp.checkpointables_metadata(self.directory / str(step))
         custom = described.custom_metadata
         text = custom["meta"]
-        # Checkpoints of older versions hold only the text.
-        if custom.keys() != {"meta"} and custom.get("checksum") != zlib.crc32(text.encode()):
+        if custom.get("checksum") != zlib.crc32(text.encode()):
             raise ValueError("its metadata do not match their checksum")
-        return json.loads(text), described.metadata
+        meta = json.loads(text)
+        if meta["step"] != step:
+            raise ValueError(f"it was written as checkpoint {meta['step']}")
+        return meta, described.metadata
 
     def select(self, which: str) -> list[int]:
         """Lists the steps that satisfy a choice, in the order in which to try them.
@@ -210,12 +216,10 @@ class Checkpoints:
             # A running training may replace checkpoints while their accuracies are read: repeat
             # until the list is stable.
             while steps != before:
-                scored = [
-                    (accuracy, step)
-                    for step in steps
-                    if (accuracy := self._accuracy_of(step)) is not None
-                ]
+                known = {step: self._accuracy_of(step) for step in steps}
                 before, steps = steps, self.steps()
+            self._report({step: reason for step, (_, reason) in known.items() if reason})
+            scored = [(value, step) for step, (value, _) in known.items() if value is not None]
             if not scored:
                 raise UserError(
                     f"{self.directory}: no checkpoint has a validation accuracy; "
@@ -262,6 +266,15 @@ class Checkpoints:
         """
         failed: dict[int, str] = {}
         other_network: set[int] = set()  # steps among them
+        refused: list[Exception] = []  # by `prepare`: nothing is wrong with the checkpoint
+
+        def prepared(meta: dict[str, Any]) -> tuple[Sequence[ModuleState], Placement]:
+            try:
+                return prepare(meta)
+            except Exception as error:
+                refused.append(error)
+                raise
+
         while True:
             # List again on every attempt: a running training may have replaced a checkpoint that
             # could not be read.
@@ -289,10 +302,10 @@ class Checkpoints:
             restored, reason = None, None
             with quiet():
                 try:
-                    restored = self._load(step, prepare, only)
+                    restored = self._load(step, prepared, only)
                 except Exception as error:
                     # Orbax and its storage layer raise many kinds of exceptions for damaged files.
-                    if is_file_intact(error):
+                    if is_file_intact(error) or error in refused:
                         raise
                     reason = first_line(error)
                     other_network |= {step} if isinstance(error, OtherShapes) else set()
@@ -357,19 +370,13 @@ class Checkpoints:
             ) from error
         self._readable = True
 
-    def _accuracy_of(self, step: int) -> float | None:
-        """Returns the validation accuracy of a checkpoint; None if unknown or unreadable."""
+    def _accuracy_of(self, step: int) -> tuple[float | None, str]:
+        """Returns the validation accuracy of a checkpoint, None if unknown, and its damage."""
         try:
-            meta = self.meta(step)
-            if "accuracy" in meta:
-                return meta["accuracy"]
-            # Older versions left the accuracy to the files of Orbax.
-            return json.loads(
-                (self.directory / str(step) / "metrics" / "metrics").read_text("utf-8")
-            )["accuracy"]
-        except Exception as error:  # removed meanwhile, or damaged, which `restore` reports
-            _LOG.debug("checkpoint %d: %s", step, error)
-            return None
+            return self.meta(step)["accuracy"], ""
+        except Exception as error:
+            # A running training may have removed it meanwhile.
+            return None, first_line(error) if step in self.steps() else ""
 
     def _set_aside(self, step: int) -> None:
         move(self.directory / str(step), self.directory.parent / "damaged" / str(step))
@@ -382,17 +389,6 @@ class Checkpoints:
                 folder = self.directory.parent / "damaged"
                 _LOG.warning("%s is not a checkpoint: moved to %s", path, folder)
                 move(path, folder / path.name)
-
-
-def newest_meta(directory: Path) -> dict[str, Any]:
-    """Returns the metadata of the newest checkpoint with readable metadata; {} if there is none."""
-    checkpoints = Checkpoints(directory, read_only=True)
-    for step in reversed(checkpoints.steps()):
-        try:
-            return checkpoints.meta(step)
-        except Exception as error:  # `restore`, which runs later, reports the damage
-            _LOG.debug("checkpoint %d: %s", step, error)
-    return {}
 
 
 def _accuracy(metrics: Any) -> float:

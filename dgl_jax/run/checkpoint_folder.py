@@ -1,5 +1,7 @@
 """Checkpoint folders as plain files: path checks, listing, one-line errors. No JAX, no Orbax."""
 
+import json
+import logging
 import re
 import shutil
 import sys
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgl_jax.errors import UserError, explain, is_disk_full, of_a_path
+
+_LOG = logging.getLogger(__name__)
 
 # Orbax finds its files by globbing its path: these characters would make the path itself a pattern.
 _PATTERN = "[]*?\\"
@@ -53,6 +57,31 @@ def is_checkpoint(path: Path) -> bool:
         return path.name.isdecimal() and str(int(path.name)) == path.name and any(path.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def mend_accuracy(folder: Path, accuracy: float | None) -> None:
+    """Makes the file from which Orbax reads the accuracy of a checkpoint agree with the metadata.
+
+    It has no checksum, and Orbax keeps or deletes checkpoints by it. Without an accuracy it is
+    removed.
+
+    Args:
+      folder: the checkpoint.
+      accuracy: accuracy in the metadata; None if there is none or they are damaged.
+    """
+    path = folder / "metrics" / "metrics"
+    if not path.parent.exists():
+        return
+    try:
+        if json.loads(path.read_bytes()) == {"accuracy": accuracy}:
+            return
+    except (OSError, ValueError):
+        pass
+    _LOG.warning("%s: is damaged, and replaced by what the metadata say", path)
+    if accuracy is None:
+        shutil.rmtree(path.parent)
+    else:
+        path.write_text(json.dumps({"accuracy": accuracy}), encoding="utf-8")
 
 
 def checkpoint_steps(directory: Path) -> list[int]:

@@ -20,7 +20,7 @@ from dgl_jax.engines.placement import Placement, one_group
 from dgl_jax.errors import UserError
 from dgl_jax.models.partition import BALANCED
 from dgl_jax.run.build import Experiment, make_spec
-from dgl_jax.run.checkpoint import Checkpoints, Restored, check_path, newest_meta
+from dgl_jax.run.checkpoint import Checkpoints, Restored, check_path
 from dgl_jax.run.workdir import holds_checkpoint, load_settings
 from dgl_jax.spec import TrainSpec
 
@@ -194,3 +194,14 @@ def stored_choices(workdir: Path, settings: Settings) -> dict[str, Any]:
     if settings.model.split in BALANCED:
         stored["first_blocks"] = meta.get("first_blocks", ())
     return stored
+
+
+def newest_meta(directory: Path) -> dict[str, Any]:
+    """Returns the metadata of the newest checkpoint with readable metadata; {} if there is none."""
+    checkpoints = Checkpoints(directory, read_only=True)
+    for step in reversed(checkpoints.steps()):
+        try:
+            return checkpoints.meta(step)
+        except Exception as error:  # `restore`, which runs later, reports the damage
+            _LOG.debug("checkpoint %d: %s", step, error)
+    return {}

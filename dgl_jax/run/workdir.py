@@ -210,8 +210,9 @@ def check(workdir: Path, settings: Settings) -> None:
     """Checks that the workdir can hold this run and does not hold a run of another configuration.
 
     Raises:
-      UserError: it holds another run (the message names the fields that differ) or a sweep, its
-        config.json is missing or damaged, or checkpoints could not be read back from this path.
+      UserError: it holds another run (the message names the fields that differ), a sweep or an
+        export, its config.json is missing or damaged, or checkpoints could not be read back from
+        this path.
     """
     check_path(workdir, "--workdir")
     check_path(workdir / "checkpoints")
@@ -219,6 +220,8 @@ def check(workdir: Path, settings: Settings) -> None:
         raise UserError(
             f"--workdir={workdir}: holds the rows of a sweep; a run needs a folder of its own"
         )
+    if (workdir / "model.safetensors").exists():
+        raise UserError(f"--workdir={workdir}: holds an export; a run needs a folder of its own")
     if reason := conflict(workdir, settings):
         raise UserError(
             f"--workdir={workdir}: {reason}; use another workdir, or start from its weights with "
@@ -240,6 +243,11 @@ def conflict(workdir: Path, settings: Settings) -> str:
     if not resumes and finished(workdir, settings) is None:
         return "holds a finished run without checkpoints, which cannot be extended"
     return ""
+
+
+def holds_run(folder: Path) -> bool:
+    """Returns True if a folder holds a checkpoint or the summary of a run."""
+    return holds_checkpoint(folder) or (folder / "summary.json").exists()
 
 
 def holds_checkpoint(workdir: Path) -> bool:

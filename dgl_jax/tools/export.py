@@ -22,7 +22,7 @@ from dgl_jax.methods.base import evaluate
 from dgl_jax.run.build import make_spec
 from dgl_jax.run.metrics import read
 from dgl_jax.run.restore import load_trained
-from dgl_jax.run.workdir import read_json
+from dgl_jax.run.workdir import holds_run, read_json
 from dgl_jax.run.writers import check_writable, write_atomically, writing
 from dgl_jax.spec import TrainSpec
 from dgl_jax.types import AnyArray
@@ -92,10 +92,14 @@ def export_run(
       The folder.
 
     Raises:
-      UserError: `output` cannot be written, or the checkpoint cannot be loaded.
+      UserError: `output` holds a run or cannot be written, or the checkpoint cannot be loaded.
     """
     folder = Path(output) if output else Path(workdir) / "export"
     name = f"--output={folder}"
+    if holds_run(folder):
+        raise UserError(
+            f"{name}: holds a run, whose config.json would be lost; name another folder"
+        )
     check_writable(folder, name, folder=True)
     trained = load_trained(Path(workdir), checkpoint)
     tree = {

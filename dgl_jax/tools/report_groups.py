@@ -287,6 +287,10 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+# Ends of the settings that choose a kind, which may have settings of its own.
+_KINDS = (".name", "model.head", "model.adapter")
+
+
 def _parts(rows: list[Row], varying: list[str], chosen: list[str]) -> list[tuple[str, list[Row]]]:
     """Divides rows into groups that differ in one setting, the largest first.
 
@@ -300,7 +304,7 @@ def _parts(rows: list[Row], varying: list[str], chosen: list[str]) -> list[tuple
       chosen: settings among them that may be a heading.
     """
     partial = {n for n in varying if any(n not in row.settings for row in rows)}
-    kinds = [n for n in varying if n.endswith(".name")]
+    kinds = [n for n in varying if n.endswith(_KINDS)]
 
     def kinds_of(row: Row, setting: str) -> str:
         return _key({n: row.settings.get(n) for n in kinds if n != setting})
