@@ -314,7 +314,8 @@ def cache_dir() -> Path:
     home = Path(os.path.expanduser("~"))
     cache = home / ".cache" / "dgl_jax"
     if home.is_absolute():
-        existing = next((str(p) for p in (cache, cache.parent, home) if os.path.isdir(p)), "")
-        if existing and os.access(existing, os.W_OK | os.X_OK):
+        # `os.path` answers False where `Path` raises, below a home of another user.
+        parent = cache.parent if os.path.isdir(cache.parent) else home
+        if os.path.isdir(cache) or os.access(parent, os.W_OK):
             return cache
     return Path(tempfile.gettempdir()) / f"dgl_jax-{os.getuid()}"

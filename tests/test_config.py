@@ -125,6 +125,7 @@ MISTAKES = [
     (("data.batch_size", 0), ["config.data.batch_size=0", "between 2 and 2147483647"]),
     (("data.batch_size", 1), ["config.data.batch_size=1", "between 2 and"]),
     (("train.steps", 2**31), ["config.train.steps=2147483648", "between 0 and 2147483647"]),
+    (("seed", 10**400), ["config.seed=1"]),
     (("train.epochs", 1e300), ["config.train.epochs=1e+300", "between 0.0 and 1000000.0"]),
     (
         ("schedule.boundaries", (1.0, 1e300)),

@@ -213,3 +213,21 @@ def test_with_a_read_only_home_the_cache_is_in_the_temporary_directory(monkeypat
     existing = tmp_path / ".cache" / "dgl_jax"
     existing.mkdir(parents=True)  # an existing cache is used even if it is read-only
     assert cache.cache_dir() == existing
+
+
+def test_with_an_unreadable_home_the_cache_is_in_the_temporary_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / ".cache").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith("/.cache"))
+    assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"  # ~/.cache cannot be written
+
+    def stat(path, *args, **kwargs):
+        if "/home/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return os_stat(path, *args, **kwargs)
+
+    os_stat = os.stat
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache.cache_dir() == tmp_path / f"dgl_jax-{os.getuid()}"

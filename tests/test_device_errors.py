@@ -170,6 +170,11 @@ END = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
             f"Unable to initialize backend 'x': unknown {END}",
             ("backend x: JAX cannot open it here (unknown)", "set JAX_PLATFORMS=cpu"),
         ),
+        (
+            f"Unable to initialize backend ' cuda': Backend ' cuda' is not known. {END}",
+            ("backend  cuda: JAX cannot open it here (Backend", '"jax[cuda13]"'),
+        ),
+        ("Unknown backend: 'gpu' requested, but ...", ("backend gpu: JAX cannot open it here",)),
     ],
 )
 def test_devices_that_cannot_be_opened_are_explained(text, words, monkeypatch):

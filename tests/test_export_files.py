@@ -48,6 +48,18 @@ def test_umask_decides_file_permissions(workdir, tmp_path, umask, mask, mode):
     assert modes(folder) == [mode, mode]
 
 
+def test_runs_and_exports_do_not_overwrite_each_other(workdir, tmp_path):
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"^--output={workdir}: holds a run"):
+        export_run(workdir, output=workdir)
+    assert (workdir / "config.json").read_bytes() == before
+    folder = export_run(workdir, output=tmp_path / "export")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"^--workdir={folder}: holds an export"):
+        train_and_evaluate(small_config(train__steps=1), folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
 def test_older_export_is_replaced_atomically(workdir, tmp_path, umask):
     folder = tmp_path / "export"
     folder.mkdir()
