@@ -9,6 +9,7 @@ import pytest
 from runs import small_config
 
 from dgl_jax.config import ReplaySettings, make_settings, options
+from dgl_jax.core.program_cache import clear_programs
 from dgl_jax.engines import Report, SimulatedEngine, SimulatedOptions, ThreadsEngine, ThreadsOptions
 from dgl_jax.engines.placement import assign, one_group
 from dgl_jax.run.build import make_experiment
@@ -87,6 +88,7 @@ class Clock:
 @pytest.fixture
 def clock():
     clock = Clock()
+    clear_programs()  # tests of another file may have built equal engines in this process
     jax.monitoring.register_event_duration_secs_listener(clock.compiled)
     yield clock
     jax.monitoring.unregister_event_duration_listener(clock.compiled)
