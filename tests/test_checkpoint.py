@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import evaluated_run, records, small_config
@@ -312,6 +313,19 @@ def test_a_damaged_checkpoint_prints_one_line(copy):
     assert error.startswith(f"error: {copy}/checkpoints: every checkpoint (")
     assert len(lines) == steps, done.stderr
     assert all(" is damaged (" in line for line in lines)
+
+
+def test_reads_that_end_late_stay_hidden(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append(str(error)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append("unraisable"))
+    for _ in range(2):
+        with checkpoint_folder.quiet():
+            sys.excepthook(ValueError, ValueError("hidden"), None)
+    for text in ("Event loop is closed", "another"):
+        sys.excepthook(RuntimeError, RuntimeError(text), None)
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert shown == ["another", "unraisable"]
 
 
 @pytest.mark.parametrize("which", ["train", "load_trained"])

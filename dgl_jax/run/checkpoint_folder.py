@@ -7,9 +7,10 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dgl_jax.errors import UserError, explain, is_disk_full, of_a_path
 
@@ -137,19 +138,34 @@ def write_errors(directory: Path) -> Iterator[None]:
 _quiet = threading.Lock()
 
 
+def _without_closed_loops(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a hook that ignores reads which end after their event loop is closed."""
+    if getattr(hook, "hides_closed_loops", False):
+        return hook
+
+    def chosen(*args: Any) -> None:
+        error = args[1] if len(args) > 1 else args[0].exc_value
+        if str(error) != "Event loop is closed":
+            hook(*args)
+
+    chosen.hides_closed_loops = True  # type: ignore[attr-defined]
+    return chosen
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hides what the storage layer below Orbax prints around a read that failed.
 
     Its other reads end after their event loop is closed. Each of them prints a traceback through
     `sys.excepthook`, or a warning when it is collected, which stays hidden; the failure itself is
-    an exception. A second thread in such a block does not hide anything.
+    an exception. Some of these tracebacks come later, so that this error stays hidden afterwards. A
+    second thread in such a block does not hide anything.
     """
     warnings.filterwarnings("ignore", "coroutine '(PyTreeHandler|Store)", RuntimeWarning)
     if not _quiet.acquire(blocking=False):
         yield
         return
-    hooks = sys.excepthook, sys.unraisablehook
+    hooks = _without_closed_loops(sys.excepthook), _without_closed_loops(sys.unraisablehook)
     sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
     try:
         yield
