@@ -108,8 +108,6 @@ def perform(
         else:
             answer = runner.measure(row, left, results.figures())
         results.add(row, answer, time.monotonic() - begin)
-        report.derive(results.rows)
-        results.save()
         if not answer.reason.startswith(session.OUT_OF_TIME):
             shown = answer.reason or ", ".join(f"{k} {v}" for k, v in answer.figures.items())
             print(f"{row.group} {row.name}: {shown[:300]}", flush=True)

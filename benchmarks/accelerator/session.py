@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accelerator import report
 from benchmarks.accelerator.rows import ROOT, SIZES, Answer, Figures, Job, Row, Skipped
 
 OUT_OF_TIME = "ran out of time"
@@ -293,11 +294,12 @@ class Results:
         self.save()
 
     def add(self, row: Row, answer: Answer, seconds: float) -> None:
-        """Stores the answer of a row."""
+        """Stores the answer of a row, and derives the figures that need several rows."""
         entry: Figures = {"group": row.group, "seconds": round(seconds, 1)}
         self.rows[row.name] = entry | (
             {"reason": answer.reason} if answer.reason else {"figures": answer.figures}
         )
+        report.derive(self.rows)
         self.save()
 
     def figures(self) -> dict[str, Figures]:

@@ -246,8 +246,8 @@ def conflict(workdir: Path, settings: Settings) -> str:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns True if a folder holds a checkpoint or the summary of a run."""
-    return holds_checkpoint(folder) or (folder / "summary.json").exists()
+    """Returns True if a folder is the workdir of a run, finished or not."""
+    return any((folder / name).exists() for name in ("checkpoints", "summary.json"))
 
 
 def holds_checkpoint(workdir: Path) -> bool:
