@@ -19,6 +19,7 @@ PACKAGE = Path(dgl_jax.__file__).parent
 # A room imports only from rooms before it in this list, and files of a folder from each other.
 ROOMS = (
     "system",
+    "waits",
     "errors",
     "config",
     "types",
@@ -80,6 +81,7 @@ TYPES = {("config/groups.py", "dgl_jax.config.settings.Settings")}
 # import.
 ONLY = {
     "system": set(),
+    "waits": set(),
     "errors": {"system"},
     "config": {"errors"},
     "types": set(),
@@ -300,8 +302,8 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 7_560
-    assert package < 17_550
+    assert core < 7_580
+    assert package < 17_580
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from dgl_jax import waits
 from dgl_jax.core.module import ModuleState
 from dgl_jax.engines.base import module_shardings
 from dgl_jax.engines.placement import Placement
@@ -68,6 +69,6 @@ def compile_together(compilers: Sequence[Callable[[], object]]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        waits.join(thread)
     if errors:
         raise errors[0]

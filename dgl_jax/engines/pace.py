@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from dgl_jax import waits
 from dgl_jax.engines import world
 from dgl_jax.engines.placement import Placement
 
@@ -53,7 +54,7 @@ class Announcer:
     def close(self) -> None:
         """Ends the stream and waits until everything is published."""
         self._queue.put(_END)
-        self._thread.join()
+        waits.join(self._thread)
 
     def _publish(self) -> None:
         for place in itertools.count():
@@ -84,12 +85,15 @@ class Follower:
 
     def close(self) -> None:
         """Waits until the stream has ended."""
-        self._thread.join()
+        waits.join(self._thread)
 
     def get(self, place: int) -> str:
         """Returns a value of the stream, and waits for it; after the end the last one."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._values) > place or self._values[-1:] == [_END])
+            waits.wait_for(
+                self._changed,
+                lambda: len(self._values) > place or self._values[-1:] == [_END],
+            )
             return self._values[min(place, len(self._values) - 1)]
 
     def _read(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dgl_jax import waits
 from dgl_jax.config import ReplaySettings
 from dgl_jax.config.fields import number, option
 from dgl_jax.config.registry import ENGINES
@@ -306,7 +307,7 @@ class Supervisor:
     def _copy(self, worker: Worker) -> tuple[ModuleState, int]:
         """Returns a copy of a module and the number of batches read at that time."""
         while True:
-            with worker.lock:
+            with waits.holding(worker.lock):
                 if (state := worker.state) is not None:
                     return worker.whole(self.engine.copy(state)), self.rings.batches
             # Without the lock the state is None only after a failure: wait for its event, restart.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from dgl_jax import waits
 from dgl_jax.core.module import ModuleState
 from dgl_jax.core.step import Metrics
 from dgl_jax.engines.asynchronous import RunningModule, Turns
@@ -176,7 +177,7 @@ class Worker(RunningModule):
     def join(self) -> None:
         """Waits until the thread has ended."""
         if self.thread is not None:
-            self.thread.join()
+            waits.join(self.thread)
 
     def _work(self, crew: Crew) -> None:
         try:

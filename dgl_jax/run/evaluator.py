@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from dgl_jax import waits
 from dgl_jax.codecs.identity import Identity
 from dgl_jax.config import Settings
 from dgl_jax.core import ema
@@ -144,7 +145,7 @@ class Evaluator:
         """Stops compiling after the program that is being compiled."""
         self._closed = True
         if self._compiler is not None:
-            self._compiler.join()
+            waits.join(self._compiler)
 
     def _compile(self, source: Source) -> None:
         # An error is left to `evaluate`, which compiles again and raises it.
@@ -206,7 +207,7 @@ class Evaluator:
           A module without a head has no entries; the dict is empty if the split has no examples.
         """
         if self._compiler is not None:
-            self._compiler.join()
+            waits.join(self._compiler)
         whole = self.placement.replicated(0)
         with jax.transfer_guard("disallow"):
             stored = self._residence.stored(source, split, whole)
