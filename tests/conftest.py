@@ -311,7 +311,7 @@ def stated(tmp_path: Path) -> str:
     times = {
         "first": [1.5, 2.0, 0.25, 9.0],
         "inner": [9.0, 9.0, 9.0, 0.5],
-        "head": [0.5, 1.0, 9.0, 0.25],
+        "heads": [[0.5, 1.0, 9.0, 0.25]],
     }
     path = tmp_path / "times.json"
     path.write_text(json.dumps(times))

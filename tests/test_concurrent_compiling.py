@@ -157,7 +157,7 @@ SHAPES = [(3, 8), (4, 8), (4, 8), (4, 8), (4, 4), (4, 4), (6, 4), (4, 4)]
 
 def network_of(blocks):
     inputs = jax.ShapeDtypeStruct((2, 8, 8, 3), "float32")
-    return flops.Blocks(blocks, (LinearHead(10),) * len(blocks), inputs)
+    return flops.Blocks(blocks, ((LinearHead(10),) * len(blocks),), inputs)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_times_of_repeated_blocks_are_in_their_rows(compiled, tiny):
     sizes = [2.0 * channels * side**2 for channels, side in SHAPES]
     first, after = tuple(sizes[:-1]), sizes[1:]
     inner = (sizes[0], *(size + 0.5 for size in sizes[1:-1]))
-    assert times.seconds == BlockCosts(first, inner, tuple(size - 0.25 for size in after))
+    assert times.seconds == BlockCosts(first, inner, (tuple(size - 0.25 for size in after),))
     assert times.processor.inner == tuple(2 * seconds for seconds in inner)
     # Six different blocks, all but the first one also with the gradient of their inputs; heads for
     # 4 channels at 8x8 and at 4x4, and for 6 channels.
@@ -262,7 +262,7 @@ def order(monkeypatch):
     def block_times(network, optimizer, device, concurrency, meanwhile):
         meanwhile()
         calls.append("blocks")
-        return plan.stated_times("1,2,3,4", network)
+        return plan.stated_times("1,2,3,4", network, 2)
 
     def module_memory(spec):
         calls.append(f"modules for {spec.batch_size} images")

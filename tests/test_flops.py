@@ -213,6 +213,6 @@ def test_networks_have_published_multiply_adds(name):
         "imagenet", tuple(map(str, range(1000))), (224, 224, 3), (0.5,) * 3, (0.5,) * 3
     )
     parts = block_flops(make_blocks(make_settings(config), info))
-    macs = (sum(parts.inner) + parts.head[-1]) / (2 * 2)
+    macs = (sum(parts.inner) + parts.heads[0][-1]) / (2 * 2)
     assert macs == BY_HAND[name]
     assert round(macs / 1e9, 2) == PUBLISHED[name]

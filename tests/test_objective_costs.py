@@ -1,6 +1,6 @@
 """Costs of local losses: operations by hand, blocks and modules, measured times, memory."""
 
-import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from dgl_jax.profile import memory
 from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
 from dgl_jax.profile.memory import module_memory
 from dgl_jax.profile.timing import block_times
+from dgl_jax.run.build import make_spec
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.types import nbytes
 
@@ -30,7 +31,7 @@ def test_costs_count_the_auxiliary_network():
         operations, x = forward_flops(block, x.shape, x.dtype)
         blocks += operations
     assert head == blocks + forward_flops(deep.spec.modules[0].objective.head, x.shape, x.dtype)[0]
-    assert block_flops(make_blocks(deep.settings, deep.info)).head[1] == head
+    assert block_flops(make_blocks(deep.settings, deep.info)).heads[0][1] == head
     parameters = deep.spec.abstract_states()[0].params["objective"]
     assert sorted(parameters) == ["auxiliary_0", "auxiliary_1", "head"]
 
@@ -62,9 +63,39 @@ def test_costs_of_blocks_add_up_to_those_of_modules(name):
     made = experiment(**FOUR_BLOCKS, model__modules=3, **BESIDE[name])
     costs = block_flops(make_blocks(made.settings, made.info))
     starts = [module.first for module in made.spec.modules]
-    modules = list(zip(starts, [*starts[1:], 4], strict=True))
-    assert [costs.module(*cut) for cut in modules] == list(map(sum, module_flops(made.spec)))
+    assert costs.modules(starts) == list(map(sum, module_flops(made.spec)))
     assert (costs.first == costs.inner) == (name == "momentum")
+
+
+BY_MODULE: dict[str, dict[str, Any]] = {
+    "pyramid": {"name": "auglocal", "depth": 4, "pyramid": True},
+    "info_pro": {"name": "info_pro"},
+}
+
+
+@pytest.mark.parametrize("name", BY_MODULE)
+def test_cuts_know_heads_that_depend_on_the_module(name):
+    options = {f"objective__{field}": value for field, value in BY_MODULE[name].items()}
+    fields = {"model__name": "cnn6", "model__modules": 3, "model__split": "flops"}
+    made = experiment(**fields, **options)
+    network = make_blocks(made.settings, made.info)
+    costs = block_flops(network)
+    every = [(0, *later) for later in itertools.combinations(range(1, 6), 2)]
+    exact = {
+        starts: list(map(sum, module_flops(make_spec(made.settings, made.info, starts))))
+        for starts in every
+    }
+    assert {starts: costs.modules(starts) for starts in every} == exact
+    chosen = tuple(module.first for module in made.spec.modules)
+    assert max(exact[chosen]) == min(map(max, exact.values()))
+    # Twin: the heads of the first module, for all modules.
+    twin = block_flops(network._replace(heads=network.heads[:1]))
+    assert {starts: twin.modules(starts) for starts in every} != exact
+
+
+def test_equal_heads_are_a_single_row():
+    made = experiment(**FOUR_BLOCKS, model__modules=3, objective__name="auglocal")
+    assert len(make_blocks(made.settings, made.info).heads) == 1
 
 
 @pytest.mark.medium
@@ -73,7 +104,10 @@ def test_adapters_and_copies_are_measured_with_their_blocks_and_heads(caplog):
     settings = make_settings(small_config(**BESIDE["both"]))
     blocks = make_blocks(settings, known_info(settings.data))
     times = block_times(blocks, optax.sgd(0.1), jax.devices()[0], repeats=1)
-    assert all(second > 0 for row in dataclasses.astuple(times.seconds) for second in row)
+    (heads,) = times.seconds.heads
+    assert all(
+        second > 0 for row in (times.seconds.first, times.seconds.inner, heads) for second in row
+    )
 
 
 def test_waiting_copies_count_as_memory(monkeypatch):

@@ -41,7 +41,7 @@ def options(name, **fields):
     return OBJECTIVES[name].options(name=name, **fields)
 
 
-def inputs(end, k=None, modules=None, network="cnn6", width=4, dtype="float32", **fields):
+def inputs(end, k=0, modules=2, network="cnn6", width=4, dtype="float32", **fields):
     blocks = make_network(network, width, 10, (32, 32, 3), dtype).blocks
     head = nn.Dense(10)
     return ObjectiveInputs(k, modules, blocks, end, 10, head, make_head=lambda n: Given(), **fields)

@@ -103,8 +103,14 @@ def test_more_modules_than_blocks_are_refused(split, modules):
 
 integers = st.integers(0, 9)
 random_costs = st.integers(1, 7).flatmap(
-    lambda n: st.tuples(*(st.lists(integers, min_size=n, max_size=n),) * 3)
+    lambda n: st.tuples(*(st.lists(integers, min_size=n, max_size=n),) * 2, rows(n))
 )
+
+
+def rows(n):
+    """Returns one row of costs of heads, or one per module."""
+    row = st.lists(integers, min_size=n, max_size=n)
+    return st.lists(row, min_size=1, max_size=1) | st.lists(row, min_size=n, max_size=n)
 
 
 def brute_force(costs, modules):
@@ -116,10 +122,12 @@ def brute_force(costs, modules):
 
 
 def slowest(costs, starts):
-    first, inner, head = costs
-    spans = [range(a, b) for a, b in itertools.pairwise([*starts, len(head)])]
+    first, inner, heads = costs
+    spans = [range(a, b) for a, b in itertools.pairwise([*starts, len(first)])]
     return max(
-        sum(first[i] if i == span[0] else inner[i] for i in span) + head[span[-1]] for span in spans
+        sum(first[i] if i == span[0] else inner[i] for i in span)
+        + heads[min(number, len(heads) - 1)][span[-1]]
+        for number, span in enumerate(spans)
     )
 
 
@@ -128,7 +136,7 @@ def check_balanced(rule, costs, modules):
 
 
 def exact(costs, modules, split="flops"):
-    return cuts(split, len(costs.head), modules, lambda: costs)
+    return cuts(split, len(costs.first), modules, lambda: costs)
 
 
 @given(random_costs, st.data())
@@ -138,21 +146,26 @@ def test_balanced_splits_are_optimal(costs, data):
 
 def headless(costs, modules):
     """Ignores the costs of the heads."""
-    return exact(BlockCosts(costs.first, costs.inner, (0,) * len(costs.head)), modules)
+    return exact(BlockCosts(costs.first, costs.inner, ((0,) * len(costs.first),)), modules)
 
 
 def equal_first(costs, modules):
     """Ignores that a block costs less as the first one of a module."""
-    return exact(BlockCosts(costs.inner, costs.inner, costs.head), modules)
+    return exact(BlockCosts(costs.inner, costs.inner, costs.heads), modules)
+
+
+def equal_heads(costs, modules):
+    """Ignores that the heads of the modules differ."""
+    return exact(BlockCosts(costs.first, costs.inner, costs.heads[1:2]), modules)
 
 
 def greedy(costs, modules):
     """Ends a module when it reaches its equal share of the total cost."""
-    count = len(costs.head)
-    share, starts = costs.module(0, count) / modules, [0]
+    count = len(costs.first)
+    share, starts = costs.module(0, count, 0) / modules, [0]
     for end in range(1, count):
         if len(starts) < modules and (
-            costs.module(starts[-1], end) >= share or count - end == modules - len(starts)
+            costs.module(starts[-1], end, 0) >= share or count - end == modules - len(starts)
         ):
             starts.append(end)
     return tuple(starts)
@@ -161,9 +174,10 @@ def greedy(costs, modules):
 @pytest.mark.parametrize(
     ("broken", "costs"),
     [
-        (greedy, ([1, 5, 5, 1, 1], [1, 5, 5, 1, 1], [0] * 5)),
-        (headless, ([2, 2, 2, 2], [2, 2, 2, 2], [0, 9, 1, 0])),
-        (equal_first, ([2, 0, 2], [2, 6, 3], [0, 0, 0])),
+        (greedy, ([1, 5, 5, 1, 1], [1, 5, 5, 1, 1], [[0] * 5])),
+        (headless, ([2, 2, 2, 2], [2, 2, 2, 2], [[0, 9, 1, 0]])),
+        (equal_first, ([2, 0, 2], [2, 6, 3], [[0, 0, 0]])),
+        (equal_heads, ([1, 1, 1], [1, 1, 1], [[9, 1, 9], [1, 9, 1], [9, 9, 9]])),
     ],
 )
 def test_twin_rules_that_are_not_optimal_fail(broken, costs):
@@ -182,5 +196,5 @@ def test_costs_are_computed_only_if_the_split_needs_them():
         cuts("time", 4, 5, unwanted)
     with pytest.raises(ValueError, match="a split by time needs the costs"):
         cuts("time", 4, 2)
-    costs = BlockCosts((1.0, 1.0, 1.0, 3.0), (1.0, 1.0, 1.0, 3.0), (0.0,) * 4)
+    costs = BlockCosts((1.0, 1.0, 1.0, 3.0), (1.0, 1.0, 1.0, 3.0), ((0.0,) * 4,))
     assert exact(costs, 2, "time") == exact(costs, 2, "flops") == (0, 3)

@@ -37,10 +37,12 @@ def test_head_times_of_a_plain_list_follow_operations():
         == numbers["block_milliseconds"]["first"]
         == pytest.approx([1, 2, 3, 4])
     )
-    assert numbers["block_milliseconds"]["head"] == pytest.approx(
-        [per_operation * h for h in flops.head]
+    assert numbers["block_milliseconds"]["heads"][0] == pytest.approx(
+        [per_operation * h for h in flops.heads[0]]
     )
-    assert numbers["modules"][2]["milliseconds"] == pytest.approx(7 + per_operation * flops.head[3])
+    assert numbers["modules"][2]["milliseconds"] == pytest.approx(
+        7 + per_operation * flops.heads[0][3]
+    )
 
 
 def test_stated_times_count_context_input():
@@ -60,17 +62,39 @@ def test_plan_prices_the_objective_that_a_module_has():
     settings = small(objective__name="info_pro", **fields)  # three modules, cut at 1 and 2
     numbers, _ = plan(settings, stated="2,4,1,1")
     blocks, first = numbers["block_milliseconds"], numbers["modules"][0]
-    per_operation = blocks["head"][0] / first["head_gflops"]
+    (heads,) = blocks["heads"]
+    per_operation = heads[0] / first["head_gflops"]
     for k, module in enumerate(numbers["modules"][:2]):
-        assert blocks["head"][k] == pytest.approx(per_operation * module["head_gflops"], rel=1e-3)
-        assert module["milliseconds"] == pytest.approx(blocks["first"][k] + blocks["head"][k])
+        assert heads[k] == pytest.approx(per_operation * module["head_gflops"], rel=1e-3)
+        assert module["milliseconds"] == pytest.approx(blocks["first"][k] + heads[k])
+
+
+def test_stated_heads_may_depend_on_the_module(tmp_path):
+    path = tmp_path / "times.json"
+    blocks = {"first": [1, 1, 1, 1], "inner": [1, 1, 1, 1]}
+    settings = small(model__modules=2, model__split="time")
+
+    def chosen(*heads):
+        path.write_text(json.dumps(blocks | {"heads": heads}))
+        numbers, _ = plan(settings, stated=str(path))
+        assert numbers["block_milliseconds"]["heads"] == [list(map(float, row)) for row in heads]
+        return [(m["first_block"], m["milliseconds"]) for m in numbers["modules"]]
+
+    # The first row is of the module that ends early, the second of the last module.
+    assert chosen([9, 1, 9, 9], [9, 9, 9, 2]) == [(0, pytest.approx(3)), (2, pytest.approx(4))]
+    assert chosen([1, 9, 9, 9], [9, 1, 9, 2]) == [(0, pytest.approx(2)), (1, pytest.approx(5))]
+    assert chosen([1, 9, 9, 2]) == [(0, pytest.approx(2)), (1, pytest.approx(5))]
+    with pytest.raises(UserError, match=r"3 rows of heads, and config\.model\.modules=2; one row"):
+        chosen(*[[1, 1, 1, 1]] * 3)
 
 
 def test_json_of_a_plan_is_accepted_as_block_times(stated, tmp_path):
     before = plan_run(small(), stated=stated, as_json=True)
     path = tmp_path / "before.json"
     path.write_text(before)
-    assert json.loads(before)["block_milliseconds"]["head"] == pytest.approx([0.5, 1.0, 9.0, 0.25])
+    assert json.loads(before)["block_milliseconds"]["heads"][0] == pytest.approx(
+        [0.5, 1.0, 9.0, 0.25]
+    )
     assert plan_run(small(), stated=str(path), as_json=True) == before
 
 
@@ -87,7 +111,7 @@ def test_times_are_measured_if_none_are_stated(monkeypatch):
     def block_times(network, optimizer, device, concurrency, meanwhile):
         networks.append(network)
         concurrencies.append(concurrency)
-        return planning.stated_times("1,2,3,4", network)
+        return planning.stated_times("1,2,3,4", network, 2)
 
     monkeypatch.setattr(planning, "block_times", block_times)
     numbers, _ = plan(small(model__split="time"))
@@ -112,7 +136,7 @@ def elapsed(*milliseconds):
 def measured(monkeypatch, stated):
     """Replaces measurements: blocks as in `stated`, and codecs that add milliseconds to turns."""
     monkeypatch.setattr(
-        planning, "block_times", lambda network, *_, **__: planning.stated_times(stated, network)
+        planning, "block_times", lambda network, *_, **__: planning.stated_times(stated, network, 2)
     )
     times = {"Bf16": elapsed(1, 4, 0.5)}
     monkeypatch.setattr(

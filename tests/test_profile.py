@@ -69,16 +69,16 @@ def test_operations_of_a_module_are_the_sum_over_its_blocks(starts):
     settings = small(model__head="mlp")
     blocks = flops.block_flops(make_blocks(settings, SMALL))
     spec = make_spec(settings, SMALL, starts)
-    modules = [blocks.module(a, b) for a, b in itertools.pairwise([*starts, 4])]
     assert [body + head for body, head in flops.module_flops(spec)] == pytest.approx(
-        modules, rel=1e-12
+        blocks.modules(starts), rel=1e-12
     )
 
 
 def test_heads_cost_nothing_if_the_method_does_not_train_them():
     blocks = flops.block_flops(make_blocks(small(method__name="backprop"), SMALL))
-    assert blocks.head[:3] == (0, 0, 0)
-    assert blocks.head[3] > 0
+    (heads,) = blocks.heads
+    assert heads[:3] == (0, 0, 0)
+    assert heads[3] > 0
 
 
 def slowest(settings, starts):
@@ -187,7 +187,7 @@ def test_equal_layers_are_measured_once(stopwatch, tiny):
     spec = tiny.spec()
     block, head = spec.modules[0].blocks[0], spec.modules[0].objective
     # The input channels of the blocks are 3, 4, 4 and 4.
-    network = flops.Blocks((block,) * 4, (head,) * 4, spec.inputs())
+    network = flops.Blocks((block,) * 4, ((head,) * 4,), spec.inputs())
     times = costs.block_times(network, spec.optimizer, jax.devices()[0])
     assert stopwatch == [
         ((8, 4, 4, 3), "first"),
@@ -195,13 +195,13 @@ def test_equal_layers_are_measured_once(stopwatch, tiny):
         ((8, 4, 4, 4), "first"),
         ((8, 4, 4, 4), "inner"),
     ]
-    assert times.seconds == BlockCosts((1, 3, 3, 3), (1, 4, 4, 4), (2, 2, 2, 2))
-    assert times.processor == BlockCosts((2, 6, 6, 6), (2, 8, 8, 8), (4, 4, 4, 4))
+    assert times.seconds == BlockCosts((1, 3, 3, 3), (1, 4, 4, 4), ((2, 2, 2, 2),))
+    assert times.processor == BlockCosts((2, 6, 6, 6), (2, 8, 8, 8), ((4, 4, 4, 4),))
 
 
 def test_programs_that_need_more_than_the_free_memory_are_refused(stopwatch, tiny, monkeypatch):
     spec, needed = tiny.spec(), []
-    network = flops.Blocks(spec.modules[0].blocks, (spec.modules[0].objective,), spec.inputs())
+    network = flops.Blocks(spec.modules[0].blocks, ((spec.modules[0].objective,),), spec.inputs())
     original = costs._needed
     monkeypatch.setattr(
         costs, "_needed", lambda *args: needed.append(original(*args)) or needed[-1]
@@ -250,9 +250,7 @@ def test_split_by_time_minimizes_the_measured_time(stopwatch, caplog):
     seconds = costs.block_times(
         make_blocks(settings, SMALL), optax.sgd(0.1, momentum=0.9), jax.devices()[0]
     ).seconds
-    assert max(seconds.module(0, chosen[1]), seconds.module(chosen[1], 4)) == min(
-        max(seconds.module(0, cut), seconds.module(cut, 4)) for cut in (1, 2, 3)
-    )
+    assert max(seconds.modules(chosen)) == min(max(seconds.modules((0, cut))) for cut in (1, 2, 3))
 
 
 def test_clock_measures_pairs_of_calls_after_a_first_pair():
@@ -320,7 +318,7 @@ def times(monkeypatch):
     def block_times(network, optimizer, device):
         assert fixed["head"] is not None, "measured again"
         ones = (1.0,) * 4
-        return costs.BlockTimes(BlockCosts(ones, ones, fixed["head"]), BlockCosts(ones, ones, ones))
+        return costs.BlockTimes(*(BlockCosts(ones, ones, (row,)) for row in (fixed["head"], ones)))
 
     monkeypatch.setattr(build, "block_times", block_times)
     return fixed

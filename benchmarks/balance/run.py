@@ -9,7 +9,6 @@ the program of every module.
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -85,7 +84,7 @@ def compare(network: str, args: argparse.Namespace) -> dict[str, Any]:
     for modules in args.modules:
         for split in SPLITS:
             starts = cuts(split, count, modules, lambda split=split: costs[split])
-            times = [seconds.module(a, b) for a, b in itertools.pairwise([*starts, count])]
+            times = seconds.modules(starts)
             result = {
                 "modules": modules,
                 "split": split,

@@ -188,10 +188,9 @@ def predictions(
     """
     spec = experiment.spec
     starts = [module.first for module in spec.modules]
-    ends = [*starts[1:], len(times.seconds.head)]
     coding = codec_costs(spec, jax.devices()[0], concurrency=args.concurrency)
     augmentation = augmentation_time(spec, jax.devices()[0], concurrency=args.concurrency)
-    seconds, processor = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    seconds, processor = (costs.modules(starts) for costs in times)
     seconds[0] += augmentation.seconds
     processor[0] += augmentation.processor
     rate, idle = predict(experiment, seconds, processor, coding, small, args)

@@ -93,15 +93,8 @@ def load(name: str, args: argparse.Namespace) -> Network:
     # The backward pass takes twice as many operations as the forward pass.
     per_operation = 3.0 / (1e12 * args.teraflops)
     operations = block_flops(network)
-    costs = BlockCosts(
-        **{
-            name: tuple(per_operation * n for n in row)
-            for name, row in dataclasses.asdict(operations).items()
-        }
-    )
     starts = [module.first for module in spec.modules]
-    ends = [*starts[1:], len(network.blocks)]
-    seconds = [costs.module(first, end) for first, end in zip(starts, ends, strict=True)]
+    seconds = [per_operation * count for count in operations.modules(starts)]
     return Network(settings, seconds, reductions(spec), traffic, gathered)
 
 

@@ -66,8 +66,7 @@ def concurrency_of(experiment: Experiment, args: argparse.Namespace) -> int:
 def from_blocks(experiment: Experiment, times: BlockTimes, args: argparse.Namespace) -> float:
     """Predicts the ticks per second from the times of blocks and heads."""
     starts = [module.first for module in experiment.spec.modules]
-    ends = [*starts[1:], len(times.seconds.head)]
-    seconds, processor = ([costs.module(a, b) for a, b in zip(starts, ends)] for costs in times)
+    seconds, processor = (costs.modules(starts) for costs in times)
     return predicted(experiment, seconds, processor, args)
 
 

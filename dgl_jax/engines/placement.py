@@ -217,7 +217,7 @@ def layout(
         sizes = [size] * modules
     else:
         total = [0.0, *itertools.accumulate(costs or [1.0] * modules)]
-        starts = balanced(lambda first, end: total[end] - total[first], modules, count)
+        starts = balanced(lambda first, end, _: total[end] - total[first], modules, count)
         lengths = [end - first for first, end in itertools.pairwise([*starts, modules])]
         return [
             range(device, device + 1)

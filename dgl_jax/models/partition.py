@@ -1,7 +1,7 @@
 """Partition of a network into modules, in plain Python."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -14,22 +14,35 @@ _NAMES = ", ".join(repr(name) for name in ("count", *BALANCED))
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """Costs of all blocks and heads, as FLOPs or seconds; one entry per block.
+    """Costs of all blocks and heads, as FLOPs or seconds.
 
     Attributes:
-      first: cost of the block as the first one of a module. In training it is lower than `inner`,
+      first: cost of each block as the first one of a module. In training it is lower than `inner`,
         as no gradient with respect to the inputs is needed.
-      inner: cost of the block at any later position in a module.
-      head: cost of the head if a module ends with this block; the last entry is the classifier.
+      inner: cost of each block at any later position in a module.
+      heads: for each module, the cost of its head if it ends with each block; a single row if all
+        modules have equal heads. The last entry of a row is the classifier.
     """
 
     first: tuple[float, ...]
     inner: tuple[float, ...]
-    head: tuple[float, ...]
+    heads: tuple[tuple[float, ...], ...]
 
-    def module(self, first: int, end: int) -> float:
-        """Returns the cost of a module with blocks `first` to `end`, exclusive, and its head."""
-        return self.first[first] + math.fsum(self.inner[first + 1 : end]) + self.head[end - 1]
+    def module(self, first: int, end: int, number: int) -> float:
+        """Returns the cost of a module and its head.
+
+        Args:
+          first: index of its first block.
+          end: index of the first block after it.
+          number: index of the module.
+        """
+        heads = self.heads[number if len(self.heads) > 1 else 0]
+        return self.first[first] + math.fsum(self.inner[first + 1 : end]) + heads[end - 1]
+
+    def modules(self, starts: Sequence[int]) -> list[float]:
+        """Returns the cost of each module, given the index of its first block."""
+        ends = [*starts[1:], len(self.first)]
+        return [self.module(*cut, number) for number, cut in enumerate(zip(starts, ends))]
 
 
 def cuts(
@@ -105,15 +118,15 @@ def _example(num_blocks: int, modules: int) -> str:
     return ",".join(map(str, cuts("count", num_blocks, modules)))
 
 
-def balanced(cost: Callable[[int, int], float], count: int, segments: int) -> tuple[int, ...]:
+def balanced(cost: Callable[[int, int, int], float], count: int, segments: int) -> tuple[int, ...]:
     """Cuts a sequence into contiguous, non-empty segments with minimal maximum cost.
 
     This is linear partitioning by exact dynamic programming over (end, number of segments). Of
     equally good solutions it returns the one with longer early segments.
 
     Args:
-      cost: `cost(first, end)` is the cost of the segment of items `first` to `end`, exclusive. It
-        may be any function, not only a sum over the items.
+      cost: `cost(first, end, number)` is the cost of the items `first` to `end`, exclusive, as the
+        segment of this number. It may be any function, not only a sum over the items.
       count: number of items.
       segments: number of segments, 1 to `count`.
 
@@ -125,10 +138,6 @@ def balanced(cost: Callable[[int, int], float], count: int, segments: int) -> tu
     """
     if not 1 <= segments <= count:
         raise ValueError(f"{count} items cannot be cut into {segments} non-empty segments")
-    costs = [
-        [cost(first, end) if first < end else inf for end in range(count + 1)]
-        for first in range(count)
-    ]
     # best[end]: minimal maximum cost of the items before `end`, for the number of segments so far.
     best = [0.0] + [inf] * count
     last_starts: list[list[int]] = []
@@ -136,7 +145,7 @@ def balanced(cost: Callable[[int, int], float], count: int, segments: int) -> tu
         extended, last_start = [inf] * (count + 1), [0] * (count + 1)
         for end in range(number + 1, count + 1):
             for first in range(number, end):
-                worst = max(best[first], costs[first][end])
+                worst = max(best[first], cost(first, end, number))
                 # `<=` prefers the later start of the last segment: longer early segments.
                 if worst <= extended[end]:
                     extended[end], last_start[end] = worst, first

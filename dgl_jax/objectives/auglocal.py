@@ -239,13 +239,8 @@ def _make(options: AugLocalOptions, inputs: ObjectiveInputs) -> Objective:
         return Classifier(inputs.head, smoothing)
     depth = options.depth
     if options.pyramid:
-        # Before the network is cut, the place of the last block stands for that of the module.
-        place, last = (
-            (end - 1, len(blocks) - 2)
-            if inputs.k is None or inputs.modules is None
-            else (inputs.k, inputs.modules - 2)
-        )
-        depth = pyramid_depth(depth, place / last if last else 0.0)
+        last = inputs.modules - 2
+        depth = pyramid_depth(depth, inputs.k / last if last > 0 else 0.0)
     if not options.momentum_block:
         indices = chosen_blocks(end, len(blocks), depth)
         return AugLocal(

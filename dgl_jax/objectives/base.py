@@ -92,9 +92,9 @@ class ObjectiveInputs:
     """Arguments of an objective's factory.
 
     Attributes:
-      k: index of the module; None if the network has not been cut yet and the factory is called
-        only to estimate the cost of a module.
-      modules: number of modules; None in the same case.
+      k: index of the module. Before the network is cut, the factory is also called for other ends
+        of the module, to choose the cuts by cost.
+      modules: number of modules.
       blocks: all blocks of the network.
       end: index of the first block after the module. `blocks[end:]` follow it; if there are none,
         the module is the last one.
@@ -109,8 +109,8 @@ class ObjectiveInputs:
       std: standard deviation of each channel, likewise.
     """
 
-    k: int | None
-    modules: int | None
+    k: int
+    modules: int
     blocks: Sequence[nn.Module]
     end: int
     classes: int

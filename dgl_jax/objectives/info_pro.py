@@ -268,10 +268,7 @@ class InfoProOptions(HiddenOptions):
 def _make(options: InfoProOptions, inputs: ObjectiveInputs) -> Objective:
     if inputs.end == len(inputs.blocks):
         return Classifier(inputs.head, inputs.label_smoothing)
-    # Before the network is cut, the weights halfway stand for the weights of every module.
-    place = 0.5
-    if inputs.k is not None and inputs.modules is not None:
-        place = inputs.k / (inputs.modules - 2) if inputs.modules > 2 else 0.0
+    place = inputs.k / (inputs.modules - 2) if inputs.modules > 2 else 0.0
     reconstruction, task = (
         first + place * (last - first)
         for first, last in (options.reconstruction_weights, options.task_weights)

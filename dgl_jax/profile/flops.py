@@ -140,8 +140,9 @@ class Blocks(NamedTuple):
 
     Attributes:
       blocks: all blocks, in order.
-      heads: for each block, the head (or objective) of a module that ended with this block, or None
-        if it would have none; the last one is the classifier.
+      heads: for each module, the head (or objective) that it would have if it ended with each
+        block, or None without one; a single row if all modules have equal heads. The last entry of
+        a row is the classifier.
       inputs: shape and dtype of a batch of network inputs.
       label: shape of the label of one example.
       adapters: for each block, the input adapter of a module that began with it, or None; empty if
@@ -149,18 +150,16 @@ class Blocks(NamedTuple):
     """
 
     blocks: tuple[nn.Module, ...]
-    heads: tuple[nn.Module | None, ...]
+    heads: tuple[tuple[nn.Module | None, ...], ...]
     inputs: jax.ShapeDtypeStruct
     label: tuple[int, ...] = ()
     adapters: tuple[nn.Module | None, ...] = ()
 
     def ending(self, modules: Iterable[LocalModule]) -> "Blocks":
-        """Returns the network with the heads of these modules at the blocks with which they end.
-
-        Before the cuts are known, the head of a block cannot depend on the number of its module.
-        """
+        """Returns the network with a single row of heads, of the modules that end there."""
         known = {m.first + len(m.blocks) - 1: m.objective for m in modules}
-        return self._replace(heads=tuple(known.get(i, h) for i, h in enumerate(self.heads)))
+        row = tuple(known.get(i, head) for i, head in enumerate(self.heads[0]))
+        return self._replace(heads=(row,))
 
     def adapter(self, number: int, x: jax.ShapeDtypeStruct) -> tuple[nn.Module | None, float]:
         """Returns the adapter of a module that begins with a block, and its operations.
@@ -181,9 +180,8 @@ class Blocks(NamedTuple):
                     return made, operations
         return None, 0.0
 
-    def next_block(self, number: int) -> nn.Module | None:
-        """Returns the block after a block if the objective of a module that ends there reads it."""
-        head = self.heads[number]
+    def next_block(self, number: int, head: nn.Module | None) -> nn.Module | None:
+        """Returns the block after a block if `head`, of a module that ends there, reads it."""
         reads = isinstance(head, Objective) and "next_block" in head.reads
         return self.blocks[number + 1] if reads and number + 1 < len(self.blocks) else None
 
@@ -198,19 +196,22 @@ def block_flops(network: Blocks) -> BlockCosts:
 
     The first block of a module counts with the module's adapter.
     """
-    first, inner, head, x = [], [], [], network.inputs
+    first, inner, columns, x = [], [], [], network.inputs
     context = network.context(x.shape[0])
-    for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
+    for number, (block, *heads) in enumerate(zip(network.blocks, *network.heads, strict=True)):
         _, adapting = network.adapter(number, x)
         operations, x = forward_flops(block, x.shape, x.dtype)
         first.append(adapting + operations)
         inner.append(operations)
-        if isinstance(end, Objective):
-            named = _named(end.needs, context)
-            head.append(call_flops(end, x, named, network.next_block(number))[0])
-        else:
-            head.append(0.0 if end is None else forward_flops(end, x.shape, x.dtype)[0])
-    return BlockCosts(tuple(first), tuple(inner), tuple(head))
+        operations_of: dict[nn.Module | None, float] = {None: 0.0}
+        for head in heads:
+            if isinstance(head, Objective):
+                named, beside = _named(head.needs, context), network.next_block(number, head)
+                operations_of[head] = call_flops(head, x, named, beside)[0]
+            elif head is not None:
+                operations_of[head] = forward_flops(head, x.shape, x.dtype)[0]
+        columns.append([operations_of[head] for head in heads])
+    return BlockCosts(tuple(first), tuple(inner), tuple(zip(*columns)))
 
 
 @lru_cache(maxsize=1024)

@@ -170,20 +170,23 @@ def block_times(
     """
     free = system.device_memory(device).free
     rows, x = [], network.inputs
-    for number, (block, end) in enumerate(zip(network.blocks, network.heads, strict=True)):
+    for number, (block, *heads) in enumerate(zip(network.blocks, *network.heads, strict=True)):
         first = _Part(block, x, "first", network.adapter(number, x)[0])
         # The first block of the network is the first one of its module, however it is cut.
         inner = _Part(block, x, "inner") if number else first
         _, x = forward_flops(block, x.shape, x.dtype)
-        head = None if end is None else _Part(end, x, "head", network.next_block(number))
-        rows.append((first, inner, head))
+        ends = [
+            None if head is None else _Part(head, x, "head", network.next_block(number, head))
+            for head in heads
+        ]
+        rows.append((first, inner, *ends))
     parts = [*dict.fromkeys(part for row in rows for part in row if part)]
-    heads = sum(end is not None for end in network.heads)
+    number_of_heads = sum(len({*ends} - {None}) for _, _, *ends in rows)
     # Nothing is measured until all programs are compiled: compiling takes the cores of a CPU, and
     # on a GPU it runs convolutions to select their algorithms.
     programs = compile_all(
         (_lower_alone(part, optimizer, network) for part in parts),
-        f"{len(rows)} blocks and {heads} heads",
+        f"{len(rows)} blocks and {number_of_heads} heads",
         meanwhile,
     )
     for part, program in zip(parts, programs):
@@ -216,12 +219,12 @@ def block_times(
         milliseconds = 1e3 * measured[part].seconds
         count = len(measured) - 1, len(parts)
         _LOG.info("%d of %d: %s %s: %.4g ms", *count, part.role, part, milliseconds)
-    return BlockTimes(
-        *(
-            BlockCosts(*zip(*(tuple(measured[part][field] for part in row) for row in rows)))
-            for field in range(2)
-        )
-    )
+
+    def costs(field: int) -> BlockCosts:
+        first_, inner_, *heads_ = zip(*([measured[part][field] for part in row] for row in rows))
+        return BlockCosts(first_, inner_, tuple(heads_))
+
+    return BlockTimes(costs(0), costs(1))
 
 
 def _lower_alone(

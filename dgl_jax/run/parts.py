@@ -1,6 +1,7 @@
 """Parts of a run that follow from its settings alone: task, network, objectives, adapters."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import jax
 from flax import linen as nn
@@ -52,21 +53,34 @@ def make_task(settings: Settings, info: DatasetInfo) -> Task:
 
 
 def make_blocks(settings: Settings, info: DatasetInfo) -> Blocks:
-    """Returns the uncut network, with the objective that a module ending at each block would have.
+    """Returns the uncut network, with the objective of each module that ends at each block.
 
     Raises:
       UserError: there is no such network, or it does not fit the examples.
     """
     task = make_task(settings, info)
     network = make_whole(settings, info, task)
-    objectives = [
-        objective(settings, network, info, end) for end in range(1, len(network.blocks) + 1)
+    count, blocks = settings.model.modules, len(network.blocks)
+
+    @cache
+    def made(end: int, number: int) -> Objective | None:
+        return objective(settings, network, info, end, number, count)
+
+    def nearest(number: int, end: int) -> int:
+        """Returns the module that may end there whose number is closest."""
+        if end == blocks:
+            return count - 1
+        return max(0, min(max(number, count - 1 - (blocks - end)), end - 1, count - 2))
+
+    rows = [
+        tuple(made(end, nearest(number, end)) for end in range(1, blocks + 1))
+        for number in range(count)
     ]
     # Which module a block begins is not known yet: the second module stands for all later ones.
     first, *later = adapters(settings, settings.model.modules)
     return Blocks(
         network.blocks,
-        tuple(objectives),
+        tuple(rows if len({*rows}) > 1 else rows[:1]),
         task.inputs(settings.data.batch_size),
         task.label,
         (first, *[later[0] if later else None] * (len(network.blocks) - 1)),
@@ -95,8 +109,8 @@ def objective(
     network: Network,
     info: DatasetInfo,
     end: int,
-    k: int | None = None,
-    modules: int | None = None,
+    k: int,
+    modules: int,
 ) -> Objective | None:
     """Returns the objective of a module whose last block is `end - 1`.
 
@@ -105,8 +119,8 @@ def objective(
       network: the network before it is cut.
       info: description of the data set.
       end: index of the first block after the module.
-      k: index of the module; None before the network is cut.
-      modules: number of modules; None in the same case.
+      k: index of the module.
+      modules: number of modules.
 
     Returns:
       The objective; None if the method trains without local objectives and this is not the last

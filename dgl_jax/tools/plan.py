@@ -168,7 +168,7 @@ def plan(
     # Checks devices and batch before the measurement, which takes much longer.
     equal = [1.0] * settings.model.modules
     _, groups = make_pipeline(settings, equal, equal, devices)
-    known = stated_times(stated, network) if stated else None
+    known = stated_times(stated, network, settings.model.modules) if stated else None
 
     def measured(meanwhile: Callable[[], object] = lambda: None) -> BlockTimes:
         nonlocal known
@@ -185,14 +185,11 @@ def plan(
 
     spec = make_spec(settings, info, choose_cuts(settings, network, lambda: measured().seconds))
     network = network.ending(spec.modules)
-    known = stated_times(stated, network) if stated else known
+    known = stated_times(stated, network, settings.model.modules) if stated else known
     # Unless the cuts depend on the times, the modules compile together with the blocks.
     times = measured(lambda: [programs(len(group)) for group in groups])
     starts = [module.first for module in spec.modules]
-    ends = [*starts[1:], len(network.blocks)]
-    seconds, processor = (
-        [costs.module(first, end) for first, end in zip(starts, ends)] for costs in times
-    )
+    seconds, processor = (costs.modules(starts) for costs in times)
     augmentation, coding = _NOTHING, {name: [CodecCost()] * len(starts) for name in CODECS}
     if not stated:
         augmentation = augmentation_time(spec, device, concurrency=concurrency)
@@ -262,7 +259,9 @@ def plan(
         "peak_memory_bytes": _memory(programs, groups, spans, pipeline.ticks_in_flight, count),
         "memory_compiled_for": device.platform,
         "block_milliseconds": {
-            name: [1e3 * s for s in row] for name, row in dataclasses.asdict(times.seconds).items()
+            "first": [1e3 * s for s in times.seconds.first],
+            "inner": [1e3 * s for s in times.seconds.inner],
+            "heads": [[1e3 * s for s in row] for row in times.seconds.heads],
         },
     }
     return numbers, pipeline.spans(traffic.wire, len(starts) + _DRAWN, traffic.down)

@@ -10,13 +10,14 @@ from dgl_jax.profile.flops import Blocks, block_flops
 from dgl_jax.profile.timing import BlockTimes
 
 
-def stated_times(text: str, network: Blocks) -> BlockTimes:
+def stated_times(text: str, network: Blocks, modules: int) -> BlockTimes:
     """Parses the value of `--block_times`.
 
     Args:
       text: milliseconds of each block, or the name of a JSON file.
       network: the network; single numbers per block are completed with its operations: the times of
         heads and input adapters have the ratio to their operations that the blocks have.
+      modules: number of modules.
 
     Raises:
       UserError: the times do not fit the network, or the file cannot be read.
@@ -27,42 +28,43 @@ def stated_times(text: str, network: Blocks) -> BlockTimes:
             given = json.loads(Path(text).read_text(encoding="utf-8"))
             given = given.get("block_milliseconds", given) if isinstance(given, dict) else given
         else:
-            given = [float(part) for part in text.split(",")]
-        rows = {
-            name: [float(t) / 1e3 for t in row]
-            for name, row in (given if isinstance(given, dict) else {"all": given}).items()
+            given = text.split(",")
+        given = given if isinstance(given, dict) else {"all": given}
+        tables = {
+            name: [
+                tuple(float(t) / 1e3 for t in row) for row in (rows if name == "heads" else [rows])
+            ]
+            for name, rows in given.items()
         }
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{where}: neither milliseconds such as 1.5,2,3 nor a JSON file of them ({error})"
         ) from error
-    if rows.keys() not in ({"all"}, {"first", "inner", "head"}):
+    if tables.keys() not in ({"all"}, {"first", "inner", "heads"}):
         raise UserError(
-            f"{where}: the file has {', '.join(rows) or 'no times'}, "
-            "but first, inner and head are needed"
+            f"{where}: the file has {', '.join(tables) or 'no times'}, "
+            "but first, inner and heads are needed"
         )
-    if wrong := next(
-        (
-            name
-            for name, row in rows.items()
-            if len(row) != count or not all(0 < t < math.inf for t in row)
-        ),
-        None,
-    ):
-        times = "" if wrong == "all" else f" of {wrong!r}"
+    if (found := len(tables.get("heads", [()]))) not in (1, modules):
         raise UserError(
-            f"{where}: the network has {count} blocks, so {count} times{times} above 0 are needed"
+            f"{where}: the file has {found} rows of heads, and config.model.modules={modules}; "
+            "one row is needed, or one for each module"
         )
-    if "all" in rows:
-        operations = block_flops(network)
-        per_operation = sum(rows["all"]) / (sum(operations.inner) or 1.0)
-        rows = {
-            "first": [
-                t + per_operation * (first - inner)
-                for t, first, inner in zip(rows["all"], operations.first, operations.inner)
-            ],
-            "inner": rows["all"],
-            "head": [per_operation * head for head in operations.head],
-        }
-    seconds = BlockCosts(**{name: tuple(row) for name, row in rows.items()})
+    for name, table in tables.items():
+        if not all(len(row) == count and all(0 < t < math.inf for t in row) for row in table):
+            times = "" if name == "all" else f" of {name!r}"
+            raise UserError(
+                f"{where}: the network has {count} blocks, so {count} times{times} above 0 are "
+                "needed"
+            )
+    if "all" in tables:
+        (inner,), operations = tables["all"], block_flops(network)
+        per_operation = sum(inner) / (sum(operations.inner) or 1.0)
+        adapting = (a - b for a, b in zip(operations.first, operations.inner))
+        first = tuple(t + per_operation * extra for t, extra in zip(inner, adapting))
+        heads = tuple(tuple(per_operation * n for n in row) for row in operations.heads)
+        seconds = BlockCosts(first, inner, heads)
+    else:
+        (first,), (inner,) = tables["first"], tables["inner"]
+        seconds = BlockCosts(first, inner, tuple(tables["heads"]))
     return BlockTimes(seconds, seconds)
