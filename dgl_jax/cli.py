@@ -351,11 +351,12 @@ def _set_threads() -> None:
     # decides how they are rounded and must not depend on the number of devices. With XLA's default
     # (one thread per processor or device), devices that wait in a reduction can occupy all threads
     # while the last device still needs one for its own work, hence two per device.
-    devices, usual = _CPU_DEVICES.value or 1, system.pool_threads()
+    devices = _CPU_DEVICES.value or system.cpu_devices_of_environment()
+    usual = system.pool_threads()
     threads = max(usual, 2 * devices)
     if threads > usual and "NPROC" not in os.environ:
         text = (
-            "--cpu_devices=%d: uses %d threads instead of the %d for up to %d devices, "
+            "%d CPU devices: uses %d threads instead of the %d for up to %d devices, "
             "so results are rounded differently"
         )
         _LOG.warning(text, devices, threads, usual, usual // 2)
@@ -364,8 +365,9 @@ def _set_threads() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     with reported():
-        argv = config_files.with_plugins(argv)
         try:
+            argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+            argv = config_files.with_plugins(argv)
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
             if _CONFIG.value is not None:
                 config = _CONFIG.value
@@ -373,7 +375,8 @@ def _parse(argv: list[str]) -> list[str]:
                     raise UserError(f"--config: get_config returns {config!r}, not a ConfigDict")
         except UserError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = config_files.original(raised)
             for argument in argv[1:]:
                 if override := re.match(r"--?config\.([^=]+)", argument):
                     # Only now have all plugins registered their kinds and fields.

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -81,6 +82,14 @@ def pool_threads() -> int:
     are rounded.
     """
     return max(_POOL, cpu_count() or 1)
+
+
+def cpu_devices_of_environment() -> int:
+    """Returns the number of CPU devices that the environment asks JAX or XLA for; 0 if none."""
+    name = "--xla_force_host_platform_device_count"
+    flags = re.findall(rf"{name}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    asked = _answer(lambda: int(os.environ.get("JAX_NUM_CPU_DEVICES", "")))
+    return max(asked or 0, int(flags[-1]) if flags else 0)
 
 
 def environment() -> dict[str, str]:

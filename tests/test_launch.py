@@ -148,7 +148,7 @@ def test_eval_predict_and_plot_need_no_config(trained, tmp_path):
     plot_process = launch("--mode=plot", f"--workdir={trained}", f"--cpu_devices={many}", env=env)
     assert [Path(p).name for p in plot_process.stdout.split()] == ["accuracy.png", "loss.png"]
     assert (
-        f"--cpu_devices={many}: uses {2 * many} threads instead of the {usual} "
+        f"{many} CPU devices: uses {2 * many} threads instead of the {usual} "
         f"for up to {usual // 2} devices" in plot_process.stderr
     )
 
@@ -235,6 +235,17 @@ def test_user_errors_are_one_line(tmp_path):
     assert f"--config: ZeroDivisionError: division by zero ({broken}:2)" in fails(
         f"--config={broken}", run
     )
+    broken.write_text("def get_config():\n    return int('x')\n")  # absl wraps errors of values
+    assert (
+        fails(f"--config={broken}", run)
+        .rstrip()
+        .endswith(
+            f"error: --config: ValueError: invalid literal for int() with base 10: 'x' ({broken}:2)"
+        )
+    )
+    flags = tmp_path / "flags"
+    flags.write_text("--config=digits\n--config.codec.nam=vq\n")
+    assert "config.codec.nam: no such field" in fails(f"--flagfile={flags}", run)
     assert "--config: " in fails(f"--config={tmp_path}", run)
     assert "stray: not a flag" in fails(*SMALL, run, "stray")
     assert "--jobs: applies to --mode=sweep, not to --mode=train" in fails(*SMALL, run, "--jobs=2")

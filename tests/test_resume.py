@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import arrays, records, same_run, small_config
 
-from dgl_jax import train
+from dgl_jax import system, train
 from dgl_jax.data.memory import ArraySource
 from dgl_jax.engines import EngineState
 from dgl_jax.errors import UserError
@@ -236,11 +236,15 @@ def test_extended_run_has_one_test_record(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_extending_a_cosine_schedule_warns(tmp_path, caplog):
+def test_another_length_and_thread_count_warn(tmp_path, caplog, monkeypatch):
     train_and_evaluate(small_config(schedule__name="cosine", train__steps=6), tmp_path)
+    usual = system.cpu_threads()
+    assert "threads after" not in caplog.text
+    monkeypatch.setattr(system, "cpu_threads", lambda: 5)
     with caplog.at_level("WARNING", logger="dgl_jax"):
         train_and_evaluate(small_config(schedule__name="cosine"), tmp_path)
     assert "the cosine schedule now ends at step 12, not 6" in caplog.text
+    assert f"5 threads after {usual}: results are rounded differently" in caplog.text
 
 
 @pytest.mark.slow

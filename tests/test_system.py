@@ -62,6 +62,24 @@ def test_twin_a_question_elsewhere_is_noticed(source):
     assert not asks("system.device_kind(d); system.cpu_count()")
 
 
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 0),
+        ({"JAX_NUM_CPU_DEVICES": "12"}, 12),
+        ({"JAX_NUM_CPU_DEVICES": "abc"}, 0),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_a=b"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_NUM_CPU_DEVICES": "2"}, 3),
+    ],
+)
+def test_devices_may_be_asked_for_in_the_environment(variables, count, monkeypatch):
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert system.cpu_devices_of_environment() == count
+
+
 def test_answers_on_this_machine_are_correct():
     assert system.usable_cpus() == sorted(os.sched_getaffinity(0))
     assert system.cpu_count() == len(os.sched_getaffinity(0))

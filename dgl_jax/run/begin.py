@@ -88,6 +88,15 @@ def begin(
         experiment.engine.placement.describe(),
         f" ({cpu_threads} threads)" if cpu_threads else "",
     )
+    before = meta.get("cpu_threads")
+    if before and cpu_threads and before != cpu_threads:
+        _LOG.warning(
+            "%d threads after %d: results are rounded differently from those of an uninterrupted "
+            "run; NPROC=%d sets the earlier number",
+            cpu_threads,
+            before,
+            before,
+        )
     for line in table(module_costs(experiment.spec)):
         _LOG.info("%s", line)
     return RunStart(

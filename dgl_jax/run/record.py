@@ -40,7 +40,7 @@ class Record:
             cast(Any, experiment.engine).early = early_metrics(rows)
         if hasattr(experiment.engine, "meters") and (rows := start.meta.get("meters")):
             experiment.engine.meters = [Meter(**row) for row in rows]
-        self._clock = start.clock
+        self._clock, self._cpu_threads = start.clock, start.cpu_threads
         self._report: Report | None = None  # the newest one
         # Step at which this process has measured each metric in `latest`.
         self._written: dict[str, int] = {}
@@ -122,6 +122,7 @@ class Record:
             "meters": [vars(meter) for meter in getattr(self.experiment.engine, "meters", ())],
             "latest": self.latest,
             "wall_seconds": self.wall_seconds(),
+            "cpu_threads": self._cpu_threads,
             "extra": self.extra,
         }
 

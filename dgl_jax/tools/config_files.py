@@ -75,3 +75,14 @@ def with_files(argv: Sequence[str]) -> list[str]:
         elif place and re.fullmatch("--?config", argv[place - 1]):
             resolved[place] = resolve(argument)
     return resolved
+
+
+def original(error: BaseException) -> BaseException:
+    """Returns the exception that a configuration file raised, if `error` quotes its traceback.
+
+    ml_collections and absl wrap errors of value and type in others.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not str(cause).startswith("Error whilst parsing config file"):
+        cause = cause.__cause__ or cause.__context__
+    return (cause.__context__ if cause else None) or error
