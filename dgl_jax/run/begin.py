@@ -91,8 +91,8 @@ def begin(
     before = meta.get("cpu_threads")
     if before and cpu_threads and before != cpu_threads:
         _LOG.warning(
-            "%d threads after %d: results are rounded differently from those of an uninterrupted "
-            "run; NPROC=%d sets the earlier number",
+            "%d threads after %d: results are rounded differently than in an uninterrupted run; "
+            "NPROC=%d sets the earlier number",
             cpu_threads,
             before,
             before,
