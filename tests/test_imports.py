@@ -302,7 +302,7 @@ def test_package_stays_small(capsys):
     with capsys.disabled():
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
-    assert core < 7_580
+    assert core < 7_620
     assert package < 17_620
 
 

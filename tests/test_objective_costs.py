@@ -1,6 +1,9 @@
 """Costs of local losses: operations by hand, blocks and modules, measured times, memory."""
 
 import itertools
+import math
+import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -10,12 +13,14 @@ from runs import small_config
 from test_objective_runs import FOUR_BLOCKS, MOMENTUM, experiment
 
 from dgl_jax.config import make_settings
+from dgl_jax.objectives import Transport
 from dgl_jax.profile import memory
 from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
 from dgl_jax.profile.memory import module_memory
 from dgl_jax.profile.timing import block_times
-from dgl_jax.run.build import make_spec
+from dgl_jax.run.build import Experiment, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
+from dgl_jax.tools.pipeline import reductions
 from dgl_jax.types import nbytes
 
 
@@ -159,3 +164,52 @@ def test_transport_has_no_operations_of_its_own():
         for weight in (0.0, 0.1)
     )
     assert moved == plain
+
+
+BYTES = {"f32": 4, "s32": 4}
+COMPARED = {
+    "pred_sim": {"objective__name": "pred_sim"},
+    "contrast": {"objective__name": "info_pro", "objective__form": "contrast"},
+}
+
+
+def collectives(made: Experiment) -> dict[str, list[int]]:
+    """Returns the bytes of each array that the compiled step sums or gathers over the devices."""
+    (tick, *_) = made.spec.method.schedule([0, 0], 1, 1, lambda: False)
+    turns = tuple((turn.module, turn.kind) for turn in tick)
+    batch = made.engine.placement.batch_shapes(made.spec.batch())
+    program = made.engine.steps[turns].lower(made.engine.init().modules, batch).compile()
+    found: dict[str, list[int]] = {"all-reduce": [], "all-gather": []}
+    for results, name in re.findall(r"= (.*) (all-reduce|all-gather)\(", program.as_text()):
+        for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", results):
+            sizes = map(int, filter(None, shape.split(",")))
+            found[name].append(BYTES[dtype] * math.prod(sizes))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPARED)
+def test_objectives_state_what_devices_exchange(name):
+    fields = FOUR_BLOCKS | {"data__batch_size": 8}
+    made = experiment(2, **fields, **COMPARED[name])
+    exchange = made.spec.modules[0].objective.exchange(made.spec.hops[0].activations)
+    found = collectives(made)
+    assert sorted(found["all-gather"]) == sorted(exchange.gathered)
+    summed = Counter(found["all-reduce"])
+    softmax = {"objective__name": "info_pro"} if name == "contrast" else {}
+    plain = collectives(experiment(2, **fields, **softmax))
+    assert plain["all-gather"] == []
+    assert Counter(exchange.summed) <= summed
+    wrapped = Transport(made.spec.modules[0].objective, 1.0)
+    assert wrapped.exchange(made.spec.hops[0].activations) == exchange
+
+
+def test_plans_count_what_objectives_exchange():
+    made = experiment(**FOUR_BLOCKS, objective__name="pred_sim", data__batch_size=8)
+    first, last = reductions(made.spec)
+    state, other = made.spec.abstract_states()
+    # Eight vectors of 8 channels, and eight labels of ten classes.
+    assert first.gathered == (4 * 8 * 8, 4 * 8 * 10)
+    assert first.bytes_ == nbytes(state.params) + 4 * 8 * 8
+    assert first.times == 2 + len(jax.tree.leaves(state.batch_stats))
+    assert (last.bytes_, last.gathered) == (nbytes(other.params), ())

@@ -42,8 +42,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def experiment(**fields: Any) -> Any:
-    return make_experiment(make_settings(small_config(**fields)), jax.devices()[:1])
+def experiment(devices: int = 1, **fields: Any) -> Any:
+    return make_experiment(make_settings(small_config(**fields)), jax.devices()[:devices])
 
 
 @pytest.mark.medium

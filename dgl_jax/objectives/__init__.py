@@ -4,6 +4,7 @@ from dgl_jax.config.registry import OBJECTIVES
 from dgl_jax.objectives.auglocal import AugLocal
 from dgl_jax.objectives.base import (
     Context,
+    Exchange,
     LocalLoss,
     Objective,
     ObjectiveInputs,
@@ -23,6 +24,7 @@ __all__ = [
     "AugLocal",
     "Classifier",
     "Context",
+    "Exchange",
     "InfoPro",
     "LocalLoss",
     "Objective",

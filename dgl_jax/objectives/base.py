@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
 from dgl_jax.config import ObjectiveSettings, Settings
@@ -26,6 +27,18 @@ class LocalLoss(NamedTuple):
     loss: Float[Array, ""]
     metrics: dict[str, tuple[Array, Array]]
     predictions: Array | None
+
+
+class Exchange(NamedTuple):
+    """Lists what a group of devices exchanges for a loss that compares the examples of a batch.
+
+    Attributes:
+      summed: bytes of each array that they add up.
+      gathered: bytes of each array of which every device gets a whole copy.
+    """
+
+    summed: tuple[int, ...] = ()
+    gathered: tuple[int, ...] = ()
 
 
 class Objective(nn.Module):
@@ -77,6 +90,16 @@ class Objective(nn.Module):
     ) -> Array | None:
         """Returns predictions from the features alone (no context); None if there are none."""
         return None
+
+    def exchange(self, features: jax.ShapeDtypeStruct) -> Exchange:
+        """Returns what a group of devices exchanges per step, apart from gradients and batch norm.
+
+        `--mode=plan` adds its duration. A mean over examples needs nothing, which is the default.
+
+        Args:
+          features: shape and dtype of the module's activations, [B, ...].
+        """
+        return Exchange()
 
 
 def means(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import Conv, conv_norm
 from dgl_jax.objectives.base import (
     Context,
+    Exchange,
     HiddenOptions,
     LocalLoss,
     Objective,
@@ -138,6 +139,13 @@ class InfoPro(Objective):
     ) -> Array | None:
         """Returns the logits of the head; None if there is none, or with `contrast`."""
         return None if self.head is None or self.contrast else self.head(features, train)
+
+    def exchange(self, features: jax.ShapeDtypeStruct) -> Exchange:
+        """Returns vectors, their gradients, labels and a count, if examples are compared."""
+        if self.head is None or not self.contrast:
+            return Exchange()
+        rows = 4 * features.shape[0]
+        return Exchange((_PROJECTION * rows, 4), (_PROJECTION * rows, rows))
 
     def _reconstruction_error(self, features: Array, image: Any, train: bool) -> Array:
         if features.ndim != 4 or image.ndim != 4:

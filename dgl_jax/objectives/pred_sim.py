@@ -16,6 +16,7 @@ from dgl_jax.errors import UserError
 from dgl_jax.models.blocks import Conv, uniform_fan_in
 from dgl_jax.objectives.base import (
     Context,
+    Exchange,
     HiddenOptions,
     LocalLoss,
     Objective,
@@ -91,6 +92,12 @@ class PredSim(Objective):
     ) -> Array:
         """Returns the logits of the head."""
         return self.head(features, train)
+
+    def exchange(self, features: jax.ShapeDtypeStruct) -> Exchange:
+        """Returns the vectors and one-hot labels of all examples, and the vectors' gradients."""
+        vectors = 4 * features.shape[0] * features.shape[-1]
+        labels = 4 * features.shape[0] * self.classes
+        return Exchange((vectors,), (vectors, labels) if self.classes > 1 else (vectors,))
 
     def _description(self, x: Array) -> Float[Array, "B C"]:
         """Returns the vector that describes each example."""

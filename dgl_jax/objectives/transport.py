@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dgl_jax.objectives.base import Context, LocalLoss, Objective
+from dgl_jax.objectives.base import Context, Exchange, LocalLoss, Objective
 
 RESIDUAL = "residual"  # name under which blocks sow what they add to their inputs
 
@@ -75,6 +75,10 @@ class Transport(Objective):
     ) -> Array | None:
         """Returns the predictions of the other objective."""
         return self.inner.predict(features, published, train)
+
+    def exchange(self, features: jax.ShapeDtypeStruct) -> Exchange:
+        """Returns what the other objective exchanges."""
+        return self.inner.exchange(features)
 
 
 def residuals(intermediates: Mapping[str, Any]) -> list[Array]:

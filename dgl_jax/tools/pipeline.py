@@ -12,6 +12,8 @@ from dgl_jax.config import Settings
 from dgl_jax.config.registry import METHODS
 from dgl_jax.engines.placement import check_batch, layout
 from dgl_jax.methods import Method
+from dgl_jax.objectives import Exchange
+from dgl_jax.profile.flops import forward_flops
 from dgl_jax.profile.turn_timing import CodecCost
 from dgl_jax.spec import TrainSpec
 from dgl_jax.tools.timeline import Span, Work, simulate
@@ -65,21 +67,25 @@ class Reduction:
 
 
 def reductions(spec: TrainSpec, each_array: bool = False) -> list[Reduction]:
-    """Returns what a group of devices adds up in each module of a run.
+    """Returns what a group of devices exchanges in each module of a run.
 
     XLA joins the gradients of a module into one all-reduce. Batch norm needs two more, for the
-    statistics of the whole batch and their gradients.
+    statistics of the whole batch and their gradients; an objective states what it needs.
 
     Args:
       spec: the training run.
       each_array: True counts every array, as XLA's collectives on the CPU send them.
     """
-    sums = []
-    for state in spec.abstract_states():
+    sums, features = [], spec.inputs()
+    for module, state in zip(spec.modules, spec.abstract_states()):
+        for block in module.blocks:
+            _, features = forward_flops(block, features.shape, features.dtype)
+        exchange = module.objective.exchange(features) if module.objective else Exchange()
         arrays = len(jax.tree.leaves(state.params))
         statistics = len(jax.tree.leaves(state.batch_stats))  # a mean and a variance per batch norm
         times = arrays + 2 * statistics if each_array else 1 + statistics
-        sums.append(Reduction(nbytes(state.params), times))
+        bytes_, times = nbytes(state.params) + sum(exchange.summed), times + len(exchange.summed)
+        sums.append(Reduction(bytes_, times, exchange.gathered))
     return sums
 
 
