@@ -303,7 +303,7 @@ def test_package_stays_small(capsys):
         print(f"\nlines of code: core {core}, package {package}")
     # Lines of at most 100 characters; the limit is raised by what each new feature needs.
     assert core < 7_620
-    assert package < 17_620
+    assert package < 17_660
 
 
 @pytest.mark.parametrize(

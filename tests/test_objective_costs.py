@@ -6,18 +6,20 @@ import re
 from collections import Counter
 from typing import Any
 
+import flax.linen as nn
 import jax
+import numpy as np
 import optax
 import pytest
 from runs import small_config
 from test_objective_runs import FOUR_BLOCKS, MOMENTUM, experiment
 
 from dgl_jax.config import make_settings
-from dgl_jax.objectives import Transport
-from dgl_jax.profile import memory
-from dgl_jax.profile.flops import block_flops, forward_flops, module_flops
+from dgl_jax.objectives import RESIDUAL, Transport
+from dgl_jax.profile import memory, timing
+from dgl_jax.profile.flops import Blocks, block_flops, forward_flops, module_flops
 from dgl_jax.profile.memory import module_memory
-from dgl_jax.profile.timing import block_times
+from dgl_jax.profile.timing import _lower_alone, _Part, block_times
 from dgl_jax.run.build import Experiment, make_spec
 from dgl_jax.run.parts import known_info, make_blocks
 from dgl_jax.tools.pipeline import reductions
@@ -155,6 +157,52 @@ def test_costs_count_the_decoder_and_the_bytes_of_images():
         for fields in ({"objective__name": "info_pro"}, {})
     ]
     assert [a - b for a, b in zip(*wires, strict=True)] == [4 * 8 * 8 * 3, 0, 0]
+
+
+class Shift(nn.Module):
+    """Block that adds a linear function of its inputs to them, and sows it."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        residual = nn.Dense(x.shape[-1], use_bias=False)(x)
+        self.sow("intermediates", RESIDUAL, residual)
+        return x + residual
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_program_of_a_block_has_its_transport_cost(weight):
+    x, cotangent = (jax.random.normal(jax.random.key(n), (4, 3)) for n in (1, 2))
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    part = _Part(Shift(), shape, "inner", transport=weight)
+    program = _lower_alone(part, optax.sgd(1.0), Blocks((), (), shape)).compile()
+    kernel = jax.random.normal(jax.random.key(3), (3, 3))
+    (state, *_), _ = program.args_info
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.replace(rng=None))
+    state.params["body"]["block_0"]["Dense_0"]["kernel"] = np.asarray(kernel)
+
+    def loss(kernel: Any, x: Any) -> Any:
+        residual = x @ kernel
+        return (cotangent * (x + residual)).sum() + weight * (residual**2).mean()
+
+    after, outputs, gradient = program(state.replace(rng=jax.random.key(0)), x, (cotangent, {}))
+    expected = jax.grad(loss, (0, 1))(kernel, x)
+    made = kernel - after.params["body"]["block_0"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(made, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs, x + x @ kernel, rtol=1e-6)
+
+
+def test_blocks_are_measured_with_the_transport_cost(monkeypatch):
+    settings = make_settings(
+        small_config(model__name="resnet20", model__width=4, objective__transport=0.1)
+    )
+    parts: list[_Part] = []
+    monkeypatch.setattr(timing, "_lower_alone", lambda part, *_: parts.append(part))
+    monkeypatch.setattr(timing, "compile_all", lambda lowered, *_: [*lowered, 1 / 0])
+    network = make_blocks(settings, known_info(settings.data))
+    with pytest.raises(ZeroDivisionError):  # ends before anything is measured
+        block_times(network, optax.sgd(0.1), jax.devices()[0])
+    assert {part.transport for part in parts if part.role != "head"} == {0.1}
 
 
 def test_transport_has_no_operations_of_its_own():

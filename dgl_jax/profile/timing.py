@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from dgl_jax.core.module import ModuleState, init_states, make_modules, publishe
 from dgl_jax.core.step import backward_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
+from dgl_jax.objectives import Context, LocalLoss, Objective, Transport
 from dgl_jax.profile.compiling import compile_all
 from dgl_jax.profile.flops import Blocks, forward_flops
 
@@ -131,15 +132,29 @@ class _Part(NamedTuple):
       inputs: shape and dtype of its inputs.
       role: "first" or "inner" for a block, as in `BlockCosts`, or "head".
       beside: adapter in front of a first block, or the next block if a head reads its variables.
+      transport: weight of the transport cost of a block.
     """
 
     layer: nn.Module
     inputs: jax.ShapeDtypeStruct
     role: str
     beside: nn.Module | None = None
+    transport: float = 0.0
 
     def __str__(self) -> str:
         return f"{type(self.layer).__name__} on inputs of {' x '.join(map(str, self.inputs.shape))}"
+
+
+class _Given(Objective):
+    """Loss whose gradient with respect to the features is given; a metric holds the features."""
+
+    needs = ("cotangent",)
+
+    def __call__(
+        self, features: Array, context: Context, published: Mapping[str, Any], train: bool
+    ) -> LocalLoss:
+        loss = jnp.sum(features * context["cotangent"])
+        return LocalLoss(loss, {"features": (features, jnp.float32(1))}, None)
 
 
 def block_times(
@@ -153,9 +168,9 @@ def block_times(
     """Measures each block and head alone, as a part of a local step.
 
     The program of a block is forward pass, backward pass and parameter update, with or (for the
-    first block of a module) without the gradient with respect to the inputs, and with the adapter.
-    The program of a head also computes the loss. Equal layers with equal input shapes are measured
-    once. Most of the time is spent compiling.
+    first block of a module) without the gradient with respect to the inputs, and with the adapter
+    and the transport cost. The program of a head also computes the loss. Equal layers with equal
+    input shapes are measured once. Most of the time is spent compiling.
 
     Args:
       network: the network before it is cut.
@@ -170,10 +185,12 @@ def block_times(
     """
     free = system.device_memory(device).free
     rows, x = [], network.inputs
+    all_heads = [head for row in network.heads for head in row]
+    weight = max((head.weight for head in all_heads if isinstance(head, Transport)), default=0.0)
     for number, (block, *heads) in enumerate(zip(network.blocks, *network.heads, strict=True)):
-        first = _Part(block, x, "first", network.adapter(number, x)[0])
+        first = _Part(block, x, "first", network.adapter(number, x)[0], weight)
         # The first block of the network is the first one of its module, however it is cut.
-        inner = _Part(block, x, "inner") if number else first
+        inner = _Part(block, x, "inner", transport=weight) if number else first
         _, x = forward_flops(block, x.shape, x.dtype)
         ends = [
             None if head is None else _Part(head, x, "head", network.next_block(number, head))
@@ -246,8 +263,11 @@ def _lower_alone(
     elif is_head:
         modules = make_modules((), (0,), (layer,))
     else:
-        modules = make_modules((layer,), (0,), (None,), adapters=(beside,))
+        penalty = Transport(_Given(), part.transport) if part.transport else None
+        modules = make_modules((layer,), (0,), (penalty,), adapters=(beside,))
     module, context = modules[0], network.context(x.shape[0])
+    if part.transport:
+        context["cotangent"] = forward_flops(layer, x.shape, x.dtype)[1]
     state, *_ = jax.eval_shape(lambda: init_states(modules, optimizer, rngs.root(0), x, context))
     extra: Any
     if is_head:
@@ -264,7 +284,15 @@ def _lower_alone(
                 module, optimizer, state, inputs, given, published=published
             )
             return state, metrics, inputs_gradient
-        state, outputs, inputs_gradient = backward_step(module, optimizer, state, inputs, *extra)
+        if part.transport:
+            cotangent, given = extra
+            given = {**given, "cotangent": cotangent}
+            state, inputs_gradient, metrics = loss_step(module, optimizer, state, inputs, given)
+            outputs, _ = metrics["features"]
+        else:
+            state, outputs, inputs_gradient = backward_step(
+                module, optimizer, state, inputs, *extra
+            )
         return state, outputs, inputs_gradient if part.role == "inner" else None
 
     return jax.jit(program, donate_argnums=0).lower(state, x, extra)
