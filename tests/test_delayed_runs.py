@@ -22,7 +22,7 @@ from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 
 METHODS = {"ddg": Ddg(), "features_replay": FeaturesReplay(), "fdg": Fdg()}
-VQ = options("codec", name="vq", codes=4, dims=2, codebook_every=3)
+VQ = options("codec", name="vq", codes=4, dims=2, codebook_every=3, restart=0.0)
 NAMES = pytest.mark.parametrize("name", METHODS)
 
 
