@@ -79,8 +79,8 @@ def test_final_rows_have_the_rates_that_were_chosen_for_their_number_of_modules(
         n.split("/lr")[0]: s.optimizer.learning_rate for n, s in rows("gap_final", "small").items()
     }
     assert rates["cnn6/dgl,K=2"] == 0.01
-    assert rates["cnn6/dgl,K=6"] == rates["resnet/dgl,K=4"] == rates["cnn6/best,K=3"] == 0.03
-    assert rates["cnn6/best,K=6"] == rates["resnet/best,K=8"] == 0.1
+    assert rates["cnn6/dgl,K=6"] == rates["cnn6/best,K=3"] == 0.03
+    assert rates["cnn6/best,K=6"] == rates["resnet/best,K=8"] == rates["resnet/dgl,K=4"] == 0.1
 
 
 def test_small_imagenet_reads_a_folder_of_images(tmp_path):

@@ -52,6 +52,8 @@ ROWS: common.Variants = {
     "auglocal,d=3,pyramid": auglocal(3, pyramid=True),
     "auglocal,d=2,context_input": auglocal(2, context_input=True),
     "auglocal,d=1,context_input": auglocal(1, context_input=True),
+    "pred_sim,w=0.5,context_input": loss("pred_sim", similarity_weight=0.5, context_input=True),
+    "info_pro,context_input": loss("info_pro", context_input=True, **INFO_PRO),
     "info_pro,contrast": loss("info_pro", form="contrast", **INFO_PRO),
 }
 CHOSEN: dict[str, float] = {
