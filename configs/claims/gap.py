@@ -71,7 +71,7 @@ CHOSEN: dict[str, float] = {
     "info_pro": 0.03,
     "auglocal,d=1": 0.1,
     "dgl,context_input": 0.03,
-    "auglocal,d=1,momentum": 0.03,
+    "auglocal,d=1,momentum": 0.1,
     "dgl,smoothing": 0.03,
     "pred_sim,w=0.99": 0.03,
     "dgl,orthogonal": 0.03,
