@@ -174,18 +174,18 @@ def compiled(monkeypatch):
         programs.extend(results)
         return results
 
-    def clocked(program, state, inputs, extra, repeats, concurrency):
-        assert jax.tree.map(lambda leaf: leaf.shape, (state, inputs, extra)) == jax.tree.map(
+    def clocked(program, state, inputs, context, published, repeats, concurrency):
+        arguments = (state, inputs, context, published)
+        assert jax.tree.map(lambda leaf: leaf.shape, arguments) == jax.tree.map(
             lambda leaf: leaf.shape, program.args_info[0]
         )
         seconds = float(inputs.size)
-        given, beside = extra
-        assert beside == {}
-        if isinstance(given, dict):
-            assert list(given) == ["label"]
+        assert published == {}
+        if list(context) == ["label"]:
             seconds -= 0.25
-        elif program.out_info[2] is not None:
-            seconds += 0.5
+        else:
+            assert list(context) == ["cotangent"]
+            seconds += 0.5 * (program.out_info[2] is not None)
         return timing.Elapsed(seconds, 2 * seconds), (state,)
 
     monkeypatch.setattr(timing, "compile_all", counted)

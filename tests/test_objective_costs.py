@@ -184,7 +184,9 @@ def test_the_program_of_a_block_has_its_transport_cost(weight):
         residual = x @ kernel
         return (cotangent * (x + residual)).sum() + weight * (residual**2).mean()
 
-    after, outputs, gradient = program(state.replace(rng=jax.random.key(0)), x, (cotangent, {}))
+    after, outputs, gradient = program(
+        state.replace(rng=jax.random.key(0)), x, {"cotangent": cotangent}, {}
+    )
     expected = jax.grad(loss, (0, 1))(kernel, x)
     made = kernel - after.params["body"]["block_0"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(made, expected[0], rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from dgl_jax import system
 from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState, init_states, make_modules, published_block
-from dgl_jax.core.step import backward_step, loss_step
+from dgl_jax.core.step import loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.objectives import Context, LocalLoss, Objective, Transport
@@ -249,8 +249,8 @@ def _lower_alone(
 ) -> jax.stages.Lowered:
     """Lowers the program of a single block or objective.
 
-    Its arguments are the state, the inputs, and a pair: cotangent and context of the adapter
-    (block), or context and publications (objective).
+    Its arguments are the state, the inputs, the context, and publications. The context of a block
+    has the gradient with respect to its outputs, `cotangent`.
 
     Args:
       part: the block or objective.
@@ -263,39 +263,28 @@ def _lower_alone(
     elif is_head:
         modules = make_modules((), (0,), (layer,))
     else:
-        penalty = Transport(_Given(), part.transport) if part.transport else None
-        modules = make_modules((layer,), (0,), (penalty,), adapters=(beside,))
+        given_loss = Transport(_Given(), part.transport) if part.transport else _Given()
+        modules = make_modules((layer,), (0,), (given_loss,), adapters=(beside,))
     module, context = modules[0], network.context(x.shape[0])
-    if part.transport:
-        context["cotangent"] = forward_flops(layer, x.shape, x.dtype)[1]
+    needs = [*module.objective.needs, *(module.adapter.needs if module.adapter else ())]  # type: ignore[union-attr]
+    if not is_head:
+        _, context["cotangent"] = forward_flops(layer, x.shape, x.dtype)
     state, *_ = jax.eval_shape(lambda: init_states(modules, optimizer, rngs.root(0), x, context))
-    extra: Any
-    if is_head:
-        read = {} if beside is None else {"next_block": published_block(beside, rngs.root(0), x)}
-        extra = {name: context[name] for name in module.objective.needs}, read  # type: ignore[union-attr]
-    else:
-        _, cotangent = forward_flops(layer, x.shape, x.dtype)
-        extra = cotangent, {name: context[name] for name in (beside.needs if beside else ())}
+    read = {}
+    if is_head and beside is not None:
+        read["next_block"] = published_block(beside, rngs.root(0), x)
 
-    def program(state: ModuleState, inputs: Array, extra: Any) -> tuple[Any, ...]:
-        if is_head:
-            given, published = extra
-            state, inputs_gradient, metrics = loss_step(
-                module, optimizer, state, inputs, given, published=published
-            )
-            return state, metrics, inputs_gradient
-        if part.transport:
-            cotangent, given = extra
-            given = {**given, "cotangent": cotangent}
-            state, inputs_gradient, metrics = loss_step(module, optimizer, state, inputs, given)
-            outputs, _ = metrics["features"]
-        else:
-            state, outputs, inputs_gradient = backward_step(
-                module, optimizer, state, inputs, *extra
-            )
-        return state, outputs, inputs_gradient if part.role == "inner" else None
+    def program(
+        state: ModuleState, inputs: Array, given: Context, published: Any
+    ) -> tuple[Any, ...]:
+        state, gradient, metrics = loss_step(
+            module, optimizer, state, inputs, given, published=published
+        )
+        outputs = metrics if is_head else metrics["features"][0]
+        return state, outputs, None if part.role == "first" else gradient
 
-    return jax.jit(program, donate_argnums=0).lower(state, x, extra)
+    given = {name: context[name] for name in needs}
+    return jax.jit(program, donate_argnums=0).lower(state, x, given, read)
 
 
 def _random_state(state: ModuleState) -> ModuleState:
