@@ -18,7 +18,7 @@ from jaxtyping import Array
 from dgl_jax import system
 from dgl_jax.core import rngs
 from dgl_jax.core.module import ModuleState, init_states, make_modules, published_block
-from dgl_jax.core.step import loss_step
+from dgl_jax.core.step import local_step, loss_step
 from dgl_jax.errors import UserError
 from dgl_jax.models import BlockCosts
 from dgl_jax.objectives import Context, LocalLoss, Objective, Transport
@@ -277,11 +277,13 @@ def _lower_alone(
     def program(
         state: ModuleState, inputs: Array, given: Context, published: Any
     ) -> tuple[Any, ...]:
+        if part.role == "first":  # no gradient with respect to the inputs, which may be integers
+            state, outputs, _ = local_step(module, optimizer, state, inputs, given)
+            return state, outputs, None
         state, gradient, metrics = loss_step(
             module, optimizer, state, inputs, given, published=published
         )
-        outputs = metrics if is_head else metrics["features"][0]
-        return state, outputs, None if part.role == "first" else gradient
+        return state, metrics if is_head else metrics["features"][0], gradient
 
     given = {name: context[name] for name in needs}
     return jax.jit(program, donate_argnums=0).lower(state, x, given, read)
