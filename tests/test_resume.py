@@ -332,18 +332,25 @@ def test_files_of_a_finished_run(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["empty", "missing", "complete"])
-def test_resuming_without_the_metrics_so_far_warns(stopped, caplog, part):
+@pytest.mark.parametrize("part", ["empty", "missing", "without the first", "complete"])
+def test_resuming_without_all_metrics_so_far_warns(stopped, caplog, part):
     metrics = stopped / "metrics.jsonl"
+    step = max(int(path.name) for path in (stopped / "checkpoints").iterdir())
+    lines = metrics.read_bytes().splitlines(keepends=True)
     if part == "empty":
         metrics.write_bytes(b"")
     elif part == "missing":
         metrics.unlink()
+    elif part == "without the first":
+        metrics.write_bytes(b"".join(lines[1:]))
     with caplog.at_level("WARNING", logger="dgl_jax"):
         train_and_evaluate(small_config(), stopped)
     lost = [line for line in caplog.messages if "lost" in line]
     if part == "complete":
         assert lost == []
     else:
-        (line,) = lost
-        assert line.startswith(f"{metrics}: the metrics of the steps up to ")
+        count = 1 if part == "without the first" else len(lines)
+        assert lost == [
+            f"{metrics}: {count} of {len(lines)} records of the steps up to {step} are missing and "
+            "lost; training continues"
+        ]

@@ -109,6 +109,8 @@ def test_unreadable_configuration_is_a_one_line_error_in_every_mode(
         lambda summary: summary["modules"][0].pop("test_accuracy"),
         lambda summary: summary["modules"][1].update(test_accuracy="0.5"),
         lambda summary: summary["modules"][1].update(updates=None),
+        lambda summary: summary.update(steps=float("nan")),
+        lambda summary: summary.update(epochs=float("inf")),
     ],
 )
 def test_summary_with_wrong_values_counts_as_missing(copy, change, caplog):

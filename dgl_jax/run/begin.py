@@ -79,7 +79,7 @@ def begin(
         if weights is not None:
             state = experiment.engine.place(borrow_weights(experiment.spec, state, weights))
     if world.first():
-        _tidy(workdir, step, recorded=bool(meta.get("latest")))
+        _tidy(workdir, step, meta.get("records", 0))
         config = json.dumps(experiment.settings.to_dict(), indent=2)
         write_text(workdir / "config.json", f"{config}\n")
     cpu_threads = system.cpu_threads() if jax.default_backend() == "cpu" else None
@@ -179,18 +179,22 @@ def _check_new_length(settings: Settings, planned: int, total: int, made: Sequen
         raise UserError(f"{lead}use at least {seen} steps")
 
 
-def _tidy(workdir: Path, step: int, recorded: bool) -> None:
+def _tidy(workdir: Path, step: int, records: int) -> None:
     """Removes the metrics written after `step` or at the end of the run, and summary.json.
 
-    The resumed run writes all of them again.
+    The resumed run writes all of them again. Metrics that should be there and are not get a
+    warning: `records` is how many were written until the checkpoint of `step`.
     """
     metrics = workdir / "metrics.jsonl"
     (workdir / "summary.json").unlink(missing_ok=True)
     again = ("test/", "final/") if step else ("test/", "final/", "diagnostics/")
     truncate(metrics, step, without=again)
-    if recorded and not (metrics.exists() and read_jsonl(metrics)):
+    found = len(read_jsonl(metrics)) if metrics.exists() else 0
+    if step and found < records:
         _LOG.warning(
-            "%s: the metrics of the steps up to %d are missing and lost; training continues",
+            "%s: %d of %d records of the steps up to %d are missing and lost; training continues",
             metrics,
+            records - found,
+            records,
             step,
         )

@@ -40,6 +40,7 @@ class Record:
             cast(Any, experiment.engine).early = early_metrics(rows)
         if hasattr(experiment.engine, "meters") and (rows := start.meta.get("meters")):
             experiment.engine.meters = [Meter(**row) for row in rows]
+        self._records: int = start.meta.get("records", 0)
         self._clock, self._cpu_threads = start.clock, start.cpu_threads
         self._report: Report | None = None  # the newest one
         # Step at which this process has measured each metric in `latest`.
@@ -65,6 +66,7 @@ class Record:
         self._written |= dict.fromkeys(scalars, step)
         scalars = {"epoch": step / self.experiment.source.steps_per_epoch} | scalars
         self.writer.write_scalars(step, scalars)
+        self._records += 1
         self.progress.update(step, scalars)
 
     def write_training(self, step: int, state: EngineState) -> None:
@@ -87,6 +89,7 @@ class Record:
         )
         if state.flight is not None:
             self.writer.write_turns(step, state.flight.recent(), state.flight.unit)
+            self._records += 1
 
     def pace(self, step: int) -> dict[str, float]:
         """Returns the learning rate of the newest update at `step`, and the images/s if known."""
@@ -121,6 +124,7 @@ class Record:
             "early": early_values(getattr(self.experiment.engine, "early", {})),
             "meters": [vars(meter) for meter in getattr(self.experiment.engine, "meters", ())],
             "latest": self.latest,
+            "records": self._records,
             "wall_seconds": self.wall_seconds(),
             "cpu_threads": self._cpu_threads,
             "extra": self.extra,

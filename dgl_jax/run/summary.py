@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,13 +101,17 @@ def read_summary(workdir: Path) -> Summary | None:
         numbers = summary.epochs, summary.steps, *(module["updates"] for module in modules)
         accuracies = summary.ensemble_accuracy, *(module["test_accuracy"] for module in modules)
         known = [accuracy for accuracy in accuracies if accuracy is not None]
-        if modules and all(isinstance(number, int | float) for number in (*numbers, *known)):
+        if modules and all(map(_is_finite, (*numbers, *known))):
             return summary
         reason = "a field that must be a number is not one" if modules else "it has no modules"
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = str(error)
     _LOG.warning("%s cannot be read (%s): testing the run again", path, reason.splitlines()[0])
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 # Libraries that influence the numerical results of a run, by their names on PyPI.
