@@ -96,6 +96,8 @@ def small(command: Command, settings: dict[str, Any]) -> list[str]:
     config = settings["config"]
     fields: dict[str, Any] = {"train.steps": 2, "log.every": 1}
     fields["model.width"] = max(8, *np.ravel(config["codec"].get("dims", 8)).tolist())
+    if not any("modules" in a or "slowdown" in a or "devices" in a for a in arguments):
+        fields["model.modules"] = min(2, config["model"]["modules"])
     if config["method"]["name"] == "dgl" and config["model"].get("head") == "mlp_sr":
         fields["model.head"] = "linear"
     if config["data"]["name"] in _NEEDS_NETWORK:
