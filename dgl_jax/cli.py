@@ -46,10 +46,12 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
 
 
 _MODES = ["train", "eval", "predict", "export", "plot", "bench", "plan", "sweep", "report"]
+_COMMAND_LINE: list[str] = []  # set by `_parse`, which reports flag files that cannot be read
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Configuration file, or the name of one in configs/ (digits); --config.a.b=value sets a field.",
+    sys_argv=_COMMAND_LINE,
 )
 _WORKDIR = _define_path("workdir", "Folder of the run, to write or to read.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "Command to run.")
@@ -74,9 +76,7 @@ _OUTPUT = _define_path(
     "Output file of predict (.csv or .jsonl), folder of export, picture of plan (.png), or page of "
     "report (.html).",
 )
-_STEPS = flags.DEFINE_integer(
-    "bench_steps", 200, "Number of steps that --mode=bench times.", lower_bound=1
-)
+_STEPS = flags.DEFINE_integer("bench_steps", 200, "bench: number of steps to time.", lower_bound=1)
 _MODULES = flags.DEFINE_boolean(
     "bench_modules", True, "bench: also time each module's program alone."
 )
@@ -367,12 +367,12 @@ def _parse(argv: list[str]) -> list[str]:
     with reported():
         try:
             argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+            _COMMAND_LINE[:] = argv
             argv = config_files.with_plugins(argv)
             rest = flags.FLAGS(workdir.with_own_config(config_files.with_files(argv)))
-            if _CONFIG.value is not None:
-                config = _CONFIG.value
-                if not hasattr(config, "items"):  # raises if the file could not be read
-                    raise UserError(f"--config: get_config returns {config!r}, not a ConfigDict")
+            config = _CONFIG.value
+            if config is not None and not hasattr(config, "items"):  # raises if it was not read
+                raise UserError(f"--config: get_config returns {config!r}, not a ConfigDict")
         except UserError:
             raise
         except Exception as raised:
@@ -382,7 +382,7 @@ def _parse(argv: list[str]) -> list[str]:
                     # Only now have all plugins registered their kinds and fields.
                     configuration.check_name(override[1])
             if isinstance(error, flags.Error):
-                raise UserError(str(error)) from error
+                raise UserError(str(error).removeprefix("ERROR:: ")) from error
             raise UserError(f"--config: {explain(error) or where(error)}") from error
         return rest
 

@@ -246,6 +246,7 @@ def test_user_errors_are_one_line(tmp_path):
     flags = tmp_path / "flags"
     flags.write_text("--config=digits\n--config.codec.nam=vq\n")
     assert "config.codec.nam: no such field" in fails(f"--flagfile={flags}", run)
+    assert "error: Unable to open flagfile: " in fails(f"--flagfile={tmp_path}/missing", run)
     assert "--config: " in fails(f"--config={tmp_path}", run)
     assert "stray: not a flag" in fails(*SMALL, run, "stray")
     assert "--jobs: applies to --mode=sweep, not to --mode=train" in fails(*SMALL, run, "--jobs=2")
