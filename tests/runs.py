@@ -28,6 +28,10 @@ register_network(
     ],
 )
 
+# Options of `vq` in tests that compare engines. Initial entries by k-means++, restarts and the
+# drawing of samples take more than half of the time to compile and are the same in all engines.
+LEAN_VQ: dict[str, Any] = {"start": "sample", "restart": 0.0, "samples": 0}
+
 # Fields of the small run; tests of the command line pass them as flags.
 FIELDS: dict[str, Any] = {
     "data.name": "synthetic",

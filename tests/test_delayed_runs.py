@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from delayed import BATCH, SOURCE, STEPS, make_engine, make_spec, params_of, train
 from plugin_runs import equal, furthest
-from runs import arrays, records, small_config
+from runs import LEAN_VQ, arrays, records, small_config
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings, options
@@ -22,7 +22,7 @@ from dgl_jax.tools.plan import plan
 from dgl_jax.train import train_and_evaluate
 
 METHODS = {"ddg": Ddg(), "features_replay": FeaturesReplay(), "fdg": Fdg()}
-VQ = options("codec", name="vq", codes=4, dims=2, codebook_every=3, restart=0.0)
+VQ = options("codec", name="vq", codes=4, dims=2, codebook_every=3, **LEAN_VQ)
 NAMES = pytest.mark.parametrize("name", METHODS)
 
 
@@ -192,7 +192,6 @@ RUN: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 @NAMES
 def test_resumed_run_equals_uninterrupted_run(name, tmp_path):
     fields = RUN | {"method__name": name, "codec__name": "int8", "codec__dims": 2}
@@ -235,7 +234,6 @@ def test_plan_predicts_a_pipeline(name):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 @NAMES
 def test_methods_pass_the_checks_of_testing(name):
     testing.check_method(name)

@@ -65,7 +65,6 @@ def test_shapes_without_a_synthesizer_are_refused():
 # Whole runs
 
 
-@pytest.mark.full_compile
 @pytest.mark.slow
 def test_finished_run_continues_exactly(tmp_path):
     fields = {"method__name": "cdni", "checkpoint__every": 5, "eval__every": 5}
@@ -76,7 +75,6 @@ def test_finished_run_continues_exactly(tmp_path):
     assert equal(arrays(whole), arrays(part))
 
 
-@pytest.mark.full_compile
 @pytest.mark.slow
 def test_finished_run_continues_under_pipeline(tmp_path):
     # The batch is split differently, so that sums are rounded differently. Without augmentation,

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from plugin_runs import ByHand, config, furthest, head_loss
+from runs import LEAN_VQ
 from test_engines import unequal
 
 from dgl_jax import testing
@@ -29,7 +30,7 @@ STEPS = 5
 COSINE: dict[str, Any] = {"schedule__name": "cosine", "train__steps": STEPS}
 CODED: dict[str, Any] = {
     "method": Layerwise(laps=2),
-    "codec": options("codec", name="vq", codes=4, dims=2, codebook_every=3),
+    "codec": options("codec", name="vq", codes=4, dims=2, codebook_every=3, **LEAN_VQ),
 }
 
 
@@ -100,7 +101,6 @@ def test_training_equals_loop_in_plain_jax(laps):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 def test_method_passes_the_checks_of_testing():
     testing.check_method("layerwise")
     for engine, devices in (("fused", 1), ("pipeline", 2)):
@@ -191,7 +191,6 @@ def test_pipeline_equals_fused_bit_for_bit(tiny, devices, spec):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 def test_reader_gets_each_codebook_that_is_published(tiny, devices, monkeypatch):
     fused, _ = tiny.run(engine_of(tiny, devices, **CODED), STEPS)
     pipeline = engine_of(tiny, devices, "pipeline", **CODED)
@@ -229,7 +228,6 @@ def test_groups_of_devices_split_the_batch(tiny, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 @pytest.mark.parametrize("names", [("fused", "pipeline"), ("pipeline", "fused")], ids="-".join)
 @pytest.mark.parametrize("polls", [2, 5, 11], ids=["at a boundary", "in lap 0", "in lap 1"])
 def test_stopped_run_resumes_exactly_with_either_engine(tiny, devices, names, polls):
@@ -279,7 +277,6 @@ def test_groups_depend_on_the_counts_alone(tiny, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 def test_reports_name_the_module_that_trains(tiny, devices):
     for name in ("fused", "pipeline"):
         engine = engine_of(tiny, devices, name, **CODED)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plugin_runs import ByHand, config, equal, furthest, trained
-from runs import arrays, records, small_config
+from runs import LEAN_VQ, arrays, records, small_config
 
 from dgl_jax import testing
 from dgl_jax.config import make_settings
@@ -31,7 +31,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "auglocal": {"objective": {"name": "auglocal", "pyramid": True}},
     "momentum": {
         "objective": {"name": "auglocal", "momentum_block": True, "refresh_every": 3},
-        "codec": {"name": "vq", "codes": 8, "dims": 2, "codebook_every": 2},
+        "codec": {"name": "vq", "codes": 8, "dims": 2, "codebook_every": 2} | LEAN_VQ,
     },
     "pred_sim": {"objective": {"name": "pred_sim", "context_input": True}},
     "softmax": {"objective": {"name": "info_pro"}, "train": {"steps": 4, "accumulate": 2}},

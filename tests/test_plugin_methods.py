@@ -124,7 +124,6 @@ def test_delayed_gradients_equal_backprop_on_the_same_batch():
     )
 
 
-@pytest.mark.full_compile
 @pytest.mark.slow
 def test_replayed_method_passes_the_checks_of_testing():
     testing.check_method("replayed")
@@ -162,7 +161,6 @@ def test_simulated_ordered_turns_equal_fused_with_a_mirror():
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 @pytest.mark.parametrize("fields", [MIRROR | ECHO, REPLAYED], ids=["mirror and echo", "replayed"])
 def test_run_resumes_exactly_evaluates_and_exports(fields, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -193,7 +191,6 @@ def test_finished_run_of_replayed_features_can_be_extended(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.full_compile
 @pytest.mark.parametrize("engine", ["simulated", "threads"])
 def test_asynchronous_engines_deliver_publications_and_images(engine, tmp_path):
     fields = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import pytest
-from runs import small_config
+from runs import LEAN_VQ, small_config
 
 from dgl_jax.config import ReplaySettings, make_settings, options
 from dgl_jax.core.program_cache import clear_programs
@@ -137,7 +137,7 @@ def test_simulated_engine_counts_every_turn(tiny, devices, clock, order):
     assert meter.rate() == round(TOTAL * BATCH / (clock.calls - 1), 2)
 
 
-VQ = options("codec", name="vq", dims=2, codes=4, codebook_every=2, start="sample", restart=0.0)
+VQ = options("codec", name="vq", dims=2, codes=4, codebook_every=2, **LEAN_VQ)
 CASES = {
     "one device per module": ((1, 1, 1), "identity"),
     "two devices, codebooks sent": ((2, 1, 1), VQ),

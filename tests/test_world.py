@@ -34,6 +34,7 @@ PIPELINE = (
     "--config.checkpoint.every=10",
     "--config.codec.name=vq",
     "--config.codec.dims=4",
+    "--config.codec.codes=16",
 )
 BATCH, FUSED_STEPS = 96, 3
 FUSED = (
@@ -162,12 +163,11 @@ def test_every_process_issues_every_move(pipeline):
 def test_bytes_equal_what_was_handed_to_jax(pipeline):
     counted = [each["bytes"] for each in pipeline[1]]
     assert counted[0] == counted[1] == counted[2]
-    # 64 channels-last values of 8 x 8 x 8 and 4 x 4 x 16 per image, one byte per 4 of them; 4 bytes
-    # each of id and label. A codebook of 256 entries of 4 floats every step.
+    # 8 x 8 x 4 and 4 x 4 x 8 values per image, half a byte for 4 of them; 4 bytes each of id and
+    # label.
     images = STEPS * 64
-    for messages, _, total in counted[0]:
-        assert total == images
-        assert messages % images == 0
+    assert [total for *_, total in counted[0]] == [images] * 2
+    assert [messages for messages, *_ in counted[0]] == [(32 + 8) * images, (16 + 8) * images]
     summary = json.loads((pipeline[0] / "summary.json").read_text())
     assert summary["wire"] == "measured"
     assert summary["wire_bytes_per_image"] == [
