@@ -57,7 +57,8 @@ def moved(state: EngineState, engine: Any) -> EngineState:
 @NAMES
 def test_pipeline_equals_fused_and_resumes_its_state_bit_for_bit(name):
     """Stops with messages in flight and continues under the other engine and in both orders."""
-    spec = make_spec(METHODS[name], codec=VQ, ema=0.5)
+    # Codebooks take most of the time to compile, and no method treats them differently.
+    spec = make_spec(METHODS[name], codec=VQ if name == "ddg" else "int8", ema=0.5)
     whole = train(make_engine(spec))
     halves = [train(make_engine(spec, devices), 3) for devices in (1, 3)]
     assert same(*halves)
