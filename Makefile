@@ -15,7 +15,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet install $(if $(CONSTRAINTS
 # Scripts beside the package are checked for wrong names and arguments, not for types.
 NAMES := $(addprefix --disable-error-code=,arg-type assignment call-overload dict-item index \
   list-item method-assign misc override union-attr var-annotated)
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --durations=30
 
 .PHONY: train test test-fast test-medium lint format docs reference versions clean
 

@@ -27,9 +27,9 @@ def test_every_interpreter_and_constraints_file_has_its_own_environment(tmp_path
         python = script(tmp_path / version, f"echo {version}")
         command = ["make", "--dry-run", "test", f"PYTHON={python}", *arguments]
         lines = subprocess.check_output(command, cwd=ROOT, env=ENVIRONMENT, text=True).splitlines()
-        assert lines[-1].endswith("/bin/python -m pytest -n 2")
+        assert lines[-1].endswith("/bin/python -m pytest -n 2 --durations=30")
         # Created by this interpreter, and tested in.
-        folder = lines[-1].removesuffix("/bin/python -m pytest -n 2")
+        folder = lines[-1].removesuffix("/bin/python -m pytest -n 2 --durations=30")
         assert lines[0] == f"{python} -m venv {folder}"
         return folder
 
