@@ -163,11 +163,10 @@ def test_every_process_issues_every_move(pipeline):
 def test_bytes_equal_what_was_handed_to_jax(pipeline):
     counted = [each["bytes"] for each in pipeline[1]]
     assert counted[0] == counted[1] == counted[2]
-    # 8 x 8 x 4 and 4 x 4 x 8 values per image, half a byte for 4 of them; 4 bytes each of id and
-    # label.
+    # Two codes of 4 bits at each of 4 x 4 positions; 4 bytes each of id and label.
     images = STEPS * 64
     assert [total for *_, total in counted[0]] == [images] * 2
-    assert [messages for messages, *_ in counted[0]] == [(32 + 8) * images, (16 + 8) * images]
+    assert [messages for messages, *_ in counted[0]] == [(16 + 8) * images] * 2
     summary = json.loads((pipeline[0] / "summary.json").read_text())
     assert summary["wire"] == "measured"
     assert summary["wire_bytes_per_image"] == [
