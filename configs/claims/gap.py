@@ -78,6 +78,9 @@ CHOSEN: dict[str, float] = {
     "auglocal,d=3,pyramid": 0.03,
     "auglocal,d=2,context_input": 0.1,
     "auglocal,d=1,context_input": 0.03,
+    "pred_sim,w=0.5,context_input": 0.1,
+    "info_pro,context_input": 0.03,
+    "info_pro,contrast": 0.03,
 }
 BEST = "auglocal,d=2,context_input"  # on validation
 # Rows of the picture of accuracy against the number of modules.
