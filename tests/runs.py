@@ -28,8 +28,8 @@ register_network(
     ],
 )
 
-# Options of `vq` in tests that compare engines. Initial entries by k-means++, restarts and the
-# drawing of samples take more than half of the time to compile and are the same in all engines.
+# Options of `vq` in tests that compare engines: the parts left out take long to compile.
+# `test_engines` compares engines with all parts.
 LEAN_VQ: dict[str, Any] = {"start": "sample", "restart": 0.0, "samples": 0}
 
 # Fields of the small run; tests of the command line pass them as flags.

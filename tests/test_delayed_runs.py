@@ -234,6 +234,7 @@ def test_plan_predicts_a_pipeline(name):
     assert len(overlapping) > len(begins) / 2
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @NAMES
 def test_methods_pass_the_checks_of_testing(name):

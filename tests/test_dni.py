@@ -277,6 +277,7 @@ def test_twin_with_late_gradients_differs(tiny):
     assert furthest(learned(late), learned(whole)) > 1e-4
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dni", "cdni"])
 def test_method_passes_the_checks_of_testing(name):

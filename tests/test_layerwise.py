@@ -100,6 +100,7 @@ def test_training_equals_loop_in_plain_jax(laps):
     assert furthest(result, trained_by_hand(3 - laps)) > 1e-3
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_method_passes_the_checks_of_testing():
     testing.check_method("layerwise")

@@ -124,6 +124,7 @@ def test_delayed_gradients_equal_backprop_on_the_same_batch():
     )
 
 
+@pytest.mark.full_compile
 @pytest.mark.slow
 def test_replayed_method_passes_the_checks_of_testing():
     testing.check_method("replayed")
