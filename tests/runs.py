@@ -38,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "data.image_size": 8,
     "data.batch_size": 8,
     "data.train_examples": 48,  # six steps per epoch
+    "data.validation_fraction": 0.02,  # 40 examples
     "data.augment": "crop_flip",
     "model.name": "cnn4",
     "model.width": 4,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dgl_jax.core import rngs
 from dgl_jax.core.apply import apply_layer, apply_recomputed
 from dgl_jax.core.orthogonal import ADAPTER, BLOCK, OBJECTIVE, orthogonal
+from dgl_jax.core.program_cache import cached_program
 from dgl_jax.errors import UserError
 from dgl_jax.objectives import Classifier, Context, LocalLoss, Objective
 
@@ -359,11 +360,14 @@ def output_shape(
 ) -> jax.ShapeDtypeStruct:
     """Returns shape and dtype of the activations that a module sends to the next one."""
     # The adapter needs a context, which is not at hand here, and changes neither shape nor dtype.
-    bare = dataclasses.replace(module, adapter=None)
-    outputs, _ = jax.eval_shape(
-        lambda p, s, x: bare.apply_body(p, s, x, train=False), params, batch_stats, inputs
-    )
-    return outputs
+    forward = _forward(dataclasses.replace(module, adapter=None))
+    return jax.eval_shape(forward, params, batch_stats, inputs)[0]
+
+
+@cached_program(256)
+def _forward(module: LocalModule) -> Any:
+    """Returns the jitted forward pass of the body, so that JAX traces equal calls only once."""
+    return jax.jit(partial(module.apply_body, train=False))
 
 
 def count_parameters(state: ModuleState) -> int:

@@ -121,14 +121,15 @@ def _schedule(
 
 @cached_program(32)
 def make_optimizer(
-    options: OptimizerSettings, schedule: optax.Schedule
+    options: OptimizerSettings, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
     """Returns the optimizer, with weight decay added to the gradients of all parameters.
 
     Args:
       options: the `optimizer` group of the configuration.
-      schedule: learning rate by number of updates.
+      schedule: learning rate by number of updates; by default it is 0.
     """
+    schedule = schedule or optax.constant_schedule(0.0)
     decay = (
         optax.add_decayed_weights(options.weight_decay)
         if options.weight_decay

@@ -179,9 +179,7 @@ def choose_cuts(
             system.device_kind(measured_on),
             measured_on.id,
         )
-        return block_times(
-            network, make_optimizer(settings.optimizer, optax.constant_schedule(0.0)), measured_on
-        ).seconds
+        return block_times(network, make_optimizer(settings.optimizer), measured_on).seconds
 
     starts = cuts(model.split, len(network.blocks), model.modules, costs)
     if model.split in BALANCED:
@@ -229,7 +227,7 @@ def make_spec(
             gain=model.init_gain if model.init == "orthogonal" else 0.0,
         ),
         method=method,
-        optimizer=make_optimizer(settings.optimizer, schedule or optax.constant_schedule(0.0)),
+        optimizer=make_optimizer(settings.optimizer, schedule),
         task=task,
         codec=make_codec(settings.codec, model.dtype),
         seed=settings.seed,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
 from dgl_jax import system
 from dgl_jax.codecs import Codec, make_codec
@@ -173,7 +172,7 @@ def plan(
     def measured(meanwhile: Callable[[], object] = lambda: None) -> BlockTimes:
         nonlocal known
         if known is None:
-            optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(0.0))
+            optimizer = make_optimizer(settings.optimizer)
             known = block_times(
                 network, optimizer, device, concurrency=concurrency, meanwhile=meanwhile
             )
