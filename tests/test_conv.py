@@ -25,6 +25,13 @@ CASES = {
 }
 
 
+@pytest.fixture
+def cut(monkeypatch):
+    """Cuts batches of every size into chunks of eight images."""
+    monkeypatch.setattr(conv, "UNCUT_BYTES", 0)
+    monkeypatch.setattr(conv, "CHUNK_BYTES", 0)
+
+
 def gradients(function, shape, strides, padding, options, batch=24, dtype="float32"):
     """Returns outputs, and gradients of a random linear function of the outputs."""
     random = np.random.default_rng(0)
@@ -60,19 +67,45 @@ def test_gradients_equal_xla(case):
     assert relative_error(case) < 1e-5
 
 
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_in_chunks_equal_xla(case):
+    assert relative_error(case) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "dtype", "images"),
+    [
+        ((128, 16, 16, 8), 16, "float32", 128),  # 2 MiB of outputs
+        ((128, 16, 16, 8), 17, "float32", 16),  # more: 17 KiB per image, 16 of them in 272 KiB
+        ((128, 32, 32, 8), 4, "bfloat16", 128),  # 2 MiB of inputs
+        ((128, 32, 32, 8), 4, "float32", 8),  # 32 KiB per image
+        ((1024, 8, 8, 32), 32, "float32", 32),  # 8 KiB
+        ((64, 64, 64, 32), 32, "float32", 8),  # half a MiB, eight images at least
+        ((257, 32, 32, 8), 8, "float32", 257),  # no divisor
+    ],
+)
+def test_only_batches_larger_than_the_caches_are_cut(inputs, outputs, dtype, images):
+    maps = [
+        jax.ShapeDtypeStruct((*inputs[:3], channels), dtype) for channels in (inputs[3], outputs)
+    ]
+    assert conv.images_per_chunk(*maps) == conv.images_per_chunk(*maps[::-1]) == images
+
+
 # One image, almost a chunk, a prime number, two chunks of ten.
 @pytest.mark.parametrize("batch", [1, 7, 23, 20])
+@pytest.mark.usefixtures("cut")
 def test_gradients_equal_xla_for_any_batch_size(batch):
     assert relative_error("3x3", batch=batch) < 1e-5
 
 
-def test_twin_lost_chunk_fails(monkeypatch, fresh_traces):
+def test_twin_lost_chunk_fails(cut, monkeypatch, fresh_traces):
     chunk = chunks.chunk
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: chunk(x, size, max(i, 1)))
     assert relative_error("3x3") > 1e-2
 
 
-def test_twin_mismatched_images_in_a_chunk_fail(monkeypatch, fresh_traces):
+def test_twin_mismatched_images_in_a_chunk_fail(cut, monkeypatch, fresh_traces):
     chunk = chunks.chunk
     monkeypatch.setattr(
         chunks, "chunk", lambda x, size, i: chunk(x if x.shape[-1] == 6 else x[::-1], size, i)
@@ -142,12 +175,12 @@ X, KERNEL = (
 @pytest.mark.parametrize(
     ("platform", "convolutions"), [("cpu", 1 + 4), ("cuda", 1 + 1), ("tpu", 1 + 1)]
 )
-def test_each_platform_has_its_formulation(platform, convolutions):
+def test_each_platform_has_its_formulation(cut, platform, convolutions):
     text = jax.jit(kernel_gradient).trace(X, KERNEL).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
 
 
-def test_program_has_one_branch_and_no_unused_input_gradient():
+def test_program_has_one_branch_and_no_unused_input_gradient(cut):
     text = jax.jit(kernel_gradient).lower(X, KERNEL).compile().as_text()
     assert "conditional" not in text
     assert text.count(" convolution(") == 1 + 4
@@ -184,17 +217,17 @@ def collectives(devices):
     )
 
 
-def test_images_stay_on_their_devices(devices):
+def test_images_stay_on_their_devices(cut, devices):
     assert collectives(devices) == {"all-reduce"}
 
 
-def test_twin_images_that_move_fail(devices, monkeypatch, fresh_traces):
+def test_twin_images_that_move_fail(cut, devices, monkeypatch, fresh_traces):
     monkeypatch.setattr(chunks, "chunk", lambda x, size, i: x[i * size : (i + 1) * size])
     assert collectives(devices) != {"all-reduce"}
 
 
 @pytest.mark.medium
-def test_chunks_are_summed_in_float32(monkeypatch, fresh_traces):
+def test_chunks_are_summed_in_float32(cut, monkeypatch, fresh_traces):
     """Checks that a sum over many chunks in bfloat16 would be less precise."""
 
     def error():

@@ -110,6 +110,8 @@ def test_pipeline_equals_fused_with_weight_gradients_in_parts(tiny, monkeypatch)
     # With so few channels im2col would otherwise use a single product.
     monkeypatch.setattr(im2col, "_CHANNELS", 0)
     plain = tiny.run(tiny.new_engine("fused", (), tiny.spec(modules=2)), STEPS)
+    monkeypatch.setattr(conv, "UNCUT_BYTES", 0)
+    monkeypatch.setattr(conv, "CHUNK_BYTES", 0)
     monkeypatch.setattr(conv, "CHUNK", 2)  # four parts per batch
     spec = tiny.spec(modules=2)
     results = [
