@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 
 import pytest
@@ -177,9 +178,21 @@ def test_mistakes_are_reported_in_one_line(mistake, words):
     assert "\n" not in str(error.value)
 
 
-def test_standard_deviations_must_be_positive():
-    with pytest.raises(UserError, match=r"config\.data\.std=\(0\.2, 0\.0\).*above 0"):
-        make_settings({"data": {"mean": (0.0, 0.0), "std": (0.2, 0.0)}})
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [
+        ((0.5, 0.5), (0.2, 0.0), r"config\.data\.std=\(0\.2, 0\.0\).*between 0\.001 and 1,"),
+        ((0.5,), (1e-30,), r"config\.data\.std=\(1e-30,\).*between 0\.001 and 1,"),
+        ((0.5,), (58.4,), r"config\.data\.std=\(58\.4,\).*divide .* by 255"),
+        ((123.7,), (0.2,), r"config\.data\.mean=\(123\.7,\).*between 0 and 1, .*divide .* by 255"),
+        ((-0.1,), (0.2,), r"config\.data\.mean=\(-0\.1,\).*between 0 and 1,"),
+        ((math.nan,), (0.2,), r"config\.data\.mean=\(nan,\)"),
+    ],
+)
+def test_mean_and_std_are_of_images_scaled_to_0_to_1(mean, std, words):
+    with pytest.raises(UserError, match=words):
+        make_settings({"data": {"mean": mean, "std": std}})
+    make_settings({"data": {"mean": (0.0, 1.0), "std": (0.001, 1.0)}})
 
 
 def test_values_are_converted_to_the_types_of_the_fields():

@@ -57,14 +57,19 @@ class DataSettings(Group):
     on_device: str = choice("auto", "on", "off", free=True)
 
     def check(self, settings: "Settings") -> None:
-        """Raises UserError if mean and std differ in length, or a std is not above 0."""
+        """Raises UserError if mean and std differ in length or are not on the scale of [0, 1]."""
         if len(self.mean) != len(self.std):
             raise UserError(
                 f"config.data.mean has {len(self.mean)} values, but config.data.std has "
                 f"{len(self.std)}"
             )
-        if any(s <= 0 for s in self.std):
-            raise UserError(f"config.data.std={self.std}: every value must be above 0")
+        for name, least in (("mean", 0.0), ("std", 1e-3)):
+            values = getattr(self, name)
+            if not all(least <= value <= 1 for value in values):
+                raise UserError(
+                    f"config.data.{name}={values}: every value must be between {least:g} and 1, as "
+                    "the images are scaled to [0, 1]; divide values for pixels from 0 to 255 by 255"
+                )
 
 
 @dataclass(frozen=True)
