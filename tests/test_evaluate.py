@@ -1,6 +1,7 @@
 """Evaluation against NumPy, without padding, and the file patterns of predicted images."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -212,9 +213,11 @@ def test_files_of_a_folder_that_are_not_images_are_logged(tmp_path, caplog):
     for name in ("a.png", "sub/b.heic", "sub/c.HEIC", "notes", ".hidden/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")
     assert find_images([str(tmp_path)]) == [tmp_path / "a.png"]
     assert caplog.messages == [
-        f"{tmp_path}: 3 of 4 files are not images and are ignored: 2 .heic, 1 without a suffix"
+        f"{tmp_path}: 4 of 5 files are not images and are ignored: 2 .heic, 1 pipes and devices, "
+        "1 without a suffix"
     ]
 
 

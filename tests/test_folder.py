@@ -163,14 +163,15 @@ def test_the_log_counts_ignored_files(tmp_path, caplog):
     for n, suffix in enumerate(("heic", "HEIC", "txt")):
         (root / "train" / "cat" / f"{n}.{suffix}").touch()
     (root / "train" / "ape" / "README").touch()
-    (root / "train" / "ape" / "more").mkdir()
+    (root / "train" / "ape" / "more.png").mkdir()
+    os.mkfifo(root / "train" / "cat" / "pipe.png")  # reading it would wait for a writer
     (root / "train" / "ape" / "._1.png").touch()
     (root / "train" / "list.csv").touch()
     with caplog.at_level("WARNING", logger="dgl_jax"):
         assert len(folder.load(settings_of(root)).train.labels) == 27
     assert caplog.messages == [
-        f"{root}/train: 6 of 33 files are not images and are ignored: 2 .heic, 1 .txt, "
-        "1 folders, 1 outside the class directories, 1 without a suffix"
+        f"{root}/train: 7 of 34 files are not images and are ignored: 2 .heic, 1 .txt, "
+        "1 folders, 1 outside the class directories, 1 pipes and devices, 1 without a suffix"
     ]
 
 

@@ -78,12 +78,9 @@ def _list(directory: Path) -> dict[str, list[Path]]:
             ignored["outside the class directories"] += 1
             continue
         # Hidden files are not images: macOS leaves a ._name.jpg beside each name.jpg.
-        images = []
-        for file in folder.iterdir():
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-                images.append(file)
-            elif not file.name.startswith("."):
-                ignored[kind_of_file(file)] += 1
+        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        images = [*filter(is_image, visible)]
+        ignored.update(map(kind_of_file, {*visible} - {*images}))
         # Names and their order must not depend on the locale, hence the raw bytes.
         name = os.fsencode(folder.name).decode("utf-8", "surrogateescape")
         classes[name] = sorted(images, key=lambda file: os.fsencode(file.name))
@@ -113,9 +110,20 @@ def log_ignored(directory: Path, ignored: Counter[str], used: int) -> None:
         )
 
 
-def kind_of_file(file: Path) -> str:
-    """Returns how the log names a file that is not an image."""
-    return "folders" if file.is_dir() else file.suffix.lower() or "without a suffix"
+def is_image(path: Path) -> bool:
+    """Returns whether a path has the suffix of an image and can be one.
+
+    Folders, pipes and devices cannot: reading a pipe would wait for a writer. A broken link can, so
+    that the error names it.
+    """
+    return path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())
+
+
+def kind_of_file(path: Path) -> str:
+    """Returns how the log names a path that is not an image."""
+    if path.is_dir():
+        return "folders"
+    return path.suffix.lower() or "without a suffix" if path.is_file() else "pipes and devices"
 
 
 def _channels(root: Path, paths: dict[str, list[Path]]) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 
 from dgl_jax.config.registry import DATA_SETS, TASKS
 from dgl_jax.data.decode import decode_images, image_kinds
-from dgl_jax.data.folder import SUFFIXES, kind_of_file, log_ignored, log_lost
+from dgl_jax.data.folder import SUFFIXES, is_image, kind_of_file, log_ignored, log_lost
 from dgl_jax.errors import UserError
 from dgl_jax.run.evaluator import Evaluator
 from dgl_jax.run.metrics import read
@@ -140,7 +140,7 @@ def _images_below(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    images = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
+    images = sorted(filter(is_image, visible))
     others = {path for path in visible if not path.is_dir()} - {*images}
     log_ignored(folder, Counter(map(kind_of_file, others)), len(images))
     return images
