@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from probed_runs import config, ours, unchanged
+from probed_runs import EXAMPLES, config, ours, unchanged
 from runs import records, small_config
 from test_resume import interrupted
 
@@ -79,7 +79,7 @@ def test_objective_without_gradient_is_one_line(tmp_path, monkeypatch):
 def plain(tmp_path_factory) -> Path:
     """Returns the workdir of a run without diagnostics."""
     workdir = tmp_path_factory.mktemp("plain")
-    train_and_evaluate(small_config(), workdir)
+    train_and_evaluate(small_config(**EXAMPLES), workdir)
     return workdir
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probed_runs import ASYNCHRONOUS, VQ, config, ours, unchanged
+from probed_runs import ASYNCHRONOUS, EXAMPLES, VQ, config, ours, unchanged
 from runs import records, small_config
 from test_resume import interrupted
 
@@ -26,7 +26,7 @@ def asynchronous(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_probes_change_no_number_of_an_asynchronous_run(asynchronous, tmp_path):
-    train_and_evaluate(small_config(**ASYNCHRONOUS), tmp_path)
+    train_and_evaluate(small_config(**EXAMPLES | ASYNCHRONOUS), tmp_path)
     assert unchanged(tmp_path, asynchronous)
     lines = ours(asynchronous)
     assert [line["step"] for line in lines[:4]] == [0, 4, 8, 12]
@@ -84,7 +84,7 @@ def test_probes_change_no_number_of_a_pipeline(tmp_path):
         **{"engine__name": "pipeline", "codec__codebook_every": 6, **VQ},
         **{"optimizer__name": "adam", "train__ema": 0.5},
     }
-    train_and_evaluate(small_config(**settings), tmp_path / "plain")
+    train_and_evaluate(small_config(**EXAMPLES | settings), tmp_path / "plain")
     # The run stops at 5 and 10 for nothing else than a probe.
     train_and_evaluate(config(diagnostics__every=5, **settings), tmp_path / "probed")
     assert unchanged(tmp_path / "plain", tmp_path / "probed")

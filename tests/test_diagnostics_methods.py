@@ -1,7 +1,7 @@
 """Diagnostics under every kind of method: they change no number of a run."""
 
 import pytest
-from probed_runs import VQ, config, ours, unchanged
+from probed_runs import EXAMPLES, VQ, config, ours, unchanged
 from runs import small_config
 
 from dgl_jax.train import train_and_evaluate
@@ -9,7 +9,7 @@ from dgl_jax.train import train_and_evaluate
 
 def trained(folder, fields, **probes):
     """Trains with and without diagnostics, compares both, and returns the lines of the probes."""
-    train_and_evaluate(small_config(**fields), folder / "plain")
+    train_and_evaluate(small_config(**EXAMPLES | fields), folder / "plain")
     train_and_evaluate(config(**fields, **probes), folder / "probed")
     assert unchanged(folder / "plain", folder / "probed")
     return ours(folder / "probed")
