@@ -29,6 +29,7 @@ from dgl_jax.run.build import make_experiment  # noqa: E402
 STORED = Path(__file__).with_name("stored_numbers.json")
 SHARED: dict[str, Any] = {
     "model__name": "smooth",
+    "data__validation_fraction": 0.1,  # of the run whose numbers are stored
     "train__steps": 3,
     "train__label_smoothing": 0.1,
     "optimizer__momentum": 0.9,
