@@ -58,11 +58,9 @@ class DataSettings(Group):
 
     def check(self, settings: "Settings") -> None:
         """Raises UserError if mean and std differ in length or are not on the scale of [0, 1]."""
-        if len(self.mean) != len(self.std):
-            raise UserError(
-                f"config.data.mean has {len(self.mean)} values, but config.data.std has "
-                f"{len(self.std)}"
-            )
+        means, stds = len(self.mean), len(self.std)
+        if means != stds:
+            raise UserError(f"config.data.mean has {means} values, but config.data.std has {stds}")
         for name, least in (("mean", 0.0), ("std", 1e-3)):
             values = getattr(self, name)
             if not all(least <= value <= 1 for value in values):

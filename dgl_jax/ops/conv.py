@@ -80,13 +80,8 @@ def conv_general_dilated(
         ).astype(kernel.dtype)
 
     def outputs(x: Array, kernel: Array) -> Array:
-        fast = (
-            winograd.convolve
-            if use_winograd
-            else im2col.convolve
-            if use_im2col_outputs
-            else library
-        )
+        without_winograd = im2col.convolve if use_im2col_outputs else library
+        fast = winograd.convolve if use_winograd else without_winograd
         return _by_platform(x, kernel, cpu=fast, elsewhere=library)
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -127,11 +122,8 @@ def images_per_chunk(*maps: Shaped[Array, "B ..."]) -> int:
       maps: inputs and gradients of the outputs, or their shapes and dtypes.
     """
     batch, size = maps[0].shape[0], max(x.size * x.dtype.itemsize for x in maps)
-    return (
-        batch
-        if size <= UNCUT_BYTES
-        else chunks.chunk_size(batch, max(CHUNK, CHUNK_BYTES * batch // size))
-    )
+    least = max(CHUNK, CHUNK_BYTES * batch // size)
+    return batch if size <= UNCUT_BYTES else chunks.chunk_size(batch, least)
 
 
 def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
