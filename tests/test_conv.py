@@ -76,10 +76,10 @@ def test_gradients_in_chunks_equal_xla(case):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "dtype", "images"),
     [
-        ((128, 16, 16, 8), 16, "float32", 128),  # 2 MiB of outputs
-        ((128, 16, 16, 8), 17, "float32", 16),  # more: 17 KiB per image, 16 of them in 272 KiB
-        ((128, 32, 32, 8), 4, "bfloat16", 128),  # 2 MiB of inputs
-        ((128, 32, 32, 8), 4, "float32", 8),  # 32 KiB per image
+        ((64, 16, 16, 8), 16, "float32", 64),  # 1 MiB of outputs
+        ((64, 16, 16, 8), 17, "float32", 16),  # more: 17 KiB per image, 16 of them in 272 KiB
+        ((64, 32, 32, 8), 4, "bfloat16", 64),  # 1 MiB of inputs
+        ((64, 32, 32, 8), 4, "float32", 8),  # 32 KiB per image
         ((1024, 8, 8, 32), 32, "float32", 32),  # 8 KiB
         ((64, 64, 64, 32), 32, "float32", 8),  # half a MiB, eight images at least
         ((257, 32, 32, 8), 8, "float32", 257),  # no divisor

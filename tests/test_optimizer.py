@@ -126,3 +126,14 @@ def test_boundaries_that_round_to_the_same_step_multiply():
     )
     assert float(schedule(9)) == pytest.approx(1.0)
     assert float(schedule(10)) == pytest.approx(0.01)
+
+
+def test_equal_settings_share_an_optimizer():
+    """Programs are shared between runs whose specs are equal, optimizer included."""
+    sgd = options("optimizer", name="sgd", learning_rate=0.1)
+    assert make_optimizer(sgd) is make_optimizer(
+        options("optimizer", name="sgd", learning_rate=0.1)
+    )
+    schedule = make_schedule(options("schedule", name="constant"), 0.1, 10, 100)
+    assert make_optimizer(sgd, schedule) is make_optimizer(sgd, schedule)
+    assert make_optimizer(sgd, schedule) is not make_optimizer(sgd)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from processes import ROOT, Processes, distributed, free_port
-from runs import LEAN_VQ
 
 from dgl_jax.data import make_source
 from dgl_jax.run.arrays import raw
@@ -36,7 +35,6 @@ PIPELINE = (
     "--config.codec.name=vq",
     "--config.codec.dims=4",
     "--config.codec.codes=16",
-    *(f"--config.codec.{name}={value}" for name, value in LEAN_VQ.items()),
 )
 BATCH, FUSED_STEPS = 96, 3
 FUSED = (

@@ -25,7 +25,7 @@ from dgl_jax.ops.choice import only_xla
 from dgl_jax.ops.cpu import chunks, im2col, winograd
 
 _AXES = ("NHWC", "HWIO", "NHWC")
-UNCUT_BYTES = 2 * 2**20  # batches of maps up to this size are not cut into chunks
+UNCUT_BYTES = 2**20  # batches of maps up to this size are not cut into chunks
 CHUNK_BYTES = 2**18  # size of a chunk of larger ones, unless it holds fewer than `CHUNK` images
 CHUNK = 8
 _SUM_DTYPE = "float32"  # dtype of the sum over chunks for kernels of every dtype
@@ -122,8 +122,9 @@ def images_per_chunk(*maps: Shaped[Array, "B ..."]) -> int:
       maps: inputs and gradients of the outputs, or their shapes and dtypes.
     """
     batch, size = maps[0].shape[0], max(x.size * x.dtype.itemsize for x in maps)
-    least = max(CHUNK, CHUNK_BYTES * batch // size)
-    return batch if size <= UNCUT_BYTES else chunks.chunk_size(batch, least)
+    if size <= UNCUT_BYTES:
+        return batch
+    return chunks.chunk_size(batch, max(CHUNK, CHUNK_BYTES * batch // size))
 
 
 def _by_platform(*args: Array, cpu: Any, elsewhere: Any) -> Array:
